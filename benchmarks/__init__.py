@@ -1,0 +1,1 @@
+"""Tokens per second, and as shares of what this machine can do at best."""

@@ -1,0 +1,1 @@
+"""Post-training and test-time scaling of language models in JAX."""

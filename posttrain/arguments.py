@@ -1,0 +1,248 @@
+"""The flags of every verb, their help, and errors that name the nearest."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from posttrain.config import keys
+
+OVERVIEW = """\
+Post-training of language models: supervised fine-tuning, GRPO, and evaluation
+with a budget of thinking tokens, from one config file.
+
+  posttrain train    runs the stages of a config, or resumes them
+  posttrain eval     evaluates a trained workdir again
+  posttrain sample   prints completions of a model
+  posttrain report   makes one HTML page of one or several runs
+
+`posttrain VERB --help` has the flags and examples.
+"""
+
+EXIT_STATUS = """\
+exit status: 0 finished; 1 failed; 2 a wrong command or config; 75 preempted
+(SIGTERM) with its state saved: start it again with the same command."""
+
+TRAIN = """\
+Runs the stages of a config in order. Finished stages are skipped and an
+interrupted one goes on from its last checkpoint, so the same command starts
+and resumes. Another config in the same workdir is an error.
+
+examples:
+  posttrain train --config=configs/tiny.py:debug --workdir=runs/try
+  posttrain train --config=configs/tiny.py --workdir=runs/tiny \\
+      --config.reason.num_steps=40 --config.stages=cold_start,reason
+  posttrain train --workdir=runs/tiny        (resume with the saved config)
+"""
+
+EVAL = """\
+Runs the evaluate stages of a trained workdir again, for instance with more
+problems. Without --config the workdir's own config is used.
+
+examples:
+  posttrain eval --workdir=runs/tiny
+  posttrain eval --workdir=runs/tiny --config.measure.problems.count=512 \\
+      --config.measure.num_waits=0,1,2,4
+"""
+
+SAMPLE = """\
+Prints completions, as they are drawn. Weights come from a preset's published
+files, from the last finished training stage of a workdir, or from what a
+config starts with. Forced tokens are marked.
+
+examples:
+  posttrain sample --model=smollm2-135m \\
+      --prompt="What is the capital of France?"
+  posttrain sample --workdir=runs/tiny --stage=reason \\
+      --prompt="6 5 2 2 : 1 <think>" \\
+      --temperature=1 --num-samples=4 --max-thinking-tokens=64 --num-waits=1
+  posttrain sample --workdir=runs/tiny --prompts=questions.jsonl \\
+      --output=answers.jsonl
+"""
+
+REPORT = """\
+Writes one self-contained HTML page with the curves, the scaling plot and the
+samples of one or several runs.
+
+examples:
+  posttrain report --workdir=runs/tiny
+  posttrain report --workdir=runs/a --workdir=runs/b --output=compare.html
+"""
+
+
+class CommandError(ValueError):
+  """The command line is wrong; the message says what to write."""
+
+
+class _Parser(argparse.ArgumentParser):
+  """Long flags in full, and errors that name the nearest flag or verb."""
+
+  def __init__(self, **kwargs: Any):
+    super().__init__(
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+  def error(self, message: str) -> NoReturn:
+    raise CommandError(f"{message}\nSee `{self.prog} --help`.")
+
+  def flags(self) -> list[str]:
+    return [flag for action in self._actions
+            for flag in action.option_strings if flag.startswith("--")]
+
+
+def make_parsers() -> dict[str, _Parser]:
+  """One parser per verb."""
+  parsers = {
+      verb: _Parser(prog=f"posttrain {verb}", description=text,
+                    epilog=EXIT_STATUS)
+      for verb, text in (
+          ("train", TRAIN), ("eval", EVAL), ("sample", SAMPLE),
+          ("report", REPORT))}
+  _add_train(parsers["train"])
+  _add_eval(parsers["eval"])
+  _add_sample(parsers["sample"])
+  _add_report(parsers["report"])
+  return parsers
+
+
+def _add_config(parser: Any, text: str) -> None:
+  parser.add_argument("--config", metavar="FILE[:ARG]", help=text)
+  parser.add_argument(
+      "--config.KEY", metavar="VALUE", dest="unused", help=(
+          "set one key of the config, such as --config.mesh.tensor=4; a tuple "
+          "is written a,b. docs/configs.md lists the keys"))
+
+
+def _add_train(parser: _Parser) -> None:
+  _add_config(parser, "the config; needed at the first start")
+  parser.add_argument(
+      "--workdir", metavar="DIR", required=True,
+      help="where everything is written; the same on every host")
+
+
+def _add_eval(parser: _Parser) -> None:
+  _add_config(parser, "a config with the evaluate stages (default: the "
+              "workdir's own)")
+  parser.add_argument("--workdir", metavar="DIR", required=True,
+                      help="a workdir of posttrain train")
+
+
+def _add_sample(parser: _Parser) -> None:
+  weights = parser.add_argument_group("weights, one of")
+  weights.add_argument("--model", metavar="PRESET",
+                       help="a preset's published weights")
+  weights.add_argument("--workdir", metavar="DIR", help="a trained workdir")
+  _add_config(weights, "what this config's `init` names")
+  parser.add_argument("--stage", metavar="NAME", default="", help=(
+      "with --workdir: a training stage, or init (default: the last finished "
+      "training stage)"))
+  prompts = parser.add_argument_group("prompts, one of")
+  prompts.add_argument("--prompt", metavar="TEXT", action="append",
+                       default=[], help="may be given several times")
+  prompts.add_argument("--prompts", metavar="FILE.jsonl", help=(
+      "one object per line, with a prompt or messages"))
+  _add_sampling(parser.add_argument_group("sampling"))
+  _add_thinking(parser.add_argument_group(
+      "thinking (the strings are the config's: --config.thinking.end=...)"))
+  parser.add_argument("--output", metavar="FILE.jsonl", help=(
+      "write completions with tokens, logprobs and provenance"))
+
+
+def _add_sampling(group: Any) -> None:
+  group.add_argument("--num-samples", metavar="N", default=1,
+                     type=_number(int, "[1, inf)"), help="per prompt (1)")
+  group.add_argument("--max-tokens", metavar="N", default=256,
+                     type=_number(int, "[1, inf)"),
+                     help="per completion, thinking included (256)")
+  group.add_argument("--temperature", metavar="X", default=0.0,
+                     type=_number(float, "[0, inf)"),
+                     help="0 takes the likeliest token (0)")
+  group.add_argument("--top-k", metavar="N", default=0,
+                     type=_number(int, "[0, inf)"),
+                     help="likeliest tokens kept (0: all)")
+  group.add_argument("--top-p", metavar="X", default=1.0,
+                     type=_number(float, "(0, 1]"),
+                     help="probability mass kept (1.0)")
+  group.add_argument("--min-p", metavar="X", default=0.0,
+                     type=_number(float, "[0, 1]"), help=(
+                         "least probability relative to the likeliest (0)"))
+  group.add_argument("--seed", metavar="N", default=0,
+                     type=_number(int, "[0, 4294967295]"),
+                     help="the same seed draws the same completions (0)")
+
+
+def _add_thinking(group: Any) -> None:
+  group.add_argument("--max-thinking-tokens", metavar="N", default=-1,
+                     type=_number(int, "[-1, inf)"),
+                     help="close the thinking there (-1: no maximum)")
+  group.add_argument("--min-thinking-tokens", metavar="N", default=0,
+                     type=_number(int, "[0, inf)"),
+                     help="do not let it end before (0)")
+  group.add_argument("--num-waits", metavar="N", default=0,
+                     type=_number(int, "[0, inf)"), help=(
+                         "replace its end by thinking.wait_text so many "
+                         "times (0)"))
+
+
+def _add_report(parser: _Parser) -> None:
+  parser.add_argument(
+      "--workdir", metavar="DIR", action="append", required=True,
+      help="several are compared")
+  parser.add_argument("--output", metavar="FILE.html", help=(
+      "default: report.html in the first workdir"))
+
+
+def _number(kind: type, bounds: str):
+  """An argparse type: a number within an interval."""
+  def parse(text: str) -> int | float:
+    value = kind(text)
+    if not keys.within(value, bounds):
+      raise argparse.ArgumentTypeError(f"{text} is not in {bounds}")
+    return value
+  parse.__name__ = kind.__name__
+  return parse
+
+
+def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
+  """Verb and arguments; `assignments` has the texts of --config.path=value.
+
+  Raises:
+    CommandError: an unknown verb or flag, or a wrong value.
+  """
+  parsers = make_parsers()
+  verb, rest = argv[0], list(argv[1:])
+  if verb not in parsers:
+    raise CommandError(
+        f"there is no verb {verb!r}; the nearest of {', '.join(parsers)} is "
+        f"{keys.nearest(verb, parsers)}.")
+  parser = parsers[verb]
+  for text in rest:
+    flag = text.partition("=")[0]
+    if flag.startswith("--") and flag not in parser.flags() and not (
+        flag.startswith("--config.") and "--config" in parser.flags()):
+      raise CommandError(
+          f"there is no flag {flag}; the nearest of posttrain {verb} is "
+          f"{keys.nearest(flag, parser.flags())}.")
+  rest, assignments = _take_assignments(rest)
+  arguments, unexpected = parser.parse_known_args(rest)
+  if unexpected:
+    raise CommandError(
+        f"unexpected {unexpected[0]!r}; write a value as --flag=value.")
+  arguments.assignments = assignments
+  return verb, arguments
+
+
+def _take_assignments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Separates --config.path=value, or --config.path value, from the rest."""
+  rest, assignments = [], []
+  words = iter(argv)
+  for word in words:
+    if not word.startswith("--config."):
+      rest.append(word)
+    elif "=" in word:
+      assignments.append(word.removeprefix("--config."))
+    else:
+      value = next(words, None)
+      if value is None:
+        raise CommandError(f"{word} needs a value: write {word}=VALUE.")
+      assignments.append(f"{word.removeprefix('--config.')}={value}")
+  return rest, assignments

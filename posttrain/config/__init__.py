@@ -1,0 +1,160 @@
+"""Configs: read a file, apply overrides, check everything, fill in defaults.
+
+`load("configs/tiny.py:debug", ["seed=1"])` gives the resolved config, in which
+every key of `posttrain.config.schema` has a value. All problems are found
+before anything compiles and are reported together. Never imports JAX.
+"""
+
+import importlib.util
+import inspect
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from posttrain.config import checks, keys, overrides, reader, schema
+
+
+class ConfigError(ValueError):
+  """All problems of one config, one per line; also as `problems`."""
+
+  def __init__(self, problems: Sequence[str], origin: str):
+    self.problems = tuple(problems)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    super().__init__("\n  ".join([f"{origin}: {count}", *problems]))
+
+
+def load(spec: str, assignments: Sequence[str] = ()) -> config_dict.ConfigDict:
+  """The resolved config of `FILE[:arg]` under `path=value` assignments.
+
+  Raises:
+    ConfigError: anything wrong with the file, the assignments or the result.
+  """
+  return assign(read_file(spec), assignments, spec)
+
+
+def assign(
+    config: config_dict.ConfigDict | Mapping, assignments: Sequence[str],
+    origin: str, *, saved: bool = False,
+) -> config_dict.ConfigDict:
+  """The resolved config after `path=value` assignments.
+
+  Args:
+    config: a config, resolved already where `saved`.
+    assignments: as they follow `--config.` on the command line.
+    origin: named in the error.
+    saved: keys without effect are an error only where they are assigned.
+
+  Raises:
+    ConfigError: anything wrong with the assignments or the result.
+  """
+  values = reader.plain(config)
+  paths = []
+  for assignment in assignments:
+    path, _, text = assignment.partition("=")
+    try:
+      values = overrides.apply(values, path, text)
+    except ValueError as error:
+      raise ConfigError([str(error)], origin) from None
+    paths.append(path)
+  return resolve(
+      values, ignore_inert=lambda path: saved and path not in paths,
+      origin=origin)
+
+
+def read_file(spec: str) -> config_dict.ConfigDict:
+  """What `get_config(arg)` of a config file `FILE[:arg]` returns."""
+  name, colon, arg = spec, "", ""
+  if not pathlib.Path(spec).is_file() and ":" in spec:
+    name, colon, arg = spec.rpartition(":")
+  path = pathlib.Path(name)
+  if not path.is_file():
+    near = keys.nearest(path.name, (
+        other.name for other in path.parent.glob("*.py")))
+    hint = f" The nearest is {path.parent / near}." if near else ""
+    raise ConfigError([f"there is no file {path}.{hint}"], spec)
+  get_config = getattr(_run(path), "get_config", None)
+  if get_config is None:
+    raise ConfigError([f"{path} defines no get_config()."], spec)
+  if colon and not inspect.signature(get_config).parameters:
+    raise ConfigError(
+        [f"get_config() takes no argument, so leave out :{arg}."], spec)
+  return get_config(arg) if colon else get_config()
+
+
+def _run(path: pathlib.Path) -> Any:
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  if spec is None or spec.loader is None:
+    raise ConfigError([f"{path} is no Python file."], str(path))
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def resolve(
+    config: config_dict.ConfigDict | Mapping, *,
+    ignore_inert: Callable[[str], bool] = lambda path: False,
+    origin: str = "config",
+) -> config_dict.ConfigDict:
+  """Checks a config and fills in every default.
+
+  Sections of stages that `stages` does not name are checked and left out.
+  Elements of tuples, such as `data.sources`, are plain dicts.
+
+  Args:
+    config: what a config file returns.
+    ignore_inert: paths that may be set without effect, as they are in a config
+      that was resolved before.
+    origin: named in the error.
+
+  Raises:
+    ConfigError: lists all problems, each with its dotted path.
+  """
+  read = reader.Reader(reader.plain(config))
+  inert = [problem for path, problem in checks.without_effect(read)
+           if not ignore_inert(path)]
+  problems = [*read.problems, *inert, *checks.run(read)]
+  if problems:
+    raise ConfigError(problems, origin)
+  resolved = {
+      name: value for name, value in read.resolved.items()
+      if name in schema.TOP.keys or name in read.resolved["stages"]}
+  return config_dict.ConfigDict(resolved).lock()
+
+
+def jsonable(config: config_dict.ConfigDict | Mapping) -> dict[str, Any]:
+  """Plain dicts and lists."""
+  return _lists(reader.plain(config))
+
+
+def _lists(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _lists(item) for key, item in value.items()}
+  return [_lists(item) for item in value] if isinstance(
+      value, tuple) else value
+
+
+def from_jsonable(
+    data: Mapping, assignments: Sequence[str] = (),
+) -> config_dict.ConfigDict:
+  """The resolved config of a config.json, under `path=value` assignments."""
+  return assign(data, assignments, "config.json", saved=True)
+
+
+def functions(config: config_dict.ConfigDict) -> list[str]:
+  """Every `module:function` that a resolved config names, once."""
+  return reader.functions(reader.plain(config))
+
+
+def diff(
+    old: config_dict.ConfigDict | Mapping,
+    new: config_dict.ConfigDict | Mapping,
+) -> list[str]:
+  """`path: old -> new` of every leaf that differs."""
+  a, b = (dict(reader.leaves(reader.plain(side))) for side in (old, new))
+  show = lambda side, path: (
+      repr(side[path]) if path in side else "(absent)")
+  return [f"{path}: {show(a, path)} -> {show(b, path)}"
+          for path in dict.fromkeys([*a, *b])
+          if show(a, path) != show(b, path)]

@@ -1,0 +1,308 @@
+"""What a schema cannot say: conditions between keys.
+
+Each check is a small function that yields problems, and stands in `CHECKS` or
+in `STAGE_CHECKS`. A check runs only where all keys it could read are of their
+type, so that one mistake is not reported twice.
+"""
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from posttrain.config import keys, reader, schema
+from posttrain.model import config as model_config
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+def run(read: reader.Reader) -> list[str]:
+  """The problems of a config that was read."""
+  problems: list[str] = []
+  for check, reads in CHECKS.items():
+    if not read.faulty.intersection(reads):
+      problems += check(read.resolved)
+  if read.faulty & {"stages", "thinking"}:
+    return problems
+  for name in read.resolved["stages"]:
+    stage = read.resolved.get(name)
+    if isinstance(stage, dict) and "kind" in stage and (
+        name not in read.faulty):
+      for stage_check in STAGE_CHECKS[stage["kind"]]:
+        problems += [f"{name}.{problem}"
+                     for problem in stage_check(read.resolved, name, stage)]
+  return problems
+
+
+# Keys without effect: set in the config, while their condition is not met.
+
+
+def without_effect(read: reader.Reader) -> list[tuple[str, str]]:
+  """Paths and problems of keys that are set and that nothing would read."""
+  problems: list[tuple[str, str]] = []
+  for name, node in read.layout.keys.items():
+    stage = name not in schema.TOP.keys
+    if name in read.faulty or name not in read.values:
+      continue
+    root = read.resolved[name] if stage else read.resolved
+    prefix = f"{name}." if stage else ""
+    problems += _inert(node, read.values[name], root, name, prefix)
+  return problems
+
+
+def _inert(
+    node: Any, values: Any, root: Mapping, path: str, prefix: str,
+) -> Iterator[tuple[str, str]]:
+  if isinstance(node, keys.Section):
+    for name, child in node.keys.items():
+      if name in values:
+        yield from _inert(
+            child, values[name], root, f"{path}.{name}", prefix)
+  elif isinstance(node, keys.Items):
+    for index, item in enumerate(values):  # Conditions are within the item.
+      filled = {name: item.get(name, key.default)
+                for name, key in node.item.keys.items()
+                if isinstance(key, keys.Key)}
+      yield from _inert(node.item, item, filled, f"{path}.{index}",
+                        f"{path}.{index}.")
+  elif isinstance(node, keys.Key) and node.needs is not None:
+    found: Any = root
+    for name in node.needs.path.split("."):
+      found = found[name]
+    if not _OPERATORS[node.needs.operator](found, node.needs.value):
+      yield path, (
+          f"{path}: set to {values!r}, but it has no effect unless "
+          f"{prefix}{node.needs}; found {found!r}.")
+
+
+# Checks of the whole config.
+
+
+def check_stages(config: Mapping) -> Iterator[str]:
+  sections = [name for name in config if name not in schema.TOP.keys]
+  for name in config["stages"]:
+    if name in schema.TOP.keys:
+      yield f"stages: {name!r} is the name of another key; rename the stage."
+    elif not name.isidentifier():
+      yield f"stages: {name!r} cannot name a section; use letters and _."
+    elif name not in config:
+      near = keys.nearest(name, sections)
+      yield (f"stages: there is no section {name!r} with a kind."
+             + (f" The nearest is {near!r}." if near else ""))
+  for name in sorted(set(config["stages"])):
+    if config["stages"].count(name) > 1:
+      yield f"stages: {name!r} is named more than once."
+
+
+def check_model(config: Mapping) -> Iterator[str]:
+  name, changes = config["model"], config["model_overrides"]
+  if name not in model_config.PRESETS:
+    yield (f"model: there is no preset {name!r}; the nearest is "
+           f"{keys.nearest(name, model_config.PRESETS)!r}, of "
+           f"{', '.join(model_config.PRESETS)}.")
+    return
+  compute = ("dtype", "remat", "unroll")
+  types = {field.name: field.type
+           for field in dataclasses.fields(model_config.ModelConfig)
+           if field.name not in compute}
+  problems = list(_override_problems(changes, types, compute))
+  yield from problems
+  if not problems:
+    compute_fields = {field: config["compute"][field] for field in compute}
+    try:
+      dataclasses.replace(
+          model_config.PRESETS[name], **changes, **compute_fields)
+    except ValueError as error:
+      yield f"model: {error}"
+
+
+def _override_problems(
+    changes: Mapping, types: Mapping[str, Any], compute: tuple[str, ...],
+) -> Iterator[str]:
+  for field, value in changes.items():
+    if field not in types:
+      near = f"compute.{field}" if field in compute else (
+          f"model_overrides.{keys.nearest(field, types)}")
+      yield (f"model_overrides.{field}: no such key. The nearest key is "
+             f"{near}.")
+    elif reader.typed_as(value, types[field]) is None:
+      yield (f"model_overrides.{field}: found {value!r}, needed "
+             f"{keys.type_name(types[field])}.")
+    elif types[field] is int and value < (0 if field == "vocab_size" else 1):
+      yield f"model_overrides.{field}: found {value}, needed 1 or more."
+
+
+def check_init(config: Mapping) -> Iterator[str]:
+  init, tokenizer = config["init"], config["tokenizer"]
+  if init["kind"] in ("workdir", "directory") and not init["path"]:
+    yield f"init.path: missing; init.kind={init['kind']!r} needs one."
+  if tokenizer["path"] and tokenizer["train"]:
+    yield "tokenizer.train: set beside tokenizer.path; keep one of them."
+  if init["kind"] == "random" and not (
+      tokenizer["path"] or tokenizer["train"]):
+    yield ("tokenizer.path: missing; random weights come with no tokenizer. "
+           "Set tokenizer.path or tokenizer.train.")
+  if (tokenizer["train"] and tokenizer["model_type"] != "word"
+      and not tokenizer["vocab_size"]):
+    yield ("tokenizer.vocab_size: missing; tokenizer.model_type="
+           f"{tokenizer['model_type']!r} needs it.")
+
+
+def check_mesh(config: Mapping) -> Iterator[str]:
+  sizes = config["mesh"].values()
+  if list(sizes).count(-1) > 1:
+    yield "mesh.fsdp: -1 beside mesh.tensor=-1; set one of them to a number."
+  if 0 in sizes:
+    yield "mesh.fsdp: found a size of 0; -1 means all devices that remain."
+
+
+# Checks of one stage. Problems begin with a path inside the stage.
+
+
+def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
+  if stage["warmup_steps"] > stage["num_steps"]:
+    yield (f"warmup_steps: {stage['warmup_steps']} is more than "
+           f"num_steps={stage['num_steps']}.")
+  if stage["final_learning_rate"] > stage["learning_rate"]:
+    yield (f"final_learning_rate: {stage['final_learning_rate']} is above "
+           f"learning_rate={stage['learning_rate']}.")
+
+
+def check_checkpoint(config, name: str, stage: Mapping) -> Iterator[str]:
+  checkpoint = stage["checkpoint"]
+  if checkpoint["keep_best"] and not checkpoint["best_metric"]:
+    yield ("checkpoint.best_metric: missing; checkpoint.keep_best="
+           f"{checkpoint['keep_best']} needs the name of a metric.")
+
+
+def check_sft_rows(config, name: str, stage: Mapping) -> Iterator[str]:
+  yield from _divides(stage, "num_microbatches", "rows")
+
+
+def check_sources(config, name: str, stage: Mapping) -> Iterator[str]:
+  if not stage["data"]["sources"]:
+    yield "data.sources: found none, needed at least one."
+  for part in ("data", "eval_data"):
+    for index, source in enumerate(stage[part]["sources"]):
+      path = f"{part}.sources.{index}"
+      if bool(source["path"]) == bool(source["task"]):
+        yield f"{path}: set one of path and task; found {dict(source)!r}."
+
+
+def check_groups(config, name: str, stage: Mapping) -> Iterator[str]:
+  yield from _divides(stage, "num_minibatches", "num_groups")
+  updates = stage["num_minibatches"] * stage["num_epochs"]
+  if stage["num_steps"] % updates:
+    yield (f"num_steps: {stage['num_steps']} is not a multiple of the "
+           f"{updates} updates (num_minibatches x num_epochs) that a batch of "
+           "rollouts gives.")
+  rollout = stage["rollout"]
+  longest = rollout["max_prompt_tokens"] + rollout["max_tokens"]
+  if stage["sequence_length"] < longest:
+    yield (f"sequence_length: {stage['sequence_length']} does not hold "
+           f"rollout.max_prompt_tokens + rollout.max_tokens = {longest}.")
+
+
+def check_rewards(config, name: str, stage: Mapping) -> Iterator[str]:
+  rewards, weights = stage["rewards"], stage["reward_weights"]
+  if not rewards:
+    yield "rewards: found none, needed at least one module:function."
+  if weights and len(weights) != len(rewards):
+    yield (f"reward_weights: found {len(weights)} for {len(rewards)} rewards; "
+           "give one each, or none.")
+  if len(set(rewards)) < len(rewards):
+    yield f"rewards: one is there twice in {rewards}; use reward_weights."
+
+
+def check_rollout_budgets(config, name: str, stage: Mapping) -> Iterator[str]:
+  rollout = stage["rollout"]
+  low, high = (rollout[f"{end}_thinking_tokens"] for end in ("min", "max"))
+  if 0 <= high < low:
+    yield (f"rollout.min_thinking_tokens: {low} is above "
+           f"rollout.max_thinking_tokens={high}.")
+  for key, value in (("min_thinking_tokens", low),
+                     ("max_thinking_tokens", high)):
+    if value > rollout["max_tokens"]:
+      yield (f"rollout.{key}: {value} is more than "
+             f"rollout.max_tokens={rollout['max_tokens']}.")
+  if high >= 0 or low > 0 or rollout["num_waits"]:
+    yield from _thinks(config, "rollout.max_thinking_tokens" if high >= 0 else
+                       "rollout.min_thinking_tokens" if low > 0 else
+                       "rollout.num_waits")
+
+
+def check_reference(config, name: str, stage: Mapping) -> Iterator[str]:
+  if stage["reference"]:
+    yield from _weights(config, name, "reference", stage["reference"])
+
+
+def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
+  room = stage["rollout"]["max_tokens"]
+  for budget in stage["max_thinking_tokens"]:
+    if budget > room:
+      yield (f"max_thinking_tokens: {budget} is more than "
+             f"rollout.max_tokens={room}.")
+  for key in ("max_thinking_tokens", "num_waits", "pass_at", "checkpoints"):
+    if len(set(stage[key])) < len(stage[key]):
+      yield f"{key}: a value is there twice in {stage[key]}."
+  for key in ("max_thinking_tokens", "num_waits"):
+    if any(stage[key]):
+      yield from _thinks(config, key)
+
+
+def check_samples(config, name: str, stage: Mapping) -> Iterator[str]:
+  for k in stage["pass_at"]:
+    if k > stage["samples_per_problem"]:
+      yield (f"pass_at: {k} needs as many samples; found "
+             f"samples_per_problem={stage['samples_per_problem']}.")
+
+
+def check_checkpoints(config, name: str, stage: Mapping) -> Iterator[str]:
+  for checkpoint in stage["checkpoints"]:
+    yield from _weights(config, name, "checkpoints", checkpoint)
+
+
+CHECKS = {  # And the names of what they read.
+    check_stages: ("stages",),
+    check_model: ("model", "model_overrides", "compute"),
+    check_init: ("init", "tokenizer"),
+    check_mesh: ("mesh",),
+}
+STAGE_CHECKS = {
+    "sft": (check_optimizer, check_checkpoint, check_sft_rows, check_sources),
+    "grpo": (check_optimizer, check_checkpoint, check_groups, check_rewards,
+             check_rollout_budgets, check_reference),
+    "evaluate": (check_cells, check_samples, check_checkpoints),
+}
+
+
+def _divides(stage: Mapping, part: str, whole: str) -> Iterator[str]:
+  if stage[whole] % stage[part]:
+    yield (f"{whole}: {stage[whole]} is not a multiple of "
+           f"{part}={stage[part]}.")
+
+
+def _thinks(config: Mapping, path: str) -> Iterator[str]:
+  if not config["thinking"]["end"]:
+    yield f"{path}: set, but thinking.end is empty; set thinking.end."
+
+
+def _weights(
+    config: Mapping, name: str, path: str, source: str,
+) -> Iterator[str]:
+  """A source of weights: "init", an earlier training stage, a directory."""
+  earlier = [
+      stage for stage in itertools.takewhile(
+          lambda stage: stage != name, config["stages"])
+      if config.get(stage, {}).get("kind") in schema.TRAINING_KINDS]
+  known = ["init", *earlier]
+  if source in known or "/" in source:
+    return
+  late = " runs later or trains nothing" if source in config else (
+      " is no stage")
+  yield (f"{path}: {source!r}{late}; the nearest of {', '.join(known)} is "
+         f"{keys.nearest(source, known)!r}. A directory has a / in its name.")

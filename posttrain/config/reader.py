@@ -1,0 +1,200 @@
+"""One pass over a config's values: typed values out, problems collected."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from posttrain.config import keys, schema
+
+
+def plain(config: Any) -> Any:
+  """Nested dicts and tuples, copied, of ConfigDicts, dicts and lists."""
+  if isinstance(config, config_dict.ConfigDict):
+    config = config.to_dict()
+  if isinstance(config, Mapping):
+    return {key: plain(value) for key, value in config.items()}
+  if isinstance(config, (list, tuple)):
+    return tuple(plain(value) for value in config)
+  return config
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Dotted paths and values; the dicts in a tuple are numbered."""
+  if isinstance(values, dict) and values:
+    for name, value in values.items():
+      yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
+  elif (isinstance(values, tuple) and values
+        and all(isinstance(value, dict) for value in values)):
+    for index, value in enumerate(values):
+      yield from leaves(value, f"{prefix}.{index}")
+  else:
+    yield prefix, values
+
+
+def stage_section(kind: str) -> keys.Section:
+  """The keys of a stage of one kind, `kind` itself first."""
+  section = schema.KINDS[kind]
+  return keys.Section(section.doc, kind=keys.Key(
+      str, keys.REQUIRED, "What kind of stage this is.",
+      choices=tuple(schema.KINDS)), **section.keys)
+
+
+def layout(values: Mapping) -> keys.Section:
+  """The schema of one config: the top and its own stage sections."""
+  stages = {
+      name: stage_section(section["kind"])
+      for name, section in values.items()
+      if name not in schema.TOP.keys and isinstance(section, Mapping)
+      and section.get("kind") in tuple(schema.KINDS)}
+  return keys.Section("", **{**schema.TOP.keys, **stages})
+
+
+def functions(values: Mapping) -> list[str]:
+  """Every `module:function` that a resolved config names, once."""
+  found: list[str] = []
+  _functions(layout(values), values, found)
+  return list(dict.fromkeys(found))
+
+
+def _functions(node: Any, value: Any, found: list[str]) -> None:
+  if isinstance(node, keys.Section):
+    for name, child in node.keys.items():
+      _functions(child, value.get(name), found)
+  elif isinstance(node, keys.Items):
+    for item in value:
+      _functions(node.item, item, found)
+  elif isinstance(node, keys.Key) and node.function and value:
+    found.extend([value] if isinstance(value, str) else value)
+
+
+class Reader:
+  """Reads plain values against their layout.
+
+  Attributes:
+    resolved: the typed values with all defaults.
+    problems: one line each, beginning with the dotted path.
+    faulty: first names of the paths that have problems.
+  """
+
+  def __init__(self, values: Mapping):
+    self.values = values
+    self.layout = layout(values)
+    self.problems: list[str] = []
+    self.faulty: set[str] = set()
+    self.resolved = self._section(self.layout, values, "")
+
+  def _problem(self, path: str, message: str) -> None:
+    self.problems.append(f"{path}: {message}")
+    self.faulty.add(path.partition(".")[0])
+
+  def _section(
+      self, section: keys.Section, values: Any, prefix: str,
+  ) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+      self._problem(prefix[:-1], (
+          f"found {values!r}, needed a section with the keys "
+          f"{', '.join(section.keys)}."))
+      return {}
+    for name in values:
+      node = section.keys.get(name)
+      if node is None or isinstance(node, keys.Refused):
+        self._unknown(node, name, values[name], prefix)
+    resolved: dict[str, Any] = {}
+    for name, node in section.keys.items():
+      if isinstance(node, keys.Section):
+        resolved[name] = self._section(
+            node, values.get(name, {}), f"{prefix}{name}.")
+      elif isinstance(node, keys.Refused):
+        continue
+      elif name in values:
+        resolved[name] = self._value(node, values[name], prefix + name)
+      elif node.default is keys.REQUIRED:
+        doc = node.doc[0].lower() + node.doc[1:].rstrip(".")
+        self._problem(prefix + name, f"missing; needed: {doc}.")
+      else:
+        resolved[name] = plain(node.default)
+    return resolved
+
+  def _unknown(
+      self, refused: keys.Refused | None, name: str, value: Any, prefix: str,
+  ) -> None:
+    if not prefix and isinstance(value, Mapping) and "kind" in value:
+      kind = value["kind"]
+      return self._problem(f"{name}.kind", (
+          f"{kind!r} is no kind of stage; the nearest of "
+          f"{', '.join(schema.KINDS)} is "
+          f"{keys.nearest(str(kind), schema.KINDS)}."))
+    for path, _ in leaves(value, prefix + name):
+      near = keys.nearest(path, keys.paths(self.layout))
+      what = (f"not allowed here: {refused.reason}" if refused
+              else "no such key" + self._used_elsewhere(path))
+      self._problem(path, f"{what}. The nearest key is {near}.")
+    return None
+
+  def _used_elsewhere(self, path: str) -> str:
+    """Says which kinds have a key that this stage's kind does not use."""
+    stage, _, rest = path.partition(".")
+    section = self.values.get(stage)
+    kind = section.get("kind") if isinstance(section, Mapping) else None
+    others = [other for other, known in schema.KINDS.items()
+              if rest in keys.paths(known)]
+    if kind not in tuple(schema.KINDS) or not others:
+      return ""
+    return f" in a stage of kind {kind} (it belongs to {' and '.join(others)})"
+
+  def _value(
+      self, node: keys.Key | keys.Items, value: Any, path: str,
+  ) -> Any:
+    if isinstance(node, keys.Items):
+      if not isinstance(value, tuple):
+        self._problem(path, f"found {value!r}, needed a tuple of dicts.")
+        return ()
+      return tuple(self._section(node.item, item, f"{path}.{index}.")
+                   for index, item in enumerate(value))
+    typed = typed_as(value, node.type)
+    if typed is None:
+      self._problem(path, (
+          f"found {value!r} ({type(value).__name__}), needed "
+          f"{keys.type_name(node.type)}."))
+      return value
+    for item in typed if isinstance(typed, tuple) else (typed,):
+      if node.choices and item not in node.choices:
+        self._problem(path, (
+            f"found {item!r}, needed one of "
+            f"{', '.join(map(repr, node.choices))}; the nearest is "
+            f"{keys.nearest(item, node.choices)!r}."))
+      if node.bounds and not keys.within(item, node.bounds):
+        self._problem(
+            path, f"found {item!r}, needed a value in {node.bounds}.")
+      if node.function and item != node.default and not all(
+          item.rpartition(":")[::2]):
+        self._problem(path, (
+            f"found {item!r}, needed module:function or file.py:function."))
+    return typed
+
+
+def typed_as(value: Any, kind: Any) -> Any:
+  """The value as its type in the schema, or None where it is not of it."""
+  if kind is float:
+    return float(value) if type(value) in (int, float) else None
+  if kind is dict:
+    return value if isinstance(value, dict) and _is_json(value) else None
+  if kind in (int, bool, str):
+    return value if type(value) is kind else None
+  if type(value) is not tuple:
+    return None
+  items = tuple(typed_as(item, kind.__args__[0]) for item in value)
+  return None if any(item is None for item in items) else items
+
+
+def _is_json(value: Any) -> bool:
+  if isinstance(value, dict):
+    return all(isinstance(key, str) and _is_json(item)
+               for key, item in value.items())
+  if isinstance(value, tuple):
+    return all(map(_is_json, value))
+  if isinstance(value, float):
+    return math.isfinite(value)
+  return value is None or isinstance(value, (str, int))

@@ -1,0 +1,381 @@
+"""Every key of a config: its type, its default, its range, what it means.
+
+This file is the reference; `docs/configs.md` is generated from it. A config
+has the sections of `TOP` and one section per name in `config.stages`, laid out
+by that section's `kind`. `needs` names a condition without which a key has no
+effect: setting the key anyway is an error, as no key is ever inert.
+"""
+
+from posttrain.config.keys import (
+    REQUIRED,
+    Items,
+    Key,
+    Needs,
+    Refused,
+    Section,
+)
+
+
+def _optimizer(schedule: str) -> dict[str, Key]:
+  decays = Needs("schedule", "!=", "constant")
+  return dict(
+      learning_rate=Key(float, REQUIRED, "Peak learning rate.", "(0, inf)"),
+      schedule=Key(
+          str, schedule, "What follows the warm-up.",
+          choices=("cosine", "linear", "constant")),
+      warmup_steps=Key(
+          int, 0, "Steps of linear warm-up from zero.", "[0, inf)"),
+      final_learning_rate=Key(
+          float, 0.0, "Learning rate at the last step.", "[0, inf)",
+          needs=decays),
+      weight_decay=Key(
+          float, 0.0, "Decoupled decay; skips norms and biases.", "[0, inf)"),
+      beta1=Key(float, 0.9, "AdamW: decay of the mean.", "[0, 1)"),
+      beta2=Key(float, 0.999, "AdamW: decay of the square.", "[0, 1)"),
+      eps=Key(float, 1e-8, "AdamW: added to the denominator.", "(0, inf)"),
+      max_grad_norm=Key(
+          float, 1.0, "Global norm to which gradients are clipped.",
+          "(0, inf)"),
+  )
+
+
+def _checkpoint() -> Section:
+  best = Needs("checkpoint.keep_best", ">", 0)
+  return Section(
+      "What is saved and kept.",
+      every=Key(
+          int, 0, "Steps between checkpoints; 0: one, at the end.",
+          "[0, inf)"),
+      keep=Key(int, 2, "Most recent checkpoints kept.", "[1, inf)"),
+      keep_best=Key(
+          int, 0, "Best checkpoints kept beside the recent ones.",
+          "[0, inf)"),
+      best_metric=Key(
+          str, "", "A name in metrics.jsonl that ranks checkpoints.",
+          needs=best),
+      best_mode=Key(
+          str, "max", "Which end of the metric is best.",
+          choices=("max", "min"), needs=best),
+  )
+
+
+def _source(**extra: Key) -> Section:
+  return Section(
+      "One source of examples: a file or a task, not both.",
+      path=Key(str, "", "A .jsonl or .parquet file."),
+      task=Key(str, "", "What gives demonstrations.", function=True),
+      split=Key(
+          str, "train", "The task's split.", needs=Needs("task", "!=", "")),
+      args=Key(
+          dict, {}, "More keyword arguments of the task.",
+          needs=Needs("task", "!=", "")),
+      **extra)
+
+
+def _handling() -> dict[str, Key]:
+  return dict(
+      on_overlong=Key(
+          str, "error", "An example longer than sequence_length; truncate "
+          "keeps EOS.", choices=("error", "drop", "truncate")),
+      on_no_target=Key(
+          str, "error", "An example without a token in the loss.",
+          choices=("error", "drop")),
+      on_malformed=Key(
+          str, "error", "A row that cannot be read; skipped ones are counted.",
+          choices=("error", "skip")),
+      packing=Key(bool, True, "Several examples share a row."),
+  )
+
+
+def _problems(split: str, **extra: Key) -> Section:
+  return Section(
+      "Where prompts come from.",
+      task=Key(str, REQUIRED, "What gives problems.", function=True),
+      split=Key(str, split, "The task's split."),
+      args=Key(dict, {}, "More keyword arguments of the task."),
+      **extra)
+
+
+_PROMPT_TOKENS = Key(
+    int, REQUIRED, "Room for the prompt; a longer one is an error.",
+    "[1, inf)")
+_MAX_TOKENS = Key(
+    int, REQUIRED, "Room for the completion, thinking included.", "[1, inf)")
+_CHUNK = Key(
+    int, 32, "Tokens decoded per device call; changes no token.", "[1, inf)")
+_METRIC_EVERY = Key(
+    int, 10, "Steps between rows of the console's table.", "[1, inf)")
+
+TOP = Section(
+    "Keys outside the stages.",
+    seed=Key(int, 0, "Of initial weights, data order and sampling.",
+             "[0, 4294967295]"),
+    model=Key(str, "tiny", "A preset of posttrain.model.config."),
+    model_overrides=Key(
+        dict, {}, "Fields of ModelConfig that replace the preset's."),
+    stages=Key(
+        tuple[str, ...], REQUIRED, "The stages in order; each names a section "
+        "of this config."),
+    chat_template=Key(
+        str, "", 'A Jinja file; "": the tokenizer\'s own; "plain": prompt, '
+        "completion and EOS without a template."),
+    init=Section(
+        "Where the first stage's weights come from.",
+        kind=Key(
+            str, "random", "Fresh weights, the preset's published files, a "
+            "finished workdir, or a directory of weights.",
+            choices=("random", "preset", "workdir", "directory")),
+        path=Key(
+            str, "", "Workdir, directory, or the preset's file if it is not "
+            "where it is usually found.", needs=Needs("init.kind", "!=",
+                                                      "random")),
+        stage=Key(
+            str, "", 'Stage of that workdir; "": its last finished one.',
+            needs=Needs("init.kind", "==", "workdir")),
+    ),
+    tokenizer=Section(
+        "Text to ids. Unset: the tokenizer that `init` comes with.",
+        path=Key(str, "", "A tokenizer.json, a SentencePiece .model, or a "
+                 "directory with one."),
+        train=Key(
+            str, "", "What gives the texts on which a small SentencePiece "
+            "vocabulary is trained.", function=True),
+        model_type=Key(
+            str, "word", "Kind of the trained vocabulary.",
+            choices=("word", "unigram", "bpe"),
+            needs=Needs("tokenizer.train", "!=", "")),
+        vocab_size=Key(
+            int, 0, "Size of the trained vocabulary; 0: as many as there are "
+            'words (model_type "word" only).', "[0, inf)",
+            needs=Needs("tokenizer.train", "!=", "")),
+        symbols=Key(
+            tuple[str, ...], (), "Strings that must each be one token.",
+            needs=Needs("tokenizer.train", "!=", "")),
+    ),
+    thinking=Section(
+        "The strings around the thinking, for budgets and for metrics.",
+        start=Key(str, "<think>", 'Opens the thinking; "": a completion '
+                  "begins in it.", needs=Needs("thinking.end", "!=", "")),
+        end=Key(str, "</think>", 'Closes it; "": the model does not think.'),
+        delimiters=Key(
+            tuple[str, ...], (), "Further strings that end thinking when the "
+            "model samples them.", needs=Needs("thinking.end", "!=", "")),
+        newline=Key(
+            str, "\n", "Put before a forced `end` unless the last token ends "
+            "in a newline.", needs=Needs("thinking.end", "!=", "")),
+        final_answer=Key(
+            str, "", "Put after an `end` forced at the maximum.",
+            needs=Needs("thinking.end", "!=", "")),
+        wait_text=Key(
+            str, "Wait", "Replaces a delimiter while waits are left.",
+            needs=Needs("thinking.end", "!=", "")),
+    ),
+    mesh=Section(
+        "Devices per axis; -1, once at most: all that remain.",
+        fsdp=Key(int, -1, "Splits the batch and the parameters at rest.",
+                 "[-1, inf)"),
+        tensor=Key(int, 1, "Splits heads, feed-forward and vocabulary.",
+                   "[-1, inf)"),
+        cpu_devices=Key(
+            int, 1, "Without an accelerator: devices that the cores are "
+            "shared between. Two on two cores train a small model faster "
+            "than one, whose small operations use a single core.",
+            "[1, inf)"),
+    ),
+    compute=Section(
+        "Precision and memory. Logits and trained parameters are float32.",
+        dtype=Key(str, "float32", "Of activations and matrix products.",
+                  choices=("float32", "bfloat16")),
+        remat=Key(
+            str, "none", "What the backward pass computes again: nothing, "
+            "everything, or all but matrix products.",
+            choices=("none", "full", "dots")),
+        unroll=Key(int, 1, "Layers per iteration of the layer scan.",
+                   "[1, inf)"),
+        frozen_dtype=Key(
+            str, "float32", "Of parameters that are not trained, such as a "
+            "reference's.", choices=("float32", "bfloat16")),
+        loss_chunk=Key(
+            int, 128, "Positions whose logits exist at one time in a loss.",
+            "[1, inf)"),
+    ),
+)
+
+SFT = Section(
+    "Supervised fine-tuning on packed rows.",
+    num_steps=Key(int, REQUIRED, "Optimizer updates.", "[1, inf)"),
+    sequence_length=Key(int, REQUIRED, "Tokens per packed row.", "[2, inf)"),
+    rows=Key(int, REQUIRED, "Packed rows per step, over all devices.",
+             "[1, inf)"),
+    num_microbatches=Key(
+        int, 1, "Parts into which a step's rows are cut to save memory.",
+        "[1, inf)"),
+    **_optimizer("cosine"),
+    data=Section(
+        "Training examples.",
+        sources=Items(
+            "Mixed by weight.", REQUIRED, _source(weight=Key(
+                float, 1.0, "Share of the mixture, relative.", "(0, inf)"))),
+        **_handling(),
+        shuffle=Key(bool, True, "A new order each epoch, from the seed.")),
+    eval_data=Section(
+        "Held-out examples, read once in order. None by default.",
+        sources=Items("Read one after the other.", (), _source()),
+        **_handling()),
+    eval_every=Key(
+        int, 0, "Steps between evaluation losses; 0: one, at the end.",
+        "[0, inf)", needs=Needs("eval_data.sources", "!=", ())),
+    checkpoint=_checkpoint(),
+    log_every=_METRIC_EVERY,
+)
+
+GRPO = Section(
+    "Group-relative policy optimisation against verifiable rewards.",
+    num_steps=Key(
+        int, REQUIRED, "Optimizer updates; a batch of rollouts gives "
+        "num_minibatches x num_epochs of them.", "[1, inf)"),
+    num_groups=Key(int, REQUIRED, "Prompts per batch of rollouts.",
+                   "[1, inf)"),
+    group_size=Key(int, REQUIRED, "Completions per prompt.", "[2, inf)"),
+    num_minibatches=Key(
+        int, 1, "Updates per epoch over a batch of rollouts.", "[1, inf)"),
+    num_epochs=Key(int, 1, "Epochs over a batch of rollouts.", "[1, inf)"),
+    sequence_length=Key(
+        int, REQUIRED, "Tokens per packed row of the learner.", "[2, inf)"),
+    rows_per_microbatch=Key(
+        int, REQUIRED, "Packed rows per forward pass of the learner, over all "
+        "devices.", "[1, inf)"),
+    **_optimizer("constant"),
+    problems=_problems("train"),
+    rewards=Key(
+        tuple[str, ...], REQUIRED, "What scores a completion; several are "
+        "added up.", function=True),
+    reward_weights=Key(
+        tuple[float, ...], (), "One per reward; unset: all 1."),
+    rollout=Section(
+        "How completions are drawn.",
+        max_prompt_tokens=_PROMPT_TOKENS,
+        max_tokens=_MAX_TOKENS,
+        temperature=Key(float, 1.0, "Of sampling, and of the loss's logprobs.",
+                        "(0, inf)"),
+        max_thinking_tokens=Key(
+            int, -1, "The thinking is closed here; -1: no maximum.",
+            "[-1, inf)"),
+        min_thinking_tokens=Key(
+            int, 0, "The thinking cannot end before.", "[0, inf)"),
+        num_waits=Key(
+            int, 0, "Times an end of thinking becomes thinking.wait_text.",
+            "[0, inf)"),
+        truncate=Key(
+            bool, False, "At the maximum the completion stops, unclosed.",
+            needs=Needs("rollout.max_thinking_tokens", ">=", 0)),
+        chunk=_CHUNK,
+        **{name: Refused(
+            "the policy ratio would be against a truncated distribution; GRPO "
+            "rollouts sample from the whole vocabulary")
+           for name in ("top_k", "top_p", "min_p")},
+    ),
+    loss=Section(
+        "The clipped objective.",
+        function=Key(
+            str, "posttrain.objectives.policy:policy_loss",
+            "What turns logprobs and advantages into a numerator, a "
+            "denominator and sums; see docs/changing.md.", function=True),
+        clip_low=Key(float, 0.2, "The ratio is kept above 1 - clip_low.",
+                     "(0, 1]"),
+        clip_high=Key(float, 0.2, "The ratio is kept below 1 + clip_high.",
+                      "(0, inf)"),
+        aggregation=Key(
+            str, "token_mean", "Mean over all tokens of the batch, mean of "
+            "each completion's mean, or a sum over a constant (Dr. GRPO).",
+            choices=("token_mean", "sequence_mean", "constant")),
+        advantage_std=Key(
+            str, "population", "What centred rewards are divided by.",
+            choices=("population", "sample", "none")),
+        advantage_eps=Key(
+            float, 1e-6, "Added to that standard deviation.", "[0, inf)",
+            needs=Needs("loss.advantage_std", "!=", "none")),
+        kl_coef=Key(
+            float, 0.0, "Weight of the KL to the reference; 0: no reference "
+            "is held.", "[0, inf)"),
+        kl_estimator=Key(
+            str, "k3", "k1: log ratio; k2: half its square; k3: unbiased and "
+            "positive.", choices=("k1", "k2", "k3"),
+            needs=Needs("loss.kl_coef", ">", 0)),
+        kl_in=Key(
+            str, "loss", "Where it is added.", choices=("loss", "reward"),
+            needs=Needs("loss.kl_coef", ">", 0)),
+    ),
+    reference=Key(
+        str, "", 'An earlier stage, "init" or a checkpoint\'s directory; "": '
+        "the weights that this stage starts from.",
+        needs=Needs("loss.kl_coef", ">", 0)),
+    health=Section(
+        "When to stop with advice.",
+        patience=Key(
+            int, 20, "Batches in a row without any signal, or with every "
+            "completion clipped.", "[1, inf)")),
+    checkpoint=_checkpoint(),
+    log_every=_METRIC_EVERY,
+    save_rollouts_every=Key(
+        int, 10, "Steps between saved rollouts (JSONL); 0: none.",
+        "[0, inf)"),
+    show_sample_every=Key(
+        int, 10, "Steps between samples on the console; 0: none.",
+        "[0, inf)"),
+)
+
+EVALUATE = Section(
+    "Accuracy, and how it scales with thinking tokens.",
+    problems=_problems(
+        "test", count=Key(
+            int, 0, "The first so many problems; 0: all.", "[0, inf)")),
+    reward=Key(
+        str, REQUIRED, "What scores a completion; 1 is correct.",
+        function=True),
+    extract=Key(
+        str, "", "What turns a completion into its canonical answer, for "
+        "votes.", function=True),
+    baseline=Key(
+        str, "", "What scores the best constant answer: function(split, "
+        "count=..., **args) -> answer, accuracy, n.", function=True),
+    checkpoints=Key(
+        tuple[str, ...], (), 'Earlier stages, "init", or checkpoint '
+        'directories; unset: "init" and every earlier training stage.'),
+    samples_per_problem=Key(
+        int, 1, "Completions per problem and cell.", "[1, inf)"),
+    pass_at=Key(
+        tuple[int, ...], (1,), "Values of k for pass@k.", "[1, inf)"),
+    max_thinking_tokens=Key(
+        tuple[int, ...], (), "Budgets of the curve, each a cell.",
+        "[0, inf)"),
+    num_waits=Key(
+        tuple[int, ...], (), "Numbers of forced waits, each a cell.",
+        "[0, inf)"),
+    majority=Section(
+        "The majority-vote baseline at equal tokens.",
+        max_samples=Key(
+            int, 0, "Votes at most; 0: no baseline.", "[0, inf)",
+            needs=Needs("extract", "!=", ""))),
+    rollout=Section(
+        "How completions are drawn.",
+        max_prompt_tokens=_PROMPT_TOKENS,
+        max_tokens=_MAX_TOKENS,
+        temperature=Key(float, 1.0, "0: the likeliest token.", "[0, inf)"),
+        top_k=Key(int, 0, "Likeliest tokens kept; 0: all.", "[0, inf)",
+                  needs=Needs("rollout.temperature", ">", 0)),
+        top_p=Key(float, 1.0, "Probability mass kept.", "(0, 1]",
+                  needs=Needs("rollout.temperature", ">", 0)),
+        min_p=Key(float, 0.0, "Least probability kept, relative to the "
+                  "likeliest token's.", "[0, 1]",
+                  needs=Needs("rollout.temperature", ">", 0)),
+        truncate=Key(
+            bool, False, "At the maximum the completion stops, unclosed.",
+            needs=Needs("max_thinking_tokens", "!=", ())),
+        batch_rows=Key(int, 64, "Completions decoded together.", "[1, inf)"),
+        chunk=_CHUNK,
+    ),
+)
+
+KINDS = {"sft": SFT, "grpo": GRPO, "evaluate": EVALUATE}
+TRAINING_KINDS = ("sft", "grpo")

@@ -1,0 +1,302 @@
+"""Sources -> examples -> packed batches, through Grain.
+
+Every source is read and tokenised once, at the start, so that what is wrong
+with the data is known before the first step, and a batch costs a few copies.
+Tokens and masks stay in memory, at 5 bytes a token.
+
+Grain repeats each source, in a new order each epoch, and mixes them by weight
+into an endless stream of examples with random access. Packing walks along it:
+examples that no row has room for wait and go first into the next batch. So
+the state is a position in the stream and the few that wait, and a batch is a
+function of data, config and seed only. It is the global batch, the same on
+every host; `sharding.put` gives each host its rows.
+"""
+
+import functools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from posttrain.data import examples as examples_lib
+from posttrain.data import pack
+from posttrain.data import sources as sources_lib
+from posttrain.text import render as render_lib
+
+Batch = dict[str, np.ndarray]
+
+# At most as many examples are looked over to report the share of padding.
+REPORTED_EXAMPLES = 20_000
+
+
+class Batches:
+  """An endless iterator of packed batches whose state can be saved.
+
+  Attributes:
+    report: what the data is, for `data_report.json`.
+    first_example: (tokens [n] int32, loss_mask [n] bool) of the first example
+      of the stream.
+  """
+
+  def __init__(
+      self, stream: grain.MapDataset, *, rows: int, sequence_length: int,
+      packing: bool, examples: list[examples_lib.Examples], setting: Any):
+    self._examples = sum(map(len, examples))
+    self._iterator = iter(_PackedBatches(
+        stream, rows=rows, length=sequence_length, packing=packing))
+    self._fingerprint = _fingerprint(examples, setting)
+    first = stream[0]
+    self.first_example = first["tokens"], first["loss_mask"]
+    self.report = examples_lib.report(examples) | {
+        "padding_share": _padding_share(
+            stream, min(self._examples, REPORTED_EXAMPLES), rows=rows,
+            length=sequence_length, packing=packing)}
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    """tokens, positions, segment_ids int32 and loss_mask bool, [rows, T]."""
+    return next(self._iterator)
+
+  @property
+  def epoch(self) -> float:
+    """Examples taken so far, over examples in all sources."""
+    return self._iterator.get_state()["position"] / self._examples
+
+  def get_state(self) -> dict[str, Any]:
+    """JSON-able; `set_state` makes the same batches follow."""
+    return self._iterator.get_state() | {"data": self._fingerprint}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes to a saved state.
+
+    Raises:
+      ValueError: the state is of other data or another data config.
+    """
+    if state["data"] != self._fingerprint:
+      raise ValueError(
+          f"the saved data position is of other data ({state['data']}, here "
+          f"{self._fingerprint}): a file, the tokenizer or a data key has "
+          "changed since. Restore it, or start in a new workdir.")
+    self._iterator.set_state(dict(state))
+
+
+class EvalBatches:
+  """One pass over the data in order; iterate as often as you like.
+
+  The last batch is filled up with empty rows.
+
+  Attributes:
+    report, first_example: as in `Batches`.
+  """
+
+  def __init__(
+      self, stream: grain.MapDataset, *, rows: int, sequence_length: int,
+      packing: bool, examples: list[examples_lib.Examples]):
+    self._batches = _PackedBatches(
+        stream, rows=rows, length=sequence_length, packing=packing)
+    first = stream[0]
+    self.first_example = first["tokens"], first["loss_mask"]
+    self.report = examples_lib.report(examples) | {
+        "padding_share": _padding_share(
+            stream, None, rows=rows, length=sequence_length,
+            packing=packing)}
+
+  def __iter__(self) -> Iterator[Batch]:
+    return iter(self._batches)
+
+
+def make_batches(
+    sources: Sequence[Mapping[str, Any]], renderer: render_lib.Renderer, *,
+    sequence_length: int, rows: int, seed: int, on_overlong: str = "error",
+    on_no_target: str = "error", on_malformed: str = "error",
+    packing: bool = True, shuffle: bool = True,
+) -> Batches:
+  """The endless batches of a training stage.
+
+  Args:
+    sources: entries of `data.sources`; see `sources.Source`.
+    renderer: rows -> tokens and loss mask.
+    sequence_length: T, tokens per packed row.
+    rows: packed rows of the global batch.
+    seed: of the order.
+    on_overlong: "error", "drop" or "truncate", which keeps EOS.
+    on_no_target: "error" or "drop".
+    on_malformed: "error" or "skip".
+    packing: False puts each example in a row of its own.
+    shuffle: False keeps the order of each source.
+
+  Raises:
+    ValueError: a source cannot be read, or the data has what the config does
+      not allow; the message names the rows.
+  """
+  parsed = [sources_lib.Source(**source) for source in sources]
+  examples = [
+      examples_lib.load(
+          source, renderer, sequence_length=sequence_length,
+          on_overlong=on_overlong, on_no_target=on_no_target,
+          on_malformed=on_malformed)
+      for source in parsed]
+  _require_examples(examples)
+  parts = []
+  for index, part in enumerate(examples):
+    dataset = grain.MapDataset.source(part)
+    if shuffle:
+      dataset = _EpochShuffle(dataset, seed=(seed, index))
+    parts.append(dataset.repeat())
+  weights = [source.weight for source in parsed]
+  stream = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+  return Batches(
+      stream, rows=rows, sequence_length=sequence_length, packing=packing,
+      examples=examples,
+      setting=[weights, rows, sequence_length, seed, packing, shuffle])
+
+
+def eval_batches(
+    sources: Sequence[Mapping[str, Any]], renderer: render_lib.Renderer, *,
+    sequence_length: int, rows: int, on_overlong: str = "error",
+    on_no_target: str = "error", on_malformed: str = "error",
+    packing: bool = True,
+) -> EvalBatches:
+  """One pass over held-out data, source after source, in order.
+
+  Arguments and errors as in `make_batches`.
+  """
+  examples = [
+      examples_lib.load(
+          sources_lib.Source(**source), renderer,
+          sequence_length=sequence_length, on_overlong=on_overlong,
+          on_no_target=on_no_target, on_malformed=on_malformed)
+      for source in sources]
+  _require_examples(examples)
+  stream = grain.MapDataset.concatenate(
+      [grain.MapDataset.source(part) for part in examples])
+  return EvalBatches(
+      stream, rows=rows, sequence_length=sequence_length, packing=packing,
+      examples=examples)
+
+
+class _EpochShuffle(grain.MapDataset):
+  """A new order in each epoch of its parent.
+
+  Grain's own `shuffle` takes milliseconds for an element of a small data set
+  (0.2.18: it draws from 2**16 indices until one is in range), and counts its
+  seed up by epoch, so that seed 1 repeats the orders of seed 0.
+  """
+
+  def __init__(self, parent: grain.MapDataset, *, seed: tuple[int, ...]):
+    super().__init__(parent)
+    # Two: an example of the last epoch may still wait for room.
+    self._order = functools.lru_cache(maxsize=2)(
+        lambda epoch: np.random.default_rng(
+            (*seed, epoch)).permutation(len(parent)))
+
+  def __len__(self) -> int:
+    return len(self._parent)
+
+  def __getitem__(self, index):
+    epoch, place = divmod(index, len(self))
+    return self._parent[int(self._order(epoch)[place])]
+
+
+class _PackedBatches(grain.IterDataset):
+  """Grain's side of packing: a dataset of batches over one of examples."""
+
+  def __init__(
+      self, stream: grain.MapDataset, *, rows: int, length: int,
+      packing: bool):
+    super().__init__()
+    self._stream = stream
+    self._rows, self._length, self._packing = rows, length, packing
+
+  def __iter__(self) -> "_PackedIterator":
+    return _PackedIterator(
+        self._stream, rows=self._rows, length=self._length,
+        packing=self._packing)
+
+
+class _PackedIterator(grain.DatasetIterator):
+  """Packs examples in stream order, with a queue of those that must wait.
+
+  A batch is closed when as many examples wait as it has rows: the more may
+  wait, the fuller the rows, and the further an example strays from its place.
+  The first that waits always finds an empty row, so none waits for ever.
+  """
+
+  def __init__(
+      self, stream: grain.MapDataset, *, rows: int, length: int,
+      packing: bool):
+    super().__init__()
+    self._stream = stream
+    self._rows, self._length, self._packing = rows, length, packing
+    self._position = 0  # Of the next example that was never looked at.
+    self._waiting: list[int] = []  # Stream positions, in order.
+
+  def get_state(self) -> dict[str, Any]:
+    return {"position": self._position, "waiting": list(self._waiting)}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._position = state["position"]
+    self._waiting = list(state["waiting"])
+
+  def __next__(self) -> Batch:
+    rows = pack.Rows(self._length, self._rows)
+    chosen, placed = [], []
+    waiting: list[int] = []
+    queue = iter(self._waiting)
+    limit = self._rows if self._packing else 1
+    while len(waiting) < limit and not rows.full:
+      index = next(queue, None)
+      if index is None:
+        if self._position == len(self._stream):
+          break
+        index = self._position
+        self._position += 1
+      example = self._stream[index]
+      place = rows.place(len(example["tokens"]), alone=not self._packing)
+      if place[0] == pack.MISFIT:
+        waiting.append(index)
+        continue
+      chosen.append(example)
+      placed.append(place)
+    self._waiting = [*waiting, *queue]
+    if not chosen:
+      raise StopIteration
+    return pack.assemble(
+        chosen, pack.Placement(*np.array(placed).T), rows=self._rows,
+        length=self._length)
+
+
+def _padding_share(
+    stream: grain.MapDataset, count: int | None, *, rows: int, length: int,
+    packing: bool) -> float:
+  """The share of padding while the first `count` examples are packed."""
+  iterator = iter(_PackedBatches(
+      stream, rows=rows, length=length, packing=packing))
+  filled = total = 0
+  for batch in iterator:
+    filled += int(np.count_nonzero(batch["segment_ids"]))
+    total += batch["segment_ids"].size
+    if count is not None and iterator.get_state()["position"] >= count:
+      break
+  return 1 - filled / total
+
+
+def _fingerprint(examples: list[examples_lib.Examples], setting: Any) -> str:
+  checksum = zlib.crc32(repr(setting).encode())
+  for part in examples:
+    checksum = part.checksum(checksum)
+  return f"{checksum:08x}"
+
+
+def _require_examples(examples: list[examples_lib.Examples]) -> None:
+  if not examples:
+    raise ValueError("there is no source of examples. Set data.sources.")
+  for part in examples:
+    if not len(part):
+      raise ValueError(
+          f"{part.source.name} has no example left: {part.counts}. Check "
+          "data.sources.")

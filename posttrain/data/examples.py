@@ -1,0 +1,211 @@
+"""Rows -> examples: tokenised once, checked, counted, kept in memory.
+
+Nothing disappears silently: every row is an example, or is counted and named
+in the report as malformed, dropped or truncated, and by default each of these
+is an error before the first step.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.data import sources as sources_lib
+from posttrain.text import render as render_lib
+
+PERCENTILES = (50, 90, 99)
+SHOWN = 5  # Rows that an error message names.
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """The examples of one source, with random access, for Grain.
+
+  Attributes:
+    source: where they come from.
+    tokens: int32, all examples one behind the other.
+    loss_mask: bool, as `tokens`.
+    offsets: [N + 1] int, where each example begins.
+    counts: rows, examples, malformed, overlong, no_target, unknown_tokens.
+    malformed, dropped, truncated: the place and the reason of each such row.
+  """
+
+  source: sources_lib.Source
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  offsets: np.ndarray
+  counts: dict[str, int]
+  malformed: list[dict[str, str]]
+  dropped: list[dict[str, str]]
+  truncated: list[dict[str, str]]
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    part = slice(self.offsets[index], self.offsets[index + 1])
+    return {"tokens": self.tokens[part], "loss_mask": self.loss_mask[part]}
+
+  @property
+  def sizes(self) -> np.ndarray:
+    """[N] tokens per example."""
+    return np.diff(self.offsets)
+
+  def checksum(self, start: int) -> int:
+    """CRC-32 of all examples, continued from `start`."""
+    for array in (self.tokens, self.loss_mask, self.offsets):
+      start = zlib.crc32(array.tobytes(), start)
+    return start
+
+
+def load(
+    source: sources_lib.Source, renderer: render_lib.Renderer, *,
+    sequence_length: int, on_overlong: str = "error",
+    on_no_target: str = "error", on_malformed: str = "error",
+) -> Examples:
+  """Reads and tokenises a source.
+
+  Arguments and errors as in `batches.make_batches`.
+  """
+  _check_choice("on_overlong", on_overlong, ("error", "drop", "truncate"))
+  _check_choice("on_no_target", on_no_target, ("error", "drop"))
+  _check_choice("on_malformed", on_malformed, ("error", "skip"))
+  rows = 0
+  kept: list[tuple[np.ndarray, np.ndarray]] = []
+  malformed, overlong, no_target, truncated = [], [], [], []
+  for place, row in sources_lib.read(source):
+    rows += 1
+    example = _render(row, renderer)
+    if isinstance(example, sources_lib.Fault):
+      malformed.append(_entry(place, example.reason))
+      continue
+    tokens, loss_mask = example
+    size = tokens.size
+    if size > sequence_length:
+      overlong.append(_entry(place, f"{size} tokens"))
+      if on_overlong != "truncate":
+        continue
+      tokens, loss_mask = truncate(tokens, loss_mask, sequence_length)
+    if not loss_mask.any():
+      no_target.append(_entry(place, "no target token" + (
+          f" in the first {sequence_length}" if size > sequence_length
+          else "")))
+      continue
+    if size > sequence_length:
+      truncated.append(_entry(place, f"{size} tokens, kept {tokens.size}"))
+    kept.append((tokens, loss_mask))
+  if on_malformed == "error":
+    _require_none(
+        malformed, rows, "cannot be used",
+        'Correct them, or set data.on_malformed="skip".')
+  if on_overlong == "error":
+    _require_none(
+        overlong, rows, f"have more than sequence_length={sequence_length} "
+        "tokens", 'Raise sequence_length, or set data.on_overlong to "drop" '
+        'or "truncate".')
+  if on_no_target == "error":
+    _require_none(
+        no_target, rows, "have no token in the loss",
+        'Correct them, or set data.on_no_target="drop".')
+  dropped = no_target + (overlong if on_overlong == "drop" else [])
+  counts = dict(
+      rows=rows, examples=len(kept), malformed=len(malformed),
+      overlong=len(overlong), no_target=len(no_target))
+  return _collect(
+      source, kept, renderer.tokenizer.unk_id, counts, malformed=malformed,
+      dropped=dropped, truncated=truncated)
+
+
+def truncate(
+    tokens: np.ndarray, loss_mask: np.ndarray, length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts an example to at most `length` tokens; what is learnt still ends.
+
+  A turn that is cut keeps its end-of-turn token as its last one. A cut
+  outside a turn goes back to the end of the turn before.
+
+  Args:
+    tokens: [n] int32, longer than `length`.
+    loss_mask: [n] bool.
+    length: at least 2.
+
+  Returns:
+    Both, cut; no token is in the loss when no turn begins before the cut.
+  """
+  head = loss_mask[:length - 1]
+  if head.size and head[-1] and loss_mask[length - 1]:
+    # The cut is inside a turn: its last target is its end-of-turn token.
+    later = np.flatnonzero(~loss_mask[length - 1:])
+    end = length - 1 + later[0] if later.size else tokens.size
+    return (np.append(tokens[:length - 1], tokens[end - 1]),
+            np.append(head, True))
+  targets = np.flatnonzero(head)
+  end = targets[-1] + 1 if targets.size else length - 1
+  return tokens[:end], loss_mask[:end]
+
+
+def report(examples: Sequence[Examples]) -> dict[str, Any]:
+  """What `data_report.json` says about the examples. JSON-able."""
+  sizes = np.concatenate([part.sizes for part in examples])
+  targets = sum(int(part.loss_mask.sum()) for part in examples)
+  weights = sum(part.source.weight for part in examples)
+  total = {
+      key: sum(part.counts[key] for part in examples)
+      for key in examples[0].counts}
+  lengths = dict(
+      min=int(sizes.min()), mean=float(sizes.mean()), max=int(sizes.max()),
+      **{f"p{p}": float(np.percentile(sizes, p)) for p in PERCENTILES})
+  return total | dict(
+      tokens=int(sizes.sum()), target_tokens=targets,
+      target_token_share=targets / int(sizes.sum()), lengths=lengths,
+      sources=[
+          dict(name=part.source.name,
+               share_of_mixture=part.source.weight / weights, **part.counts)
+          for part in examples],
+      malformed_rows=[row for part in examples for row in part.malformed],
+      dropped_rows=[row for part in examples for row in part.dropped],
+      truncated_rows=[row for part in examples for row in part.truncated])
+
+
+def _render(
+    row: dict | sources_lib.Fault, renderer: render_lib.Renderer,
+) -> tuple[np.ndarray, np.ndarray] | sources_lib.Fault:
+  """The tokens and mask of a row, or what is wrong with it."""
+  if isinstance(row, sources_lib.Fault):
+    return row
+  try:
+    return renderer.example_tokens(row)
+  except ValueError as error:
+    return sources_lib.Fault(str(error))
+
+
+def _collect(source, kept, unk_id, counts, **lists) -> Examples:
+  tokens = np.concatenate([t for t, _ in kept] or [np.zeros(0, np.int32)])
+  unknown = 0 if unk_id is None else int((tokens == unk_id).sum())
+  return Examples(
+      source=source, tokens=tokens,
+      loss_mask=np.concatenate([m for _, m in kept] or [np.zeros(0, bool)]),
+      offsets=np.cumsum([0, *(t.size for t, _ in kept)]),
+      counts=counts | dict(unknown_tokens=unknown), **lists)
+
+
+def _entry(place: str, reason: str) -> dict[str, str]:
+  return dict(place=place, reason=reason)
+
+
+def _require_none(
+    entries: list[dict[str, str]], rows: int, what: str, remedy: str) -> None:
+  if not entries:
+    return
+  named = "; ".join(f"{e['place']}: {e['reason']}" for e in entries[:SHOWN])
+  more = f"; and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+  raise ValueError(
+      f"{len(entries)} of {rows} rows {what} ({named}{more}). {remedy}")
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(
+        f"data.{key}={value!r} is not one of {', '.join(choices)}.")

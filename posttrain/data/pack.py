@@ -1,0 +1,176 @@
+"""Packing: examples of different lengths into rows of one length.
+
+A row holds whole examples one behind the other; `segment_ids` (1, 2, ..; 0 is
+padding) keep their attention apart and `positions` restart in each. An
+example is never cut and never lost: what does not fit is an error or is
+handed back.
+
+  N: examples    R: rows    T: length of a row
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+MISFIT = -1
+
+RESERVED = ("positions", "segment_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where each example went: `row[n]`, from column `start[n]`.
+
+  Attributes:
+    row: [N] int, MISFIT where there was no room.
+    start: [N] int.
+    segment: [N] int, its segment id.
+  """
+
+  row: np.ndarray
+  start: np.ndarray
+  segment: np.ndarray
+
+
+class Rows:
+  """First-fit, one example at a time: the first row that has room."""
+
+  def __init__(self, length: int, rows: int | None):
+    """`rows=None`: a new row is opened when no row has room."""
+    self._length, self._bounded = length, rows is not None
+    self._used = [0] * (rows or 0)
+    self._segments = [0] * (rows or 0)
+
+  def __len__(self) -> int:
+    return len(self._used)
+
+  @property
+  def full(self) -> bool:
+    """No row has room for any example."""
+    return self._bounded and min(self._used) == self._length
+
+  def place(self, size: int, *, alone: bool = False) -> tuple[int, int, int]:
+    """Takes room for `size` tokens: (row, start, segment).
+
+    Args:
+      size: in 1..length.
+      alone: in an empty row only.
+
+    Returns:
+      The row is MISFIT when there was no room.
+    """
+    room = 0 if alone else self._length - size
+    row = next((r for r, used in enumerate(self._used) if used <= room), MISFIT)
+    if row == MISFIT:
+      if self._bounded:
+        return MISFIT, 0, 0
+      row = len(self._used)
+      self._used.append(0)
+      self._segments.append(0)
+    start = self._used[row]
+    self._used[row] += size
+    self._segments[row] += 1
+    return row, start, self._segments[row]
+
+
+def first_fit(
+    sizes: Sequence[int] | np.ndarray, *, length: int,
+    rows: int | None = None) -> Placement:
+  """Places examples, longest first, each in the first row with room.
+
+  First-fit decreasing needs at most 11/9 of the fewest possible rows, plus
+  6/9 of a row (Dosa, 2007).
+
+  Args:
+    sizes: [N] tokens per example.
+    length: T.
+    rows: as many rows at most; None: as many as are needed.
+
+  Raises:
+    ValueError: an example is empty or longer than a row.
+  """
+  sizes = np.asarray(sizes, int)
+  if sizes.size and not 1 <= sizes.min() <= sizes.max() <= length:
+    raise ValueError(
+        f"examples have {sizes.min()} to {sizes.max()} tokens, and a packed "
+        f"row has room for 1 to {length}. Raise sequence_length.")
+  bins = Rows(length, rows)
+  placed = np.zeros((sizes.size, 3), int)
+  for n in np.argsort(-sizes, kind="stable"):
+    placed[n] = bins.place(int(sizes[n]))
+  return Placement(*placed.T)
+
+
+def assemble(
+    examples: Sequence[Mapping[str, np.ndarray]], placement: Placement, *,
+    rows: int, length: int) -> dict[str, np.ndarray]:
+  """Copies placed examples into [R, T] arrays; see `pack_rows`."""
+  columns = {name: column.dtype for name, column in examples[0].items()}
+  arrays = {
+      name: np.zeros((rows, length), dtype) for name, dtype in columns.items()}
+  arrays |= {name: np.zeros((rows, length), np.int32) for name in RESERVED}
+  for example, row, start, segment in zip(
+      examples, placement.row, placement.start, placement.segment,
+      strict=True):
+    size = _size(example)
+    place = row, slice(start, start + size)
+    for name in columns:
+      arrays[name][place] = example[name]
+    arrays["positions"][place] = np.arange(size)
+    arrays["segment_ids"][place] = segment
+  return arrays
+
+
+def pack_rows(
+    examples: Sequence[Mapping[str, np.ndarray]], *, length: int,
+    rows: int | None = None,
+) -> tuple[dict[str, np.ndarray], Placement]:
+  """Packs examples with any per-token columns.
+
+  Args:
+    examples: N mappings, with the same columns, of 1-D arrays; those of one
+      example are equally long. `tokens`, `loss_mask`, `advantages`, ...
+    length: T.
+    rows: R; None: as many as are needed.
+
+  Returns:
+    [R, T] arrays of the examples' columns (0 is padding), `positions` and
+    `segment_ids` (int32); and where each example went, to take per-token
+    results out again: `result[p.row[n], p.start[n]:p.start[n] + size]`.
+
+  Raises:
+    ValueError: no example, an empty one, one longer than a row, unequal
+      columns, or more examples than `rows` rows have room for.
+  """
+  if not examples:
+    raise ValueError("there are no examples to pack.")
+  names = set(examples[0])
+  if names & set(RESERVED):
+    raise ValueError(
+        f"a column is called {sorted(names & set(RESERVED))[0]!r}, which "
+        "packing makes itself.")
+  for n, example in enumerate(examples):
+    if set(example) != names:
+      raise ValueError(
+          f"example {n} has the columns {sorted(example)}, and the first one "
+          f"has {sorted(names)}.")
+  sizes = [_size(example) for example in examples]
+  placement = first_fit(sizes, length=length, rows=rows)
+  misfits = int((placement.row == MISFIT).sum())
+  if misfits:
+    raise ValueError(
+        f"{misfits} of {len(examples)} examples do not fit into {rows} rows "
+        f"of {length} tokens, which hold {sum(sizes)} tokens in all. Raise "
+        "the number of rows or sequence_length.")
+  needed = int(placement.row.max()) + 1
+  return assemble(
+      examples, placement, rows=rows or needed, length=length), placement
+
+
+def _size(example: Mapping[str, np.ndarray]) -> int:
+  sizes = {name: len(column) for name, column in example.items()}
+  if len(set(sizes.values())) != 1:
+    raise ValueError(
+        f"the columns of an example have different lengths: {sizes}.")
+  return next(iter(sizes.values()))

@@ -1,0 +1,67 @@
+"""Joins the processes of one run into one JAX program.
+
+Every process runs the same command. What differs between them is in the
+environment, which `launch/` sets:
+
+  POSTTRAIN_COORDINATOR    host:port of process 0, or "auto" where the machine
+                           knows its own cluster (a TPU VM slice)
+  POSTTRAIN_NUM_PROCESSES  how many there are      (not with "auto")
+  POSTTRAIN_PROCESS_ID     which one this is, 0..  (not with "auto")
+
+Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
+"""
+
+import os
+
+import jax
+
+COORDINATOR = "POSTTRAIN_COORDINATOR"
+NUM_PROCESSES = "POSTTRAIN_NUM_PROCESSES"
+PROCESS_ID = "POSTTRAIN_PROCESS_ID"
+
+
+def initialize(*, cpu_devices: int = 1) -> None:
+  """Joins the other processes; call it before anything touches a device.
+
+  Args:
+    cpu_devices: how many this process has where there is no accelerator;
+      an XLA_FLAGS that says so already (as `launch/local.py` sets) wins.
+
+  Raises:
+    ValueError: the environment is incomplete or contradicts itself.
+  """
+  if "xla_force_host_platform_device_count" not in os.environ.get(
+      "XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", cpu_devices)
+  coordinator = os.environ.get(COORDINATOR)
+  if not coordinator:
+    alone = [name for name in (NUM_PROCESSES, PROCESS_ID) if name in os.environ]
+    if alone:
+      raise ValueError(
+          f"{' and '.join(alone)} are set, but {COORDINATOR} is not. Set it to "
+          "host:port of process 0, or unset the others.")
+    return
+  if coordinator == "auto":
+    jax.distributed.initialize()
+    return
+  num_processes = _integer(NUM_PROCESSES)
+  process_id = _integer(PROCESS_ID)
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+        f"{PROCESS_ID}={process_id} is not in 0..{num_processes - 1}, which "
+        f"{NUM_PROCESSES}={num_processes} needs.")
+  # Of effect on CPU devices only; no other CPU implementation is built in.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # Binding to the given address alone keeps loopback runs off the network.
+  jax.distributed.initialize(
+      coordinator, num_processes, process_id,
+      coordinator_bind_address=coordinator if process_id == 0 else None)
+
+
+def _integer(name: str) -> int:
+  value = os.environ.get(name)
+  if value is None or not value.isdecimal():
+    raise ValueError(
+        f"{name} is {value!r}, and must be a whole number when {COORDINATOR} "
+        "is host:port.")
+  return int(value)

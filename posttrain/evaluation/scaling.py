@@ -1,0 +1,180 @@
+"""How accuracy follows thinking tokens: the metrics of s1, and its baseline.
+
+A *point* is one evaluation run: mean thinking tokens a question, and accuracy.
+Slopes have the unit of the accuracies (give percent for percentage points).
+
+s1 defines Scaling as the mean slope over all pairs of points, per token
+(https://arxiv.org/abs/2501.19393, equation 2). Its published values follow
+from its tables only with log2 of the tokens, and so are per doubling; both are
+here.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from posttrain.evaluation import statistics
+
+
+class Flips(NamedTuple):
+  """What one step did to the same n questions."""
+  correct_to_wrong: int
+  wrong_to_correct: int
+  n: int
+
+
+def control(
+    thinking_tokens: np.ndarray, maximum: np.ndarray,
+    minimum: np.ndarray | float = 0,
+) -> float:
+  """Share of runs (or of samples) whose thinking kept within its bounds.
+
+  Args:
+    thinking_tokens: [N], mean tokens of each run, as s1 counts, or the tokens
+      of each sample, which is stricter.
+    maximum, minimum: [N] or scalars, both allowed values themselves.
+  """
+  tokens = np.asarray(thinking_tokens)
+  return float(np.mean((tokens >= minimum) & (tokens <= maximum)))
+
+
+def scaling_per_doubling(
+    thinking_tokens: np.ndarray, accuracy: np.ndarray,
+) -> float | None:
+  """Mean accuracy gained per doubling of thinking, over all pairs of points.
+
+  Comparable to the paper's published Scaling. A point without thinking has no
+  doubling, and two points of equal tokens no slope: both are left out, as in
+  `scaling_per_1k`.
+
+  Args:
+    thinking_tokens, accuracy: [N], one entry for each run.
+
+  Returns:
+    The mean, or None where no pair has a slope.
+  """
+  tokens, accuracy = _points(thinking_tokens, accuracy)
+  some = tokens > 0
+  return _mean_slope(np.log2(tokens[some]), accuracy[some])
+
+
+def scaling_per_1k(
+    thinking_tokens: np.ndarray, accuracy: np.ndarray,
+) -> float | None:
+  """Mean accuracy gained per 1,000 thinking tokens, over all pairs of points.
+
+  Arguments and result as in `scaling_per_doubling`.
+  """
+  tokens, accuracy = _points(thinking_tokens, accuracy)
+  return _mean_slope(tokens / 1000, accuracy)
+
+
+def performance(accuracy: np.ndarray) -> float:
+  """The best accuracy of any run."""
+  return float(np.max(accuracy))
+
+
+def flips(before: np.ndarray, after: np.ndarray) -> Flips:
+  """Answers that changed between right and wrong.
+
+  Args:
+    before, after: [Q] bool, of the same questions (or samples) in the same
+      order.
+
+  Raises:
+    ValueError: they differ in length.
+  """
+  before, after = np.asarray(before, bool), np.asarray(after, bool)
+  if before.shape != after.shape:
+    raise ValueError(
+        f"Outcomes of shape {before.shape} and {after.shape} are not of the "
+        "same questions.")
+  return Flips(int((before & ~after).sum()), int((~before & after).sum()),
+               before.size)
+
+
+def flips_per_wait(correct: Sequence[np.ndarray]) -> list[Flips]:
+  """Flips from each number of waits to the next.
+
+  Args:
+    correct: [W] arrays of [Q] bool, in the order of the waits (0, 1, 2, 4).
+
+  Returns:
+    [W - 1].
+  """
+  return [flips(a, b) for a, b in itertools.pairwise(correct)]
+
+
+def majority_curve(
+    tokens: Sequence[Sequence[int]], answers: Sequence[Sequence[str | None]],
+    correct: Sequence[Sequence[bool]], *,
+    vote: Callable[..., float] = statistics.maj_at_k,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens spent and accuracy of a majority vote of k = 1..M samples.
+
+  Args:
+    tokens: [Q][M] thinking tokens of each sample.
+    answers, correct: [Q][M], as in `statistics.maj_at_k`.
+    vote: `statistics.maj_at_k` or `statistics.majority_of_first_k`.
+
+  Returns:
+    Mean tokens a question [M] and accuracy [M].
+
+  Raises:
+    ValueError: no questions, or not M samples of each question.
+  """
+  counts = {len(row) for rows in (tokens, answers, correct) for row in rows}
+  if len(counts) != 1 or not len(tokens) == len(answers) == len(correct):
+    raise ValueError(
+        "A majority curve needs equally many samples of each question, and "
+        f"was given {sorted(counts)} samples and {len(tokens)}, "
+        f"{len(answers)} and {len(correct)} questions.")
+  ks = range(1, counts.pop() + 1)
+  accuracy = [np.mean([vote(a, c, k) for a, c in zip(
+      answers, correct, strict=True)]) for k in ks]
+  return np.mean(np.asarray(tokens)) * np.asarray(ks), np.asarray(accuracy)
+
+
+def majority_at_tokens(
+    budget: float, tokens: np.ndarray, accuracy: np.ndarray,
+) -> float | None:
+  """Accuracy of a majority vote that spends `budget` tokens a question.
+
+  The baseline at equal tokens for a run that thinks `budget` tokens on the
+  average. Between k and k + 1 samples it is the line through both, which is
+  what voting with k + 1 samples on a random share of the questions attains.
+
+  Args:
+    budget: mean thinking tokens a question.
+    tokens, accuracy: [M] each, from `majority_curve`.
+
+  Returns:
+    None where the budget is below a single sample's tokens, or above those of
+    all samples.
+  """
+  if not tokens[0] <= budget <= tokens[-1]:
+    return None
+  return float(np.interp(budget, tokens, accuracy))
+
+
+def _points(
+    tokens: np.ndarray, accuracy: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+  tokens = np.asarray(tokens, np.float64)
+  accuracy = np.asarray(accuracy, np.float64)
+  if tokens.shape != accuracy.shape or tokens.ndim != 1:
+    raise ValueError(
+        f"Tokens of shape {tokens.shape} and accuracies of shape "
+        f"{accuracy.shape} are not the points of one curve.")
+  return tokens, accuracy
+
+
+def _mean_slope(x: np.ndarray, y: np.ndarray) -> float | None:
+  i, j = np.triu_indices(x.size, k=1)
+  apart = x[i] != x[j]
+  i, j = i[apart], j[apart]
+  if i.size == 0:
+    return None
+  return float(np.mean((y[j] - y[i]) / (x[j] - x[i])))

@@ -1,0 +1,281 @@
+"""Accuracies, votes and their uncertainty. NumPy only.
+
+  Q: questions    M: samples per question, of which k are used
+
+A score is 0 or 1, or a mean of such. An answer is a canonical text, or None
+where a sample gave none: such a sample is wrong, takes up its place among the
+k, and abstains from votes.
+
+References: pass@k, https://arxiv.org/abs/2107.03374; errors,
+https://arxiv.org/abs/2411.00640; votes, https://arxiv.org/abs/2203.11171.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z = 1.959963984540054  # 95 % of a normal distribution, two-sided.
+
+
+class Estimate(NamedTuple):
+  """A mean, its standard error, and the number of scores in it."""
+  mean: float
+  error: float
+  n: int
+
+
+def estimate(
+    scores: np.ndarray, cluster: np.ndarray | None = None,
+) -> Estimate:
+  """Mean and standard error over questions.
+
+  With several samples a question, give each question's mean score: its
+  samples are not independent draws of questions.
+
+  Args:
+    scores: [Q].
+    cluster: [Q] int, equal for related questions (those of one passage, or
+      of one multiset of numbers); None where all are independent.
+
+  Returns:
+    The error is sqrt(sum (s - mean)^2 / (Q (Q - 1))), and within a cluster
+    the cross products are added (Miller 2024, equation 4). It is NaN for a
+    single score.
+
+  Raises:
+    ValueError: no scores.
+  """
+  scores = np.asarray(scores, np.float64)
+  n = scores.size
+  if n == 0:
+    raise ValueError("There are no scores to average.")
+  mean = scores.mean()
+  if n == 1:
+    return Estimate(float(mean), math.nan, 1)
+  centred = scores - mean
+  variance = np.sum(centred**2) / (n * (n - 1))
+  if cluster is not None:
+    _, group = np.unique(cluster, return_inverse=True)
+    cross = np.bincount(group, centred)**2 - np.bincount(group, centred**2)
+    variance += cross.sum() / n**2
+  # Cross products may be negative, and rounding then passes zero.
+  return Estimate(float(mean), math.sqrt(max(variance, 0.0)), n)
+
+
+def paired_difference(
+    scores: np.ndarray, baseline: np.ndarray,
+    cluster: np.ndarray | None = None,
+) -> Estimate:
+  """Mean and standard error of `scores - baseline` on the same questions.
+
+  Args:
+    scores, baseline: [Q], of the same questions in the same order.
+    cluster: as in `estimate`.
+
+  Raises:
+    ValueError: the two differ in length, or are empty.
+  """
+  return estimate(_difference(scores, baseline), cluster)
+
+
+def wilson(
+    correct: float, n: int, *, z: float = Z,
+) -> tuple[float, float]:
+  """Wilson's interval for a proportion of single yes-or-no outcomes.
+
+  Raises:
+    ValueError: not 0 <= correct <= n, or n is 0.
+  """
+  if n < 1 or not 0 <= correct <= n:
+    raise ValueError(f"{correct} of {n} is not a proportion.")
+  p, z2 = correct / n, z * z
+  centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+  half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+  return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(
+    scores: np.ndarray, baseline: np.ndarray | None = None, *, seed: int,
+    resamples: int = 10_000, level: float = 0.95,
+) -> tuple[float, float]:
+  """Percentile interval of a mean, or of a paired difference of means.
+
+  Args:
+    scores: [Q].
+    baseline: [Q] of the same questions, subtracted; None for none.
+    seed: of the resampling.
+    resamples: how many times the questions are drawn with replacement.
+    level: the share of resampled means inside the interval.
+
+  Raises:
+    ValueError: no scores, or the two differ in length.
+  """
+  scores = np.asarray(scores, np.float64)
+  if baseline is not None:
+    scores = _difference(scores, baseline)
+  if scores.size == 0:
+    raise ValueError("There are no scores to resample.")
+  rng = np.random.default_rng(seed)
+  means = np.array([
+      scores[rng.integers(scores.size, size=scores.size)].mean()
+      for _ in range(resamples)])
+  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+  """P(at least one of k samples is right), unbiased: 1 - C(n-c, k) / C(n, k).
+
+  Args:
+    n: samples of the question.
+    correct: how many of them are right.
+    k: how many are drawn without replacement.
+
+  Raises:
+    ValueError: not 1 <= k <= n, or not 0 <= correct <= n.
+  """
+  _check_counts(n, correct, k)
+  return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def pass_hat_k(n: int, correct: int, k: int) -> float:
+  """P(all of k samples are right), unbiased; arguments as `pass_at_k`."""
+  _check_counts(n, correct, k)
+  return math.comb(correct, k) / math.comb(n, k)
+
+
+def maj_at_k(
+    answers: Sequence[str | None], correct: Sequence[bool], k: int,
+) -> float:
+  """P(a majority vote of k of the samples is right), over all subsets.
+
+  The most frequent answer wins; answers with equally many votes win equally
+  often. Where nobody votes the result is wrong. Where a grader found some
+  samples of one answer right and others wrong (two spellings, a time-out), any
+  of the samples that voted for it speaks for it, equally often.
+
+  Args:
+    answers: [M], M up to 1,000.
+    correct: [M] bool.
+    k: how many samples vote, drawn without replacement.
+
+  Raises:
+    ValueError: not 1 <= k <= M, or lengths that differ.
+  """
+  _check_votes(answers, correct, k)
+  votes = Counter(answer for answer in answers if answer is not None)
+  right = Counter(
+      answer for answer, c in zip(answers, correct, strict=True) if c)
+  abstaining = len(answers) - votes.total()
+  wins = 0.0
+  for answer, n in votes.items():
+    if not right[answer]:
+      continue
+    others = [m for other, m in votes.items() if other != answer]
+    ways = sum(math.comb(n, top) * _share(others, abstaining, top, k - top)
+               for top in range(1, min(n, k) + 1))
+    wins += ways * right[answer] / n
+  return wins / math.comb(len(answers), k)
+
+
+def majority_of_first_k(
+    answers: Sequence[str | None], correct: Sequence[bool], k: int,
+) -> float:
+  """Whether a vote of the first k samples is right, as s1 counts maj@k.
+
+  A tie goes to the answer that came first, and the first sample of an answer
+  speaks for it. `maj_at_k` is the mean of this over all orders.
+
+  Arguments and errors are those of `maj_at_k`.
+  """
+  _check_votes(answers, correct, k)
+  votes = Counter(answer for answer in answers[:k] if answer is not None)
+  if not votes:
+    return 0.0
+  winner = votes.most_common(1)[0][0]  # In a tie, the one counted first.
+  return float(correct[list(answers).index(winner)])
+
+
+def best_of_n(
+    scores: Sequence[float], correct: Sequence[bool], n: int,
+) -> float:
+  """P(the highest-scored of n samples is right), over all subsets.
+
+  Args:
+    scores: [M], a verifier's; equal ones are chosen equally often.
+    correct: [M] bool.
+    n: how many samples are drawn without replacement.
+
+  Raises:
+    ValueError: not 1 <= n <= M, or lengths that differ.
+  """
+  if len(scores) != len(correct):
+    raise ValueError(
+        f"{len(scores)} scores and {len(correct)} outcomes differ in number.")
+  total = len(scores)
+  _check_counts(total, 0, n)
+  values, outcomes = np.asarray(scores, float), np.asarray(correct, float)
+  wins = 0.0
+  for value in np.unique(values):
+    below, upto = int((values < value).sum()), int((values <= value).sum())
+    ways = math.comb(upto, n) - math.comb(below, n)
+    wins += ways * float(outcomes[values == value].mean())
+  return wins / math.comb(total, n)
+
+
+def _share(
+    others: Sequence[int], abstaining: int, top: int, places: int,
+) -> float:
+  """Ways to fill the other places, each counted as a share of the win.
+
+  The answer in question has `top` votes. No other may have more; where t have
+  as many, it wins one time in 1 + t. A table over (places filled, t) is
+  extended by one answer at a time.
+  """
+  ties = places // top
+  table = np.zeros((places + 1, ties + 1))
+  for n in range(min(abstaining, places) + 1):
+    table[n, 0] = math.comb(abstaining, n)
+  for votes in others:
+    new = table.copy()
+    for n in range(1, min(votes, top - 1, places) + 1):
+      new[n:] += math.comb(votes, n) * table[:-n]
+    if top <= min(votes, places):
+      new[top:, 1:] += math.comb(votes, top) * table[:-top, :-1]
+    table = new
+  return float((table[places] / np.arange(1, ties + 2)).sum())
+
+
+def _check_votes(
+    answers: Sequence[str | None], correct: Sequence[bool], k: int,
+) -> None:
+  if len(answers) != len(correct):
+    raise ValueError(
+        f"{len(answers)} answers and {len(correct)} outcomes differ in number.")
+  if any(c and answer is None
+         for answer, c in zip(answers, correct, strict=True)):
+    raise ValueError(
+        "A sample without an answer is right. The evaluation's extract and "
+        "reward should agree on what an answer is.")
+  _check_counts(len(answers), 0, k)
+
+
+def _difference(scores: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+  scores, baseline = np.asarray(scores), np.asarray(baseline)
+  if scores.shape != baseline.shape:
+    raise ValueError(
+        f"Scores of shape {scores.shape} and {baseline.shape} are not of the "
+        "same questions.")
+  return scores.astype(np.float64) - baseline.astype(np.float64)
+
+
+def _check_counts(n: int, correct: int, k: int) -> None:
+  if not 1 <= k <= n:
+    raise ValueError(
+        f"k = {k} samples cannot be drawn from {n}. Raise samples_per_problem "
+        "or lower pass_at.")
+  if not 0 <= correct <= n:
+    raise ValueError(f"{correct} of {n} samples cannot be right.")

@@ -1,0 +1,133 @@
+"""Scored completions of one model -> the figures of an evaluation.
+
+A cell is one setting of the budgets, on the same problems with the same
+random bits: what differs between two cells is the budget alone.
+
+  Q: problems    M: samples of each
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.evaluation import scaling, statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One setting; no maximum is -1."""
+
+  max_thinking_tokens: int = -1
+  num_waits: int = 0
+
+  @property
+  def name(self) -> str:
+    if self.max_thinking_tokens >= 0:
+      return f"max_{self.max_thinking_tokens}"
+    return f"waits_{self.num_waits}" if self.num_waits else "free"
+
+
+def cells(
+    max_thinking_tokens: Sequence[int], num_waits: Sequence[int],
+) -> list[Cell]:
+  """The free cell, one per maximum, one per number of waits; each once."""
+  found = [Cell(), *(Cell(max_thinking_tokens=m) for m in max_thinking_tokens),
+           *(Cell(num_waits=w) for w in num_waits)]
+  return list(dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """The completions of one cell, all [Q, M].
+
+  Attributes:
+    correct: bool. answers: str or None, canonical; all None without votes.
+    tokens, thinking_tokens: int, of the completion and of its thinking.
+    finish: names of the reasons, str.
+  """
+
+  correct: np.ndarray
+  answers: np.ndarray
+  tokens: np.ndarray
+  thinking_tokens: np.ndarray
+  finish: np.ndarray
+
+
+def cell_figures(
+    cell: Cell, scored: Scored, pass_at: Sequence[int], *, votes: bool,
+) -> dict[str, Any]:
+  """Accuracy with its error, pass@k, maj@k, lengths and control."""
+  accuracy = statistics.estimate(scored.correct.mean(axis=1))
+  samples = scored.correct.shape[1]
+  figures = {
+      "name": cell.name, "max_thinking_tokens": cell.max_thinking_tokens,
+      "num_waits": cell.num_waits, "n": accuracy.n, "samples": samples,
+      "accuracy": accuracy.mean,
+      "standard_error": accuracy.error if accuracy.n > 1 else None,
+      "mean_thinking_tokens": float(scored.thinking_tokens.mean()),
+      "median_thinking_tokens": float(np.median(scored.thinking_tokens)),
+      "p95_thinking_tokens": float(np.quantile(scored.thinking_tokens, 0.95)),
+      "mean_tokens": float(scored.tokens.mean()),
+      "finish": {name: float(np.mean(scored.finish == name))
+                 for name in ("eos", "budget", "length", "stop")},
+      "pass@k": {str(k): float(np.mean([
+          statistics.pass_at_k(samples, int(row.sum()), k)
+          for row in scored.correct])) for k in pass_at}}
+  if votes:
+    figures["no_answer"] = float(np.mean(scored.answers == None))  # noqa: E711
+    figures["maj@k"] = {str(k): float(np.mean([
+        statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
+        for answers, correct in zip(
+            scored.answers, scored.correct, strict=True)])) for k in pass_at}
+  if cell.max_thinking_tokens >= 0:
+    figures["control"] = scaling.control(
+        scored.thinking_tokens.ravel(), np.array(cell.max_thinking_tokens))
+  return figures
+
+
+def s1_figures(
+    figures: Sequence[Mapping[str, Any]], scored: Mapping[Cell, Scored],
+) -> dict[str, Any]:
+  """Control, Scaling and Performance over the maxima; flips per wait.
+
+  Scaling is in accuracy (1 = 100 points); a curve of one point has none.
+  """
+  curve = [f for f in figures if f["max_thinking_tokens"] >= 0]
+  waits = sorted((c for c in scored if c.max_thinking_tokens < 0),
+                 key=lambda cell: cell.num_waits)
+  flips = scaling.flips_per_wait([scored[c].correct.ravel() for c in waits])
+  summary: dict[str, Any] = {
+      "flips": [
+          {"from_waits": a.num_waits, "to_waits": b.num_waits, **f._asdict()}
+          for a, b, f in zip(waits, waits[1:], flips, strict=False)]}
+  if curve:
+    tokens = np.array([f["mean_thinking_tokens"] for f in curve])
+    accuracy = np.array([f["accuracy"] for f in curve])
+    summary |= {
+        "control_per_sample": float(np.mean([f["control"] for f in curve])),
+        "control_per_run": scaling.control(
+            tokens, np.array([f["max_thinking_tokens"] for f in curve])),
+        "scaling_per_doubling": scaling.scaling_per_doubling(tokens, accuracy),
+        "scaling_per_1k": scaling.scaling_per_1k(tokens, accuracy),
+        "performance": scaling.performance(accuracy)}
+  return summary
+
+
+def majority_baseline(scored: Scored) -> list[dict[str, Any]]:
+  """Accuracy of a vote of 1..M free samples, and the tokens it spends."""
+  tokens, _ = scaling.majority_curve(
+      scored.thinking_tokens.tolist(), scored.answers.tolist(),
+      scored.correct.tolist())
+  rows = []
+  for k, spent in enumerate(tokens, start=1):
+    per_question = np.array([
+        statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
+        for answers, correct in zip(
+            scored.answers, scored.correct, strict=True)])
+    accuracy = statistics.estimate(per_question)
+    rows.append({
+        "samples": k, "mean_tokens": float(spent), "accuracy": accuracy.mean,
+        "standard_error": accuracy.error if accuracy.n > 1 else None})
+  return rows

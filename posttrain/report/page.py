@@ -1,0 +1,154 @@
+"""Workdirs -> one HTML file that needs nothing else, not even a network.
+
+Style, script, charts and samples are inline. The page's content policy
+forbids every request, so that nothing in a run can add one.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain import config as config_lib
+from posttrain import workdir as workdir_lib
+from posttrain.report import curves, evaluations, markup, samples
+from posttrain.report.read import Run, read_runs
+
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; img-src data:")
+HERE = pathlib.Path(__file__).parent
+
+
+def build(
+    workdirs: Sequence[str | os.PathLike],
+    output: str | os.PathLike | None = None,
+) -> pathlib.Path:
+  """Writes the report of one run, or of several in the same plots.
+
+  Args:
+    workdirs: of `posttrain train`; finished or not.
+    output: the HTML file; `report.html` in the first workdir by default.
+
+  Returns:
+    Where the page is.
+
+  Raises:
+    WorkdirError: a directory holds no run.
+    ValueError: a file of a run is damaged.
+  """
+  runs = read_runs([pathlib.Path(path) for path in workdirs])
+  path = pathlib.Path(output or runs[0].path / "report.html")
+  workdir_lib.replace_file(path, render(runs).encode())
+  return path
+
+
+def render(runs: Sequence[Run]) -> str:
+  """The page's text."""
+  title = " · ".join(run.label for run in runs)
+  sections = {
+      "Runs": markup.join(_run(run) for run in runs),
+      "Evaluation": evaluations.evaluations(runs),
+      "Training": curves.curves(runs),
+      "Samples": samples.samples(runs),
+      "Config": _config(runs)}
+  contents = markup.tag("nav", *(
+      markup.tag("a", name, attributes={"href": f"#{name.lower()}"})
+      for name in sections), markup.Html(
+          '<button id="theme" type="button">light / dark</button>'))
+  body = markup.join([
+      markup.tag("header", markup.tag("h1", title), contents),
+      markup.tag("main", *(
+          markup.tag("section", markup.tag("h2", name), content,
+                     attributes={"id": name.lower()})
+          for name, content in sections.items())),
+      markup.tag("footer", "Made by posttrain report, "
+                 + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))])
+  style = (HERE / "style.css").read_text()
+  script = (HERE / "page.js").read_text()
+  return (
+      '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+      f"<title>posttrain: {markup.text(title)}</title>\n"
+      f"<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
+      f"<script>\n{script}</script>\n</body>\n</html>\n")
+
+
+def _run(run: Run) -> markup.Html:
+  """What the run is, what it ran on, what has finished, what is missing."""
+  stages = markup.tag("ol", *(
+      markup.tag("li", markup.tag("b", stage.name), f" {stage.kind}, ",
+                 "finished" if stage.finished else "not finished",
+                 f", step {stage.rows[-1]['step']}"
+                 if stage.rows and stage.kind != "evaluate" else "")
+      for stage in run.stages), attributes={"class": "stages"})
+  facts = [("model", run.config.get("model", "not recorded")),
+           ("seed", run.config.get("seed", "not recorded")),
+           *(_environment(run.environments[-1]) if run.environments else [])]
+  if len(run.environments) > 1:
+    facts.append(("starts", len(run.environments)))
+  reports = [
+      markup.details(f"Data of {stage.name}", _flat_table(stage.data_report))
+      for stage in run.stages if stage.data_report]
+  return markup.div(
+      "run", markup.tag("h3", run.label), stages,
+      markup.tag("dl", *(
+          markup.tag("dt", name) + markup.tag("dd", value)
+          for name, value in facts)),
+      *(markup.missing(text) for text in run.missing), *reports)
+
+
+def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """The last start, in a few lines."""
+  devices = environment.get("devices", [])
+  git = environment.get("git", {})
+  commit = git.get("commit")
+  versions = environment.get("versions", {})
+  return [
+      ("started", environment.get("time", "not recorded")),
+      ("devices", ", ".join(
+          f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+       or "not recorded"),
+      ("machine", f"{environment.get('platform', 'not recorded')}, "
+       f"{environment.get('cores', '?')} cores, "
+       f"Python {environment.get('python', '?')}"),
+      ("code", (commit[:12] if commit else "no commit recorded")
+       + (f" and {len(git['changed'])} changed files"
+          if git.get("changed") else "")),
+      ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())
+       or "not recorded")]
+
+
+def _flat_table(data: Mapping[str, Any]) -> markup.Html:
+  """Nested dicts as rows of dotted names."""
+  return markup.table(
+      ["", ""], _leaves(data, ""), words=1)
+
+
+def _leaves(data: Any, prefix: str) -> list[tuple[str, str]]:
+  if isinstance(data, Mapping):
+    return [leaf for key, value in data.items()
+            for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)]
+  if isinstance(data, int | float) and not isinstance(data, bool):
+    return [(prefix, markup.number(data))]
+  return [(prefix, data if isinstance(data, str) else json.dumps(data))]
+
+
+def _config(runs: Sequence[Run]) -> markup.Html:
+  """What differs between the runs, then each config whole."""
+  parts = []
+  for other in runs[1:]:
+    changes = config_lib.diff(runs[0].config, other.config)
+    parts.append(markup.tag("h4", f"{runs[0].label} → {other.label}"))
+    parts.append(
+        markup.tag("ul", *(markup.tag("li", markup.tag("code", change))
+                           for change in changes))
+        if changes else markup.tag("p", "The same config."))
+  for run in runs:
+    parts.append(markup.details(
+        f"{run.label}: config.json",
+        markup.tag("pre", json.dumps(run.config, indent=2))))
+  return markup.join(parts)

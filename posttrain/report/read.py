@@ -1,0 +1,160 @@
+"""Workdirs -> what the page shows. What is not there is said, not made up.
+
+Read here, and nothing else (all paths within a workdir):
+
+  config.json, environment.json     as `posttrain.workdir` writes them
+  metrics.jsonl                     {"stage", "step", name: number | null, ...}
+  <stage>/done.json                 its presence: the stage has finished
+  <stage>/data_report.json          nested dicts of numbers
+  <stage>/rollouts/step_*.jsonl     one completion a line
+  <stage>/eval/<checkpoint>.json    one evaluated checkpoint each
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain import workdir as workdir_lib
+from posttrain.train import metrics
+
+
+@dataclasses.dataclass
+class Stage:
+  """One stage of one run.
+
+  Attributes:
+    kind: "sft", "grpo" or "evaluate".
+    finished: it wrote its done.json.
+    rows: its rows of metrics.jsonl.
+    data_report: of the training data, or None.
+    rollouts: step -> completions, as saved.
+    evaluations: one dict per checkpoint, in the order of the config.
+  """
+
+  name: str
+  kind: str
+  finished: bool
+  rows: list[dict[str, Any]]
+  data_report: dict[str, Any] | None
+  rollouts: dict[int, list[dict[str, Any]]]
+  evaluations: list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Run:
+  """One workdir.
+
+  Attributes:
+    label: what the page calls it.
+    environments: one entry per start.
+    missing: sentences about what was not found.
+  """
+
+  label: str
+  path: pathlib.Path
+  config: dict[str, Any]
+  environments: list[dict[str, Any]]
+  stages: list[Stage]
+  missing: list[str]
+
+
+def read_runs(paths: Sequence[str | pathlib.Path]) -> list[Run]:
+  """Reads each workdir once, labelled by its last distinct path part.
+
+  Raises:
+    WorkdirError: a directory holds no run.
+    ValueError: a file in it is damaged.
+  """
+  found = list(dict.fromkeys(pathlib.Path(path).resolve() for path in paths))
+  if not found:
+    raise ValueError("A report needs at least one workdir.")
+  names = [path.name for path in found]
+  labels = [
+      path.name if names.count(path.name) == 1 else str(path)
+      for path in found]
+  return [_run(path, label) for path, label in zip(found, labels, strict=True)]
+
+
+def _run(path: pathlib.Path, label: str) -> Run:
+  workdir = workdir_lib.open_existing(path, is_writer=False)
+  config = workdir_lib.read_json(path / "config.json")
+  missing: list[str] = []
+  rows: list[dict[str, Any]] = []
+  if workdir.metrics.exists():
+    rows = metrics.read(workdir.metrics)
+  else:
+    missing.append("There is no metrics.jsonl, so there are no curves.")
+  environments = workdir.environments()
+  if not environments:
+    missing.append("There is no environment.json.")
+  stages = [
+      _stage(workdir, name, config[name]["kind"],
+             [row for row in rows if row["stage"] == name],
+             ("init", *config["stages"]), missing)
+      for name in config["stages"]]
+  return Run(label, path, config, environments, stages, missing)
+
+
+def _stage(
+    workdir: workdir_lib.Workdir, name: str, kind: str,
+    rows: list[dict[str, Any]], order: Sequence[str], missing: list[str],
+) -> Stage:
+  directory = workdir.path / name
+  report = directory / "data_report.json"
+  stage = Stage(
+      name=name, kind=kind, finished=(directory / "done.json").exists(),
+      rows=sorted(rows, key=lambda row: row["step"]),
+      data_report=workdir_lib.read_json(report) if report.exists() else None,
+      rollouts=_rollouts(directory / "rollouts"),
+      evaluations=_evaluations(directory / "eval", order))
+  if not directory.exists() and not rows:
+    missing.append(f"Stage {name} has not started.")
+    return stage
+  if not stage.finished:
+    last = f" (step {stage.rows[-1]['step']})" if stage.rows else ""
+    missing.append(f"Stage {name} has not finished{last}.")
+  if kind != "evaluate" and not rows:
+    missing.append(f"Stage {name} has no metrics.")
+  if kind == "grpo" and not stage.rollouts:
+    missing.append(f"Stage {name} has saved no rollouts.")
+  if kind == "evaluate" and not stage.evaluations:
+    missing.append(f"Stage {name} has no results yet.")
+  return stage
+
+
+def _rollouts(directory: pathlib.Path) -> dict[int, list[dict[str, Any]]]:
+  return {
+      int(file.stem.removeprefix("step_")): read_lines(file)
+      for file in sorted(directory.glob("step_*.jsonl"))}
+
+
+def _evaluations(
+    directory: pathlib.Path, order: Sequence[str],
+) -> list[dict[str, Any]]:
+  """The starting weights first, then as trained, then other checkpoints."""
+  results = [
+      workdir_lib.read_json(file) for file in sorted(directory.glob("*.json"))]
+  place = lambda result: (
+      order.index(result["checkpoint"]) if result["checkpoint"] in order
+      else len(order))
+  return sorted(results, key=place)
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Rows of a JSONL file.
+
+  Raises:
+    ValueError: a line is no JSON; names file and line.
+  """
+  rows = []
+  # Not `splitlines`: a completion may hold U+2028 and the like unescaped.
+  for number, line in enumerate(path.read_text().split("\n"), start=1):
+    if not line:
+      continue
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{path}, line {number}: {error}.") from error
+  return rows

@@ -1,0 +1,130 @@
+"""The token ids that budget forcing matches, bans and forces.
+
+  V: vocabulary    W: window of recent tokens    C: all strings to force
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from posttrain.text.thinking import ThinkingIds
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["newline_ends"],
+    meta_fields=["vocab_size", "start", "end", "delimiters", "newline",
+                 "final_answer", "wait", "stop_ids"])
+@dataclasses.dataclass(frozen=True)
+class BudgetTables:
+  """Token ids that the machine matches, bans and forces.
+
+  Attributes:
+    newline_ends: [V] bool, the token's text ends in a newline.
+    vocab_size: V.
+    start, end, newline, final_answer, wait: ids of the strings.
+    delimiters: what ends thinking when it is sampled; `end` is among them.
+    stop_ids: what ends a row when it is sampled.
+  """
+
+  newline_ends: np.ndarray | jax.Array
+  vocab_size: int
+  start: tuple[int, ...]
+  end: tuple[int, ...]
+  delimiters: tuple[tuple[int, ...], ...]
+  newline: tuple[int, ...]
+  final_answer: tuple[int, ...]
+  wait: tuple[int, ...]
+  stop_ids: tuple[int, ...]
+
+  @classmethod
+  def build(
+      cls, thinking_ids: ThinkingIds, stop_ids: tuple[int, ...],
+      newline_ends: np.ndarray, vocab_size: int,
+  ) -> "BudgetTables":
+    """Collects and checks the tables of one tokenizer.
+
+    Args:
+      thinking_ids: the strings as ids; an empty `end` switches thinking off.
+      stop_ids: ids that end a row.
+      newline_ends: [V] bool, true where a token's text ends in a newline.
+      vocab_size: V, without padding.
+
+    Raises:
+      ValueError: an id is outside the vocabulary, `newline_ends` has another
+        length, or a delimiter cannot be sampled as a whole.
+    """
+    newline_ends = np.asarray(newline_ends, bool)
+    if newline_ends.shape != (vocab_size,):
+      raise ValueError(
+          f"newline_ends has shape {newline_ends.shape}, and a vocabulary of "
+          f"{vocab_size} needs ({vocab_size},).")
+    used = bool(thinking_ids.end)
+    string = lambda ids: tuple(int(i) for i in ids) if used else ()
+    delimiters = tuple(dict.fromkeys(
+        string(d) for d in (*thinking_ids.delimiters, thinking_ids.end) if d))
+    tables = cls(
+        newline_ends, vocab_size, string(thinking_ids.start),
+        string(thinking_ids.end), _reachable(delimiters) if used else (),
+        string(thinking_ids.newline), string(thinking_ids.final_answer),
+        string(thinking_ids.wait), tuple(int(i) for i in stop_ids))
+    tables._check()
+    return tables
+
+  def _check(self) -> None:
+    strings = {
+        "thinking.start": self.start, "thinking.end": self.end,
+        "thinking.newline": self.newline, "thinking.wait_text": self.wait,
+        "thinking.final_answer": self.final_answer,
+        "the tokenizer's stop ids": self.stop_ids}
+    named = [("thinking.delimiters", ids) for ids in self.delimiters]
+    for name, ids in (*strings.items(), *named):
+      if any(not 0 <= i < self.vocab_size for i in ids):
+        raise ValueError(
+            f"{name} has the ids {ids}, and the vocabulary ends at "
+            f"{self.vocab_size - 1}. Use the tokenizer of this model.")
+    for delimiter in self.delimiters:
+      if set(delimiter[:-1]) & set(self.stop_ids):
+        raise ValueError(
+            f"The thinking delimiter {delimiter} has a stop id among "
+            f"{self.stop_ids} before its last token, so a row would stop "
+            "inside it. Add its beginning, up to that id, to "
+            "thinking.delimiters.")
+
+  @property
+  def used(self) -> bool:
+    """Whether there is thinking at all."""
+    return bool(self.end)
+
+  @property
+  def window(self) -> int:
+    """W: the longest string to match, and the token before it."""
+    return 1 + max(map(len, (*self.delimiters, self.start)), default=0)
+
+  @property
+  def tape(self) -> tuple[int, ...]:
+    """[C] ids of all that can be forced; -1 ends each string."""
+    return (-1, *self.wait, -1, *self.end, -1,
+            *self.newline, *self.end, *self.final_answer, -1)
+
+  @property
+  def wait_cursor(self) -> int:
+    return 1
+
+  @property
+  def end_cursor(self) -> int:
+    return len(self.wait) + 2
+
+  @property
+  def close_cursor(self) -> int:
+    return self.end_cursor + len(self.end) + 1
+
+
+def _reachable(
+    delimiters: tuple[tuple[int, ...], ...],
+) -> tuple[tuple[int, ...], ...]:
+  """Without those that begin with another, which would match before them."""
+  return tuple(
+      d for d in delimiters
+      if not any(d != o and d[:len(o)] == o for o in delimiters))

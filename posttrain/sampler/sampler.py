@@ -1,0 +1,253 @@
+"""Prompts in, `Rollouts` out: the host's side of the decode loop.
+
+Token-in, token-out: text is for people and rewards. The host looks once per
+chunk, never per token; the chunk size changes no token. Shapes come from the
+settings and the number of rows alone, so a stage compiles one prefill and one
+decode program per cache bucket.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain import sharding
+from posttrain.model.transformer import Transformer
+from posttrain.sampler import budget, choice, decode, rollouts
+from posttrain.sampler.rollouts import Rollouts
+from posttrain.text import thinking as thinking_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Budgets of a call, one value for all rows or one per row ([B]).
+
+  Attributes:
+    max_tokens: of a completion, forced tokens included.
+    max_thinking_tokens: -1 for no maximum.
+    min_thinking_tokens: no delimiter or stop token before it.
+    num_waits: delimiters that are replaced by the wait text.
+    truncate: end the row at the maximum instead of closing the thinking.
+  """
+
+  max_tokens: int | np.ndarray
+  max_thinking_tokens: int | np.ndarray = -1
+  min_thinking_tokens: int | np.ndarray = 0
+  num_waits: int | np.ndarray = 0
+  truncate: bool | np.ndarray = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """How to sample: the strings of a tokenizer, a distribution, the shapes.
+
+  Attributes:
+    ids: the thinking strings as token ids.
+    tables: the same, as the budget machine reads them.
+    params: temperature and truncation.
+    max_prompt_tokens: slots of a prompt (T); a longer prompt is an error.
+    chunk: tokens between two looks of the host.
+  """
+
+  ids: thinking_lib.ThinkingIds
+  tables: budget.BudgetTables
+  params: choice.SamplingParams
+  max_prompt_tokens: int
+  chunk: int = 32
+
+  def generate(
+      self, model: Transformer, prompts: Sequence[Sequence[int]],
+      limits: Limits, *, prompt_id: Sequence[int], group_size: int = 1,
+      seed: int, stage: str, step: int = 0, first_sample: int = 0,
+      script: np.ndarray | None = None,
+      on_chunk: Callable[[rollouts.Recorder, np.ndarray], np.ndarray | None]
+      | None = None,
+  ) -> Rollouts:
+    """Samples `group_size` completions of every prompt.
+
+    Args:
+      model: on the current mesh.
+      prompts: token ids, [P] ragged, each of 1 to `max_prompt_tokens`.
+      limits: budgets; per-row arrays are [P * group_size], prompt by prompt.
+      prompt_id: [P], with seed, stage, step and sample id all that a token's
+        random bits depend on, besides its position.
+      first_sample: sample ids are first_sample .. first_sample + G - 1.
+      script: [B, steps] choices to replay (`Rollouts.raw`).
+      on_chunk: called after each chunk with the record so far and [B] bool of
+        the rows that are done; may return [B] bool of rows to stop, whose
+        finish reason is then "stop" (it cuts them itself, if it wants to).
+
+    Returns:
+      Rows in order of prompt, then sample.
+
+    Raises:
+      ValueError: an empty or too long prompt, an unknown id, budgets that
+        contradict each other.
+    """
+    rows = len(prompts) * group_size
+    budgets = self._budgets(limits, rows)
+    self._check(prompts, budgets)
+    # Whole prompts per part of the mesh, so that fanning out stays local.
+    parts = sharding.axis_size("batch")
+    padded = -(-len(prompts) // parts) * parts
+    device = self._inputs(
+        prompts, budgets, np.asarray(prompt_id), padded, group_size,
+        first_sample, seed, stage, step)
+    recorder, state = self._loop(
+        model, device, rows, group_size, script, on_chunk)
+    take = lambda x: np.asarray(x)[:rows]
+    return Rollouts(
+        prompts=[list(p) for p in prompts for _ in range(group_size)],
+        finish_reason=take(state.finish_reason).astype(np.int8),
+        think_end=take(state.think_end).astype(np.int8),
+        think_lengths=take(state.thinking), answer_lengths=take(state.answer),
+        wait_count=take(state.wait_count),
+        prompt_id=np.repeat(
+            np.asarray(prompt_id, np.int32), group_size),
+        sample_id=np.tile(np.arange(
+            first_sample, first_sample + group_size, dtype=np.int32),
+            len(prompts)), **recorder.padded())
+
+  def _loop(self, model, device, rows, group_size, script, on_chunk):
+    """Prefill, then chunks until every row is done."""
+    slots = self.max_prompt_tokens + self.chunk
+    carry = decode.prefill(
+        model, device["tokens"], device["segment_ids"],
+        device["in_thinking"], device["done"], self.tables,
+        device["budgets"], group_size=group_size, slots=slots)
+    recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
+    total = device["done"].shape[0]
+    while True:
+      if used + self.chunk > slots:
+        # Twice the completion's slots: few programs, little idle attention.
+        slots += slots - self.max_prompt_tokens
+        carry = decode.grow(carry, slots=slots)
+      begin = used - self.max_prompt_tokens
+      carry, record = decode.decode(
+          model, carry, device["prompt_lengths"], device["keys"],
+          _window(script, total, begin, self.chunk), self.tables,
+          device["budgets"], params=self.params, steps=self.chunk)
+      record, done, state = sharding.fetch(
+          (record, carry.state.done, carry.state))
+      recorder.add(record)
+      used += self.chunk
+      stopped = on_chunk(recorder, done[:rows]) if on_chunk else None
+      if stopped is not None and stopped.any():
+        stopped = np.pad(stopped, (0, total - rows))
+        stopped_state = budget.stop(
+            carry.state, sharding.put(stopped, "batch"))
+        carry = dataclasses.replace(carry, state=stopped_state)
+        state = sharding.fetch(stopped_state)
+      if state.done.all():
+        return recorder, state
+
+  def _budgets(self, limits: Limits, rows: int) -> budget.Budgets:
+    def fill(value, dtype) -> Any:  # NumPy here; on the mesh later.
+      return np.broadcast_to(np.asarray(value, dtype), (rows,))
+
+    return budget.Budgets(
+        max_thinking_tokens=fill(limits.max_thinking_tokens, np.int32),
+        min_thinking_tokens=fill(limits.min_thinking_tokens, np.int32),
+        num_waits=fill(limits.num_waits, np.int32),
+        max_tokens=fill(limits.max_tokens, np.int32),
+        truncate=fill(limits.truncate, bool))
+
+  def _check(self, prompts, budgets: budget.Budgets) -> None:
+    for i, prompt in enumerate(prompts):
+      if not 1 <= len(prompt) <= self.max_prompt_tokens:
+        raise ValueError(
+            f"Prompt {i} has {len(prompt)} tokens, and rollout."
+            f"max_prompt_tokens allows 1 to {self.max_prompt_tokens}.")
+      if min(prompt) < 0 or max(prompt) >= self.tables.vocab_size:
+        raise ValueError(
+            f"Prompt {i} has a token id outside of 0 to "
+            f"{self.tables.vocab_size - 1}. Is it of another tokenizer?")
+    closes = (budgets.max_thinking_tokens >= 0) & ~budgets.truncate
+    bounded = budgets.max_thinking_tokens >= 0
+    if not self.tables.used and (
+        bounded.any() or budgets.num_waits.any()
+        or budgets.min_thinking_tokens.any()):
+      raise ValueError(
+          "A thinking budget is set and thinking.end is empty. Set it to the "
+          "string that ends the thinking.")
+    if (bounded & (
+        budgets.min_thinking_tokens > budgets.max_thinking_tokens)).any():
+      raise ValueError(
+          "min_thinking_tokens is above max_thinking_tokens in "
+          f"{(budgets.min_thinking_tokens > budgets.max_thinking_tokens).sum()}"
+          " rows.")
+    closing = sum(
+        len(part) for part in
+        (self.ids.newline, self.ids.end, self.ids.final_answer))
+    needed = budgets.max_thinking_tokens + closing + 1
+    if (closes & (needed > budgets.max_tokens)).any():
+      raise ValueError(
+          f"rollout.max_tokens={budgets.max_tokens.min()} leaves no room for "
+          f"an answer: {budgets.max_thinking_tokens.max()} thinking tokens "
+          f"and {closing} to close them need at least {needed.max()}.")
+
+  def _inputs(
+      self, prompts, budgets, prompt_id, padded, group_size, first_sample,
+      seed, stage, step,
+  ) -> dict:
+    """Everything that the device needs, put on the mesh."""
+    width, extra = self.max_prompt_tokens, padded - len(prompts)
+    tokens = np.zeros((padded, width), np.int32)
+    segment_ids = np.zeros((padded, width), np.int32)
+    for row, prompt in enumerate(prompts):
+      tokens[row, width - len(prompt):] = prompt
+      segment_ids[row, width - len(prompt):] = 1
+    lengths = np.repeat(segment_ids.sum(1, dtype=np.int32), group_size)
+    thinks = [self._in_thinking(prompt) for prompt in prompts]
+    rows = lambda x: np.repeat(
+        np.pad(np.asarray(x), (0, extra)), group_size)
+    ids = {
+        "prompt_id": rows(prompt_id).astype(np.int32),
+        "sample_id": np.tile(np.arange(
+            first_sample, first_sample + group_size, dtype=np.int32), padded)}
+    put = lambda x: sharding.put(x, "batch")
+    return {
+        "tokens": sharding.put(tokens, "batch", "length"),
+        "segment_ids": sharding.put(segment_ids, "batch", "length"),
+        "in_thinking": put(rows(thinks)),
+        "done": put(lengths == 0),
+        "prompt_lengths": put(lengths),
+        "budgets": jax.tree.map(
+            lambda x: put(np.pad(x, (0, extra * group_size))), budgets),
+        "keys": _row_keys(
+            seed=np.uint32(seed), stage=stage, step=step,
+            **{name: put(x) for name, x in ids.items()})}
+
+  def _in_thinking(self, prompt: Sequence[int]) -> bool:
+    """The prompt opens a thinking section and does not close it."""
+    if not self.tables.used:
+      return False
+    if not self.ids.start:
+      return True
+    opened = _rfind(prompt, self.ids.start)
+    return opened >= 0 and opened > _rfind(prompt, self.ids.end)
+
+
+def _rfind(tokens: Sequence[int], part: Sequence[int]) -> int:
+  """The last index where `part` occurs, or -1."""
+  tokens, part = list(tokens), list(part)
+  for i in range(len(tokens) - len(part), -1, -1):
+    if tokens[i:i + len(part)] == part:
+      return i
+  return -1
+
+
+def _window(
+    script: np.ndarray | None, rows: int, begin: int, steps: int,
+) -> jax.Array:
+  """[rows, steps] of the script from column `begin`, -1 where it has none."""
+  window = np.full((rows, steps), -1, np.int32)
+  if script is not None:
+    part = script[:, begin:begin + steps]
+    window[:part.shape[0], :part.shape[1]] = part
+  return sharding.put(window, "batch", "length")
+
+
+_row_keys = jax.jit(choice.row_keys, static_argnames=("stage",))

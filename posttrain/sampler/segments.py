@@ -1,0 +1,75 @@
+"""Completions for people: texts, and which part was sampled, forced, waited."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.sampler import budget
+from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
+from posttrain.text.thinking import ThinkingIds
+from posttrain.text.tokenizer import Tokenizer
+
+
+def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+  """The text that rewards see: delimiters visible, without the final stop."""
+  tokens = list(tokens)
+  if tokens and tokens[-1] in tokenizer.stop_ids:
+    tokens = tokens[:-1]
+  return tokenizer.decode(tokens)
+
+
+def segments(
+    tokenizer: Tokenizer, tokens: Sequence[int], provenance: Sequence[int],
+    ids: ThinkingIds,
+) -> list[tuple[str, str]]:
+  """Runs of (text, "sampled" | "forced" | "wait").
+
+  Forced tokens that spell the wait text are a wait; one that a maximum cut
+  short is told from a closing by its first tokens.
+  """
+  names: list[str] = []
+  for start, stop, code in _runs(list(provenance)):
+    if code != budget.FORCED:
+      names += ["sampled"] * (stop - start)
+      continue
+    spelt = 0
+    while (spelt < min(len(ids.wait), stop - start)
+           and tokens[start + spelt] == ids.wait[spelt]):
+      spelt += 1
+    names += ["wait"] * spelt + ["forced"] * (stop - start - spelt)
+  # Differences of decoded prefixes: a tokenizer may drop a leading space, or
+  # need several tokens for one character.
+  texts, done = [], ""
+  for _, stop, name in _runs(names):
+    text = tokenizer.decode(list(tokens[:stop]))
+    texts.append((text[len(done):], name))
+    done = text
+  return texts
+
+
+def _runs(values: list) -> list[tuple[int, int, Any]]:
+  """(start, stop, value) of every run of equal values."""
+  starts = [i for i, value in enumerate(values)
+            if i == 0 or value != values[i - 1]]
+  return [(start, stop, values[start])
+          for start, stop in itertools.pairwise([*starts, len(values)])]
+
+
+def record(
+    tokenizer: Tokenizer, rollouts: Rollouts, row: int, ids: ThinkingIds,
+) -> dict[str, Any]:
+  """One completion as JSON-able facts, for the saved samples."""
+  tokens = rollouts.completion(row)
+  provenance = rollouts.provenance[row, :len(tokens)].tolist()
+  return {
+      "prompt_id": int(rollouts.prompt_id[row]),
+      "sample_id": int(rollouts.sample_id[row]),
+      "prompt": tokenizer.decode(rollouts.prompts[row]),
+      "completion": completion_text(tokenizer, tokens),
+      "segments": segments(tokenizer, tokens, provenance, ids),
+      "finish_reason": rollouts.finish_name(row),
+      "think_end": THINK_ENDS[int(rollouts.think_end[row])],
+      "think_length": int(rollouts.think_lengths[row]),
+      "answer_length": int(rollouts.answer_lengths[row]),
+      "length": len(tokens),
+      "wait_count": int(rollouts.wait_count[row])}

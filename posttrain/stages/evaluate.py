@@ -1,0 +1,246 @@
+"""Evaluation: accuracy as a function of thinking, for several checkpoints.
+
+Every checkpoint answers the same problems in every cell (a budget, or a
+number of forced waits) with the same random bits, and so do the checkpoints
+among each other: differences are paired. One JSON file per checkpoint holds
+the figures and every completion; `curve.png` shows them.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain import config as config_lib
+from posttrain import sharding
+from posttrain import workdir as workdir_lib
+from posttrain.evaluation import plots, summary
+from posttrain.model.transformer import Transformer
+from posttrain.sampler import sampler as sampler_lib
+from posttrain.sampler import segments
+from posttrain.sampler.rollouts import FINISH_REASONS, Rollouts
+from posttrain.stages import sampling, training
+from posttrain.stages.context import StageContext
+from posttrain.tasks import loading, scoring
+from posttrain.train import metrics as metrics_lib
+from posttrain.train import preemption
+
+
+def run(
+    context: StageContext, weights_of: Callable[[str], Transformer], *,
+    again: bool = False,
+) -> None:
+  """Evaluates every checkpoint that has no result yet.
+
+  Args:
+    context: the stage's config and places.
+    weights_of: by stage name, "init" or path.
+    again: evaluate those that have a result too.
+
+  Raises:
+    ValueError: the problems, the verifier or the budgets do not fit.
+    Preempted: SIGTERM came; checkpoints that are through have their result.
+  """
+  evaluation = Evaluation(context)
+  names = checkpoints_of(context)
+  results = {}
+  for name in names:
+    file = context.directory / "eval" / f"{label(name)}.json"
+    # One host's view: files of others may show up late on a shared disk.
+    there = bool(sharding.of_first_host(np.array(file.exists())))
+    if again or not there:
+      context.console.line(f"{context.name}: evaluating {name}")
+      result = evaluation.evaluate(label(name), weights_of(name))
+      context.workdir.write_json(file.relative_to(context.workdir.path),
+                                 result)
+      results[name] = result
+    else:
+      results[name] = workdir_lib.read_json(file)
+  log(context, results)
+  if context.workdir.is_writer:
+    plots.scaling_curve(
+        list(results.values()), context.directory / "eval" / "curve.png")
+  context.workdir.finish(context.name, {
+      name: {cell["name"]: cell["accuracy"] for cell in result["cells"]}
+      for name, result in results.items()})
+
+
+def checkpoints_of(context: StageContext) -> tuple[str, ...]:
+  """Those of the section; by default "init" and every stage trained so far."""
+  stages, config = context.config.stages, context.config
+  before = stages[:stages.index(context.name)]
+  return tuple(context.section.checkpoints) or (
+      "init", *(name for name in before if config[name].kind != "evaluate"))
+
+
+def label(checkpoint: str) -> str:
+  """A checkpoint's name as that of a file."""
+  return re.sub(r"[^\w.-]+", "_", checkpoint).strip("_")
+
+
+class Evaluation:
+  """The problems and how they are asked; the model is what varies."""
+
+  def __init__(self, context: StageContext):
+    section = context.section
+    self.context, self.section = context, section
+    problems = loading.load_function(section.problems.task)(
+        section.problems.split, **section.problems.args)
+    count = section.problems.count or len(problems)
+    if count > len(problems):
+      raise ValueError(
+          f"{context.name}.problems.count={count}, and the "
+          f"{section.problems.split} split has {len(problems)} problems.")
+    self.problems = [problems[i] for i in range(count)]
+    self.reward = loading.load_function(section.reward)
+    self.extract = (
+        loading.load_function(section.extract) if section.extract else None)
+    scoring.check_gold(section.reward, self.reward, self.problems)
+    self.cells = summary.cells(section.max_thinking_tokens, section.num_waits)
+    self.sampler = sampling.make_sampler(context, section.rollout)
+
+  def evaluate(self, name: str, model: Transformer) -> dict[str, Any]:
+    """All cells of one checkpoint: figures and records.
+
+    A verifier that returns None (not applicable) has not said 1: the record
+    has it as null, and it is not correct.
+    """
+    scored, figures, records = {}, [], []
+    votes = self.section.majority.max_samples
+    samples = self.section.samples_per_problem
+    baseline = []
+    for cell in self.cells:
+      if preemption.requested():
+        training.stop(
+            self.context, f"evaluations before that of {name} are kept")
+      free = cell == summary.Cell()
+      drawn, rows = self._answer(
+          model, cell, max(samples, votes) if free else samples)
+      if free and votes:
+        baseline = summary.majority_baseline(_first(drawn, votes))
+      drawn = _first(drawn, samples)
+      scored[cell] = drawn
+      figures.append(summary.cell_figures(
+          cell, drawn, self.section.pass_at, votes=self.extract is not None))
+      records += [row for row in rows if row["sample_id"] < samples]
+      self.context.console.line(_line(name, figures[-1]))
+    return {
+        "checkpoint": name, "decoding": self._decoding(),
+        "section": config_lib.jsonable(self.section), "cells": figures,
+        "summary": summary.s1_figures(figures, scored) | {
+            "majority_baseline": baseline} | self._constant(),
+        "records": records}
+
+  def _constant(self) -> dict[str, Any]:
+    """What the best constant answer scores on the same problems."""
+    problems = self.section.problems
+    if not self.section.baseline:
+      return {}
+    found = loading.load_function(self.section.baseline)(
+        problems.split, count=len(self.problems), **problems.args)
+    p, n = found["accuracy"], found["n"]
+    return {"constant_baseline": found | {
+        "standard_error": float(np.sqrt(p * (1 - p) / (n - 1)))}}
+
+  def _decoding(self) -> dict[str, Any]:
+    """What a figure has to be quoted with."""
+    return training.pick(
+        self.section.rollout, "temperature top_k top_p min_p max_tokens "
+        "truncate") | {
+            "seed": self.context.config.seed,
+            "task": self.section.problems.task,
+            "split": self.section.problems.split}
+
+  def _answer(
+      self, model: Transformer, cell: summary.Cell, samples: int,
+  ) -> tuple[summary.Scored, list[dict[str, Any]]]:
+    """Asks every problem `samples` times under the budgets of one cell."""
+    rollout = self.section.rollout
+    limits = sampler_lib.Limits(
+        max_tokens=rollout.max_tokens,
+        max_thinking_tokens=cell.max_thinking_tokens,
+        num_waits=cell.num_waits,
+        truncate=rollout.truncate and cell.max_thinking_tokens >= 0)
+    size = max(1, rollout.batch_rows // samples)
+    batches, records = [], []
+    for start in range(0, len(self.problems), size):
+      part = self.problems[start:start + size]
+      # The last batch is filled up, so that it has the shape of the others.
+      filled = [*part, *(part[-1:] * (min(size, len(self.problems))
+                                      - len(part)))]
+      rollouts = self.sampler.generate(
+          model,
+          [self.context.renderer.prompt_tokens(row) for row in filled],
+          limits, prompt_id=[row["id"] for row in filled],
+          group_size=samples, seed=self.context.config.seed,
+          stage=self.context.name)
+      scored, rows = self._score(rollouts, part, cell)
+      batches.append(scored)
+      records += rows
+    return _join(batches), records
+
+  def _score(
+      self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
+      cell: summary.Cell,
+  ) -> tuple[summary.Scored, list[dict[str, Any]]]:
+    # Without those that filled the batch up.
+    samples = int(rollouts.sample_id.max()) + 1
+    rows = len(problems) * samples
+    records = [segments.record(
+        self.context.renderer.tokenizer, rollouts, row,
+        self.context.thinking_ids) for row in range(rows)]
+    repeated = [row for row in problems for _ in range(samples)]
+    texts = [record["completion"] for record in records]
+    values = scoring.score(
+        {self.section.reward: self.reward}, repeated, texts)[:, 0]
+    answers = [self.extract(text) if self.extract else None for text in texts]
+    for record, value, answer in zip(records, values, answers, strict=True):
+      record |= {"id": record["prompt_id"], "cell": cell.name,
+                 "reward": None if np.isnan(value) else float(value),
+                 "correct": bool(value == 1),
+                 "answer": answer}
+    grid = lambda values, dtype: np.array(
+        list(values), dtype).reshape(len(problems), samples)
+    return summary.Scored(
+        correct=grid((r["correct"] for r in records), bool),
+        answers=grid(answers, object),
+        tokens=grid((r["length"] for r in records), int),
+        thinking_tokens=grid((r["think_length"] for r in records), int),
+        finish=grid((FINISH_REASONS[int(f)] for f in
+                     rollouts.finish_reason[:rows]), object)), records
+
+
+def _first(scored: summary.Scored, samples: int) -> summary.Scored:
+  return summary.Scored(**{
+      name: values[:, :samples] for name, values in vars(scored).items()})
+
+
+def _join(parts: Sequence[summary.Scored]) -> summary.Scored:
+  return summary.Scored(**{
+      name: np.concatenate([getattr(part, name) for part in parts])
+      for name in vars(parts[0])})
+
+
+def _line(name: str, figures: Mapping[str, Any]) -> str:
+  error = figures["standard_error"]
+  return (
+      f"  {name} {figures['name']}: accuracy {figures['accuracy']:.3f}"
+      + (f" +- {error:.3f}" if error is not None else "")
+      + f" (n {figures['n']}), thinking "
+      f"{figures['mean_thinking_tokens']:.1f} tokens")
+
+
+def log(context: StageContext, results: Mapping[str, Mapping]) -> None:
+  """One row of metrics.jsonl per checkpoint."""
+  with metrics_lib.Writer(
+      context.workdir.metrics, context.workdir.tensorboard, context.name,
+      restored_step=0) as writer:
+    for step, (name, result) in enumerate(results.items(), start=1):
+      row: dict[str, float] = {}
+      for cell in result["cells"]:
+        prefix = f"eval/{label(name)}/{cell['name']}"
+        row |= {f"{prefix}/accuracy": cell["accuracy"],
+                f"{prefix}/mean_thinking_tokens":
+                cell["mean_thinking_tokens"]}
+      writer.write(step, row)

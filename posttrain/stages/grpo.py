@@ -1,0 +1,311 @@
+"""GRPO: sample groups, score them, learn from what differs within a group.
+
+One batch of rollouts gives `num_minibatches * num_epochs` optimizer updates;
+`step` counts updates. The old logprobs of the ratio come from the training
+program: those of the first update are its own (the ratio is exactly 1), the
+others are computed once, before it. Groups whose rewards are all equal are
+reported and left out; an update that has nothing left to learn from is
+counted, and moves nothing.
+
+Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from posttrain import sharding, weights
+from posttrain.model.transformer import Transformer
+from posttrain.objectives import policy as policy_lib
+from posttrain.sampler import sampler
+from posttrain.stages import rollout, sampling, training
+from posttrain.stages.context import StageContext
+from posttrain.tasks import loading
+from posttrain.train import checkpoints, health, memory, policy, preemption
+from posttrain.train import metrics as metrics_lib
+from posttrain.train import state as state_lib
+from posttrain.workdir import replace_file
+
+
+def run(
+    context: StageContext, start: Transformer,
+    weights_of: Callable[[str], Transformer],
+) -> Transformer:
+  """Trains to the last step, from the newest checkpoint if there is one.
+
+  Args:
+    context: the stage's config and places.
+    start: what to start from. Its buffers are consumed.
+    weights_of: by stage name, "init" or path: for the reference.
+
+  Returns:
+    The trained model.
+
+  Raises:
+    ValueError: a problem or a reward is not what the config says.
+    HealthError: a loss was not finite, or nothing is left to learn from.
+    Preempted: SIGTERM came; the state is saved.
+  """
+  section = context.section
+  learner = Learner(context, start, weights_of)
+  with training.open_checkpoints(context) as saver:
+    learner.state, found = training.resume(context, saver, learner.state)
+    if found is not None:
+      learner.restore(found)
+    with metrics_lib.Writer(
+        context.workdir.metrics, context.workdir.tensorboard, context.name,
+        restored_step=learner.step) as writer, context.console.progress(
+            context.name, section.num_steps, start=learner.step) as progress:
+      while learner.step < section.num_steps:
+        if learner.experience is None:
+          learner.collect()
+        row = learner.update()
+        writer.write(learner.step, row)
+        progress.update(
+            learner.step, reward=row["reward"],
+            length=row["completions/mean_length"])
+        last = learner.step == section.num_steps
+        if training.due(learner.step, section.log_every, last):
+          context.console.table(f"{context.name} step {learner.step}", row)
+        leaving = preemption.requested() and not last
+        if leaving or training.due(
+            learner.step, section.checkpoint.every, last):
+          training.save(
+              context, saver, learner.state, learner.step, learner.extras(),
+              rollouts=learner.experience, metrics=None if leaving else row)
+        if leaving:
+          training.leave(context, saver, learner.step)
+  context.workdir.finish(context.name, {"step": section.num_steps})
+  return learner.state.model
+
+
+class Learner:
+  """The moving parts of the stage.
+
+  Attributes:
+    state: parameters, optimizer state, step.
+    experience: the packed rollouts in flight, or None between two batches.
+  """
+
+  def __init__(self, context, start, weights_of):
+    section, loss = context.section, context.section.loss
+    self.context, self.section = context, section
+    self.updates = section.num_minibatches * section.num_epochs
+    self.collector = make_collector(context)
+    self.shapes = policy.Shapes(
+        length=section.sequence_length,
+        rows=_round_up(section.rows_per_microbatch),
+        num_minibatches=section.num_minibatches,
+        completions=-(-section.num_groups // section.num_minibatches)
+        * section.group_size)
+    in_loss = loss.kl_in == "loss"
+    self.loss = policy.PolicyLoss(
+        function=loading.load_function(loss.function),
+        temperature=section.rollout.temperature,
+        chunk=context.config.compute.loss_chunk, clip_low=loss.clip_low,
+        clip_high=loss.clip_high, kl_coef=loss.kl_coef if in_loss else 0.0,
+        kl_estimator=loss.kl_estimator)
+    self.reference = None
+    if loss.kl_coef:
+      source = weights_of(section.reference) if section.reference else start
+      self.reference = weights.frozen(
+          source, context.config.compute.frozen_dtype)
+    adamw, self._update = training.make_update(section, self.loss)
+    self.state = state_lib.create(start, adamw)
+    self.experience: policy.Arrays | None = None
+    self.rollout_metrics: dict[str, float] = {}
+    self.seconds: dict[str, float] = {}
+    self.health = health.RolloutHealth(section.health.patience)
+    self.step = 0
+    self._describe()
+
+  def restore(self, found: checkpoints.Restored) -> None:
+    """Takes over what a checkpoint held, rollouts in flight included."""
+    self.step = found.step
+    self.experience = found.rollouts
+    self.rollout_metrics = found.extras["rollout_metrics"]
+    self.health.set_state(found.extras["health"])
+
+  def extras(self) -> dict[str, Any]:
+    return {"rollout_metrics": self.rollout_metrics,
+            "health": self.health.get_state()}
+
+  def collect(self) -> None:
+    """Samples, scores and packs the next batch of rollouts."""
+    section, model = self.section, self.state.model
+    batch = self.step // self.updates
+    collected = self.collector.collect(model, step=self.step, batch=batch)
+    names = list(self.collector.rewards)
+    divergence = self._kl_in_reward(collected)
+    advantages, rows = rollout.advantages_and_rows(
+        collected, std=section.loss.advantage_std,
+        eps=section.loss.advantage_eps)
+    experience = self._pack(collected, advantages, rows, batch)
+    if self.updates > 1:
+      experience = policy.add_logprobs(
+          "old_logprobs", model, experience, self.loss)
+    if self.loss.kl_coef:
+      assert self.reference is not None
+      experience = policy.add_logprobs(
+          "ref_logprobs", self.reference, experience, self.loss)
+    self.experience = experience
+    self.rollout_metrics = divergence | rollout.metrics(
+        collected, advantages, names)
+    self.seconds = collected.seconds
+    self._show_and_save(collected, advantages, names)
+    self.health.update(
+        self.step,
+        clipped_ratio=self.rollout_metrics["completions/clipped_ratio"],
+        frac_reward_zero_std=self.rollout_metrics["frac_reward_zero_std"])
+
+  def update(self) -> dict[str, float]:
+    """One optimizer update; returns its row of metrics."""
+    assert self.experience is not None
+    started = time.monotonic()
+    index = self.step % self.updates
+    first = index == 0
+    arrays, used = policy.minibatch(
+        self.experience, index % self.section.num_minibatches)
+    # The first update's ratio is against itself, see the module's text.
+    arrays = arrays if not first else {
+        name: x for name, x in arrays.items() if name != "old_logprobs"}
+    values: dict[str, float] = {"skipped_updates": 1.0}
+    if used:
+      self.state, sums = self._update(self.state, arrays, np.int32(used))
+      values = self._values(sharding.fetch(sums), first)
+    else:
+      self.state = state_lib.skip(self.state)
+    self.step += 1
+    if self.step % self.updates == 0:
+      self.experience = None
+    return values | self.rollout_metrics | self._timing(started, first)
+
+  def _values(self, sums, first: bool) -> dict[str, float]:
+    """Metrics of an update; stops the run if it was not finite."""
+    sums = {name: float(value) for name, value in sums.items()}
+    health.check_finite(
+        self.step + 1, sums, self.experience or {}, self.context.directory,
+        write=self.context.workdir.is_writer)
+    if first and sums["ratio_deviation_max"] != 0:
+      raise AssertionError("The first ratio of a batch of rollouts is not 1.")
+    kept = {name: sums[name] for name in ("loss", "grad_norm",
+                                          "learning_rate")}
+    return kept | {"skipped_updates": 0.0} | policy.metrics_of_sums(
+        sums, first=first)
+
+  def _timing(self, started: float, first: bool) -> dict[str, float]:
+    seconds = {"learn": time.monotonic() - started}
+    if first:
+      seconds |= self.seconds
+    total = sum(seconds.values())
+    timing = {f"time/{name}": value for name, value in seconds.items()}
+    timing["time/step"] = total
+    if first:
+      timing["perf/tokens_per_sec"] = (
+          self.rollout_metrics["num_tokens"] / total)
+    return timing
+
+  def _kl_in_reward(self, collected: rollout.Collected) -> dict[str, float]:
+    """Takes the KL to the reference off each reward; its mean per token."""
+    loss = self.section.loss
+    if not loss.kl_coef or loss.kl_in == "loss":
+      return {}
+    assert self.reference is not None
+    rows = np.arange(len(collected.rewards))
+    everything = self._pack(
+        collected, np.zeros(len(rows), np.float32), rows, batch=0)
+    estimate = policy.divergences(
+        everything, self.state.model, self.reference, self.loss,
+        loss.kl_estimator, len(rows))
+    collected.rewards[:] -= loss.kl_coef * estimate
+    tokens = collected.rollouts.loss_mask.sum()
+    return {"kl": float(estimate.sum() / max(tokens, 1))}
+
+  def _pack(self, collected, advantages, rows, batch: int) -> policy.Arrays:
+    """Packs `rows`; whole groups go to one minibatch, drawn by the seed."""
+    section = self.section
+    token_weights, token_shares = policy_lib.aggregation_weights(
+        section.loss.aggregation, collected.rollouts.loss_mask.sum(1),
+        max_tokens=section.rollout.max_tokens)
+    rng = np.random.default_rng((self.context.config.seed, batch))
+    order = rng.permutation(section.num_groups)
+    group = np.arange(len(collected.rewards)) // section.group_size
+    minibatch_of = np.empty(section.num_groups, int)
+    minibatch_of[order] = np.arange(
+        section.num_groups) % section.num_minibatches
+    minibatches = [
+        rows[minibatch_of[group[rows]] == index]
+        for index in range(section.num_minibatches)]
+    return policy.pack_experience(
+        collected.rollouts, {
+            "advantages": advantages, "token_weights": token_weights,
+            "token_shares": token_shares}, minibatches, self.shapes)
+
+  def _describe(self) -> None:
+    section, config = self.section, self.state.model.config
+    completion = -(-section.rollout.max_tokens // section.rollout.chunk)
+    self.context.console.line(memory.estimate(
+        config, fsdp=sharding.axis_size("batch"),
+        tensor=sharding.axis_size("vocab"), rows=self.shapes.rows,
+        sequence_length=self.shapes.length, loss_chunk=self.loss.chunk,
+        cache_rows=section.num_groups * section.group_size,
+        cache_slots=section.rollout.max_prompt_tokens
+        + completion * section.rollout.chunk,
+        frozen_copies=int(self.reference is not None),
+        frozen_dtype=self.context.config.compute.frozen_dtype).line())
+
+  def _show_and_save(self, collected, advantages, names) -> None:
+    section, context = self.section, self.context
+    batch = self.step // self.updates
+    due = lambda every: every and batch % -(-every // self.updates) == 0
+    if not (due(section.save_rollouts_every)
+            or due(section.show_sample_every)):
+      return
+    records = rollout.records(
+        collected, advantages, names, self.collector, self.step)
+    if due(section.save_rollouts_every) and context.workdir.is_writer:
+      text = "".join(
+          json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+      replace_file(
+          context.directory / "rollouts" / f"step_{self.step:06d}.jsonl",
+          text.encode())
+    if due(section.show_sample_every):
+      row = records[0]
+      context.console.sample(
+          f"{context.name} step {self.step}", row["segments"],
+          prompt=row["prompt"], facts={
+              "reward": row["reward"], "advantage": row["advantage"],
+              "finish": row["finish_reason"],
+              "thinking tokens": row["think_length"]})
+
+
+def make_collector(context: StageContext) -> rollout.Collector:
+  """The task, the rewards and the sampler that the section names."""
+  section = context.section
+  problems = loading.load_function(section.problems.task)(
+      section.problems.split, **section.problems.args)
+  rewards = {
+      name.rpartition(":")[2]: loading.load_function(name)
+      for name in section.rewards}
+  if len(rewards) < len(section.rewards):
+    raise ValueError(
+        f"{context.name}.rewards has two functions of one name: "
+        f"{', '.join(section.rewards)}. Metrics are named by it; rename one.")
+  return rollout.Collector(
+      sampler=sampling.make_sampler(context, section.rollout),
+      limits=sampler.Limits(**training.pick(
+          section.rollout, "max_tokens max_thinking_tokens "
+          "min_thinking_tokens num_waits truncate")),
+      renderer=context.renderer, problems=problems, rewards=rewards,
+      weights=section.reward_weights or (1.0,) * len(rewards),
+      num_groups=section.num_groups, group_size=section.group_size,
+      seed=context.config.seed, stage=context.name)
+
+
+def _round_up(rows: int) -> int:
+  """To what the mesh divides; the added rows are padding."""
+  parts = sharding.axis_size("batch")
+  return -(-rows // parts) * parts

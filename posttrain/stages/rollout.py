@@ -1,0 +1,164 @@
+"""One batch of rollouts for GRPO: problems -> completions -> advantages.
+
+Runs the same on every host; only what the model does is spread over them.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain import sharding
+from posttrain.data import prompts as prompts_lib
+from posttrain.model.transformer import Transformer
+from posttrain.objectives import advantages as advantages_lib
+from posttrain.sampler import budget, segments
+from posttrain.sampler.rollouts import Rollouts
+from posttrain.sampler.sampler import Limits, Sampler
+from posttrain.tasks import scoring
+from posttrain.text.render import Renderer
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+  """A scored batch.
+
+  Attributes:
+    rollouts: B completions.
+    problems: [B], the problem of each.
+    scores: [B, K] float32, per reward function, NaN where not applicable.
+    rewards: [B] float64, weighted sums.
+    seconds: of "rollout" and "reward".
+  """
+
+  rollouts: Rollouts
+  problems: list[Mapping[str, Any]]
+  scores: np.ndarray
+  rewards: np.ndarray
+  seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+  """Draws and scores batches; everything but the model and the step is fixed.
+
+  Attributes:
+    sampler, limits: how completions are drawn.
+    renderer: problems to prompt tokens.
+    problems: the task's rows.
+    rewards: functions by name, the verifier first; `weights`: one each.
+    num_groups, group_size: prompts, and completions of each.
+    seed, stage: with the step, what the draws depend on.
+  """
+
+  sampler: Sampler
+  limits: Limits
+  renderer: Renderer
+  problems: Sequence[Mapping[str, Any]]
+  rewards: Mapping[str, scoring.Reward]
+  weights: Sequence[float]
+  num_groups: int
+  group_size: int
+  seed: int
+  stage: str
+
+  def collect(self, model: Transformer, *, step: int, batch: int) -> Collected:
+    """Draws `num_groups` x `group_size` completions and scores them.
+
+    Args:
+      step: updates made so far.
+      batch: batches of rollouts drawn so far.
+    """
+    started = time.monotonic()
+    chosen = [self.problems[i] for i in prompts_lib.problems_of_batch(
+        len(self.problems), self.num_groups, batch=batch, seed=self.seed)]
+    name, verifier = next(iter(self.rewards.items()))
+    scoring.check_gold(name, verifier, chosen)
+    rollouts = self.sampler.generate(
+        model, [self.renderer.prompt_tokens(row) for row in chosen],
+        self.limits, prompt_id=[row["id"] for row in chosen],
+        group_size=self.group_size, seed=self.seed, stage=self.stage,
+        step=step)
+    sampled = time.monotonic()
+    problems = [row for row in chosen for _ in range(self.group_size)]
+    texts = [
+        segments.completion_text(
+            self.renderer.tokenizer, rollouts.completion(row))
+        for row in range(len(problems))]
+    # Hosts that disagree, on a grader's time-out say, would learn apart.
+    scores = sharding.of_first_host(
+        scoring.score(self.rewards, problems, texts))
+    return Collected(
+        rollouts=rollouts, problems=problems, scores=scores,
+        rewards=advantages_lib.combine_rewards(
+            scores, np.asarray(self.weights)),
+        seconds={"rollout": sampled - started,
+                 "reward": time.monotonic() - sampled})
+
+
+def metrics(
+    collected: Collected, advantages: np.ndarray, names: Sequence[str],
+) -> dict[str, float]:
+  """What a batch of rollouts says, under the names that users know."""
+  rollouts, rewards = collected.rollouts, collected.rewards
+  lengths = rollouts.lengths
+  ended = lengths[rollouts.finish_reason != budget.LENGTH]
+  group = np.unique(rollouts.prompt_id, return_inverse=True)[1]
+  spread = np.array([np.ptp(rewards[group == g])
+                     for g in range(group.max() + 1)])
+  level = np.array([rewards[group == g].mean()
+                    for g in range(group.max() + 1)])
+  result = {
+      "reward": rewards.mean(), "reward_std": rewards.std(),
+      "frac_reward_zero_std": np.mean(spread == 0),
+      "frac_groups_solved": np.mean((spread == 0) & (level > 0)),
+      "advantages/abs_mean": np.abs(advantages).mean(),
+      "completions/mean_length": lengths.mean(),
+      "completions/min_length": lengths.min(),
+      "completions/max_length": lengths.max(),
+      "completions/clipped_ratio": 1 - len(ended) / len(lengths),
+      "answer/mean_length": rollouts.answer_lengths.mean(),
+      "think/mean_length": rollouts.think_lengths.mean(),
+      "think/forced_end_frac": np.mean(rollouts.think_end == budget.CLOSED),
+      "think/wait_count": rollouts.wait_count.mean(),
+      "num_tokens": lengths.sum()}
+  if len(ended):
+    result["completions/mean_terminated_length"] = ended.mean()
+  for k, name in enumerate(names):
+    applicable = collected.scores[~np.isnan(collected.scores[:, k]), k]
+    if len(applicable):
+      result[f"rewards/{name}/mean"] = applicable.mean()
+      result[f"rewards/{name}/std"] = applicable.std()
+  return {name: float(value) for name, value in result.items()}
+
+
+def records(
+    collected: Collected, advantages: np.ndarray, names: Sequence[str],
+    collector: Collector, step: int,
+) -> list[dict[str, Any]]:
+  """Every completion as a JSON-able row, for `rollouts/step_*.jsonl`."""
+  rows = []
+  for row in range(len(collected.problems)):
+    scores = {
+        name: None if np.isnan(value) else float(value)
+        for name, value in zip(names, collected.scores[row], strict=True)}
+    rows.append({
+        "step": step, **segments.record(
+            collector.renderer.tokenizer, collected.rollouts, row,
+            collector.sampler.ids),
+        "rewards": scores, "reward": float(collected.rewards[row]),
+        "advantage": float(advantages[row])})
+  return rows
+
+
+def advantages_and_rows(
+    collected: Collected, *, std: str, eps: float,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Advantages [B], and the indices of the rows that carry a signal."""
+  rewards, prompt_id = collected.rewards, collected.rollouts.prompt_id
+  advantages = advantages_lib.group_advantages(
+      rewards, prompt_id, std=std, eps=eps)
+  informative = advantages_lib.informative(rewards, prompt_id)
+  return advantages, np.flatnonzero(informative)

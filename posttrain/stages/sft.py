@@ -1,0 +1,250 @@
+"""Supervised fine-tuning: packed examples -> token cross-entropy -> AdamW.
+
+A step takes one global batch of packed rows, cut into microbatches. The loss
+is the mean over the target tokens of the whole batch: numerator and
+denominator are added up before the one division.
+
+The host runs ahead of the devices: metrics stay there until a row is due at
+`log_every`, a checkpoint or the end. Every step still gets its own row. Rows
+up to a checkpoint's step are on disk before the checkpoint is.
+
+  M: microbatches  R: rows of one, over all devices  T: length
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain import sharding
+from posttrain.data import batches as batches_lib
+from posttrain.model.transformer import Transformer
+from posttrain.objectives import logprobs as logprobs_lib
+from posttrain.objectives.masked import cross_entropy_sum, masked_sum
+from posttrain.stages import training
+from posttrain.stages.context import StageContext
+from posttrain.train import console as console_lib
+from posttrain.train import (
+  health,
+  memory,
+  metrics,
+  microbatches,
+  preemption,
+  step,
+)
+from posttrain.train import state as state_lib
+
+Sums = dict[str, jax.Array]
+
+
+def run(context: StageContext, model: Transformer) -> Transformer:
+  """Trains to the last step, from the newest checkpoint if there is one.
+
+  Args:
+    context: the stage's config and places.
+    model: what to start from. Its buffers are consumed.
+
+  Returns:
+    The trained model.
+
+  Raises:
+    ValueError: the data has what the config does not allow.
+    HealthError: a loss was not finite.
+    Preempted: SIGTERM came; the state is saved.
+  """
+  section = context.section
+  batches, held_out = read_data(context)
+  describe(context, model, batches, held_out)
+  loss = functools.partial(
+      cross_entropy, chunk=context.config.compute.loss_chunk)
+  adamw, update = training.make_update(section, loss)
+  sums = jax.jit(functools.partial(held_out_sums, loss))
+  state = state_lib.create(model, adamw)
+  with training.open_checkpoints(context) as saver:
+    state, found = training.resume(context, saver, state)
+    start = num_tokens = 0
+    if found is not None:
+      start, num_tokens = found.step, found.extras["num_tokens"]
+      batches.set_state(found.extras["data"])
+    with Log(context, start, num_tokens) as log:
+      for number in range(start + 1, section.num_steps + 1):
+        batch = next(batches)
+        state, values = update(
+            state, microbatches.stack(batch, section.num_microbatches),
+            section.num_microbatches)
+        log.add(number, values, batch)
+        last = number == section.num_steps
+        if held_out is not None and training.due(
+            number, section.eval_every, last):
+          log.extend(evaluate(
+              sums, state.model, held_out, section.num_microbatches))
+        leaving = preemption.requested() and not last
+        saving = leaving or training.due(
+            number, section.checkpoint.every, last)
+        if saving or number % section.log_every == 0:
+          log.flush()
+        if saving:
+          training.save(
+              context, saver, state, number,
+              {"data": batches.get_state(), "num_tokens": log.num_tokens},
+              metrics=None if leaving else log.last_row)
+        if leaving:
+          training.leave(context, saver, number)
+  context.workdir.finish(context.name, {"step": section.num_steps})
+  return state.model
+
+
+def read_data(
+    context: StageContext,
+) -> tuple[batches_lib.Batches, batches_lib.EvalBatches | None]:
+  """The training stream, and the held-out data if the config names any."""
+  section, data = context.section, context.section.data
+  handling = "on_overlong on_no_target on_malformed packing"
+  shape = training.pick(section, "sequence_length rows")
+  batches = batches_lib.make_batches(
+      data.sources, context.renderer, seed=context.config.seed,
+      **shape, **training.pick(data, handling), shuffle=data.shuffle)
+  if not section.eval_data.sources:
+    return batches, None
+  return batches, batches_lib.eval_batches(
+      section.eval_data.sources, context.renderer,
+      **shape, **training.pick(section.eval_data, handling))
+
+
+def cross_entropy(
+    model: Transformer, batch: dict[str, jax.Array], *, chunk: int,
+) -> tuple[jax.Array, jax.Array, Sums]:
+  """Negative log-likelihood of the target tokens of [R, T] arrays.
+
+  Returns:
+    Numerator and denominator (target tokens), and sums over these tokens.
+  """
+  hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+  logprobs, entropy = logprobs_lib.token_logprobs(
+      model, hidden, batch["tokens"], chunk=chunk)
+  assert entropy is not None  # As asked for.
+  return *cross_entropy_sum(logprobs, batch["loss_mask"]), {
+      "entropy": masked_sum(entropy, batch["loss_mask"])}
+
+
+def held_out_sums(
+    loss: step.Loss, model: Transformer, batch: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Numerator and denominator of [M, R, T] arrays, without a gradient."""
+  numerators, denominators, _ = jax.lax.map(
+      lambda microbatch: loss(model, microbatch), batch)
+  return numerators.sum(), denominators.sum()
+
+
+def evaluate(
+    sums: Callable, model: Transformer,
+    held_out: Iterable[batches_lib.Batch], num_microbatches: int,
+) -> dict[str, float]:
+  """Mean loss over all target tokens of the held-out data."""
+  start = time.perf_counter()
+  found = [
+      sums(model, microbatches.stack(batch, num_microbatches))
+      for batch in held_out]
+  numerators, denominators = np.array(jax.device_get(found), np.float64).T
+  return {
+      "eval_loss": float(numerators.sum() / denominators.sum()),
+      "time/eval": time.perf_counter() - start}
+
+
+class Log:
+  """Rows that wait on the devices, and what is shown of them."""
+
+  def __init__(self, context: StageContext, start: int, num_tokens: int):
+    self.num_tokens = num_tokens  # Trained on so far, padding apart.
+    self.last_row: dict[str, float] = {}
+    self._context = context
+    self._waiting: list[tuple[int, Sums, batches_lib.Batch, dict]] = []
+    self._window = metrics.Window()
+    self._writer = metrics.Writer(
+        context.workdir.metrics, context.workdir.tensorboard, context.name,
+        restored_step=start)
+    self._progress: console_lib.Progress = context.console.progress(
+        context.name, context.section.num_steps, start=start)
+    self._since = time.perf_counter()
+
+  def __enter__(self) -> "Log":
+    self._progress.__enter__()
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._progress.__exit__(*exception)
+    self._writer.close()
+
+  def add(self, number: int, values: Sums, batch: batches_lib.Batch) -> None:
+    """Takes a step's metrics without waiting for them."""
+    self._waiting.append((number, values, batch, {}))
+
+  def extend(self, row: dict[str, float]) -> None:
+    """Adds to the row of the newest step."""
+    self._waiting[-1][-1].update(row)
+
+  def flush(self) -> None:
+    """Waits for the devices; checks and writes every row there is.
+
+    Raises:
+      HealthError: a loss or gradient norm is not finite.
+    """
+    waiting, self._waiting = self._waiting, []
+    fetched = jax.device_get([values for _, values, _, _ in waiting])
+    seconds = time.perf_counter() - self._since
+    seconds -= sum(more.get("time/eval", 0.0) for *_, more in waiting)
+    tokens = sum(
+        np.count_nonzero(batch["segment_ids"]) for _, _, batch, _ in waiting)
+    timing = {
+        "time/step": seconds / len(waiting),
+        "perf/tokens_per_sec": tokens / seconds}
+    for (number, _, batch, more), values in zip(waiting, fetched, strict=True):
+      health.check_finite(
+          number, values, batch, self._context.directory,
+          write=self._context.workdir.is_writer)
+      self.last_row = self._row(values, batch) | timing | more
+      self._writer.write(number, self.last_row)
+      self._window.add(self.last_row)
+      if number % self._context.section.log_every == 0:
+        self._context.console.table(
+            f"{self._context.name} step {number}", self._window.means())
+        self._window.clear()
+    self._progress.update(number, loss=self.last_row["loss"])
+    self._since = time.perf_counter()
+
+  def _row(
+      self, fetched: Sums, batch: batches_lib.Batch) -> dict[str, float]:
+    values = {name: float(value) for name, value in fetched.items()}
+    tokens = np.count_nonzero(batch["segment_ids"])
+    self.num_tokens += int(tokens)
+    return {
+        **{name: values[name]
+           for name in ("loss", "grad_norm", "learning_rate")},
+        "entropy": values["entropy"] / values["denominator"],
+        "num_tokens": self.num_tokens,
+        "target_frac": values["denominator"] / tokens,
+        "pad_frac": 1 - tokens / batch["tokens"].size}
+
+
+def describe(
+    context: StageContext, model: Transformer, batches: batches_lib.Batches,
+    held_out: batches_lib.EvalBatches | None,
+) -> None:
+  """Writes the data's report; shows the first example and the memory."""
+  section, console = context.section, context.console
+  report = {"data": batches.report}
+  if held_out is not None:
+    report["eval_data"] = held_out.report
+  context.workdir.write_json(f"{context.name}/data_report.json", report)
+  console.example(
+      f"{context.name}: first example", *batches.first_example,
+      decode=context.renderer.tokenizer.decode)
+  console.line(memory.estimate(
+      model.config, fsdp=sharding.axis_size("batch"),
+      tensor=sharding.axis_size("vocab"),
+      rows=-(-section.rows // section.num_microbatches),
+      sequence_length=section.sequence_length,
+      loss_chunk=context.config.compute.loss_chunk).line())

@@ -1,0 +1,118 @@
+r"""What a completion answers, and whether that is a given number.
+
+Text in, text out: no model, no process. `posttrain.tasks.symbolic` judges
+answers that are formulas.
+
+A grade has one of five statuses, so that a low score can be told from a
+broken grader:
+
+  ok           the answer is right; the only one that scores 1
+  wrong        there is an answer, and it is another one
+  unparseable  there is no answer, or none that can be read
+  timeout      comparing took too long
+  error        comparing failed
+"""
+
+import re
+from typing import NamedTuple
+
+START, END = "<think>", "</think>"
+# A minus is a sign only where no operand precedes it: 7-3 ends in 3.
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]])-)?\$?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+    r"|(?<![0-9])\.[0-9]+)")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+
+
+class Grade(NamedTuple):
+  """A score of 0 or 1, why (see the module), and the answer as read."""
+  score: float
+  status: str
+  parsed: str | None
+
+
+def answer_part(completion: str) -> str:
+  """What follows the last `</think>`.
+
+  All of the text where nothing was thought; none of it where thinking began
+  and did not end. (A `<think>` at the end of the *prompt* is not seen here: a
+  completion that never closes it is read whole.)
+  """
+  _, end, answer = completion.rpartition(END)
+  return "" if not end and START in completion else answer
+
+
+def grade_number(answer: str | None, gold: str) -> Grade:
+  """Compares canonical numbers, as `canonical_number` gives them.
+
+  Raises:
+    ValueError: the gold answer is not a number.
+  """
+  if canonical_number(gold) != gold:
+    raise ValueError(
+        f"The gold answer {gold!r} is not a plain number such as -1234.5. "
+        "Correct the problem's answer column.")
+  if answer is None:
+    return Grade(0.0, "unparseable", None)
+  right = answer == gold
+  return Grade(float(right), "ok" if right else "wrong", answer)
+
+
+def first_number(text: str) -> str | None:
+  """The first number of a text in canonical form, or None."""
+  return next(iter(_numbers(text)), None)
+
+
+def last_number(text: str) -> str | None:
+  """The last number of a text in canonical form, or None."""
+  return next(reversed(_numbers(text)), None)
+
+
+def canonical_number(text: str) -> str | None:
+  """One spelling for each value: "$1,080.50" -> "1080.5", "-0." -> "0".
+
+  Digits are never rounded: the text is cleaned, not converted. None where the
+  text is anything but a number, whose sign, dollar sign, percent sign,
+  thousands commas and final dot are allowed.
+  """
+  text = re.sub(r"[$,%\s]", "", text.replace("\N{MINUS SIGN}", "-"))
+  match = re.fullmatch(r"([+-]?)([0-9]*)\.?([0-9]*)", text)
+  if match is None or not (match[2] or match[3]):
+    return None
+  whole, part = match[2].lstrip("0") or "0", match[3].rstrip("0")
+  value = f"{whole}.{part}" if part else whole
+  return f"-{value}" if match[1] == "-" and value != "0" else value
+
+
+def last_boxed(text: str) -> str | None:
+  r"""The content of the last `\boxed{}` or `\fbox{}` whose braces balance.
+
+  `\boxed x` without braces is read up to the next dollar sign or line end.
+  """
+  for match in reversed(list(BOX.finditer(text))):
+    start = match.end()
+    if text[start:start + 1] == "{":
+      content = _braced(text, start)
+    elif match[0][-1].isspace():
+      content = re.split(r"[$\n]", text[start:], maxsplit=1)[0]
+    else:
+      continue  # Another command, such as \boxedstyle.
+    if content is not None and content.strip():
+      return content.strip()
+  return None
+
+
+def _numbers(text: str) -> list[str | None]:
+  found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+  return [canonical_number(number) for number in found]
+
+
+def _braced(text: str, start: int) -> str | None:
+  """What stands between the brace at `start` and its partner."""
+  depth = 0
+  for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    depth += {"{": 1, "}": -1}.get(match[0], 0)
+    if depth == 0 and match[0] == "}":
+      return text[start + 1:start + match.start()]
+  return None

@@ -1,0 +1,136 @@
+"""Problem sources, rewards and answer extractors, found by name.
+
+A name is `module:function` ("posttrain.tasks.signs:reward") or
+`file.py:function` ("my_task.py:reward", relative to the working directory). A
+file is executed once per process, whatever the number of its functions used.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_function(name: str) -> Callable[..., Any]:
+  """Imports what a name stands for.
+
+  Args:
+    name: "module:function" or "file.py:function".
+
+  Returns:
+    The function, or another callable of that name.
+
+  Raises:
+    ValueError: the name has another form, there is no such module, file or
+      function, or the thing named is not callable. An exception raised by the
+      module's own code passes through unchanged.
+  """
+  place, attribute = _split(name)
+  module = _load_module(place, name)
+  if not hasattr(module, attribute):
+    raise ValueError(
+        f"{name!r}: {place} has no function {attribute!r}."
+        + _suggest(attribute, _public_callables(module)))
+  function = getattr(module, attribute)
+  if not callable(function):
+    raise ValueError(
+        f"{name!r} is a {type(function).__name__}, and a function is needed."
+        + _suggest(attribute, _public_callables(module)))
+  return function
+
+
+def source_hash(name: str) -> str:
+  """The sha256, as hex, of the file that defines the function.
+
+  Only that file: what it imports is not in the hash.
+
+  Raises:
+    ValueError: as `load_function`, or the module has no source file.
+  """
+  place, _ = _split(name)
+  if not place.endswith(".py"):
+    file = _load_module(place, name).__file__
+    if file is None:
+      raise ValueError(
+          f"{name!r}: {place} is a package without a file, so its source "
+          "cannot be recorded. Name the module that holds the function.")
+    place = file
+  path = Path(place)
+  _require_file(path, name)
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _split(name: str) -> tuple[str, str]:
+  place, colon, attribute = name.rpartition(":")
+  if not (colon and place and attribute.isidentifier()):
+    raise ValueError(
+        f"{name!r} names no function. Write it as module:function "
+        '("posttrain.tasks.signs:reward") or file.py:function '
+        '("my_task.py:reward").')
+  return place, attribute
+
+
+def _load_module(place: str, name: str) -> ModuleType:
+  if place.endswith(".py"):
+    return _load_file(Path(place), name)
+  try:
+    return importlib.import_module(place)
+  except ModuleNotFoundError as error:
+    # A module that exists but imports a missing one is a different fault.
+    parents = [place.rsplit(".", n)[0] for n in range(place.count(".") + 1)]
+    if error.name not in parents:
+      raise
+    raise ValueError(
+        f"{name!r}: there is no module {error.name!r}. A file needs its "
+        "ending, as in my_task.py:reward."
+        + _suggest(place, _sibling_modules(place))) from error
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+  _require_file(path, name)
+  path = path.resolve()
+  # The path is in the key: two folders may each hold a rewards.py.
+  digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+  key = f"_posttrain_file_{path.stem}_{digest}"
+  if key not in sys.modules:
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module  # Before it runs: dataclasses look it up.
+    try:
+      spec.loader.exec_module(module)
+    except BaseException:
+      del sys.modules[key]
+      raise
+  return sys.modules[key]
+
+
+def _require_file(path: Path, name: str) -> None:
+  if not path.is_file():
+    raise ValueError(
+        f"{name!r}: there is no file {path.absolute()}. Give its path "
+        "absolute or relative to the working directory.")
+
+
+def _public_callables(module: ModuleType) -> list[str]:
+  return [key for key, value in vars(module).items()
+          if callable(value) and not key.startswith("_")]
+
+
+def _sibling_modules(place: str) -> list[str]:
+  """Modules beside a missing one, for the suggestion."""
+  package = sys.modules.get(place.rpartition(".")[0])
+  return [f"{package.__name__}.{file.stem}"
+          for folder in getattr(package, "__path__", ())
+          for file in sorted(Path(folder).glob("*.py"))
+          if package is not None and file.stem != "__init__"]
+
+
+def _suggest(found: str, names: list[str]) -> str:
+  nearest = difflib.get_close_matches(found, names, n=1, cutoff=0.0)
+  return f" Nearest: {nearest[0]!r}." if nearest else ""

@@ -1,0 +1,90 @@
+r"""MATH-500: 500 competition problems (https://arxiv.org/abs/2305.20050).
+
+Problems of MATH (https://arxiv.org/abs/2103.03874), graded by the equivalence
+of the last `\boxed{}` with the answer.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.tasks import grading, jsonl, symbolic
+
+REMEDY = (
+    "Get it with `curl -L -O https://huggingface.co/datasets/HuggingFaceH4/"
+    "MATH-500/resolve/main/test.jsonl` and set args.path to the folder that "
+    "holds test.jsonl.")
+INSTRUCTION = r"Put the final answer within \boxed{}."
+
+
+def problems(
+    split: str, *, path: str, count: int = 0, instruction: str = INSTRUCTION,
+) -> Sequence[dict[str, Any]]:
+  r"""The problems in the file's order; every gold answer is checked.
+
+  Args:
+    split: "test".
+    path: the folder that holds `test.jsonl`.
+    count: the first so many; 0 for all.
+    instruction: a paragraph to put behind every problem; "" for none.
+
+  Returns:
+    Rows of `id` (the line, from 0), `prompt`, `gold` (the written solution),
+    `answer` (LaTeX), `subject` and `level`.
+
+  Raises:
+    ValueError: an unknown split, a missing file, a malformed row, or an
+      answer that math-verify cannot parse.
+  """
+  if split != "test":
+    raise ValueError(f"MATH-500 has no split {split!r}, only 'test'.")
+  rows = jsonl.read_rows(
+      path, "test.jsonl", ("problem", "solution", "answer"), count=count,
+      remedy=REMEDY)
+  for number, row in enumerate(rows, 1):
+    try:
+      symbolic.require_parseable(row["answer"])
+    except ValueError as error:
+      raise ValueError(f"{path}/test.jsonl, line {number}: {error}") from error
+  suffix = f"\n\n{instruction}" if instruction else ""
+  return [
+      dict(id=i, prompt=row["problem"].strip() + suffix, gold=row["solution"],
+           answer=row["answer"], subject=row.get("subject"),
+           level=row.get("level"))
+      for i, row in enumerate(rows)]
+
+
+def reward(
+    prompt: str, completion: str, *, answer: str, **columns: Any,
+) -> float:
+  """1 if the boxed answer is equivalent to the gold one, else 0."""
+  del prompt, columns
+  return grade(completion, answer).score
+
+
+def grade(
+    completion: str, answer: str, *, seconds: float = 5.0,
+) -> grading.Grade:
+  """The grade with its status; `seconds` bounds the comparison."""
+  found = grading.last_boxed(grading.answer_part(completion))
+  if found is None:
+    return grading.Grade(0.0, "unparseable", None)
+  verdict = symbolic.compare(answer, found, seconds=seconds)
+  return grading.Grade(float(verdict.status == "ok"), verdict.status, found)
+
+
+def extract(completion: str) -> str | None:
+  r"""The last boxed answer after thinking, spelled one way, or None.
+
+  Spacing, `\left`, `\right` and the kinds of fraction are ignored, and plain
+  numbers are canonical. Unequal spellings of one value stay two votes.
+  """
+  found = grading.last_boxed(grading.answer_part(completion))
+  if found is None:
+    return None
+  number = grading.canonical_number(found)
+  if number is not None:
+    return number
+  found = re.sub(r"\\[dt]frac", r"\\frac", found)
+  found = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,!;: ]", "", found)
+  return re.sub(r"\s+", " ", found).strip(" $.")

@@ -1,0 +1,206 @@
+r"""Are two answers the same formula? math-verify, in a process of its own.
+
+Parsing and simplifying what a model wrote can take for ever, or all memory,
+and math-verify's own time-out is a signal that works in a main thread only. So
+one worker process is started on the first question, reused, and killed when it
+is late; the next question starts another.
+
+`python -m posttrain.tasks.symbolic` is the worker: JSON lines in and out.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import functools
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+START_SECONDS = 120  # Importing sympy on a busy machine.
+MEMORY = 4 * 1024**3  # Bytes of address space, of which sympy needs 0.3 GiB.
+
+
+class Verdict(NamedTuple):
+  """A status of `posttrain.tasks.grading`, and for "error" the reason."""
+  status: str
+  reason: str
+
+
+def compare(gold: str, answer: str, *, seconds: float = 5.0) -> Verdict:
+  """Whether an answer is equivalent to the gold one. Safe in threads.
+
+  Args:
+    gold, answer: LaTeX, as found inside a box.
+    seconds: the time-out, in which starting the worker does not count.
+
+  Returns:
+    "ok", "wrong", "timeout", "error", or "unparseable" (the answer).
+
+  Raises:
+    RuntimeError: the worker does not start.
+    ValueError: the gold answer cannot be parsed.
+  """
+  verdict = _ask(dict(gold=gold, answer=answer, seconds=seconds))
+  if verdict.status == "gold":
+    raise ValueError(_GOLD.format(gold=gold))
+  return verdict
+
+
+@functools.lru_cache(maxsize=10_000)
+def require_parseable(gold: str, *, seconds: float = 30.0) -> None:
+  """Raises ValueError for a gold answer that no answer could be compared to.
+
+  Raises:
+    RuntimeError: the worker does not start.
+  """
+  verdict = _ask(dict(gold=gold, answer=gold, seconds=seconds))
+  if verdict.status == "gold":
+    raise ValueError(_GOLD.format(gold=gold))
+  if verdict.status != "ok":
+    raise ValueError(
+        f"The gold answer {gold!r} is not found equal to itself "
+        f"({verdict.status}: {verdict.reason}). Correct the answer column.")
+
+
+_GOLD = ("math-verify cannot parse the gold answer {gold!r}, so nothing can be "
+         "compared to it. Correct the answer column.")
+
+
+class _Worker:
+  """The process and its pipes."""
+
+  def __init__(self):
+    # A session of its own: what interrupts the run, Ctrl-C or a launcher's
+    # SIGTERM to the group, must not change a grade.
+    self.process = subprocess.Popen(
+        [sys.executable, "-m", "posttrain.tasks.symbolic"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+      ready = self._read(START_SECONDS)
+    except (EOFError, TimeoutError) as error:
+      self.stop()
+      raise RuntimeError(
+          "The math-verify worker did not start. See what `python -m "
+          "posttrain.tasks.symbolic` prints.") from error
+    if ready["status"] != "ready":
+      self.stop()
+      raise RuntimeError(
+          f"The math-verify worker did not start: {ready['reason']}. Install "
+          "what it lacks, for example with `pip install math-verify`.")
+
+  def ask(self, question: dict[str, Any]) -> Verdict:
+    """Raises EOFError if the worker dies, TimeoutError if it is late."""
+    assert self.process.stdin is not None
+    try:
+      self.process.stdin.write(json.dumps(question).encode() + b"\n")
+      self.process.stdin.flush()
+    except OSError as error:
+      raise EOFError from error
+    return Verdict(**self._read(question["seconds"]))
+
+  def stop(self):
+    self.process.kill()
+    self.process.wait()
+    for pipe in (self.process.stdin, self.process.stdout):
+      assert pipe is not None
+      with contextlib.suppress(OSError):  # Unsent bytes.
+        pipe.close()
+
+  def _read(self, seconds: float) -> dict[str, str]:
+    assert self.process.stdout is not None
+    pipe, line = self.process.stdout.fileno(), b""
+    deadline = time.monotonic() + seconds
+    while not line.endswith(b"\n"):
+      left = max(0.0, deadline - time.monotonic())
+      if not select.select([pipe], [], [], left)[0]:
+        raise TimeoutError
+      part = os.read(pipe, 65536)
+      if not part:
+        raise EOFError
+      line += part
+    return json.loads(line)
+
+
+_lock = threading.Lock()
+_worker: _Worker | None = None
+
+
+def _ask(question: dict[str, Any]) -> Verdict:
+  global _worker
+  with _lock:
+    for _ in range(2):
+      if _worker is None:
+        _worker = _Worker()
+      try:
+        return _worker.ask(question)
+      except TimeoutError:
+        _discard()
+        return Verdict("timeout", f"more than {question['seconds']:g} s")
+      except EOFError:
+        _discard()  # It may have died of something else: ask once more.
+    return Verdict("error", "the worker died twice on this answer")
+
+
+def _discard() -> None:
+  global _worker
+  if _worker is not None:
+    _worker.stop()
+    _worker = None
+
+
+atexit.register(_discard)
+
+
+def _serve() -> None:
+  """Answers questions until the pipe closes."""
+  replies = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)  # What a library prints is not a reply.
+  resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+  reply = lambda status, reason="": print(
+      json.dumps(dict(status=status, reason=reason)), file=replies)
+  try:
+    import math_verify  # noqa: F401
+  except ImportError as error:
+    reply("failed", str(error))
+    return
+  reply("ready")
+  for line in sys.stdin:
+    question = json.loads(line)
+    # A worker whose parent was killed must not compute on for ever; this
+    # watchdog works inside C code too.
+    faulthandler.dump_traceback_later(
+        2 * question["seconds"] + 1, exit=True, file=2)
+    reply(*_judge(question["gold"], question["answer"]))
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _judge(gold: str, answer: str) -> tuple[str, str]:
+  """Runs in the worker. "gold" is the status of a gold that has no parse."""
+  import math_verify
+  parse = lambda text: math_verify.parse(
+      rf"\boxed{{{text}}}", parsing_timeout=None)
+  try:
+    wanted = parse(gold)
+    if all(isinstance(form, str) for form in wanted):
+      return "gold", ""
+    found = parse(answer)
+    if not found:
+      return "unparseable", ""
+    same = math_verify.verify(
+        wanted, found, timeout_seconds=None, raise_on_error=True)
+  except Exception as error:  # Whatever a library makes of a model's text.
+    return "error", f"{type(error).__name__}: {error}"[:500]
+  if not same and all(isinstance(form, str) for form in found):
+    return "unparseable", ""
+  return ("ok" if same else "wrong"), ""
+
+
+if __name__ == "__main__":
+  _serve()

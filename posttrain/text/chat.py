@@ -1,0 +1,309 @@
+"""Chat templates: messages -> tokens, and the tokens that an assistant wrote.
+
+Templates are the Jinja sources that model publishers ship, rendered in the
+sandbox that transformers uses. Control tokens come from the template's own
+text only: control strings inside messages are hidden from it behind Unicode
+noncharacters and come back as ordinary text.
+
+An assistant turn is what follows the prompt that the sampler would be given
+at that point, up to and with its end-of-turn token. That is exact when the
+prompt is a prefix of the whole conversation; where it is not, no mask is
+right, and that is an error.
+
+Not done: images, and a date. `strftime_now` always answers 26 July 2024 (the
+default of the Llama templates), so that a prompt is the same on every day.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from posttrain.text import tokenizer as tokenizer_lib
+
+Messages = Sequence[Mapping[str, Any]]
+
+DATE = datetime.datetime(2024, 7, 26)
+
+# Noncharacters: no valid text has them. They stand around the number of a
+# control token in a message, and around a {% generation %} block.
+HIDE, HIDE_END, TURN, TURN_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+
+
+class ChatTemplate:
+  """A template and the tokenizer that its text is meant for.
+
+  Attributes:
+    source: the Jinja source.
+    hash: its sha256.
+  """
+
+  def __init__(self, source: str, tokenizer: tokenizer_lib.Tokenizer):
+    """Raises ValueError when the source is not a Jinja template."""
+    self.source = source
+    self.hash = hashlib.sha256(source.encode()).hexdigest()
+    self._tokenizer = tokenizer
+    self._controls = sorted(tokenizer.controls, key=len, reverse=True)
+    self._hidden = re.compile(f"{HIDE}(\\d+){HIDE_END}")
+    stops = [text for text, i in tokenizer.controls.items()
+             if i in tokenizer.stop_ids]
+    self._stop = re.compile("|".join(
+        re.escape(text) for text in sorted(stops, key=len, reverse=True)))
+    self._control = re.compile(
+        f"({'|'.join(map(re.escape, self._controls))})")
+    try:
+      self._template = _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+      raise ValueError(
+          f"the chat template is not valid Jinja: line {error.lineno}: "
+          f"{error.message}. Check chat_template.") from error
+
+  def render(self, messages: Messages, add_generation_prompt: bool) -> str:
+    """The text, as transformers' `apply_chat_template` gives it."""
+    return self._reveal(self._render(messages, add_generation_prompt)[0])
+
+  def prompt_tokens(self, messages: Messages) -> list[int]:
+    """What the sampler is given: the messages and the generation prompt.
+
+    Raises:
+      ValueError: the template refuses the messages, or the last one is an
+        assistant's.
+    """
+    if not messages or messages[-1]["role"] == "assistant":
+      raise ValueError(
+          "a prompt needs a last message that is not the assistant's, and "
+          f"this one has {len(messages)} message(s). Move the answer to "
+          "`completion`.")
+    text, _ = self._render(messages, True)
+    return self._encode(text, messages, frozenset())[0]
+
+  def example_tokens(
+      self, messages: Messages, *, last_only: bool = False,
+  ) -> tuple[list[int], list[bool]]:
+    """A whole conversation and its loss mask.
+
+    Args:
+      messages: at least one is the assistant's.
+      last_only: only the last assistant turn is in the loss.
+
+    Returns:
+      Token ids, and a mask of the same length: true on each assistant turn
+      and its end-of-turn token, and on nothing else.
+
+    Raises:
+      ValueError: the template refuses the messages, or does not allow an
+        exact mask.
+    """
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+      raise ValueError(
+          "the conversation has no assistant message, so nothing to learn.")
+    text, marked = self._render(messages, False)
+    if marked:
+      self._check_marked(text, marked, messages, turns)
+    targets = frozenset(turns[-1:] if last_only else turns)
+    return self._encode(text, messages, targets)
+
+  def _render(
+      self, messages: Messages, add_generation_prompt: bool,
+  ) -> tuple[str, list[tuple[int, int]]]:
+    """Text with hidden message content, and the {% generation %} spans."""
+    texts: dict[int | None, str] = {
+        i: text for text, i in self._tokenizer.controls.items()}
+    try:
+      text = self._template.render(
+          messages=[self._hide(message) for message in messages],
+          add_generation_prompt=add_generation_prompt, tools=None,
+          bos_token=texts.get(self._tokenizer.bos_id, ""),
+          eos_token=texts[self._tokenizer.eos_id])
+    except jinja2.TemplateError as error:
+      raise ValueError(
+          f"the chat template refuses these messages: {error}") from error
+    return _unmark(text)
+
+  def _encode(
+      self, text: str, messages: Messages, targets: frozenset[int],
+  ) -> tuple[list[int], list[bool]]:
+    """Encodes turn by turn: no token straddles the start of a turn."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for piece, in_loss in self._pieces(text, messages, targets):
+      tokens = self._encode_piece(piece)
+      ids += tokens
+      mask += [in_loss] * len(tokens)
+    bos = self._tokenizer.bos_id
+    if bos is not None and ids[:1] != [bos]:
+      ids, mask = [bos, *ids], [False, *mask]
+    if bos is not None and ids.count(bos) != 1:
+      raise ValueError(
+          f"the chat template writes BOS {ids.count(bos)} times, and a text "
+          "has one. Correct the template (chat_template).")
+    return ids, mask
+
+  def _pieces(
+      self, text: str, messages: Messages, targets: frozenset[int],
+  ) -> Iterator[tuple[str, bool]]:
+    """Cuts a text at assistant turns: (piece, it is a target)."""
+    done = 0
+    for i, message in enumerate(messages):
+      if message["role"] != "assistant":
+        continue
+      span = self._locate(text, messages, i)
+      if i in targets:
+        if isinstance(span, str):
+          raise _inexact(i, span)
+        self._check_turn(text[span[0]:span[1]], messages, i)
+      # In a prompt, and outside the loss, a turn that cannot be located is
+      # encoded with its surroundings.
+      if not isinstance(span, str) and span[0] >= done:
+        yield text[done:span[0]], False
+        yield text[span[0]:span[1]], i in targets
+        done = span[1]
+    yield text[done:], False
+
+  def _locate(
+      self, text: str, messages: Messages, i: int) -> tuple[int, int] | str:
+    """Where turn i lies in the text, end of turn included, or why not."""
+    if i == 0:
+      return "comes first, with no prompt before it"
+    prompt, _ = self._render(messages[:i], True)
+    if not text.startswith(prompt):
+      return ("does not begin behind the generation prompt: the conversation "
+              f"has {_parting(text, prompt)}")
+    stop = self._stop.search(text, len(prompt))
+    if stop is None:
+      return (f"does not end in a stop token {self._stop.pattern}, so that "
+              "its end would not be learnt")
+    return len(prompt), stop.end()
+
+  def _check_turn(self, turn: str, messages: Messages, i: int) -> None:
+    """All of the message is in the turn, and no role header is."""
+    message = self._hide(messages[i])
+    squeezed = "".join(turn.split())
+    for key in ("reasoning_content", "content"):
+      wanted = "".join(_text(message.get(key)).split())
+      if wanted not in squeezed:
+        raise _inexact(i, (
+            f"loses text: its `{key}` is not all there (some templates cut "
+            "the reasoning out of earlier turns: make one example per "
+            "assistant turn)"))
+    lead = squeezed[:squeezed.index(wanted)]
+    without = self._render(messages[:i], False)[0]
+    ignored = without == self._render(messages[:i], True)[0]
+    if self._control.search(lead) or (ignored and lead):
+      raise _inexact(i, (
+          f"has {lead!r} before its text, which belongs to the generation "
+          "prompt"))
+
+  def _check_marked(self, text, marked, messages, turns):
+    """The template's own {% generation %} marks must agree."""
+    spans = [self._locate(text, messages, i) for i in turns]
+    if marked != spans:
+      raise ValueError(
+          "the chat template's {% generation %} blocks cover characters "
+          f"{marked}, and the assistant turns with their end-of-turn tokens "
+          f"are {spans}. Correct the blocks (chat_template).")
+
+  def _encode_piece(self, text: str) -> list[int]:
+    if HIDE not in text:
+      return self._tokenizer.encode(text, special=True)
+    ids: list[int] = []
+    for part in self._control.split(text):
+      control = self._tokenizer.controls.get(part)
+      ids += ([control] if control is not None else
+              self._tokenizer.encode(self._reveal(part)) if part else [])
+    return ids
+
+  def _hide(self, value: Any) -> Any:
+    """Replaces control strings in every string of a message."""
+    if isinstance(value, Mapping):
+      return {key: self._hide(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+      return [self._hide(item) for item in value]
+    if not isinstance(value, str):
+      return value
+    if any(mark in value for mark in (HIDE, HIDE_END, TURN, TURN_END)):
+      raise ValueError(
+          "a message has one of the Unicode noncharacters U+FDD0 to U+FDD3, "
+          "which no valid text has. Remove it.")
+    for number, control in enumerate(self._controls):
+      value = value.replace(control, f"{HIDE}{number}{HIDE_END}")
+    return value
+
+  def _reveal(self, text: str) -> str:
+    return self._hidden.sub(lambda m: self._controls[int(m[1])], text)
+
+
+class _Generation(jinja2.ext.Extension):
+  """`{% generation %}...{% endgeneration %}`: marks what it encloses."""
+
+  tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
+
+  def parse(self, parser: Any) -> jinja2.nodes.Node:
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    call = self.call_method("_mark")
+    return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+  def _mark(self, caller: Any) -> str:
+    return TURN + caller() + TURN_END
+
+
+def _environment() -> jinja2.Environment:
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True,
+      extensions=[_Generation, jinja2.ext.loopcontrols])
+  # Jinja's own `tojson` escapes for HTML.
+  environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+      value, ensure_ascii=False, indent=indent)
+
+  def raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = DATE.strftime
+  return environment
+
+
+def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
+  """Removes the generation marks and says where they were."""
+  spans: list[tuple[int, int]] = []
+  clean = ""
+  start = 0
+  for part in re.split(f"({TURN}|{TURN_END})", text):
+    if part == TURN:
+      start = len(clean)
+    elif part == TURN_END:
+      spans.append((start, len(clean)))
+    else:
+      clean += part
+  return clean, spans
+
+
+def _text(content: Any) -> str:
+  """The text of a message's content: a string, or a list of parts."""
+  if isinstance(content, (list, tuple)):
+    return "".join(part.get("text", "") for part in content)
+  return content or ""
+
+
+def _parting(text: str, prompt: str) -> str:
+  """Where two texts part, for an error message."""
+  same = next(
+      (i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b),
+      min(len(text), len(prompt)))
+  return (f"{text[max(same - 10, 0):same + 20]!r} where the prompt has "
+          f"{prompt[max(same - 10, 0):same + 20]!r}")
+
+
+def _inexact(i: int, reason: str) -> ValueError:
+  return ValueError(
+      f"the chat template does not allow an exact loss mask: message {i}, "
+      f"an assistant turn, {reason}. Choose another chat_template.")

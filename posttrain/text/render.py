@@ -1,0 +1,204 @@
+"""Rows of data -> tokens: the one path for SFT, rollouts and sampling.
+
+A row has `prompt` and `completion` (strings, or lists of messages), or
+`messages`. A prompt is encoded alone and the completion behind it, so that a
+training example begins with exactly the tokens that the sampler is given.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import rich.text
+
+from posttrain.text import chat
+from posttrain.text import tokenizer as tokenizer_lib
+
+PLAIN = "plain"
+
+Row = Mapping[str, Any]
+
+
+class Renderer(Protocol):
+  """Rows to tokens.
+
+  Attributes:
+    hash: sha256 of the template and the tokenizer; kept with checkpoints.
+  """
+
+  tokenizer: tokenizer_lib.Tokenizer
+  hash: str
+
+  def prompt_tokens(self, row: Row) -> list[int]: ...
+
+  def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class PlainRenderer:
+  """No template: [BOS] + prompt, completion + EOS."""
+
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
+    self.tokenizer = tokenizer
+    self.hash = _hash(PLAIN, tokenizer)
+
+  def prompt_tokens(self, row: Row) -> list[int]:
+    """Tokens of `prompt`.
+
+    Raises:
+      ValueError: the row has messages, or a prompt that is not a string.
+    """
+    prompt = _require_text(row, "prompt")
+    bos = self.tokenizer.bos_id
+    lead = [] if bos is None else [bos]
+    return lead + self.tokenizer.encode(prompt)
+
+  def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n] int32 and loss mask [n] bool: completion and EOS.
+
+    Raises:
+      ValueError: as `prompt_tokens`, or there is no token to predict the
+        first completion token from.
+    """
+    prompt = self.prompt_tokens(row)
+    if not prompt:
+      raise ValueError(
+          "the prompt has no tokens and the tokenizer no BOS, so nothing "
+          "predicts the first token of the completion. Give it a prompt.")
+    completion = self.tokenizer.encode(_require_text(row, "completion"))
+    completion.append(self.tokenizer.eos_id)
+    return (
+        np.array(prompt + completion, np.int32),
+        np.repeat([False, True], [len(prompt), len(completion)]))
+
+
+class ChatRenderer:
+  """Messages through a chat template; a `prompt` string is a user's turn."""
+
+  def __init__(
+      self, template: chat.ChatTemplate, tokenizer: tokenizer_lib.Tokenizer):
+    self.tokenizer = tokenizer
+    self.template = template
+    self.hash = _hash(template.source, tokenizer)
+
+  def prompt_tokens(self, row: Row) -> list[int]:
+    """Tokens of the messages and the generation prompt.
+
+    Raises:
+      ValueError: as `ChatTemplate.prompt_tokens`, or the row is malformed.
+    """
+    return self.template.prompt_tokens(_prompt_messages(row))
+
+  def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n] int32 and loss mask [n] bool.
+
+    With `messages` alone every assistant turn is in the loss; with a
+    `completion`, only that.
+
+    Raises:
+      ValueError: as `ChatTemplate.example_tokens`, or the row is malformed.
+    """
+    messages = _prompt_messages(row)
+    completed = "completion" in row
+    if completed:
+      messages = [*messages, *_turns(row["completion"], "assistant")]
+    tokens, mask = self.template.example_tokens(messages, last_only=completed)
+    return np.array(tokens, np.int32), np.array(mask, bool)
+
+
+def make_renderer(
+    tokenizer: tokenizer_lib.Tokenizer, chat_template: str = "") -> Renderer:
+  """The renderer that the config asks for.
+
+  Args:
+    tokenizer: also gives the template, unless one is named.
+    chat_template: "" for the tokenizer's own, "plain" for none, or the path
+      of a Jinja file.
+
+  Raises:
+    ValueError: the tokenizer has no template, or the file does not exist.
+  """
+  if chat_template == PLAIN:
+    return PlainRenderer(tokenizer)
+  if chat_template:
+    path = pathlib.Path(chat_template).expanduser()
+    if not path.exists():
+      raise ValueError(
+          f'{path} does not exist. Set chat_template to a Jinja file, "" '
+          '(the tokenizer\'s own) or "plain".')
+    source = path.read_text(encoding="utf-8")
+  elif tokenizer.chat_template is None:
+    raise ValueError(
+        'the tokenizer has no chat template. Set chat_template="plain" for '
+        "bare prompts and completions, or to the path of a Jinja file.")
+  else:
+    source = tokenizer.chat_template
+  return ChatRenderer(chat.ChatTemplate(source, tokenizer), tokenizer)
+
+
+def marked(
+    tokenizer: tokenizer_lib.Tokenizer, tokens: Sequence[int] | np.ndarray,
+    loss_mask: Sequence[bool] | np.ndarray,
+) -> rich.text.Text:
+  """An example for people: what is in the loss is green, between ⟦ and ⟧."""
+  tokens = np.asarray(tokens)
+  loss_mask = np.asarray(loss_mask, bool)
+  edges = np.flatnonzero(np.diff(loss_mask)) + 1
+  text = rich.text.Text()
+  for run, in_loss in zip(
+      np.split(tokens, edges), np.split(loss_mask, edges), strict=True):
+    if not run.size:
+      continue
+    shown = tokenizer.decode(run.tolist())
+    if in_loss[0]:
+      text.append(f"⟦{shown}⟧", style="bold green")
+    else:
+      text.append(shown, style="dim")
+  return text
+
+
+def _hash(template: str, tokenizer: tokenizer_lib.Tokenizer) -> str:
+  contents = json.dumps([template, tokenizer.fingerprint()])
+  return hashlib.sha256(contents.encode()).hexdigest()
+
+
+def _require_text(row: Row, key: str) -> str:
+  if key not in row:
+    raise ValueError(
+        f"the row has {', '.join(sorted(row)) or 'no columns'} and no "
+        f'`{key}`, which chat_template="plain" needs.')
+  if not isinstance(row[key], str):
+    raise ValueError(
+        f"`{key}` is a {type(row[key]).__name__}, and "
+        'chat_template="plain" needs a string.')
+  return row[key]
+
+
+def _prompt_messages(row: Row) -> list[dict]:
+  if ("messages" in row) == ("prompt" in row):
+    raise ValueError(
+        f"the row has {', '.join(sorted(row)) or 'no columns'}; it needs "
+        "either `messages` or `prompt`.")
+  if "messages" in row:
+    return _turns(row["messages"], None)
+  return _turns(row["prompt"], "user")
+
+
+def _turns(value: Any, role: str | None) -> list[dict]:
+  """Messages, from a list of them or from a string said by `role`."""
+  if isinstance(value, str) and role is not None:
+    return [{"role": role, "content": value}]
+  if isinstance(value, (str, bytes, Mapping)) or not isinstance(
+      value, (Sequence, np.ndarray)):
+    raise ValueError(
+        f"messages are a {type(value).__name__}, and a list is needed.")
+  for i, message in enumerate(value):
+    if not isinstance(message, Mapping) or not isinstance(
+        message.get("role"), str):
+      raise ValueError(
+          f"message {i} is {message!r}, and needs `role` and `content`.")
+  # Parquet gives every message every column; absent ones are None.
+  return [{key: item for key, item in message.items() if item is not None}
+          for message in value]

@@ -1,0 +1,147 @@
+"""The strings that open, close and prolong thinking, as token ids.
+
+Budget forcing works on token sequences; this module resolves the strings of
+the config once, and finds the thinking part in a finished completion.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from posttrain.text import tokenizer as tokenizer_lib
+
+FORCED = 2  # Provenance of a token that budget forcing put there.
+
+
+@dataclasses.dataclass(frozen=True)
+class Thinking:
+  """The config's strings. An empty `end` means that thinking is unused.
+
+  Attributes:
+    start: opens thinking; empty: a completion begins in thinking.
+    end: closes it; what a budget forces.
+    delimiters: further strings that close thinking when the model says them.
+    newline: forced before `end` unless the text already ends in a line break.
+    final_answer: forced after `end` when a maximum closed the thinking.
+    wait_text: replaces a delimiter and lets the model go on.
+  """
+
+  start: str = ""
+  end: str = ""
+  delimiters: tuple[str, ...] = ()
+  newline: str = ""
+  final_answer: str = ""
+  wait_text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingIds:
+  """`Thinking` as token ids; `delimiters` has `end` first."""
+
+  start: tuple[int, ...] = ()
+  end: tuple[int, ...] = ()
+  delimiters: tuple[tuple[int, ...], ...] = ()
+  newline: tuple[int, ...] = ()
+  final_answer: tuple[int, ...] = ()
+  wait: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Where thinking lies in a completion: `tokens[thinking]` and so on.
+
+  Attributes:
+    thinking: without its delimiter, and without a newline forced before it.
+    answer: everything behind the delimiter.
+    closed: the delimiter is there.
+  """
+
+  thinking: slice
+  answer: slice
+  closed: bool
+
+
+def resolve(
+    thinking: Thinking, tokenizer: tokenizer_lib.Tokenizer) -> ThinkingIds:
+  """Encodes each string once, special tokens allowed.
+
+  Raises:
+    ValueError: a string has no tokens, or has unknown ones: forcing it would
+      put something else into the text.
+  """
+  if not thinking.end:
+    return ThinkingIds()
+  encode = lambda name, text: _encode(name, text, tokenizer)
+  end = encode("end", thinking.end)
+  others = [encode("delimiters", text) for text in thinking.delimiters]
+  return ThinkingIds(
+      start=encode("start", thinking.start),
+      end=end,
+      delimiters=tuple(dict.fromkeys([end, *others])),
+      newline=encode("newline", thinking.newline),
+      final_answer=encode("final_answer", thinking.final_answer),
+      wait=encode("wait_text", thinking.wait_text))
+
+
+def split(
+    tokens: Sequence[int] | np.ndarray,
+    provenance: Sequence[int] | np.ndarray, ids: ThinkingIds, *,
+    in_thinking: bool,
+) -> Split:
+  """Finds thinking and answer in a completion.
+
+  One case is not decidable from the tokens alone: a wait text that begins
+  with a line break, cut off by the maximum right behind it, looks like a
+  forced newline. The sampler's own count (`think_lengths`) has it right.
+
+  Args:
+    tokens: [n] a completion, end of text included or not.
+    provenance: [n] 1 sampled, 2 forced.
+    ids: the resolved strings.
+    in_thinking: the prompt already opened thinking.
+  """
+  tokens = [int(token) for token in tokens]
+  n = len(tokens)
+  opened = 0 if in_thinking else find(tokens, ids.start)
+  if not ids.end or opened < 0:
+    return Split(slice(0, 0), slice(0, n), False)
+  start = opened + (0 if in_thinking else len(ids.start))
+  end = find(tokens, ids.end, start)
+  if end < 0:
+    return Split(slice(start, n), slice(n, n), False)
+  answer = slice(end + len(ids.end), n)
+  ends_with = lambda part: (
+      bool(part) and end - len(part) >= start
+      and tuple(tokens[end - len(part):end]) == part
+      and all(p == FORCED for p in provenance[end - len(part):end]))
+  # A newline is forced only behind a token that does not end in one, so one
+  # that a wait text ends in is the wait's.
+  if ends_with(ids.newline) and not ends_with(ids.wait):
+    end -= len(ids.newline)
+  return Split(slice(start, end), answer, True)
+
+
+def find(
+    tokens: Sequence[int], part: Sequence[int], begin: int = 0) -> int:
+  """The first index from `begin` where `part` occurs, or -1."""
+  part = list(part)
+  for i in range(begin, len(tokens) - len(part) + 1):
+    if list(tokens[i:i + len(part)]) == part:
+      return i
+  return -1
+
+
+def _encode(
+    name: str, text: str, tokenizer: tokenizer_lib.Tokenizer,
+) -> tuple[int, ...]:
+  ids = tuple(tokenizer.encode(text, special=True))
+  if text and not ids:
+    raise ValueError(
+        f"thinking.{name}={text!r} has no tokens in this vocabulary (a word "
+        f'vocabulary has no whitespace). Set thinking.{name}="".')
+  if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+    raise ValueError(
+        f"thinking.{name}={text!r} has tokens that this vocabulary does not "
+        f"know. Add it to tokenizer.symbols, or change thinking.{name}.")
+  return ids

@@ -1,0 +1,398 @@
+"""Checkpoints of a stage, through Orbax: asynchronous, checked, all or nothing.
+
+A checkpoint is a directory named by its step, with three items:
+
+  state     a nested dict of arrays (parameters, optimizer, step), each host
+            writing and reading its own shards. Paths are plain dict keys, so
+            that no file depends on a library's classes.
+  extras    JSON: the data iterator's state, seed, hashes.
+  rollouts  optional: a dict of NumPy arrays, RL rollouts in flight.
+
+Orbax writes under a temporary name and renames when all hosts are done, so a
+checkpoint that is there is whole. Its array files carry no checksum; here a
+fingerprint of every array is computed on the devices when saving, and again
+after restoring: a damaged file is an error, never a slightly wrong model.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from posttrain.train import fingerprint
+
+Tree = Mapping[str, Any]  # Nested dict with string keys; leaves are arrays.
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What a checkpoint held; `tree` as far as it was asked for."""
+
+  step: int
+  tree: dict[str, Any]
+  extras: dict[str, Any]
+  rollouts: dict[str, np.ndarray] | None
+
+
+class Checkpoints:
+  """The checkpoints of one stage; a context manager.
+
+  Every process makes the same calls in the same order. Leaving the context
+  waits for a save in flight.
+  """
+
+  def __init__(
+      self, directory: epath.PathLike, *, keep: int, keep_best: int = 0,
+      best_metric: str = "", best_mode: str = "max",
+  ):
+    """Opens or makes the directory; what a kill left half-written is removed.
+
+    Args:
+      directory: shared by all hosts.
+      keep: how many of the latest checkpoints stay, at least one.
+      keep_best: how many of the best stay beside those.
+      best_metric: the metric that ranks; needed with `keep_best`.
+      best_mode: "max" or "min".
+
+    Raises:
+      ValueError: an argument is out of range; names its config key.
+    """
+    if keep < 1:
+      raise ValueError(
+          f"checkpoint.keep is {keep}, and resuming needs at least 1.")
+    if keep_best and not best_metric:
+      raise ValueError(
+          f"checkpoint.keep_best is {keep_best}, which needs the name of a "
+          "metric in checkpoint.best_metric.")
+    if best_mode not in ("max", "min"):
+      raise ValueError(
+          f'checkpoint.best_mode is {best_mode!r}, not "max" or "min".')
+    self._directory = _absolute(directory)
+    self._best_metric = best_metric if keep_best else ""
+    value = lambda metrics: metrics["value"]
+    policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+    if keep_best:
+      policies.append(checkpoint_managers.BestN(
+          get_metric_fn=value, reverse=best_mode == "min",
+          n=keep_best, keep_checkpoints_without_metrics=False))
+    self._manager = _Manager(
+        self._directory, item_handlers=_handlers(),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                policies),
+            best_fn=value if keep_best else None, best_mode=best_mode,
+            cleanup_tmp_directories=True))
+
+  def latest_step(self) -> int | None:
+    """The newest whole checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """The best by `best_metric`; None without one."""
+    return self._manager.best_step() if self._best_metric else None
+
+  def save(
+      self, step: int, tree: Tree, extras: Mapping[str, Any], *,
+      rollouts: Mapping[str, np.ndarray] | None = None,
+      metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Copies the state to the host and returns; writing goes on behind.
+
+    The arrays may be donated or changed right after. A step that is already
+    saved is left as it is.
+
+    Args:
+      step: optimizer updates made.
+      tree: nested dict of global arrays.
+      extras: JSON-able.
+      rollouts: flat dict of NumPy arrays, the same on every host.
+      metrics: `best_metric` must be among them if checkpoints are ranked;
+        None saves one that is kept as a recent one only.
+
+    Raises:
+      ValueError: `tree` is not a dict of arrays, or the metric is missing.
+      OSError: this save, or the one before, could not be written.
+    """
+    self.wait()
+    if step in self._manager.all_steps():
+      return
+    tree = _plain(tree)
+    ranking = self._ranking(metrics)
+    body = json.dumps(dict(extras), sort_keys=True, allow_nan=False)
+    items = {
+        "state": ocp.args.PyTreeSave(tree),
+        "extras": ocp.args.JsonSave({
+            "extras": body, "fingerprints": fingerprint.of(_flatten(tree)),
+            "extras_crc32": zlib.crc32(body.encode())})}
+    if rollouts is not None:
+      items["rollouts"] = ocp.args.PyTreeSave({"npz": _pack(rollouts)})
+    with _errors_name(self._directory / str(step), "written"):
+      self._manager.save(
+          step, args=ocp.args.Composite(**items), force=True,
+          metrics=ranking)
+
+  def _ranking(self, metrics: Mapping[str, float] | None) -> dict | None:
+    if not self._best_metric or metrics is None:
+      return None
+    if self._best_metric not in metrics:
+      raise ValueError(
+          f"checkpoint.best_metric is {self._best_metric!r}, which is not "
+          f"among the metrics of this step: {sorted(metrics)}. Choose one of "
+          "them, or a checkpoint.every at whose steps it is measured.")
+    return {"value": float(metrics[self._best_metric])}
+
+  def restore(self, abstract: Tree, step: int | None = None) -> Restored:
+    """Like the function `restore`, from this stage."""
+    self.wait()
+    return restore(self._directory, abstract, step)
+
+  def wait(self) -> None:
+    """Until the save in flight is whole.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with _errors_name(self._directory, "written"):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    with _errors_name(self._directory, "written"):
+      self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def abstract(tree: Tree) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a tree of arrays: what to restore into."""
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _plain(tree))
+
+
+def restore(
+    directory: epath.PathLike, abstract: Tree, step: int | None = None,
+) -> Restored:
+  """Reads a checkpoint into the shardings that `abstract` names.
+
+  The mesh may differ from the one that saved. `abstract` may be a part of
+  what was saved, for instance `{"model": ...}` alone.
+
+  Args:
+    directory: of a stage's checkpoints.
+    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+    step: which one; the latest by default.
+
+  Raises:
+    FileNotFoundError: no such checkpoint; names those that are there.
+    ValueError: an array is missing or has another shape or dtype.
+    OSError: a file is damaged or missing; names the path.
+  """
+  directory = _absolute(directory)
+  step = find_step(directory, step)
+  path = directory / str(step)
+  abstract = _plain(abstract)
+  options = ocp.CheckpointManagerOptions(
+      create=False, enable_async_checkpointing=False)
+  with _Manager(
+      directory, item_handlers=_handlers(), options=options) as manager:
+    with _errors_name(path, "read"):
+      metadata = manager.item_metadata(step)
+      saved = _flatten(metadata["state"].tree)
+    _check_structure(path / "state", saved, _flatten(abstract))
+    items: dict[str, Any] = {
+        "state": ocp.args.PyTreeRestore(
+            item=abstract, partial_restore=True,
+            restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
+                sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
+                abstract)),
+        "extras": ocp.args.JsonRestore()}
+    if (path / "rollouts").exists():
+      items["rollouts"] = ocp.args.PyTreeRestore()
+    with _errors_name(path, "read"):
+      found = manager.restore(step, args=ocp.args.Composite(**items))
+  extras, expected = _open_extras(path / "extras", found["extras"])
+  _check_fingerprints(
+      path / "state", fingerprint.of(_flatten(found["state"])), expected)
+  rollouts = None
+  if "rollouts" in items:
+    with _errors_name(path / "rollouts", "read"):
+      rollouts = _unpack(found["rollouts"]["npz"])
+  return Restored(step, found["state"], extras, rollouts)
+
+
+def read_extras(
+    directory: epath.PathLike, step: int | None = None,
+) -> dict[str, Any]:
+  """The JSON part alone, without touching a device; raises as `restore`."""
+  directory = _absolute(directory)
+  path = directory / str(find_step(directory, step)) / "extras"
+  with _errors_name(path, "read"):
+    found = json.loads((path / "metadata").read_text())
+  return _open_extras(path, found)[0]
+
+
+def find_step(directory: epath.PathLike, step: int | None = None) -> int:
+  """The latest whole checkpoint, or `step`; FileNotFoundError without it."""
+  directory = _absolute(directory)
+  if not directory.exists():
+    raise FileNotFoundError(
+        f"{directory} does not exist; a finished or interrupted training "
+        "stage has its checkpoints there.")
+  steps = sorted(ocp.path.step.checkpoint_steps(directory))
+  if not steps:
+    raise FileNotFoundError(f"{directory} holds no whole checkpoint.")
+  if step is not None and step not in steps:
+    raise FileNotFoundError(
+        f"{directory} holds no checkpoint of step {step}; it has {steps}.")
+  return steps[-1] if step is None else step
+
+
+def check_same(restored: Restored, **expected: Any) -> None:
+  """Compares extras such as hashes with those of this run.
+
+  Raises:
+    ValueError: one differs; names it, both values and the step.
+  """
+  for name, value in expected.items():
+    if restored.extras.get(name) != value:
+      raise ValueError(
+          f"The checkpoint of step {restored.step} was made with {name}="
+          f"{restored.extras.get(name)!r}, and this run has {value!r}. Use "
+          "the config and files that it was made with, or a new workdir.")
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, which leaves preemption to `train/preemption.py`.
+
+  Orbax asks JAX's coordination service with the checkpoint's step, partly
+  from a background thread; that would move the counter that hosts agree on.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+  return {
+      "state": ocp.PyTreeCheckpointHandler(),
+      "extras": ocp.JsonCheckpointHandler(),
+      "rollouts": ocp.PyTreeCheckpointHandler()}
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+  return epath.Path(directory).absolute()
+
+
+def _plain(tree: Any, path: str = "") -> dict[str, Any]:
+  """The tree itself, if it is nested dicts of arrays; else a ValueError."""
+  if not isinstance(tree, Mapping):
+    raise ValueError(
+        f"Checkpoint state at {path or 'the top'} is a {type(tree).__name__}; "
+        "it needs nested dicts with arrays at the leaves.")
+  plain: dict[str, Any] = {}
+  for name, value in tree.items():
+    here = f"{path}/{name}" if path else str(name)
+    if not isinstance(name, str) or "/" in name:
+      raise ValueError(
+          f"Checkpoint state has the key {name!r} at {here}; keys are strings "
+          "without a slash.")
+    is_array = isinstance(value, jax.Array | jax.ShapeDtypeStruct)
+    plain[name] = value if is_array else _plain(value, here)
+  return plain
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+  """Leaves by slash-separated path, sorted."""
+  flat: dict[str, Any] = {}
+  for name in sorted(tree):
+    here = f"{path}/{name}" if path else name
+    if isinstance(tree[name], Mapping):
+      flat |= _flatten(tree[name], here)
+    else:
+      flat[here] = tree[name]
+  return flat
+
+
+def _check_structure(
+    path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any],
+) -> None:
+  for name, want in wanted.items():
+    if name not in saved:
+      raise ValueError(
+          f"{path} has no array {name!r}. The model or optimizer of this "
+          "config differs from the one that was saved; in the checkpoint "
+          f"are {', '.join(list(saved)[:8])}, ...")
+    have = saved[name]
+    if tuple(have.shape) != want.shape or have.dtype != want.dtype:
+      raise ValueError(
+          f"{path}: {name!r} is {have.dtype}{list(have.shape)} there and "
+          f"{want.dtype}{list(want.shape)} in this run. Use the model config "
+          "that the checkpoint was made with.")
+
+
+def _check_fingerprints(
+    path: epath.Path, found: Mapping[str, int], expected: Mapping[str, int],
+) -> None:
+  bad = [name for name in found if found[name] != expected.get(name)]
+  if bad:
+    raise _damaged(path, f"array {bad[0]!r} is not what was saved "
+                   f"({len(bad)} of {len(found)} arrays differ)")
+
+
+def _open_extras(
+    path: epath.Path, found: Any,
+) -> tuple[dict[str, Any], dict[str, int]]:
+  try:
+    body = found["extras"]
+    if zlib.crc32(body.encode()) != found["extras_crc32"]:
+      raise ValueError("its checksum differs")
+    return json.loads(body), found["fingerprints"]
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise _damaged(path, repr(error)) from error
+
+
+def _damaged(path: epath.Path, what: str) -> OSError:
+  return OSError(
+      f"Checkpoint {path} could not be read: {what}. A file in it is damaged "
+      "or missing. Move that step's directory away, and the run goes on from "
+      "the checkpoint before it, or starts anew.")
+
+
+@contextlib.contextmanager
+def _errors_name(path: epath.Path, verb: str) -> Iterator[None]:
+  """Turns whatever a storage layer raises into an OSError with the path."""
+  try:
+    yield
+  except Exception as error:  # Tensorstore's errors have no common type.
+    what = f"{type(error).__name__}: {str(error)[:500]}"
+    if verb == "read":
+      raise _damaged(path, what) from error
+    raise OSError(
+        f"Checkpoint {path} could not be written: {what}. Is the disk full? "
+        "Earlier checkpoints are untouched.") from error
+
+
+def _pack(rollouts: Mapping[str, np.ndarray]) -> np.ndarray:
+  """One byte array: any dtype and empty arrays too, with zip's checksums."""
+  buffer = io.BytesIO()
+  np.savez(buffer, allow_pickle=False, **rollouts)  # type: ignore[arg-type]
+  return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def _unpack(npz: np.ndarray) -> dict[str, np.ndarray]:
+  with np.load(io.BytesIO(np.asarray(npz).tobytes())) as archive:
+    return {name: archive[name] for name in archive.files}

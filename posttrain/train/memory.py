@@ -1,0 +1,196 @@
+"""What a run will need per device, from shapes alone, before it compiles.
+
+An estimate: XLA fuses and reuses buffers in ways that shapes do not tell.
+Parameters, gradients, optimizer and cache are exact up to padding;
+an update's total is within a third of the compiler's own figure for the
+shapes in the tests. No JAX here, so that it runs before devices are touched.
+
+  r: rows of a microbatch on one device  T: length  S: cache slots
+"""
+
+import dataclasses
+import math
+
+from posttrain.model.config import ModelConfig
+
+BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32 = BYTES["float32"]
+# Live at once in the head's backward pass: logits, softmax, their gradient.
+LOGIT_BUFFERS = 3
+# Of the layer whose backward pass is under way: its values, and gradients of
+# about half of them.
+LAYER_IN_PROGRESS = 1.5
+
+
+def format_bytes(size: float) -> str:
+  """`3 * 2**30` -> "3.0 GiB"."""
+  for unit in ("B", "KiB", "MiB"):
+    if size < 1024:
+      return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+    size /= 1024
+  return f"{size:.1f} GiB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Bytes on one device, by part.
+
+  Attributes:
+    persistent: there all the time (parameters, optimizer, reference).
+    training: on top of that during an update; empty without one.
+    sampling: on top of it during generation; empty without one.
+  """
+
+  persistent: dict[str, int]
+  training: dict[str, int]
+  sampling: dict[str, int]
+
+  @property
+  def peak(self) -> int:
+    return sum(self.persistent.values()) + max(
+        sum(self.training.values()), sum(self.sampling.values()))
+
+  def line(self, available: int | None = None) -> str:
+    """One line for a person.
+
+    Args:
+      available: bytes that the device has, where that is known.
+    """
+    def parts(sizes):
+      return " + ".join(
+          f"{name} {format_bytes(size)}" for name, size in sizes.items())
+
+    text = f"memory per device, estimated: {format_bytes(self.peak)}"
+    if available is not None:
+      text += f" of {format_bytes(available)}"
+    text += f" ({parts(self.persistent)}"
+    if self.training:
+      text += f"; an update adds {parts(self.training)}"
+    if self.sampling:
+      text += f"; sampling adds {parts(self.sampling)}"
+    return text + ")"
+
+
+def layer_parameters(config: ModelConfig) -> int:
+  """Of one layer; norms and biases, which no mesh splits, left out."""
+  attention = config.embed * config.head_dim * 2 * (
+      config.heads + config.kv_heads)
+  return attention + 3 * config.embed * config.mlp
+
+
+def parameters(config: ModelConfig) -> int:
+  """All, the padding of the vocabulary included."""
+  tables = 1 if config.tied_embeddings else 2
+  padding = config.padded_vocab_size - config.vocab_size
+  return config.num_parameters + tables * padding * config.embed
+
+
+def cache_bytes(
+    config: ModelConfig, *, rows: int, slots: int, fsdp: int = 1,
+    tensor: int = 1,
+) -> int:
+  """Keys and values of `rows` rows (global) with `slots` slots, per device."""
+  heads = config.kv_heads // tensor
+  return (2 * config.layers * math.ceil(rows / fsdp) * slots * heads
+          * config.head_dim * BYTES[config.dtype])
+
+
+def _layer_activations(
+    config: ModelConfig, rows: int, length: int, tensor: int,
+) -> tuple[int, int, int]:
+  """Bytes of one layer that a backward pass reads: input, products, rest."""
+  size = BYTES[config.dtype]
+  tokens = rows * length
+  heads = (config.heads + 2 * config.kv_heads) * config.head_dim // tensor
+  attended = config.heads * config.head_dim // tensor
+  mlp = config.mlp // tensor
+  stream = tokens * config.embed * size
+  # Outputs of the products with weights: q, k, v, o, gate, up, down.
+  products = tokens * (heads + 2 * config.embed + 2 * mlp) * size
+  # Norms in float32 and cast; heads before and after the rotation; the
+  # activation and its product; scores, softmax and their cast.
+  scores = rows * (config.heads // tensor) * length * length
+  rest = (
+      tokens * 2 * config.embed * (FLOAT32 + size)
+      + tokens * (heads * FLOAT32 + attended * size + 2 * mlp * size)
+      + scores * (FLOAT32 + size))
+  return stream, products, rest
+
+
+def activation_bytes(
+    config: ModelConfig, *, rows: int, length: int, fsdp: int = 1,
+    tensor: int = 1,
+) -> int:
+  """Kept from the forward for the backward pass, and one layer's own peak.
+
+  Args:
+    rows, length: of one microbatch, global.
+  """
+  stream, products, rest = _layer_activations(
+      config, math.ceil(rows / fsdp), length, tensor)
+  kept = {
+      "full": stream, "dots": stream + products,
+      "none": stream + products + rest}[config.remat]
+  return config.layers * kept + int(
+      LAYER_IN_PROGRESS * (stream + products + rest))
+
+
+def _training(config, rows, length, loss_chunk, fsdp, tensor):
+  shards = fsdp * tensor
+  size = BYTES[config.dtype]
+  chunk = math.ceil(rows / fsdp) * min(loss_chunk, length)
+  table = config.padded_vocab_size * config.embed // tensor
+  gathered = config.unroll * layer_parameters(config) // tensor * size
+  return {
+      # Of the microbatch, and the sum over microbatches.
+      "gradients": 2 * FLOAT32 * parameters(config) // shards,
+      "activations": activation_bytes(
+          config, rows=rows, length=length, fsdp=fsdp, tensor=tensor),
+      "logits": (
+          LOGIT_BUFFERS * FLOAT32 * chunk * config.padded_vocab_size // tensor),
+      "gathered weights": gathered + table * FLOAT32 if fsdp > 1 else 0,
+  }
+
+
+def estimate(
+    config: ModelConfig, *, fsdp: int = 1, tensor: int = 1,
+    rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
+    cache_rows: int = 0, cache_slots: int = 0,
+    frozen_copies: int = 0, frozen_dtype: str = "float32",
+) -> Estimate:
+  """Bytes per device for training, sampling, or both in turn.
+
+  Args:
+    config: with the vocabulary filled in.
+    fsdp, tensor: sizes of the mesh.
+    rows, sequence_length: of one microbatch, global; rows=0: no training.
+    loss_chunk: positions whose logits exist at once.
+    cache_rows, cache_slots: rows decoded at once, global, and the longest
+      cache; cache_rows=0: no sampling.
+    frozen_copies: models kept for reference, in `frozen_dtype`.
+  """
+  total, shards = parameters(config), fsdp * tensor
+  persistent = {"parameters": FLOAT32 * total // shards}
+  if rows:
+    persistent["optimizer"] = 2 * FLOAT32 * total // shards
+  if frozen_copies:
+    persistent["reference"] = (
+        frozen_copies * BYTES[frozen_dtype] * total // shards)
+  training: dict[str, int] = {}
+  if rows:
+    training = _training(
+        config, rows, sequence_length, loss_chunk, fsdp, tensor)
+  sampling: dict[str, int] = {}
+  if cache_rows:
+    local_rows = math.ceil(cache_rows / fsdp)
+    sampling = {
+        "cache": cache_bytes(
+            config, rows=cache_rows, slots=cache_slots, fsdp=fsdp,
+            tensor=tensor),
+        # Decode holds every layer cast, and gathered over "fsdp".
+        "decode weights": (
+            config.layers * layer_parameters(config) // tensor
+            * BYTES[config.dtype]),
+        "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
+    }
+  return Estimate(persistent, training, sampling)

@@ -1,0 +1,171 @@
+"""`metrics.jsonl` and TensorBoard: one row per stage and step.
+
+A row is a flat JSON object: "stage", "step", then names such as "loss" or
+"completions/mean_length" with numbers; null stands for a value that is not
+finite. Names under "time/" and "perf/" are measurements of the machine, all
+others are functions of config, data and seed, and repeat bit for bit.
+
+Only process 0 writes. Each row is flushed, so that a kill loses none; rows
+beyond the checkpoint that a run resumes from are cut before it goes on, so
+that each step is there once.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """All whole rows of a metrics file, in order.
+
+  A last line without its newline is the trace of a kill, and left out.
+
+  Raises:
+    ValueError: another line is not a JSON object with "stage" and "step".
+  """
+  lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+  rows = []
+  for number, line in enumerate(lines[:-1], start=1):
+    try:
+      row = json.loads(line)
+      row["stage"], row["step"]  # Both must be there.
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+          f'{path}, line {number}: expected a JSON object with "stage" and '
+          f'"step", found {line[:80]!r} ({error}).') from error
+    rows.append(row)
+  return rows
+
+
+def cut(path: str | os.PathLike, stage: str, step: int) -> int:
+  """Removes the rows of `stage` after `step`, and a torn last line.
+
+  The file is replaced in one move: a kill leaves the old or the new one.
+
+  Returns:
+    The number of whole rows removed.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return 0
+  rows = read(path)
+  kept = [
+      row for row in rows if row["stage"] != stage or row["step"] <= step]
+  text = "".join(json.dumps(row) + "\n" for row in kept)
+  if text.encode() != path.read_bytes():
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  return len(rows) - len(kept)
+
+
+class Writer:
+  """Writes the rows of one stage; a context manager."""
+
+  def __init__(
+      self, path: str | os.PathLike, tensorboard: str | os.PathLike,
+      stage: str, *, restored_step: int,
+  ):
+    """Cuts what lies beyond `restored_step` and opens both outputs.
+
+    Args:
+      path: of `metrics.jsonl`, shared by all stages of a workdir.
+      tensorboard: directory; the stage becomes a run in it.
+      stage: name of the stage.
+      restored_step: of the checkpoint resumed from; 0 at a fresh start.
+    """
+    self._stage = stage
+    self._last_step = restored_step
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
+    cut(path, stage, restored_step)
+    self._file = pathlib.Path(path).open(  # noqa: SIM115 (until `close`)
+        "a", encoding="utf-8")
+    # TensorBoard drops what an earlier attempt logged from `purge_step` on.
+    self._board = tensorboardX.SummaryWriter(
+        str(pathlib.Path(tensorboard) / stage),
+        purge_step=restored_step + 1,
+        filename_suffix=f".from_step_{restored_step}")
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Appends one row and flushes it.
+
+    Args:
+      step: larger than that of the row before.
+      values: scalars (Python, NumPy or JAX) by metric name.
+
+    Raises:
+      ValueError: the step was written before, or a value is not a scalar.
+    """
+    if step <= self._last_step:
+      raise ValueError(
+          f"A row of stage {self._stage!r} for step {step} comes after step "
+          f"{self._last_step}; each step has one row.")
+    self._last_step = step
+    scalars = {name: _scalar(name, value) for name, value in values.items()}
+    if not self._writes:
+      return
+    row = {"stage": self._stage, "step": step} | {
+        name: value if math.isfinite(value) else None
+        for name, value in scalars.items()}
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    for name, value in scalars.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    if self._writes:
+      self._file.close()
+      self._board.close()
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def _scalar(name: str, value: Any) -> int | float:
+  array = np.asarray(value)
+  if array.shape != () or array.dtype.kind not in "biuf":
+    raise ValueError(
+        f"Metric {name!r} needs a scalar number, found {value!r}.")
+  return int(array) if array.dtype.kind in "biu" else float(array)
+
+
+class Window:
+  """Running means since the last `clear`, for a person to read.
+
+  Rows carry the values of their own step; this is for the console, which
+  shows one line for several steps.
+  """
+
+  def __init__(self) -> None:
+    self._sums: dict[str, float] = {}
+    self._counts: dict[str, int] = {}
+
+  def add(self, values: Mapping[str, Any]) -> None:
+    """Adds one step. A name may be missing from some steps."""
+    for name, value in values.items():
+      self._sums[name] = self._sums.get(name, 0.0) + float(value)
+      self._counts[name] = self._counts.get(name, 0) + 1
+
+  def means(self) -> dict[str, float]:
+    """The mean of each name over the steps that had it."""
+    return {
+        name: total / self._counts[name] for name, total in self._sums.items()}
+
+  def clear(self) -> None:
+    self._sums.clear()
+    self._counts.clear()

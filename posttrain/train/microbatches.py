@@ -1,0 +1,37 @@
+"""A host's NumPy batch -> microbatches on the mesh.
+
+  M: microbatches  R: rows of one, over all devices  T: length
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from posttrain import sharding
+
+
+def stack(
+    batch: Mapping[str, np.ndarray], num_microbatches: int,
+) -> dict[str, jax.Array]:
+  """Cuts rows into microbatches, padded to what the mesh divides.
+
+  Padding is zeros: segment 0, outside every loss. As denominators are global,
+  it changes no gradient.
+
+  Args:
+    batch: arrays [rows, ...], the same on every host.
+    num_microbatches: M.
+
+  Returns:
+    Arrays [M, R, ...], R sharded over "batch".
+  """
+  multiple = num_microbatches * sharding.axis_size("batch")
+
+  def put(array: np.ndarray) -> jax.Array:
+    padding = -len(array) % multiple
+    array = np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
+    array = array.reshape(num_microbatches, -1, *array.shape[1:])
+    return sharding.put(array, None, "batch", *(None,) * (array.ndim - 2))
+
+  return {name: put(array) for name, array in batch.items()}

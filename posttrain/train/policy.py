@@ -1,0 +1,269 @@
+"""Rollouts -> packed experience -> the arrays and the loss of an update.
+
+A minibatch is a set of completions, each behind its prompt, packed into rows
+and cut into microbatches. All minibatches of a batch of rollouts have one
+shape, and say how many of their microbatches are in use, so that the learner
+is compiled once.
+
+  U: minibatches  M: microbatches  R: rows of one  T: length of a row
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain import sharding
+from posttrain.data import pack
+from posttrain.model.transformer import Transformer
+from posttrain.objectives import kl
+from posttrain.objectives import logprobs as logprobs_lib
+from posttrain.sampler.rollouts import Rollouts
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """How completions are packed.
+
+  Attributes:
+    length: T, at least the longest prompt and completion together.
+    rows: R, over all devices.
+    num_minibatches: U.
+    completions: per minibatch at most; its rows are never more.
+  """
+
+  length: int
+  rows: int
+  num_minibatches: int
+  completions: int
+
+  @property
+  def microbatches(self) -> int:
+    """M, enough even if no two completions fit in one row."""
+    return -(-self.completions // self.rows)
+
+
+def pack_experience(
+    rollouts: Rollouts, per_completion: Mapping[str, np.ndarray],
+    minibatches: Sequence[np.ndarray], shapes: Shapes,
+) -> Arrays:
+  """Completions with what their loss needs, as [U, M, R, T] arrays.
+
+  Args:
+    rollouts: B completions.
+    per_completion: [B] float32 each: `advantages`, and the `token_weights`
+      and `token_shares` of its tokens (`policy.aggregation_weights`).
+    minibatches: row indices of each; U of them, some may be empty.
+
+  Returns:
+    [U, M, R, T] arrays named in `COLUMNS`; `num_microbatches` [U] int32.
+  """
+  packed = [
+      _pack([_example(rollouts, per_completion, row) for row in rows], shapes)
+      for rows in minibatches]
+  return {
+      name: np.stack([arrays[name] for arrays in packed])
+      for name in packed[0]}
+
+
+def _example(
+    rollouts: Rollouts, per_completion: Mapping[str, np.ndarray], row: int,
+) -> Arrays:
+  """One completion behind its prompt; per-token columns, 0 on the prompt."""
+  prompt, length = rollouts.prompts[row], int(rollouts.lengths[row])
+  behind = lambda values, dtype: np.concatenate(
+      [np.zeros(len(prompt), dtype), values[:length].astype(dtype)])
+  every = lambda value: behind(np.full(length, value), np.float32)
+  return {
+      "completion": np.full(len(prompt) + length, row, np.int32),
+      "tokens": np.concatenate(
+          [prompt, rollouts.tokens[row, :length]]).astype(np.int32),
+      "loss_mask": behind(rollouts.loss_mask[row], bool),
+      "sampler_logprobs": behind(rollouts.logprobs[row], np.float32),
+      **{name: every(values[row])
+         for name, values in per_completion.items()}}
+
+
+COLUMNS = {
+    "tokens": np.int32, "loss_mask": np.bool_, "advantages": np.float32,
+    "token_weights": np.float32, "token_shares": np.float32,
+    "sampler_logprobs": np.float32, "completion": np.int32,
+    "positions": np.int32, "segment_ids": np.int32}
+
+
+def _pack(examples: Sequence[Arrays], shapes: Shapes) -> Arrays:
+  rows = shapes.microbatches * shapes.rows
+  arrays: Arrays = {
+      name: np.zeros((rows, shapes.length), dtype)
+      for name, dtype in COLUMNS.items()}
+  used = 0
+  if examples:
+    packed, placement = pack.pack_rows(examples, length=shapes.length)
+    used = int(placement.row.max()) + 1
+    for name, array in packed.items():
+      arrays[name][:used] = array
+  folded = lambda x: x.reshape(shapes.microbatches, shapes.rows, -1)
+  return {name: folded(x) for name, x in arrays.items()} | {
+      "num_microbatches": np.array(-(-used // shapes.rows), np.int32)}
+
+
+def minibatch(experience: Arrays, index: int) -> tuple[dict[str, Any], int]:
+  """One minibatch on the mesh, and its number of microbatches in use."""
+  arrays = {
+      name: array[index] for name, array in experience.items()
+      if array.ndim > 1}
+  return {
+      name: sharding.put(array, None, "batch", "length")
+      for name, array in arrays.items()}, int(
+          experience["num_microbatches"][index])
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+  """The static part of the loss; hashable, so that `jit` can key on it.
+
+  `function` has the signature of `objectives.policy.policy_loss`.
+  """
+
+  function: Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+  temperature: float
+  chunk: int
+  clip_low: float
+  clip_high: float
+  kl_coef: float = 0.0
+  kl_estimator: str = "k3"
+
+  def logprobs(self, model: Transformer, batch: dict[str, jax.Array]):
+    """Logprobs and entropies [R, T] of one microbatch."""
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return logprobs_lib.token_logprobs(
+        model, hidden, batch["tokens"], temperature=self.temperature,
+        chunk=self.chunk)
+
+  def __call__(self, model: Transformer, batch: dict[str, jax.Array]):
+    """Numerator, denominator and sums; see `step.Loss`.
+
+    A batch without `old_logprobs` is the first update of its rollouts: the
+    old logprobs are the current ones, and the ratio is exactly 1.
+    """
+    logprobs, entropy = self.logprobs(model, batch)
+    old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+    numerator, denominator, sums = self.function(
+        logprobs, old, batch["advantages"], batch["loss_mask"],
+        clip_low=self.clip_low, clip_high=self.clip_high,
+        ref_logprobs=batch.get("ref_logprobs"), kl_coef=self.kl_coef,
+        kl_estimator=self.kl_estimator, token_weights=batch["token_weights"],
+        token_shares=batch["token_shares"])
+    return numerator, denominator, sums | _diagnostics(
+        logprobs, old, entropy, batch)
+
+
+def _diagnostics(logprobs, old, entropy, batch) -> dict[str, jax.Array]:
+  """Sums over the sampled tokens, and maxima."""
+  mask = batch["loss_mask"]
+  difference = jnp.where(
+      mask, jax.lax.stop_gradient(logprobs) - batch["sampler_logprobs"], 0)
+  ratio = jnp.exp(jnp.where(mask, jax.lax.stop_gradient(logprobs) - old, 0))
+  within = jnp.abs(jnp.exp(difference) - 1.0005) <= 1.5e-3
+  return {
+      "tokens": jnp.sum(mask),
+      "entropy": jnp.sum(jnp.where(mask, entropy, 0)),
+      "ratio_deviation_max": jnp.max(jnp.abs(ratio - 1)),
+      "difference": jnp.sum(jnp.abs(difference)),
+      "difference_max": jnp.max(jnp.abs(difference)),
+      "difference_k3": jnp.sum(jnp.exp(difference) - 1 - difference),
+      "difference_within": jnp.sum(mask & within)}
+
+
+# What `step.update` and `_diagnostics` report; the rest is the loss's own.
+DIAGNOSTICS = (
+    "loss", "grad_norm", "learning_rate", "numerator", "denominator", "tokens",
+    "entropy", "ratio_deviation_max", "difference", "difference_max",
+    "difference_k3", "difference_within")
+
+
+def metrics_of_sums(
+    sums: dict[str, float], *, first: bool) -> dict[str, float]:
+  """Means over the sampled tokens, under the names that users know.
+
+  Args:
+    sums: of an update; those that the loss function adds are averaged too.
+    first: the update is the first of its rollouts, when the sampler's
+      logprobs and the trainer's are of the same weights.
+  """
+  tokens = max(sums["tokens"], 1)
+  mean = lambda name: sums[name] / tokens
+  metrics = {
+      "entropy": mean("entropy"),
+      "ratio/max_deviation": sums["ratio_deviation_max"],
+      **{_user_name(name): mean(name) for name in sums
+         if name not in DIAGNOSTICS}}
+  if first:
+    metrics |= {
+        "sampling/logp_difference/mean": mean("difference"),
+        "sampling/logp_difference/max": sums["difference_max"],
+        "sampling/mismatch_kl": mean("difference_k3"),
+        "sampling/ratio_within_0.999_1.002": mean("difference_within")}
+  return metrics
+
+
+def _user_name(name: str) -> str:
+  return f"{name}_mean" if name.startswith("clip_ratio/") else name
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def sequence_logprobs(
+    model: Transformer, batch: dict[str, jax.Array],
+    num_microbatches: jax.Array, *, loss: PolicyLoss,
+) -> jax.Array:
+  """Logprobs [M, R, T] of every token; 0 in microbatches not in use."""
+  def body(index, out):
+    pick = {name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+            for name, x in batch.items()}
+    logprobs, _ = loss.logprobs(model, pick)
+    return jax.lax.dynamic_update_index_in_dim(out, logprobs, index, 0)
+
+  zeros = jnp.zeros_like(batch["advantages"])
+  return jax.lax.fori_loop(0, num_microbatches, body, zeros)
+
+
+def add_logprobs(
+    name: str, model: Transformer, experience: Arrays, loss: PolicyLoss,
+) -> Arrays:
+  """The experience with a column of logprobs under `model`."""
+  columns = []
+  for index in range(len(experience["num_microbatches"])):
+    batch, used = minibatch(experience, index)
+    columns.append(sharding.fetch(
+        sequence_logprobs(model, batch, np.int32(used), loss=loss)))
+  return experience | {name: np.stack(columns)}
+
+
+def divergences(
+    experience: Arrays, model: Transformer, reference: Transformer,
+    loss: PolicyLoss, estimator: str, num_completions: int,
+) -> np.ndarray:
+  """KL estimates against the reference, summed over each completion.
+
+  Args:
+    experience: packed from completions 0 .. num_completions - 1.
+
+  Returns:
+    [num_completions] float64.
+  """
+  with_both = add_logprobs(
+      "ref_logprobs", reference,
+      add_logprobs("old_logprobs", model, experience, loss), loss)
+  per_token = np.asarray(kl.ESTIMATORS[estimator](
+      jnp.asarray(with_both["old_logprobs"]),
+      jnp.asarray(with_both["ref_logprobs"])), np.float64)
+  return np.bincount(
+      with_both["completion"].ravel(),
+      np.where(with_both["loss_mask"], per_token, 0).ravel(),
+      minlength=num_completions)

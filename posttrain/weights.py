@@ -1,0 +1,217 @@
+"""Where a model's shape, tokenizer and weights come from.
+
+  init.kind  tokenizer (unless `tokenizer` names one)   weights
+  random     must be named                              from the seed
+  preset     that of the published files                those files
+  workdir    the workdir's                              a stage's last step
+  directory  that beside the checkpoint, if any         one checkpoint
+
+A trained or loaded tokenizer is kept in `<workdir>/tokenizer`.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from posttrain import workdir as workdir_lib
+from posttrain.interop import gguf, gguf_tokenizer, smollm2
+from posttrain.model import transformer
+from posttrain.model.config import PRESETS, ModelConfig
+from posttrain.model.transformer import Transformer
+from posttrain.tasks import loading
+from posttrain.text import tokenizer as tokenizer_lib
+from posttrain.text import vocabulary
+from posttrain.train import checkpoints, state
+
+# Presets whose published files can be found, and how.
+PUBLISHED: dict[str, Callable[[], gguf.GGUFFile]] = {
+    smollm2.PRESET: smollm2.read}
+
+
+def model_config(
+    config: config_dict.ConfigDict, vocab_size: int) -> ModelConfig:
+  """The preset with the config's overrides and compute settings.
+
+  Raises:
+    ValueError: unknown preset or field, or a vocabulary that does not fit.
+  """
+  if config.model not in PRESETS:
+    raise ValueError(
+        f"model={config.model!r} is no preset. Choose from "
+        f"{', '.join(PRESETS)}.")
+  shape = PRESETS[config.model]
+  overrides = dict(config.model_overrides)
+  unknown = set(overrides) - {f.name for f in dataclasses.fields(shape)}
+  if unknown:
+    raise ValueError(
+        f"model_overrides.{min(unknown)} is no field of ModelConfig.")
+  compute = config.compute
+  shape = dataclasses.replace(
+      shape, **overrides, dtype=compute.dtype, remat=compute.remat,
+      unroll=compute.unroll)
+  if shape.vocab_size == 0:
+    return dataclasses.replace(shape, vocab_size=vocab_size)
+  if shape.vocab_size < vocab_size:
+    raise ValueError(
+        f"The tokenizer has {vocab_size} ids and the model's vocabulary "
+        f"{shape.vocab_size}. Set model_overrides.vocab_size=0 to take the "
+        "tokenizer's, or name the model's own tokenizer.")
+  return shape
+
+
+def tokenizer(
+    config: config_dict.ConfigDict, workdir: workdir_lib.Workdir | None,
+) -> tokenizer_lib.Tokenizer:
+  """The run's tokenizer; that of the workdir if it holds one already.
+
+  Raises:
+    ValueError: the config names none and `init` brings none.
+  """
+  kept = workdir.path / "tokenizer" if workdir else None
+  if kept and kept.exists():
+    return tokenizer_lib.load(kept)
+  found = _make_tokenizer(config)
+  if workdir and workdir.is_writer:
+    # Whole or not at all: a kill in between must not leave half of one.
+    partial = workdir.path / "tokenizer.partial"
+    found.save(partial)
+    partial.replace(workdir.path / "tokenizer")
+  return found
+
+
+def _make_tokenizer(
+    config: config_dict.ConfigDict) -> tokenizer_lib.Tokenizer:
+  section = config.tokenizer
+  if section.path:
+    return tokenizer_lib.load(section.path)
+  if section.train:
+    return vocabulary.train_sentencepiece(
+        loading.load_function(section.train)(),
+        model_type=section.model_type, vocab_size=section.vocab_size,
+        symbols=section.symbols)
+  if config.init.kind == "preset":
+    return gguf_tokenizer.load(_published(config))
+  if config.init.kind in ("workdir", "directory"):
+    for folder in (config.init.path, *pathlib.Path(config.init.path).parents):
+      if (pathlib.Path(folder) / "tokenizer").is_dir():
+        return tokenizer_lib.load(pathlib.Path(folder) / "tokenizer")
+  raise ValueError(
+      "The config names no tokenizer, and its init brings none. Set "
+      "tokenizer.path or tokenizer.train.")
+
+
+def _published(config: config_dict.ConfigDict) -> gguf.GGUFFile:
+  if config.init.path:
+    return gguf.read(config.init.path)
+  if config.model not in PUBLISHED:
+    raise ValueError(
+        f"The published files of {config.model} cannot be loaded yet; those "
+        f"of {', '.join(PUBLISHED)} can. Set init.path to a GGUF file, or "
+        "init.kind.")
+  return PUBLISHED[config.model]()
+
+
+def initial(
+    config: config_dict.ConfigDict, model: ModelConfig,
+    renderer_hash: str | None = None,
+) -> Transformer:
+  """The weights that the first stage starts from, float32, on the mesh.
+
+  Args:
+    renderer_hash: that a checkpoint must have been trained with; None: any.
+
+  Raises:
+    ValueError: the checkpoint is not as the config needs it.
+    WorkdirError: there is no such run, or the stage has not finished.
+  """
+  init = config.init
+  if init.kind == "random":
+    return transformer.init(model, config.seed)
+  if init.kind == "preset":
+    return gguf.load(_published(config), model)
+  if init.kind == "workdir":
+    workdir = workdir_lib.open_existing(init.path)
+    stage = init.stage or _last_stage(workdir)
+    if workdir.finished(stage) is None:
+      raise workdir_lib.WorkdirError(
+          f"init.stage={stage!r} has not finished in {workdir.path}. Name one "
+          "that has, or one of its checkpoints with init.kind='directory'.")
+    return of_stage(model, workdir, stage, renderer_hash)
+  return of_directory(model, init.path, renderer_hash)
+
+
+def _last_stage(workdir: workdir_lib.Workdir) -> str:
+  finished = [
+      name for name in workdir.config().stages
+      if workdir.finished(name) and workdir.checkpoints(name).exists()]
+  if not finished:
+    raise ValueError(
+        f"No training stage of {workdir.path} has finished. Set init.stage "
+        "to one that has a checkpoint.")
+  return finished[-1]
+
+
+def of_stage(
+    model: ModelConfig, workdir: workdir_lib.Workdir, stage: str,
+    renderer_hash: str | None = None,
+) -> Transformer:
+  """The last checkpoint of a stage; see `of_directory`."""
+  return _restore(model, workdir.checkpoints(stage), None, renderer_hash)
+
+
+def of_directory(
+    model: ModelConfig, path: str, renderer_hash: str | None = None,
+) -> Transformer:
+  """One checkpoint, `<...>/checkpoints/<step>`, or the last of a folder.
+
+  Args:
+    renderer_hash: that it must have been trained with; None: any.
+
+  Returns:
+    The model, float32, on the mesh.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    ValueError: it is of another shape, tokenizer or chat template.
+  """
+  directory = pathlib.Path(path)
+  if directory.name.isdecimal():
+    return _restore(
+        model, directory.parent, int(directory.name), renderer_hash)
+  return _restore(model, directory, None, renderer_hash)
+
+
+def _restore(
+    model: ModelConfig, directory: pathlib.Path, step: int | None,
+    renderer_hash: str | None,
+) -> Transformer:
+  found = checkpoints.read_extras(directory, step)["renderer_hash"]
+  if renderer_hash not in (None, found):
+    raise ValueError(
+        f"The weights in {directory} were trained with another tokenizer or "
+        "chat template than this config's. Set chat_template and tokenizer "
+        "to theirs, or train on the new ones first (a stage of kind sft).")
+  shapes = transformer.abstract(model)
+  restored = checkpoints.restore(
+      directory, {"model": on_mesh(state.to_dict(shapes))}, step)
+  return state.from_dict(shapes, restored.tree["model"])
+
+
+def on_mesh(tree: Any) -> Any:
+  """Abstract arrays with the shardings of the current, concrete mesh."""
+  mesh = jax.sharding.get_mesh()
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype,
+          sharding=jax.sharding.NamedSharding(mesh, x.sharding.spec)), tree)
+
+
+def frozen(model: Transformer, dtype: str) -> Transformer:
+  """A copy that is not trained, in `dtype`."""
+  return jax.jit(
+      lambda model: jax.tree.map(lambda w: jnp.astype(w, dtype), model))(model)

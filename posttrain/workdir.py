@@ -1,0 +1,245 @@
+"""The directory of one run: what is where, what is finished, what made it.
+
+  config.json            the resolved config; another one is refused
+  environment.json       one entry per start: versions, git commit, devices,
+                         hashes of the tasks' and rewards' sources
+  metrics.jsonl          one row per stage and step
+  tensorboard/           the same as events
+  report.html            `posttrain report`
+  <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
+  <stage>/rollouts/      <stage>/done.json, once the stage has finished
+
+Every process of a run sees the same directory; process 0 alone writes. Files
+are replaced in one piece, so that a reader never meets half of one.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from posttrain import config as config_lib
+from posttrain.tasks import loading
+
+
+class WorkdirError(ValueError):
+  """The directory does not hold what the command needs."""
+
+
+class Workdir:
+  """Paths and records of one run.
+
+  Attributes:
+    path: the directory.
+    is_writer: whether this process writes; elsewhere writing does nothing.
+  """
+
+  def __init__(self, path: str | os.PathLike, *, is_writer: bool = True):
+    if re.match(r"\w+://", str(path)):
+      raise WorkdirError(
+          f"--workdir={path} is no directory. Mount the bucket on every host, "
+          "for instance with gcsfuse, and name the mounted directory.")
+    self.path = pathlib.Path(path)
+    self.is_writer = is_writer
+
+  @property
+  def metrics(self) -> pathlib.Path:
+    return self.path / "metrics.jsonl"
+
+  @property
+  def tensorboard(self) -> pathlib.Path:
+    return self.path / "tensorboard"
+
+  def stage(self, name: str) -> pathlib.Path:
+    """The directory of a stage; made where this process writes."""
+    path = self.path / name
+    if self.is_writer:
+      path.mkdir(parents=True, exist_ok=True)
+    return path
+
+  def checkpoints(self, stage: str) -> pathlib.Path:
+    return self.path / stage / "checkpoints"
+
+  def config(self) -> config_dict.ConfigDict:
+    """The resolved config that the directory was made with."""
+    return config_lib.from_jsonable(read_json(self.path / "config.json"))
+
+  def environments(self) -> list[dict[str, Any]]:
+    """One entry per start of the run, oldest first."""
+    path = self.path / "environment.json"
+    return read_json(path) if path.exists() else []
+
+  def write_json(self, name: str | os.PathLike, data: Any) -> None:
+    """Writes a file below the directory, whole or not at all."""
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    self.write_text(name, text + "\n")
+
+  def write_text(self, name: str | os.PathLike, text: str) -> None:
+    if self.is_writer:
+      replace_file(self.path / name, text.encode())
+
+  def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
+    """Marks a stage as finished: a later start skips it."""
+    self.write_json(pathlib.Path(stage, "done.json"), dict(summary))
+
+  def finished(self, stage: str) -> dict[str, Any] | None:
+    """The summary of a finished stage, or None."""
+    path = self.path / stage / "done.json"
+    return read_json(path) if path.exists() else None
+
+
+def create(
+    path: str | os.PathLike, config: config_dict.ConfigDict, *,
+    devices: Sequence[str], is_writer: bool = True,
+    may_differ: Sequence[str] = (),
+) -> tuple[Workdir, list[str]]:
+  """Makes the directory of a run, or returns to it.
+
+  Args:
+    path: the directory; it may exist.
+    config: resolved.
+    devices: what the run computes on, for the record.
+    is_writer: true in process 0.
+    may_differ: names of sections that may differ from the saved config, such
+      as those of stages that are evaluated again; config.json stays as it is.
+
+  Returns:
+    The workdir, and what differs in the environment from its last start:
+    lines for the console, none at the first start.
+
+  Raises:
+    WorkdirError: the directory belongs to a run of another config, or holds
+      files but no run.
+    ValueError: a task or reward that the config names does not exist.
+  """
+  workdir = Workdir(path, is_writer=is_writer)
+  found = environment(config, devices)
+  file = workdir.path / "config.json"
+  if file.exists():
+    kept = lambda side: {name: value for name, value in side.items()
+                         if name not in may_differ}
+    changes = config_lib.diff(
+        kept(read_json(file)), kept(config_lib.jsonable(config)))
+    if changes:
+      lines = "\n  ".join(changes)
+      raise WorkdirError(
+          f"{workdir.path} belongs to a run of another config. It differs in "
+          f"(there -> now):\n  {lines}\nName another --workdir, or start "
+          "with that config again.")
+  elif is_writer and _holds_files(workdir.path):
+    raise WorkdirError(
+        f"{workdir.path} holds files, but no run (no config.json). Name an "
+        "empty or a new directory as --workdir.")
+  starts = workdir.environments()
+  changes = _changes(starts[-1], found) if starts else []
+  if not file.exists():
+    workdir.write_json("config.json", config_lib.jsonable(config))
+  workdir.write_json("environment.json", [*starts, found])
+  return workdir, changes
+
+
+def _holds_files(path: pathlib.Path) -> bool:
+  """Hidden ones apart: a start killed at its first write leaves one."""
+  return path.exists() and any(
+      not file.name.startswith(".") for file in path.iterdir())
+
+
+def open_existing(
+    path: str | os.PathLike, *, is_writer: bool = True) -> Workdir:
+  """The workdir of an earlier run.
+
+  Raises:
+    WorkdirError: there is none.
+  """
+  workdir = Workdir(path, is_writer=is_writer)
+  if not (workdir.path / "config.json").exists():
+    raise WorkdirError(
+        f"{workdir.path} holds no run (no config.json). Name the --workdir of "
+        "a posttrain train.")
+  return workdir
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """Reads a JSON file; names it where it is damaged."""
+  text = pathlib.Path(path).read_text()
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    raise WorkdirError(f"{path} is no JSON: {error}.") from error
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file that is at all times the old one or the new one."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  with partial.open("wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  partial.replace(path)
+
+
+# What a run was made with.
+
+PACKAGES = (
+    "posttrain", "jax", "jaxlib", "libtpu", "flax", "optax",
+    "orbax-checkpoint", "grain", "numpy", "ml_collections", "sentencepiece",
+    "tokenizers", "jinja2", "math-verify")
+
+
+def environment(
+    config: config_dict.ConfigDict, devices: Sequence[str],
+) -> dict[str, Any]:
+  """What the numbers of a run may depend on beside its config."""
+  return dict(
+      time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+      command=sys.argv,
+      python=platform.python_version(),
+      platform=platform.platform(),
+      cores=len(os.sched_getaffinity(0)) if hasattr(
+          os, "sched_getaffinity") else os.cpu_count(),
+      versions={name: version for name in PACKAGES
+                if (version := _version(name)) is not None},
+      git=_git(),
+      devices=list(devices),
+      sources={name: loading.source_hash(name)
+               for name in config_lib.functions(config)},
+  )
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _git() -> dict[str, Any]:
+  """Commit of the source tree, and the tracked files that differ from it."""
+  here = pathlib.Path(__file__).parent
+  ask = lambda *args: subprocess.run(
+      ["git", "-C", here, *args], capture_output=True, text=True, check=True,
+  ).stdout
+  try:
+    changed = ask("status", "--porcelain", "--untracked-files=no")
+    return dict(
+        commit=ask("rev-parse", "HEAD").strip(),
+        changed=[line[3:] for line in changed.splitlines()])
+  except (OSError, subprocess.CalledProcessError):
+    return dict(commit=None, changed=[])  # Installed without its repository.
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Differences between two starts, apart from when and how they were made."""
+  kept = lambda side: {key: value for key, value in side.items()
+                       if key not in ("time", "command")}
+  return config_lib.diff(kept(old), kept(new))

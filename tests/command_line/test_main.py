@@ -1,0 +1,234 @@
+"""What a person types: help, mistakes, and what reaches the stages."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+
+from posttrain import arguments as arguments_lib
+from posttrain import config as config_lib
+from posttrain import main as main_lib
+from posttrain import workdir as workdir_lib
+from posttrain.sampler import choice, sampler
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = str(ROOT / "configs/tiny.py")
+VERBS = ("train", "eval", "sample", "report")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """Replaces what the verbs hand over to; returns what they were given."""
+  seen = []
+  def record(name):
+    return lambda *args, **kwargs: seen.append((name, args, kwargs))
+  fakes = {
+      "posttrain.pipeline": dict(
+          train=record("train"), evaluate=record("evaluate")),
+      "posttrain.stages.sample": dict(run=record("sample")),
+      "posttrain.report": dict(build=record("report")),
+  }
+  for name, functions in fakes.items():
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    __import__(parent)
+    monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+  monkeypatch.setattr(main_lib, "_start", lambda config: None)
+  return seen
+
+
+def run(*argv, capsys):
+  """Exit status and what was printed as an error."""
+  status = main_lib.main(argv)
+  return status, capsys.readouterr().err
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  config = config_lib.load(TINY)
+  workdir_lib.create(tmp_path / "run", config, devices=["cpu:0"])
+  return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_a_verb_does_and_how(verb, capsys):
+  with pytest.raises(SystemExit) as stop:
+    main_lib.main([verb, "--help"])
+  text = capsys.readouterr().out
+  assert stop.value.code == 0
+  assert f"usage: posttrain {verb}" in text
+  assert f"examples:\n  posttrain {verb} --" in text
+  assert "75 preempted" in text
+  assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_of_the_help_are_valid(verb):
+  text = getattr(arguments_lib, verb.upper()).partition("examples:")[2]
+  text = re.sub(r"\s+\(resume.*\)", "", text).replace("\\\n", " ")
+  examples = [line for line in text.splitlines() if line.strip()]
+  assert examples
+  for line in examples:
+    program, *argv = shlex.split(line)
+    assert program == "posttrain"
+    assert arguments_lib.parse(argv)[0] == verb
+
+
+def test_no_arguments_print_the_verbs(capsys):
+  assert main_lib.main([]) == 2
+  assert main_lib.main(["--help"]) == 0
+  text = capsys.readouterr().out
+  assert all(text.count(f"  posttrain {verb}") == 2 for verb in VERBS)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["trian"], "the nearest of train, eval, sample, report is train"),
+    (["train", "--confg=x"], "no flag --confg; the nearest of posttrain train "
+     "is --config"),
+    (["train", "--wokrdir", "x"], "is --workdir"),
+    (["sample", "--temprature=1"], "is --temperature"),
+    (["sample", "--max-think-tokens=1"], "is --max-thinking-tokens"),
+    (["report", "--config.seed=1"], "no flag --config.seed"),
+    (["train", "--workdir=x", "there"], "unexpected 'there'"),
+    (["train", f"--config={TINY}"], "required: --workdir"),
+    (["train", "--workdir=x", f"--config={TINY}", "--config.seed"],
+     "--config.seed needs a value"),
+    (["train", "--workdir=x", f"--config={TINY}", "--config.sed=1"],
+     "The nearest key is seed."),
+    (["train", "--workdir=/nonexistent/x"], "give --config=FILE"),
+    (["train", "--workdir=x", f"--config={TINY}", "--config.stages="],
+     "nothing to train"),
+    (["eval", "--workdir=/nonexistent/x"], "holds no run"),
+    (["report", "--workdir=/nonexistent/x"], "holds no run"),
+    (["sample", "--prompt=a"], "found none"),
+    (["sample", "--model=tiny", "--workdir=x", "--prompt=a"],
+     "found --model and --workdir"),
+    (["sample", "--model=tiny"], "--prompt=TEXT and --prompts=FILE"),
+    (["sample", "--model=tinny", "--prompt=a"], "the nearest is 'tiny'"),
+    (["sample", "--model=tiny", "--prompt=a", "--stage=s"], "no effect"),
+    (["sample", "--model=tiny", "--prompt=a", "--top-p=2"],
+     "2 is not in (0, 1]"),
+    (["sample", "--model=tiny", "--prompt=a", "--seed=x"],
+     "invalid int value: 'x'"),
+    (["sample", "--model=tiny", "--prompt=a", "--temperature=0", "--top-k=4"],
+     "--top-k has no effect"),
+    (["sample", "--model=tiny", "--prompt=a", "--num-samples=2"],
+     "--num-samples has no effect with --temperature=0"),
+    (["sample", "--model=tiny", "--prompt=a", "--min-thinking-tokens=4",
+      "--max-thinking-tokens=2"], "is above --max-thinking-tokens=2"),
+    (["sample", "--model=tiny", "--prompt=a", "--num-waits=1",
+      "--config.thinking.end="], "--config.thinking.end=TEXT"),
+])
+def test_a_mistake_is_named_with_its_remedy(argv, message, capsys, calls):
+  status, error = run(*argv, capsys=capsys)
+  assert status == 2
+  assert error.startswith("posttrain: ")
+  assert message in error
+  assert not calls
+
+
+def test_a_mistake_is_found_without_jax():
+  code = (
+      "import sys\n"
+      "from posttrain import main\n"
+      f"assert main.main(['train', '--config={TINY}', '--workdir=x',"
+      " '--config.sed=1']) == 2\n"
+      "assert main.main(['sample', '--model=tiny', '--propmt=a']) == 2\n"
+      "assert 'jax' not in sys.modules\n")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_train_hands_over_the_resolved_config(calls, tmp_path):
+  assert main_lib.main([
+      "train", f"--config={TINY}:debug", f"--workdir={tmp_path}",
+      "--config.seed=7", "--config.stages", "cold_start,measure"]) == 0
+  [(name, (config, workdir), _)] = calls
+  assert (name, workdir) == ("train", str(tmp_path))
+  assert config.seed == 7
+  assert config.stages == ("cold_start", "measure")
+  assert config.cold_start.beta1 == 0.9  # A default.
+
+
+def test_train_resumes_with_the_saved_config(calls, workdir):
+  assert main_lib.main(["train", f"--workdir={workdir}"]) == 0
+  assert calls[0][1][0].reason.num_steps == 8
+
+
+def test_eval_takes_the_saved_config_and_changes(calls, workdir):
+  assert main_lib.main([
+      "eval", f"--workdir={workdir}",
+      "--config.measure.problems.count=9"]) == 0
+  [(name, (config, path), _)] = calls
+  assert (name, path) == ("evaluate", workdir)
+  assert config.measure.problems.count == 9
+
+
+def test_eval_needs_a_stage_that_evaluates(calls, workdir, capsys):
+  status, error = run("eval", f"--workdir={workdir}",
+                      "--config.stages=reason", capsys=capsys)
+  assert status == 2
+  assert "no stage of kind evaluate" in error
+
+
+def test_sample_hands_over_every_flag(calls):
+  assert main_lib.main([
+      "sample", "--model=smollm2-135m", "--prompt=a", "--prompt", "b",
+      "--num-samples=2", "--max-tokens=9", "--temperature=0.5", "--top-k=3",
+      "--top-p=0.9", "--min-p=0.1", "--max-thinking-tokens=8",
+      "--min-thinking-tokens=1", "--num-waits=2", "--seed=4"]) == 0
+  [(name, (config, rows), flags)] = calls
+  assert name == "sample"
+  assert config.model == "smollm2-135m"
+  assert config.init.kind == "preset"
+  assert rows == [{"prompt": "a"}, {"prompt": "b"}]
+  assert flags == dict(
+      workdir=None, stage="", output=None, num_samples=2, seed=4,
+      params=choice.SamplingParams(
+          temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
+      limits=sampler.Limits(
+          max_tokens=9, max_thinking_tokens=8, min_thinking_tokens=1,
+          num_waits=2))
+
+
+def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):
+  rows = [{"prompt": "a", "answer": 3},
+          {"messages": [{"role": "user", "content": "b"}]}]
+  file = tmp_path / "prompts.jsonl"
+  file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+  assert main_lib.main([
+      "sample", f"--workdir={workdir}", "--stage=reason",
+      f"--prompts={file}"]) == 0
+  [(_, (config, found), flags)] = calls
+  assert found == rows
+  assert flags["workdir"] == workdir
+  assert flags["stage"] == "reason"
+  assert config.stages == ("cold_start", "reason", "measure")
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"prompt": "a"}\n{', "line 2"),
+    ('{"question": "a"}', "line 1: needed an object with a prompt"),
+    ("\n", "has no rows"),
+])
+def test_a_bad_file_of_prompts(calls, tmp_path, text, message, capsys):
+  file = tmp_path / "prompts.jsonl"
+  file.write_text(text)
+  status, error = run(
+      "sample", "--model=tiny", f"--prompts={file}", capsys=capsys)
+  assert status == 2
+  assert message in error
+
+
+def test_report_compares_workdirs(calls, workdir, capsys):
+  assert main_lib.main([
+      "report", f"--workdir={workdir}", f"--workdir={workdir}"]) == 0
+  path = pathlib.Path(workdir)
+  assert calls == [("report", ([path, path], path / "report.html"), {})]
+  assert capsys.readouterr().out.strip() == str(path / "report.html")

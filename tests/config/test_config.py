@@ -1,0 +1,438 @@
+"""Every mistake is named with the nearest path; JAX stays out of it."""
+
+import copy
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import hypothesis
+import ml_collections
+import pytest
+from hypothesis import strategies as st
+
+from posttrain import config as config_lib
+from posttrain.config import document, keys, reader, schema
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = str(ROOT / "configs/tiny.py")
+CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.py"))
+TASK = "posttrain.tasks.signs"
+
+
+def problems(*assignments, spec=TINY):
+  """The problems of configs/tiny.py under some assignments."""
+  try:
+    config_lib.load(spec, assignments)
+  except config_lib.ConfigError as error:
+    assert all(problem in str(error) for problem in error.problems)
+    return error.problems
+  return ()
+
+
+def problem(*assignments):
+  found = problems(*assignments)
+  assert len(found) == 1, found
+  return found[0]
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("reason.clip_high", "reason.loss.clip_high"),  # One level too high.
+    ("reason.loss.group_size", "reason.group_size"),  # One too low.
+    ("num_groups", "reason.num_groups"),
+    ("cold_start.num_groups", "reason.num_groups"),  # Another kind's key.
+    ("reason.lerning_rate", "reason.learning_rate"),
+    ("reson.learning_rate", "reason.learning_rate"),
+    ("measure.rollout.max_token", "measure.rollout.max_tokens"),
+    ("cold_start.data.sources.0.pth", "cold_start.data.sources.0.path"),
+    ("reason.rollout.top_k", "measure.rollout.top_k"),
+    ("mesh.tensors", "mesh.tensor"),
+    ("model_overrides.head", "model_overrides.heads"),
+    ("model_overrides.dtype", "compute.dtype"),
+    ("stage", "stages"),
+])
+def test_an_unknown_key_is_answered_with_the_nearest(path, expected):
+  found = problem(f"{path}=1")
+  assert found.startswith(f"{path}: ")
+  assert f"The nearest key is {expected}." in found
+
+
+def test_one_lost_letter_finds_any_key_again():
+  """Over all keys of the config: the one that was meant is the nearest."""
+  layout = reader.layout(reader.plain(config_lib.read_file(TINY)))
+  paths = list(keys.paths(layout))
+  for path in paths:
+    leaf = path.rpartition(".")[2]
+    if len(leaf) > 5:
+      middle = len(path) - len(leaf) // 2
+      assert keys.nearest(path[:middle] + path[middle + 1:], paths) == path
+
+
+def test_a_key_of_another_kind_names_that_kind():
+  found = problem("cold_start.group_size=4")
+  assert "no such key in a stage of kind sft (it belongs to grpo)" in found
+
+
+def test_truncated_sampling_in_rollouts_is_refused_with_the_reason():
+  assert "ratio would be against a truncated" in problem(
+      "reason.rollout.top_p=0.9")
+
+
+@pytest.mark.parametrize("assignment, found, needed", [
+    ("seed=x", "'x' (str)", "an int"),
+    ("seed=1.5", "'1.5' (str)", "an int"),
+    ("seed=-1", "-1", "a value in [0, 4294967295]"),
+    ("reason.learning_rate=fast", "'fast' (str)", "a float"),
+    ("reason.learning_rate=nan", "nan", "a value in (0, inf)"),
+    ("reason.learning_rate=inf", "inf", "a value in (0, inf)"),
+    ("cold_start.data.packing=1", "'1' (str)", "True or False"),
+    ("measure.num_waits=0,one", "(0, 'one') (tuple)", "a tuple of ints"),
+    ("cold_start.data.on_overlong=trunc", "'trunc'", "one of 'error', 'drop'"),
+    ("mesh=4", "'4'", "a section with the keys fsdp, tensor"),
+    ("reason.rewards=signs", "'signs'", "module:function"),
+    ("reason.group_size=1", "1", "a value in [2, inf)"),
+    ("measure.problems.args=3", "3 (int)", "a dict"),
+])
+def test_a_wrong_type_says_what_was_found_and_needed(
+    assignment, found, needed):
+  message = problem(assignment)
+  assert message.startswith(assignment.partition("=")[0] + ": ")
+  assert f"found {found}" in message
+  assert f"needed {needed}" in message
+
+
+def test_a_tuple_is_no_float():
+  values = config_lib.read_file(TINY).to_dict()
+  values["reason"]["learning_rate"] = (1e-4,)
+  with pytest.raises(
+      config_lib.ConfigError,
+      match=r"reason.learning_rate: found \(0.0001,\) \(tuple\), needed a fl"):
+    config_lib.resolve(values)
+
+
+def test_a_wrong_kind_names_the_nearest():
+  assert "the nearest of sft, grpo, evaluate is grpo" in problems(
+      "reason.kind=grop")[0]
+
+
+@pytest.mark.parametrize("text, value", [
+    ("cold_start,reason", ("cold_start", "reason")),
+    ("cold_start, reason", ("cold_start", "reason")),
+    ("('cold_start', 'reason')", ("cold_start", "reason")),
+    ("cold_start", ("cold_start",)),
+    ("cold_start,", ("cold_start",)),
+    ("", ()),
+])
+def test_a_tuple_from_the_command_line(text, value):
+  assert config_lib.load(TINY, [f"stages={text}"]).stages == value
+
+
+def test_one_string_is_never_two_stages_in_a_file():
+  values = config_lib.read_file(TINY).to_dict()
+  with pytest.raises(config_lib.ConfigError, match="a tuple of strings"):
+    config_lib.resolve(values | dict(stages="cold_start,reason"))
+  with pytest.raises(config_lib.ConfigError, match="cannot name a section"):
+    config_lib.resolve(values | dict(stages=("cold_start,reason",)))
+
+
+def test_assignments_are_typed_by_the_schema():
+  config = config_lib.load(TINY, [
+      "reason.learning_rate=1", "cold_start.data.packing=false",
+      "measure.num_waits=0,1,2", "reason.problems.args.count=5",
+      "cold_start.data.sources.0.weight=2", "model_overrides.layers=3",
+      "measure.problems.split=5", "measure.checkpoints=init,reason"])
+  assert type(config.reason.learning_rate) is float
+  assert config.cold_start.data.packing is False
+  assert config.measure.num_waits == (0, 1, 2)
+  assert config.reason.problems.args.count == 5
+  assert config.cold_start.data.sources[0]["weight"] == 2.0
+  assert config.model_overrides.layers == 3
+  assert config.measure.problems.split == "5"
+  assert config.measure.checkpoints == ("init", "reason")
+
+
+def test_a_source_that_is_not_there_cannot_be_set():
+  assert "which has no '1' to set" in problem(
+      "cold_start.data.sources.1.path=x.jsonl")
+
+
+@pytest.mark.parametrize("assignment, condition", [
+    ("reason.loss.kl_estimator=k1", "reason.loss.kl_coef > 0; found 0.0"),
+    ("reason.reference=init", "reason.loss.kl_coef > 0"),
+    ("reason.final_learning_rate=1e-5", "reason.schedule != 'constant'"),
+    ("reason.rollout.truncate=true",
+     "reason.rollout.max_thinking_tokens >= 0; found -1"),
+    ("cold_start.eval_every=5", "cold_start.eval_data.sources is set"),
+    ("cold_start.checkpoint.best_mode=min",
+     "cold_start.checkpoint.keep_best > 0"),
+    ("init.path=x/", "init.kind != 'random'"),
+])
+def test_a_key_without_effect_is_an_error(assignment, condition):
+  assert f"no effect unless {condition}" in problem(assignment)
+
+
+def test_a_key_without_effect_in_a_source():
+  found = problem(
+      'cold_start.data.sources=({"path": "a.jsonl", "split": "train"},)')
+  assert found.startswith("cold_start.data.sources.0.split: ")
+  assert "unless cold_start.data.sources.0.task is set" in found
+
+
+@pytest.mark.parametrize("assignments, expected", [
+    (["stages=cold_start,resaon"],
+     "stages: there is no section 'resaon' with a kind. The nearest is "
+     "'reason'."),
+    (["stages=reason,reason"], "stages: 'reason' is named more than once."),
+    (["model=tinny"], "model: there is no preset 'tinny'; the nearest is "
+     "'tiny'"),
+    (["model_overrides.kv_heads=3"],
+     "model: model.heads=4 is not a multiple of model.kv_heads=3."),
+    (["model_overrides.kv_heads=0"],
+     "model_overrides.kv_heads: found 0, needed 1 or more."),
+    (["model_overrides.layers=two"],
+     "model_overrides.layers: found 'two', needed an int."),
+    (["compute.unroll=3"], "model: compute.unroll=3 is not within"),
+    (["mesh.tensor=-1"], "mesh.fsdp: -1 beside mesh.tensor=-1"),
+    (["init.kind=workdir"], "init.path: missing"),
+    (["tokenizer.model_type=bpe"], "tokenizer.vocab_size: missing"),
+    (["tokenizer.path=a.model"], "tokenizer.train: set beside"),
+    (["cold_start.warmup_steps=61"],
+     "cold_start.warmup_steps: 61 is more than num_steps=60."),
+    (["cold_start.final_learning_rate=1"],
+     "cold_start.final_learning_rate: 1.0 is above learning_rate=0.0015."),
+    (["cold_start.num_microbatches=3"],
+     "cold_start.rows: 8 is not a multiple of num_microbatches=3."),
+    (["cold_start.checkpoint.keep_best=1"],
+     "cold_start.checkpoint.best_metric: missing"),
+    (["cold_start.data.sources.0.path=a.jsonl"],
+     "cold_start.data.sources.0: set one of path and task"),
+    (["cold_start.data.sources="], "cold_start.data.sources: found none"),
+    (["reason.num_minibatches=3", "reason.num_steps=9"],
+     "reason.num_groups: 8 is not a multiple of num_minibatches=3."),
+    (["reason.num_epochs=3"],
+     "reason.num_steps: 8 is not a multiple of the 3 updates"),
+    (["reason.rollout.max_tokens=200"],
+     "reason.sequence_length: 160 does not hold"),
+    (["reason.reward_weights=1,2"], "reason.reward_weights: found 2 for 1"),
+    (["reason.rewards="], "reason.rewards: found none"),
+    (["reason.rollout.max_thinking_tokens=8",
+      "reason.rollout.min_thinking_tokens=9"],
+     "reason.rollout.min_thinking_tokens: 9 is above "
+     "rollout.max_thinking_tokens=8."),
+    (["reason.rollout.max_thinking_tokens=97"],
+     "reason.rollout.max_thinking_tokens: 97 is more than"),
+    (["reason.loss.kl_coef=0.1", "reason.reference=measure"],
+     "reason.reference: 'measure' runs later or trains nothing; the nearest "
+     "of init, cold_start is"),
+    (["measure.checkpoints=raeson"],
+     "measure.checkpoints: 'raeson' is no stage; the nearest of init, "
+     "cold_start, reason is 'reason'."),
+    (["measure.max_thinking_tokens=8,97"],
+     "measure.max_thinking_tokens: 97 is more than rollout.max_tokens=96."),
+    (["measure.num_waits=1,1"], "measure.num_waits: a value is there twice"),
+    (["measure.pass_at=1,2"], "measure.pass_at: 2 needs as many samples"),
+])
+def test_a_condition_between_keys(assignments, expected):
+  assert problem(*assignments).startswith(expected)
+
+
+def test_budgets_need_the_end_of_thinking():
+  found = problems("thinking.end=", "reason.rollout.num_waits=1")
+  inert, *unclosed = found
+  assert inert.startswith("thinking.newline: set to '', but it has no effect")
+  assert [line.partition(":")[0] for line in unclosed] == [
+      "reason.rollout.num_waits", "measure.max_thinking_tokens",
+      "measure.num_waits"]
+  assert all("set thinking.end" in line for line in unclosed)
+
+
+def test_a_directory_of_weights_is_no_stage():
+  assert not problems(
+      "reason.loss.kl_coef=0.1", "reason.reference=runs/a/checkpoints",
+      "measure.checkpoints=init,runs/b")
+
+
+def test_all_problems_come_in_one_error():
+  found = problems(
+      "seed=x", "model=tinny", "reason.clip_high=1", "mesh.tensor=-1",
+      "measure.pass_at=1,2", "cold_start.eval_every=3")
+  assert len(found) == 6, found
+
+
+def test_a_missing_key_says_what_it_is():
+  config = config_lib.read_file(TINY)
+  del config.reason["group_size"]
+  with pytest.raises(
+      config_lib.ConfigError,
+      match=r"reason\.group_size: missing; needed: completions per prompt\."):
+    config_lib.resolve(config)
+
+
+def test_a_stage_left_out_is_checked_and_not_kept():
+  config = config_lib.load(TINY, ["stages=cold_start"])
+  assert "reason" not in config
+  assert problem("stages=cold_start", "reason.num_step=3").startswith(
+      "reason.num_step: ")
+
+
+def test_a_resolved_config_has_every_key_and_survives_json():
+  config = config_lib.load(TINY)
+  leaves = dict(reader.leaves(reader.plain(config)))
+  layout = reader.layout(reader.plain(config))
+  free = ("args", "model_overrides")
+  for path in keys.paths(layout):
+    if not path.endswith(free) and not (
+        ".sources" in path and "eval_data" in path):
+      assert path in leaves or path.endswith(".sources"), path
+  again = config_lib.from_jsonable(
+      json.loads(json.dumps(config_lib.jsonable(config))))
+  assert config_lib.diff(config, again) == []
+  assert config_lib.jsonable(config) == config_lib.jsonable(again)
+
+
+def test_a_saved_config_refuses_a_new_key_without_effect():
+  saved = config_lib.jsonable(config_lib.load(TINY))
+  assert config_lib.from_jsonable(saved, ["seed=3"]).seed == 3
+  with pytest.raises(config_lib.ConfigError, match=r"kl_estimator: set to"):
+    config_lib.from_jsonable(saved, ["reason.loss.kl_estimator=k3"])
+
+
+def test_the_difference_of_two_configs():
+  old = config_lib.load(TINY)
+  new = config_lib.load(TINY, [
+      "reason.num_steps=4", "measure.num_waits=",
+      "cold_start.data.sources.0.args.count=7",
+      "cold_start.data.sources.0.args.seed=1"])
+  assert sorted(config_lib.diff(old, new)) == [
+      "cold_start.data.sources.0.args.count: 2000 -> 7",
+      "cold_start.data.sources.0.args.seed: (absent) -> 1",
+      "measure.num_waits: (0, 1) -> ()",
+      "reason.num_steps: 8 -> 4",
+  ]
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-9, 9), st.floats(),
+    st.sampled_from(["", "init", "reason", "a:b", (), ("reason",), (1, 2),
+                     ({},), {}, {"kind": "sft"}, {"kind": ()}, {"x": {}}]))
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(st.data())
+def test_no_value_anywhere_breaks_the_checks(data):
+  """Whatever stands where: a resolved config or the one kind of error."""
+  values = config_lib.jsonable(config_lib.load(TINY + ":debug"))
+  for _ in range(data.draw(st.integers(1, 3))):
+    target = values
+    while True:
+      name = data.draw(st.sampled_from([*sorted(target), "new"]))
+      child = target.get(name)
+      if not isinstance(child, dict) or not child or data.draw(st.booleans()):
+        break
+      target = child
+    target[name] = copy.deepcopy(data.draw(JUNK))
+  try:
+    config = config_lib.resolve(values, ignore_inert=lambda path: True)
+  except config_lib.ConfigError as error:
+    assert error.problems
+  else:
+    config_lib.from_jsonable(config_lib.jsonable(config))
+
+
+def test_functions_are_listed_once():
+  found = config_lib.functions(config_lib.load(TINY))
+  assert len(set(found)) == len(found)
+  assert [name for name in found if name.startswith(TASK)] == [
+      f"{TASK}:{name}" for name in (
+          "corpus", "demonstrations", "problems", "reward", "extract")]
+
+
+def test_a_resolved_config_cannot_grow_keys():
+  config = config_lib.load(TINY)
+  with pytest.raises(AttributeError):
+    config.new_key = 1
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("configs/tniy.py", "The nearest is configs/tiny.py."),
+    (TINY + ":huge", "knows no 'huge'"),
+])
+def test_a_file_that_cannot_be_read(spec, message, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(ValueError, match=message):
+    config_lib.load(spec)
+
+
+def test_a_file_without_arguments(tmp_path):
+  file = tmp_path / "c.py"
+  file.write_text("x = 1")
+  with pytest.raises(config_lib.ConfigError, match="defines no get_config"):
+    config_lib.load(str(file))
+  file.write_text("def get_config(): return {}")
+  with pytest.raises(config_lib.ConfigError, match="leave out :debug"):
+    config_lib.load(f"{file}:debug")
+
+
+@pytest.mark.parametrize("variant", ["", ":debug"])
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_resolves(path, variant):
+  config = config_lib.load(path + variant)
+  assert isinstance(config, ml_collections.ConfigDict)
+  assert "posttrain train --config=configs/" in pathlib.Path(path).read_text()
+
+
+def test_loading_a_config_never_imports_jax():
+  specs = [path + ":debug" for path in CONFIGS]
+  code = (
+      "import sys\n"
+      "from posttrain import config\n"
+      f"for spec in {specs!r}: config.load(spec, ['seed=1'])\n"
+      "try: config.load(spec, ['sed=1'])\n"
+      "except ValueError: pass\n"
+      "assert not {'jax', 'jaxlib', 'flax', 'torch'} & set(sys.modules)\n")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def nodes(section, prefix=""):
+  for name, node in section.keys.items():
+    if isinstance(node, keys.Section):
+      yield from nodes(node, f"{prefix}{name}.")
+    elif isinstance(node, keys.Items):
+      yield from nodes(node.item, "")  # Its conditions are its own.
+    elif isinstance(node, keys.Key):
+      yield prefix + name, node
+
+
+@pytest.mark.parametrize("section", [schema.TOP, *schema.KINDS.values()])
+def test_the_schema_obeys_itself(section):
+  known = dict(nodes(section))
+  sources = {path for path in keys.paths(section) if path.endswith("sources")}
+  for path, key in known.items():
+    assert key.doc.endswith("."), path
+    if key.needs:
+      assert key.needs.path in known or key.needs.path in sources, path
+    if key.default is keys.REQUIRED:
+      continue
+    values = key.default if isinstance(key.default, tuple) else (key.default,)
+    for value in values:
+      assert not key.choices or value in key.choices, path
+      assert not key.bounds or keys.within(value, key.bounds), path
+      assert key.type in (type(value), tuple[type(value), ...]), path
+
+
+def test_the_page_of_all_keys_is_up_to_date():
+  page = (ROOT / "docs/configs.md").read_text()
+  assert document.insert(page) == page, (
+      "run: python -m posttrain.config.document docs/configs.md")
+
+
+def test_every_key_is_read_by_the_program():
+  """A weak net against inert keys: the last name is used outside config/."""
+  source = "\n".join(
+      path.read_text() for path in (ROOT / "posttrain").rglob("*.py")
+      if "config" not in path.relative_to(ROOT / "posttrain").parts)
+  words = set(re.findall(r"\w+", source))
+  leaves = {path.rpartition(".")[2] for section in (
+      schema.TOP, *schema.KINDS.values()) for path in keys.paths(section)}
+  assert leaves <= words, leaves - words

@@ -1,0 +1,10 @@
+"""Every test process sees eight CPU devices unless told otherwise."""
+
+import os
+
+if os.environ.get("POSTTRAIN_TEST_PLATFORM", "cpu") == "cpu":
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  flags = os.environ.get("XLA_FLAGS", "")
+  if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = (
+        flags + " --xla_force_host_platform_device_count=8").strip()

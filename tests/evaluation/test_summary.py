@@ -1,0 +1,126 @@
+"""Figures of made-up outcomes, against sums written out by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from posttrain.evaluation import summary
+
+FREE, MAX2, MAX4 = summary.Cell(), summary.Cell(2), summary.Cell(4)
+WAIT1, WAIT2 = summary.Cell(num_waits=1), summary.Cell(num_waits=2)
+
+
+def make_scored(seed, questions=5, samples=3, most=9):
+  rng = np.random.default_rng(seed)
+  shape = questions, samples
+  answers = rng.choice(["a", "b", "c", None], shape).astype(object)
+  right = rng.choice(["a", "b"], (questions, 1)).astype(object)
+  return summary.Scored(
+      correct=answers == right, answers=answers,
+      tokens=rng.integers(1, 20, shape),
+      thinking_tokens=rng.integers(0, most + 1, shape),
+      finish=rng.choice(["eos", "budget", "length"], shape).astype(object))
+
+
+def test_cells_are_each_there_once_the_free_one_first():
+  assert summary.cells((2, 4), (0, 1, 2)) == [FREE, MAX2, MAX4, WAIT1, WAIT2]
+  assert summary.cells((), ()) == [FREE]
+  assert [cell.name for cell in (FREE, summary.Cell(0), WAIT2)] == [
+      "free", "max_0", "waits_2"]
+
+
+def vote(answers, correct):
+  """P(right), winners of a tie drawn at random."""
+  votes = [a for a in answers if a is not None]
+  if not votes:
+    return 0.0
+  most = max(map(votes.count, votes))
+  winners = {a for a in votes if votes.count(a) == most}
+  good = {a for a, c in zip(answers, correct, strict=True) if c}
+  return len(winners & good) / len(winners)
+
+
+def over_subsets(function, k, *columns):
+  subsets = list(itertools.combinations(range(len(columns[0])), k))
+  return sum(function(*([c[i] for i in s] for c in columns))
+             for s in subsets) / len(subsets)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_a_cell(seed):
+  scored = make_scored(seed)
+  found = summary.cell_figures(MAX4, scored, (1, 2, 3), votes=True)
+  means = [sum(row) / 3 for row in scored.correct]
+  accuracy = sum(means) / 5
+  variance = sum((m - accuracy)**2 for m in means) / (5 * 4)
+  assert found["n"] == 5 and found["samples"] == 3
+  assert found["accuracy"] == pytest.approx(accuracy)
+  assert found["standard_error"] == pytest.approx(math.sqrt(variance))
+  assert found["mean_thinking_tokens"] == scored.thinking_tokens.mean()
+  assert found["mean_tokens"] == scored.tokens.mean()
+  assert found["finish"]["budget"] == (scored.finish == "budget").sum() / 15
+  assert sum(found["finish"].values()) == pytest.approx(1)
+  assert found["control"] == (scored.thinking_tokens <= 4).sum() / 15
+  assert found["no_answer"] == sum(
+      a is None for row in scored.answers for a in row) / 15
+  for k in (1, 2, 3):
+    assert found["pass@k"][str(k)] == pytest.approx(np.mean([
+        over_subsets(any, k, row) for row in scored.correct]))
+    assert found["maj@k"][str(k)] == pytest.approx(np.mean([
+        over_subsets(vote, k, a, c) for a, c in zip(
+            scored.answers, scored.correct, strict=True)]))
+
+
+def test_a_free_cell_has_no_control_and_no_votes_no_majority():
+  found = summary.cell_figures(FREE, make_scored(0), (1,), votes=False)
+  assert not {"control", "maj@k", "no_answer"} & set(found)
+  one = summary.cell_figures(
+      FREE, make_scored(0, questions=1), (1,), votes=False)
+  assert one["standard_error"] is None  # JSON has no NaN.
+
+
+def test_s1_figures_over_the_curve_and_the_waits():
+  scored = {cell: make_scored(i, most=5) for i, cell in enumerate(
+      (FREE, MAX2, MAX4, WAIT2, WAIT1))}
+  figures = [summary.cell_figures(c, s, (1,), votes=False)
+             for c, s in scored.items()]
+  found = summary.s1_figures(figures, scored)
+  x, y = ([figures[i][name] for i in (1, 2)]
+          for name in ("mean_thinking_tokens", "accuracy"))
+  slope = (y[1] - y[0]) / (math.log2(x[1]) - math.log2(x[0]))
+  assert found["scaling_per_doubling"] == pytest.approx(slope)
+  assert found["scaling_per_1k"] == pytest.approx(
+      1000 * (y[1] - y[0]) / (x[1] - x[0]))
+  assert found["performance"] == max(y)
+  assert found["control_per_sample"] == pytest.approx(
+      (figures[1]["control"] + figures[2]["control"]) / 2)
+  assert found["control_per_run"] == ((x[0] <= 2) + (x[1] <= 4)) / 2
+  steps = [(f["from_waits"], f["to_waits"]) for f in found["flips"]]
+  assert steps == [(0, 1), (1, 2)]
+  for flips, (a, b) in zip(
+      found["flips"], ((FREE, WAIT1), (WAIT1, WAIT2)), strict=True):
+    pairs = list(zip(
+        scored[a].correct.ravel(), scored[b].correct.ravel(), strict=True))
+    assert flips["correct_to_wrong"] == sum(x and not y for x, y in pairs)
+    assert flips["wrong_to_correct"] == sum(y and not x for x, y in pairs)
+    assert flips["n"] == 15
+
+
+def test_without_a_curve_there_are_flips_only():
+  scored = {FREE: make_scored(0)}
+  figures = [summary.cell_figures(FREE, scored[FREE], (1,), votes=False)]
+  assert summary.s1_figures(figures, scored) == {"flips": []}
+
+
+def test_majority_baseline_spends_every_samples_tokens():
+  scored = make_scored(1, samples=4)
+  rows = summary.majority_baseline(scored)
+  assert [row["samples"] for row in rows] == [1, 2, 3, 4]
+  for k, row in enumerate(rows, 1):
+    assert row["mean_tokens"] == pytest.approx(
+        k * scored.thinking_tokens.mean())
+    assert row["accuracy"] == pytest.approx(np.mean([
+        over_subsets(vote, k, a, c) for a, c in zip(
+            scored.answers, scored.correct, strict=True)]))

@@ -1,0 +1,147 @@
+"""Two real processes of four devices, and what happens when one fails."""
+
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from posttrain import distributed
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def arguments(*args):
+  return [sys.executable, str(ROOT / "launch" / "local.py"), *args]
+
+
+def launch(*args, **kwargs):
+  return subprocess.run(
+      arguments(*args), cwd=ROOT, capture_output=True, text=True, timeout=120,
+      **kwargs)
+
+
+def program(tmp_path, source):
+  """A module to run; returns (--module argument, environment)."""
+  (tmp_path / "program.py").write_text(source)
+  return "--module=program", os.environ | {"PYTHONPATH": str(tmp_path)}
+
+
+def test_two_processes_of_four_devices_reduce_one_array():
+  result = launch(
+      "--processes=2", "--devices-per-process=4",
+      "--module=tests.launch.reduction")
+  assert result.returncode == 0, result.stderr
+  # The sum of the squares of 0..63 is 63 * 64 * 127 / 6.
+  line = "process {} of 2, 4 of 8 devices, sum 85344.0"
+  assert line.format(0) in result.stdout
+  assert "[1] " + line.format(1) in result.stderr
+
+
+def test_dry_run_prints_runnable_commands(monkeypatch):
+  monkeypatch.setenv(
+      "XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
+  result = launch(
+      "--dry-run", "--processes=2", "--devices-per-process=3", "--port=1234",
+      "--", "train", "--config=a b.py:debug", "--config.seed=1")
+  assert result.returncode == 0
+  commands = [shlex.split(line) for line in result.stdout.splitlines()]
+  assert len(commands) == 2
+  for process_id, words in enumerate(commands):
+    assert words[0] == "env"
+    assert "JAX_PLATFORMS=cpu" in words
+    assert ("XLA_FLAGS=--xla_a=1 --xla_force_host_platform_device_count=3"
+            in words)
+    assert "POSTTRAIN_COORDINATOR=127.0.0.1:1234" in words
+    assert "POSTTRAIN_NUM_PROCESSES=2" in words
+    assert f"POSTTRAIN_PROCESS_ID={process_id}" in words
+    assert words[-5:] == [
+        "-m", "posttrain", "train", "--config=a b.py:debug", "--config.seed=1"]
+
+
+def test_a_failure_ends_the_others_and_is_the_exit_status(tmp_path):
+  module, environment = program(tmp_path, """
+import os, sys, time
+if os.environ["POSTTRAIN_PROCESS_ID"] == "1":
+  print("no such file")
+  sys.exit(3)
+time.sleep(600)
+""")
+  before = time.monotonic()
+  result = launch("--processes=3", module, env=environment)
+  assert result.returncode == 3
+  assert time.monotonic() - before < 30
+  assert "[1] no such file" in result.stderr
+  assert "process 1 ended with status 3" in result.stderr
+
+
+def test_a_killed_process_gives_the_status_of_its_signal(tmp_path):
+  module, environment = program(tmp_path, """
+import os, signal, time
+if os.environ["POSTTRAIN_PROCESS_ID"] == "0":
+  os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)
+""")
+  assert launch("--processes=2", module, env=environment).returncode == 137
+
+
+def test_sigterm_reaches_every_process_and_preempted_stays_75(tmp_path):
+  module, environment = program(tmp_path, """
+import os, pathlib, signal, sys, time
+me = os.environ["POSTTRAIN_PROCESS_ID"]
+def save(*unused):
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # A second one would kill.
+  time.sleep(0.5 * int(me))  # Process 1 is still saving when 0 has exited.
+  pathlib.Path(sys.argv[1], "saved" + me).touch()
+  sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1], "ready" + me).touch()
+time.sleep(600)
+""")
+  process = subprocess.Popen(
+      arguments("--processes=2", module, "--", str(tmp_path)), cwd=ROOT,
+      env=environment)
+  deadline = time.monotonic() + 60
+  while time.monotonic() < deadline and not all(
+      (tmp_path / f"ready{i}").exists() for i in range(2)):
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 75
+  assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+def test_at_least_one_process():
+  result = launch("--processes=0")
+  assert result.returncode == 2
+  assert "--processes=0: at least 1" in result.stderr
+
+
+def set_environment(monkeypatch, **variables):
+  for name in (distributed.COORDINATOR, distributed.NUM_PROCESSES,
+               distributed.PROCESS_ID):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv("POSTTRAIN_" + name, value)
+
+
+def test_alone_without_a_coordinator(monkeypatch):
+  set_environment(monkeypatch)
+  distributed.initialize()
+
+
+@pytest.mark.parametrize("variables, message", [
+    (dict(NUM_PROCESSES="2"), "NUM_PROCESSES are set, but POSTTRAIN_COORDINA"),
+    (dict(COORDINATOR="h:1"), "POSTTRAIN_NUM_PROCESSES is None"),
+    (dict(COORDINATOR="h:1", NUM_PROCESSES="2"), "PROCESS_ID is None"),
+    (dict(COORDINATOR="h:1", NUM_PROCESSES="2", PROCESS_ID="-1"), "is '-1'"),
+    (dict(COORDINATOR="h:1", NUM_PROCESSES="2", PROCESS_ID="2"), "not in 0..1"),
+])
+def test_an_incomplete_environment_is_an_error(monkeypatch, variables, message):
+  set_environment(monkeypatch, **variables)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    distributed.initialize()

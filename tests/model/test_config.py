@@ -1,0 +1,73 @@
+"""Oracles: published parameter counts, and the shapes of the module itself."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from posttrain.model import transformer
+from posttrain.model.config import PRESETS, ModelConfig
+from tests import meshes
+from tests.model import build
+
+# "num_parameters" of each release's safetensors index, tied tables once.
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "llama3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+}
+
+
+def test_presets_have_the_published_sizes():
+  named = {name: c.num_parameters for name, c in PRESETS.items()
+           if name != "tiny"}
+  assert named == PUBLISHED
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-7b", "qwen3-32b"])
+def test_the_module_has_the_parameters_that_its_config_counts(name):
+  config = PRESETS[name]
+  with jax.set_mesh(meshes.one()):
+    model = transformer.abstract(config)
+  tables = 1 if config.tied_embeddings else 2
+  padding = config.padded_vocab_size - config.vocab_size
+  assert config.num_parameters == (
+      sum(w.size for w in jax.tree.leaves(model))
+      - padding * config.embed * tables)
+
+
+@pytest.mark.parametrize("option", build.OPTIONS)
+def test_every_option_is_counted(option):
+  config = build.make_config(**build.OPTIONS[option])
+  with jax.set_mesh(meshes.one()):
+    model = transformer.abstract(config)
+  tables = 1 if config.tied_embeddings else 2
+  assert config.num_parameters == (
+      sum(w.size for w in jax.tree.leaves(model))
+      - (128 - 87) * config.embed * tables)
+
+
+@pytest.mark.parametrize("vocab_size,padded", [
+    (1, 128), (87, 128), (128, 128), (129, 256), (49_152, 49_152)])
+def test_the_vocabulary_is_padded_to_128(vocab_size, padded):
+  config = dataclasses.replace(PRESETS["tiny"], vocab_size=vocab_size)
+  assert config.padded_vocab_size == padded
+
+
+@pytest.mark.parametrize("fields,message", [
+    (dict(heads=5), "model.heads=5 is not a multiple of model.kv_heads=2"),
+    (dict(head_dim=7), "model.head_dim=7 is odd"),
+    (dict(remat="some"), "compute.remat='some' is unknown; choose from"),
+    (dict(dtype="float16"), "compute.dtype='float16' is unknown"),
+    (dict(unroll=3), "compute.unroll=3 is not within 1 and the 2 layers"),
+])
+def test_impossible_shapes_are_errors_that_name_the_key(fields, message):
+  with pytest.raises(ValueError, match=message):
+    ModelConfig(**(build.BASE | fields))

@@ -1,0 +1,191 @@
+"""Oracles: NumPy loops from the papers, worked values, limits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain.objectives import masked, policy
+from tests.objectives import oracles
+
+
+def batch(seed=0, rows=4, length=6):
+  rng = np.random.default_rng(seed)
+  logprobs = rng.normal(-1, 0.5, (rows, length)).astype(np.float32)
+  old = (logprobs + rng.normal(0, 0.3, (rows, length))).astype(np.float32)
+  ref = (logprobs + rng.normal(0, 0.3, (rows, length))).astype(np.float32)
+  advantages = rng.normal(size=rows).astype(np.float32)
+  return logprobs, old, ref, advantages, rng.random((rows, length)) < 0.7
+
+
+def loop(logprobs, old, ref, advantages, mask, low, high, coef, aggregation,
+         max_tokens):
+  """DeepSeekMath eq. 3, with k3; the means as each paper takes them."""
+  total, tokens, rows = 0.0, 0, 0
+  for i in range(len(logprobs)):
+    inside = []
+    for t in range(logprobs.shape[1]):
+      if not mask[i, t]:
+        continue
+      ratio = np.exp(np.float64(logprobs[i, t]) - old[i, t])
+      bounded = min(max(ratio, 1 - low), 1 + high)
+      d = np.float64(ref[i, t]) - logprobs[i, t]
+      inside.append(-min(ratio * advantages[i], bounded * advantages[i])
+                    + coef * (np.exp(d) - d - 1))
+    tokens += len(inside)
+    rows += 1
+    total += sum(inside) / (
+        len(inside) if aggregation == "sequence_mean" else 1)
+  return total / {"token_mean": tokens, "sequence_mean": rows,
+                  "constant": rows * max_tokens}[aggregation]
+
+
+@pytest.mark.parametrize("aggregation", policy.AGGREGATIONS)
+def test_loss_matches_a_loop_from_the_papers(aggregation):
+  logprobs, old, ref, advantages, mask = batch()
+  weights, shares = policy.aggregation_weights(
+      aggregation, mask.sum(1), max_tokens=10)
+  num, den, _ = policy.policy_loss(
+      logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.28,
+      ref_logprobs=ref, kl_coef=0.05,
+      token_weights=jnp.broadcast_to(weights[:, None], mask.shape),
+      token_shares=jnp.broadcast_to(shares[:, None], mask.shape))
+  want = loop(logprobs, old, ref, advantages, mask, 0.2, 0.28, 0.05,
+              aggregation, 10)
+  np.testing.assert_allclose(num / den, want, rtol=1e-5)
+
+
+CLIPS = [
+    (*map(float, re.match(r"r=(\S+) A=(\S+)", name).groups()), column, value)
+    for name, row in oracles.named("clip ") for column, value in row.items()
+    if column in ("ppo .2/.2", "dapo .2/.28")]
+
+
+@pytest.mark.parametrize("ratio,advantage,column,value", CLIPS)
+def test_clip_worked_values(ratio, advantage, column, value):
+  high = 0.2 if column.startswith("ppo") else 0.28
+  one = lambda x: jnp.full((1, 1), x, jnp.float32)
+
+  def objective(logprobs):
+    num, _, sums = policy.policy_loss(
+        logprobs, one(0), one(advantage), one(1) > 0, clip_low=0.2,
+        clip_high=high)
+    return -num, sums
+
+  (got, sums), grad = jax.value_and_grad(objective, has_aux=True)(
+      one(np.log(ratio)))
+  np.testing.assert_allclose(got, value["obj"], rtol=1e-6)
+  if ratio in (0.8, 1.2):
+    return  # At the boundary the subgradient is a convention.
+  clipped = value["grad"] == "0"
+  np.testing.assert_allclose(
+      grad[0, 0], 0 if clipped else advantage * ratio, rtol=1e-6)
+  assert sums["clip_ratio/low"] == (clipped and ratio < 1)
+  assert sums["clip_ratio/high"] == (clipped and ratio > 1)
+
+
+@pytest.mark.parametrize("aggregation,loss,weight", [
+    ("sequence_mean", "grpo_seq_mean", "grpo"),
+    ("token_mean", "dapo_token", "dapo"), ("constant", "dr_grpo", "dr_grpo")])
+def test_aggregation_worked_values(aggregation, loss, weight):
+  lengths = np.array([2, 4])
+  mask = np.arange(4) < lengths[:, None]
+  weights, shares = policy.aggregation_weights(
+      aggregation, lengths, max_tokens=8)
+  column = lambda x: jnp.broadcast_to(x[:, None], mask.shape)
+  zeros = jnp.zeros(mask.shape)
+  num, den, _ = policy.policy_loss(
+      zeros, zeros, jnp.array([1.0, -1.0]), mask, clip_low=0.2, clip_high=0.2,
+      token_weights=column(weights), token_shares=column(shares))
+  np.testing.assert_allclose(
+      num / den,
+      oracles.VALUES["loss agg lens [2,4] adv [+1,-1] ratio 1, Lmax=8"][loss],
+      atol=1e-7)
+  np.testing.assert_allclose(
+      weights / den, oracles.VALUES["per-token weights same case"][weight],
+      rtol=1e-6)
+
+
+def test_on_policy_gradient_is_reinforce():
+  """At ratio one nothing is clipped and the gradient is REINFORCE's."""
+  logprobs, _, _, advantages, mask = batch()
+  clipped = lambda x: policy.policy_loss(
+      x, jax.lax.stop_gradient(x), advantages, mask, clip_low=0.2,
+      clip_high=0.28)[0]
+  reinforce = lambda x: -jnp.sum(x * mask * advantages[:, None])
+  np.testing.assert_allclose(
+      jax.grad(clipped)(logprobs), jax.grad(reinforce)(logprobs), rtol=1e-6)
+  sums = policy.policy_loss(
+      logprobs, logprobs, advantages, mask, clip_low=0.2, clip_high=0.2)[2]
+  assert sums["ratio"] == mask.sum()  # Exactly one, each.
+
+
+@pytest.mark.parametrize("aggregation", policy.AGGREGATIONS)
+def test_microbatches_add_up(aggregation):
+  logprobs, old, ref, advantages, mask = batch()
+  weights, shares = (jnp.broadcast_to(x[:, None], mask.shape)
+                     for x in policy.aggregation_weights(
+                         aggregation, mask.sum(1), max_tokens=10))
+  part = lambda rows: jax.tree.leaves(policy.policy_loss(
+      logprobs[rows], old[rows], advantages[rows], mask[rows], clip_low=0.2,
+      clip_high=0.2, ref_logprobs=ref[rows], kl_coef=0.1,
+      token_weights=weights[rows], token_shares=shares[rows]))
+  whole = part(slice(0, 4))
+  for one, two, both in zip(
+      part(slice(0, 1)), part(slice(1, 4)), whole, strict=True):
+    # The loss cancels to a tenth of its terms: rounding is relative to them.
+    np.testing.assert_allclose(one + two, both, rtol=2e-6, atol=1e-6)
+
+
+def test_advantages_per_token_equal_those_per_row():
+  logprobs, old, _, advantages, mask = batch()
+  run = lambda advantages: policy.policy_loss(
+      logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.2)[0]
+  per_token = jnp.broadcast_to(advantages[:, None], mask.shape)
+  np.testing.assert_array_equal(run(advantages), run(per_token))
+
+
+def test_what_is_masked_has_no_influence():
+  logprobs, old, ref, advantages, mask = batch()
+
+  def loss(logprobs, fill):
+    hide = lambda x: jnp.where(mask, x, fill)
+    num, den, sums = policy.policy_loss(
+        hide(logprobs), hide(old), advantages, mask, clip_low=0.2,
+        clip_high=0.2, ref_logprobs=hide(ref), kl_coef=0.1)
+    return num / den, sums
+
+  run = jax.value_and_grad(loss, has_aux=True)
+  for fill in (-1e30, jnp.nan):
+    got, want = run(logprobs, fill), run(logprobs, 0.0)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert np.isfinite(got[1]).all()
+
+
+def test_measuring_the_kl_changes_no_gradient():
+  logprobs, old, ref, advantages, mask = batch()
+  run = lambda x, **options: policy.policy_loss(
+      x, old, advantages, mask, clip_low=0.2, clip_high=0.2, **options)[0]
+  np.testing.assert_array_equal(
+      jax.grad(run)(logprobs), jax.grad(run)(logprobs, ref_logprobs=ref))
+
+
+def test_a_kl_term_needs_a_reference():
+  logprobs, old, _, advantages, mask = batch()
+  with pytest.raises(ValueError, match=r"loss.kl_coef"):
+    policy.policy_loss(logprobs, old, advantages, mask, clip_low=0.2,
+                       clip_high=0.2, kl_coef=0.1)
+
+
+def test_an_unknown_aggregation_is_an_error():
+  with pytest.raises(ValueError, match=r"loss.aggregation is 'mean'"):
+    policy.aggregation_weights("mean", np.ones(2, int), max_tokens=4)
+
+
+def test_cross_entropy_is_a_masked_mean():
+  logprobs, _, _, _, mask = batch()
+  num, den = masked.cross_entropy_sum(logprobs, mask)
+  np.testing.assert_allclose(num / den, -logprobs[mask].mean(), rtol=1e-6)
+  assert den == mask.sum()

@@ -1,0 +1,111 @@
+"""A small pipeline on a toy task; a config file; and a program of its own.
+
+  python -m tests.pipeline_run train --config=tests/pipeline_run.py ...
+
+is `posttrain train`, but with KILL_IN_CHUNK=n in the environment it kills
+itself before the nth chunk that it decodes: within a rollout, where no file
+tells a watcher.
+"""
+
+import itertools
+import os
+import signal
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+
+from posttrain import config as config_lib
+from posttrain import main, pipeline, sharding
+from posttrain.model.transformer import Transformer
+from posttrain.sampler import decode
+from posttrain.stages import grpo
+
+TOY = "tests.stages.toy"
+# One shape of prompts and completions, so that sampling compiles once.
+ROLLOUT = dict(max_prompt_tokens=6, max_tokens=10, chunk=10)
+CONFIG = dict(
+    model_overrides=dict(
+        layers=2, embed=32, mlp=64, heads=4, kv_heads=2, head_dim=8),
+    tokenizer=dict(
+        train=f"{TOY}:corpus", model_type="word",
+        symbols=("<think>", "</think>")),
+    chat_template="plain",
+    thinking=dict(newline="", wait_text="wait"),
+    stages=("reason",),
+    cold_start=dict(
+        kind="sft", num_steps=4, rows=8, sequence_length=24,
+        learning_rate=1e-2, eps=1e-4, log_every=1,
+        data=dict(sources=(dict(task=f"{TOY}:demonstrations"),))),
+    # The large epsilon keeps rounding from turning into a step's sign.
+    reason=dict(
+        kind="grpo", num_steps=4, num_groups=4, group_size=4,
+        sequence_length=24, rows_per_microbatch=2, learning_rate=1e-2,
+        eps=1e-4, problems=dict(task=f"{TOY}:problems"),
+        rewards=(f"{TOY}:reward",), rollout=ROLLOUT,
+        log_every=1, save_rollouts_every=1, show_sample_every=0),
+    measure=dict(
+        kind="evaluate",
+        problems=dict(
+            task=f"{TOY}:problems", count=6, args=dict(thinks=True)),
+        reward=f"{TOY}:picky", extract=f"{TOY}:extract",
+        samples_per_problem=4, pass_at=(1, 2, 4), majority=dict(max_samples=4),
+        max_thinking_tokens=(0, 2, 5), num_waits=(0, 1, 2),
+        rollout=ROLLOUT | dict(batch_rows=16)),
+)
+ALL = ["stages=cold_start,reason,measure"]
+
+
+def get_config():
+  return ml_collections.ConfigDict(CONFIG)
+
+
+def make_pipeline(path, assignments=()) -> pipeline.Pipeline:
+  """The run in the workdir `path`, on the current mesh."""
+  return pipeline.set_up(
+      config_lib.assign(CONFIG, assignments, "test"), str(path))
+
+
+def make_learner(path, assignments=(), weights_of=None) -> grpo.Learner:
+  """The stage "reason" before its first step, from random weights."""
+  run = make_pipeline(path, assignments)
+  return grpo.Learner(
+      run.context("reason"), start(run), weights_of or run.weights_of)
+
+
+def start(run: pipeline.Pipeline) -> Transformer:
+  """Random weights whose choices are far from uniform."""
+  scale = lambda w: w * 2 if w.ndim > 2 else w
+  return jax.tree.map(scale, run.weights_of("init"))
+
+
+def train(path, assignments=()) -> None:
+  """All stages of the config."""
+  pipeline.train(config_lib.assign(CONFIG, assignments, "test"), str(path))
+
+
+def parameters(path, assignments=(), stage="reason") -> dict[str, np.ndarray]:
+  """Of a finished stage's last checkpoint, by path; on one device."""
+  with jax.set_mesh(sharding.make_mesh(1, 1, jax.devices()[:1])):
+    model = make_pipeline(path, assignments).weights_of(stage)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(model))
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def kill_in_chunk(number: int) -> None:
+  """SIGKILL to this process before the chunk of that number, from 1."""
+  chunk, original = itertools.count(1), decode.decode
+
+  def decode_or_die(*args, **kwargs):
+    if next(chunk) == number:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+  decode.decode = decode_or_die
+
+
+if __name__ == "__main__":
+  if "KILL_IN_CHUNK" in os.environ:
+    kill_in_chunk(int(os.environ["KILL_IN_CHUNK"]))
+  sys.exit(main.main())

@@ -1,0 +1,248 @@
+"""Oracle: every figure once more, from the records of the result's file."""
+
+import itertools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from posttrain.stages import evaluate
+from posttrain.train import metrics, preemption
+from tests import meshes, pipeline_run
+from tests.stages import toy
+
+MEASURE = ["stages=measure"]
+MAXIMA, WAITS = (0, 2, 5), (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp("measured")
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(path, MEASURE)
+    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+  return path
+
+
+@pytest.fixture(scope="module")
+def result(workdir):
+  return json.loads((workdir / "measure/eval/init.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def cells(result):
+  """name -> (figures, {(problem, sample): record})."""
+  found = {}
+  for figures in result["cells"]:
+    rows = [r for r in result["records"] if r["cell"] == figures["name"]]
+    found[figures["name"]] = figures, {
+        (r["id"], r["sample_id"]): r for r in rows}
+    assert len(found[figures["name"]][1]) == len(rows)
+  return found
+
+
+def by_problem(records, name):
+  return [[records[problem, sample][name] for sample in range(4)]
+          for problem in range(2000, 2006)]
+
+
+def test_every_problem_is_in_every_cell_and_no_other(result, cells):
+  wanted = set(itertools.product(range(2000, 2006), range(4)))
+  assert list(cells) == [
+      "free", "max_0", "max_2", "max_5", "waits_1", "waits_2"]
+  assert all(set(records) == wanted for _, records in cells.values())
+  assert len(result["records"]) == 6 * len(wanted)
+  assert result["decoding"]["temperature"] == 1
+
+
+def test_records_are_graded_as_their_text_says(result):
+  nulls = 0
+  problems = {p["id"]: p for p in toy.problems("test", thinks=True)}
+  for row in result["records"]:
+    problem, words = problems[row["id"]], row["completion"].split()
+    assert row["prompt"].split() == problem["prompt"].split()
+    wanted = None if "net" in words else float(problem["word"] in words)
+    assert row["reward"] == wanted
+    assert row["correct"] == (wanted == 1)
+    assert row["answer"] == (words[-1] if words else None)
+    nulls += wanted is None
+  assert nulls
+
+
+def test_accuracies_errors_and_lengths(cells):
+  for figures, records in cells.values():
+    means = [sum(row) / 4 for row in by_problem(records, "correct")]
+    mean = sum(means) / 6
+    assert figures["accuracy"] == pytest.approx(mean)
+    assert figures["standard_error"] == pytest.approx(
+        math.sqrt(sum((m - mean)**2 for m in means) / (6 * 5)))
+    assert figures["n"] == 6 and figures["samples"] == 4
+    for name, field in (("mean_thinking_tokens", "think_length"),
+                        ("mean_tokens", "length")):
+      assert figures[name] == pytest.approx(np.mean(
+          [r[field] for r in records.values()]))
+    for reason, share in figures["finish"].items():
+      assert share == pytest.approx(np.mean(
+          [r["finish_reason"] == reason for r in records.values()]))
+
+
+def vote(rows):
+  """P(right) of a majority, ties broken at random."""
+  votes = [r["answer"] for r in rows if r["answer"] is not None]
+  if not votes:
+    return 0.0
+  top = max(map(votes.count, votes))
+  winners = {v for v in votes if votes.count(v) == top}
+  # Of one answer some samples may be right and some not.
+  right = lambda v: np.mean([r["correct"] for r in rows if r["answer"] == v])
+  return np.mean([right(v) for v in winners])
+
+
+def over_subsets(records, k, function):
+  return np.mean([
+      function([records[problem, s] for s in subset])
+      for problem in range(2000, 2006)
+      for subset in itertools.combinations(range(4), k)])
+
+
+def test_pass_at_k_is_over_all_subsets(cells):
+  for figures, records in cells.values():
+    for k in (1, 2, 4):
+      assert figures["pass@k"][str(k)] == pytest.approx(over_subsets(
+          records, k, lambda rows: any(r["correct"] for r in rows)))
+
+
+def test_majority_votes_spend_all_samples(result, cells):
+  figures, records = cells["free"]
+  baseline = result["summary"]["majority_baseline"]
+  assert [row["samples"] for row in baseline] == [1, 2, 3, 4]
+  for row in baseline:
+    assert row["mean_tokens"] == pytest.approx(
+        row["samples"] * figures["mean_thinking_tokens"])
+  # One answer that is right here and wrong there is shared out by the counts
+  # of all four samples; a single vote has nothing to share.
+  assert baseline[0]["accuracy"] == pytest.approx(figures["accuracy"])
+  assert baseline[3]["accuracy"] == pytest.approx(
+      over_subsets(records, 4, vote))
+  assert figures["maj@k"]["4"] == baseline[3]["accuracy"]
+
+
+def test_no_completion_thinks_longer_than_its_maximum(result, cells):
+  _, free = cells["free"]
+  closed = 0
+  for maximum in MAXIMA:
+    figures, records = cells[f"max_{maximum}"]
+    assert figures["control"] == 1
+    for key, row in records.items():
+      assert row["think_length"] <= maximum
+      if row["think_end"] == "budget":
+        assert row["think_length"] == maximum
+        closed += 1
+      else:  # The budget had no say: the same bits, the same tokens.
+        assert row["segments"] == free[key]["segments"]
+      if free[key]["think_length"] > maximum:
+        assert row["think_end"] == "budget"
+  assert closed
+  assert result["summary"]["control_per_sample"] == 1
+  assert result["summary"]["control_per_run"] == 1
+
+
+def test_waits_are_as_many_as_asked_for_at_most(cells):
+  for waits in (1, 2):
+    _, records = cells[f"waits_{waits}"]
+    for key, row in records.items():
+      assert row["wait_count"] <= waits
+      written = sum(name == "wait" for _, name in row["segments"])
+      assert written == row["wait_count"]
+      if row["think_end"] == "natural":  # It may end only when all are spent.
+        assert row["wait_count"] == waits
+      if cells["free"][1][key]["think_end"] == "natural":
+        assert row["wait_count"] >= 1
+  assert any(row["wait_count"] for row in records.values())
+
+
+def test_flips_lead_from_one_accuracy_to_the_next(result, cells):
+  names = ["free", "waits_1", "waits_2"]
+  flips = result["summary"]["flips"]
+  assert [(f["from_waits"], f["to_waits"]) for f in flips] == [(0, 1), (1, 2)]
+  for flip, a, b in zip(flips, names, names[1:], strict=False):
+    before, after = cells[a][1], cells[b][1]
+    assert flip["correct_to_wrong"] == sum(
+        before[k]["correct"] and not after[k]["correct"] for k in before)
+    assert flip["wrong_to_correct"] == sum(
+        after[k]["correct"] and not before[k]["correct"] for k in before)
+    gained = flip["wrong_to_correct"] - flip["correct_to_wrong"]
+    assert gained / flip["n"] == pytest.approx(
+        cells[b][0]["accuracy"] - cells[a][0]["accuracy"])
+
+
+def test_scaling_is_over_the_maxima(result, cells):
+  points = [(cells[f"max_{m}"][0]["mean_thinking_tokens"],
+             cells[f"max_{m}"][0]["accuracy"]) for m in MAXIMA]
+  slopes = [(b[1] - a[1]) / (b[0] - a[0])
+            for a, b in itertools.combinations(points, 2)]
+  assert result["summary"]["scaling_per_1k"] == pytest.approx(
+      1000 * np.mean(slopes))
+  assert result["summary"]["performance"] == max(y for _, y in points)
+
+
+def test_what_is_left_in_the_workdir(workdir, result):
+  [row] = metrics.read(workdir / "metrics.jsonl")
+  for cell in result["cells"]:
+    prefix = f"eval/init/{cell['name']}"
+    assert row[f"{prefix}/accuracy"] == cell["accuracy"]
+  done = json.loads((workdir / "measure/done.json").read_text())
+  assert done["init"]["free"] == result["cells"][0]["accuracy"]
+  assert (workdir / "measure/eval/curve.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_another_batch_size_asks_the_same(result, tmp_path):
+  """One problem at a time; near ties apart, the same completions."""
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, [
+        *MEASURE, "measure.rollout.batch_rows=4", "measure.num_waits=",
+        "measure.max_thinking_tokens=2"])
+    evaluation = evaluate.Evaluation(run.context("measure"))
+    again = evaluation.evaluate("init", pipeline_run.start(run))
+  # As JSON has them: a tuple comes back as a list.
+  records = json.loads(json.dumps(again["records"]))
+  wanted = [r for r in result["records"] if r["cell"] in ("free", "max_2")]
+  same = [a == b for a, b in zip(records, wanted, strict=True)]
+  assert np.mean(same) > 0.95
+
+
+def test_left_at_sigterm_what_was_evaluated_is_kept(
+    result, tmp_path, monkeypatch):
+  """Two checkpoints of six cells; the signal comes in the second's third."""
+  both = [*MEASURE, "measure.checkpoints=init,/some/where"]
+  asked = []
+  def weights_of(name):
+    asked.append(name)
+    return pipeline_run.start(run)
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, both)
+    count = itertools.count(1)
+    monkeypatch.setattr(preemption, "requested", lambda: next(count) == 9)
+    with pytest.raises(preemption.Preempted, match="evaluations before that"):
+      evaluate.run(run.context("measure"), weights_of)
+    first = tmp_path / "measure/eval/init.json"
+    assert json.loads(first.read_text())["records"] == result["records"]
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "measure/done.json").exists()
+    evaluate.run(run.context("measure"), weights_of)
+  assert asked == ["init", "/some/where", "/some/where"]
+  assert first.stat().st_mtime_ns == written
+  second = json.loads(
+      (tmp_path / "measure/eval/some_where.json").read_text())
+  assert second["records"] == result["records"]
+
+
+def test_more_problems_than_there_are_is_an_error(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(
+        tmp_path, [*MEASURE, "measure.problems.count=25"])
+    with pytest.raises(ValueError, match="split has 24 problems"):
+      evaluate.Evaluation(run.context("measure"))

@@ -1,0 +1,425 @@
+"""Oracles: every completion alone in its row, and the formulas in NumPy.
+
+The run that is taken apart has all there is: several minibatches and epochs,
+a KL term, a maximum of thinking tokens and waits in the rollouts.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain.sampler import budget
+from posttrain.stages import grpo, rollout
+from posttrain.train import health, metrics, preemption
+from tests import meshes, one_by_one, pipeline_run
+
+ALL = [
+    "reason.num_minibatches=2", "reason.num_epochs=2", "reason.num_steps=8",
+    "reason.rollout.temperature=0.8", "reason.loss.kl_coef=0.3",
+    "reason.problems.args.thinks=True", "reason.rollout.num_waits=1",
+    "reason.rollout.max_thinking_tokens=4", "reason.checkpoint.every=3"]
+TEMPERATURE, LENGTH = 0.8, 24
+
+
+def copy(model):
+  return jax.tree.map(jnp.copy, model)
+
+
+def perturbed(model):
+  """Some way off: a reference to differ from."""
+  shift = lambda w: w + 0.2 * jnp.roll(w, 1, axis=-1)
+  return jax.jit(lambda model: jax.tree.map(shift, model))(model)
+
+
+def keep_batches(monkeypatch):
+  """Every batch that is collected from now on, as the stage scored it."""
+  batches, collect = [], rollout.Collector.collect
+  def keep(*args, **kwargs):
+    batches.append(collect(*args, **kwargs))
+    return batches[-1]
+  monkeypatch.setattr(rollout.Collector, "collect", keep)
+  return batches
+
+
+@pytest.fixture
+def kept(monkeypatch):
+  return keep_batches(monkeypatch)
+
+
+class Taken:
+  """A batch of rollouts and its updates, with the models before each."""
+
+  def __init__(self, path, kept):
+    asked = []
+    def weights_of(source):
+      asked.append(source)
+      return self.reference
+    run = pipeline_run.make_pipeline(
+        path, [*ALL, "reason.reference=/elsewhere"])
+    model = pipeline_run.start(run)
+    self.reference = perturbed(model)
+    learner = grpo.Learner(run.context("reason"), model, weights_of)
+    assert asked == ["/elsewhere"]
+    learner.collect()
+    self.batch, self.experience = kept[-1], learner.experience
+    self.tokenizer = run.renderer.tokenizer
+    self.models, self.rows = [], []
+    for _ in range(4):
+      assert learner.experience is self.experience
+      self.models.append(copy(learner.state.model))
+      self.rows.append(learner.update())
+    assert learner.experience is None
+
+  def sampled(self, row):
+    """Where the tokens in the loss are, in prompt and completion."""
+    rollouts = self.batch.rollouts
+    return len(rollouts.prompts[row]) + np.flatnonzero(
+        rollouts.loss_mask[row])
+
+  def distributions(self, model, row):
+    """[n, V] float64 logprobs, and the n tokens, of those in the loss."""
+    rollouts = self.batch.rollouts
+    tokens = one_by_one.row_of(
+        rollouts.prompts[row] + rollouts.completion(row), LENGTH)
+    at = self.sampled(row)
+    with jax.set_mesh(meshes.one()):
+      found = one_by_one.jitted(model, tokens, temperature=TEMPERATURE)
+    return np.asarray(found, np.float64)[at], tokens[0, at]
+
+  def logprobs(self, model, row):
+    """[n] float64, of the tokens in the loss."""
+    distributions, tokens = self.distributions(model, row)
+    return distributions[np.arange(len(tokens)), tokens]
+
+  def column(self, name, row):
+    """[n], what the experience has beside these tokens."""
+    at = self.experience["loss_mask"] & (
+        self.experience["segment_ids"] > 0) & (
+            self.experience["completion"] == row)
+    return self.experience[name][at]
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch, jax.set_mesh(meshes.one()):
+    return Taken(tmp_path_factory.mktemp("taken"), keep_batches(patch))
+
+
+def groups_of(batch):
+  return {p: np.flatnonzero(batch.rollouts.prompt_id == p)
+          for p in set(batch.rollouts.prompt_id.tolist())}
+
+
+def test_groups_with_a_signal_are_learned_from_whole(taken):
+  batch, experience = taken.batch, taken.experience
+  minibatch_of = {}
+  for index in range(2):
+    used = experience["loss_mask"][index]
+    for row in np.unique(experience["completion"][index][used]):
+      assert row not in minibatch_of
+      minibatch_of[int(row)] = index
+  spread = {p: np.ptp(batch.rewards[rows])
+            for p, rows in groups_of(batch).items()}
+  assert len(spread) == 4 and any(spread.values())
+  for p, rows in groups_of(batch).items():
+    assert len(rows) == 4
+    found = {minibatch_of.get(int(row)) for row in rows}
+    assert len(found) == 1
+    assert (found == {None}) == (spread[p] == 0)
+  assert taken.rows[0]["frac_reward_zero_std"] == np.mean(
+      [s == 0 for s in spread.values()])
+
+
+def test_advantages_are_those_of_the_paper(taken):
+  for rows in groups_of(taken.batch).values():
+    rewards = taken.batch.rewards[rows]
+    for row in rows:
+      found = taken.column("advantages", row)
+      if np.ptp(rewards):
+        wanted = (taken.batch.rewards[row] - rewards.mean()) / (
+            rewards.std() + 1e-6)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+      else:
+        assert found.size == 0
+
+
+def learned_rows(taken, index):
+  used = taken.experience["loss_mask"][index]
+  return np.unique(taken.experience["completion"][index][used])
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs"])
+def test_logprobs_are_teacher_forced_and_computed_once(taken, name):
+  """Of the policy that sampled, for all four updates; of the reference."""
+  model = taken.models[0] if name == "old_logprobs" else taken.reference
+  for index in range(2):
+    for row in learned_rows(taken, index):
+      np.testing.assert_allclose(
+          taken.column(name, row), taken.logprobs(model, row), atol=2e-5)
+
+
+def test_sampler_logprobs_are_of_what_was_sampled_from(taken):
+  """The trainer's, but for what was banned: no end right after a wait."""
+  rollouts, after_wait = taken.batch.rollouts, 0
+  [end] = taken.tokenizer.encode("</think>", special=True)
+  for row in range(len(rollouts.lengths)):
+    distributions, tokens = taken.distributions(taken.models[0], row)
+    wanted = distributions[np.arange(len(tokens)), tokens]
+    at = taken.sampled(row) - len(rollouts.prompts[row])
+    for n, t in enumerate(at):
+      forced = t > 0 and rollouts.provenance[row, t - 1] == budget.FORCED
+      if forced and rollouts.tokens[row, t - 1] != end:
+        banned = np.exp(distributions[n, [end, taken.tokenizer.eos_id]])
+        wanted[n] -= np.log1p(-banned.sum())
+        after_wait += 1
+    np.testing.assert_allclose(
+        rollouts.logprobs[row, at], wanted, rtol=0, atol=5e-5)
+  assert after_wait
+
+
+def test_forced_tokens_are_counted_and_not_learned(taken):
+  rollouts = taken.batch.rollouts
+  forced = rollouts.provenance == budget.FORCED
+  assert forced.any() and rollouts.think_lengths.max() == 4
+  assert (rollouts.think_end == budget.CLOSED).any()
+  assert rollouts.wait_count.any()
+  tokens = sum(len(taken.sampled(row)) for index in range(2)
+               for row in learned_rows(taken, index))
+  assert taken.experience["loss_mask"].sum() == tokens
+  row = taken.rows[0]
+  assert row["completions/mean_length"] == rollouts.lengths.mean()
+  assert row["think/mean_length"] == rollouts.think_lengths.mean()
+  assert row["think/wait_count"] == rollouts.wait_count.mean()
+  assert row["think/forced_end_frac"] == np.mean(
+      rollouts.think_end == budget.CLOSED)
+  assert row["completions/clipped_ratio"] == np.mean(
+      rollouts.finish_reason == budget.LENGTH)
+
+
+def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(taken):
+  assert taken.rows[0]["ratio/max_deviation"] == 0
+  assert taken.rows[0]["ratio"] == 1
+  assert taken.rows[0]["clip_ratio/high_mean"] == 0
+  for row in taken.rows[1:]:
+    assert row["ratio/max_deviation"] > 1e-3
+    # The sampler's logprobs are of weights that are gone.
+    assert "sampling/logp_difference/max" not in row
+
+
+@pytest.mark.parametrize("update", range(4))
+def test_the_loss_is_the_formula(taken, update):
+  """Clipped surrogate plus KL, mean over the tokens of the minibatch."""
+  sums = dict.fromkeys(("loss", "kl", "ratio", "entropy", "low", "high"), 0.0)
+  tokens = 0
+  for row in learned_rows(taken, update % 2):
+    distributions, _ = taken.distributions(taken.models[update], row)
+    now = taken.logprobs(taken.models[update], row)
+    ratio = np.exp(now - taken.logprobs(taken.models[0], row))
+    d = taken.logprobs(taken.reference, row) - now
+    kl = np.exp(d) - 1 - d
+    advantage = taken.column("advantages", row).astype(float)
+    surrogate = np.minimum(
+        ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+    sums["loss"] += np.sum(0.3 * kl - surrogate)
+    sums["kl"] += kl.sum()
+    sums["ratio"] += ratio.sum()
+    sums["entropy"] -= np.sum(np.exp(distributions) * distributions)
+    sums["low"] += np.sum((ratio < 0.8) & (advantage < 0))
+    sums["high"] += np.sum((ratio > 1.2) & (advantage > 0))
+    tokens += len(now)
+  found = taken.rows[update]
+  for name, wanted in {
+      "loss": "loss", "kl": "kl", "ratio": "ratio", "entropy": "entropy",
+      "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high"}.items():
+    assert found[name] == pytest.approx(
+        sums[wanted] / tokens, rel=2e-5, abs=2e-6), name
+  assert found["kl"] > 0.01
+
+
+@pytest.mark.parametrize("estimator, formula", [
+    ("k1", lambda d: -d), ("k2", lambda d: d**2 / 2),
+    ("k3", lambda d: np.exp(d) - 1 - d)])
+def test_kl_in_the_reward_comes_off_each_completions(
+    taken, tmp_path, kept, estimator, formula):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        *ALL, "reason.loss.kl_in=reward", "reason.reference=/elsewhere",
+        f"reason.loss.kl_estimator={estimator}"], lambda _: taken.reference)
+    learner.collect()
+    [batch] = kept
+    sums = np.array([
+        formula(taken.logprobs(taken.reference, row)
+                - taken.logprobs(taken.models[0], row)).sum()
+        for row in range(16)])
+  np.testing.assert_array_equal(
+      batch.rollouts.tokens, taken.batch.rollouts.tokens)
+  np.testing.assert_allclose(
+      batch.rewards, batch.scores[:, 0] - 0.3 * sums, rtol=1e-4, atol=1e-4)
+  assert "ref_logprobs" not in learner.experience
+  assert learner.loss.kl_coef == 0
+  assert learner.rollout_metrics["kl"] == pytest.approx(
+      sums.sum() / batch.rollouts.loss_mask.sum(), rel=1e-4)
+  assert learner.rollout_metrics["rewards/reward/mean"] == pytest.approx(
+      batch.scores.mean())
+  assert learner.rollout_metrics["reward"] == pytest.approx(
+      batch.rewards.mean())
+
+
+# From here on a run without KL and budgets, one update per batch.
+
+
+def test_without_a_kl_no_reference_is_held(tmp_path):
+  def weights_of(source):
+    raise AssertionError(f"{source} is not needed")
+  with jax.set_mesh(meshes.one()):
+    assert pipeline_run.make_learner(
+        tmp_path, weights_of=weights_of).reference is None
+
+
+def test_a_reward_that_can_be_learned_is_learned(tmp_path):
+  """From about a third to nearly always; one fixed seed, wide margins."""
+  with jax.set_mesh(meshes.one()):
+    pipeline_run.train(tmp_path, [
+        "reason.num_steps=40", "reason.health.patience=40"])
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  rewards = [row["reward"] for row in rows]
+  print(f"reward {np.mean(rewards[:4]):.2f} -> {np.mean(rewards[-4:]):.2f}")
+  assert np.mean(rewards[:4]) < 0.7
+  assert np.mean(rewards[-4:]) > 0.9
+  assert all(row["sampling/logp_difference/max"] < 5e-5
+             for row in rows if not row["skipped_updates"])
+  assert all(row["ratio/max_deviation"] == 0
+             for row in rows if not row["skipped_updates"])
+
+
+def test_rewards_that_differ_in_scope_and_weight(tmp_path, kept):
+  """One does not apply to every problem; both are logged by their names."""
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        "reason.rewards=tests.stages.toy:reward,tests.stages.toy:brevity",
+        "reason.reward_weights=1,0.5", "reason.num_groups=8"])
+    learner.collect()
+  [batch] = kept
+  applies = np.array([row["word"] != "ball" for row in batch.problems])
+  assert 0 < applies.sum() < len(applies)
+  words = [len(learner.context.renderer.tokenizer.decode(
+      batch.rollouts.completion(row), skip_special=True).split())
+      for row in range(len(applies))]
+  np.testing.assert_allclose(batch.rewards, batch.scores[:, 0] + np.where(
+      applies, 0.5 / (1 + np.array(words)), 0), rtol=1e-6)
+  assert learner.rollout_metrics["rewards/brevity/mean"] == pytest.approx(
+      batch.scores[applies, 1].mean())
+
+
+# Health.
+
+
+def test_nothing_to_learn_from_stops_with_advice(tmp_path):
+  """Each step is counted as skipped, and moves nothing."""
+  with jax.set_mesh(meshes.one()), pytest.raises(
+      health.HealthError, match="no group had two different rewards for 3"):
+    pipeline_run.train(tmp_path, [
+        "reason.rewards=tests.stages.toy:constant",
+        "reason.health.patience=3"])
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  assert [row["skipped_updates"] for row in rows] == [1, 1]
+  assert [row["frac_reward_zero_std"] for row in rows] == [1, 1]
+
+
+def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
+  with jax.set_mesh(meshes.one()), pytest.raises(
+      health.HealthError, match=r"all completions were cut off .* for 2 steps"):
+    pipeline_run.train(tmp_path, [
+        "reason.health.patience=2", "reason.problems.args.thinks=True",
+        "reason.rollout.min_thinking_tokens=10"])
+
+
+def test_a_gold_answer_that_its_verifier_rejects_stops_the_run(tmp_path):
+  with jax.set_mesh(meshes.one()), pytest.raises(
+      ValueError, match=r"refuses gives 0\.0 to problem 3's own gold"):
+    pipeline_run.train(tmp_path, [
+        "reason.rewards=tests.stages.toy:refuses", "reason.num_groups=24"])
+
+
+def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path)
+    before = copy(learner.state.model)
+    learner.collect()
+    learner.experience["advantages"] = np.full_like(
+        learner.experience["advantages"], np.inf)
+    with pytest.raises(health.HealthError, match="Step 1 is not finite"):
+      learner.update()
+  [file] = (tmp_path / "reason").glob("bad_batch_*.npz")
+  with np.load(file) as saved:
+    assert set(saved) == set(learner.experience)
+    np.testing.assert_array_equal(
+        saved["tokens"], learner.experience["tokens"])
+  for a, b in zip(jax.tree.leaves(before),
+                  jax.tree.leaves(learner.state.model), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+# Leaving and resuming.
+
+
+def repeatable(path):
+  return [
+      {name: value for name, value in row.items()
+       if not name.startswith(("time/", "perf/"))}
+      for row in metrics.read(path / "metrics.jsonl")]
+
+
+def rollouts_of(path):
+  return {file.name: file.read_text() for file in sorted(
+      (path / "reason" / "rollouts").iterdir())}
+
+
+def leave_at(monkeypatch, *calls):
+  """As if SIGTERM came before these calls of `requested`, counted from 1."""
+  count = iter(range(1, 1000))
+  monkeypatch.setattr(preemption, "requested", lambda: next(count) in calls)
+
+
+def test_left_within_a_batch_and_resumed_is_bitwise_the_whole_run(
+    tmp_path, monkeypatch):
+  """At steps 2 and 5, each within a batch of four updates."""
+  whole, left = tmp_path / "whole", tmp_path / "left"
+  with jax.set_mesh(meshes.one()):
+    pipeline_run.train(whole, ALL)
+    for call, step in ((2, 2), (3, 5)):
+      leave_at(monkeypatch, call)
+      with pytest.raises(
+          preemption.Preempted, match=f"saved at step {step}"):
+        pipeline_run.train(left, ALL)
+    leave_at(monkeypatch)
+    pipeline_run.train(left, ALL)
+  a, b = (pipeline_run.parameters(path, ALL) for path in (whole, left))
+  assert repeatable(left) == repeatable(whole)
+  assert [row["step"] for row in repeatable(left)] == list(range(1, 9))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+  assert rollouts_of(left) == rollouts_of(whole)
+  assert list(rollouts_of(whole)) == [
+      "step_000000.jsonl", "step_000004.jsonl"]
+
+
+def test_saved_rollouts_are_readable_and_complete(tmp_path, kept):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, ALL)
+    learner.collect()
+  [batch] = kept
+  [text] = rollouts_of(tmp_path).values()
+  rows = [json.loads(line) for line in text.splitlines()]
+  assert len(rows) == 16
+  for n, row in enumerate(rows):
+    assert row["prompt"].split() == batch.problems[n]["prompt"].split()
+    assert row["reward"] == row["rewards"]["reward"] == float(
+        "ping" in row["completion"].split())
+    assert row["length"] == batch.rollouts.lengths[n]
+    assert {name for _, name in row["segments"]} <= {
+        "sampled", "forced", "wait"}
+  assert any(name == "wait" for row in rows for _, name in row["segments"])

@@ -1,0 +1,92 @@
+"""SIGKILL and the same command again, against a run that nobody touched.
+
+Checkpoints fall within batches of rollouts, which are then in flight.
+"""
+
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests import pipeline_run
+from tests.stages.test_grpo import repeatable, rollouts_of
+from tests.stages.test_sft_kill import (
+  environment,
+  finish,
+  kill,
+  last_step,
+  wait_until,
+)
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 20
+CHANGES = [
+    f"reason.num_steps={STEPS}", "reason.num_minibatches=2",
+    "reason.checkpoint.every=3", "reason.rollout.chunk=5",
+    "reason.loss.kl_coef=0.05"]
+
+
+def start(path, **env) -> subprocess.Popen:
+  return subprocess.Popen(
+      [sys.executable, "-m", "tests.pipeline_run", "train",
+       "--config=tests/pipeline_run.py", f"--workdir={path}",
+       *(f"--config.{change}" for change in CHANGES)],
+      cwd=ROOT, env=environment(1) | env, stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE, text=True)
+
+
+def half_written(path: pathlib.Path) -> list[str]:
+  folder = path / "reason" / "checkpoints"
+  names = [p.name for p in folder.iterdir()] if folder.exists() else []
+  return [name for name in names if not name.isdecimal()]
+
+
+def test_kills_and_a_preemption_leave_no_trace(tmp_path):
+  """Within a rollout, within a checkpoint's write, at some step; SIGTERM."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  finish(start(whole))
+  rng = random.Random(time.time_ns())
+  batch = rng.randrange(1, 4)  # Two updates and two chunks each.
+  second, third, fourth = sorted(rng.sample(range(2 * batch + 1, 18), 3))
+  print(f"killed in batch {batch}, at steps {second} (in a write) and {third};"
+        f" SIGTERM at step {fourth}")
+
+  process = start(killed, KILL_IN_CHUNK=str(2 * batch + 2))
+  process.communicate(timeout=600)
+  assert process.returncode == -signal.SIGKILL
+  assert last_step(killed) == 2 * batch
+
+  process = start(killed)
+  wait_until(process, lambda: last_step(killed) >= second)
+  wait_until(process, lambda: half_written(killed))
+  kill(process)
+  assert half_written(killed)
+
+  process = start(killed)
+  wait_until(process, lambda: last_step(killed) >= third)
+  kill(process)
+
+  process = start(killed)
+  wait_until(process, lambda: last_step(killed) >= fourth)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 75, err
+  assert last_step(killed) < STEPS
+  finish(start(killed))
+
+  assert repeatable(killed) == repeatable(whole)
+  assert [row["step"] for row in repeatable(killed)] == list(
+      range(1, STEPS + 1))
+  assert rollouts_of(killed) == rollouts_of(whole)
+  assert len(rollouts_of(killed)) == STEPS // 2
+  a, b = (pipeline_run.parameters(path, CHANGES) for path in (whole, killed))
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)

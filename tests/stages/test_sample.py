@@ -1,0 +1,115 @@
+"""What streams out is what was sampled, and only when it is settled."""
+
+import io
+import json
+import pathlib
+import types
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from posttrain import config as config_lib
+from posttrain import workdir as workdir_lib
+from posttrain.sampler import choice
+from posttrain.sampler.sampler import Limits
+from posttrain.stages import sample
+from posttrain.text import thinking
+from tests import meshes
+
+TINY = str(pathlib.Path(__file__).parents[2] / "configs/tiny.py")
+STOP = 0
+IDS = thinking.ThinkingIds(
+    start=(1,), end=(2, 3), delimiters=((2, 3),), wait=(87, 97))
+
+
+class Bytes:
+  """A tokenizer of bytes: characters may need several tokens."""
+
+  stop_ids = (STOP,)
+
+  def decode(self, tokens):
+    return bytes(tokens).decode(errors="replace")
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    st.text(min_size=1, max_size=12).filter(lambda t: "\0" not in t),
+    st.data())
+def test_chunks_of_any_size_print_the_text_once(text, data):
+  """With a delimiter begun and taken back in the middle."""
+  tokens = list(text.encode())
+  taken_back = data.draw(st.integers(0, len(tokens)))
+  states = [tokens[:n] for n in range(len(tokens) + 1)]
+  states.insert(taken_back + 1, [*tokens[:taken_back], 2])  # Held back.
+  shown = sorted(data.draw(st.sets(st.sampled_from(range(len(states))))))
+  stream = io.StringIO()
+  live = sample.Live(Bytes(), IDS, stream)
+  for i in shown:
+    live(recorder(states[i]), np.array([False]))
+  live(recorder([*tokens, STOP]), np.array([True]))
+  printed = stream.getvalue()
+  assert printed == sample.console_lib.printable(text)
+
+
+def recorder(tokens, provenance=None):
+  return types.SimpleNamespace(
+      tokens=[tokens], provenance=[provenance or [1] * len(tokens)])
+
+
+def test_forced_tokens_and_waits_are_marked():
+  stream = io.StringIO()
+  live = sample.Live(Bytes(), IDS, stream)
+  live(recorder([72, 105]), np.array([False]))
+  assert stream.getvalue() == "H"  # "i" might begin a delimiter.
+  live(recorder([72, 105, 87, 97, 33, 34], [1, 1, 2, 2, 1, 2]),
+       np.array([True]))
+  assert stream.getvalue() == 'Hi[wait: Wa]![forced: "]'
+
+
+@pytest.fixture
+def config(monkeypatch):
+  one = meshes.one()
+  monkeypatch.setattr(sample.sharding, "make_mesh", lambda *sizes: one)
+  return config_lib.load(TINY + ":debug")
+
+
+def run(config, rows, **kwargs):
+  stream = io.StringIO()
+  records = sample.run(
+      config, rows, stream=stream,
+      params=choice.SamplingParams(temperature=1.0),
+      limits=Limits(max_tokens=12, max_thinking_tokens=5), **kwargs)
+  return records, stream.getvalue()
+
+
+def test_completions_are_printed_written_and_returned(config, tmp_path):
+  rows = [{"prompt": "6 5 2 2 : 1 <think>"}, {"prompt": "3 3 3 3 : 0 <think>"}]
+  output = tmp_path / "out.jsonl"
+  records, text = run(config, rows, num_samples=2, output=str(output))
+  written = [json.loads(line) for line in output.open()]
+  assert written == json.loads(json.dumps(records))
+  assert [(r["prompt_id"], r["sample_id"]) for r in records] == [
+      (0, 0), (0, 1), (1, 0), (1, 1)]
+  for record in records:
+    assert all(part in text for part, _ in record["segments"])
+    assert len(record["logprobs"]) == record["length"] <= 12
+    assert record["think_length"] <= 5
+  # The same prompt alone, and streamed: the same draw.
+  workdir_lib.create(tmp_path / "run", config, devices=[])
+  [alone], streamed = run(
+      config, rows[:1], workdir=str(tmp_path / "run"), stage="init")
+  assert alone["tokens"] == records[0]["tokens"]
+  assert f"length {alone['length']}" in streamed
+  assert streamed.partition("\nlength")[0] == "".join(
+      part if name == "sampled" else f"[{name}: {part}]"
+      for part, name in alone["segments"])
+
+
+@pytest.mark.parametrize("stage, what", [
+    ("", "finished training stage"), ("reason", "stage 'reason'")])
+def test_weights_that_are_not_there(config, tmp_path, stage, what):
+  workdir_lib.create(tmp_path, config, devices=[])
+  with pytest.raises(ValueError, match=f"no checkpoint of a {what}"):
+    run(config, [{"prompt": "1"}], workdir=str(tmp_path), stage=stage)

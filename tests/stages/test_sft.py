@@ -1,0 +1,147 @@
+"""Oracles: an uninterrupted run, an unpacked loss, the same run cut otherwise.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain.stages import sft
+from posttrain.train import health, metrics, preemption
+from tests import meshes
+from tests.stages import sft_run
+
+
+def rows_of(path):
+  return metrics.read(path / "metrics.jsonl")
+
+
+def repeatable(rows):
+  """Without what the machine had to say."""
+  return [
+      {name: value for name, value in row.items()
+       if not name.startswith(("time/", "perf/"))} for row in rows]
+
+
+def parameters(model):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """An uninterrupted run: its workdir and its trained model."""
+  path = tmp_path_factory.mktemp("whole")
+  with jax.set_mesh(meshes.one()):
+    return path, sft_run.run(path)
+
+
+def leave_at(monkeypatch, *calls):
+  """As if SIGTERM came before these calls of `requested`, counted from 1."""
+  count = iter(range(1, 1000))
+  monkeypatch.setattr(preemption, "requested", lambda: next(count) in calls)
+
+
+def test_every_step_has_a_row_and_the_loss_falls(whole):
+  path, _ = whole
+  rows = rows_of(path)
+  assert [row["step"] for row in rows] == list(range(1, 13))
+  assert [row["step"] for row in rows if "eval_loss" in row] == [5, 10, 12]
+  assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+  assert rows[-1]["eval_loss"] < rows[4]["eval_loss"]
+  assert rows[0]["learning_rate"] == 0
+  assert {"grad_norm", "entropy", "num_tokens", "pad_frac", "target_frac",
+          "time/step", "perf/tokens_per_sec"} <= set(rows[0])
+  report = json.loads((path / "cold_start/data_report.json").read_text())
+  assert report["data"]["examples"] == 200
+  assert report["eval_data"]["examples"] == 20
+  assert json.loads((path / "cold_start/done.json").read_text()) == {
+      "step": 12}
+  assert sorted(
+      p.name for p in (path / "cold_start/checkpoints").iterdir()
+  ) == ["12", "8"]
+
+
+def test_eval_loss_is_that_of_the_examples_one_by_one(whole):
+  """No packing, no chunks, no masks as arrays: -log p of each target token."""
+  path, model = whole
+  with jax.set_mesh(meshes.one()):
+    renderer = sft_run.make_context(path).renderer
+    total, count = 0.0, 0
+    positions = jnp.arange(sft_run.LENGTH)[None]
+    forward = jax.jit(lambda model, tokens: jax.nn.log_softmax(model.logits(
+        model(tokens, positions, jnp.ones_like(tokens)))))
+    for row in sft_run.demonstrations("validation", 20):
+      prompt = renderer.prompt_tokens(row)
+      tokens, _ = renderer.example_tokens(row)
+      padded = np.zeros((1, sft_run.LENGTH), np.int32)
+      padded[0, :len(tokens)] = tokens
+      logprobs = np.asarray(forward(model, padded))[0]
+      for t in range(len(prompt), len(tokens)):
+        total -= float(logprobs[t - 1, tokens[t]])
+        count += 1
+  assert rows_of(path)[-1]["eval_loss"] == pytest.approx(
+      total / count, rel=1e-6)
+
+
+def test_left_at_sigterm_and_resumed_is_bitwise_the_whole_run(
+    whole, tmp_path, monkeypatch):
+  """At step 6, between two checkpoints, and in the second attempt at 7."""
+  path, model = whole
+  with jax.set_mesh(meshes.one()):
+    for call, step in ((6, 6), (1, 7)):
+      leave_at(monkeypatch, call)
+      with pytest.raises(preemption.Preempted, match=f"saved at step {step}"):
+        sft_run.run(tmp_path)
+    leave_at(monkeypatch)
+    resumed = sft_run.run(tmp_path)
+    # A finished stage that is run again has nothing to do.
+    again = sft_run.run(tmp_path)
+  assert repeatable(rows_of(tmp_path)) == repeatable(rows_of(path))
+  for a, b, c in zip(parameters(model), parameters(resumed),
+                     parameters(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, changes", [
+    ((1, 1), ["cold_start.num_microbatches=2"]),
+    ((4, 2), ["cold_start.num_microbatches=4"]),  # Of 2 rows, padded to 4.
+])
+def test_mesh_and_microbatches_change_only_rounding(
+    whole, tmp_path, monkeypatch, layout, changes):
+  path, _ = whole
+  leave_at(monkeypatch, 4)
+  with jax.set_mesh(meshes.mesh(*layout)), pytest.raises(preemption.Preempted):
+    sft_run.run(tmp_path, changes)
+  for a, b in zip(rows_of(tmp_path), rows_of(path)[:4], strict=True):
+    for name in ("loss", "grad_norm", "entropy", "num_tokens"):
+      assert a[name] == pytest.approx(b[name], rel=2e-5), name
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    context = sft_run.make_context(tmp_path)
+    model = jax.tree.map(lambda w: w * jnp.inf, sft_run.start(context))
+    with pytest.raises(health.HealthError, match=r"loss=nan") as caught:
+      sft.run(context, model)
+  path = tmp_path / "cold_start" / "bad_batch_step_000001.npz"
+  assert str(path) in str(caught.value)
+  with np.load(path) as batch:
+    assert batch["tokens"].shape == (8, sft_run.LENGTH)
+  assert not rows_of(tmp_path)
+  assert not list((tmp_path / "cold_start" / "checkpoints").iterdir())
+
+
+def test_another_seed_does_not_go_on_from_a_checkpoint(whole, tmp_path):
+  """Were the config not compared already, the checkpoint itself would be."""
+  path, _ = whole
+  with jax.set_mesh(meshes.one()):
+    context = sft_run.make_context(tmp_path, ["seed=1"])
+    (tmp_path / "cold_start").mkdir()
+    (tmp_path / "cold_start/checkpoints").symlink_to(
+        path / "cold_start/checkpoints")
+    with pytest.raises(ValueError, match="made with seed=0, and this run has"):
+      sft.run(context, sft_run.start(context))

@@ -1,0 +1,65 @@
+"""A task for tests: say `ping`. Few words, so that everything compiles fast.
+
+The rewards are about what was said, never about being right: what is tested
+is what becomes of them.
+"""
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+WORDS = ["ping", "pong", "ball", "net", "wait", "yes", "no"]
+
+
+def corpus():
+  yield " ".join(NUMBERS + WORDS)
+
+
+def problems(split, *, count=24, thinks=False):
+  """Prompts of one to three words; an id is unique across the splits."""
+  first = {"train": 0, "validation": 1000, "test": 2000}[split]
+  suffix = " <think>" if thinks else ""
+  return [
+      dict(id=first + i, word=WORDS[i % 3],
+           gold=("</think> " if thinks else "") + f"{WORDS[i % 3]} ping",
+           prompt=" ".join(NUMBERS[(i + j) % 8] for j in range(1 + i % 3))
+           + suffix)
+      for i in range(count)]
+
+
+def demonstrations(split, *, count=24):
+  return [row | dict(completion=f"{row['word']} net ping")
+          for row in problems(split, count=count)]
+
+
+def reward(prompt, completion, **columns):
+  """1 where the completion says ping."""
+  del prompt, columns
+  return float("ping" in completion.split())
+
+
+def brevity(prompt, completion, *, word, **columns):
+  """0 to 1, more for fewer words; applies to two problems of three."""
+  del prompt, columns
+  return None if word == "ball" else 1 / (1 + len(completion.split()))
+
+
+def constant(prompt, completion, **columns):
+  """Teaches nothing."""
+  del prompt, completion, columns
+  return 1.0
+
+
+def refuses(prompt, completion, *, gold, **columns):
+  """A verifier with a fault: it rejects the gold of one problem."""
+  return float(columns["id"] != 3)
+
+
+def picky(prompt, completion, *, word, **columns):
+  """1 where the problem's own word is said; of a net it knows nothing."""
+  del prompt, columns
+  words = completion.split()
+  return None if "net" in words else float(word in words)
+
+
+def extract(completion):
+  """The last word."""
+  words = completion.split()
+  return words[-1] if words else None

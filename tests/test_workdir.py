@@ -1,0 +1,127 @@
+"""One config per directory, and files that are whole or absent."""
+
+import json
+import pathlib
+
+import pytest
+
+from posttrain import config as config_lib
+from posttrain import workdir as workdir_lib
+
+TINY = str(pathlib.Path(__file__).parents[1] / "configs/tiny.py")
+
+
+@pytest.fixture(scope="module")
+def config():
+  return config_lib.load(TINY)
+
+
+def create(path, config, devices=("cpu:0",), **kwargs):
+  return workdir_lib.create(path, config, devices=devices, **kwargs)
+
+
+def test_a_new_workdir_records_what_made_it(tmp_path, config):
+  workdir, changes = create(tmp_path / "a/b", config)
+  assert changes == []
+  saved = json.loads((tmp_path / "a/b/config.json").read_text())
+  assert saved == config_lib.jsonable(config)
+  assert config_lib.diff(workdir.config(), config) == []
+  [start] = workdir.environments()
+  assert start["devices"] == ["cpu:0"]
+  assert start["versions"]["jax"]
+  assert len(start["git"]["commit"] or "0" * 40) == 40
+  assert set(start["sources"]) == set(config_lib.functions(config))
+  assert all(len(digest) == 64 for digest in start["sources"].values())
+
+
+def test_the_same_config_may_start_again(tmp_path, config):
+  create(tmp_path, config)
+  before = (tmp_path / "config.json").read_bytes()
+  workdir, changes = create(tmp_path, config, devices=("cpu:0", "cpu:1"))
+  assert changes == ["devices: ('cpu:0',) -> ('cpu:0', 'cpu:1')"]
+  assert len(workdir.environments()) == 2
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path, config):
+  create(tmp_path, config)
+  other = config_lib.load(TINY, ["reason.num_steps=4", "seed=1"])
+  with pytest.raises(workdir_lib.WorkdirError) as error:
+    create(tmp_path, other)
+  assert "  reason.num_steps: 8 -> 4\n" in str(error.value)
+  assert "  seed: 0 -> 1\n" in str(error.value)
+  assert "learning_rate" not in str(error.value)
+  assert len(workdir_lib.open_existing(tmp_path).environments()) == 1
+
+
+def test_named_sections_may_differ_and_the_record_stays(tmp_path, config):
+  create(tmp_path, config)
+  other = config_lib.load(TINY, ["measure.num_waits=0,1,2", "seed=0"])
+  workdir, _ = create(tmp_path, other, may_differ=("measure",))
+  assert config_lib.diff(workdir.config(), config) == []
+  with pytest.raises(workdir_lib.WorkdirError, match="seed: 0 -> 1"):
+    create(tmp_path, config_lib.load(TINY, ["seed=1"]),
+           may_differ=("measure",))
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path, config):
+  (tmp_path / ".config.json.1.partial").write_text("{")
+  create(tmp_path, config)  # What a killed first write leaves is no file.
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other/thesis.tex").write_text("...")
+  with pytest.raises(workdir_lib.WorkdirError, match="holds files, but no run"):
+    create(tmp_path / "other", config)
+  with pytest.raises(workdir_lib.WorkdirError, match="holds no run"):
+    workdir_lib.open_existing(tmp_path / "other")
+
+
+def test_a_reward_that_does_not_exist_is_found_at_the_start(tmp_path):
+  config = config_lib.load(TINY, ["reason.rewards=no.such.module:reward"])
+  with pytest.raises(ValueError, match="no module"):
+    create(tmp_path / "run", config)
+  assert not (tmp_path / "run").exists()
+
+
+def test_finished_stages(tmp_path, config):
+  workdir, _ = create(tmp_path, config)
+  assert workdir.finished("reason") is None
+  workdir.finish("reason", {"step": 8})
+  assert workdir.finished("reason") == {"step": 8}
+  assert workdir.checkpoints("reason") == tmp_path / "reason/checkpoints"
+
+
+def test_a_process_that_is_not_the_writer_writes_nothing(tmp_path, config):
+  workdir, _ = create(tmp_path / "run", config, is_writer=False)
+  workdir.finish("reason", {})
+  workdir.write_text("a.txt", "a")
+  workdir.stage("reason")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+  file = tmp_path / "a.json"
+  workdir_lib.replace_file(file, b"old")
+  def fail(descriptor):
+    raise OSError("disk full")
+  monkeypatch.setattr(workdir_lib.os, "fsync", fail)
+  with pytest.raises(OSError, match="disk full"):
+    workdir_lib.replace_file(file, b"new")
+  assert file.read_bytes() == b"old"
+
+
+def test_numbers_that_json_has_not_are_refused(tmp_path):
+  workdir = workdir_lib.Workdir(tmp_path)
+  with pytest.raises(ValueError):
+    workdir.write_json("a.json", {"loss": float("nan")})
+  assert not (tmp_path / "a.json").exists()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(workdir_lib.WorkdirError, match=r"config.json is no"):
+    workdir_lib.open_existing(tmp_path).config()
+
+
+def test_a_bucket_is_no_directory():
+  with pytest.raises(workdir_lib.WorkdirError, match="Mount the bucket"):
+    workdir_lib.Workdir("gs://bucket/run")

@@ -1,0 +1,128 @@
+"""The estimate against real arrays, and against the compiler's own figure."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain import sharding
+from posttrain.model import config as model_config
+from posttrain.model import transformer
+from posttrain.train import memory, optimizer, state, step
+
+TINY = dataclasses.replace(
+    model_config.PRESETS["tiny"], vocab_size=100, qk_norm=True)
+ROWS, LENGTH, CHUNK = 16, 128, 64
+
+
+def size(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(tied):
+  config = dataclasses.replace(
+      TINY, vocab_size=300, tied_embeddings=tied, qkv_bias=True)
+  with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+    model = transformer.abstract(config)
+  assert memory.parameters(config) * 4 == size(model)
+
+
+def test_cache_is_that_of_a_prefill():
+  tokens = jax.ShapeDtypeStruct((6, 32), jnp.int32)
+  config = dataclasses.replace(TINY, dtype="bfloat16")
+  with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+    _, cache = jax.eval_shape(
+        transformer.Transformer.prefill, transformer.abstract(config), tokens,
+        tokens, tokens)
+  expected = size((cache.k, cache.v))
+  assert memory.cache_bytes(config, rows=6, slots=32) == expected
+  assert memory.cache_bytes(
+      config, rows=6, slots=32, fsdp=3, tensor=2) == expected // 6
+
+
+def loss(model, batch):
+  hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+
+  @jax.checkpoint
+  def chunk_loss(hidden, tokens):
+    logits = model.logits(hidden)
+    chosen = tokens[..., None] == jnp.arange(logits.shape[-1])
+    return jnp.sum(
+        jax.nn.logsumexp(logits, -1) - jnp.sum(logits * chosen, -1))
+
+  numerator = sum(
+      chunk_loss(hidden[:, i:i + CHUNK], batch["tokens"][:, i:i + CHUNK])
+      for i in range(0, LENGTH, CHUNK))
+  return numerator, jnp.float32(ROWS * LENGTH), {}
+
+
+def compiled_update(config):
+  schedule = optimizer.make_schedule(
+      schedule="constant", learning_rate=1e-3, warmup_steps=0, num_steps=10,
+      final_learning_rate=0.0)
+  adamw = optimizer.make_optimizer(
+      beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+  train_state = jax.eval_shape(
+      lambda model: state.create(model, adamw), transformer.abstract(config))
+  batch = {
+      name: sharding.put(
+          np.ones((2, ROWS, LENGTH), np.int32), None, "batch", "length")
+      for name in ("tokens", "positions", "segment_ids")}
+  update = functools.partial(
+      step.update, loss=loss, optimizer=adamw, schedule=schedule)
+  return jax.jit(update, donate_argnums=0).lower(
+      train_state, batch, 2).compile().memory_analysis()
+
+
+def case(*values, slow=True):
+  return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("remat, fsdp, tensor", [
+    case("full", 1, 1, slow=False), case("none", 1, 1), case("dots", 1, 1),
+    case("none", 4, 2), case("full", 4, 2)])
+def test_an_update_needs_what_the_compiler_says(remat, fsdp, tensor):
+  config = dataclasses.replace(TINY, remat=remat)
+  devices = jax.devices()[:fsdp * tensor]
+  with jax.set_mesh(sharding.make_mesh(fsdp, tensor, devices=devices)):
+    analysis = compiled_update(config)
+  estimate = memory.estimate(
+      config, fsdp=fsdp, tensor=tensor, rows=ROWS, sequence_length=LENGTH,
+      loss_chunk=CHUNK)
+  # The batch itself and the parameters that no mesh splits are left out.
+  assert sum(estimate.persistent.values()) == pytest.approx(
+      analysis.argument_size_in_bytes, rel=0.1)
+  assert sum(estimate.training.values()) == pytest.approx(
+      analysis.temp_size_in_bytes, rel=1 / 3)
+
+
+def test_the_line_names_every_part():
+  config = model_config.PRESETS["qwen3-8b"]
+  estimate = memory.estimate(
+      dataclasses.replace(config, remat="full", dtype="bfloat16"), fsdp=16,
+      rows=16, sequence_length=4096, loss_chunk=512, cache_rows=256,
+      cache_slots=4096, frozen_copies=1, frozen_dtype="bfloat16")
+  line = estimate.line(available=16 * 2**30)
+  for part in ("parameters", "optimizer", "reference", "gradients",
+               "activations", "logits", "cache", "decode weights",
+               "of 16.0 GiB"):
+    assert part in line
+  # 8.19e9 parameters in float32 over 16 devices.
+  assert f"parameters {memory.format_bytes(8.19e9 * 4 / 16)}" in line
+
+
+def test_the_peak_is_the_larger_of_the_two_phases():
+  estimate = memory.Estimate({"p": 10}, {"a": 5, "b": 2}, {"c": 6})
+  assert estimate.peak == 17
+  assert dataclasses.replace(estimate, sampling={"c": 60}).peak == 70
+
+
+@pytest.mark.parametrize("count, text", [
+    (12, "12 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"),
+    (5 * 2**30, "5.0 GiB"), (3 * 2**40, "3072.0 GiB")])
+def test_bytes(count, text):
+  assert memory.format_bytes(count) == text

@@ -1,0 +1,92 @@
+"""Real signals to real processes; hosts must leave after the same step."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+from posttrain.train import preemption
+
+ALONE = textwrap.dedent("""
+    import time
+    from posttrain.train import preemption
+    preemption.install()
+    for step in range(1, 10_000):
+      print(step, flush=True)
+      if preemption.requested():
+        print("saved", flush=True)
+        raise preemption.Preempted(f"preempted after step {step}")
+      time.sleep(0.01)
+""")
+
+HOST = textwrap.dedent("""
+    import sys, time, jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+    jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+    from posttrain import sharding
+    from posttrain.train import checkpoints, preemption
+    preemption.install()
+    with jax.set_mesh(sharding.make_mesh(2, 1)):
+      add = jax.jit(lambda x: x + x.sum())
+      x = sharding.put(np.zeros(2, np.float32), "batch")
+      with checkpoints.Checkpoints(sys.argv[3], keep=1) as saver:
+        # Two stages: the step starts again at one in the second.
+        for step in [*range(1, 30), *range(1, 2000)]:
+          x = add(x)
+          print(step, flush=True)
+          if step % 10 == 0:
+            saver.save(step, {"x": x}, {})
+          if preemption.requested():
+            saver.save(step, {"x": x}, {})
+            saver.close()
+            raise preemption.Preempted("preempted")
+          time.sleep(0.005)
+""")
+
+
+def start(code, *arguments, env=None):
+  return subprocess.Popen(
+      [sys.executable, "-c", code, *arguments], env=env,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigterm_saves_and_exits_with_75():
+  process = start(ALONE)
+  assert process.stdout is not None
+  while int(process.stdout.readline()) < 5:
+    pass
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=60)
+  assert out.splitlines()[-1] == "saved", err
+  assert process.returncode == preemption.EXIT_STATUS == 75
+  assert preemption.EXIT_STATUS == os.EX_TEMPFAIL
+
+
+def test_two_hosts_leave_after_the_same_step(tmp_path, free_port):
+  """Only the second host gets the signal, in its second stage."""
+  env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  hosts = [
+      start(HOST, str(i), str(free_port), str(tmp_path / "c"), env=env)
+      for i in range(2)]
+  second = hosts[1].stdout
+  assert second is not None
+  steps = (int(line) for line in second if line.strip().isdigit())
+  assert [next(steps) for _ in range(29 + 8)][-1] == 8
+  hosts[1].send_signal(signal.SIGTERM)
+  last = []
+  for host in hosts:
+    out, err = host.communicate(timeout=120)
+    assert host.returncode == 75, err
+    last.append([line for line in out.splitlines() if line.isdigit()][-1])
+  assert last[0] == last[1]
+  assert int(last[0]) < 1000
+  assert [p.name for p in (tmp_path / "c").iterdir()] == [last[0]]
+
+
+def test_the_message_is_for_people():
+  assert str(preemption.Preempted("saved at 3")) == "saved at 3"
+  assert preemption.Preempted("x").code == 75
