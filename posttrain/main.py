@@ -18,10 +18,11 @@ from ml_collections import config_dict
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
+from posttrain.train import health
 
 CommandError = arguments_lib.CommandError
 
-USAGE_ERROR = 2
+FAILED, USAGE_ERROR = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
           workdir_lib.WorkdirError) as error:
     print(f"posttrain: {error}", file=sys.stderr)
     return USAGE_ERROR
+  except health.HealthError as error:  # The advice is all that helps.
+    print(f"posttrain: {error}", file=sys.stderr)
+    return FAILED
 
 
 # JAX is imported within the verbs: not before their arguments are right.

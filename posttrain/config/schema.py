@@ -338,7 +338,7 @@ EVALUATE = Section(
         "votes.", function=True),
     baseline=Key(
         str, "", "What scores the best constant answer: function(split, "
-        "count=..., **args) -> answer, accuracy, n.", function=True),
+        "count=..., **args) -> answer, correct.", function=True),
     checkpoints=Key(
         tuple[str, ...], (), 'Earlier stages, "init", or checkpoint '
         'directories; unset: "init" and every earlier training stage.'),

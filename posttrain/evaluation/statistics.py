@@ -37,7 +37,7 @@ def estimate(
 
   Args:
     scores: [Q].
-    cluster: [Q] int, equal for related questions (those of one passage, or
+    cluster: [Q], equal for related questions (those of one passage, or
       of one multiset of numbers); None where all are independent.
 
   Returns:

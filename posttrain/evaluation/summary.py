@@ -55,17 +55,43 @@ class Scored:
   finish: np.ndarray
 
 
+def accuracy(
+    scores: Sequence[float] | np.ndarray, cluster: np.ndarray | None,
+) -> dict[str, Any]:
+  """Accuracy, standard error and n, as they are saved.
+
+  Args:
+    scores: [Q], the mean over each question's samples.
+    cluster: [Q], equal for questions that are alike, which then count as
+      less than so many independent ones; None where there are none such.
+
+  Returns:
+    `n`, `accuracy`, `standard_error` (None of one question), and
+    `num_clusters` if there are clusters.
+  """
+  found = statistics.estimate(np.asarray(scores), cluster)
+  clusters = {} if cluster is None else {
+      "num_clusters": len(np.unique(cluster))}
+  return {"n": found.n, "accuracy": found.mean,
+          "standard_error": found.error if found.n > 1 else None} | clusters
+
+
 def cell_figures(
     cell: Cell, scored: Scored, pass_at: Sequence[int], *, votes: bool,
+    cluster: np.ndarray | None = None,
 ) -> dict[str, Any]:
-  """Accuracy with its error, pass@k, maj@k, lengths and control."""
-  accuracy = statistics.estimate(scored.correct.mean(axis=1))
+  """Accuracy with its error, pass@k, maj@k, lengths and control.
+
+  Args:
+    cell, scored: the setting, and what came of it.
+    pass_at: values of k. votes: whether there are answers to vote with.
+    cluster: [Q], see `accuracy`.
+  """
   samples = scored.correct.shape[1]
   figures = {
       "name": cell.name, "max_thinking_tokens": cell.max_thinking_tokens,
-      "num_waits": cell.num_waits, "n": accuracy.n, "samples": samples,
-      "accuracy": accuracy.mean,
-      "standard_error": accuracy.error if accuracy.n > 1 else None,
+      "num_waits": cell.num_waits, "samples": samples,
+      **accuracy(scored.correct.mean(axis=1), cluster),
       "mean_thinking_tokens": float(scored.thinking_tokens.mean()),
       "median_thinking_tokens": float(np.median(scored.thinking_tokens)),
       "p95_thinking_tokens": float(np.quantile(scored.thinking_tokens, 0.95)),
@@ -115,7 +141,9 @@ def s1_figures(
   return summary
 
 
-def majority_baseline(scored: Scored) -> list[dict[str, Any]]:
+def majority_baseline(
+    scored: Scored, cluster: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
   """Accuracy of a vote of 1..M free samples, and the tokens it spends."""
   tokens, _ = scaling.majority_curve(
       scored.thinking_tokens.tolist(), scored.answers.tolist(),
@@ -126,8 +154,7 @@ def majority_baseline(scored: Scored) -> list[dict[str, Any]]:
         statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
         for answers, correct in zip(
             scored.answers, scored.correct, strict=True)])
-    accuracy = statistics.estimate(per_question)
     rows.append({
-        "samples": k, "mean_tokens": float(spent), "accuracy": accuracy.mean,
-        "standard_error": accuracy.error if accuracy.n > 1 else None})
+        "samples": k, "mean_tokens": float(spent),
+        **accuracy(per_question, cluster)})
   return rows

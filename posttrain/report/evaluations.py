@@ -124,7 +124,9 @@ def headline(group: Sequence[Result]) -> markup.Html:
 
 def _uncertainty(cell: Cell) -> str:
   error = cell.get("standard_error")
-  return f"n {cell['n']:,}" + (
+  clusters = (f" in {cell['num_clusters']} clusters"
+              if "num_clusters" in cell else "")
+  return f"n {cell['n']:,}{clusters}" + (
       "" if error is None else f", standard error {markup.percent(error)}")
 
 
@@ -136,9 +138,13 @@ def paired_change(before: Result, after: Result) -> str:
   if len(scores[0]) < 2:
     return ""
   questions = sorted(scores[0])
-  difference = statistics.paired_difference(*(
-      np.array([side[question] for question in questions])
-      for side in reversed(scores)))
+  cluster = {record["id"]: record.get("cluster")
+             for record in after.data["records"]}
+  alike = np.array([cluster[question] for question in questions])
+  difference = statistics.paired_difference(
+      *(np.array([side[question] for question in questions])
+        for side in reversed(scores)),
+      cluster=None if None in cluster.values() else alike)
   return (f"{100 * difference.mean:+.1f} ± {100 * difference.error:.1f} points "
           f"on {before.data['checkpoint']}, paired")
 

@@ -97,6 +97,7 @@ class Evaluation:
     self.extract = (
         loading.load_function(section.extract) if section.extract else None)
     scoring.check_gold(section.reward, self.reward, self.problems)
+    self.cluster = clusters(self.problems)
     self.cells = summary.cells(section.max_thinking_tokens, section.num_waits)
     self.sampler = sampling.make_sampler(context, section.rollout)
 
@@ -118,11 +119,13 @@ class Evaluation:
       drawn, rows = self._answer(
           model, cell, max(samples, votes) if free else samples)
       if free and votes:
-        baseline = summary.majority_baseline(_first(drawn, votes))
+        baseline = summary.majority_baseline(
+            _first(drawn, votes), self.cluster)
       drawn = _first(drawn, samples)
       scored[cell] = drawn
       figures.append(summary.cell_figures(
-          cell, drawn, self.section.pass_at, votes=self.extract is not None))
+          cell, drawn, self.section.pass_at, votes=self.extract is not None,
+          cluster=self.cluster))
       records += [row for row in rows if row["sample_id"] < samples]
       self.context.console.line(_line(name, figures[-1]))
     return {
@@ -139,9 +142,9 @@ class Evaluation:
       return {}
     found = loading.load_function(self.section.baseline)(
         problems.split, count=len(self.problems), **problems.args)
-    p, n = found["accuracy"], found["n"]
-    return {"constant_baseline": found | {
-        "standard_error": float(np.sqrt(p * (1 - p) / (n - 1)))}}
+    return {"constant_baseline": {
+        "answer": found["answer"],
+        **summary.accuracy(found["correct"], self.cluster)}}
 
   def _decoding(self) -> dict[str, Any]:
     """What a figure has to be quoted with."""
@@ -200,6 +203,9 @@ class Evaluation:
                  "reward": None if np.isnan(value) else float(value),
                  "correct": bool(value == 1),
                  "answer": answer}
+    if self.cluster is not None:
+      for record, problem in zip(records, repeated, strict=True):
+        record["cluster"] = problem["cluster"]
     grid = lambda values, dtype: np.array(
         list(values), dtype).reshape(len(problems), samples)
     return summary.Scored(
@@ -209,6 +215,23 @@ class Evaluation:
         thinking_tokens=grid((r["think_length"] for r in records), int),
         finish=grid((FINISH_REASONS[int(f)] for f in
                      rollouts.finish_reason[:rows]), object)), records
+
+
+def clusters(problems: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+  """[Q] the column `cluster` of a task's problems; None where it has none.
+
+  Raises:
+    ValueError: some problems have one and some do not.
+  """
+  named = [problem.get("cluster") for problem in problems]
+  missing = named.count(None)
+  if missing == len(named):
+    return None
+  if missing:
+    raise ValueError(
+        f"{missing} of {len(named)} problems of the task have no `cluster`. "
+        "Give it to all of them or to none.")
+  return np.array(named)
 
 
 def _first(scored: summary.Scored, samples: int) -> summary.Scored:

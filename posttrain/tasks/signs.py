@@ -53,7 +53,8 @@ def problems(
     terms: how many numbers a problem has.
 
   Returns:
-    Rows of `id`, `prompt`, `gold` (a right completion), `numbers`, `target`.
+    Rows of `id`, `prompt`, `gold` (a right completion), `numbers`, `target`
+    and `cluster`: problems of one multiset of numbers are alike.
 
   Raises:
     ValueError: an unknown split, an empty range, or a `count` above what the
@@ -167,14 +168,15 @@ def constant_baseline(
       `problems`.
 
   Returns:
-    `answer` (signs, such as "+ - +"), `accuracy` and `n`.
+    `answer` (signs, such as "+ - +") and `correct`, a bool per problem.
   """
   signs = _best_constant(low, high, terms)
   rows = problems(
       split, count=count, seed=seed, low=low, high=high, terms=terms)
-  hits = sum(_value(row["numbers"], signs) == row["target"] for row in rows)
-  return dict(answer=" ".join("+" if sign > 0 else "-" for sign in signs),
-              accuracy=hits / len(rows), n=len(rows))
+  return dict(
+      answer=" ".join("+" if sign > 0 else "-" for sign in signs),
+      correct=[_value(row["numbers"], signs) == row["target"]
+               for row in rows])
 
 
 # Numbers are tuples of ints; signs are tuples of +1 and -1, one fewer.
@@ -231,7 +233,8 @@ def _row(
   return dict(
       id=index, prompt=_prompt(numbers, target),
       gold=_completion(numbers, [signs], target, signs),
-      numbers=list(numbers), target=target)
+      numbers=list(numbers), target=target,
+      cluster=" ".join(map(str, sorted(numbers))))
 
 
 def _prompt(numbers: Sequence[int], target: int) -> str:

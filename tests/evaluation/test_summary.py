@@ -73,6 +73,17 @@ def test_figures_of_a_cell(seed):
             scored.answers, scored.correct, strict=True)]))
 
 
+def test_like_questions_count_as_fewer():
+  scores, cluster = [1, 1, 0, 0, 1, 0], np.array(["a", "a", "b", "b", "c", "d"])
+  found = summary.accuracy(scores, cluster)
+  # Every pair of unlike questions is left out of the plain variance of a sum.
+  plain = sum((s - 0.5)**2 for s in scores) / (6 * 5)
+  cross = 4 * 0.25 / 6**2
+  assert found["standard_error"] == pytest.approx(math.sqrt(plain + cross))
+  assert found["n"] == 6 and found["num_clusters"] == 4
+  assert "num_clusters" not in summary.accuracy(scores, None)
+
+
 def test_a_free_cell_has_no_control_and_no_votes_no_majority():
   found = summary.cell_figures(FREE, make_scored(0), (1,), votes=False)
   assert not {"control", "maj@k", "no_answer"} & set(found)

@@ -246,3 +246,11 @@ def test_more_problems_than_there_are_is_an_error(tmp_path):
         tmp_path, [*MEASURE, "measure.problems.count=25"])
     with pytest.raises(ValueError, match="split has 24 problems"):
       evaluate.Evaluation(run.context("measure"))
+
+
+def test_clusters_are_those_of_the_task():
+  rows = [dict(id=i, cluster=c) for i, c in enumerate("aab")]
+  assert evaluate.clusters(rows).tolist() == ["a", "a", "b"]
+  assert evaluate.clusters(toy.problems("test")) is None
+  with pytest.raises(ValueError, match=r"1 of 4 problems .* no `cluster`"):
+    evaluate.clusters([*rows, dict(id=3)])

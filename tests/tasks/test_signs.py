@@ -209,9 +209,8 @@ def test_the_constant_baseline_is_what_its_answers_score():
              for row in rows]
   scores = [score(row, f"</think> {answer}")
             for row, answer in zip(rows, answers, strict=True)]
-  assert found["n"] == 512
-  assert found["accuracy"] == sum(scores) / 512
-  assert 0.05 < found["accuracy"] < 0.2
+  assert found["correct"] == [value == 1 for value in scores]
+  assert 0.05 < sum(scores) / 512 < 0.2
 
 
 @pytest.mark.parametrize("args, message", [
