@@ -14,8 +14,9 @@ whether the answer is right.
   posttrain train --config=configs/quickstart.py --workdir=runs/quickstart
 
 `:validation` measures on the validation split, on which everything here was
-chosen; `:full` on both splits with more problems, budgets and votes (`make
-quickstart-full` runs it for three seeds); `:debug` only shows that it runs.
+chosen; `:full` on both splits, with more budgets and with majority votes
+(`make quickstart-full` runs it for three seeds); `:debug` only shows that it
+runs.
 
 Cost: under ten minutes on two free CPU cores. Expected: about a third of the
 test problems right after SFT and two thirds after GRPO; the measured table is
@@ -94,7 +95,7 @@ def measure(split, arg):
       kind="evaluate",
       problems=dict(
           task=f"{TASK}:problems", split=split,
-          count=8 if debug else 1024 if full else 512),
+          count=8 if debug else 512),
       reward=f"{TASK}:reward",
       extract=f"{TASK}:extract",
       baseline=f"{TASK}:constant_baseline",
@@ -105,5 +106,5 @@ def measure(split, arg):
           chunk=24 if debug else 108, batch_rows=512),
   )
   if debug or full:
-    section["majority"] = dict(max_samples=2 if debug else 8)
+    section["majority"] = dict(max_samples=2 if debug else 4)
   return section
