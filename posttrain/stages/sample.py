@@ -19,13 +19,8 @@ from ml_collections import config_dict
 from posttrain import sharding, weights
 from posttrain import workdir as workdir_lib
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import (
-    budget_tables,
-    choice,
-    rollouts,
-    sampler,
-    segments,
-)
+from posttrain.sampler import choice, rollouts, sampler, segments
+from posttrain.stages import sampling
 from posttrain.text import render, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import checkpoints
@@ -70,7 +65,10 @@ def run(
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
     prompts = [renderer.prompt_tokens(row) for row in rows]
-    how = _make_sampler(renderer.tokenizer, ids, prompts, params)
+    longest = max(len(prompt) for prompt in prompts)
+    how = sampling.of_tokenizer(
+        renderer.tokenizer, ids, params,
+        max_prompt_tokens=-(-longest // 64) * 64, chunk=CHUNK)
     records: list[dict[str, Any]] = []
     size = max(1, BATCH_ROWS // num_samples)
     for start in range(0, len(prompts), size):
@@ -174,18 +172,6 @@ def _trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:
       f"{workdir.path} holds no checkpoint of a {what}; it has those of "
       f"{', '.join(trained) or 'none'}. Set --stage to one of them, or to "
       "init.")
-
-
-def _make_sampler(
-    tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
-    prompts: Sequence[Sequence[int]], params: choice.SamplingParams,
-) -> sampler.Sampler:
-  longest = max(len(prompt) for prompt in prompts)
-  return sampler.Sampler(
-      ids=ids, tables=budget_tables.BudgetTables.build(
-          ids, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer),
-          tokenizer.vocab_size),
-      params=params, max_prompt_tokens=-(-longest // 64) * 64, chunk=CHUNK)
 
 
 def _records(
