@@ -8,7 +8,9 @@ noncharacters and come back as ordinary text.
 An assistant turn is what follows the prompt that the sampler would be given
 at that point, up to and with its end-of-turn token. That is exact when the
 prompt is a prefix of the whole conversation; where it is not, no mask is
-right, and that is an error.
+right, and that is an error. So is a turn that has lost text, as Qwen 3's
+template cuts the reasoning out of earlier turns; white space at the edges of
+a turn may be the template's (Llama's and Gemma's trim it).
 
 Not done: images, and a date. `strftime_now` always answers 26 July 2024 (the
 default of the Llama templates), so that a prompt is the same on every day.
@@ -25,6 +27,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+import jinja2.utils
 
 from posttrain.text import tokenizer as tokenizer_lib
 
@@ -35,6 +38,10 @@ DATE = datetime.datetime(2024, 7, 26)
 # Noncharacters: no valid text has them. They stand around the number of a
 # control token in a message, and around a {% generation %} block.
 HIDE, HIDE_END, TURN, TURN_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+
+
+# Names of a message's reasoning; templates read the first two.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -115,15 +122,12 @@ class ChatTemplate:
       self, messages: Messages, add_generation_prompt: bool,
   ) -> tuple[str, list[tuple[int, int]]]:
     """Text with hidden message content, and the {% generation %} spans."""
-    texts: dict[int | None, str] = {
-        i: text for text, i in self._tokenizer.controls.items()}
     try:
       text = self._template.render(
-          messages=[self._hide(message) for message in messages],
+          messages=[self._hide(_reasoning(message)) for message in messages],
           add_generation_prompt=add_generation_prompt, tools=None,
-          bos_token=texts.get(self._tokenizer.bos_id, ""),
-          eos_token=texts[self._tokenizer.eos_id])
-    except jinja2.TemplateError as error:
+          documents=None, **self._tokenizer.named)
+    except (jinja2.TemplateError, TypeError, OverflowError) as error:
       raise ValueError(
           f"the chat template refuses these messages: {error}") from error
     return _unmark(text)
@@ -135,15 +139,17 @@ class ChatTemplate:
     ids: list[int] = []
     mask: list[bool] = []
     for piece, in_loss in self._pieces(text, messages, targets):
-      tokens = self._encode_piece(piece)
+      tokens = self._encode_piece(piece, ids[-1] if ids else None)
       ids += tokens
       mask += [in_loss] * len(tokens)
     bos = self._tokenizer.bos_id
     if bos is not None and ids[:1] != [bos]:
       ids, mask = [bos, *ids], [False, *mask]
-    if bos is not None and ids.count(bos) != 1:
+    # A family whose BOS also ends a turn has more of them further on.
+    many = ids[:2] if bos in self._tokenizer.stop_ids else ids
+    if bos is not None and many.count(bos) != 1:
       raise ValueError(
-          f"the chat template writes BOS {ids.count(bos)} times, and a text "
+          f"the chat template writes BOS {many.count(bos)} times, and a text "
           "has one. Correct the template (chat_template).")
     return ids, mask
 
@@ -185,7 +191,7 @@ class ChatTemplate:
 
   def _check_turn(self, turn: str, messages: Messages, i: int) -> None:
     """All of the message is in the turn, and no role header is."""
-    message = self._hide(messages[i])
+    message = self._hide(_reasoning(messages[i]))
     squeezed = "".join(turn.split())
     for key in ("reasoning_content", "content"):
       wanted = "".join(_text(message.get(key)).split())
@@ -203,22 +209,32 @@ class ChatTemplate:
           "prompt"))
 
   def _check_marked(self, text, marked, messages, turns):
-    """The template's own {% generation %} marks must agree."""
+    """The template's own {% generation %} marks must agree.
+
+    A mark may begin with the generation prompt and end in white space
+    (SmolLM3's do); neither is in the loss.
+    """
     spans = [self._locate(text, messages, i) for i in turns]
-    if marked != spans:
+    agree = len(marked) == len(spans) and all(
+        not isinstance(span, str)
+        and len(self._render(messages[:i], False)[0]) <= mark[0] <= span[0]
+        and mark[1] >= span[1] and not text[span[1]:mark[1]].strip()
+        for mark, span, i in zip(marked, spans, turns, strict=True))
+    if not agree:
       raise ValueError(
           "the chat template's {% generation %} blocks cover characters "
           f"{marked}, and the assistant turns with their end-of-turn tokens "
           f"are {spans}. Correct the blocks (chat_template).")
 
-  def _encode_piece(self, text: str) -> list[int]:
+  def _encode_piece(self, text: str, after: int | None) -> list[int]:
     if HIDE not in text:
-      return self._tokenizer.encode(text, special=True)
+      return self._tokenizer.encode(text, special=True, after=after)
     ids: list[int] = []
-    for part in self._control.split(text):
+    for part in filter(None, self._control.split(text)):
       control = self._tokenizer.controls.get(part)
-      ids += ([control] if control is not None else
-              self._tokenizer.encode(self._reveal(part)) if part else [])
+      ids += ([control] if control is not None else self._tokenizer.encode(
+          self._reveal(part), after=after))
+      after = ids[-1] if ids else after
     return ids
 
   def _hide(self, value: Any) -> Any:
@@ -256,20 +272,62 @@ class _Generation(jinja2.ext.Extension):
     return TURN + caller() + TURN_END
 
 
+class _Namespace(jinja2.utils.Namespace):
+  """`namespace()`, closed to names that reach into Python's internals."""
+
+  def __init__(*args: Any, **kwargs: Any):
+    self, *positional = args  # So that a template may call a field `self`.
+    fields = dict(*positional, **kwargs)
+    for name in fields:
+      _check_name(name)
+    jinja2.utils.Namespace.__init__(self, fields)
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    _check_name(name)
+    super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+  if isinstance(name, str) and name.startswith("_"):
+    raise jinja2.exceptions.SecurityError(
+        f"a namespace has no field {name!r}: names with a leading underscore "
+        "are not allowed.")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None,
+    separators: tuple[str, str] | None = None, sort_keys: bool = False,
+) -> str:
+  """Jinja's own filter escapes for HTML."""
+  return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+      sort_keys=sort_keys)
+
+
+def _raise_exception(message: str):
+  raise jinja2.TemplateError(message)
+
+
 def _environment() -> jinja2.Environment:
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True,
       extensions=[_Generation, jinja2.ext.loopcontrols])
-  # Jinja's own `tojson` escapes for HTML.
-  environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-      value, ensure_ascii=False, indent=indent)
-
-  def raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = DATE.strftime
+  environment.filters["tojson"] = _tojson
+  environment.globals |= {
+      "raise_exception": _raise_exception, "strftime_now": DATE.strftime,
+      "namespace": _Namespace,
+      # Called, it is `dict`; as an object it leads nowhere.
+      "dict": lambda *args, **kwargs: dict(*args, **kwargs)}
   return environment
+
+
+def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+  """A message whose reasoning has every name that templates read it by."""
+  found = next((message[key] for key in REASONING
+                if message.get(key) is not None), None)
+  if found is None:
+    return dict(message)
+  return {"thinking": found, **message, "reasoning_content": found}
 
 
 def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:

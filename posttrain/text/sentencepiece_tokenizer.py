@@ -1,0 +1,180 @@
+"""A SentencePiece model as a `Tokenizer` (see `posttrain.text.tokenizer`).
+
+A release can name more tokens beside its `.model` than the model has, or say
+of a piece in it that it is a control token (Gemma's "<start_of_turn>" is a
+plain symbol in the model and special in `tokenizer_config.json`). Both are
+written into the model when it is loaded: SentencePiece then finds symbols in
+any text and control pieces in none, and one file holds the whole tokenizer.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from posttrain.text import token_files
+
+_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined]
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model. See `Tokenizer` for the attributes."""
+
+  def __init__(
+      self, proto: bytes, *, chat_template: str | None = None,
+      add_bos: bool = True, stop_ids: Sequence[int] = (),
+      named: Mapping[str, str] | None = None, prefix_each: bool = True,
+  ):
+    """Wraps a serialised model.
+
+    Args:
+      proto: the model file.
+      chat_template: Jinja source.
+      add_bos: every sequence begins with the model's BOS, if it has one.
+      stop_ids: in addition to the model's EOS; they become control tokens.
+      named: `Tokenizer.named`; None: the model's BOS and EOS.
+      prefix_each: where the model puts a space before a text, it also puts
+        one behind every control token ("legacy" in transformers).
+
+    Raises:
+      ValueError: the model has no EOS piece.
+    """
+    proto = _as_controls(proto, stop_ids)
+    self._proto = proto
+    self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    self._bare = sentencepiece.SentencePieceProcessor(
+        model_proto=_without_prefix(proto))
+    self._prefix_each = prefix_each
+    self.vocab_size = len(self._model)
+    self.eos_id = self._model.eos_id()
+    if self.eos_id < 0:
+      raise ValueError(
+          "the SentencePiece model has no EOS piece (eos_id=-1), and a "
+          "completion needs one to end. Train it with an EOS id.")
+    bos = self._model.bos_id()
+    self.bos_id: int | None = bos if bos >= 0 and add_bos else None
+    self.unk_id: int | None = self._model.unk_id()
+    self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
+    self.chat_template = chat_template
+    piece = self._model.id_to_piece
+    own = {"eos_token": piece(self.eos_id)}
+    self.named = dict(
+        (own | ({"bos_token": piece(bos)} if bos >= 0 else {}))
+        if named is None else named)
+    self.controls = {
+        piece(i): i for i in range(self.vocab_size)
+        if self._model.is_control(i)}
+    self._split = token_files.splitter(self.controls)
+
+  def encode(
+      self, text: str, *, special: bool = False, after: int | None = None,
+  ) -> list[int]:
+    """Token ids; control pieces are parsed with `special` only."""
+    ids: list[int] = []
+    for part in self._split(text) if special else [text]:
+      control = self.controls.get(part) if special else None
+      if control is None:
+        ids += self._model_behind(after).encode(part)
+      else:
+        ids.append(control)
+      after = ids[-1] if ids else after
+    return ids
+
+  def decode(
+      self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """Text; SentencePiece itself would drop control pieces silently."""
+    parts: list[str] = []
+    run: list[int] = []
+    before = None  # What the run follows.
+    for token in map(int, ids):
+      if not self._model.is_control(token):
+        run.append(token)
+        continue
+      parts.append(self._model_behind(before).decode(run))
+      run, before = [], token
+      if not skip_special:
+        parts.append(self._model.id_to_piece(token))
+    parts.append(self._model_behind(before).decode(run))
+    return "".join(parts)
+
+  def _model_behind(self, token: int | None):
+    """The model, or the one that puts no space before a text."""
+    starts = token is None or (
+        self._prefix_each and self._model.is_control(token))
+    return self._model if starts else self._bare
+
+  def token_text(self, token: int) -> str:
+    """The text of one token, its leading space included."""
+    piece = self._model.id_to_piece(int(token))
+    if self._model.is_byte(int(token)):
+      value = int(piece[3:-1], 16)  # "<0x0A>"
+      return chr(value) if value < 128 else piece
+    return piece.replace("\u2581", " ")
+
+  def fingerprint(self) -> str:
+    """sha256 of the model and of what is added to a text."""
+    contents = json.dumps([
+        hashlib.sha256(self._proto).hexdigest(), self.bos_id, self.stop_ids,
+        self._prefix_each])
+    return hashlib.sha256(contents.encode()).hexdigest()
+
+  def save(self, directory: str | pathlib.Path) -> None:
+    """Writes what `load(directory)` needs, under the usual file names."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(self._proto)
+    token_files.write(directory, self, legacy=self._prefix_each)
+
+
+def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:
+  """A model with the tokens that are named beside it.
+
+  Args:
+    proto: the model file.
+    added: id -> (text, it is a control token), as `added_tokens_decoder`.
+
+  Raises:
+    ValueError: the model has another piece at that id.
+  """
+  model = _parse(proto)
+  size = len(model.pieces)
+  for token, (text, control) in sorted(added.items()):
+    while len(model.pieces) < token:  # Ids that nothing names.
+      model.pieces.add(
+          piece=f"[UNUSED_{len(model.pieces)}]", score=0.0, type=_Piece.UNUSED)
+    kind = _Piece.CONTROL if control else _Piece.USER_DEFINED
+    if token >= size:
+      model.pieces.add(piece=text, score=0.0, type=kind)
+      continue
+    piece = model.pieces[token]
+    if piece.piece != text:
+      raise ValueError(
+          f"token {token} is {text!r} in tokenizer_config.json and "
+          f"{piece.piece!r} in the SentencePiece model.")
+    if piece.type != _Piece.UNKNOWN:
+      piece.type = kind
+  return model.SerializeToString(deterministic=True)
+
+
+def _as_controls(proto: bytes, ids: Sequence[int]) -> bytes:
+  """A user must not end a turn by typing its end: see the module."""
+  model = _parse(proto)
+  symbols = [i for i in ids if model.pieces[i].type != _Piece.CONTROL]
+  for token in symbols:
+    model.pieces[token].type = _Piece.CONTROL
+  return model.SerializeToString(deterministic=True) if symbols else proto
+
+
+def _without_prefix(proto: bytes) -> bytes:
+  model = _parse(proto)
+  model.normalizer_spec.add_dummy_prefix = False
+  return model.SerializeToString(deterministic=True)
+
+
+def _parse(proto: bytes):
+  model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+  model.ParseFromString(proto)
+  return model
