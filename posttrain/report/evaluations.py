@@ -165,6 +165,9 @@ def scaling_plot(group: Sequence[Result]) -> markup.Html:
   if not cells:
     return markup.missing("The results hold no cells, so there is no plot.")
   votes = [vote for result in group for vote in _votes(result)]
+  if not any(cell["mean_thinking_tokens"] for cell in cells):
+    return markup.missing(
+        "No completion has a thinking token, so there is no curve.")
   tops = [c["accuracy"] + s * (c.get("standard_error") or 0)
           for c in (*cells, *votes) for s in (-1, 1)]
   x = svg.value_axis(

@@ -198,6 +198,19 @@ def test_results_without_waits_maxima_or_errors(tmp_path):
   assert "No forced waits were measured" in page.text
 
 
+def test_a_model_that_does_not_think_has_no_curve(tmp_path):
+  path = synthetic.write(tmp_path / "run")
+  data = synthetic.evaluation("reason", 0.35, 0.16)
+  data["cells"] = [data["cells"][0] | {"mean_thinking_tokens": 0.0}]
+  data["summary"] = {"flips": []}
+  for file in (path / "measure" / "eval").glob("*.json"):
+    file.unlink()
+  synthetic.write_json(path / "measure" / "eval" / "reason.json", data)
+  page = Page(report.build([path]))
+  assert "No completion has a thinking token" in page.text
+  assert "reason free" in page.text
+
+
 def test_a_run_under_way_has_a_torn_last_line(tmp_path):
   path = synthetic.write(tmp_path / "run")
   with (path / "metrics.jsonl").open("a") as file:
