@@ -17,12 +17,12 @@ environment variable GSM8K_DIR, or else data/gsm8k. To get the files:
 
 `:debug` is a tiny random model on tasks of our own; it needs neither.
 
-Cost: about 25 minutes of one CPU core, so under 20 minutes on two (an estimate
-from measured parts), and 6 GB.
-Expected: before training, sampled at temperature 1, .15 +- .04 of 160 answers
-to one-digit sums are right (.18 of 128 training prompts; .07 with terms up to
-20). Two updates of `reason` alone gave .24 +- .04. GSM8K stays near zero: the
-model is too small for it.
+Cost: 17 minutes on two CPU cores that were shared (28 CPU-minutes), 6.9 GB.
+Expected, sampled at temperature 1: of 160 answers to one-digit sums, 8 for each
+of 20 problems, .15 +- .04 are right before training, .23 +- .04 after SFT on
+GSM8K and .60 +- .05 after eight updates of GRPO. Of 32 GSM8K problems, greedily,
+.09 +- .05 before and none after: ten updates teach its format, not how to solve
+them.
 """
 
 import os

@@ -144,6 +144,7 @@ def evaluate(
     held_out: Iterable[batches_lib.Batch], num_microbatches: int,
 ) -> dict[str, float]:
   """Mean loss over all target tokens of the held-out data."""
+  jax.block_until_ready(model)  # The update under way is not its time.
   start = time.perf_counter()
   found = [
       sums(model, microbatches.stack(batch, num_microbatches))
