@@ -45,13 +45,19 @@ class HuggingFaceTokenizer:
         tokenizers.AddedToken(piece_of(self._special, i), normalized=False)
         for i in ends if i not in _special_ids(self._special)])
     self._plain = _as_text(self._special)
+    self._prefix = _prefix_scheme(self._special)
+    # By `special`: the pipelines that put no space before a text.
+    self._bare = {True: self._special, False: self._plain}
+    if self._prefix != "never":
+      special = _without_prefix(self._special)
+      self._bare = {True: special, False: _as_text(special)}
     vocabulary = self._special.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values()) + 1
     self.controls = {
         piece_of(self._special, i): i for i in _special_ids(self._special)}
     unk = getattr(self._special.model, "unk_token", None)
     self.unk_id = None if unk is None else self._special.token_to_id(unk)
-    self._prefix = _prefix_scheme(self._special)
+    self._keep_text_plain()
     # Decoders strip a leading space at the start of a sequence only, so
     # `token_text` decodes a token behind this one.
     self._probe = self.encode("a")
@@ -70,28 +76,38 @@ class HuggingFaceTokenizer:
     if after in self._added.values():
       return _ids(whole, text)
     # Up to the first added token there is no space, and behind it there is.
-    head = next(iter(self._splits[special](text)), "")
-    if head in self._added:
+    parsed = [token for token in self._added
+              if special or token not in self.controls]
+    head = next(iter(token_files.splitter(parsed)(text)), "")
+    if head in parsed:
       return _ids(whole, text)
     return _ids(bare, head) + _ids(whole, text[len(head):])
 
-  @functools.cached_property
-  def _bare(self) -> dict[bool, tokenizers.Tokenizer]:
-    """By `special`: the pipelines that put no space before a text."""
-    special = _without_prefix(self._special)
-    return {True: special, False: _as_text(special)}
+  def _keep_text_plain(self) -> None:
+    """Merges must not put a control token together out of a user's text.
+
+    The text of one alone decides: a merge across its edge would leave it in
+    parts.
+    """
+    found = self._read_from_text()
+    if found:
+      self._plain = _as_text(_without_merges(self._plain, found))
+      self._bare[False] = _as_text(_without_merges(self._bare[False], found))
+    found = self._read_from_text() if found else []
+    if found:
+      raise ValueError(
+          f"the tokenizer reads {', '.join(found)} out of plain text, so that "
+          "a user could write control tokens.")
+
+  def _read_from_text(self) -> list[str]:
+    controls = set(self.controls.values())
+    bare = self._bare[False]
+    return [text for text in self.controls if controls & set(_ids(bare, text))]
 
   @functools.cached_property
   def _added(self) -> dict[str, int]:
     decoder = self._special.get_added_tokens_decoder()
     return {token.content: i for i, token in decoder.items()}
-
-  @functools.cached_property
-  def _splits(self):
-    """By `special`: texts are split around the tokens that are parsed."""
-    symbols = [text for text in self._added if text not in self.controls]
-    return {True: token_files.splitter(self._added),
-            False: token_files.splitter(symbols)}
 
   def decode(
       self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -190,4 +206,16 @@ def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
   kept = [step for step in _steps(spec["normalizer"])
           if step["type"] != "Prepend"]
   spec["normalizer"] = dict(type="Sequence", normalizers=kept) if kept else None
+  return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def _without_merges(
+    tokenizer: tokenizers.Tokenizer, results: Sequence[str],
+) -> tokenizers.Tokenizer:
+  """A copy that merges nothing into one of `results`."""
+  spec = json.loads(tokenizer.to_str())
+  model = spec["model"]
+  if "merges" in model:  # A Unigram model has none.
+    model["merges"] = [
+        pair for pair in model["merges"] if "".join(pair) not in set(results)]
   return tokenizers.Tokenizer.from_str(json.dumps(spec))
