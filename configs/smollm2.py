@@ -20,7 +20,7 @@ environment variable GSM8K_DIR, or else data/gsm8k. To get the files:
 Cost: 17 minutes on two CPU cores that were shared (28 CPU-minutes), 6.9 GB.
 Expected, sampled at temperature 1: of 160 answers to one-digit sums, 8 for each
 of 20 problems, .15 +- .04 are right before training, .23 +- .04 after SFT on
-GSM8K and .60 +- .05 after eight updates of GRPO. Of 32 GSM8K problems, greedily,
+GSM8K and .60 +- .05 after eight updates of GRPO. Of 32 GSM8K problems (greedy)
 .09 +- .05 before and none after: ten updates teach its format, not how to solve
 them.
 """
