@@ -219,3 +219,20 @@ def _without_merges(
     model["merges"] = [
         pair for pair in model["merges"] if "".join(pair) not in set(results)]
   return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def prefix_at_start_only(
+    tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """A Llama 2 pipeline as `"legacy": false` beside it means it.
+
+  The file itself, older than that setting, puts a space behind every added
+  token too. Other pipelines are returned as they are.
+  """
+  steps = list(_steps(_state(tokenizer.normalizer)))
+  if [step["type"] for step in steps] != ["Prepend", "Replace"]:
+    return tokenizer
+  copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+  copy.normalizer = None
+  copy.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+      prepend_scheme="first", split=False)
+  return copy

@@ -20,7 +20,11 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from posttrain.text import sentencepiece_tokenizer, token_files
+from posttrain.text import (
+    hugging_face_tokenizer,
+    sentencepiece_tokenizer,
+    token_files,
+)
 from posttrain.text.hugging_face_tokenizer import HuggingFaceTokenizer
 from posttrain.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -116,6 +120,8 @@ def _load_sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:
 def _load_hugging_face(path: pathlib.Path) -> HuggingFaceTokenizer:
   tokenizer = tokenizers.Tokenizer.from_file(str(path))
   config = token_files.read(path.parent / "tokenizer_config.json")
+  if not config.get("legacy", True):
+    tokenizer = hugging_face_tokenizer.prefix_at_start_only(tokenizer)
   stops = token_files.stop_ids(path.parent)
   named = token_files.named(config)
   eos = _named_id(tokenizer, named, "eos_token", path)

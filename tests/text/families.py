@@ -68,6 +68,7 @@ class Family:
 
   Attributes:
     kind: "llama3", "qwen2", "smollm", "gpt-2", "gemma" or "mistral".
+    model_type: as config.json has it.
     special: control tokens, in the order of their ids.
     symbols: added tokens that are no control tokens.
     bos, eos: as tokenizer_config.json names them.
@@ -77,6 +78,7 @@ class Family:
   """
 
   kind: str
+  model_type: str
   special: tuple[str, ...]
   eos: str
   stops: tuple[str, ...]
@@ -91,34 +93,35 @@ THINK = ("<think>", "</think>")
 GEMMA = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 FAMILIES = {
     "llama3": Family(
-        "llama3",
+        "llama3", "llama",
         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
          "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
         bos="<|begin_of_text|>", eos="<|eot_id|>",
         stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"), add_bos=True),
     "qwen2.5": Family(
-        "qwen2", CHATML, eos="<|im_end|>", stops=CHATML[2::-2],
+        "qwen2", "qwen2", CHATML, eos="<|im_end|>", stops=CHATML[2::-2],
         cls="Qwen2Tokenizer"),
     "qwen3": Family(
-        "qwen2", CHATML, symbols=THINK, eos="<|im_end|>", stops=CHATML[2::-2],
-        cls="Qwen2Tokenizer"),
+        "qwen2", "qwen3", CHATML, symbols=THINK, eos="<|im_end|>",
+        stops=CHATML[2::-2], cls="Qwen2Tokenizer"),
     "gemma2": Family(
-        "gemma", GEMMA, bos="<bos>", eos="<eos>",
+        "gemma", "gemma2", GEMMA, bos="<bos>", eos="<eos>",
         stops=("<eos>", "<end_of_turn>"), add_bos=True, cls="GemmaTokenizer"),
     "gemma3": Family(
-        "gemma", GEMMA, bos="<bos>", eos="<eos>",
+        "gemma", "gemma3_text", GEMMA, bos="<bos>", eos="<eos>",
         stops=("<eos>", "<end_of_turn>"), add_bos=True, cls="GemmaTokenizer"),
     "mistral": Family(
-        "mistral", ("<unk>", "<s>", "</s>"), bos="<s>", eos="</s>",
-        stops=("</s>",), add_bos=True, cls="LlamaTokenizer"),
+        "mistral", "mistral", ("<unk>", "<s>", "</s>"), bos="<s>",
+        eos="</s>", stops=("</s>",), add_bos=True, cls="LlamaTokenizer"),
     "olmo2": Family(
-        "llama3", ("<|endoftext|>", "<|pad|>"), bos="<|endoftext|>",
-        eos="<|endoftext|>", stops=("<|endoftext|>",), cls="GPT2Tokenizer"),
+        "llama3", "olmo2", ("<|endoftext|>", "<|pad|>"),
+        bos="<|endoftext|>", eos="<|endoftext|>", stops=("<|endoftext|>",),
+        cls="GPT2Tokenizer"),
     "smollm2": Family(
-        "smollm", CHATML, bos="<|im_start|>", eos="<|im_end|>",
+        "smollm", "llama", CHATML, bos="<|im_start|>", eos="<|im_end|>",
         stops=("<|im_end|>",), cls="GPT2Tokenizer"),
     "smollm3": Family(
-        "llama3", CHATML, symbols=THINK, eos="<|im_end|>",
+        "llama3", "smollm3", CHATML, symbols=THINK, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>")),
 }
 
@@ -144,6 +147,7 @@ def write_configs(directory, name: str, token_to_id, **config) -> None:
       "tokenizer_class": family.cls, "bos_token": family.bos,
       "eos_token": family.eos, "chat_template": template(name),
       "clean_up_tokenization_spaces": False, **config})
+  _json(directory / "config.json", {"model_type": family.model_type})
   _json(directory / "generation_config.json", {
       "eos_token_id": [token_to_id(text) for text in family.stops]})
 
