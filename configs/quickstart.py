@@ -26,6 +26,7 @@ in the README.
 import ml_collections
 
 TASK = "posttrain.tasks.signs"
+BREVITY = "posttrain.tasks.scoring:brevity"  # A signal for `:debug`.
 
 
 def get_config(arg=""):
@@ -73,7 +74,7 @@ def get_config(arg=""):
       beta2=0.99,
       loss=dict(clip_low=0.2, clip_high=0.28),
       problems=dict(task=f"{TASK}:problems"),
-      rewards=(f"{TASK}:reward",),
+      rewards=(f"{TASK}:reward",) + ((BREVITY,) if debug else ()),
       rollout=dict(
           max_prompt_tokens=8, max_tokens=24 if debug else 168,
           chunk=24 if debug else 168),  # One program: nothing is streamed.

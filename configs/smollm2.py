@@ -32,6 +32,7 @@ import ml_collections
 GSM8K = "posttrain.tasks.gsm8k"
 SUMS = "posttrain.tasks.sums"
 SIGNS = "posttrain.tasks.signs"  # What `:debug` trains on.
+BREVITY = "posttrain.tasks.scoring:brevity"  # A signal for `:debug`.
 
 
 def get_config(arg=""):
@@ -43,8 +44,8 @@ def get_config(arg=""):
   if debug:
     config.model = "tiny"
     config.model_overrides = dict(layers=2, embed=64, mlp=128, head_dim=16)
-    config.tokenizer = dict(  # Bytes, in effect.
-        train=f"{SIGNS}:corpus", model_type="bpe", vocab_size=288)
+    config.tokenizer = dict(  # Little more than bytes.
+        train=f"{SIGNS}:corpus", model_type="bpe", vocab_size=320)
     config.chat_template = "plain"
     config.stages = ("cold_start", "reason", "measure_sums")
     sources = dict(
@@ -79,7 +80,7 @@ def get_config(arg=""):
       rows_per_microbatch=1,
       learning_rate=1e-5,
       problems=dict(task=f"{SUMS}:problems", args=dict(count=54)),
-      rewards=(f"{SUMS}:reward",),
+      rewards=(f"{SUMS}:reward",) + ((BREVITY,) if debug else ()),
       rollout=dict(max_prompt_tokens=48, max_tokens=8 if debug else 32),
       log_every=1,
       save_rollouts_every=1,

@@ -13,6 +13,7 @@ Expected: the SFT loss falls; the reward after so few steps says nothing.
 import ml_collections
 
 TASK = "posttrain.tasks.signs"
+BREVITY = "posttrain.tasks.scoring:brevity"  # A signal for `:debug`.
 
 
 def get_config(arg=""):
@@ -51,7 +52,7 @@ def get_config(arg=""):
       rows_per_microbatch=8,
       learning_rate=1e-4,
       problems=dict(task=f"{TASK}:problems", args=dict(count=2000)),
-      rewards=(f"{TASK}:reward",),
+      rewards=(f"{TASK}:reward",) + ((BREVITY,) if debug else ()),
       rollout=dict(max_prompt_tokens=32, max_tokens=32 if debug else 96),
       log_every=1,
   )

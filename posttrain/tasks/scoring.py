@@ -41,6 +41,16 @@ def score(
   return scores
 
 
+def brevity(prompt: str, completion: str, **columns: Any) -> float:
+  """1 / (1 + words). The `:debug` configs add it to their verifier.
+
+  A model that is never right would leave every group without a signal, and
+  the learner would not run.
+  """
+  del prompt, columns
+  return 1 / (1 + len(completion.split()))
+
+
 def _call(name, reward, problem, completion) -> float | None:
   columns = {key: value for key, value in problem.items()
              if key not in ("prompt", "completion")}

@@ -1,0 +1,37 @@
+"""The `:debug` variant of every shipped config, run as a user runs it."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from posttrain import config as config_lib
+from posttrain.train import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def posttrain(*arguments):
+  return subprocess.run(
+      [sys.executable, "-m", "posttrain", *arguments], cwd=ROOT, check=True,
+      capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_debug_variant_runs_every_program(path, tmp_path):
+  spec = f"{path}:debug"
+  posttrain("train", f"--config={spec}", f"--workdir={tmp_path}")
+  config = config_lib.load(spec)
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  for stage in config.stages:
+    assert (tmp_path / stage / "done.json").exists()
+    own = [row for row in rows if row["stage"] == stage]
+    if config[stage].kind != "evaluate":
+      # A stage without a signal would not have compiled its update.
+      assert len(own) == config[stage].num_steps
+      assert all(row["grad_norm"] > 0 for row in own)
+  posttrain("report", f"--workdir={tmp_path}")
+  assert (tmp_path / "report.html").stat().st_size > 10_000
