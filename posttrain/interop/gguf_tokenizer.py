@@ -1,89 +1,197 @@
-"""A GGUF file's tokenizer, as a pipeline of the `tokenizers` library.
+"""A GGUF file's tokenizer, from the vocabulary in its metadata.
 
-The file holds a vocabulary, merges in order of rank and the names of a model
-("gpt2": byte-level BPE) and of a pre-tokenizer, but not the pre-tokenizer
-itself: that is an expression in llama.cpp's source, rebuilt here by name.
-"smollm" first takes every numeric character alone, then splits what is left
-as GPT-2 does. Without the first step "a  5" or a number after an empty line
-gives other ids than the model was trained on.
+`tokenizer.ggml.model` names one of two kinds.
+
+"gpt2" is byte-level BPE: a vocabulary and merges in order of rank, and the name
+of a pre-tokenizer, but not the pre-tokenizer itself. That is an expression in
+llama.cpp's source, rebuilt here by name as the published pipelines have it. A
+wrong one gives other ids than the model was trained on, without any other
+sign, so a name that is not known here is an error.
+
+"llama" is SentencePiece's BPE: pieces, scores and types, out of which a
+SentencePiece model is put together.
 
 A byte without a token is left out by llama.cpp, by Hugging Face's pipeline of
 the same model, and here. SmolLM2 has none for six ASCII control characters
 (0x04, 06, 13, 14, 16, 1d) and for what only unassigned code points need.
 
-Source: llama.cpp, `src/llama-vocab.cpp`, LLAMA_VOCAB_PRE_TYPE_SMOLLM.
+Source: llama.cpp, `src/llama-vocab.cpp`. It differs in one thing: Qwen's
+pipeline composes characters (NFC) before it splits, llama.cpp does not.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from posttrain.interop.gguf import GGUFFile
-from posttrain.text.tokenizer import HuggingFaceTokenizer
+from posttrain.text import sentencepiece_tokenizer
+from posttrain.text.hugging_face_tokenizer import HuggingFaceTokenizer
+from posttrain.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from posttrain.text.tokenizer import Tokenizer
 
-# llama.cpp's token types that this reader knows.
-NORMAL, CONTROL = 1, 3
+# llama.cpp's token types; SentencePiece's have the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# Control tokens that end an answer whatever the metadata name: llama.cpp
-# finds its end-of-generation tokens by such a list of texts, too.
-END_TEXTS = ("<|im_end|>", "<|endoftext|>")
+# Tokens that end an answer whatever the metadata name: llama.cpp finds its
+# end-of-generation tokens by such a list of texts, too.
+END_TEXTS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>",
+             "<|end_of_text|>", "<end_of_turn>")
+
+# The expressions of the published tokenizer.json files.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # Digits one by one.
+
+# What splits a text, by `tokenizer.ggml.pre`: an expression, or "digits" (each
+# numeric character alone, then GPT-2's splitter) or "gpt2" (that alone).
+SPLITTERS = {
+    "smollm": "digits", "gpt-2": "gpt2", "olmo": "gpt2", "qwen2": QWEN2,
+    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "dbrx": LLAMA3}
+# Llama 3 takes a word that is an entry whole, and begins a text with BOS.
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
+         "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 
 
-def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-  """The splitter that llama.cpp uses for `tokenizer.ggml.pre`."""
-  if name != "smollm":
+def load(file: GGUFFile) -> Tokenizer:
+  """The tokenizer with its special ids and its chat template.
+
+  Raises:
+    ValueError: metadata that is missing, a tokenizer of another kind, or a
+      file that does not say what ends an answer.
+  """
+  stops = stop_ids(file)
+  template = file.metadata.get("tokenizer.chat_template")
+  named = named_tokens(file)
+  if _kind(file) == "llama":
+    return SentencePieceTokenizer(
+        build_sentencepiece(file), add_bos=bos_id(file) is not None,
+        stop_ids=stops, chat_template=template, named=named)
+  return HuggingFaceTokenizer(
+      build(file), bos_id=bos_id(file), eos_id=stops[0], stop_ids=stops,
+      chat_template=template, named=named)
+
+
+def _get(file: GGUFFile, *names: str) -> list[Any]:
+  keys = [f"tokenizer.ggml.{name}" for name in names]
+  missing = [key for key in keys if key not in file.metadata]
+  if missing:
+    raise ValueError(f"{file.path} lacks {', '.join(missing)}.")
+  return [file.metadata[key] for key in keys]
+
+
+def _kind(file: GGUFFile) -> str:
+  kind, = _get(file, "model")
+  if kind not in ("gpt2", "llama"):
     raise ValueError(
-        f"tokenizer.ggml.pre is {name!r}; this reader knows 'smollm' only, and "
-        "a wrong splitter gives wrong ids without any other sign.")
-  return pre_tokenizers.Sequence([
-      pre_tokenizers.Digits(individual_digits=True),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        f"{file.path} has a tokenizer of the kind {kind!r}; this reader knows "
+        "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE).")
+  return kind
+
+
+def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
+  """Texts and types of the tokens, by id."""
+  tokens, types = _get(file, "tokens", "token_type")
+  known = {NORMAL, CONTROL, USER_DEFINED, UNUSED}
+  if _kind(file) == "llama":
+    known |= {UNKNOWN, BYTE}
+  unknown = sorted(set(types) - known)
+  if unknown or len(types) != len(tokens):
+    raise ValueError(
+        f"{file.path} has {len(tokens)} tokens and {len(types)} token types, "
+        f"{unknown} among them; this reader needs one for each token, of "
+        f"{sorted(known)} in a tokenizer of this kind.")
+  return tokens, types
+
+
+def splitter(name: str) -> pre_tokenizers.PreTokenizer:
+  """The pre-tokenizer that `tokenizer.ggml.pre` names."""
+  if name not in SPLITTERS:
+    raise ValueError(
+        f"tokenizer.ggml.pre is {name!r}; this reader knows "
+        f"{', '.join(SPLITTERS)}, and a wrong splitter gives wrong ids "
+        "without any other sign.")
+  rule = SPLITTERS[name]
+  level = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=rule in ("digits", "gpt2"))
+  if rule == "gpt2":
+    return level
+  first = (pre_tokenizers.Digits(individual_digits=True) if rule == "digits"
+           else pre_tokenizers.Split(tokenizers.Regex(rule), "isolated"))
+  return pre_tokenizers.Sequence([first, level])
 
 
 def build(file: GGUFFile) -> tokenizers.Tokenizer:
-  """The pipeline; encodes without BOS or EOS.
+  """The pipeline of a "gpt2" file; encodes without BOS or EOS.
 
   Raises:
-    ValueError: metadata that is missing, or a tokenizer of another kind.
+    ValueError: metadata that is missing, or not known here.
   """
-  needed = [f"tokenizer.ggml.{name}"
-            for name in ("model", "pre", "tokens", "token_type", "merges")]
-  missing = [key for key in needed if key not in file.metadata]
-  if missing:
-    raise ValueError(f"{file.path} lacks {', '.join(missing)}.")
-  kind, pre, tokens, types, merges = (file.metadata[key] for key in needed)
-  if kind != "gpt2":
-    raise ValueError(
-        f"{file.path} has a tokenizer of the kind {kind!r}; this reader knows "
-        "'gpt2' (byte-level BPE) only.")
-  unknown = sorted(set(types) - {NORMAL, CONTROL})
-  if unknown:
-    raise ValueError(
-        f"{file.path} has tokens of the types {unknown}; this reader knows "
-        f"{NORMAL} (normal) and {CONTROL} (control).")
-  pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-  vocab = {token: index for index, token in enumerate(tokens)}
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-  tokenizer.pre_tokenizer = pre_tokenizer(pre)
+  tokens, types = _vocabulary(file)
+  pre, merges = _get(file, "pre", "merges")
+  tokenizer = tokenizers.Tokenizer(models.BPE(
+      vocab={token: index for index, token in enumerate(tokens)},
+      merges=[tuple(merge.split(" ", 1)) for merge in merges],
+      ignore_merges=pre in LLAMA3_NAMES))
+  tokenizer.pre_tokenizer = splitter(pre)
   tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_special_tokens([
-      tokenizers.AddedToken(token, special=True, normalized=False)
-      for token, kind in zip(tokens, types, strict=True) if kind == CONTROL])
+  if pre == "qwen2":
+    tokenizer.normalizer = normalizers.NFC()
+  added = lambda kind: [
+      tokenizers.AddedToken(
+          token, special=kind == CONTROL, normalized=False)
+      for token, own in zip(tokens, types, strict=True) if own == kind]
+  tokenizer.add_special_tokens(added(CONTROL))
+  tokenizer.add_tokens(added(USER_DEFINED))
   return tokenizer
+
+
+def build_sentencepiece(file: GGUFFile) -> bytes:
+  """The SentencePiece model of a "llama" file, serialised.
+
+  Raises:
+    ValueError: metadata that is missing, or that make no model.
+  """
+  tokens, types = _vocabulary(file)
+  scores, = _get(file, "scores")
+  flag = lambda name, default: bool(file.metadata.get(
+      f"tokenizer.ggml.{name}", default))
+  try:
+    return sentencepiece_tokenizer.bpe_model(
+        tokens, scores, types, named=named_tokens(file),
+        dummy_prefix=flag("add_space_prefix", True),
+        remove_extra_whitespaces=flag("remove_extra_whitespaces", False))
+  except RuntimeError as error:
+    raise ValueError(
+        f"{file.path} holds no vocabulary that SentencePiece can use: "
+        f"{error}") from error
 
 
 def stop_ids(file: GGUFFile) -> tuple[int, ...]:
   """EOS first, then the other ids that end an answer."""
-  names = ("eos_token_id", "eot_token_id", "eom_token_id")
-  keys = [f"tokenizer.ggml.{name}" for name in names]
-  if keys[0] not in file.metadata:
-    raise ValueError(f"{file.path} lacks {keys[0]}.")
-  tokens = file.metadata["tokenizer.ggml.tokens"]
-  types = file.metadata["tokenizer.ggml.token_type"]
-  named = [file.metadata[key] for key in keys if key in file.metadata]
+  tokens, types = _vocabulary(file)
+  eos_id, = _get(file, "eos_token_id")
+  ids = {token: index for index, token in enumerate(tokens)}
+  named = [
+      file.metadata[key]
+      for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+      if key in file.metadata]
   listed = [
-      tokens.index(text) for text in END_TEXTS
-      if text in tokens and types[tokens.index(text)] == CONTROL]
-  return tuple(dict.fromkeys(named + listed))
+      ids[text] for text in END_TEXTS
+      if text in ids and types[ids[text]] in (CONTROL, USER_DEFINED)]
+  return tuple(dict.fromkeys([eos_id, *named, *listed]))
+
+
+def named_tokens(file: GGUFFile) -> Mapping[str, str]:
+  """`Tokenizer.named`: the texts of BOS, EOS and others."""
+  tokens, = _get(file, "tokens")
+  found = {name: file.metadata.get(f"tokenizer.ggml.{key}")
+           for name, key in NAMED.items()}
+  return {name: tokens[i] for name, i in found.items() if i is not None}
 
 
 def bos_id(file: GGUFFile) -> int | None:
@@ -91,20 +199,10 @@ def bos_id(file: GGUFFile) -> int | None:
 
   Files name a BOS token even when the model was trained without one
   (SmolLM2's is "<|im_start|>"); `add_bos_token` says whether it is used, and
-  llama.cpp takes "no" where a byte-level file leaves it out.
+  where a file leaves it out, llama.cpp takes it for SentencePiece and Llama 3.
   """
-  if not file.metadata.get("tokenizer.ggml.add_bos_token", False):
+  default = (_kind(file) == "llama" or
+             file.metadata.get("tokenizer.ggml.pre") in LLAMA3_NAMES)
+  if not file.metadata.get("tokenizer.ggml.add_bos_token", default):
     return None
-  return file.metadata["tokenizer.ggml.bos_token_id"]
-
-
-def load(file: GGUFFile) -> HuggingFaceTokenizer:
-  """The tokenizer with its special ids and its chat template.
-
-  Raises:
-    ValueError: see `build`, or the file does not say what ends an answer.
-  """
-  eos_id, *others = stop_ids(file)
-  return HuggingFaceTokenizer(
-      build(file), bos_id=bos_id(file), eos_id=eos_id, stop_ids=others,
-      chat_template=file.metadata.get("tokenizer.chat_template"))
+  return _get(file, "bos_token_id")[0]

@@ -159,6 +159,41 @@ def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:
   return model.SerializeToString(deterministic=True)
 
 
+def bpe_model(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *,
+    named: Mapping[str, str], dummy_prefix: bool,
+    remove_extra_whitespaces: bool,
+) -> bytes:
+  """A BPE model out of a vocabulary that was taken out of one.
+
+  Args:
+    pieces, scores, types: by id; types as SentencePiece numbers them.
+    named: `Tokenizer.named`.
+    dummy_prefix: a space is put before a text.
+    remove_extra_whitespaces: runs of spaces become one.
+
+  Raises:
+    RuntimeError: SentencePiece does not accept the vocabulary.
+  """
+  model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+  for piece, score, kind in zip(pieces, scores, types, strict=True):
+    model.pieces.add(piece=piece, score=score, type=kind)
+  trainer = model.trainer_spec
+  trainer.model_type = trainer.BPE
+  trainer.byte_fallback = _Piece.BYTE in types
+  trainer.vocab_size = len(pieces)
+  for name, text in named.items():  # "bos_token" -> trainer.bos_piece
+    setattr(trainer, name.replace("_token", "_piece"), text)
+  normalizer = model.normalizer_spec
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = dummy_prefix
+  normalizer.remove_extra_whitespaces = remove_extra_whitespaces
+  normalizer.escape_whitespaces = True
+  proto = model.SerializeToString(deterministic=True)
+  sentencepiece.SentencePieceProcessor(model_proto=proto)  # Or it raises.
+  return proto
+
+
 def _as_controls(proto: bytes, ids: Sequence[int]) -> bytes:
   """A user must not end a turn by typing its end: see the module."""
   model = _parse(proto)

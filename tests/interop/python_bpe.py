@@ -73,17 +73,20 @@ def tables(tokens: list[str], merges: list[str]) -> tuple[dict, dict]:
 
 
 def encode(text: str, ids: dict, ranks: dict) -> list[int]:
-  """Ids of a text without special tokens: merges in the order of their rank."""
-  symbols, out = byte_symbols(), []
-  for piece in split(text):
-    parts = [symbols[byte] for byte in piece.encode()]
-    while len(parts) > 1:
-      pairs = list(itertools.pairwise(parts))
-      best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-      if best not in ranks:
-        break
-      at = pairs.index(best)
-      parts[at:at + 2] = ["".join(best)]
-    # SmolLM2 has no token for 21 of the 256 bytes; both readers skip them.
-    out += [ids[part] for part in parts if part in ids]
-  return out
+  """Ids of a text without special tokens."""
+  return [i for piece in split(text) for i in encode_word(piece, ids, ranks)]
+
+
+def encode_word(piece: str, ids: dict, ranks: dict) -> list[int]:
+  """Merges in the order of their rank."""
+  symbols = byte_symbols()
+  parts = [symbols[byte] for byte in piece.encode()]
+  while len(parts) > 1:
+    pairs = list(itertools.pairwise(parts))
+    best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+    if best not in ranks:
+      break
+    at = pairs.index(best)
+    parts[at:at + 2] = ["".join(best)]
+  # SmolLM2 has no token for 21 of the 256 bytes; both readers skip them.
+  return [ids[part] for part in parts if part in ids]
