@@ -189,7 +189,7 @@ def plan(
       unused, when nothing ever is. Cheap to build, and fused into whatever
       reads it: a handful of comparisons.
   """
-  forced = jnp.where(state.done, -1, _lookup(tables, state.cursor))
+  forced = jnp.where(state.done, -1, tables.forced_at(state.cursor))
   if not tables.used:
     return forced, None
   in_thinking = state.phase == THINK
@@ -266,7 +266,7 @@ def advance(
       wait_count=state.wait_count + waited,
       just_waited=waited | state.just_waited & ~sampled,
       think_end=jnp.where(ended, NATURAL, state.think_end))
-  substitute = _lookup(tables, state.cursor)
+  substitute = tables.forced_at(state.cursor)
   replaced = (retract > 0) & (substitute >= 0)
   state = _emit_substitute(state, substitute, replaced, waited)
   state = _finish(budgets, state, stopped)
@@ -292,13 +292,6 @@ def stop(state: BudgetState, rows: jax.Array) -> BudgetState:
   return dataclasses.replace(
       state, phase=jnp.where(rows, DONE, state.phase),
       finish_reason=jnp.where(rows, STOP, state.finish_reason))
-
-
-def _lookup(tables: BudgetTables, cursor: jax.Array) -> jax.Array:
-  """[B], `tables.tape[cursor]` as a contraction: no gather to lay out."""
-  tape = jnp.asarray(tables.tape, jnp.int32)
-  hit = cursor[:, None] == jnp.arange(len(tables.tape))
-  return jnp.sum(jnp.where(hit, tape, 0), axis=1)
 
 
 def _isin(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from posttrain.text.thinking import ThinkingIds
@@ -107,6 +108,12 @@ class BudgetTables:
     """[C] ids of all that can be forced; -1 ends each string."""
     return (-1, *self.wait, -1, *self.end, -1,
             *self.newline, *self.end, *self.final_answer, -1)
+
+  def forced_at(self, cursor: jax.Array) -> jax.Array:
+    """[B] int32, `tape[cursor]` as a contraction: no gather to lay out."""
+    hit = cursor[:, None] == jnp.arange(len(self.tape))
+    return jnp.sum(
+        jnp.where(hit, jnp.asarray(self.tape, jnp.int32), 0), axis=1)
 
   @property
   def wait_cursor(self) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from posttrain import distributed
@@ -132,6 +133,7 @@ def set_environment(monkeypatch, **variables):
 def test_alone_without_a_coordinator(monkeypatch):
   set_environment(monkeypatch)
   distributed.initialize()
+  assert jax.process_count() == 1
 
 
 @pytest.mark.parametrize("variables, message", [

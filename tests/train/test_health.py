@@ -47,6 +47,7 @@ def test_two_conditions_in_turn_are_no_streak():
   for step in range(6):
     odd = step % 2
     rules.update(step, clipped_ratio=odd, frac_reward_zero_std=1 - odd)
+    assert max(rules.get_state().values()) == 1
 
 
 def test_patience_is_at_least_one():
