@@ -11,6 +11,7 @@ import json
 import pytest
 import sentencepiece
 
+from posttrain.interop import gguf_tokenizer, smollm2
 from posttrain.text import tokenizer as tokenizer_lib
 from tests.text import families
 
@@ -123,3 +124,21 @@ def test_a_unigram_model_gives_the_same_ids(tmp_path, dummy_prefix):
     want = ids(theirs, text)
     assert ours.encode(text) == want or "\n\n\n" in text, repr(text)
     assert sorted(ours.encode(text)) == sorted(want), repr(text)
+
+
+@pytest.fixture(scope="module")
+def smollm2_file():
+  try:
+    return smollm2.read()
+  except ValueError as error:
+    pytest.skip(str(error))
+
+
+def test_smollm2s_vocabulary_saved_gives_the_same_ids(tmp_path, smollm2_file):
+  """A real one: out of the GGUF file, into a directory for transformers."""
+  ours = gguf_tokenizer.load(smollm2_file)
+  ours.save(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert_equal(ours, theirs)
+  assert theirs.chat_template == ours.chat_template
