@@ -91,7 +91,10 @@ class Sampler:
     self._check(prompts, budgets)
     # Whole prompts per part of the mesh, so that fanning out stays local.
     parts = sharding.axis_size("batch")
-    padded = -(-len(prompts) // parts) * parts
+    # And two rows at least: of an array of one element jax 0.11 forgets the
+    # sharding (`_get_sharding_for_varying_out_shape`).
+    least = len(prompts) + (rows == 1)
+    padded = -(-least // parts) * parts
     device = self._inputs(
         prompts, budgets, np.asarray(prompt_id), padded, group_size,
         first_sample, seed, stage, step)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def shapes_in(jaxpr):
   """Every array that a program names, those of its inner programs too."""
   for equation in jaxpr.eqns:
     yield from (v.aval.shape for v in equation.outvars)
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from shapes_in(inner)
 
 
