@@ -126,7 +126,11 @@ class SentencePieceTokenizer:
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(self._proto)
-    token_files.write(directory, self, legacy=self._prefix_each)
+    # transformers then makes its pipeline from the model, and not from what it
+    # knows of a family. (It has none for models of the type "word".)
+    token_files.write(
+        directory, self, legacy=self._prefix_each,
+        tokenizer_class="PreTrainedTokenizerFast")
 
 
 def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:

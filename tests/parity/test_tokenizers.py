@@ -13,6 +13,7 @@ import sentencepiece
 
 from posttrain.interop import gguf_tokenizer, smollm2
 from posttrain.text import tokenizer as tokenizer_lib
+from posttrain.text import vocabulary
 from tests.text import families
 
 transformers = pytest.importorskip("transformers")
@@ -124,6 +125,41 @@ def test_a_unigram_model_gives_the_same_ids(tmp_path, dummy_prefix):
     want = ids(theirs, text)
     assert ours.encode(text) == want or "\n\n\n" in text, repr(text)
     assert sorted(ours.encode(text)) == sorted(want), repr(text)
+
+
+SAVED = {
+    "unigram": lambda path: vocabulary.train_sentencepiece(
+        families.CORPUS, model_type="unigram", vocab_size=350,
+        symbols=families.THINK),
+    "bpe": lambda path: vocabulary.train_sentencepiece(
+        families.CORPUS, model_type="bpe", vocab_size=400,
+        symbols=families.THINK),
+    "gemma": lambda path: tokenizer_lib.load(families.write_model(
+        path, "gemma3", dummy_prefix=False)),
+    "llama": lambda path: tokenizer_lib.load(families.write_model(
+        path, "mistral", dummy_prefix=True, legacy=True)),
+    "llama, not legacy": lambda path: tokenizer_lib.load(families.write_model(
+        path, "mistral", dummy_prefix=True, legacy=False)),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_sentencepiece_model_gives_the_same_ids_there(tmp_path, name):
+  ours = SAVED[name](tmp_path / "a")
+  ours.save(tmp_path / "b")
+  (tmp_path / "b" / "config.json").write_text(
+      json.dumps({"model_type": "llama"}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+  # As 3 above, where "legacy" is false.
+  for text in UNSPACED if "not" in name else families.STRESS:
+    want = ids(theirs, text)
+    assert ours.encode(text) == want or "\n\n\n" in text, repr(text)
+    assert sorted(ours.encode(text)) == sorted(want), repr(text)
+  for text in ours.controls:
+    for whole in (f"{text}a{text} b", f"a {text}"):
+      assert ours.encode(whole, special=True) == ids(theirs, whole)
+  assert theirs.eos_token_id == ours.eos_id
+  assert theirs.chat_template == ours.chat_template
 
 
 @pytest.fixture(scope="module")
