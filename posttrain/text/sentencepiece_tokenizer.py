@@ -208,8 +208,11 @@ def _as_controls(proto: bytes, ids: Sequence[int]) -> bytes:
 
 
 def _without_prefix(proto: bytes) -> bytes:
+  """A word of a word vocabulary has its space wherever it stands."""
   model = _parse(proto)
-  model.normalizer_spec.add_dummy_prefix = False
+  trainer = model.trainer_spec
+  if trainer.model_type != trainer.WORD:
+    model.normalizer_spec.add_dummy_prefix = False
   return model.SerializeToString(deterministic=True)
 
 

@@ -135,7 +135,9 @@ def find(
 def _encode(
     name: str, text: str, tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[int, ...]:
-  ids = tuple(tokenizer.encode(text, special=True))
+  # These strings go on after other text, which here is "a".
+  ids = tuple(tokenizer.encode(
+      text, special=True, after=tokenizer.encode("a")[-1]))
   if text and not ids:
     raise ValueError(
         f"thinking.{name}={text!r} has no tokens in this vocabulary (a word "

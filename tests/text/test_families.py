@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.text import chat
+from posttrain.text import chat, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from tests.text import families
 
@@ -186,6 +186,18 @@ def test_mistral_answers_begin_without_a_second_space(releases):
           int(np.flatnonzero(np.diff(np.flatnonzero(mask)) > 1)[0]) + 1]))
   assert "".join(first) == "hello</s>"
   assert "".join(second) == " hello</s>"
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_what_is_forced_into_a_text_adds_no_space(releases, name):
+  tokenizer = releases[name]
+  strings = dict(end="</think>", newline="\n", final_answer="Answer: ",
+                 wait_text="Wait")
+  found = thinking.resolve(thinking.Thinking(**strings), tokenizer)
+  before = tokenizer.encode("hm")
+  for text, ids in (("\n", found.newline), ("Wait", found.wait),
+                    ("Answer: ", found.final_answer)):
+    assert tokenizer.decode([*before, *ids]) == "hm" + text
 
 
 @pytest.mark.parametrize("dummy_prefix", [False, True])
