@@ -10,6 +10,7 @@ its keys. Softmax and norms are float32 whatever the compute dtype.
 import jax
 import jax.numpy as jnp
 
+from posttrain.model.config import RopeScaling
 from posttrain.sharding import spec
 
 # Finite, so that a row without a single visible key (padding) gives a uniform
@@ -17,20 +18,44 @@ from posttrain.sharding import spec
 MASKED = -1e30
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """`x / rms(x) * scale` over the last axis, in float32, in x's dtype."""
+def rms_norm(
+    x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0,
+) -> jax.Array:
+  """`x / rms(x) * (offset + scale)` over the axes of `scale`, the last ones.
+
+  Computed in float32, returned in x's dtype (arXiv 1910.07467).
+  """
   x32 = x.astype(jnp.float32)
-  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  axes = tuple(range(-scale.ndim, 0))
+  mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
   normed = x32 * jax.lax.rsqrt(mean_square + eps)
-  return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+  scale = scale.astype(jnp.float32)
+  return (normed * (offset + scale if offset else scale)).astype(x.dtype)
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None,
+) -> jax.Array:
+  """[H/2] float32 radians per position (RoFormer, arXiv 2104.09864)."""
+  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  found = theta**-exponent
+  if scaling is None:
+    return found
+  stretched = found / scaling.factor
+  if scaling.kind == "linear":
+    return stretched
+  # Llama 3: turns within the original context decide how much is kept.
+  turns = scaling.original_context * found / (2 * jnp.pi)
+  kept = jnp.clip((turns - scaling.low_freq_factor) / (
+      scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+  return kept * found + (1 - kept) * stretched
 
 
 def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float,
+    positions: jax.Array, frequencies: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [B, T, H/2], float32 (RoFormer, arXiv 2104.09864)."""
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions[..., None].astype(jnp.float32) * theta**-exponent
+  """Cosines and sines [B, T, H/2], float32."""
+  angles = positions[..., None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -46,6 +71,11 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return rotated.astype(x.dtype)
 
 
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """cap * tanh(x / cap); x itself for a cap of 0."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
 def causal_mask(
     positions: jax.Array, segment_ids: jax.Array,
 ) -> jax.Array:
@@ -56,19 +86,22 @@ def causal_mask(
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *,
+    scale: float, softcap: float = 0.0,
 ) -> jax.Array:
   """Scaled dot-product attention with grouped queries.
 
   Args:
     q: [B, T, K, G, H]. k, v: [B, S, K, H]. mask: [B, T, S] bool.
+    scale: of the scores.
+    softcap: scores become cap * tanh(score / cap); 0: they do not.
 
   Returns:
     [B, T, K, G, H] in q's dtype.
   """
-  scale = q.shape[-1] ** -0.5
   scores = jnp.einsum(
       "btkgh,bskh->bkgts", q * scale, k, preferred_element_type=jnp.float32)
+  scores = soft_cap(scores, softcap)
   scores = jnp.where(mask[:, None, None], scores, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
   return jnp.einsum(

@@ -5,13 +5,50 @@ the `config.json` of each model's release.
 """
 
 import dataclasses
+import itertools
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+LAYER_KINDS = ("global", "local", "nope")
+NORM_PLACEMENTS = ("pre", "post", "both")
+ACTIVATIONS = ("silu", "gelu")
+QK_NORMS = ("", "head", "full")
+ROPE_SCALINGS = ("llama3", "linear")
 
 # Vocabularies are padded to a multiple of this, so that every mesh of a
 # power of two up to 128 divides the table and checkpoints move between them.
 VOCAB_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How a release stretches its rotary frequencies past their first context.
+
+  Attributes:
+    kind: "linear" divides all frequencies by `factor`; "llama3" only those
+      whose wavelength is above original_context / low_freq_factor, blending
+      into the others up to original_context / high_freq_factor.
+    factor: how much longer.
+    low_freq_factor, high_freq_factor, original_context: of "llama3".
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 0.0
+  high_freq_factor: float = 0.0
+  original_context: int = 0
+
+  def __post_init__(self):
+    if self.kind not in ROPE_SCALINGS:
+      raise ValueError(
+          f"rope_scaling.kind={self.kind!r} is unknown; choose from "
+          f"{ROPE_SCALINGS}.")
+    if self.kind == "llama3" and not (
+        0 < self.low_freq_factor < self.high_freq_factor
+        and self.original_context > 0):
+      raise ValueError(
+          "rope_scaling of the kind 'llama3' needs 0 < low_freq_factor < "
+          f"high_freq_factor and an original_context; found {self}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +59,25 @@ class ModelConfig:
     vocab_size: ids that exist; 0 means "as many as the tokenizer has".
     embed, mlp, layers: widths and depth (D, F, L).
     heads, kv_heads, head_dim: query heads (K * G), kv heads (K), width (H).
+    layer_pattern: kinds of layers, repeated over the depth: "global" sees all
+      that came before, "local" the last `sliding_window` tokens, "nope" all
+      without rotary positions (SmolLM3).
+    sliding_window: tokens that a local layer sees, the query's own included.
     rope_theta: base of the rotary frequencies.
+    rope_local_theta: that of local layers; 0 for the same.
+    rope_scaling: of the global layers' frequencies.
     norm_eps: added to the mean square in RMSNorm.
+    norm_offset: added to every norm's scale (Gemma: 1).
+    norm_placement: of attention and MLP: "pre", on what they read; "post", on
+      what they add (OLMo 2); "both" (Gemma).
+    embedding_scale: embeddings are multiplied by sqrt(D) (Gemma).
+    activation: of the gate: "silu", or "gelu" (its tanh form).
+    attention_softcap, final_softcap: scores and logits become
+      cap * tanh(x / cap) (Gemma 2); 0: no cap.
+    query_scale: of the scores; 0 for head_dim**-0.5.
     tied_embeddings: the output head is the embedding table.
-    qk_norm: RMSNorm over each head's query and key (Qwen3).
+    qk_norm: RMSNorm of queries and keys: "head", over each head (Qwen3);
+      "full", over all heads together (OLMo 2).
     qkv_bias: biases on the q, k and v projections (Qwen2).
     dtype: of activations and matrix products; parameters at rest are chosen
       by whoever owns them (float32 when trained), logits are always float32.
@@ -42,10 +94,21 @@ class ModelConfig:
   heads: int
   kv_heads: int
   head_dim: int
+  layer_pattern: tuple[str, ...] = ("global",)
+  sliding_window: int = 0
   rope_theta: float = 10_000.0
+  rope_local_theta: float = 0.0
+  rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-6
+  norm_offset: float = 0.0
+  norm_placement: str = "pre"
+  embedding_scale: bool = False
+  activation: str = "silu"
+  attention_softcap: float = 0.0
+  final_softcap: float = 0.0
+  query_scale: float = 0.0
   tied_embeddings: bool = True
-  qk_norm: bool = False
+  qk_norm: str = ""
   qkv_bias: bool = False
   dtype: str = "float32"
   remat: str = "none"
@@ -60,14 +123,36 @@ class ModelConfig:
       raise ValueError(
           f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs.")
     for name, value, known in (
-        ("remat", self.remat, REMAT_POLICIES), ("dtype", self.dtype, DTYPES)):
+        ("compute.remat", self.remat, REMAT_POLICIES),
+        ("compute.dtype", self.dtype, DTYPES),
+        ("model.norm_placement", self.norm_placement, NORM_PLACEMENTS),
+        ("model.activation", self.activation, ACTIVATIONS),
+        ("model.qk_norm", self.qk_norm, QK_NORMS),
+        *(("model.layer_pattern", kind, LAYER_KINDS)
+          for kind in self.layer_pattern)):
       if value not in known:
-        raise ValueError(
-            f"compute.{name}={value!r} is unknown; choose from {known}.")
+        raise ValueError(f"{name}={value!r} is unknown; choose from {known}.")
+    if not self.layer_pattern:
+      raise ValueError("model.layer_pattern is empty.")
+    if ("local" in self.layer_pattern) != (self.sliding_window > 0):
+      raise ValueError(
+          f"model.sliding_window={self.sliding_window} and "
+          f"model.layer_pattern={self.layer_pattern} do not agree: a window "
+          "above 0 belongs to local layers, and they to it.")
     if not 1 <= self.unroll <= self.layers:
       raise ValueError(
           f"compute.unroll={self.unroll} is not within 1 and the "
           f"{self.layers} layers of the model.")
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """The kind of every layer."""
+    return tuple(itertools.islice(
+        itertools.cycle(self.layer_pattern), self.layers))
+
+  @property
+  def attention_scale(self) -> float:
+    return self.query_scale or self.head_dim**-0.5
 
   @property
   def groups(self) -> int:
@@ -82,10 +167,13 @@ class ModelConfig:
   def num_parameters(self) -> int:
     """Parameters without the padding of the vocabulary."""
     attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
-    attention += self.qk_norm * 2 * self.head_dim
+    attention += {
+        "": 0, "head": 2 * self.head_dim,
+        "full": self.head_dim * (self.heads + self.kv_heads)}[self.qk_norm]
     attention += self.qkv_bias * self.head_dim * (
         self.heads + 2 * self.kv_heads)
-    block = attention + 3 * self.embed * self.mlp + 2 * self.embed
+    norms = 4 if self.norm_placement == "both" else 2
+    block = attention + 3 * self.embed * self.mlp + norms * self.embed
     tables = self.vocab_size * self.embed * (1 if self.tied_embeddings else 2)
     return self.layers * block + tables + self.embed
 
@@ -98,7 +186,7 @@ def _qwen2(vocab_size=151_936, **fields) -> ModelConfig:
 
 def _qwen3(**fields) -> ModelConfig:
   return ModelConfig(
-      vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
+      vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm="head",
       head_dim=128, kv_heads=8, **fields)
 
 

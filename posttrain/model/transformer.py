@@ -12,6 +12,8 @@ given.
 Deliberately not here: losses, sampling, anything that knows a stage.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +23,21 @@ from flax import nnx
 
 from posttrain.model import attention
 from posttrain.model import cache as kv
-from posttrain.model.attention import attend, causal_mask, rms_norm, rotate
+from posttrain.model.attention import causal_mask, rotate
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import axis_size, gather_fsdp, shard, spec
 
 ACTIVATION = ("batch", "length", "act_embed")
 
-# Given q [B,T,K,G,H] and k, v [B,T,K,H] of the new tokens: the attention
-# output [B,T,K,G,H] and whatever the caller wants to keep (keys, a cache).
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Given q [B,T,K,G,H], k, v [B,T,K,H] of the new tokens and the mask [B,T,S]:
+# the attention output [B,T,K,G,H] and whatever the caller wants to keep (keys,
+# a cache).
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -62,6 +70,23 @@ def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
       jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cos", "sin", "mask"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class View:
+  """What a kind of layer sees of the sequence.
+
+  Attributes:
+    cos, sin: [B, T, H/2] float32, the turns of the queries and new keys.
+    mask: [B, T, S] bool, the keys that a query reads.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  mask: jax.Array
+
+
 class Block(nnx.Module):
   """One layer; parameters carry a leading layer axis that a scan slices."""
 
@@ -75,8 +100,14 @@ class Block(nnx.Module):
     heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
     head_axes, kv_axes = (
         ("kv_heads", "groups", "head_dim"), ("kv_heads", "head_dim"))
-    self.attn_norm = constant(1, (*layers, c.embed), "layers", "act_embed")
-    self.mlp_norm = constant(1, (*layers, c.embed), "layers", "act_embed")
+    norm = lambda shape, *axes: constant(
+        1 - c.norm_offset, (*layers, *shape), "layers", *axes)
+    if c.norm_placement != "post":
+      self.attn_norm = norm((c.embed,), "act_embed")
+      self.mlp_norm = norm((c.embed,), "act_embed")
+    if c.norm_placement != "pre":
+      self.attn_post_norm = norm((c.embed,), "act_embed")
+      self.mlp_post_norm = norm((c.embed,), "act_embed")
     self.q = normal(next(keys), (*layers, c.embed, *heads), width,
                     "layers", "embed", *head_axes)
     self.k = normal(next(keys), (*layers, c.embed, *kv), width,
@@ -90,9 +121,12 @@ class Block(nnx.Module):
       self.q_bias = constant(0, (*layers, *heads), "layers", *head_axes)
       self.k_bias = constant(0, (*layers, *kv), "layers", *kv_axes)
       self.v_bias = constant(0, (*layers, *kv), "layers", *kv_axes)
-    if c.qk_norm:
-      self.q_norm = constant(1, (*layers, c.head_dim), "layers", "head_dim")
-      self.k_norm = constant(1, (*layers, c.head_dim), "layers", "head_dim")
+    if c.qk_norm == "head":
+      self.q_norm = norm((c.head_dim,), "head_dim")
+      self.k_norm = norm((c.head_dim,), "head_dim")
+    if c.qk_norm == "full":
+      self.q_norm = norm(heads, *head_axes)
+      self.k_norm = norm(kv, *kv_axes)
     self.gate = normal(next(keys), (*layers, c.embed, c.mlp), width,
                        "layers", "embed", "mlp")
     self.up = normal(next(keys), (*layers, c.embed, c.mlp), width,
@@ -104,6 +138,14 @@ class Block(nnx.Module):
     """In the compute dtype, gathered over "fsdp": cast first, move less."""
     return gather_fsdp(param[...].astype(self.config.dtype))
 
+  def norm(self, name: str, x: jax.Array) -> jax.Array:
+    """RMSNorm by the norm of this name; x itself where there is none."""
+    if not hasattr(self, name):
+      return x
+    c = self.config
+    return attention.rms_norm(
+        x, getattr(self, name)[...], c.norm_eps, c.norm_offset)
+
   def project(self, x: jax.Array, rope) -> tuple[jax.Array, ...]:
     """[B, T, D] -> q [B, T, K, G, H], k and v [B, T, K, H]."""
     c = self.config
@@ -114,28 +156,27 @@ class Block(nnx.Module):
       q = q + self.weight(self.q_bias)
       k = k + self.weight(self.k_bias)
       v = v + self.weight(self.v_bias)
-    if c.qk_norm:
-      q = rms_norm(q, self.q_norm[...], c.norm_eps)
-      k = rms_norm(k, self.k_norm[...], c.norm_eps)
+    q, k = self.norm("q_norm", q), self.norm("k_norm", k)
     return rotate(q, rope), rotate(k, rope), v
 
   def feed_forward(self, x: jax.Array) -> jax.Array:
     gate = jnp.einsum("btd,df->btf", x, self.weight(self.gate))
     up = jnp.einsum("btd,df->btf", x, self.weight(self.up))
+    activated = ACTIVATIONS[self.config.activation](gate) * up
     return jnp.einsum(
-        "btf,fd->btd", jax.nn.silu(gate) * up, self.weight(self.down),
+        "btf,fd->btd", activated, self.weight(self.down),
         out_sharding=spec(*ACTIVATION))
 
-  def __call__(self, x: jax.Array, rope, attend_fn: Attend):
+  def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
     """[B, T, D] -> [B, T, D], and what `attend_fn` keeps."""
-    eps = self.config.norm_eps
-    q, k, v = self.project(rms_norm(x, self.attn_norm[...], eps), rope)
-    attended, kept = attend_fn(q, k, v)
-    x = x + jnp.einsum(
+    q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
+    attended, kept = attend_fn(q, k, v, view.mask)
+    attended = jnp.einsum(
         "btkgh,kghd->btd", attended, self.weight(self.o),
         out_sharding=spec(*ACTIVATION))
-    x = x + self.feed_forward(rms_norm(x, self.mlp_norm[...], eps))
-    return x, kept
+    x = x + self.norm("attn_post_norm", attended)
+    fed = self.feed_forward(self.norm("mlp_norm", x))
+    return x + self.norm("mlp_post_norm", fed), kept
 
 
 class Transformer(nnx.Module):
@@ -154,18 +195,47 @@ class Transformer(nnx.Module):
     self.embedding[...] = jnp.where(
         shard(real, "vocab", None), self.embedding[...], 0)
     self.blocks = Block(config, blocks)
-    self.final_norm = constant(1, (config.embed,), "act_embed")
+    self.final_norm = constant(
+        1 - config.norm_offset, (config.embed,), "act_embed")
     if not config.tied_embeddings:
       self.head = normal(head, table[::-1], width, "embed", "vocab")
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """[B, T] int32 -> [B, T, D]."""
     table = gather_fsdp(self.embedding[...].astype(self.config.dtype))
-    return table.at[tokens].get(out_sharding=spec(*ACTIVATION))
+    x = table.at[tokens].get(out_sharding=spec(*ACTIVATION))
+    # Rounded to the compute dtype before the product, as Gemma's is.
+    scale = jnp.asarray(self.config.embed**0.5, x.dtype)
+    return x * scale if self.config.embedding_scale else x
 
-  def rope(self, positions: jax.Array):
-    return attention.rope_tables(
-        positions, self.config.head_dim, self.config.rope_theta)
+  def view(
+      self, kind: str, positions: jax.Array, key_positions: jax.Array,
+      mask: jax.Array,
+  ) -> View:
+    """What layers of a kind see.
+
+    Args:
+      kind: "global", "local" or "nope".
+      positions, key_positions: [B, T] and [B, S] int32.
+      mask: [B, T, S] bool, the keys that a global layer reads.
+    """
+    c = self.config
+    local = kind == "local"
+    theta = c.rope_local_theta if local else 0.0
+    cos, sin = attention.rope_tables(positions, attention.frequencies(
+        c.head_dim, theta or c.rope_theta,
+        None if local and theta else c.rope_scaling))
+    if kind == "nope":  # No turn at all.
+      cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
+    if local:
+      distance = positions[:, :, None] - key_positions[:, None, :]
+      mask = mask & (distance < c.sliding_window)
+    return View(cos=cos, sin=sin, mask=mask)
+
+  def attend(self, q, k, v, mask) -> jax.Array:
+    return attention.attend(
+        q, k, v, mask, scale=self.config.attention_scale,
+        softcap=self.config.attention_softcap)
 
   def __call__(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
@@ -176,18 +246,17 @@ class Transformer(nnx.Module):
       tokens, positions, segment_ids: [B, T] int32, sharded over "batch";
         attention is causal and stays within equal segment ids; 0 is padding.
     """
-    mask = causal_mask(positions, segment_ids)
     return self._scan(
-        tokens, positions, lambda q, k, v: (attend(q, k, v, mask), None))[0]
+        tokens, positions, segment_ids,
+        lambda q, k, v, mask: (self.attend(q, k, v, mask), None))[0]
 
   def prefill(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
   ) -> tuple[jax.Array, kv.KVCache]:
     """As `__call__`, and the cache that holds these tokens."""
-    mask = causal_mask(positions, segment_ids)
     hidden, (k, v) = self._scan(
-        tokens, positions,
-        lambda q, k, v: (attend(q, k, v, mask), (k, v)))
+        tokens, positions, segment_ids,
+        lambda q, k, v, mask: (self.attend(q, k, v, mask), (k, v)))
     return hidden, kv.from_prefill(k, v, positions, segment_ids)
 
   def decode(
@@ -206,20 +275,23 @@ class Transformer(nnx.Module):
     """
     positions = positions[:, None]
     occupied = kv.write_slot(cache.positions, positions, cache.index)
-    mask = (occupied >= 0) & (occupied <= positions)
-    x, rope = self.embed(tokens[:, None]), self.rope(positions)
+    mask = ((occupied >= 0) & (occupied <= positions))[:, None]
+    kinds = self.config.layer_kinds
+    views = {kind: self.view(kind, positions, occupied, mask)
+             for kind in set(kinds)}
+    x = self.embed(tokens[:, None])
     keys, values = [], []
-    for block, k_cache, v_cache in zip(blocks, cache.k, cache.v, strict=True):
-      def over_cache(q, k, v, k_cache=k_cache, v_cache=v_cache):
+    for kind, block, k_cache, v_cache in zip(
+        kinds, blocks, cache.k, cache.v, strict=True):
+      def over_cache(q, k, v, mask, k_cache=k_cache, v_cache=v_cache):
         k_cache = kv.write_slot(k_cache, k, cache.index)
         v_cache = kv.write_slot(v_cache, v, cache.index)
-        return attend(q, k_cache, v_cache, mask[:, None]), (k_cache, v_cache)
+        return self.attend(q, k_cache, v_cache, mask), (k_cache, v_cache)
 
-      x, (k, v) = block(x, rope, over_cache)
+      x, (k, v) = block(x, views[kind], over_cache)
       keys.append(k)
       values.append(v)
-    x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
-    return x[:, 0], kv.KVCache(
+    return self.normed(x)[:, 0], kv.KVCache(
         k=tuple(keys), v=tuple(values), positions=occupied,
         index=cache.index + 1)
 
@@ -244,19 +316,41 @@ class Transformer(nnx.Module):
     logits = jnp.einsum(
         "...d,dv->...v", hidden.astype(jnp.float32),
         table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = attention.soft_cap(logits, self.config.final_softcap)
     if self.config.padded_vocab_size == self.config.vocab_size:
       return logits
     real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
     return jnp.where(real, logits, attention.MASKED)
 
-  def _scan(self, tokens: jax.Array, positions: jax.Array, attend_fn: Attend):
-    config, rope = self.config, self.rope(positions)
-    layer = lambda x, block: block(x, rope, attend_fn)
+  def normed(self, x: jax.Array) -> jax.Array:
+    """After the last layer: [B, T, D] -> hidden states."""
+    return attention.rms_norm(
+        x, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
+
+  def _scan(
+      self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+      attend_fn: Attend,
+  ):
+    config, mask = self.config, causal_mask(positions, segment_ids)
+    kinds = tuple(dict.fromkeys(config.layer_kinds))
+    views = [self.view(kind, positions, positions, mask) for kind in kinds]
+    # Of several kinds, the scan takes each layer's by its number.
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *views)
+    numbers = jnp.array([kinds.index(kind) for kind in config.layer_kinds])
+
+    def layer(x, scanned):
+      block, number = scanned
+      view = views[0] if len(kinds) == 1 else jax.tree.map(
+          lambda each: jax.lax.dynamic_index_in_dim(
+              each, number, keepdims=False), stacked)
+      return block(x, view, attend_fn)
+
     if config.remat != "none":
       layer = jax.checkpoint(layer, policy=REMAT[config.remat])
     x, kept = jax.lax.scan(
-        layer, self.embed(tokens), self.blocks, unroll=config.unroll)
-    return rms_norm(x, self.final_norm[...], config.norm_eps), kept
+        layer, self.embed(tokens), (self.blocks, numbers),
+        unroll=config.unroll)
+    return self.normed(x), kept
 
 
 def init(config: ModelConfig, seed: int) -> Transformer:

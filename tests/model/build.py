@@ -11,19 +11,33 @@ from jax.sharding import NamedSharding
 
 from posttrain import sharding
 from posttrain.model import transformer
-from posttrain.model.config import ModelConfig
+from posttrain.model.config import ModelConfig, RopeScaling
 
 BASE = dict(
     vocab_size=87, embed=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8)
 OPTIONS = {
     "tied": {},
     "untied": dict(tied_embeddings=False),
-    "qk_norm": dict(qk_norm=True),
+    "qk_norm": dict(qk_norm="head"),
+    "qk_norm_full": dict(qk_norm="full"),
+    "post_norms": dict(norm_placement="post"),
+    "nope": dict(layer_pattern=("global", "nope")),
+    "local": dict(layer_pattern=("local",), sliding_window=5),
+    "llama3_rope": dict(rope_scaling=RopeScaling(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_context=16)),
+    "gemma": dict(
+        layers=3, layer_pattern=("local", "local", "global"), sliding_window=6,
+        rope_theta=1e5, rope_local_theta=1e3,
+        rope_scaling=RopeScaling("linear", factor=8.0), qk_norm="head",
+        norm_placement="both", norm_offset=1.0, embedding_scale=True,
+        activation="gelu", attention_softcap=3.0, final_softcap=4.0,
+        query_scale=0.3),
     "qkv_bias": dict(qkv_bias=True),
     "ungrouped": dict(kv_heads=4),
     "multi_query": dict(kv_heads=1),
     "everything": dict(
-        tied_embeddings=False, qk_norm=True, qkv_bias=True, rope_theta=1e6,
+        tied_embeddings=False, qk_norm="head", qkv_bias=True, rope_theta=1e6,
         norm_eps=1e-3, head_dim=12),
 }
 
@@ -47,7 +61,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
     name = path[-1].key
     noise = rng.normal(size=like.shape)
     if "norm" in name:
-      return 1 + 0.3 * noise
+      return 1 - config.norm_offset + 0.3 * noise
     if "bias" in name:
       return 0.5 * noise
     # Twice the usual scale: attention that is not flat.

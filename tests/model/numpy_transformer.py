@@ -3,7 +3,11 @@
 Written from the formulas and not from the package, whose parameter names and
 shapes are all that it shares. RMSNorm: arXiv 1910.07467; rotary positions in
 the half-split form: arXiv 2104.09864; grouped queries: arXiv 2305.13245, query
-head n reading the keys of head n // G; gated SiLU: arXiv 2002.05202.
+head n reading the keys of head n // G; gated SiLU: arXiv 2002.05202; soft caps,
+local layers and norms on both sides: Gemma 2, arXiv 2408.00118; norms over all
+heads and after: OLMo 2, arXiv 2501.00656; layers without rotary positions:
+arXiv 2501.18795; stretched frequencies: arXiv 2306.15595 (linear) and the Llama
+3.1 release.
 
   T: length  D: embed  H: head_dim  V: vocabulary (true)
 """
@@ -11,14 +15,43 @@ head n reading the keys of head n // G; gated SiLU: arXiv 2002.05202.
 import numpy as np
 
 
-def rms_norm(x, scale, eps):
-  return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * scale
+def rms_norm(x, scale, config):
+  """Over the last axis, which `scale` flattened has."""
+  rms = np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps)
+  return x / rms * (config.norm_offset + scale.ravel())
 
 
-def rotate(x, positions, theta):
+def frequencies(config, kind):
+  half = config.head_dim // 2
+  theta = config.rope_theta
+  if kind == "local" and config.rope_local_theta:
+    return config.rope_local_theta ** (-np.arange(half) / half)
+  found = theta ** (-np.arange(half) / half)
+  scaling = config.rope_scaling
+  for i in range(half if scaling else 0):
+    if scaling.kind == "linear":
+      found[i] /= scaling.factor
+      continue
+    wavelength = 2 * np.pi / found[i]
+    longest = scaling.original_context / scaling.low_freq_factor
+    shortest = scaling.original_context / scaling.high_freq_factor
+    if wavelength > longest:
+      found[i] /= scaling.factor
+    elif wavelength > shortest:
+      smooth = (scaling.original_context / wavelength
+                - scaling.low_freq_factor) / (
+                    scaling.high_freq_factor - scaling.low_freq_factor)
+      found[i] *= (1 - smooth) / scaling.factor + smooth
+  return found
+
+
+def cap(x, most):
+  return most * np.tanh(x / most) if most else x
+
+
+def rotate(x, positions, frequencies):
   """[T, H]: the pair (i, i + H/2) as a complex number, turned."""
   half = x.shape[-1] // 2
-  frequencies = theta ** (-np.arange(half) / half)
   turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(
       1j * positions[:, None] * frequencies)
   return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -29,31 +62,46 @@ def softmax(x):
   return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def attention(block, config, x, positions, visible):
+def attention(block, config, kind, x, positions, visible):
   """[T, D] -> [T, D]; `visible` [T, T] says which keys a query may read."""
   def project(name, *head):
-    projected = x @ block[name][:, *head]
+    weight = block[name]
+    whole = x @ weight.reshape(len(weight), -1)
     if config.qkv_bias:
-      projected = projected + block[f"{name}_bias"][head]
-    if config.qk_norm and name != "v":
-      projected = rms_norm(projected, block[f"{name}_norm"], config.norm_eps)
-    if name == "v":
+      whole = whole + block[f"{name}_bias"].ravel()
+    if config.qk_norm == "full" and name != "v":
+      whole = rms_norm(whole, block[f"{name}_norm"], config)
+    projected = whole.reshape(len(x), *weight.shape[1:])[:, *head]
+    if config.qk_norm == "head" and name != "v":
+      projected = rms_norm(projected, block[f"{name}_norm"], config)
+    if name == "v" or kind == "nope":
       return projected
-    return rotate(projected, positions, config.rope_theta)
+    return rotate(projected, positions, frequencies(config, kind))
 
+  scale = config.query_scale or 1 / config.head_dim**0.5
+  if kind == "local":
+    order = np.arange(len(x))
+    visible = visible & (
+        order[:, None] - order < config.sliding_window)
   out = 0
   groups = config.heads // config.kv_heads
   for n in range(config.heads):
     k, g = divmod(n, groups)
-    scores = project("q", k, g) @ project("k", k).T / config.head_dim**0.5
+    scores = project("q", k, g) @ project("k", k).T * scale
+    scores = cap(scores, config.attention_softcap)
     weights = softmax(np.where(visible, scores, -np.inf))
     out = out + weights @ project("v", k) @ block["o"][k, g]
   return out
 
 
-def feed_forward(block, x):
+def feed_forward(block, config, x):
   gate = x @ block["gate"]
-  return (gate / (1 + np.exp(-gate)) * (x @ block["up"])) @ block["down"]
+  if config.activation == "silu":
+    gate = gate / (1 + np.exp(-gate))
+  else:  # GELU, arXiv 1606.08415, the tanh form.
+    gate = gate / 2 * (1 + np.tanh(
+        np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+  return (gate * (x @ block["up"])) @ block["down"]
 
 
 def logits(params, config, tokens, positions=None, segment_ids=None):
@@ -70,14 +118,25 @@ def logits(params, config, tokens, positions=None, segment_ids=None):
   visible = (segments[:, None] == segments) & (order[:, None] >= order)
   params = float64(params)
   x = params["embedding"][tokens]
+  if config.embedding_scale:
+    x = x * np.sqrt(config.embed)
   for layer in range(config.layers):
     block = {name: w[layer] for name, w in params["blocks"].items()}
-    normed = rms_norm(x, block["attn_norm"], config.norm_eps)
-    x = x + attention(block, config, normed, positions, visible)
-    x = x + feed_forward(block, rms_norm(x, block["mlp_norm"], config.norm_eps))
-  x = rms_norm(x, params["final_norm"], config.norm_eps)
+    kind = config.layer_pattern[layer % len(config.layer_pattern)]
+
+    def norm(name, x, block=block):
+      placed = "post" if "post" in name else "pre"
+      if config.norm_placement not in (placed, "both"):
+        return x
+      return rms_norm(x, block[name], config)
+
+    x = x + norm("attn_post_norm", attention(
+        block, config, kind, norm("attn_norm", x), positions, visible))
+    x = x + norm("mlp_post_norm", feed_forward(
+        block, config, norm("mlp_norm", x)))
+  x = rms_norm(x, params["final_norm"], config)
   head = params["embedding"].T if config.tied_embeddings else params["head"]
-  return (x @ head)[:, :config.vocab_size]
+  return cap((x @ head)[:, :config.vocab_size], config.final_softcap)
 
 
 def log_softmax(x):

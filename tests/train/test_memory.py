@@ -14,7 +14,7 @@ from posttrain.model import transformer
 from posttrain.train import memory, optimizer, state, step
 
 TINY = dataclasses.replace(
-    model_config.PRESETS["tiny"], vocab_size=100, qk_norm=True)
+    model_config.PRESETS["tiny"], vocab_size=100, qk_norm="head")
 ROWS, LENGTH, CHUNK = 16, 128, 64
 
 
