@@ -1,19 +1,14 @@
 """GGUF files: metadata, dequantised tensors, and the one model from them.
 
-The `gguf` package parses the file and dequantises; what is known here is how
-llama.cpp lays a Llama out. Its converter permutes the rows of the q and k
-projections, head by head, for a rotary embedding that turns neighbouring
-dimensions (2i, 2i + 1); ours turns (i, i + H/2), so the permutation is undone.
-
-  L: layers  D: embed  F: mlp  K: kv heads  G: query heads per kv head
-  H: head_dim  V: vocab
-
-Tokenizers are in `gguf_tokenizer`. Deliberately not here: architectures other
-than "llama", RoPE scaling, experts: a file that has them is an error.
+The `gguf` package parses the file and dequantises; what an architecture's
+tensors mean is in `gguf_models`, and its tokenizer in `gguf_tokenizer`. One
+tensor at a time is on the host: a layer of a parameter goes to its place in
+the stacked arrays on the devices before the next one is read.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from posttrain.interop import gguf_models
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 
-ARCHITECTURE = "llama"
-
-# Fields of a ModelConfig that a file decides; the others are the user's.
-SHAPE_FIELDS = (
-    "vocab_size", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim",
-    "rope_theta", "norm_eps", "tied_embeddings", "qk_norm", "qkv_bias")
-
-METADATA_KEYS = {
-    "embed": "llama.embedding_length",
-    "mlp": "llama.feed_forward_length",
-    "layers": "llama.block_count",
-    "heads": "llama.attention.head_count",
-    "kv_heads": "llama.attention.head_count_kv",
-    "rope_theta": "llama.rope.freq_base",
-    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
-}
-
-# Known keys that say nothing about the computation, or that are checked.
-OTHER_KEYS = {
-    "llama.context_length", "llama.vocab_size", "llama.rope.dimension_count",
-    "llama.attention.key_length", "llama.attention.value_length"}
+# Fields of a ModelConfig that are the user's, and no file's.
+COMPUTE_FIELDS = ("dtype", "remat", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,125 +87,59 @@ def model_config(file: GGUFFile) -> ModelConfig:
     ValueError: another architecture, metadata that is missing, or metadata
       that asks for something the model does not do.
   """
-  metadata, path = file.metadata, file.path
-  architecture = metadata.get("general.architecture")
-  if architecture != ARCHITECTURE:
-    raise ValueError(
-        f"{path} holds the architecture {architecture!r}; this reader knows "
-        f"{ARCHITECTURE!r} only.")
-  missing = [key for key in METADATA_KEYS.values() if key not in metadata]
+  fields = gguf_models.model_fields(file.metadata, file.path)
   if "token_embd.weight" not in file.tensors:
-    missing.append("token_embd.weight (a tensor)")
-  if missing:
-    raise ValueError(f"{path} lacks {', '.join(missing)}.")
-  known = OTHER_KEYS | set(METADATA_KEYS.values())
-  unknown = {
-      key: value for key, value in metadata.items()
-      if key.startswith("llama.") and key not in known}
-  if unknown:
-    raise ValueError(
-        f"{path} asks for what this model does not do: {unknown}.")
-  fields = {name: metadata[key] for name, key in METADATA_KEYS.items()}
-  for name in ("rope_theta", "norm_eps"):
-    # Stored as float32: 9.999999747378752e-06 is 1e-05 again.
-    fields[name] = float(str(np.float32(fields[name])))
-  head_dim = metadata.get(
-      "llama.attention.key_length", fields["embed"] // fields["heads"])
-  for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-    if metadata.get(key, head_dim) != head_dim:
-      raise ValueError(
-          f"{path} has {key}={metadata[key]}; this model needs it to be the "
-          f"width of a head, {head_dim}.")
+    raise ValueError(f"{file.path} lacks token_embd.weight (a tensor).")
+  if gguf_models.ROPE_TENSOR in file.tensors:
+    fields["rope_scaling"] = gguf_models.llama3_scaling(
+        file.tensor(gguf_models.ROPE_TENSOR), fields["rope_theta"], file.path)
   return ModelConfig(
-      vocab_size=file.shape("token_embd.weight")[0], head_dim=head_dim,
+      vocab_size=file.shape("token_embd.weight")[0],
       tied_embeddings="output.weight" not in file.tensors, **fields)
 
 
 def check_config(file: GGUFFile, config: ModelConfig) -> None:
   """Raises ValueError naming every field in which file and config differ."""
-  found = model_config(file)
+  found = _comparable(model_config(file))
+  wanted = _comparable(config)
   differences = [
-      f"{name} is {getattr(found, name)} in the file and "
-      f"{getattr(config, name)} in the config"
-      for name in SHAPE_FIELDS
-      if getattr(found, name) != getattr(config, name)]
+      f"{name} is {found[name]} in the file and {wanted[name]} in the config"
+      for name in found if found[name] != wanted[name]]
   if differences:
     raise ValueError(
         f"{file.path} does not hold the configured model: "
         f"{'; '.join(differences)}. Change model or model_overrides.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Where a parameter comes from, one layer of it (or all, without layers).
-
-  Attributes:
-    name: of the tensor, with `{layer}` where it belongs to a block.
-    shape: row-major, in the file.
-    convert: from that shape to the parameter's, without its layer axis.
-  """
-
-  name: str
-  shape: tuple[int, ...]
-  convert: Callable[[np.ndarray], np.ndarray] = lambda w: w
+def _comparable(config: ModelConfig) -> dict[str, Any]:
+  """Fields by name; what has no effect, and two ways to say it, are equal."""
+  fields = {
+      field.name: getattr(config, field.name)
+      for field in dataclasses.fields(config)
+      if field.name not in COMPUTE_FIELDS}
+  return fields | dict(
+      layer_pattern=config.layer_kinds, query_scale=config.attention_scale)
 
 
-def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-  """[heads * H, D] rows for interleaved RoPE -> rows for half-split RoPE.
-
-  The converter's `permute` splits the H rows of each head in two halves and
-  interleaves them; here row 2i goes back to i and row 2i + 1 to H/2 + i.
-  """
-  rows, width = weight.shape
-  pairs = weight.reshape(heads, rows // heads // 2, 2, width)
-  return pairs.swapaxes(1, 2).reshape(rows, width)
-
-
-def parameter_sources(config: ModelConfig) -> dict[str, Source]:
+def parameter_sources(
+    file: GGUFFile, config: ModelConfig) -> dict[str, gguf_models.Source]:
   """For every parameter path of the model, the tensor that holds it."""
-  c = config
-  q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
-  heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
-  pad = ((0, c.padded_vocab_size - c.vocab_size), (0, 0))
-  block = lambda name: f"blk.{{layer}}.{name}.weight"
-  transposed = lambda w: w.T
-  sources = {
-      "embedding": Source(
-          "token_embd.weight", (c.vocab_size, c.embed),
-          lambda w: np.pad(w, pad)),
-      "final_norm": Source("output_norm.weight", (c.embed,)),
-      "blocks/attn_norm": Source(block("attn_norm"), (c.embed,)),
-      "blocks/mlp_norm": Source(block("ffn_norm"), (c.embed,)),
-      "blocks/q": Source(
-          block("attn_q"), (q_rows, c.embed),
-          lambda w: undo_permutation(w, c.heads).T.reshape(c.embed, *heads)),
-      "blocks/k": Source(
-          block("attn_k"), (kv_rows, c.embed),
-          lambda w: undo_permutation(w, c.kv_heads).T.reshape(c.embed, *kv)),
-      "blocks/v": Source(
-          block("attn_v"), (kv_rows, c.embed),
-          lambda w: w.T.reshape(c.embed, *kv)),
-      "blocks/o": Source(
-          block("attn_output"), (c.embed, q_rows),
-          lambda w: w.T.reshape(*heads, c.embed)),
-      "blocks/gate": Source(block("ffn_gate"), (c.mlp, c.embed), transposed),
-      "blocks/up": Source(block("ffn_up"), (c.mlp, c.embed), transposed),
-      "blocks/down": Source(block("ffn_down"), (c.embed, c.mlp), transposed),
-  }
-  if not c.tied_embeddings:
-    sources["head"] = Source(
-        "output.weight", (c.vocab_size, c.embed), lambda w: np.pad(w, pad).T)
-  return sources
+  name = gguf_models.architecture(file.metadata, file.path)
+  return gguf_models.parameter_sources(
+      config, gguf_models.ARCHITECTURES[name].permuted)
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
   """Raises one ValueError with all missing, unexpected, mis-shaped tensors."""
   expected = {
-      name: source.shape for source in parameter_sources(config).values()
-      for name in layer_names(source, config.layers)}
+      name: source.shape
+      for source in parameter_sources(file, config).values()
+      for name in source.names(config.layers)}
   faults = [f"missing: {name} {list(shape)}"
             for name, shape in expected.items() if name not in file.tensors]
   for name in file.tensors:
+    if name == gguf_models.ROPE_TENSOR:
+      continue  # It is in the config: `model_config`.
     if name not in expected:
       faults.append(f"unexpected: {name} {list(file.shape(name))}")
     elif file.shape(name) != expected[name]:
@@ -241,31 +152,10 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
         "configured model:\n  " + "\n  ".join(faults))
 
 
-def layer_names(source: Source, layers: int) -> list[str]:
-  if "{layer}" not in source.name:
-    return [source.name]
-  return [source.name.format(layer=layer) for layer in range(layers)]
-
-
-def read_parameter(
-    file: GGUFFile, source: Source, layers: int, dtype: np.dtype,
-) -> np.ndarray:
-  """One whole parameter on the host, its layers dequantised one by one."""
-  if "{layer}" not in source.name:
-    return source.convert(file.tensor(source.name)).astype(dtype, copy=False)
-  names = layer_names(source, layers)
-  first = source.convert(file.tensor(names[0]))
-  stacked = np.empty((layers, *first.shape), dtype)
-  stacked[0] = first
-  for layer, name in enumerate(names[1:], start=1):
-    stacked[layer] = source.convert(file.tensor(name))
-  return stacked
-
-
 def parameters(
     file: GGUFFile, config: ModelConfig, *, dtype: str = "float32",
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Paths and whole host arrays, one at a time.
+) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+  """Paths, and for each its host arrays: one, or one per layer.
 
   Args:
     file: a file whose shape is the config's.
@@ -277,9 +167,10 @@ def parameters(
   """
   check_config(file, config)
   check_tensors(file, config)
-  for path, source in parameter_sources(config).items():
-    yield path, read_parameter(
-        file, source, config.layers, jnp.dtype(dtype))
+  for path, source in parameter_sources(file, config).items():
+    yield path, (
+        source.convert(file.tensor(name)).astype(jnp.dtype(dtype), copy=False)
+        for name in source.names(config.layers))
 
 
 def load(
@@ -287,20 +178,43 @@ def load(
 ) -> transformer.Transformer:
   """The model with the file's weights, sharded over the current mesh.
 
-  One parameter at a time is whole on the host: for SmolLM2-135M at most the
+  One tensor at a time is whole on the host: for SmolLM2-135M at most the
   113 MB of the embedding table, beside what is already on the devices.
 
   Args, Raises: see `parameters`.
   """
   layout = transformer.to_dict(transformer.abstract(config))
   tree: dict[str, Any] = {}
-  for path, array in parameters(file, config, dtype=dtype):
+  for path, arrays in parameters(file, config, dtype=dtype):
     *parents, leaf = path.split("/")
     place, node = layout, tree
     for name in parents:
       place, node = place[name], node.setdefault(name, {})
-    node[leaf] = put_like(array, place[leaf])
+    place = place[leaf]
+    node[leaf] = (stacked(arrays, place, dtype) if parents
+                  else put_like(next(arrays), place))
   return transformer.from_dict(config, tree)
+
+
+def stacked(
+    arrays: Iterator[np.ndarray], like: jax.ShapeDtypeStruct, dtype: str,
+) -> jax.Array:
+  """[L, ...] on the devices, filled layer by layer."""
+  layer = jax.eval_shape(lambda w: w[0], like)
+  whole = _zeros(like.shape, dtype, like.sharding.spec)
+  for index, array in enumerate(arrays):
+    whole = _set_layer(whole, put_like(array, layer), index)
+  return whole
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: str, layout) -> jax.Array:
+  return jnp.zeros(shape, dtype, out_sharding=layout)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(whole: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(whole, layer, index, 0)
 
 
 def put_like(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,0 +1,296 @@
+"""Architectures as llama.cpp's converter lays them out in GGUF files.
+
+A family is a row of `ARCHITECTURES`: the fields of its ModelConfig that the
+file does not spell out, and the metadata keys that it may have beside the
+common ones. What the converter does to weights:
+
+* "llama" and "smollm3": the rows of the q and k projections are permuted, head
+  by head, for a rotary embedding that turns neighbouring dimensions (2i,
+  2i + 1); ours turns (i, i + H/2), so the permutation is undone. The other
+  architectures are stored as they were released.
+* "gemma2" and "gemma3": 1 is added to every norm, and taken off here, since
+  the model adds it (`norm_offset`).
+* Llama 3's RoPE scaling is not in the metadata but a tensor of divisors of the
+  frequencies, `rope_freqs.weight`; its parameters are found from it.
+
+What a file asks for beyond that is an error. Source: llama.cpp,
+`conversion/*.py` and `src/llama-model.cpp`.
+
+  L: layers  D: embed  F: mlp  K: kv heads  G: query heads per kv head
+  H: head_dim  V: vocab  E: experts
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from posttrain.model import attention
+from posttrain.model.config import ModelConfig, RopeScaling
+
+ROPE_TENSOR = "rope_freqs.weight"
+LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What is not in the metadata.
+
+  Attributes:
+    fields: of the ModelConfig.
+    keys: metadata that this architecture has beside the common ones, field
+      -> key without the architecture's name.
+    optional: as `keys`, where `fields` has a default.
+    permuted: q and k are laid out for interleaved RoPE.
+    wide: number of layers of the size whose queries are scaled by
+      (D / heads) ** -0.5 instead of H ** -0.5; 0: none.
+  """
+
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  permuted: bool = False
+  wide: int = 0
+
+
+GEMMA = dict(
+    norm_placement="both", norm_offset=1.0, embedding_scale=True,
+    activation="gelu")
+ARCHITECTURES = {
+    "llama": Architecture(permuted=True),
+    "qwen2": Architecture(dict(qkv_bias=True)),
+    "qwen3": Architecture(dict(qk_norm="head")),
+    "gemma2": Architecture(
+        GEMMA | dict(layer_pattern=("local", "global")), {
+            "sliding_window": "attention.sliding_window",
+            "attention_softcap": "attn_logit_softcapping",
+            "final_softcap": "final_logit_softcapping"}, wide=46),
+    "gemma3": Architecture(
+        GEMMA | dict(layer_pattern=("local",) * 5 + ("global",),
+                     qk_norm="head", rope_local_theta=10_000.0),
+        {"sliding_window": "attention.sliding_window"},
+        {"rope_local_theta": "rope.freq_base_swa"}, wide=62),
+    "olmo2": Architecture(dict(norm_placement="post", qk_norm="full")),
+    "smollm3": Architecture(
+        dict(layer_pattern=("global",) * 3 + ("nope",)), permuted=True),
+}
+
+REQUIRED = {
+    "embed": "embedding_length", "mlp": "feed_forward_length",
+    "layers": "block_count", "heads": "attention.head_count",
+    "norm_eps": "attention.layer_norm_rms_epsilon"}
+
+# Checked, or of no consequence for the computation.
+OTHER = {
+    "attention.head_count_kv", "attention.key_length",
+    "attention.value_length", "rope.dimension_count", "rope.freq_base",
+    "rope.scaling.type", "rope.scaling.factor", "context_length", "vocab_size"}
+
+FLOATS = ("rope_theta", "rope_local_theta", "norm_eps", "attention_softcap",
+          "final_softcap")
+
+
+def architecture(metadata: Mapping[str, Any], path: Any) -> str:
+  """The name of an architecture that is known here, or ValueError."""
+  name = metadata.get("general.architecture")
+  if name not in ARCHITECTURES:
+    raise ValueError(
+        f"{path} holds the architecture {name!r}; this reader knows "
+        f"{', '.join(ARCHITECTURES)}.")
+  return name
+
+
+def model_fields(
+    metadata: Mapping[str, Any], path: Any) -> dict[str, Any]:
+  """The ModelConfig's fields that metadata decide.
+
+  All but vocab_size, tied_embeddings and a RoPE scaling that is a tensor.
+
+  Raises:
+    ValueError: another architecture, metadata that is missing, or metadata
+      that asks for something the model does not do.
+  """
+  name = architecture(metadata, path)
+  row = ARCHITECTURES[name]
+  found = {key.removeprefix(f"{name}."): value
+           for key, value in metadata.items() if key.startswith(f"{name}.")}
+  required = {**REQUIRED, **row.keys}
+  missing = [f"{name}.{key}" for key in required.values() if key not in found]
+  if missing:
+    raise ValueError(f"{path} lacks {', '.join(missing)}.")
+  unknown = {
+      f"{name}.{key}": value for key, value in found.items()
+      if isinstance(value, list) or key not in {
+          *OTHER, *required.values(), *row.optional.values()}}
+  if unknown:
+    raise ValueError(
+        f"{path} asks for what this model does not do: {unknown}.")
+  fields = dict(row.fields) | {
+      field: found[key] for field, key in {**required, **row.optional}.items()
+      if key in found}
+  fields["kv_heads"] = found.get("attention.head_count_kv", fields["heads"])
+  fields["head_dim"] = _head_dim(found, fields, name, path)
+  fields["rope_theta"] = found.get("rope.freq_base", 10_000.0)
+  scaling = _linear_scaling(found, name, path)
+  if scaling is not None:
+    fields["rope_scaling"] = scaling
+  if row.wide == fields["layers"]:
+    fields["query_scale"] = (fields["embed"] / fields["heads"]) ** -0.5
+  # Stored as float32: 9.999999747378752e-06 is 1e-05 again.
+  return {key: float(str(np.float32(value))) if key in FLOATS else value
+          for key, value in fields.items()}
+
+
+def _head_dim(found, fields, name, path) -> int:
+  head_dim = found.get(
+      "attention.key_length", fields["embed"] // fields["heads"])
+  for key in ("attention.value_length", "rope.dimension_count"):
+    if found.get(key, head_dim) != head_dim:
+      raise ValueError(
+          f"{path} has {name}.{key}={found[key]}; this model needs it to be "
+          f"the width of a head, {head_dim}.")
+  return head_dim
+
+
+def _linear_scaling(found, name, path) -> RopeScaling | None:
+  kind = found.get("rope.scaling.type", "none")
+  if kind not in ("none", "linear"):
+    raise ValueError(
+        f"{path} has {name}.rope.scaling.type={kind!r}; this reader knows "
+        "'none' and 'linear'.")
+  if kind == "none":
+    return None
+  if "rope.scaling.factor" not in found:
+    raise ValueError(f"{path} lacks {name}.rope.scaling.factor.")
+  return RopeScaling(
+      kind="linear",
+      factor=float(str(np.float32(found["rope.scaling.factor"]))))
+
+
+def llama3_scaling(
+    divisors: np.ndarray, rope_theta: float, path: Any) -> RopeScaling:
+  """Llama 3's scaling out of `rope_freqs.weight`, [H / 2].
+
+  The factor is the largest divisor; the rest are the published constants,
+  which all of the divisors have to confirm.
+
+  Raises:
+    ValueError: the divisors are of another scaling.
+  """
+  scaling = RopeScaling(
+      kind="llama3", factor=float(f"{divisors.max():.6g}"),
+      low_freq_factor=LLAMA3_LOW, high_freq_factor=LLAMA3_HIGH,
+      original_context=LLAMA3_CONTEXT)
+  plain, scaled = (
+      np.asarray(attention.frequencies(2 * len(divisors), rope_theta, kind))
+      for kind in (None, scaling))
+  if not np.allclose(divisors, plain / scaled, rtol=1e-4):
+    raise ValueError(
+        f"{path} has a rope_freqs.weight that is not Llama 3's scaling by "
+        f"{scaling.factor} from {LLAMA3_CONTEXT} positions: {divisors}.")
+  return scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a parameter comes from, one layer of it (or all, without layers).
+
+  Attributes:
+    name: of the tensor, with `{layer}` where it belongs to a block.
+    shape: row-major, in the file.
+    convert: from that shape to the parameter's, without its layer axis.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  convert: Callable[[np.ndarray], np.ndarray] = lambda w: w
+
+  def names(self, layers: int) -> list[str]:
+    """The tensors of all layers, or the one."""
+    if "{layer}" not in self.name:
+      return [self.name]
+    return [self.name.format(layer=layer) for layer in range(layers)]
+
+
+def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
+  """[heads * H, D] rows for interleaved RoPE -> rows for half-split RoPE.
+
+  The converter's `permute` splits the H rows of each head in two halves and
+  interleaves them; here row 2i goes back to i and row 2i + 1 to H/2 + i.
+  """
+  rows, width = weight.shape
+  pairs = weight.reshape(heads, rows // heads // 2, 2, width)
+  return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+def parameter_sources(
+    config: ModelConfig, permuted: bool) -> dict[str, Source]:
+  """For every parameter path of the model, the tensor that holds it."""
+  c = config
+  missing_rows = c.padded_vocab_size - c.vocab_size
+  pad = lambda w: np.pad(w, ((0, missing_rows), (0, 0))) if missing_rows else w
+  norm = lambda w: w - np.float32(c.norm_offset)
+  table = c.vocab_size, c.embed
+  sources = {
+      "embedding": Source("token_embd.weight", table, pad),
+      "final_norm": Source("output_norm.weight", (c.embed,), norm)}
+  if not c.tied_embeddings:
+    sources["head"] = Source("output.weight", table, lambda w: pad(w).T)
+  blocks = _attention(c, permuted, norm) | _feed_forward(c) | _norms(c, norm)
+  return sources | {
+      f"blocks/{path}": dataclasses.replace(
+          source, name=f"blk.{{layer}}.{source.name}")
+      for path, source in blocks.items()}
+
+
+def _attention(c: ModelConfig, permuted: bool, norm) -> dict[str, Source]:
+  q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
+  heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
+  order = undo_permutation if permuted else lambda w, heads: w
+  sources = {
+      "q": Source("attn_q.weight", (q_rows, c.embed),
+                  lambda w: order(w, c.heads).T.reshape(c.embed, *heads)),
+      "k": Source("attn_k.weight", (kv_rows, c.embed),
+                  lambda w: order(w, c.kv_heads).T.reshape(c.embed, *kv)),
+      "v": Source("attn_v.weight", (kv_rows, c.embed),
+                  lambda w: w.T.reshape(c.embed, *kv)),
+      "o": Source("attn_output.weight", (c.embed, q_rows),
+                  lambda w: w.T.reshape(*heads, c.embed))}
+  if c.qkv_bias:
+    sources |= {
+        "q_bias": Source("attn_q.bias", (q_rows,), lambda w: w.reshape(heads)),
+        "k_bias": Source("attn_k.bias", (kv_rows,), lambda w: w.reshape(kv)),
+        "v_bias": Source("attn_v.bias", (kv_rows,), lambda w: w.reshape(kv))}
+  if c.qk_norm == "head":
+    sources |= {
+        "q_norm": Source("attn_q_norm.weight", (c.head_dim,), norm),
+        "k_norm": Source("attn_k_norm.weight", (c.head_dim,), norm)}
+  if c.qk_norm == "full":
+    sources |= {
+        "q_norm": Source("attn_q_norm.weight", (q_rows,),
+                         lambda w: norm(w).reshape(heads)),
+        "k_norm": Source("attn_k_norm.weight", (kv_rows,),
+                         lambda w: norm(w).reshape(kv))}
+  return sources
+
+
+def _feed_forward(c: ModelConfig) -> dict[str, Source]:
+  transposed = lambda w: w.T
+  return {
+      "gate": Source("ffn_gate.weight", (c.mlp, c.embed), transposed),
+      "up": Source("ffn_up.weight", (c.mlp, c.embed), transposed),
+      "down": Source("ffn_down.weight", (c.embed, c.mlp), transposed)}
+
+
+def _norms(c: ModelConfig, norm) -> dict[str, Source]:
+  width = c.embed,
+  sources: dict[str, Source] = {}
+  if c.norm_placement in ("pre", "both"):
+    sources |= {"attn_norm": Source("attn_norm.weight", width, norm),
+                "mlp_norm": Source("ffn_norm.weight", width, norm)}
+  if c.norm_placement in ("post", "both"):
+    sources |= {
+        "attn_post_norm": Source("post_attention_norm.weight", width, norm),
+        "mlp_post_norm": Source("post_ffw_norm.weight", width, norm)}
+  return sources
