@@ -1,6 +1,7 @@
 """Oracle: a NumPy Llama that reads the same tiny file as llama.cpp would."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -179,3 +180,23 @@ def test_a_file_that_was_cut_short_is_an_error(path, tmp_path):
     cut.write_bytes(whole[:length])
     with pytest.raises(ValueError, match="cannot be read as a GGUF file"):
       gguf.read(cut)
+
+
+def test_one_tensor_at_a_time_is_on_the_host(tmp_path):
+  """Arrays of NumPy's, measured; those on the devices are not counted."""
+  shape = dataclasses.replace(SHAPE, layers=24, mlp=1024)
+  config = dataclasses.replace(CONFIG, layers=24, mlp=1024)
+  path = tmp_path / "deep.gguf"
+  tensors = tiny_gguf.random_tensors(shape)
+  tiny_gguf.write(path, shape, tensors, quantised=tuple(
+      name for name, value in tensors.items() if value.ndim == 2))
+  file, largest = gguf.read(path), 1024 * 64 * 4
+  with jax.set_mesh(one_device()):
+    gguf.load(file, config)  # Compiles.
+    tracemalloc.start()
+    jax.block_until_ready(gguf.load(file, config))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+  stacked = 24 * largest
+  print(f"peak {peak / largest:.1f} times the largest tensor")
+  assert peak < 5 * largest < stacked / 4
