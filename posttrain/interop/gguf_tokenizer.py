@@ -49,7 +49,8 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # Digits one by one.
 # numeric character alone, then GPT-2's splitter) or "gpt2" (that alone).
 SPLITTERS = {
     "smollm": "digits", "gpt-2": "gpt2", "olmo": "gpt2", "qwen2": QWEN2,
-    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "dbrx": LLAMA3}
+    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "dbrx": LLAMA3,
+    "smaug-bpe": LLAMA3}  # SmolLM3's files have this name.
 # Llama 3 takes a word that is an entry whole, and begins a text with BOS.
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
@@ -158,6 +159,14 @@ def build_sentencepiece(file: GGUFFile) -> bytes:
   """
   tokens, types = _vocabulary(file)
   scores, = _get(file, "scores")
+  unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+  if UNKNOWN not in types and unknown is not None:
+    # The converter calls Gemma's <unk> a control token; a model needs one.
+    types = [UNKNOWN if i == unknown else kind for i, kind in enumerate(types)]
+  # It also writes the spaces of symbols as spaces.
+  tokens = [
+      token.replace(" ", "\u2581") if kind == USER_DEFINED else token
+      for token, kind in zip(tokens, types, strict=True)]
   flag = lambda name, default: bool(file.metadata.get(
       f"tokenizer.ggml.{name}", default))
   try:

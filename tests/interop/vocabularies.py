@@ -32,8 +32,6 @@ def write_byte_level(path, name: str, pre: str) -> None:
       [pair if isinstance(pair, str) else " ".join(pair)
        for pair in spec["model"]["merges"]])
   family = families.FAMILIES[name]
-  if name == "smollm3":  # Its file says so; the pre-tokenizer would.
-    writer.add_add_bos_token(False)
   finish(writer, name, vocab[family.eos], vocab.get(family.bos))
 
 
@@ -47,11 +45,16 @@ def write_sentencepiece(path, model_path, name: str, prefix: bool) -> None:
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_tokenizer_model("llama")
   writer.add_tokenizer_pre("default")
-  writer.add_token_list([piece.piece for piece in proto.pieces])
-  writer.add_token_scores([piece.score for piece in proto.pieces])
-  writer.add_token_types([
+  kinds = [
       CONTROL if piece.piece in special else piece.type
-      for piece in proto.pieces])
+      for piece in proto.pieces]
+  if name == "gemma3":  # As its files are.
+    kinds[model.unk_id()] = CONTROL
+  writer.add_token_list([
+      piece.piece.replace("\u2581", " " if kind == USER_DEFINED else "\u2581")
+      for piece, kind in zip(proto.pieces, kinds, strict=True)])
+  writer.add_token_scores([piece.score for piece in proto.pieces])
+  writer.add_token_types(kinds)
   writer.add_unk_token_id(model.unk_id())
   if not prefix:
     writer.add_add_space_prefix(False)

@@ -230,7 +230,9 @@ def metaspace(family: Family) -> tokenizers.Tokenizer:
 
 @functools.cache
 def sentencepiece_model(
-    name: str, model_type: str = "bpe", dummy_prefix: bool = False) -> bytes:
+    name: str, model_type: str = "bpe", dummy_prefix: bool = False,
+    symbols: tuple[str, ...] = (),
+) -> bytes:
   """A `tokenizer.model` like Llama 2's or Gemma's.
 
   As in Gemma's, the ends of a turn are symbols, not control pieces.
@@ -247,7 +249,8 @@ def sentencepiece_model(
       normalization_rule_name="identity", remove_extra_whitespaces=False,
       add_dummy_prefix=dummy_prefix, split_digits=True,
       allow_whitespace_only_pieces=True,
-      user_defined_symbols=[s for s in family.special if s not in known],
+      user_defined_symbols=[
+          *(s for s in family.special if s not in known), *symbols],
       unk_id=at("<unk>"), bos_id=at(family.bos), eos_id=at(family.eos),
       pad_id=at("<pad>"), unk_piece="<unk>", bos_piece=family.bos,
       eos_piece=family.eos, pad_piece="<pad>")
@@ -257,10 +260,11 @@ def sentencepiece_model(
 def write_model(
     directory: pathlib.Path, name: str, *, dummy_prefix: bool,
     model_type: str = "bpe", legacy: bool | None = None,
+    symbols: tuple[str, ...] = (),
 ) -> pathlib.Path:
   """The release of a family with a SentencePiece model alone."""
   directory.mkdir(parents=True, exist_ok=True)
-  proto = sentencepiece_model(name, model_type, dummy_prefix)
+  proto = sentencepiece_model(name, model_type, dummy_prefix, symbols)
   (directory / "tokenizer.model").write_bytes(proto)
   model = sentencepiece.SentencePieceProcessor(model_proto=proto)
   added = {
