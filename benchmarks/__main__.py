@@ -21,7 +21,8 @@ import jax
 
 from benchmarks import machine, runs
 from posttrain import distributed, sharding
-from posttrain.model.config import DTYPES, PRESETS, ModelConfig
+from posttrain.model.config import DTYPES, ModelConfig
+from posttrain.model.presets import PRESETS
 
 # Of a preset whose vocabulary is that of the tokenizer.
 SMALL_VOCABULARY = 128

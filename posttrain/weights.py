@@ -21,7 +21,8 @@ from ml_collections import config_dict
 from posttrain import workdir as workdir_lib
 from posttrain.interop import gguf, gguf_tokenizer, smollm2
 from posttrain.model import transformer
-from posttrain.model.config import PRESETS, ModelConfig
+from posttrain.model.config import ModelConfig
+from posttrain.model.presets import PRESETS
 from posttrain.model.transformer import Transformer
 from posttrain.tasks import loading
 from posttrain.text import tokenizer as tokenizer_lib

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     ("sharding", "text", "tasks", "objectives", "evaluation", "distributed",
      "model.config"),
+    ("model.presets",),
     ("config", "model", "data"),
     ("workdir", "arguments", "sampler", "interop"),
     ("train",),

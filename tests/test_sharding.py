@@ -12,7 +12,7 @@ import pytest
 from posttrain import sharding
 from posttrain.model import cache as kv
 from posttrain.model import transformer
-from posttrain.model.config import PRESETS
+from posttrain.model.presets import PRESETS
 from tests import meshes
 from tests.model import build
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.config import keys, reader, schema
 from posttrain.model import config as model_config
+from posttrain.model import presets
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt, ">=": operator.ge, "==": operator.eq,
@@ -100,10 +101,10 @@ def check_stages(config: Mapping) -> Iterator[str]:
 
 def check_model(config: Mapping) -> Iterator[str]:
   name, changes = config["model"], config["model_overrides"]
-  if name not in model_config.PRESETS:
+  if name not in presets.PRESETS:
     yield (f"model: there is no preset {name!r}; the nearest is "
-           f"{keys.nearest(name, model_config.PRESETS)!r}, of "
-           f"{', '.join(model_config.PRESETS)}.")
+           f"{keys.nearest(name, presets.PRESETS)!r}, of "
+           f"{', '.join(presets.PRESETS)}.")
     return
   compute = ("dtype", "remat", "unroll")
   types = {field.name: field.type
@@ -115,7 +116,7 @@ def check_model(config: Mapping) -> Iterator[str]:
     compute_fields = {field: config["compute"][field] for field in compute}
     try:
       dataclasses.replace(
-          model_config.PRESETS[name], **changes, **compute_fields)
+          presets.PRESETS[name], **changes, **compute_fields)
     except ValueError as error:
       yield f"model: {error}"
 

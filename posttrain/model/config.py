@@ -1,7 +1,6 @@
-"""Shapes of the one model, and presets with published shapes. No JAX here.
+"""The shape of the one model. No JAX here.
 
-A family is a set of field values, never a subclass. Sources of the presets:
-the `config.json` of each model's release.
+A family is a set of field values, never a subclass: see `presets`.
 """
 
 import dataclasses
@@ -176,45 +175,3 @@ class ModelConfig:
     block = attention + 3 * self.embed * self.mlp + norms * self.embed
     tables = self.vocab_size * self.embed * (1 if self.tied_embeddings else 2)
     return self.layers * block + tables + self.embed
-
-
-def _qwen2(vocab_size=151_936, **fields) -> ModelConfig:
-  return ModelConfig(
-      vocab_size=vocab_size, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True,
-      **fields)
-
-
-def _qwen3(**fields) -> ModelConfig:
-  return ModelConfig(
-      vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm="head",
-      head_dim=128, kv_heads=8, **fields)
-
-
-PRESETS = {
-    "tiny": ModelConfig(
-        vocab_size=0, embed=128, mlp=384, layers=3, heads=4, kv_heads=2,
-        head_dim=32),
-    "smollm2-135m": ModelConfig(
-        vocab_size=49_152, embed=576, mlp=1536, layers=30, heads=9,
-        kv_heads=3, head_dim=64, rope_theta=1e5, norm_eps=1e-5),
-    # The release's RoPE scaling is not applied: shapes only.
-    "llama3.2-1b": ModelConfig(
-        vocab_size=128_256, embed=2048, mlp=8192, layers=16, heads=32,
-        kv_heads=8, head_dim=64, rope_theta=5e5, norm_eps=1e-5),
-    "qwen2.5-0.5b": _qwen2(
-        embed=896, mlp=4864, layers=24, heads=14, kv_heads=2, head_dim=64),
-    "qwen2.5-1.5b": _qwen2(
-        embed=1536, mlp=8960, layers=28, heads=12, kv_heads=2, head_dim=128),
-    "qwen2.5-7b": _qwen2(
-        vocab_size=152_064, embed=3584, mlp=18_944, layers=28, heads=28,
-        kv_heads=4, head_dim=128, tied_embeddings=False),
-    "qwen2.5-32b": _qwen2(
-        vocab_size=152_064, embed=5120, mlp=27_648, layers=64, heads=40,
-        kv_heads=8, head_dim=128, tied_embeddings=False),
-    "qwen3-0.6b": _qwen3(embed=1024, mlp=3072, layers=28, heads=16),
-    "qwen3-4b": _qwen3(embed=2560, mlp=9728, layers=36, heads=32),
-    "qwen3-8b": _qwen3(
-        embed=4096, mlp=12_288, layers=36, heads=32, tied_embeddings=False),
-    "qwen3-32b": _qwen3(
-        embed=5120, mlp=25_600, layers=64, heads=64, tied_embeddings=False),
-}

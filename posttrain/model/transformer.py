@@ -35,7 +35,7 @@ ACTIVATION = ("batch", "length", "act_embed")
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 

@@ -141,10 +141,10 @@ def paired_change(before: Result, after: Result) -> str:
   cluster = {record["id"]: record.get("cluster")
              for record in after.data["records"]}
   alike = np.array([cluster[question] for question in questions])
+  old, new = (np.array([side[question] for question in questions])
+              for side in scores)
   difference = statistics.paired_difference(
-      *(np.array([side[question] for question in questions])
-        for side in reversed(scores)),
-      cluster=None if None in cluster.values() else alike)
+      new, old, None if None in cluster.values() else alike)
   return (f"{100 * difference.mean:+.1f} ± {100 * difference.error:.1f} points "
           f"on {before.data['checkpoint']}, paired")
 

@@ -11,11 +11,11 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import limits, runs
 from posttrain import sharding
-from posttrain.model import config as model_config
 from posttrain.model import transformer
+from posttrain.model.presets import PRESETS
 
 CONFIG = dataclasses.replace(
-    model_config.PRESETS["tiny"], vocab_size=512, embed=256, mlp=1024,
+    PRESETS["tiny"], vocab_size=512, embed=256, mlp=1024,
     layers=2, head_dim=64, unroll=2)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from posttrain import sharding
 from posttrain.interop import gguf, gguf_tokenizer, smollm2
-from posttrain.model.config import PRESETS
+from posttrain.model.presets import PRESETS
 from tests.interop import numpy_llama
 
 

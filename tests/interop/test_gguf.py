@@ -10,7 +10,8 @@ import pytest
 from posttrain import sharding
 from posttrain.interop import gguf, gguf_models
 from posttrain.model import transformer
-from posttrain.model.config import PRESETS, ModelConfig
+from posttrain.model.config import ModelConfig
+from posttrain.model.presets import PRESETS
 from tests.interop import numpy_llama, tiny_gguf
 
 SHAPE = tiny_gguf.Shape()

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import sharding
 from posttrain.interop import gguf, smollm2
-from posttrain.model.config import PRESETS
+from posttrain.model.presets import PRESETS
 from posttrain.sampler import budget_tables, choice, sampler
 from posttrain.text import render, thinking, tokenizer
 

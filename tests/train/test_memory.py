@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.model import config as model_config
 from posttrain.model import transformer
+from posttrain.model.presets import PRESETS
 from posttrain.train import memory, optimizer, state, step
 
 TINY = dataclasses.replace(
-    model_config.PRESETS["tiny"], vocab_size=100, qk_norm="head")
+    PRESETS["tiny"], vocab_size=100, qk_norm="head")
 ROWS, LENGTH, CHUNK = 16, 128, 64
 
 
@@ -101,7 +101,7 @@ def test_an_update_needs_what_the_compiler_says(remat, fsdp, tensor):
 
 
 def test_the_line_names_every_part():
-  config = model_config.PRESETS["qwen3-8b"]
+  config = PRESETS["qwen3-8b"]
   estimate = memory.estimate(
       dataclasses.replace(config, remat="full", dtype="bfloat16"), fsdp=16,
       rows=16, sequence_length=4096, loss_chunk=512, cache_rows=256,
