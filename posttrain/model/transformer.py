@@ -12,32 +12,23 @@ given.
 Deliberately not here: losses, sampling, anything that knows a stage.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from posttrain.model import attention
 from posttrain.model import cache as kv
-from posttrain.model.attention import causal_mask, rotate
+from posttrain.model.attention import causal_mask
+from posttrain.model.block import (
+    ACTIVATION,
+    Attend,
+    Block,
+    View,
+    constant,
+    normal,
+)
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import axis_size, gather_fsdp, shard, spec
-
-ACTIVATION = ("batch", "length", "act_embed")
-
-# Given q [B,T,K,G,H], k, v [B,T,K,H] of the new tokens and the mask [B,T,S]:
-# the attention output [B,T,K,G,H] and whatever the caller wants to keep (keys,
-# a cache).
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -57,126 +48,6 @@ def check_mesh(config: ModelConfig) -> None:
       raise ValueError(
           f"the model's {name}={size} cannot be split over {key}={parts}. "
           f"Use {key}={best}, the largest size below that divides it.")
-
-
-def normal(key: jax.Array, shape: tuple[int, ...], std: float, *axes: str):
-  """A normal-initialised parameter, born with its layout."""
-  return nnx.Param(
-      jax.random.normal(key, shape, out_sharding=spec(*axes)) * std)
-
-
-def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
-  return nnx.Param(
-      jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["cos", "sin", "mask"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class View:
-  """What a kind of layer sees of the sequence.
-
-  Attributes:
-    cos, sin: [B, T, H/2] float32, the turns of the queries and new keys.
-    mask: [B, T, S] bool, the keys that a query reads.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-  mask: jax.Array
-
-
-class Block(nnx.Module):
-  """One layer; parameters carry a leading layer axis that a scan slices."""
-
-  def __init__(self, config: ModelConfig, key: jax.Array):
-    c = config
-    self.config = config
-    keys = iter(jax.random.split(key, 7))
-    layers, width = (c.layers,), c.embed**-0.5
-    # Residual branches start small, so that depth does not grow the stream.
-    residual = (2 * c.layers) ** -0.5
-    heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
-    head_axes, kv_axes = (
-        ("kv_heads", "groups", "head_dim"), ("kv_heads", "head_dim"))
-    norm = lambda shape, *axes: constant(
-        1 - c.norm_offset, (*layers, *shape), "layers", *axes)
-    if c.norm_placement != "post":
-      self.attn_norm = norm((c.embed,), "act_embed")
-      self.mlp_norm = norm((c.embed,), "act_embed")
-    if c.norm_placement != "pre":
-      self.attn_post_norm = norm((c.embed,), "act_embed")
-      self.mlp_post_norm = norm((c.embed,), "act_embed")
-    self.q = normal(next(keys), (*layers, c.embed, *heads), width,
-                    "layers", "embed", *head_axes)
-    self.k = normal(next(keys), (*layers, c.embed, *kv), width,
-                    "layers", "embed", *kv_axes)
-    self.v = normal(next(keys), (*layers, c.embed, *kv), width,
-                    "layers", "embed", *kv_axes)
-    self.o = normal(next(keys), (*layers, *heads, c.embed),
-                    residual * (c.heads * c.head_dim) ** -0.5,
-                    "layers", *head_axes, "embed")
-    if c.qkv_bias:
-      self.q_bias = constant(0, (*layers, *heads), "layers", *head_axes)
-      self.k_bias = constant(0, (*layers, *kv), "layers", *kv_axes)
-      self.v_bias = constant(0, (*layers, *kv), "layers", *kv_axes)
-    if c.qk_norm == "head":
-      self.q_norm = norm((c.head_dim,), "head_dim")
-      self.k_norm = norm((c.head_dim,), "head_dim")
-    if c.qk_norm == "full":
-      self.q_norm = norm(heads, *head_axes)
-      self.k_norm = norm(kv, *kv_axes)
-    self.gate = normal(next(keys), (*layers, c.embed, c.mlp), width,
-                       "layers", "embed", "mlp")
-    self.up = normal(next(keys), (*layers, c.embed, c.mlp), width,
-                     "layers", "embed", "mlp")
-    self.down = normal(next(keys), (*layers, c.mlp, c.embed),
-                       residual * c.mlp**-0.5, "layers", "mlp", "embed")
-
-  def weight(self, param: nnx.Param) -> jax.Array:
-    """In the compute dtype, gathered over "fsdp": cast first, move less."""
-    return gather_fsdp(param[...].astype(self.config.dtype))
-
-  def norm(self, name: str, x: jax.Array) -> jax.Array:
-    """RMSNorm by the norm of this name; x itself where there is none."""
-    if not hasattr(self, name):
-      return x
-    c = self.config
-    return attention.rms_norm(
-        x, getattr(self, name)[...], c.norm_eps, c.norm_offset)
-
-  def project(self, x: jax.Array, rope) -> tuple[jax.Array, ...]:
-    """[B, T, D] -> q [B, T, K, G, H], k and v [B, T, K, H]."""
-    c = self.config
-    q = jnp.einsum("btd,dkgh->btkgh", x, self.weight(self.q))
-    k = jnp.einsum("btd,dkh->btkh", x, self.weight(self.k))
-    v = jnp.einsum("btd,dkh->btkh", x, self.weight(self.v))
-    if c.qkv_bias:
-      q = q + self.weight(self.q_bias)
-      k = k + self.weight(self.k_bias)
-      v = v + self.weight(self.v_bias)
-    q, k = self.norm("q_norm", q), self.norm("k_norm", k)
-    return rotate(q, rope), rotate(k, rope), v
-
-  def feed_forward(self, x: jax.Array) -> jax.Array:
-    gate = jnp.einsum("btd,df->btf", x, self.weight(self.gate))
-    up = jnp.einsum("btd,df->btf", x, self.weight(self.up))
-    activated = ACTIVATIONS[self.config.activation](gate) * up
-    return jnp.einsum(
-        "btf,fd->btd", activated, self.weight(self.down),
-        out_sharding=spec(*ACTIVATION))
-
-  def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
-    """[B, T, D] -> [B, T, D], and what `attend_fn` keeps."""
-    q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
-    attended, kept = attend_fn(q, k, v, view.mask)
-    attended = jnp.einsum(
-        "btkgh,kghd->btd", attended, self.weight(self.o),
-        out_sharding=spec(*ACTIVATION))
-    x = x + self.norm("attn_post_norm", attended)
-    fed = self.feed_forward(self.norm("mlp_norm", x))
-    return x + self.norm("mlp_post_norm", fed), kept
 
 
 class Transformer(nnx.Module):

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from posttrain.model import cache as kv
-from posttrain.model.transformer import Block, Transformer
+from posttrain.model.block import Block
+from posttrain.model.transformer import Transformer
 from posttrain.sampler import budget, choice
 from posttrain.sharding import shard, spec
 
