@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart quickstart-full smollm2 smollm2-run test test-slow lint types check benchmark clean help
+.PHONY: quickstart quickstart-full smollm2 smollm2-run test test-slow parity lint types check benchmark clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
@@ -14,6 +14,7 @@ help:
 	@echo "make smollm2-run      SFT, GRPO and evaluation of SmolLM2-135M on real data"
 	@echo "make test             the tests (under ten minutes on two cores)"
 	@echo "make test-slow        the tests marked slow"
+	@echo "make parity           the same against transformers and peft, on torch"
 	@echo "make check            ruff and mypy"
 	@echo "make benchmark        tokens per second, and shares of the machine's limit"
 
@@ -55,11 +56,21 @@ smollm2-run: smollm2
 FAST_COMPILE := --xla_backend_optimization_level=0 \
   --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
 
+PYTEST := $(BIN)/python -m pytest -n 2
+
 test: $(STAMP)
-	XLA_FLAGS="$(FAST_COMPILE)" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	XLA_FLAGS="$(FAST_COMPILE)" $(PYTEST) --dist loadfile -m "not slow" \
+	  --ignore=tests/parity
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(PYTEST) --dist loadfile -m slow --ignore=tests/parity
+
+$(VENV)/.parity: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
+	touch $@
+
+parity: $(VENV)/.parity smollm2
+	XLA_FLAGS="$(FAST_COMPILE)" $(PYTEST) --dist loadgroup tests/parity
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
