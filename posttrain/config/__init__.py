@@ -147,6 +147,13 @@ def functions(config: config_dict.ConfigDict) -> list[str]:
   return reader.functions(reader.plain(config))
 
 
+def tasks(
+    config: config_dict.ConfigDict | Mapping,
+) -> list[tuple[str, dict[str, Any]]]:
+  """(path, section) of every section that names a task, such as a source."""
+  return list(reader.tasks(reader.plain(config)))
+
+
 def diff(
     old: config_dict.ConfigDict | Mapping,
     new: config_dict.ConfigDict | Mapping,
