@@ -17,6 +17,7 @@ from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
+from posttrain.stages import footprint
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
@@ -156,6 +157,7 @@ def run_stage(
   """
   context, section = pipeline.context(name), pipeline.config[name]
   pipeline.console.heading(f"{name} ({section.kind})")
+  pipeline.console.line(footprint.of_stage(context, pipeline.model).line())
   if section.kind == "evaluate":
     evaluate_stage.run(context, pipeline.weights_of, again=again)
     return model
