@@ -199,6 +199,35 @@ def test_forced_tokens_are_counted_and_not_learned(taken):
       rollouts.finish_reason == budget.LENGTH)
 
 
+# As users of RL tools look for them; `kl` where there is a reference.
+NAMES = """
+reward reward_std rewards/reward/mean frac_reward_zero_std kl entropy
+clip_ratio/low_mean clip_ratio/high_mean completions/mean_length
+completions/min_length completions/max_length completions/clipped_ratio
+think/mean_length think/forced_end_frac think/wait_count
+sampling/logp_difference/mean sampling/logp_difference/max grad_norm
+learning_rate time/rollout time/reward time/learn perf/tokens_per_sec""".split()
+
+
+def test_metrics_have_the_names_that_users_know(taken):
+  row, batch = taken.rows[0], taken.batch
+  assert not set(NAMES) - set(row)
+  assert row["reward"] == batch.rewards.mean()
+  assert row["reward_std"] == batch.rewards.std()
+  assert row["rewards/reward/mean"] == batch.scores.mean()
+  lengths = batch.rollouts.lengths
+  assert row["completions/min_length"] == lengths.min()
+  assert row["completions/max_length"] == lengths.max()
+  assert row["learning_rate"] == np.float32(1e-2)
+  gaps = np.concatenate([
+      np.abs(taken.logprobs(taken.models[0], n) - batch.rollouts.logprobs[
+          n, batch.rollouts.loss_mask[n]]) for n in learned_rows(taken, 0)])
+  assert row["sampling/logp_difference/mean"] == pytest.approx(
+      gaps.mean(), abs=1e-6)
+  assert row["sampling/logp_difference/max"] == pytest.approx(
+      gaps.max(), abs=5e-5)
+
+
 def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(taken):
   assert taken.rows[0]["ratio/max_deviation"] == 0
   assert taken.rows[0]["ratio"] == 1
