@@ -375,6 +375,15 @@ def test_a_gold_answer_that_its_verifier_rejects_stops_the_run(tmp_path):
         "reason.rewards=tests.stages.toy:refuses", "reason.num_groups=24"])
 
 
+def test_problems_of_one_id_are_no_group(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(
+        tmp_path, ["reason.problems.task=tests.stages.toy:nameless"])
+    collector = grpo.make_collector(run.context("reason"))
+    with pytest.raises(ValueError, match="Two problems of the task have id=0"):
+      collector.collect(None, step=0, batch=0)  # No model is asked.
+
+
 def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):
   with jax.set_mesh(meshes.one()):
     learner = pipeline_run.make_learner(tmp_path)
