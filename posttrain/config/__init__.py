@@ -80,7 +80,10 @@ def read_file(spec: str) -> config_dict.ConfigDict:
   if colon and not inspect.signature(get_config).parameters:
     raise ConfigError(
         [f"get_config() takes no argument, so leave out :{arg}."], spec)
-  return get_config(arg) if colon else get_config()
+  try:
+    return get_config(arg) if colon else get_config()
+  except ValueError as error:  # What the file says of its argument.
+    raise ConfigError([str(error)], spec) from error
 
 
 def _run(path: pathlib.Path) -> Any:

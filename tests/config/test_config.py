@@ -376,7 +376,7 @@ def test_a_resolved_config_cannot_grow_keys():
 ])
 def test_a_file_that_cannot_be_read(spec, message, monkeypatch):
   monkeypatch.chdir(ROOT)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(config_lib.ConfigError, match=message):
     config_lib.load(spec)
 
 
