@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart quickstart-full smollm2 smollm2-run test test-slow parity lint types check benchmark clean help
+.PHONY: anew quickstart quickstart-full smollm2 smollm2-run test test-slow parity lint types check benchmark clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
@@ -18,11 +18,24 @@ help:
 	@echo "make check            ruff and mypy"
 	@echo "make benchmark        tokens per second, and shares of the machine's limit"
 
-$(STAMP): pyproject.toml
+# An environment of another Python than PYTHON=... names is made anew.
+VERSION := import sys; print(*sys.version_info[:2])
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(BIN)/python -c '$(VERSION)'))
+$(STAMP): anew
+CLEAR := --clear
+endif
+endif
+endif
+
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "posttrain needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Try make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $(STAMP)
 
 quickstart: $(STAMP)
@@ -66,7 +79,7 @@ test-slow: $(STAMP)
 	$(PYTEST) --dist loadfile -m slow --ignore=tests/parity
 
 $(VENV)/.parity: $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
+	$(INSTALL) --editable '.[dev,parity]'
 	touch $@
 
 parity: $(VENV)/.parity smollm2

@@ -2,7 +2,7 @@
 # Runs posttrain on every worker of a TPU VM slice.
 #
 #   launch/tpu_vm.sh --name=my-slice --zone=us-central2-b -- \
-#       train --config=configs/grpo_math.py --workdir=/mnt/runs/math
+#       train --config=configs/quickstart.py --workdir=/mnt/runs/quickstart
 #
 # Copies this checkout (tracked files, those that git does not ignore, and the
 # commit) to each worker, installs it there with the TPU extra, and starts the

@@ -61,7 +61,7 @@ examples:
 
 REPORT = """\
 Writes one self-contained HTML page with the curves, the scaling plot and the
-samples of one or several runs.
+samples of one or several runs, and prints the accuracies and where it is.
 
 examples:
   posttrain report --workdir=runs/tiny

@@ -107,7 +107,7 @@ def report(arguments: argparse.Namespace) -> int:
   output = pathlib.Path(arguments.output or workdirs[0] / "report.html")
   from posttrain import report as report_lib
   report_lib.build(workdirs, output)
-  print(output)
+  print(f"{report_lib.figures(workdirs)}{output}")
   return 0
 
 

@@ -11,14 +11,17 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
+from posttrain import config as config_lib
 from posttrain import sharding, weights
 from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
+from posttrain.stages import footprint
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
+from posttrain.tasks import loading
 from posttrain.text import render, thinking
 from posttrain.train import console as console_lib
 
@@ -75,6 +78,27 @@ class Pipeline:
     return trained[-1] if trained else "init"
 
 
+def check_functions(config: config_dict.ConfigDict) -> None:
+  """Finds what the config names, before the first stage rather than its own.
+
+  Raises:
+    ConfigError: a function is not there, or a task does not take its `args`.
+  """
+  problems = []
+  for name in config_lib.functions(config):
+    try:
+      loading.load_function(name)
+    except ValueError as error:
+      problems.append(str(error))
+  for path, section in () if problems else config_lib.tasks(config):
+    try:
+      loading.check_call(section["task"], section["split"], **section["args"])
+    except ValueError as error:
+      problems.append(f"{path}.args: {error}")
+  if problems:
+    raise config_lib.ConfigError(problems, "tasks and rewards")
+
+
 def set_up(
     config: config_dict.ConfigDict, path: str, *,
     may_differ: Sequence[str] = (),
@@ -86,6 +110,7 @@ def set_up(
   Args:
     may_differ: sections in which the workdir's config may be another.
   """
+  check_functions(config)
   first = jax.process_index() == 0
   console = console_lib.Console(quiet=not first)
   devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
@@ -132,6 +157,7 @@ def run_stage(
   """
   context, section = pipeline.context(name), pipeline.config[name]
   pipeline.console.heading(f"{name} ({section.kind})")
+  pipeline.console.line(footprint.of_stage(context, pipeline.model).line())
   if section.kind == "evaluate":
     evaluate_stage.run(context, pipeline.weights_of, again=again)
     return model

@@ -7,6 +7,7 @@ of `posttrain/` has to be given a place in it.
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -84,6 +85,14 @@ def reached_from(unit: str) -> set[str]:
 
 def uses_jax(modules: set[str]) -> list[str]:
   return [name for name in modules if name.partition(".")[0] == "jax"]
+
+
+def test_the_page_has_this_table():
+  page = (ROOT / "docs/design.md").read_text()
+  rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.M)
+  units = [tuple(re.findall(r"`(.*?)`", row)) for _, row in reversed(rows)]
+  assert [int(number) for number, _ in rows] == list(range(len(rows), 0, -1))
+  assert (*units, ("__main__",)) == LAYERS
 
 
 def test_there_are_no_cycles():

@@ -89,6 +89,22 @@ def test_another_config_is_refused_with_the_difference(trained):
     pipeline_run.train(trained, [*SMALL, "reason.learning_rate=0.02"])
 
 
+@pytest.mark.parametrize("change, message", [
+    ("measure.reward=tests.stages.toy:pickey",
+     r"has no function 'pickey'. Nearest: 'picky'"),
+    ("measure.problems.args.cuont=4",
+     r"measure\.problems\.args: tests\.stages\.toy:problems does not take "
+     r".*'cuont'. It has the parameters split, count, thinks"),
+    ("cold_start.data.sources.0.args.thinks=True",
+     r"cold_start\.data\.sources\.0\.args: tests\.stages\.toy:demonstr"),
+])
+def test_what_a_later_stage_names_is_looked_for_first(
+    tmp_path, change, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    pipeline_run.train(tmp_path / "run", [*SMALL, change])
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_half_finished_evaluation_goes_on(workdir_copy, monkeypatch):
   """Two of its three results are there; the weights come from checkpoints."""
   folder = workdir_copy / "measure/eval"

@@ -6,7 +6,8 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, weights, workdir
-from posttrain.stages import training
+from posttrain.sampler import choice, sampler
+from posttrain.stages import sample, training
 from posttrain.train import state
 from posttrain.train import step as step_lib
 from tests import meshes, pipeline_run
@@ -120,6 +121,27 @@ def test_another_template_is_refused_unless_it_is_trained_first(
   run = continued(
       tmp_path / "b", *init, template=file, stages="cold_start,reason")
   assert_seed(run.weights_of("init"), run, 8)
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"workdir": "{}"}, {"workdir": "{}", "stage": "cold_start"},
+    {"workdir": "{}", "stage": "init"}])
+def test_another_template_is_not_sampled_with(
+    other, tmp_path, monkeypatch, flags):
+  """Whichever way the weights are named: by `init`, or in a workdir."""
+  mesh = meshes.one()
+  monkeypatch.setattr(sample.sharding, "make_mesh", lambda *sizes: mesh)
+  file = tmp_path / "template.jinja"
+  file.write_text(TEMPLATE)
+  config = config_lib.assign(
+      pipeline_run.CONFIG | {"tokenizer": {}},
+      ["stages=cold_start", f"chat_template={file}", "init.kind=workdir",
+       f"init.path={other}"], "test")
+  flags = {name: value.format(other) for name, value in flags.items()}
+  with pytest.raises(ValueError, match="another tokenizer or chat template"):
+    sample.run(
+        config, [{"prompt": "one"}], params=choice.SamplingParams(),
+        limits=sampler.Limits(max_tokens=1), **flags)
 
 
 def test_a_frozen_copy_outlives_what_it_was_made_from(tmp_path):

@@ -80,7 +80,10 @@ def read_file(spec: str) -> config_dict.ConfigDict:
   if colon and not inspect.signature(get_config).parameters:
     raise ConfigError(
         [f"get_config() takes no argument, so leave out :{arg}."], spec)
-  return get_config(arg) if colon else get_config()
+  try:
+    return get_config(arg) if colon else get_config()
+  except ValueError as error:  # What the file says of its argument.
+    raise ConfigError([str(error)], spec) from error
 
 
 def _run(path: pathlib.Path) -> Any:
@@ -145,6 +148,13 @@ def from_jsonable(
 def functions(config: config_dict.ConfigDict) -> list[str]:
   """Every `module:function` that a resolved config names, once."""
   return reader.functions(reader.plain(config))
+
+
+def tasks(
+    config: config_dict.ConfigDict | Mapping,
+) -> list[tuple[str, dict[str, Any]]]:
+  """(path, section) of every section that names a task, such as a source."""
+  return list(reader.tasks(reader.plain(config)))
 
 
 def diff(

@@ -161,6 +161,17 @@ def check_mesh(config: Mapping) -> Iterator[str]:
     yield "mesh.fsdp: found a size of 0; -1 means all devices that remain."
 
 
+def check_frozen(config: Mapping) -> Iterator[str]:
+  """Nothing is frozen but a GRPO stage's reference."""
+  coefficients = [
+      section.get("loss", {}).get("kl_coef") for section in config.values()
+      if isinstance(section, Mapping)]
+  if config["compute"]["frozen_dtype"] != "float32" and not any(coefficients):
+    yield ("compute.frozen_dtype: set to "
+           f"{config['compute']['frozen_dtype']!r}, but it has no effect "
+           "unless a stage holds a reference (loss.kl_coef > 0).")
+
+
 # Checks of one stage. Problems begin with a path inside the stage.
 
 
@@ -260,6 +271,9 @@ def check_samples(config, name: str, stage: Mapping) -> Iterator[str]:
     if k > stage["samples_per_problem"]:
       yield (f"pass_at: {k} needs as many samples; found "
              f"samples_per_problem={stage['samples_per_problem']}.")
+  if stage["majority"]["max_samples"] and not stage["rollout"]["temperature"]:
+    yield ("majority.max_samples: votes are all the same at "
+           "rollout.temperature=0; raise it.")
 
 
 def check_checkpoints(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -272,6 +286,7 @@ CHECKS = {  # And the names of what they read.
     check_model: ("model", "model_overrides", "compute"),
     check_init: ("init", "tokenizer"),
     check_mesh: ("mesh",),
+    check_frozen: ("compute",),
 }
 STAGE_CHECKS = {
     "sft": (check_optimizer, check_checkpoint, check_sft_rows, check_sources),

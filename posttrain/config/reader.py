@@ -69,6 +69,18 @@ def _functions(node: Any, value: Any, found: list[str]) -> None:
     found.extend([value] if isinstance(value, str) else value)
 
 
+def tasks(values: Any, path: str = "") -> Iterator[tuple[str, dict]]:
+  """(path, section) of every section that names a task."""
+  if isinstance(values, tuple):
+    values = {str(index): value for index, value in enumerate(values)}
+  if isinstance(values, dict):
+    if values.get("task"):
+      yield path, values
+      return
+    for name, value in values.items():
+      yield from tasks(value, f"{path}.{name}" if path else name)
+
+
 class Reader:
   """Reads plain values against their layout.
 

@@ -72,19 +72,22 @@ def _source(**extra: Key) -> Section:
       **extra)
 
 
-def _handling() -> dict[str, Key]:
+def _handling(needs: Needs | None = None) -> dict[str, Key]:
   return dict(
       on_overlong=Key(
           str, "error", "An example longer than sequence_length; truncate "
-          "keeps EOS.", choices=("error", "drop", "truncate")),
+          "keeps EOS.", choices=("error", "drop", "truncate"), needs=needs),
       on_no_target=Key(
           str, "error", "An example without a token in the loss.",
-          choices=("error", "drop")),
+          choices=("error", "drop"), needs=needs),
       on_malformed=Key(
           str, "error", "A row that cannot be read; skipped ones are counted.",
-          choices=("error", "skip")),
-      packing=Key(bool, True, "Several examples share a row."),
+          choices=("error", "skip"), needs=needs),
+      packing=Key(bool, True, "Several examples share a row.", needs=needs),
   )
+
+
+_HELD_OUT = Needs("eval_data.sources", "!=", ())
 
 
 def _problems(split: str, **extra: Key) -> Section:
@@ -110,7 +113,7 @@ TOP = Section(
     "Keys outside the stages.",
     seed=Key(int, 0, "Of initial weights, data order and sampling.",
              "[0, 4294967295]"),
-    model=Key(str, "tiny", "A preset of posttrain.model.config."),
+    model=Key(str, "tiny", "A preset of posttrain.model.presets."),
     model_overrides=Key(
         dict, {}, "Fields of ModelConfig that replace the preset's."),
     stages=Key(
@@ -221,10 +224,10 @@ SFT = Section(
     eval_data=Section(
         "Held-out examples, read once in order. None by default.",
         sources=Items("Read one after the other.", (), _source()),
-        **_handling()),
+        **_handling(_HELD_OUT)),
     eval_every=Key(
         int, 0, "Steps between evaluation losses; 0: one, at the end.",
-        "[0, inf)", needs=Needs("eval_data.sources", "!=", ())),
+        "[0, inf)", needs=_HELD_OUT),
     checkpoint=_checkpoint(),
     log_every=_METRIC_EVERY,
 )
@@ -343,7 +346,8 @@ EVALUATE = Section(
         tuple[str, ...], (), 'Earlier stages, "init", or checkpoint '
         'directories; unset: "init" and every earlier training stage.'),
     samples_per_problem=Key(
-        int, 1, "Completions per problem and cell.", "[1, inf)"),
+        int, 1, "Completions per problem and cell.", "[1, inf)",
+        needs=Needs("rollout.temperature", ">", 0)),
     pass_at=Key(
         tuple[int, ...], (1,), "Values of k for pass@k.", "[1, inf)"),
     max_thinking_tokens=Key(

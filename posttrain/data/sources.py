@@ -5,7 +5,6 @@ came from ("train.jsonl:17"), so that whatever is wrong with it can be found.
 """
 
 import dataclasses
-import inspect
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -114,14 +113,8 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
 
 
 def _read_task(source: Source) -> Iterator[tuple[str, dict | Fault]]:
-  function = loading.load_function(source.task)
-  try:
-    inspect.signature(function).bind(source.split, **source.args)
-  except TypeError as error:
-    raise ValueError(
-        f"{source.task} does not take split={source.split!r} and "
-        f"args={dict(source.args)}: {error}. Check data.sources.") from error
-  rows = function(source.split, **source.args)
+  loading.check_call(source.task, source.split, **source.args)
+  rows = loading.load_function(source.task)(source.split, **source.args)
   for number in range(len(rows)):
     row = rows[number]
     yield f"{source.name}:{number}", (

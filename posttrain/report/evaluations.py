@@ -72,6 +72,16 @@ def evaluations(runs: Sequence[Run]) -> markup.Html:
   return markup.join(_section(name, group) for name, group in found.items())
 
 
+def figures(runs: Sequence[Run]) -> str:
+  """The accuracies as plain lines, for a terminal."""
+  return "".join(
+      f"{name}  {result.label}, {describe(cell)}: "
+      f"{markup.with_error(cell['accuracy'], cell.get('standard_error'))} "
+      f"(n {cell['n']:,})\n"
+      for name, group in results(runs).items()
+      for result in group for cell in result.cells)
+
+
 def _section(name: str, group: Sequence[Result]) -> markup.Html:
   return markup.join([
       markup.tag("h3", f"{name} ", markup.tag("small", "evaluate")),

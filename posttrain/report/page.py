@@ -45,6 +45,12 @@ def build(
   return path
 
 
+def figures(workdirs: Sequence[str | os.PathLike]) -> str:
+  """What the page says about accuracy, as text; "" before an evaluation."""
+  return evaluations.figures(
+      read_runs([pathlib.Path(path) for path in workdirs]))
+
+
 def render(runs: Sequence[Run]) -> str:
   """The page's text."""
   title = " · ".join(run.label for run in runs)

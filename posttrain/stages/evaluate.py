@@ -96,6 +96,7 @@ class Evaluation:
     self.reward = loading.load_function(section.reward)
     self.extract = (
         loading.load_function(section.extract) if section.extract else None)
+    scoring.check_ids(self.problems)
     scoring.check_gold(section.reward, self.reward, self.problems)
     self.cluster = clusters(self.problems)
     self.cells = summary.cells(section.max_thinking_tokens, section.num_waits)

@@ -24,7 +24,7 @@ from posttrain.sampler import sampler
 from posttrain.stages import rollout, sampling, training
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading
-from posttrain.train import checkpoints, health, memory, policy, preemption
+from posttrain.train import checkpoints, health, policy, preemption
 from posttrain.train import metrics as metrics_lib
 from posttrain.train import state as state_lib
 from posttrain.workdir import replace_file
@@ -120,7 +120,6 @@ class Learner:
     self.seconds: dict[str, float] = {}
     self.health = health.RolloutHealth(section.health.patience)
     self.step = 0
-    self._describe()
 
   def restore(self, found: checkpoints.Restored) -> None:
     """Takes over what a checkpoint held, rollouts in flight included."""
@@ -243,19 +242,6 @@ class Learner:
         collected.rollouts, {
             "advantages": advantages, "token_weights": token_weights,
             "token_shares": token_shares}, minibatches, self.shapes)
-
-  def _describe(self) -> None:
-    section, config = self.section, self.state.model.config
-    completion = -(-section.rollout.max_tokens // section.rollout.chunk)
-    self.context.console.line(memory.estimate(
-        config, fsdp=sharding.axis_size("batch"),
-        tensor=sharding.axis_size("vocab"), rows=self.shapes.rows,
-        sequence_length=self.shapes.length, loss_chunk=self.loss.chunk,
-        cache_rows=section.num_groups * section.group_size,
-        cache_slots=section.rollout.max_prompt_tokens
-        + completion * section.rollout.chunk,
-        frozen_copies=int(self.reference is not None),
-        frozen_dtype=self.context.config.compute.frozen_dtype).line())
 
   def _show_and_save(self, collected, advantages, names) -> None:
     section, context = self.section, self.context

@@ -75,6 +75,7 @@ class Collector:
     chosen = [self.problems[i] for i in prompts_lib.problems_of_batch(
         len(self.problems), self.num_groups, batch=batch, seed=self.seed)]
     name, verifier = next(iter(self.rewards.items()))
+    scoring.check_ids(chosen)
     scoring.check_gold(name, verifier, chosen)
     rollouts = self.sampler.generate(
         model, [self.renderer.prompt_tokens(row) for row in chosen],

@@ -23,7 +23,6 @@ from posttrain.sampler import choice, rollouts, sampler, segments
 from posttrain.stages import sampling
 from posttrain.text import render, thinking
 from posttrain.text import tokenizer as tokenizer_lib
-from posttrain.train import checkpoints
 from posttrain.train import console as console_lib
 
 BATCH_ROWS = 64  # Completions decoded together.
@@ -149,15 +148,9 @@ def _load(
   renderer = render.make_renderer(tokenizer, config.chat_template)
   shape = weights.model_config(config, tokenizer.vocab_size)
   if workdir is None or stage == "init":
-    return renderer, weights.initial(config, shape)
-  name = _trained_stage(workdir, stage)
-  extras = checkpoints.read_extras(workdir.checkpoints(name))
-  if extras["renderer_hash"] != renderer.hash:
-    raise ValueError(
-        f"The weights of {name} in {path} were trained with another tokenizer "
-        "or chat template than this config's. Leave chat_template and "
-        "tokenizer as they are in the workdir's config.json.")
-  return renderer, weights.of_stage(shape, workdir, name)
+    return renderer, weights.initial(config, shape, renderer.hash)
+  return renderer, weights.of_stage(
+      shape, workdir, _trained_stage(workdir, stage), renderer.hash)
 
 
 def _trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from posttrain import sharding
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import logprobs as logprobs_lib
@@ -27,14 +26,7 @@ from posttrain.objectives.masked import cross_entropy_sum, masked_sum
 from posttrain.stages import training
 from posttrain.stages.context import StageContext
 from posttrain.train import console as console_lib
-from posttrain.train import (
-  health,
-  memory,
-  metrics,
-  microbatches,
-  preemption,
-  step,
-)
+from posttrain.train import health, metrics, microbatches, preemption, step
 from posttrain.train import state as state_lib
 
 Sums = dict[str, jax.Array]
@@ -57,7 +49,7 @@ def run(context: StageContext, model: Transformer) -> Transformer:
   """
   section = context.section
   batches, held_out = read_data(context)
-  describe(context, model, batches, held_out)
+  describe(context, batches, held_out)
   loss = functools.partial(
       cross_entropy, chunk=context.config.compute.loss_chunk)
   adamw, update = training.make_update(section, loss)
@@ -231,21 +223,14 @@ class Log:
 
 
 def describe(
-    context: StageContext, model: Transformer, batches: batches_lib.Batches,
+    context: StageContext, batches: batches_lib.Batches,
     held_out: batches_lib.EvalBatches | None,
 ) -> None:
-  """Writes the data's report; shows the first example and the memory."""
-  section, console = context.section, context.console
+  """Writes the data's report; shows the first example."""
   report = {"data": batches.report}
   if held_out is not None:
     report["eval_data"] = held_out.report
   context.workdir.write_json(f"{context.name}/data_report.json", report)
-  console.example(
+  context.console.example(
       f"{context.name}: first example", *batches.first_example,
       decode=context.renderer.tokenizer.decode)
-  console.line(memory.estimate(
-      model.config, fsdp=sharding.axis_size("batch"),
-      tensor=sharding.axis_size("vocab"),
-      rows=-(-section.rows // section.num_microbatches),
-      sequence_length=section.sequence_length,
-      loss_chunk=context.config.compute.loss_chunk).line())

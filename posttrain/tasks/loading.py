@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,22 @@ def load_function(name: str) -> Callable[..., Any]:
         f"{name!r} is a {type(function).__name__}, and a function is needed."
         + _suggest(attribute, _public_callables(module)))
   return function
+
+
+def check_call(name: str, *args: Any, **kwargs: Any) -> None:
+  """Raises ValueError where a function does not take these arguments.
+
+  It is not called. What `load_function` raises, this does too.
+  """
+  signature = inspect.signature(load_function(name))
+  try:
+    signature.bind(*args, **kwargs)
+  except TypeError as error:
+    given = ", ".join([*map(repr, args), *(
+        f"{key}={value!r}" for key, value in kwargs.items())])
+    raise ValueError(
+        f"{name} does not take ({given}): {error}. It has the parameters "
+        f"{', '.join(signature.parameters)}.") from error
 
 
 def source_hash(name: str) -> str:

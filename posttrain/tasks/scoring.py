@@ -71,6 +71,25 @@ def _call(name, reward, problem, completion) -> float | None:
   return float(value)
 
 
+def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
+  """Raises ValueError where problems are not told apart by their `id`.
+
+  Groups and random bits go by it: two problems of one id would be one group.
+  """
+  seen = set()
+  for number, problem in enumerate(problems):
+    value = problem.get("id")
+    if isinstance(value, bool) or not (
+        isinstance(value, (int, np.integer)) and -2**31 <= value < 2**31):
+      raise ValueError(
+          f"Problem {number} of the task has id={value!r}, and a whole number "
+          "of at most 31 bits is needed.")
+    if value in seen:
+      raise ValueError(
+          f"Two problems of the task have id={value}. Give each its own.")
+    seen.add(value)
+
+
 def check_gold(
     name: str, verifier: Reward, problems: Sequence[Mapping[str, Any]],
 ) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import rich.text
 
 from posttrain.text import chat
 from posttrain.text import tokenizer as tokenizer_lib
@@ -136,27 +135,6 @@ def make_renderer(
   else:
     source = tokenizer.chat_template
   return ChatRenderer(chat.ChatTemplate(source, tokenizer), tokenizer)
-
-
-def marked(
-    tokenizer: tokenizer_lib.Tokenizer, tokens: Sequence[int] | np.ndarray,
-    loss_mask: Sequence[bool] | np.ndarray,
-) -> rich.text.Text:
-  """An example for people: what is in the loss is green, between ⟦ and ⟧."""
-  tokens = np.asarray(tokens)
-  loss_mask = np.asarray(loss_mask, bool)
-  edges = np.flatnonzero(np.diff(loss_mask)) + 1
-  text = rich.text.Text()
-  for run, in_loss in zip(
-      np.split(tokens, edges), np.split(loss_mask, edges), strict=True):
-    if not run.size:
-      continue
-    shown = tokenizer.decode(run.tolist())
-    if in_loss[0]:
-      text.append(f"⟦{shown}⟧", style="bold green")
-    else:
-      text.append(shown, style="dim")
-  return text
 
 
 def _hash(template: str, tokenizer: tokenizer_lib.Tokenizer) -> str:

@@ -31,7 +31,8 @@ def calls(monkeypatch):
       "posttrain.pipeline": dict(
           train=record("train"), evaluate=record("evaluate")),
       "posttrain.stages.sample": dict(run=record("sample")),
-      "posttrain.report": dict(build=record("report")),
+      "posttrain.report": dict(
+          build=record("report"), figures=lambda workdirs: "figures\n"),
   }
   for name, functions in fakes.items():
     module = types.ModuleType(name)
@@ -231,4 +232,4 @@ def test_report_compares_workdirs(calls, workdir, capsys):
       "report", f"--workdir={workdir}", f"--workdir={workdir}"]) == 0
   path = pathlib.Path(workdir)
   assert calls == [("report", ([path, path], path / "report.html"), {})]
-  assert capsys.readouterr().out.strip() == str(path / "report.html")
+  assert capsys.readouterr().out == f"figures\n{path / 'report.html'}\n"

@@ -1,5 +1,6 @@
 """Every mistake is named with the nearest path; JAX stays out of it."""
 
+import ast
 import copy
 import json
 import pathlib
@@ -166,6 +167,8 @@ def test_a_source_that_is_not_there_cannot_be_set():
     ("cold_start.eval_every=5", "cold_start.eval_data.sources is set"),
     ("cold_start.checkpoint.best_mode=min",
      "cold_start.checkpoint.keep_best > 0"),
+    ("cold_start.eval_data.on_overlong=drop",
+     "cold_start.eval_data.sources is set"),
     ("init.path=x/", "init.kind != 'random'"),
 ])
 def test_a_key_without_effect_is_an_error(assignment, condition):
@@ -232,6 +235,14 @@ def test_a_key_without_effect_in_a_source():
      "measure.max_thinking_tokens: 97 is more than rollout.max_tokens=96."),
     (["measure.num_waits=1,1"], "measure.num_waits: a value is there twice"),
     (["measure.pass_at=1,2"], "measure.pass_at: 2 needs as many samples"),
+    (["measure.samples_per_problem=4", "measure.rollout.temperature=0"],
+     "measure.samples_per_problem: set to 4, but it has no effect unless "
+     "measure.rollout.temperature > 0"),
+    (["measure.majority.max_samples=4", "measure.rollout.temperature=0"],
+     "measure.majority.max_samples: votes are all the same"),
+    (["compute.frozen_dtype=bfloat16"],
+     "compute.frozen_dtype: set to 'bfloat16', but it has no effect unless a "
+     "stage holds a reference"),
 ])
 def test_a_condition_between_keys(assignments, expected):
   assert problem(*assignments).startswith(expected)
@@ -245,6 +256,11 @@ def test_budgets_need_the_end_of_thinking():
       "reason.rollout.num_waits", "measure.max_thinking_tokens",
       "measure.num_waits"]
   assert all("set thinking.end" in line for line in unclosed)
+
+
+def test_a_reference_may_be_frozen_in_another_dtype():
+  assert not problems(
+      "reason.loss.kl_coef=0.1", "compute.frozen_dtype=bfloat16")
 
 
 def test_a_directory_of_weights_is_no_stage():
@@ -360,7 +376,7 @@ def test_a_resolved_config_cannot_grow_keys():
 ])
 def test_a_file_that_cannot_be_read(spec, message, monkeypatch):
   monkeypatch.chdir(ROOT)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(config_lib.ConfigError, match=message):
     config_lib.load(spec)
 
 
@@ -379,7 +395,16 @@ def test_a_file_without_arguments(tmp_path):
 def test_every_config_resolves(path, variant):
   config = config_lib.load(path + variant)
   assert isinstance(config, ml_collections.ConfigDict)
-  assert "posttrain train --config=configs/" in pathlib.Path(path).read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_opens_with_what_it_is(path):
+  """What it reproduces, its command, its cost, its expected result."""
+  text = ast.get_docstring(ast.parse(pathlib.Path(path).read_text()))
+  name = pathlib.Path(path).name
+  for part in ("Reproduces", f"  posttrain train --config=configs/{name}",
+               "\nCost: ", "Expected", "`:debug`"):
+    assert part in text, part
 
 
 def test_loading_a_config_never_imports_jax():

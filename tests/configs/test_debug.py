@@ -1,6 +1,7 @@
 """The `:debug` variant of every shipped config, run as a user runs it."""
 
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -19,11 +20,20 @@ def posttrain(*arguments):
       capture_output=True, text=True).stdout
 
 
+def cpu_seconds() -> float:
+  """Of all children that have ended."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_debug_variant_runs_every_program(path, tmp_path):
   spec = f"{path}:debug"
+  before = cpu_seconds()
   posttrain("train", f"--config={spec}", f"--workdir={tmp_path}")
+  # Under a minute of two cores. Of the clock, other tests take their share.
+  assert cpu_seconds() - before < 2 * 60
   config = config_lib.load(spec)
   rows = metrics.read(tmp_path / "metrics.jsonl")
   for stage in config.stages:

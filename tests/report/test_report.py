@@ -117,6 +117,20 @@ def hover(page, label):
   return [series for chart in charts for series in chart["series"]]
 
 
+def test_the_terminal_has_every_accuracy(tmp_path):
+  path = synthetic.write(tmp_path / "run")
+  lines = report.figures([path]).splitlines()
+  cells = [(name, cell) for name in ("init", "warm_up", "reason")
+           for cell in json.loads(
+               (path / f"measure/eval/{name}.json").read_text())["cells"]]
+  assert len(lines) == len(cells) > 3
+  for line, (name, cell) in zip(lines, cells, strict=True):
+    assert line.startswith(f"measure  {name}, ")
+    assert line.endswith(
+        f": {100 * cell['accuracy']:.1f}% ± "
+        f"{100 * cell['standard_error']:.1f} (n {cell['n']})")
+
+
 def test_curves_hold_every_step(one):
   training, held_out = hover(one, "Loss")
   assert training["x"] == list(range(1, 61))

@@ -248,6 +248,14 @@ def test_more_problems_than_there_are_is_an_error(tmp_path):
       evaluate.Evaluation(run.context("measure"))
 
 
+def test_problems_of_one_id_are_an_error(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, [
+        *MEASURE, "measure.problems.task=tests.stages.toy:nameless"])
+    with pytest.raises(ValueError, match="Two problems of the task have id=0"):
+      evaluate.Evaluation(run.context("measure"))
+
+
 def test_clusters_are_those_of_the_task():
   rows = [dict(id=i, cluster=c) for i, c in enumerate("aab")]
   assert evaluate.clusters(rows).tolist() == ["a", "a", "b"]

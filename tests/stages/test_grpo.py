@@ -199,6 +199,37 @@ def test_forced_tokens_are_counted_and_not_learned(taken):
       rollouts.finish_reason == budget.LENGTH)
 
 
+# As users of RL tools look for them; `kl` where there is a reference.
+NAMES = {
+    "reward", "reward_std", "rewards/reward/mean", "frac_reward_zero_std",
+    "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    "completions/mean_length", "completions/min_length",
+    "completions/max_length", "completions/clipped_ratio",
+    "think/mean_length", "think/forced_end_frac", "think/wait_count",
+    "sampling/logp_difference/mean", "sampling/logp_difference/max",
+    "grad_norm", "learning_rate", "time/rollout", "time/reward", "time/learn",
+    "perf/tokens_per_sec"}
+
+
+def test_metrics_have_the_names_that_users_know(taken):
+  row, batch = taken.rows[0], taken.batch
+  assert set(row) >= NAMES
+  assert row["reward"] == batch.rewards.mean()
+  assert row["reward_std"] == batch.rewards.std()
+  assert row["rewards/reward/mean"] == batch.scores.mean()
+  lengths = batch.rollouts.lengths
+  assert row["completions/min_length"] == lengths.min()
+  assert row["completions/max_length"] == lengths.max()
+  assert row["learning_rate"] == np.float32(1e-2)
+  gaps = np.concatenate([
+      np.abs(taken.logprobs(taken.models[0], n) - batch.rollouts.logprobs[
+          n, batch.rollouts.loss_mask[n]]) for n in learned_rows(taken, 0)])
+  assert row["sampling/logp_difference/mean"] == pytest.approx(
+      gaps.mean(), abs=1e-6)
+  assert row["sampling/logp_difference/max"] == pytest.approx(
+      gaps.max(), abs=5e-5)
+
+
 def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(taken):
   assert taken.rows[0]["ratio/max_deviation"] == 0
   assert taken.rows[0]["ratio"] == 1
@@ -342,6 +373,15 @@ def test_a_gold_answer_that_its_verifier_rejects_stops_the_run(tmp_path):
       ValueError, match=r"refuses gives 0\.0 to problem 3's own gold"):
     pipeline_run.train(tmp_path, [
         "reason.rewards=tests.stages.toy:refuses", "reason.num_groups=24"])
+
+
+def test_problems_of_one_id_are_no_group(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(
+        tmp_path, ["reason.problems.task=tests.stages.toy:nameless"])
+    collector = grpo.make_collector(run.context("reason"))
+    with pytest.raises(ValueError, match="Two problems of the task have id=0"):
+      collector.collect(None, step=0, batch=0)  # No model is asked.
 
 
 def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):

@@ -63,6 +63,20 @@ def test_every_step_has_a_row_and_the_loss_falls(whole):
   ) == ["12", "8"]
 
 
+def test_the_first_example_is_shown_with_what_is_in_the_loss(
+    tmp_path, capsys):
+  with jax.set_mesh(meshes.one()):
+    context = sft_run.make_context(tmp_path)
+    batches, held_out = sft.read_data(context)
+    sft.describe(context, batches, held_out)
+  tokens, mask = batches.first_example
+  decode = context.renderer.tokenizer.decode
+  learnt = decode(tokens[mask])
+  assert learnt.endswith("</s>")
+  assert f"{decode(tokens[~mask])}[in the loss: {learnt}]" in (
+      capsys.readouterr().out)
+
+
 def test_eval_loss_is_that_of_the_examples_one_by_one(whole):
   """No packing, no chunks, no masks as arrays: -log p of each target token."""
   path, model = whole

@@ -24,6 +24,12 @@ def problems(split, *, count=24, thinks=False):
       for i in range(count)]
 
 
+def nameless(split, *, count=24, thinks=False):
+  """A task with a fault: all problems have one id."""
+  return [row | dict(id=0)
+          for row in problems(split, count=count, thinks=thinks)]
+
+
 def demonstrations(split, *, count=24):
   return [row | dict(completion=f"{row['word']} net ping")
           for row in problems(split, count=count)]

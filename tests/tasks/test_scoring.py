@@ -71,3 +71,14 @@ def test_gold_is_what_the_verifier_is_checked_with():
     scoring.check_gold("length", length, PROBLEMS)
   with pytest.raises(ValueError, match="Problem 3 has no column gold"):
     scoring.check_gold("right", right, [dict(id=3, prompt="a")])
+
+
+@pytest.mark.parametrize("ids, message", [
+    ([1, 2, 1], "Two problems of the task have id=1"),
+    ([0, "a"], "Problem 1 of the task has id='a'"),
+    ([None], "id=None"), ([True], "id=True"), ([2**31], "id=2147483648")])
+def test_problems_are_told_apart_by_their_id(ids, message):
+  """A group is what has one id, so two of one would be one group."""
+  with pytest.raises(ValueError, match=message):
+    scoring.check_ids([dict(id=value) for value in ids])
+  scoring.check_ids([dict(id=value) for value in (0, np.int32(1), -2**31)])

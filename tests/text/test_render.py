@@ -70,17 +70,6 @@ def test_the_hash_is_of_template_and_tokenizer(tmp_path):
   assert len(hashes) == 4
 
 
-def test_marked_shows_the_text_and_brackets_the_loss():
-  tokens, mask = render.make_renderer(CHATML).example_tokens(
-      {"prompt": "hello", "completion": "world"})
-  text = render.marked(CHATML, tokens, mask)
-  assert text.plain == (
-      "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-      "⟦world<|im_end|>⟧\n")
-  [span] = [span for span in text.spans if "green" in str(span.style)]
-  assert text.plain[span.start:span.end] == "⟦world<|im_end|>⟧"
-
-
 def test_errors_name_what_is_missing():
   plain = render.make_renderer(WORDS, "plain")
   chatty = render.make_renderer(CHATML)

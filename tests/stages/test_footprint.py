@@ -1,0 +1,35 @@
+"""It is printed before weights are made, and knows how the cache grows."""
+
+import jax
+import pytest
+from ml_collections import config_dict
+
+from posttrain import pipeline
+from posttrain.stages import footprint
+from tests import meshes, pipeline_run
+
+
+@pytest.mark.parametrize("stage, parts", [
+    ("cold_start", "parameters optimizer gradients"),
+    ("reason", "parameters optimizer reference gradients cache"),
+    ("measure", "parameters cache")])
+def test_the_line_comes_before_the_weights(
+    tmp_path, monkeypatch, capsys, stage, parts):
+  def weights_of(self, source):
+    raise MemoryError(source)
+  monkeypatch.setattr(pipeline.Pipeline, "weights_of", weights_of)
+  with jax.set_mesh(meshes.one()), pytest.raises(MemoryError):
+    pipeline.run_stage(pipeline_run.make_pipeline(tmp_path, [
+        *pipeline_run.ALL, "reason.loss.kl_coef=0.1"]), stage, None)
+  [line] = [line for line in capsys.readouterr().out.splitlines()
+            if "memory per device" in line]
+  for part in ("parameters", "optimizer", "reference", "gradients", "cache"):
+    assert (f"{part} " in line) == (part in parts.split()), part
+
+
+@pytest.mark.parametrize("max_tokens, slots", [(3, 8), (20, 32), (32, 32)])
+def test_a_cache_of_a_chunk_doubles_until_it_holds_the_completion(
+    max_tokens, slots):
+  """As tests/sampler/test_sampler.py counts the sampler's own programs."""
+  assert footprint.cache_slots(config_dict.ConfigDict(dict(
+      max_prompt_tokens=100, chunk=8, max_tokens=max_tokens))) == 100 + slots
