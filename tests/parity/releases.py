@@ -74,7 +74,7 @@ def model(name: str, seed: int = 0):
   torch.set_num_threads(1)
   found = getattr(transformers, f"{family}ForCausalLM")(config).eval()
   with torch.no_grad():
-    for name, parameter in found.named_parameters():
+    for parameter in found.parameters():
       # Norms and biases too; matrices wide enough for attention that is not
       # flat and logits that are not all alike.
       scale = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
