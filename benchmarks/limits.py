@@ -45,7 +45,8 @@ def forward_flops(
     logits: tokens whose logits are computed.
   """
   attention = 4 * context * config.heads * config.head_dim
-  layer = 2 * memory.layer_parameters(config) + attention
+  layer = attention + 2 * memory.layer_parameters(
+      config, config.experts_per_token)
   head = 2 * config.embed * config.vocab_size
   return tokens * config.layers * layer + logits * head
 
@@ -81,12 +82,14 @@ def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
   """One token for each row, over a cache of `context` earlier tokens.
 
   Bytes: layers in the compute dtype and the float32 head are read once for
-  all rows, the cache is read once and has one slot written.
+  all rows, the cache is read once and has one slot written. Of experts, as
+  many as the rows can choose at most.
   """
   flops = forward_flops(config, rows, context + 1, logits=rows)
   size = memory.BYTES[config.dtype]
+  experts = min(config.num_experts, rows * config.experts_per_token)
   weights = (
-      config.layers * memory.layer_parameters(config) * size
+      config.layers * memory.layer_parameters(config, experts) * size
       + config.vocab_size * config.embed * FLOAT32)
   cache = memory.cache_bytes(config, rows=rows, slots=context + 1)
   return Work(flops, weights + cache)

@@ -5,7 +5,8 @@ whose output layout is ambiguous is a trace-time error, on any machine, so a
 layout can be checked without the devices it is meant for.
 """
 
-from typing import Any
+import math
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -13,58 +14,97 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("fsdp", "tensor")
+MESH_AXES = ("fsdp", "expert", "tensor")
 
-RULES = {
-    "batch": "fsdp",
-    "embed": "fsdp",  # Parameters at rest; gathered layer by layer.
-    "vocab": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "layers": None,
-    "length": None,
-    "groups": None,  # Query heads of one kv head; completions of one prompt.
-    "head_dim": None,
-    "act_embed": None,
+# Where a name has two mesh axes, the rows of "expert" are rows like others
+# outside of the experts: it splits the batch and the parameters at rest too.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert"),  # At rest; gathered layer by layer.
+    "vocab": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),  # Never gathered: tokens come to them.
+    "expert_embed": ("fsdp",),  # As "embed", of the experts' weights.
+    "expert_batch": ("fsdp",),  # The tokens that one split of experts sees.
+    "router": (),  # Every device knows the whole choice.
+    "layers": (),
+    "length": (),
+    "groups": (),  # Query heads of one kv head; completions of one prompt.
+    "head_dim": (),
+    "act_embed": (),
 }
 
 
 def make_mesh(
-    fsdp: int = -1, tensor: int = 1, devices=None,
+    fsdp: int = -1, tensor: int = 1, devices=None, *, expert: int = 1,
 ) -> jax.sharding.Mesh:
-  """A two-axis Explicit mesh over `devices` (all of them by default).
+  """An Explicit mesh over `devices` (all of them by default).
+
+  It has the axes "fsdp" and "tensor", and "expert" between them if there is
+  more than one of it: what has no experts knows two axes only.
 
   Args:
-    fsdp, tensor: sizes; at most one is -1, "the remaining devices".
+    fsdp, tensor, expert: sizes; at most one is -1, "the remaining devices".
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {"fsdp": fsdp, "tensor": tensor}
+  asked = dict(zip(MESH_AXES, (fsdp, expert, tensor), strict=True))
+  sizes = asked.copy()
   wildcards = [name for name, size in sizes.items() if size == -1]
-  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(wildcards) == 1 and fixed > 0 and len(devices) % fixed == 0:
     sizes[wildcards[0]] = len(devices) // fixed
-  if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != len(devices):
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+    found = [f"mesh.{name}={size}" for name, size in asked.items()
+             if name != "expert" or size != 1]
     raise ValueError(
-        f"mesh.fsdp={fsdp} and mesh.tensor={tensor} do not multiply to the "
+        f"{', '.join(found[:-1])} and {found[-1]} do not multiply to the "
         f"{len(devices)} devices that are here. Set one of them to -1 for "
         '"all remaining devices".')
+  sizes = {name: size for name, size in sizes.items()
+           if name != "expert" or size > 1}
   return jax.make_mesh(
-      (sizes["fsdp"], sizes["tensor"]), MESH_AXES, devices=devices,
-      axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+      tuple(sizes.values()), tuple(sizes), devices=devices,
+      axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+class MeshSizes(TypedDict):
+  """Devices along each axis; 1 where the mesh has no such axis."""
+
+  fsdp: int
+  expert: int
+  tensor: int
+
+
+def mesh_sizes() -> MeshSizes:
+  """Of the current mesh."""
+  size = lambda name: jax.sharding.get_abstract_mesh().shape.get(name, 1)
+  return MeshSizes(
+      fsdp=size("fsdp"), expert=size("expert"), tensor=size("tensor"))
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """The axes of the current mesh that split a logical axis."""
+  here = jax.sharding.get_abstract_mesh().axis_names
+  return tuple(name for name in RULES[axis] if name in here)
 
 
 def spec(*axes: str | None) -> P:
   """`spec("batch", "length", None)` -> `P("fsdp", None, None)`."""
-  return P(*(None if axis is None else RULES[axis] for axis in axes))
+  def entry(axis):
+    names = () if axis is None else mesh_axes(axis)
+    return names if len(names) > 1 else names[0] if names else None
+
+  return P(*map(entry, axes))
 
 
 def axis_size(axis: str) -> int:
   """In how many parts the current mesh splits a logical axis."""
-  name = RULES[axis]
-  return 1 if name is None else jax.sharding.get_abstract_mesh().shape[name]
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes[name] for name in mesh_axes(axis))
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -73,9 +113,13 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_fsdp(w: jax.Array) -> jax.Array:
-  """All-gathers a parameter over "fsdp"; its tensor split stays."""
+  """All-gathers a parameter where it rests split as "embed" is.
+
+  Its tensor split stays, and that of the experts over "expert".
+  """
   at_rest = jax.typeof(w).sharding.spec
-  gathered = P(*(None if axis == "fsdp" else axis for axis in at_rest))
+  resting = (*spec("embed"), *spec("expert_embed"))
+  gathered = P(*(None if axis in resting else axis for axis in at_rest))
   return jax.sharding.reshard(w, gathered)
 
 

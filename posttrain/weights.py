@@ -20,8 +20,8 @@ from ml_collections import config_dict
 
 from posttrain import workdir as workdir_lib
 from posttrain.interop import gguf, gguf_tokenizer, smollm2
-from posttrain.model import transformer
-from posttrain.model.config import ModelConfig
+from posttrain.model import moe, transformer
+from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 from posttrain.model.presets import PRESETS
 from posttrain.model.transformer import Transformer
 from posttrain.tasks import loading
@@ -51,10 +51,10 @@ def model_config(
   if unknown:
     raise ValueError(
         f"model_overrides.{min(unknown)} is no field of ModelConfig.")
-  compute = config.compute
-  shape = dataclasses.replace(
-      shape, **overrides, dtype=compute.dtype, remat=compute.remat,
-      unroll=compute.unroll)
+  compute = {name: config.compute[name] for name in COMPUTE_FIELDS}
+  shape = dataclasses.replace(shape, **overrides, **compute)
+  if shape.num_experts:
+    shape = dataclasses.replace(shape, moe=moe.form_of(shape.moe))
   if shape.vocab_size == 0:
     return dataclasses.replace(shape, vocab_size=vocab_size)
   if shape.vocab_size < vocab_size:

@@ -1,4 +1,4 @@
-"""The two meshes that tests compare: one device, and four by two."""
+"""The meshes that tests compare: one device, four by two, two by two by two."""
 
 import jax
 import pytest
@@ -6,12 +6,13 @@ import pytest
 from posttrain import sharding
 
 
-def mesh(fsdp: int, tensor: int) -> jax.sharding.Mesh:
-  """A mesh over the first `fsdp * tensor` devices; skips where they lack."""
-  needed, here = fsdp * tensor, jax.devices()
+def mesh(fsdp: int, tensor: int, expert: int = 1) -> jax.sharding.Mesh:
+  """A mesh over the first so many devices; skips where they lack."""
+  needed, here = fsdp * tensor * expert, jax.devices()
   if len(here) < needed:
     pytest.skip(f"needs {needed} devices, and {len(here)} are here")
-  return sharding.make_mesh(fsdp, tensor, devices=here[:needed])
+  return sharding.make_mesh(
+      fsdp, tensor, devices=here[:needed], expert=expert)
 
 
 def one() -> jax.sharding.Mesh:
@@ -20,3 +21,7 @@ def one() -> jax.sharding.Mesh:
 
 def eight() -> jax.sharding.Mesh:
   return mesh(4, 2)
+
+
+def with_experts() -> jax.sharding.Mesh:
+  return mesh(2, 2, 2)

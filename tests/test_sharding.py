@@ -60,7 +60,7 @@ def test_the_gradient_has_the_layout_of_the_parameters():
   config = dataclasses.replace(
       PRESETS["qwen3-32b"], dtype="bfloat16", remat="full")
   mesh = jax.sharding.AbstractMesh(
-      (32, 8), sharding.MESH_AXES,
+      (32, 8), ("fsdp", "tensor"),
       axis_types=(jax.sharding.AxisType.Explicit,) * 2)
   with jax.sharding.use_abstract_mesh(mesh):
     model = transformer.abstract(config)

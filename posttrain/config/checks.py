@@ -71,13 +71,17 @@ def _inert(
       yield from _inert(node.item, item, filled, f"{path}.{index}",
                         f"{path}.{index}.")
   elif isinstance(node, keys.Key) and node.needs is not None:
-    found: Any = root
-    for name in node.needs.path.split("."):
-      found = found[name]
+    found = _at(root, node.needs.path)
     if not _OPERATORS[node.needs.operator](found, node.needs.value):
       yield path, (
           f"{path}: set to {values!r}, but it has no effect unless "
           f"{prefix}{node.needs}; found {found!r}.")
+
+
+def _at(values: Any, path: str) -> Any:
+  for name in path.split("."):
+    values = values[name]
+  return values
 
 
 # Checks of the whole config.
@@ -106,7 +110,7 @@ def check_model(config: Mapping) -> Iterator[str]:
            f"{keys.nearest(name, presets.PRESETS)!r}, of "
            f"{', '.join(presets.PRESETS)}.")
     return
-  compute = ("dtype", "remat", "unroll")
+  compute = model_config.COMPUTE_FIELDS
   types = {field.name: field.type
            for field in dataclasses.fields(model_config.ModelConfig)
            if field.name not in compute}
@@ -155,8 +159,10 @@ def check_init(config: Mapping) -> Iterator[str]:
 
 def check_mesh(config: Mapping) -> Iterator[str]:
   sizes = config["mesh"].values()
-  if list(sizes).count(-1) > 1:
-    yield "mesh.fsdp: -1 beside mesh.tensor=-1; set one of them to a number."
+  rest = [f"mesh.{name}" for name, size in config["mesh"].items()
+          if size == -1]
+  if len(rest) > 1:
+    yield f"{rest[0]}: -1 beside {rest[1]}=-1; set one of them to a number."
   if 0 in sizes:
     yield "mesh.fsdp: found a size of 0; -1 means all devices that remain."
 
@@ -172,6 +178,13 @@ def check_frozen(config: Mapping) -> Iterator[str]:
            "unless a stage holds a reference (loss.kl_coef > 0).")
 
 
+def check_expert_axis(config: Mapping) -> Iterator[str]:
+  size = _at(config, "mesh.expert")
+  if size != 1 and _is_dense(config):
+    yield (f"mesh.expert: set to {size}, and the model has no experts; "
+           "mesh.fsdp splits the same things.")
+
+
 # Checks of one stage. Problems begin with a path inside the stage.
 
 
@@ -182,6 +195,12 @@ def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
   if stage["final_learning_rate"] > stage["learning_rate"]:
     yield (f"final_learning_rate: {stage['final_learning_rate']} is above "
            f"learning_rate={stage['learning_rate']}.")
+
+
+def check_router(config, name: str, stage: Mapping) -> Iterator[str]:
+  if stage["router_aux_coef"] and _is_dense(config):
+    yield (f"router_aux_coef: set to {stage['router_aux_coef']}, but it has "
+           "no effect: the model has no experts.")
 
 
 def check_checkpoint(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -287,13 +306,23 @@ CHECKS = {  # And the names of what they read.
     check_init: ("init", "tokenizer"),
     check_mesh: ("mesh",),
     check_frozen: ("compute",),
+    check_expert_axis: ("mesh", "model", "model_overrides"),
 }
 STAGE_CHECKS = {
-    "sft": (check_optimizer, check_checkpoint, check_sft_rows, check_sources),
-    "grpo": (check_optimizer, check_checkpoint, check_groups, check_rewards,
-             check_rollout_budgets, check_reference),
+    "sft": (check_optimizer, check_router, check_checkpoint, check_sft_rows,
+            check_sources),
+    "grpo": (check_optimizer, check_router, check_checkpoint, check_groups,
+             check_rewards, check_rollout_budgets, check_reference),
     "evaluate": (check_cells, check_samples, check_checkpoints),
 }
+
+
+def _is_dense(config: Mapping) -> bool:
+  """The model is known, as far as its own checks allow, and has no experts."""
+  preset = presets.PRESETS.get(str(config["model"]))
+  changes = config["model_overrides"]
+  return preset is not None and isinstance(changes, dict) and not changes.get(
+      "num_experts", preset.num_experts)
 
 
 def _divides(stage: Mapping, part: str, whole: str) -> Iterator[str]:

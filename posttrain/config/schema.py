@@ -36,6 +36,10 @@ def _optimizer(schedule: str) -> dict[str, Key]:
       max_grad_norm=Key(
           float, 1.0, "Global norm to which gradients are clipped.",
           "(0, inf)"),
+      router_aux_coef=Key(
+          float, 0.0, "Weight of the loss that spreads tokens over experts, "
+          "with counts of the whole batch. For a model with experts.",
+          "[0, inf)"),
   )
 
 
@@ -179,6 +183,9 @@ TOP = Section(
                  "[-1, inf)"),
         tensor=Key(int, 1, "Splits heads, feed-forward and vocabulary.",
                    "[-1, inf)"),
+        expert=Key(int, 1, "Splits the experts of a mixture; of the rest it "
+                   "splits the batch and the parameters at rest, as fsdp.",
+                   "[-1, inf)"),
         cpu_devices=Key(
             int, 1, "Without an accelerator: devices that the cores are "
             "shared between. Two on two cores train a small model faster "
@@ -195,6 +202,10 @@ TOP = Section(
             choices=("none", "full", "dots")),
         unroll=Key(int, 1, "Layers per iteration of the layer scan.",
                    "[1, inf)"),
+        moe=Key(str, "auto", "How a mixture's experts are computed: all of "
+                "them on every token, each on its own tokens, or as is faster: "
+                "grouped on a TPU, dense elsewhere. For a model with experts.",
+                choices=("auto", "dense", "grouped")),
         frozen_dtype=Key(
             str, "float32", "Of parameters that are not trained, such as a "
             "reference's.", choices=("float32", "bfloat16")),

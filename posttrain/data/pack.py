@@ -105,10 +105,11 @@ def first_fit(
 def assemble(
     examples: Sequence[Mapping[str, np.ndarray]], placement: Placement, *,
     rows: int, length: int) -> dict[str, np.ndarray]:
-  """Copies placed examples into [R, T] arrays; see `pack_rows`."""
-  columns = {name: column.dtype for name, column in examples[0].items()}
+  """Copies placed examples into [R, T, ...] arrays; see `pack_rows`."""
+  columns = examples[0]
   arrays = {
-      name: np.zeros((rows, length), dtype) for name, dtype in columns.items()}
+      name: np.zeros((rows, length, *column.shape[1:]), column.dtype)
+      for name, column in columns.items()}
   arrays |= {name: np.zeros((rows, length), np.int32) for name in RESERVED}
   for example, row, start, segment in zip(
       examples, placement.row, placement.start, placement.segment,
@@ -129,13 +130,13 @@ def pack_rows(
   """Packs examples with any per-token columns.
 
   Args:
-    examples: N mappings, with the same columns, of 1-D arrays; those of one
-      example are equally long. `tokens`, `loss_mask`, `advantages`, ...
+    examples: N mappings, with the same columns, of arrays [tokens, ...];
+      those of one example are equally long. `tokens`, `loss_mask`, ...
     length: T.
     rows: R; None: as many as are needed.
 
   Returns:
-    [R, T] arrays of the examples' columns (0 is padding), `positions` and
+    [R, T, ...] arrays of the examples' columns (0 is padding), `positions` and
     `segment_ids` (int32); and where each example went, to take per-token
     results out again: `result[p.row[n], p.start[n]:p.start[n] + size]`.
 

@@ -20,10 +20,7 @@ from jax.sharding import NamedSharding
 
 from posttrain.interop import gguf_models
 from posttrain.model import transformer
-from posttrain.model.config import ModelConfig
-
-# Fields of a ModelConfig that are the user's, and no file's.
-COMPUTE_FIELDS = ("dtype", "remat", "unroll")
+from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

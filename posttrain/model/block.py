@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention
+from posttrain.model import attention, moe
 from posttrain.model.attention import rotate
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import gather_fsdp, spec
@@ -68,7 +68,7 @@ class Block(nnx.Module):
   def __init__(self, config: ModelConfig, key: jax.Array):
     c = config
     self.config = config
-    keys = iter(jax.random.split(key, 7))
+    keys = iter(jax.random.split(key, 8 if c.num_experts else 7))
     layers, width = (c.layers,), c.embed**-0.5
     # Residual branches start small, so that depth does not grow the stream.
     residual = (2 * c.layers) ** -0.5
@@ -102,12 +102,20 @@ class Block(nnx.Module):
     if c.qk_norm == "full":
       self.q_norm = norm(heads, *head_axes)
       self.k_norm = norm(kv, *kv_axes)
-    self.gate = normal(next(keys), (*layers, c.embed, c.mlp), width,
-                       "layers", "embed", "mlp")
-    self.up = normal(next(keys), (*layers, c.embed, c.mlp), width,
-                     "layers", "embed", "mlp")
-    self.down = normal(next(keys), (*layers, c.mlp, c.embed),
-                       residual * c.mlp**-0.5, "layers", "mlp", "embed")
+    lead: tuple[int, ...] = layers
+    lead_axes: tuple[str, ...] = ("layers",)
+    embed = "expert_embed" if c.num_experts else "embed"
+    if c.num_experts:
+      lead, lead_axes = (*layers, c.num_experts), ("layers", "experts")
+    self.gate = normal(next(keys), (*lead, c.embed, c.mlp), width,
+                       *lead_axes, embed, "mlp")
+    self.up = normal(next(keys), (*lead, c.embed, c.mlp), width,
+                     *lead_axes, embed, "mlp")
+    self.down = normal(next(keys), (*lead, c.mlp, c.embed),
+                       residual * c.mlp**-0.5, *lead_axes, "mlp", embed)
+    if c.num_experts:
+      self.router = normal(next(keys), (*layers, c.embed, c.num_experts),
+                           width, "layers", "embed", "router")
 
   def weight(self, param: nnx.Param) -> jax.Array:
     """In the compute dtype, gathered over "fsdp": cast first, move less."""
@@ -134,21 +142,29 @@ class Block(nnx.Module):
     q, k = self.norm("q_norm", q), self.norm("k_norm", k)
     return rotate(q, rope), rotate(k, rope), v
 
-  def feed_forward(self, x: jax.Array) -> jax.Array:
+  def feed_forward(
+      self, x: jax.Array) -> tuple[jax.Array, moe.Routing | None]:
+    """[B, T, D] -> [B, T, D], and where experts were chosen, if any."""
+    c = self.config
+    if c.num_experts:
+      return moe.feed_forward(
+          x, *map(self.weight, (self.router, self.gate, self.up, self.down)),
+          chosen=c.experts_per_token, normalize=c.normalize_router,
+          form=c.moe, activation=ACTIVATIONS[c.activation])
     gate = jnp.einsum("btd,df->btf", x, self.weight(self.gate))
     up = jnp.einsum("btd,df->btf", x, self.weight(self.up))
-    activated = ACTIVATIONS[self.config.activation](gate) * up
+    activated = ACTIVATIONS[c.activation](gate) * up
     return jnp.einsum(
         "btf,fd->btd", activated, self.weight(self.down),
-        out_sharding=spec(*ACTIVATION))
+        out_sharding=spec(*ACTIVATION)), None
 
   def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
-    """[B, T, D] -> [B, T, D], and what `attend_fn` keeps."""
+    """[B, T, D] -> [B, T, D], what `attend_fn` keeps, and the routing."""
     q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
     attended, kept = attend_fn(q, k, v, view.mask)
     attended = jnp.einsum(
         "btkgh,kghd->btd", attended, self.weight(self.o),
         out_sharding=spec(*ACTIVATION))
     x = x + self.norm("attn_post_norm", attended)
-    fed = self.feed_forward(self.norm("mlp_norm", x))
-    return x + self.norm("mlp_post_norm", fed), kept
+    fed, routing = self.feed_forward(self.norm("mlp_norm", x))
+    return x + self.norm("mlp_post_norm", fed), kept, routing

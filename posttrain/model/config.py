@@ -13,6 +13,9 @@ NORM_PLACEMENTS = ("pre", "post", "both")
 ACTIVATIONS = ("silu", "gelu")
 QK_NORMS = ("", "head", "full")
 ROPE_SCALINGS = ("llama3", "linear")
+MOE_FORMS = ("auto", "dense", "grouped")
+# Fields that say how, not what: `compute` of a config sets them.
+COMPUTE_FIELDS = ("dtype", "remat", "unroll", "moe")
 
 # Vocabularies are padded to a multiple of this, so that every mesh of a
 # power of two up to 128 divides the table and checkpoints move between them.
@@ -56,7 +59,8 @@ class ModelConfig:
 
   Attributes:
     vocab_size: ids that exist; 0 means "as many as the tokenizer has".
-    embed, mlp, layers: widths and depth (D, F, L).
+    embed, mlp, layers: widths and depth (D, F, L). With experts, `mlp` is the
+      width of one.
     heads, kv_heads, head_dim: query heads (K * G), kv heads (K), width (H).
     layer_pattern: kinds of layers, repeated over the depth: "global" sees all
       that came before, "local" the last `sliding_window` tokens, "nope" all
@@ -78,12 +82,18 @@ class ModelConfig:
     qk_norm: RMSNorm of queries and keys: "head", over each head (Qwen3);
       "full", over all heads together (OLMo 2).
     qkv_bias: biases on the q, k and v projections (Qwen2).
+    num_experts: of every layer's feed-forward (E); 0: it is one dense MLP.
+    experts_per_token: those with the largest router probabilities (k).
+    normalize_router: the probabilities of the chosen experts are divided by
+      their sum (`norm_topk_prob` of Qwen3-MoE's releases).
     dtype: of activations and matrix products; parameters at rest are chosen
       by whoever owns them (float32 when trained), logits are always float32.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
       products) or "full" (everything inside a layer).
     unroll: layers per iteration of the scan; `layers` unrolls it whole, which
       compiles longer and runs faster on a CPU.
+    moe: how experts are computed: "dense", all on all tokens; "grouped", each
+      on its own tokens; "auto", grouped on a TPU and dense elsewhere.
   """
 
   vocab_size: int
@@ -109,9 +119,13 @@ class ModelConfig:
   tied_embeddings: bool = True
   qk_norm: str = ""
   qkv_bias: bool = False
+  num_experts: int = 0
+  experts_per_token: int = 0
+  normalize_router: bool = False
   dtype: str = "float32"
   remat: str = "none"
   unroll: int = 1
+  moe: str = "auto"
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -124,6 +138,7 @@ class ModelConfig:
     for name, value, known in (
         ("compute.remat", self.remat, REMAT_POLICIES),
         ("compute.dtype", self.dtype, DTYPES),
+        ("compute.moe", self.moe, MOE_FORMS),
         ("model.norm_placement", self.norm_placement, NORM_PLACEMENTS),
         ("model.activation", self.activation, ACTIVATIONS),
         ("model.qk_norm", self.qk_norm, QK_NORMS),
@@ -138,10 +153,24 @@ class ModelConfig:
           f"model.sliding_window={self.sliding_window} and "
           f"model.layer_pattern={self.layer_pattern} do not agree: a window "
           "above 0 belongs to local layers, and they to it.")
+    self._check_experts()
     if not 1 <= self.unroll <= self.layers:
       raise ValueError(
           f"compute.unroll={self.unroll} is not within 1 and the "
           f"{self.layers} layers of the model.")
+
+  def _check_experts(self) -> None:
+    chosen, experts = self.experts_per_token, self.num_experts
+    if not 0 <= chosen <= experts or bool(chosen) != bool(experts):
+      raise ValueError(
+          f"model.experts_per_token={chosen} is not within 1 and "
+          f"model.num_experts={experts}; a dense model has 0 of both.")
+    if not experts and self.normalize_router:
+      raise ValueError(
+          "model.normalize_router has no effect: model.num_experts is 0.")
+    if not experts and self.moe != "auto":
+      raise ValueError(
+          f"compute.moe={self.moe!r} has no effect: model.num_experts is 0.")
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
@@ -165,6 +194,15 @@ class ModelConfig:
   @property
   def num_parameters(self) -> int:
     """Parameters without the padding of the vocabulary."""
+    return self._parameters(self.num_experts)
+
+  @property
+  def num_active_parameters(self) -> int:
+    """Those of them that one token passes through."""
+    return self._parameters(self.experts_per_token)
+
+  def _parameters(self, experts: int) -> int:
+    """With so many experts in each layer, if it has any."""
     attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
     attention += {
         "": 0, "head": 2 * self.head_dim,
@@ -172,6 +210,8 @@ class ModelConfig:
     attention += self.qkv_bias * self.head_dim * (
         self.heads + 2 * self.kv_heads)
     norms = 4 if self.norm_placement == "both" else 2
-    block = attention + 3 * self.embed * self.mlp + norms * self.embed
+    router = self.embed * self.num_experts
+    mlp = 3 * self.embed * self.mlp * (experts or 1)
+    block = attention + router + mlp + norms * self.embed
     tables = self.vocab_size * self.embed * (1 if self.tied_embeddings else 2)
     return self.layers * block + tables + self.embed

@@ -30,10 +30,17 @@ def _qwen2(vocab_size=151_936, **fields) -> ModelConfig:
       **fields)
 
 
-def _qwen3(**fields) -> ModelConfig:
+def _qwen3(kv_heads=8, **fields) -> ModelConfig:
   return ModelConfig(
       vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm="head",
-      head_dim=128, kv_heads=8, **fields)
+      head_dim=128, kv_heads=kv_heads, **fields)
+
+
+def _qwen3_moe(**fields) -> ModelConfig:
+  """Every layer has experts; `mlp` is `moe_intermediate_size`."""
+  return _qwen3(
+      kv_heads=4, num_experts=128, experts_per_token=8, normalize_router=True,
+      tied_embeddings=False, **fields)
 
 
 GEMMA: dict[str, Any] = dict(
@@ -119,6 +126,8 @@ PRESETS = {
         embed=5120, mlp=17_408, layers=40, heads=40, tied_embeddings=False),
     "qwen3-32b": _qwen3(
         embed=5120, mlp=25_600, layers=64, heads=64, tied_embeddings=False),
+    "qwen3-30b-a3b": _qwen3_moe(embed=2048, mlp=768, layers=48, heads=32),
+    "qwen3-235b-a22b": _qwen3_moe(embed=4096, mlp=1536, layers=94, heads=64),
     "gemma2-2b": _gemma2(
         256, embed=2304, mlp=9216, layers=26, heads=8, kv_heads=4),
     "gemma2-9b": _gemma2(

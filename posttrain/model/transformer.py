@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention
+from posttrain.model import attention, moe
 from posttrain.model import cache as kv
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
@@ -38,9 +38,15 @@ REMAT = {
 
 def check_mesh(config: ModelConfig) -> None:
   """Raises ValueError where the current mesh does not divide the model."""
+  experts = axis_size("experts")
+  if experts > 1 and not config.num_experts:
+    raise ValueError(
+        f"mesh.expert={experts} splits experts, and the model has none. Use "
+        "mesh.expert=1; mesh.fsdp splits the same things.")
+  rows = "mesh.fsdp" if experts == 1 else "mesh.fsdp * mesh.expert"
   for name, axis, key in (
       ("kv_heads", "kv_heads", "mesh.tensor"), ("mlp", "mlp", "mesh.tensor"),
-      ("embed", "embed", "mesh.fsdp"),
+      ("embed", "embed", rows), ("num_experts", "experts", "mesh.expert"),
       ("padded_vocab_size", "vocab", "mesh.tensor")):
     size, parts = getattr(config, name), axis_size(axis)
     if size % parts:
@@ -117,15 +123,22 @@ class Transformer(nnx.Module):
       tokens, positions, segment_ids: [B, T] int32, sharded over "batch";
         attention is causal and stays within equal segment ids; 0 is padding.
     """
-    return self._scan(
+    return self.routed(tokens, positions, segment_ids)[0]
+
+  def routed(
+      self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+  ) -> tuple[jax.Array, moe.Traffic | None]:
+    """As `__call__`, and what the routers did; None without experts."""
+    hidden, _, traffic = self._scan(
         tokens, positions, segment_ids,
-        lambda q, k, v, mask: (self.attend(q, k, v, mask), None))[0]
+        lambda q, k, v, mask: (self.attend(q, k, v, mask), None))
+    return hidden, traffic
 
   def prefill(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
   ) -> tuple[jax.Array, kv.KVCache]:
     """As `__call__`, and the cache that holds these tokens."""
-    hidden, (k, v) = self._scan(
+    hidden, (k, v), _ = self._scan(
         tokens, positions, segment_ids,
         lambda q, k, v, mask: (self.attend(q, k, v, mask), (k, v)))
     return hidden, kv.from_prefill(k, v, positions, segment_ids)
@@ -133,7 +146,7 @@ class Transformer(nnx.Module):
   def decode(
       self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
       blocks: list[Block],
-  ) -> tuple[jax.Array, kv.KVCache]:
+  ) -> tuple[jax.Array, kv.KVCache, jax.Array | None]:
     """One token per row, over the cache.
 
     Args:
@@ -142,7 +155,8 @@ class Transformer(nnx.Module):
       blocks: `unstacked()`, made once outside of the decode loop.
 
     Returns:
-      Hidden states [B, D], and the cache with one more slot in use.
+      Hidden states [B, D], the cache with one more slot in use, and the
+      experts that were chosen [B, L, k] int32; None without experts.
     """
     positions = positions[:, None]
     occupied = kv.write_slot(cache.positions, positions, cache.index)
@@ -151,7 +165,7 @@ class Transformer(nnx.Module):
     views = {kind: self.view(kind, positions, occupied, mask)
              for kind in set(kinds)}
     x = self.embed(tokens[:, None])
-    keys, values = [], []
+    keys, values, choices = [], [], []
     for kind, block, k_cache, v_cache in zip(
         kinds, blocks, cache.k, cache.v, strict=True):
       def over_cache(q, k, v, mask, k_cache=k_cache, v_cache=v_cache):
@@ -159,12 +173,14 @@ class Transformer(nnx.Module):
         v_cache = kv.write_slot(v_cache, v, cache.index)
         return self.attend(q, k_cache, v_cache, mask), (k_cache, v_cache)
 
-      x, (k, v) = block(x, views[kind], over_cache)
+      x, (k, v), routing = block(x, views[kind], over_cache)
       keys.append(k)
       values.append(v)
+      if routing is not None:
+        choices.append(routing.choice[:, 0])
     return self.normed(x)[:, 0], kv.KVCache(
         k=tuple(keys), v=tuple(values), positions=occupied,
-        index=cache.index + 1)
+        index=cache.index + 1), jnp.stack(choices, 1) if choices else None
 
   def unstacked(self) -> list[Block]:
     """The layers one by one, cast and gathered over "fsdp": for decode."""
@@ -214,14 +230,15 @@ class Transformer(nnx.Module):
       view = views[0] if len(kinds) == 1 else jax.tree.map(
           lambda each: jax.lax.dynamic_index_in_dim(
               each, number, keepdims=False), stacked)
-      return block(x, view, attend_fn)
+      x, kept, routing = block(x, view, attend_fn)
+      return x, (kept, routing and moe.tally(routing, segment_ids > 0))
 
     if config.remat != "none":
       layer = jax.checkpoint(layer, policy=REMAT[config.remat])
-    x, kept = jax.lax.scan(
+    x, (kept, traffic) = jax.lax.scan(
         layer, self.embed(tokens), (self.blocks, numbers),
         unroll=config.unroll)
-    return self.normed(x), kept
+    return self.normed(x), kept, traffic
 
 
 def init(config: ModelConfig, seed: int) -> Transformer:

@@ -87,7 +87,8 @@ def decode(
 
   Returns:
     The carry, and the record of each step, all [B, N]: "token",
-    "provenance" (0: nothing emitted), "logprob", "dropped", "raw".
+    "provenance" (0: nothing emitted), "logprob", "dropped", "raw"; and of a
+    model that has them "experts" [B, N, L, k], see `Rollouts.experts`.
   """
   rows = prompt_lengths.shape[0]
   blocks = model.unstacked()  # Outside of the loop: sliced and cast once.
@@ -97,6 +98,10 @@ def decode(
       "token": empty(jnp.int32), "provenance": empty(jnp.int32),
       "logprob": empty(jnp.float32), "dropped": empty(jnp.int32),
       "raw": empty(jnp.int32, -1)}
+  if model.config.num_experts:
+    record["experts"] = jnp.zeros(
+        (rows, steps, model.config.layers, model.config.experts_per_token),
+        _experts_dtype(model), out_sharding=spec("batch", None, None, None))
 
   def running(loop):
     step, carry, _ = loop
@@ -106,10 +111,12 @@ def decode(
     step, carry, record = loop
     state, new = _choose(
         model, carry, script[:, step], keys, tables, budgets, params)
+    carry, experts = _feed(model, blocks, carry, state, prompt_lengths)
+    if experts is not None:
+      new["experts"] = experts
     record = {
         name: kv.write_slot(record[name], new[name][:, None], step)
         for name in record}
-    carry = _feed(model, blocks, carry, state, prompt_lengths)
     return step + 1, carry, record
 
   _, carry, record = jax.lax.while_loop(
@@ -143,11 +150,23 @@ def _choose(
 def _feed(
     model: Transformer, blocks: list[Block], carry: Carry,
     state: budget.BudgetState, prompt_lengths: jax.Array,
-) -> Carry:
-  """Runs the model on each row's last token, at its own position."""
+) -> tuple[Carry, jax.Array | None]:
+  """Runs the model on each row's last token, at its own position.
+
+  Returns:
+    The carry, and the experts [B, L, k] that the token went to, from 1; 0 in
+    rows that feed nothing. None without experts.
+  """
   position = jnp.where(
       state.done, -1, prompt_lengths + state.num_tokens - 1)
   # Slots at or after it hold tokens that were taken back.
   cache = kv.retract(carry.cache, position)
-  hidden, cache = model.decode(state.last, position, cache, blocks)
-  return Carry(cache=cache, hidden=hidden, state=state)
+  hidden, cache, experts = model.decode(state.last, position, cache, blocks)
+  if experts is not None:
+    experts = jnp.where(state.done[:, None, None], 0, experts + 1)
+  return Carry(cache=cache, hidden=hidden, state=state), experts
+
+
+def _experts_dtype(model: Transformer) -> Any:
+  """Of numbers from 1 to E."""
+  return jnp.uint8 if model.config.num_experts < 256 else jnp.uint16

@@ -34,6 +34,9 @@ class Rollouts:
     raw: [B, steps] int32, every choice that the loop made, those dropped
       later among them, -1 where there was none: what `Sampler.generate`
       takes as `script` for a replay on the same schedule.
+    experts: [B, T, L, k] uint8 or uint16, of a model that has them: the
+      experts that each layer sent a token to when it was fed, numbered from
+      1; 0 where it was not fed, as the last token of a row.
   """
 
   prompts: list[list[int]]
@@ -49,6 +52,7 @@ class Rollouts:
   prompt_id: np.ndarray
   sample_id: np.ndarray
   raw: np.ndarray
+  experts: np.ndarray | None = None
 
   @property
   def loss_mask(self) -> np.ndarray:
@@ -76,11 +80,16 @@ class Recorder:
     self.tokens: list[list[int]] = [[] for _ in range(self.rows)]
     self.logprobs: list[list[float]] = [[] for _ in range(self.rows)]
     self.provenance: list[list[int]] = [[] for _ in range(self.rows)]
+    self.steps: list[list[int]] = [[] for _ in range(self.rows)]
     self.raw: list[np.ndarray] = []
+    self.experts: list[np.ndarray] = []
 
   def add(self, record: dict[str, np.ndarray]) -> None:
     """Takes one chunk of [B, steps] arrays."""
+    before = sum(raw.shape[1] for raw in self.raw)
     self.raw.append(record["raw"][:self.rows])
+    if "experts" in record:
+      self.experts.append(record["experts"][:self.rows])
     for row in range(self.rows):
       dropped = record["dropped"][row]
       emitted = record["provenance"][row] != budget.NONE
@@ -89,6 +98,7 @@ class Recorder:
       for step in (*np.flatnonzero(dropped), dropped.size):
         keep = np.flatnonzero(emitted[start:step]) + start
         self._extend(record, row, keep)
+        self.steps[row].extend((keep + before).tolist())
         if step < dropped.size:
           self._retract(row, int(dropped[step]))
         start = step
@@ -98,7 +108,7 @@ class Recorder:
     self._retract(row, len(self.tokens[row]) - length)
 
   def padded(self) -> dict[str, np.ndarray]:
-    """`tokens`, `logprobs`, `provenance` [B, T], `lengths` [B], `raw`."""
+    """The fields of `Rollouts` that are recorded step by step."""
     lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
     width = int(lengths.max(initial=0))
     def pad(rows, dtype):
@@ -107,7 +117,14 @@ class Recorder:
         out[row, :len(values)] = values
       return out
 
-    return {
+    experts = {}
+    if self.experts:
+      fed = np.concatenate(self.experts, axis=1)
+      out = np.zeros((self.rows, width, *fed.shape[2:]), fed.dtype)
+      for row, steps in enumerate(self.steps):
+        out[row, :len(steps)] = fed[row, steps]
+      experts["experts"] = out
+    return experts | {
         "tokens": pad(self.tokens, np.int32),
         "logprobs": pad(self.logprobs, np.float32),
         "provenance": pad(self.provenance, np.int8), "lengths": lengths,
@@ -120,5 +137,6 @@ class Recorder:
 
   def _retract(self, row: int, count: int) -> None:
     if count:
-      for values in (self.tokens, self.logprobs, self.provenance):
+      for values in (
+          self.tokens, self.logprobs, self.provenance, self.steps):
         del values[row][-count:]

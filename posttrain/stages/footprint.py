@@ -32,8 +32,7 @@ def of_stage(context: StageContext, model: ModelConfig) -> memory.Estimate:
   if "cache_rows" in sizes:
     sizes["cache_slots"] = cache_slots(section.rollout)
   return memory.estimate(
-      model, fsdp=sharding.axis_size("batch"),
-      tensor=sharding.axis_size("vocab"), loss_chunk=compute.loss_chunk,
+      model, **sharding.mesh_sizes(), loss_chunk=compute.loss_chunk,
       **sizes)
 
 

@@ -59,7 +59,7 @@ def run(
   first = jax.process_index() == 0
   stream = stream or sys.stdout
   with jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor)):
+      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
     renderer, model = _load(config, workdir, stage)
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)

@@ -114,12 +114,14 @@ def cross_entropy(
   Returns:
     Numerator and denominator (target tokens), and sums over these tokens.
   """
-  hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+  hidden, traffic = model.routed(
+      batch["tokens"], batch["positions"], batch["segment_ids"])
   logprobs, entropy = logprobs_lib.token_logprobs(
       model, hidden, batch["tokens"], chunk=chunk)
   assert entropy is not None  # As asked for.
   return *cross_entropy_sum(logprobs, batch["loss_mask"]), {
-      "entropy": masked_sum(entropy, batch["loss_mask"])}
+      "entropy": masked_sum(entropy, batch["loss_mask"]),
+      **(traffic.sums() if traffic else {})}
 
 
 def held_out_sums(
@@ -219,7 +221,9 @@ class Log:
         "entropy": values["entropy"] / values["denominator"],
         "num_tokens": self.num_tokens,
         "target_frac": values["denominator"] / tokens,
-        "pad_frac": 1 - tokens / batch["tokens"].size}
+        "pad_frac": 1 - tokens / batch["tokens"].size,
+        **{name: value for name, value in values.items()
+           if name.startswith("router/")}}
 
 
 def describe(

@@ -34,7 +34,8 @@ def make_update(
       section, "beta1 beta2 eps weight_decay max_grad_norm"))
   return adamw, jax.jit(
       functools.partial(
-          step.update, loss=loss, optimizer=adamw, schedule=schedule),
+          step.update, loss=loss, optimizer=adamw, schedule=schedule,
+          router_aux_coef=section.router_aux_coef),
       donate_argnums=0)
 
 

@@ -71,11 +71,17 @@ class Estimate:
     return text + ")"
 
 
-def layer_parameters(config: ModelConfig) -> int:
-  """Of one layer; norms and biases, which no mesh splits, left out."""
+def layer_parameters(config: ModelConfig, experts: int | None = None) -> int:
+  """Of one layer; norms and biases, which no mesh splits, left out.
+
+  Args:
+    experts: so many of them; None: all.
+  """
+  experts = config.num_experts if experts is None else experts
   attention = config.embed * config.head_dim * 2 * (
       config.heads + config.kv_heads)
-  return attention + 3 * config.embed * config.mlp
+  return attention + config.embed * config.num_experts + (
+      3 * config.embed * config.mlp * (experts or 1))
 
 
 def parameters(config: ModelConfig) -> int:
@@ -96,14 +102,15 @@ def cache_bytes(
 
 
 def _layer_activations(
-    config: ModelConfig, rows: int, length: int, tensor: int,
+    config: ModelConfig, rows: int, length: int, tensor: int, expert: int,
 ) -> tuple[int, int, int]:
   """Bytes of one layer that a backward pass reads: input, products, rest."""
   size = BYTES[config.dtype]
   tokens = rows * length
   heads = (config.heads + 2 * config.kv_heads) * config.head_dim // tensor
   attended = config.heads * config.head_dim // tensor
-  mlp = config.mlp // tensor
+  mlp, routed = _mlp_widths(config, expert)
+  mlp //= tensor
   stream = tokens * config.embed * size
   # Outputs of the products with weights: q, k, v, o, gate, up, down.
   products = tokens * (heads + 2 * config.embed + 2 * mlp) * size
@@ -112,14 +119,32 @@ def _layer_activations(
   scores = rows * (config.heads // tensor) * length * length
   rest = (
       tokens * 2 * config.embed * (FLOAT32 + size)
-      + tokens * (heads * FLOAT32 + attended * size + 2 * mlp * size)
+      + tokens * (heads * FLOAT32 + attended * size + 2 * mlp * size + routed)
       + scores * (FLOAT32 + size))
   return stream, products, rest
 
 
+def _mlp_widths(config: ModelConfig, expert: int) -> tuple[int, int]:
+  """Per token of a device: width of the MLPs, and bytes of the routing.
+
+  `expert` devices share their tokens. In the dense form each of them runs its
+  experts on all of these; the grouped form has room for k rows of each.
+  """
+  if not config.num_experts:
+    return config.mlp, 0
+  # The router's logits, probabilities and their gradient.
+  routed = 3 * FLOAT32 * config.num_experts
+  if config.moe != "grouped":
+    return config.mlp * config.num_experts, routed
+  rows = expert * config.experts_per_token
+  # Sorted on the way in, computed, and sorted back.
+  return config.mlp * rows, routed + (
+      3 * rows * config.embed * BYTES[config.dtype])
+
+
 def activation_bytes(
     config: ModelConfig, *, rows: int, length: int, fsdp: int = 1,
-    tensor: int = 1,
+    tensor: int = 1, expert: int = 1,
 ) -> int:
   """Kept from the forward for the backward pass, and one layer's own peak.
 
@@ -127,7 +152,7 @@ def activation_bytes(
     rows, length: of one microbatch, global.
   """
   stream, products, rest = _layer_activations(
-      config, math.ceil(rows / fsdp), length, tensor)
+      config, math.ceil(rows / (fsdp * expert)), length, tensor, expert)
   kept = {
       "full": stream, "dots": stream + products,
       "none": stream + products + rest}[config.remat]
@@ -135,25 +160,29 @@ def activation_bytes(
       LAYER_IN_PROGRESS * (stream + products + rest))
 
 
-def _training(config, rows, length, loss_chunk, fsdp, tensor):
-  shards = fsdp * tensor
+def _training(config, rows, length, loss_chunk, fsdp, tensor, expert):
+  parts = fsdp * expert
+  shards = parts * tensor
   size = BYTES[config.dtype]
-  chunk = math.ceil(rows / fsdp) * min(loss_chunk, length)
+  chunk = math.ceil(rows / parts) * min(loss_chunk, length)
   table = config.padded_vocab_size * config.embed // tensor
-  gathered = config.unroll * layer_parameters(config) // tensor * size
+  # The experts stay apart.
+  layer = layer_parameters(config, config.num_experts // expert) // tensor
+  gathered = config.unroll * layer * size
   return {
       # Of the microbatch, and the sum over microbatches.
       "gradients": 2 * FLOAT32 * parameters(config) // shards,
       "activations": activation_bytes(
-          config, rows=rows, length=length, fsdp=fsdp, tensor=tensor),
+          config, rows=rows, length=length, fsdp=fsdp, tensor=tensor,
+          expert=expert),
       "logits": (
           LOGIT_BUFFERS * FLOAT32 * chunk * config.padded_vocab_size // tensor),
-      "gathered weights": gathered + table * FLOAT32 if fsdp > 1 else 0,
+      "gathered weights": gathered + table * FLOAT32 if parts > 1 else 0,
   }
 
 
 def estimate(
-    config: ModelConfig, *, fsdp: int = 1, tensor: int = 1,
+    config: ModelConfig, *, fsdp: int = 1, tensor: int = 1, expert: int = 1,
     rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
     cache_rows: int = 0, cache_slots: int = 0,
     frozen_copies: int = 0, frozen_dtype: str = "float32",
@@ -162,14 +191,15 @@ def estimate(
 
   Args:
     config: with the vocabulary filled in.
-    fsdp, tensor: sizes of the mesh.
+    fsdp, tensor, expert: sizes of the mesh.
     rows, sequence_length: of one microbatch, global; rows=0: no training.
     loss_chunk: positions whose logits exist at once.
     cache_rows, cache_slots: rows decoded at once, global, and the longest
       cache; cache_rows=0: no sampling.
     frozen_copies: models kept for reference, in `frozen_dtype`.
   """
-  total, shards = parameters(config), fsdp * tensor
+  parts = fsdp * expert  # Of the rows, and of all parameters at rest.
+  total, shards = parameters(config), parts * tensor
   persistent = {"parameters": FLOAT32 * total // shards}
   if rows:
     persistent["optimizer"] = 2 * FLOAT32 * total // shards
@@ -179,18 +209,18 @@ def estimate(
   training: dict[str, int] = {}
   if rows:
     training = _training(
-        config, rows, sequence_length, loss_chunk, fsdp, tensor)
+        config, rows, sequence_length, loss_chunk, fsdp, tensor, expert)
   sampling: dict[str, int] = {}
   if cache_rows:
-    local_rows = math.ceil(cache_rows / fsdp)
+    local_rows = math.ceil(cache_rows / parts)
     sampling = {
         "cache": cache_bytes(
-            config, rows=cache_rows, slots=cache_slots, fsdp=fsdp,
+            config, rows=cache_rows, slots=cache_slots, fsdp=parts,
             tensor=tensor),
         # Decode holds every layer cast, and gathered over "fsdp".
         "decode weights": (
-            config.layers * layer_parameters(config) // tensor
-            * BYTES[config.dtype]),
+            config.layers * BYTES[config.dtype] * layer_parameters(
+                config, config.num_experts // expert) // tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
     }
   return Estimate(persistent, training, sampling)

@@ -62,10 +62,16 @@ def pack_experience(
     minibatches: row indices of each; U of them, some may be empty.
 
   Returns:
-    [U, M, R, T] arrays named in `COLUMNS`; `num_microbatches` [U] int32.
+    [U, M, R, T] arrays named in `COLUMNS`; `num_microbatches` [U] int32; and
+    `sampler_experts` [U, M, R, T, L, k] if the rollouts have experts.
   """
+  columns: Arrays = {
+      name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
+  if rollouts.experts is not None:
+    columns["sampler_experts"] = rollouts.experts[0, :0]
   packed = [
-      _pack([_example(rollouts, per_completion, row) for row in rows], shapes)
+      _pack([_example(rollouts, per_completion, row) for row in rows], shapes,
+            columns)
       for rows in minibatches]
   return {
       name: np.stack([arrays[name] for arrays in packed])
@@ -77,8 +83,10 @@ def _example(
 ) -> Arrays:
   """One completion behind its prompt; per-token columns, 0 on the prompt."""
   prompt, length = rollouts.prompts[row], int(rollouts.lengths[row])
-  behind = lambda values, dtype: np.concatenate(
-      [np.zeros(len(prompt), dtype), values[:length].astype(dtype)])
+  behind = lambda values, dtype: np.concatenate([
+      np.zeros((len(prompt), *values.shape[1:]), dtype),
+      values[:length].astype(dtype)])
+  experts = rollouts.experts
   every = lambda value: behind(np.full(length, value), np.float32)
   return {
       "completion": np.full(len(prompt) + length, row, np.int32),
@@ -86,6 +94,8 @@ def _example(
           [prompt, rollouts.tokens[row, :length]]).astype(np.int32),
       "loss_mask": behind(rollouts.loss_mask[row], bool),
       "sampler_logprobs": behind(rollouts.logprobs[row], np.float32),
+      **({} if experts is None else {
+          "sampler_experts": behind(experts[row], experts.dtype)}),
       **{name: every(values[row])
          for name, values in per_completion.items()}}
 
@@ -97,18 +107,21 @@ COLUMNS = {
     "positions": np.int32, "segment_ids": np.int32}
 
 
-def _pack(examples: Sequence[Arrays], shapes: Shapes) -> Arrays:
+def _pack(
+    examples: Sequence[Arrays], shapes: Shapes, columns: Arrays) -> Arrays:
+  """`columns`: of each, an array of no tokens."""
   rows = shapes.microbatches * shapes.rows
   arrays: Arrays = {
-      name: np.zeros((rows, shapes.length), dtype)
-      for name, dtype in COLUMNS.items()}
+      name: np.zeros((rows, shapes.length, *like.shape[1:]), like.dtype)
+      for name, like in columns.items()}
   used = 0
   if examples:
     packed, placement = pack.pack_rows(examples, length=shapes.length)
     used = int(placement.row.max()) + 1
     for name, array in packed.items():
       arrays[name][:used] = array
-  folded = lambda x: x.reshape(shapes.microbatches, shapes.rows, -1)
+  folded = lambda x: x.reshape(
+      shapes.microbatches, shapes.rows, *x.shape[1:])
   return {name: folded(x) for name, x in arrays.items()} | {
       "num_microbatches": np.array(-(-used // shapes.rows), np.int32)}
 
@@ -119,7 +132,8 @@ def minibatch(experience: Arrays, index: int) -> tuple[dict[str, Any], int]:
       name: array[index] for name, array in experience.items()
       if array.ndim > 1}
   return {
-      name: sharding.put(array, None, "batch", "length")
+      name: sharding.put(
+          array, None, "batch", "length", *(None,) * (array.ndim - 3))
       for name, array in arrays.items()}, int(
           experience["num_microbatches"][index])
 
@@ -140,11 +154,12 @@ class PolicyLoss:
   kl_estimator: str = "k3"
 
   def logprobs(self, model: Transformer, batch: dict[str, jax.Array]):
-    """Logprobs and entropies [R, T] of one microbatch."""
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    return logprobs_lib.token_logprobs(
+    """Logprobs and entropies [R, T] of one microbatch, and its traffic."""
+    hidden, traffic = model.routed(
+        batch["tokens"], batch["positions"], batch["segment_ids"])
+    return *logprobs_lib.token_logprobs(
         model, hidden, batch["tokens"], temperature=self.temperature,
-        chunk=self.chunk)
+        chunk=self.chunk), traffic
 
   def __call__(self, model: Transformer, batch: dict[str, jax.Array]):
     """Numerator, denominator and sums; see `step.Loss`.
@@ -152,7 +167,7 @@ class PolicyLoss:
     A batch without `old_logprobs` is the first update of its rollouts: the
     old logprobs are the current ones, and the ratio is exactly 1.
     """
-    logprobs, entropy = self.logprobs(model, batch)
+    logprobs, entropy, traffic = self.logprobs(model, batch)
     old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
     numerator, denominator, sums = self.function(
         logprobs, old, batch["advantages"], batch["loss_mask"],
@@ -160,8 +175,10 @@ class PolicyLoss:
         ref_logprobs=batch.get("ref_logprobs"), kl_coef=self.kl_coef,
         kl_estimator=self.kl_estimator, token_weights=batch["token_weights"],
         token_shares=batch["token_shares"])
+    routers = {} if traffic is None else traffic.sums() | _agreement(
+        traffic.choice, batch["sampler_experts"])
     return numerator, denominator, sums | _diagnostics(
-        logprobs, old, entropy, batch)
+        logprobs, old, entropy, batch) | routers
 
 
 def _diagnostics(logprobs, old, entropy, batch) -> dict[str, jax.Array]:
@@ -181,11 +198,30 @@ def _diagnostics(logprobs, old, entropy, batch) -> dict[str, jax.Array]:
       "difference_within": jnp.sum(mask & within)}
 
 
+def _agreement(
+    choice: jax.Array, sampler_experts: jax.Array) -> dict[str, jax.Array]:
+  """Where the trainer sends a token to the experts that the sampler did.
+
+  Args:
+    choice: [L, R, T, k] int32.
+    sampler_experts: [R, T, L, k], see `Rollouts.experts`.
+
+  Returns:
+    Counts of pairs of a token and a layer: of the same set, and of all that
+    the sampler fed.
+  """
+  ours = jnp.sort(jnp.moveaxis(choice, 0, 2), axis=-1)
+  theirs = jnp.sort(sampler_experts.astype(jnp.int32), axis=-1) - 1
+  fed = theirs[..., 0] >= 0
+  return {"experts_equal": jnp.sum(fed & jnp.all(ours == theirs, axis=-1)),
+          "experts_compared": jnp.sum(fed)}
+
+
 # What `step.update` and `_diagnostics` report; the rest is the loss's own.
 DIAGNOSTICS = (
     "loss", "grad_norm", "learning_rate", "numerator", "denominator", "tokens",
     "entropy", "ratio_deviation_max", "difference", "difference_max",
-    "difference_k3", "difference_within")
+    "difference_k3", "difference_within", "experts_equal", "experts_compared")
 
 
 def metrics_of_sums(
@@ -202,14 +238,19 @@ def metrics_of_sums(
   metrics = {
       "entropy": mean("entropy"),
       "ratio/max_deviation": sums["ratio_deviation_max"],
+      **{name: value for name, value in sums.items()
+         if name.startswith("router/")},
       **{_user_name(name): mean(name) for name in sums
-         if name not in DIAGNOSTICS}}
+         if name not in DIAGNOSTICS and not name.startswith("router/")}}
   if first:
     metrics |= {
         "sampling/logp_difference/mean": mean("difference"),
         "sampling/logp_difference/max": sums["difference_max"],
         "sampling/mismatch_kl": mean("difference_k3"),
         "sampling/ratio_within_0.999_1.002": mean("difference_within")}
+  if first and sums.get("experts_compared"):
+    metrics["router/agreement"] = (
+        sums["experts_equal"] / sums["experts_compared"])
   return metrics
 
 
@@ -226,7 +267,7 @@ def sequence_logprobs(
   def body(index, out):
     pick = {name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
             for name, x in batch.items()}
-    logprobs, _ = loss.logprobs(model, pick)
+    logprobs = loss.logprobs(model, pick)[0]
     return jax.lax.dynamic_update_index_in_dim(out, logprobs, index, 0)
 
   zeros = jnp.zeros_like(batch["advantages"])

@@ -7,6 +7,7 @@ count and mesh shape leave the gradient alone.
   M: microbatches  R: rows  T: length
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from posttrain.model.transformer import Transformer
+from posttrain.objectives import balance
 from posttrain.train.state import TrainState
 
 # (model, microbatch of [R, T] arrays) -> numerator, denominator, sums.
@@ -25,48 +27,78 @@ Loss = Callable[
 
 def accumulate(
     loss: Loss, model: Transformer, batch: dict[str, jax.Array],
-    num_microbatches: jax.Array | int,
+    num_microbatches: jax.Array | int, router_aux_coef: float = 0.0,
 ) -> tuple[Any, dict[str, jax.Array]]:
   """Sums gradients and sums over the first `num_microbatches` of `batch`.
+
+  With a `router_aux_coef` the gradient is also that of `balance_loss`, whose
+  counts are of the whole batch: if it has several microbatches, a pass
+  without a gradient finds them first.
 
   Args:
     batch: arrays [M, ...]; rows sharded over "batch".
     num_microbatches: at most M; may be traced, so that a varying number of
       microbatches is one compiled program.
+    router_aux_coef: weight of the loss that balances the router.
 
   Returns:
-    The gradient of the summed numerator (as `model`), and the sums, with
-    "numerator" and "denominator" among them; a name that ends in "max" is
-    the largest over microbatches and not a sum.
+    The gradient of the summed numerator (as `model`; of the balance, times
+    the denominator), and the sums, with "numerator" and "denominator" among
+    them; a name that ends in "max" is the largest over microbatches and not a
+    sum.
   """
   def pick(index):
     return {
         name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
         for name, x in batch.items()}
 
-  def one(model, microbatch):
+  def sums_of(model, microbatch):
     numerator, denominator, sums = loss(model, microbatch)
-    return numerator, {
-        "numerator": numerator, "denominator": denominator, **sums}
+    return {"numerator": numerator, "denominator": denominator, **sums}
 
-  def body(index, carry):
-    grads, sums = jax.grad(one, has_aux=True)(model, pick(index))
-    merge = lambda name, a, b: (
-        jnp.maximum(a, b) if name.endswith("max") else a + b)
-    return jax.tree.map(jnp.add, carry[0], grads), {
-        name: merge(name, carry[1][name], sums[name]) for name in sums}
+  def one(model, microbatch, whole):
+    sums = sums_of(model, microbatch)
+    objective = sums["numerator"]
+    if router_aux_coef:
+      whole = sums if whole is None else whole
+      objective += router_aux_coef * divisor(whole) * balance.balance_loss(
+          whole["router_load"], sums["router_mass"], whole["router_tokens"])
+    return objective, sums
 
-  shapes = jax.eval_shape(lambda: one(model, pick(0))[1])
-  zeros = (
-      jax.tree.map(jnp.zeros_like, model),
-      jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-  return jax.lax.fori_loop(0, num_microbatches, body, zeros)
+  def merge(a, b):
+    return {name: jnp.maximum(a[name], b[name]) if name.endswith("max")
+            else a[name] + b[name] for name in a}
+
+  def body(index, carry, whole):
+    grads, sums = jax.grad(one, has_aux=True)(model, pick(index), whole)
+    return jax.tree.map(jnp.add, carry[0], grads), merge(carry[1], sums)
+
+  nothing = jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype),
+      jax.eval_shape(lambda: sums_of(model, pick(0))))
+  whole = None
+  if router_aux_coef and len(batch["tokens"]) > 1:
+    # The loss itself is not among these sums: its head is not computed.
+    names = ("denominator", "router_load", "router_tokens")
+    whole = jax.lax.fori_loop(
+        0, num_microbatches, lambda index, counts: merge(
+            counts, sums_of(model, pick(index))),
+        {name: nothing[name] for name in names})
+  return jax.lax.fori_loop(
+      0, num_microbatches, functools.partial(body, whole=whole),
+      (jax.tree.map(jnp.zeros_like, model), nothing))
+
+
+def divisor(sums: dict[str, jax.Array]) -> jax.Array:
+  """What the summed numerator is divided by; a float32 scalar."""
+  return jnp.maximum(sums["denominator"], 1).astype(jnp.float32)
 
 
 def update(
     state: TrainState, batch: dict[str, jax.Array],
     num_microbatches: jax.Array | int, *, loss: Loss,
     optimizer: optax.GradientTransformation, schedule: optax.Schedule,
+    router_aux_coef: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update; jit it with the keywords bound and `state` donated.
 
@@ -74,11 +106,13 @@ def update(
   and shows in the metrics: the caller decides what then.
 
   Returns:
-    The new state, and float32 scalars: "loss", "grad_norm" (before
-    clipping), "learning_rate", and the loss's sums as they are.
+    The new state, and float32 scalars: "loss" (without the router's),
+    "grad_norm" (before clipping), "learning_rate", and the loss's sums as
+    they are, those of routers as `balance.with_metrics` tells them.
   """
-  grads, sums = accumulate(loss, state.model, batch, num_microbatches)
-  denominator = jnp.maximum(sums["denominator"], 1).astype(jnp.float32)
+  grads, sums = accumulate(
+      loss, state.model, batch, num_microbatches, router_aux_coef)
+  denominator = divisor(sums)
   grads = jax.tree.map(lambda g: g / denominator, grads)
   grad_norm = optax.global_norm(grads)
   loss_value = sums["numerator"] / denominator
@@ -93,4 +127,4 @@ def update(
   metrics = {
       "loss": loss_value, "grad_norm": grad_norm,
       "learning_rate": learning_rate}
-  return new, metrics | sums
+  return new, metrics | balance.with_metrics(sums)

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
   one = meshes.one()
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(path)
-    patch.setattr(sharding, "make_mesh", lambda *sizes: one)
+    patch.setattr(sharding, "make_mesh", lambda *sizes, **more: one)
     # No signal handler, and no devices of the config, in a test process.
     patch.setattr(main, "_start", lambda config: None)
     yield path

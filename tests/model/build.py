@@ -33,6 +33,11 @@ OPTIONS = {
         norm_placement="both", norm_offset=1.0, embedding_scale=True,
         activation="gelu", attention_softcap=3.0, final_softcap=4.0,
         query_scale=0.3),
+    "experts": dict(
+        num_experts=8, experts_per_token=3, normalize_router=True, mlp=24,
+        qk_norm="head"),
+    "experts_grouped": dict(
+        num_experts=6, experts_per_token=2, mlp=24, moe="grouped"),
     "qkv_bias": dict(qkv_bias=True),
     "ungrouped": dict(kv_heads=4),
     "multi_query": dict(kv_heads=1),

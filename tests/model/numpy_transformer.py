@@ -7,7 +7,7 @@ head n reading the keys of head n // G; gated SiLU: arXiv 2002.05202; soft caps,
 local layers and norms on both sides: Gemma 2, arXiv 2408.00118; norms over all
 heads and after: OLMo 2, arXiv 2501.00656; layers without rotary positions:
 arXiv 2501.18795; stretched frequencies: arXiv 2306.15595 (linear) and the Llama
-3.1 release.
+3.1 release; experts: arXiv 2101.03961, k of them as in arXiv 2505.09388.
 
   T: length  D: embed  H: head_dim  V: vocabulary (true)
 """
@@ -94,7 +94,21 @@ def attention(block, config, kind, x, positions, visible):
   return out
 
 
-def feed_forward(block, config, x):
+def experts(block, config, x):
+  """Token by token: [T, D], and the k chosen experts of each."""
+  out, chosen = np.zeros_like(x), []
+  for token, row in enumerate(x):
+    probs = softmax(row @ block["router"])
+    best = np.argsort(-probs)[:config.experts_per_token]
+    total = probs[best].sum() if config.normalize_router else 1.0
+    for expert in best:
+      one = {name: block[name][expert] for name in ("gate", "up", "down")}
+      out[token] += probs[expert] / total * mlp(one, config, row)
+    chosen.append(best)
+  return out, np.array(chosen)
+
+
+def mlp(block, config, x):
   gate = x @ block["gate"]
   if config.activation == "silu":
     gate = gate / (1 + np.exp(-gate))
@@ -104,12 +118,14 @@ def feed_forward(block, config, x):
   return (gate * (x @ block["up"])) @ block["down"]
 
 
-def logits(params, config, tokens, positions=None, segment_ids=None):
+def logits(params, config, tokens, positions=None, segment_ids=None,
+           routes=None):
   """Logits [T, V] of one row without padding.
 
   Args:
     params: nested dict of arrays, see `transformer.to_dict`.
     tokens, positions, segment_ids: [T]; by default one segment from 0.
+    routes: a list that is given the chosen experts [T, k] of each layer.
   """
   tokens = np.asarray(tokens)
   order = np.arange(len(tokens))
@@ -132,8 +148,14 @@ def logits(params, config, tokens, positions=None, segment_ids=None):
 
     x = x + norm("attn_post_norm", attention(
         block, config, kind, norm("attn_norm", x), positions, visible))
-    x = x + norm("mlp_post_norm", feed_forward(
-        block, config, norm("mlp_norm", x)))
+    read = norm("mlp_norm", x)
+    if config.num_experts:
+      fed, chosen = experts(block, config, read)
+      if routes is not None:
+        routes.append(chosen)
+    else:
+      fed = mlp(block, config, read)
+    x = x + norm("mlp_post_norm", fed)
   x = rms_norm(x, params["final_norm"], config)
   head = params["embedding"].T if config.tied_embeddings else params["head"]
   return cap((x @ head)[:, :config.vocab_size], config.final_softcap)

@@ -63,7 +63,7 @@ def decode(model, prompts, segment_ids, tokens, positions, slots):
     token, position = column
     # A row that pauses keeps what it has.
     cache = kv.retract(cache, jnp.where(position < 0, slots, position))
-    hidden, cache = model.decode(token, position, cache, blocks)
+    hidden, cache, _ = model.decode(token, position, cache, blocks)
     return cache, sharding.shard(model.logits(hidden), "batch", None)
 
   cache, logits = jax.lax.scan(step, cache, (tokens.T, positions.T))
@@ -107,16 +107,19 @@ def assert_decodes(config, params, seed=0):
 
 
 @pytest.mark.parametrize("option", build.quick_options(
-    "tied", "everything", "multi_query"))
+    "tied", "everything", "multi_query", "experts"))
 def test_decode_is_the_full_forward(option):
   config = build.make_config(**build.OPTIONS[option])
   with jax.set_mesh(meshes.one()):
     assert_decodes(config, build.random_params(config))
 
 
-def test_decode_on_a_mesh_is_the_full_forward():
-  config = build.make_config(**build.OPTIONS["everything"])
-  with jax.set_mesh(meshes.eight()):
+@pytest.mark.parametrize("option,mesh", [
+    ("everything", meshes.eight),
+    ("experts_grouped", meshes.with_experts)])
+def test_decode_on_a_mesh_is_the_full_forward(option, mesh):
+  config = build.make_config(**build.OPTIONS[option])
+  with jax.set_mesh(mesh()):
     assert_decodes(config, build.random_params(config))
 
 

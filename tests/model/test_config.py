@@ -34,6 +34,8 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
     "gemma2-2b": 2_614_341_888,
     "gemma2-9b": 9_241_705_984,
     "gemma2-27b": 27_227_128_320,
@@ -80,6 +82,15 @@ def test_every_option_is_counted(option):
       - (128 - 87) * config.embed * tables)
 
 
+def test_active_parameters_are_those_of_the_chosen_experts():
+  """The figures in the names of the releases, in billions."""
+  active = {name: round(PRESETS[name].num_active_parameters / 1e9)
+            for name in ("qwen3-30b-a3b", "qwen3-235b-a22b")}
+  assert active == {"qwen3-30b-a3b": 3, "qwen3-235b-a22b": 22}
+  dense = PRESETS["qwen3-8b"]
+  assert dense.num_active_parameters == dense.num_parameters
+
+
 @pytest.mark.parametrize("vocab_size,padded", [
     (1, 128), (87, 128), (128, 128), (129, 256), (49_152, 49_152)])
 def test_the_vocabulary_is_padded_to_128(vocab_size, padded):
@@ -92,6 +103,12 @@ def test_the_vocabulary_is_padded_to_128(vocab_size, padded):
     (dict(head_dim=7), "model.head_dim=7 is odd"),
     (dict(remat="some"), "compute.remat='some' is unknown; choose from"),
     (dict(dtype="float16"), "compute.dtype='float16' is unknown"),
+    (dict(num_experts=4), "experts_per_token=0 is not within 1 and model.num"),
+    (dict(num_experts=2, experts_per_token=3), "experts_per_token=3 is not"),
+    (dict(experts_per_token=3), "experts_per_token=3 is not within"),
+    (dict(normalize_router=True), "normalize_router has no effect"),
+    (dict(moe="dense"), "compute.moe='dense' has no effect: model.num_expert"),
+    (dict(moe="megablocks"), "compute.moe='megablocks' is unknown"),
     (dict(unroll=3), "compute.unroll=3 is not within 1 and the 2 layers"),
 ])
 def test_impossible_shapes_are_errors_that_name_the_key(fields, message):

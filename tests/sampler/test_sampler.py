@@ -158,7 +158,8 @@ def assert_keeps_budgets(rollouts, limits):
   assert np.all(rollouts.wait_count <= limits.num_waits)
 
 
-@pytest.mark.parametrize("option", build.quick_options("multi_query"))
+@pytest.mark.parametrize("option", build.quick_options(
+    "multi_query", "experts"))
 @pytest.mark.parametrize("forcing", ["free", "forced"])
 def test_logprobs_are_the_training_programs(option, forcing):
   """For every model option, with budgets and without."""

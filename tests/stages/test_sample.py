@@ -71,7 +71,7 @@ def test_forced_tokens_and_waits_are_marked():
 @pytest.fixture
 def config(monkeypatch):
   one = meshes.one()
-  monkeypatch.setattr(sample.sharding, "make_mesh", lambda *sizes: one)
+  monkeypatch.setattr(sample.sharding, "make_mesh", lambda *sizes, **more: one)
   return config_lib.load(TINY + ":debug")
 
 

@@ -44,6 +44,14 @@ def test_cache_is_that_of_a_prefill():
       config, rows=6, slots=32, fsdp=3, tensor=2) == expected // 6
 
 
+def test_experts_are_counted_with_the_parameters():
+  config = dataclasses.replace(
+      TINY, num_experts=8, experts_per_token=2, tied_embeddings=False)
+  with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+    model = transformer.abstract(config)
+  assert memory.parameters(config) * 4 == size(model)
+
+
 def loss(model, batch):
   hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
 
@@ -94,6 +102,26 @@ def test_an_update_needs_what_the_compiler_says(remat, fsdp, tensor):
       config, fsdp=fsdp, tensor=tensor, rows=ROWS, sequence_length=LENGTH,
       loss_chunk=CHUNK)
   # The batch itself and the parameters that no mesh splits are left out.
+  assert sum(estimate.persistent.values()) == pytest.approx(
+      analysis.argument_size_in_bytes, rel=0.1)
+  assert sum(estimate.training.values()) == pytest.approx(
+      analysis.temp_size_in_bytes, rel=1 / 3)
+
+
+@pytest.mark.parametrize("remat, expert", [
+    case("none", 1), case("full", 1), case("none", 2)])
+def test_experts_need_what_the_compiler_says(remat, expert):
+  """In the dense form: the other's product is lowered otherwise on a CPU."""
+  config = dataclasses.replace(
+      TINY, num_experts=8, experts_per_token=2, mlp=96, moe="dense",
+      remat=remat)
+  devices = jax.devices()[:expert]
+  with jax.set_mesh(sharding.make_mesh(
+      1, 1, devices=devices, expert=expert)):
+    analysis = compiled_update(config)
+  estimate = memory.estimate(
+      config, expert=expert, rows=ROWS, sequence_length=LENGTH,
+      loss_chunk=CHUNK)
   assert sum(estimate.persistent.values()) == pytest.approx(
       analysis.argument_size_in_bytes, rel=0.1)
   assert sum(estimate.training.values()) == pytest.approx(
