@@ -4,10 +4,13 @@ Random tensors under Hugging Face's names go through llama.cpp's rules into a
 file; out of it come the same numbers in the model's shapes.
 """
 
+import jax
 import numpy as np
 import pytest
 
-from posttrain.interop import gguf, gguf_models
+from posttrain import sharding
+from posttrain.interop import gguf, gguf_models, parameters
+from posttrain.model import transformer
 from posttrain.model.config import ModelConfig, RopeScaling
 from tests.interop import convert_gguf
 
@@ -125,35 +128,31 @@ def released_name(leaf: str, config: ModelConfig) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_released_numbers_come_back(tmp_path, name):
+def test_the_released_numbers_come_back(tmp_path, name, one_device):
   architecture, json_config, config, tensors = released(name)
   path = tmp_path / "a.gguf"
   convert_gguf.convert(path, architecture, json_config, tensors)
   file = gguf.read(path)
   assert gguf.model_config(file) == config
-  used = 0
-  for parameter, arrays in gguf.parameters(file, config):
-    arrays = list(arrays)
-    *parents, leaf = parameter.split("/")
-    used += len(arrays)
-    if not parents:
-      top = {"embedding": "model.embed_tokens", "head": "lm_head",
-             "final_norm": "model.norm"}[leaf]
-      want = tensors[f"{top}.weight"]
-      got = arrays[0].T if leaf == "head" else arrays[0]
-      # Gemma's norms lose the last bits of what 1 was added to.
-      np.testing.assert_allclose(got[:len(want)], want, atol=3e-7)
-      assert not got[len(want):].any()
-      continue
-    assert len(arrays) == config.layers
-    for layer, got in enumerate(arrays):
-      want = tensors[
-          f"model.layers.{layer}.{released_name(leaf, config)}"]
-      if want.ndim == 2:  # [out, in]; heads are split behind D, or before.
-        want = want.T
-      np.testing.assert_allclose(
-          got.reshape(want.shape), want, atol=3e-7, err_msg=parameter)
-  assert used == len(tensors)
+  with jax.set_mesh(one_device):
+    model = sharding.fetch(transformer.to_dict(gguf.load(file, config)))
+  blocks = model.pop("blocks")
+  top = {"embedding": "model.embed_tokens", "head": "lm_head",
+         "final_norm": "model.norm"}
+  parts = {f"{top[leaf]}.weight": value for leaf, value in model.items()} | {
+      f"model.layers.{layer}.{released_name(leaf, config)}": part
+      for leaf, value in blocks.items() for layer, part in enumerate(value)}
+  assert parts.keys() == tensors.keys()
+  for key, want in tensors.items():
+    got = parts[key]
+    if key in ("model.embed_tokens.weight", "lm_head.weight"):
+      got = got if key != "lm_head.weight" else got.T
+      assert not got[config.vocab_size:].any()
+      got = got[:config.vocab_size]
+    elif want.ndim == 2:  # [out, in]; heads are split behind D, or before.
+      want = want.T
+    np.testing.assert_allclose(
+        got.reshape(want.shape), want, atol=3e-7, err_msg=key)
 
 
 def test_the_divisors_are_llama_3s():
@@ -205,8 +204,10 @@ def test_two_ways_to_say_the_same_model_are_equal(tmp_path):
   file = gguf.read(path)
   same = dict(layer_pattern=("local", "global") * 3, query_scale=16**-0.5,
               dtype="bfloat16", remat="full")
-  gguf.check_config(file, ModelConfig(**(BASE | CASES["gemma2"][2] | same)))
+  found = gguf.model_config(file)
+  parameters.check_config(
+      found, ModelConfig(**(BASE | CASES["gemma2"][2] | same)), path)
   other = dict(layer_pattern=("global", "local"), final_softcap=0.0)
   with pytest.raises(ValueError, match=r"final_softcap is 30\.0.*and 0\.0"):
-    gguf.check_config(
-        file, ModelConfig(**(BASE | CASES["gemma2"][2] | other)))
+    parameters.check_config(
+        found, ModelConfig(**(BASE | CASES["gemma2"][2] | other)), path)

@@ -1,0 +1,120 @@
+"""The safetensors format: a JSON header, then the tensors' bytes.
+
+Read as views of the mapped file, so that a tensor can be cut and turned round
+before a byte of it is read, and in bfloat16, which NumPy's part of the
+`safetensors` package does not know. Written tensor by tensor.
+
+Format: https://huggingface.co/docs/safetensors; 8 bytes with the header's
+length, the header (name -> dtype, shape, offsets from its end), the data.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES = {
+    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # Of the format's own reader.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor lies.
+
+  Attributes:
+    path: of its file.
+    dtype: as the format names it, "BF16"; not all can be read here.
+    shape: row-major.
+    offset: of its first byte in the file.
+  """
+
+  path: pathlib.Path
+  dtype: str
+  shape: tuple[int, ...]
+  offset: int
+
+  def view(self) -> np.ndarray:
+    """The values, read from disk where they are touched."""
+    return np.memmap(
+        self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of a file by name.
+
+  Raises:
+    ValueError: it is cut short, or in another format.
+  """
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, LONGEST_HEADER):
+      raise _damaged(path, f"its {size} bytes do not hold the header")
+    text = file.read(length)
+  try:
+    header = json.loads(text)
+    spans = {
+        name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in header.items() if name != "__metadata__"}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise _damaged(path, f"its header is no index of tensors ({error!r})"
+                   ) from error
+  position = 0
+  for name, (dtype, shape, begin, end) in sorted(
+      spans.items(), key=lambda item: item[1][2:]):
+    if begin != position or end < begin:
+      raise _damaged(path, f"{name} is said to be at bytes {begin} to {end}, "
+                     f"and the tensor before ends at {position}")
+    if dtype in DTYPES and (
+        math.prod(shape) * DTYPES[dtype].itemsize != end - begin):
+      raise _damaged(path, f"{name} of {dtype} {list(shape)} is said to take "
+                     f"{end - begin} bytes")
+    position = end
+  if position != size - 8 - length:
+    raise _damaged(path, f"it has {size} bytes and its header speaks of "
+                   f"{position + 8 + length}")
+  return {
+      name: Tensor(path, dtype, shape, 8 + length + begin)
+      for name, (dtype, shape, begin, _) in spans.items()}
+
+
+def _damaged(path: pathlib.Path, what: str) -> ValueError:
+  return ValueError(
+      f"{path} cannot be read as a safetensors file: {what}. It may be cut "
+      "short, or in another format; get it again.")
+
+
+def write_header(
+    file: BinaryIO, tensors: Iterable[tuple[str, tuple[int, ...]]],
+    dtype: np.dtype,
+) -> None:
+  """Writes what stands before the data.
+
+  Args:
+    file: empty, open for writing.
+    tensors: names and shapes, in the order in which the data follow.
+    dtype: of all of them.
+  """
+  header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+  position = 0
+  for name, shape in tensors:
+    end = position + math.prod(shape) * dtype.itemsize
+    header[name] = dict(
+        dtype=NAMES[dtype], shape=list(shape), data_offsets=[position, end])
+    position = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # Data begin at a multiple of 8.
+  file.write(len(text).to_bytes(8, "little") + text)
+
+
+def write_tensor(file: BinaryIO, tensor: np.ndarray) -> None:
+  """Appends the values, in the order that was announced."""
+  file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
