@@ -234,18 +234,24 @@ def load(
   if order is not None:
     todo.sort(key=lambda place: order(place.name))
   for place in todo:
-    like = layout[place.path]
-    value = sources[place.path].to_parameter(tensor(place.name))
-    if place.layer is None:
-      arrays[place.path] = put_like(value, like, dtype)
-      continue
-    if place.path not in arrays:
-      arrays[place.path] = _zeros(like.shape, dtype, like.sharding.spec)
-    part = put_like(value, jax.eval_shape(lambda w: w[0], like), dtype)
-    # Waited for, or tensors would pile up on the host.
-    arrays[place.path] = jax.block_until_ready(
-        _set_layer(arrays[place.path], part, place.layer))
+    arrays[place.path] = _filled(
+        arrays.get(place.path), layout[place.path], place.layer,
+        sources[place.path].to_parameter(tensor(place.name)), dtype)
   return transformer.from_dict(config, _nested(arrays))
+
+
+def _filled(
+    whole: jax.Array | None, like: jax.ShapeDtypeStruct, layer: int | None,
+    value: np.ndarray, dtype: str,
+) -> jax.Array:
+  """A parameter after one more of its layers, or after the whole of it."""
+  if layer is None:
+    return put_like(value, like, dtype)
+  if whole is None:
+    whole = _zeros(like.shape, dtype, like.sharding.spec)
+  part = put_like(value, jax.eval_shape(lambda w: w[0], like), dtype)
+  # Waited for, or tensors would pile up on the host.
+  return jax.block_until_ready(_set_layer(whole, part, layer))
 
 
 def put_like(
