@@ -21,7 +21,7 @@ What a file asks for beyond that is an error. Source: llama.cpp,
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -222,7 +222,7 @@ def sources(
     config: ModelConfig, permuted: bool) -> dict[str, parameters.Source]:
   """For every parameter path of the model, the tensors that hold it."""
   c = config
-  prepare = {}
+  prepare: dict[str, Callable] = {}
   if permuted:
     prepare |= {"q": functools.partial(undo_permutation, heads=c.heads),
                 "k": functools.partial(undo_permutation, heads=c.kv_heads)}

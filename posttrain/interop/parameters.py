@@ -263,7 +263,8 @@ def put_like(
     like: shape and sharding; no axis shorter than the array's.
     dtype: of the result.
   """
-  def part(index: tuple[slice, ...]) -> np.ndarray:
+  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
     # A copy always: a device array must not live in a mapped file.
     block = np.zeros([
         len(range(*cut.indices(size)))
