@@ -12,10 +12,14 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+from posttrain import sharding
 from posttrain.interop import (
     hugging_face_models,
     parameters,
@@ -23,6 +27,7 @@ from posttrain.interop import (
 )
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
+from posttrain.text.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,6 +39,9 @@ TEXT = {"language_model.model.": "model.", "language_model.lm_head.":
         "lm_head.", "model.language_model.": "model."}
 IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
           "model.multi_modal_projector.")
+
+DTYPES = ("float32", "bfloat16")  # That are written.
+SHARD_BYTES = 5 * 10**9  # Of a file, at most, unless a tensor is larger.
 
 PART = 2**22  # Numbers that are compared at a time.
 
@@ -239,3 +247,117 @@ def _equal(a: safetensors_file.Tensor, b: safetensors_file.Tensor) -> bool:
   return all(
       np.array_equal(a.view()[i:i + rows], b.view()[i:i + rows])
       for i in range(0, a.shape[0], rows))
+
+
+# Reports a tensor that was read or written, and the share of bytes so far.
+Progress = Callable[[str, float], None]
+
+
+def save(
+    model: transformer.Transformer, path: str | pathlib.Path, *,
+    tokenizer: Tokenizer, dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES, progress: Progress | None = None,
+) -> None:
+  """Writes a directory that transformers loads with no code of ours.
+
+  Every process takes part, as tensors are gathered one at a time, and process
+  0 writes: under a temporary name until all is there.
+
+  Args:
+    model: on the current mesh.
+    path: of the directory, which must not exist.
+    tokenizer: its files and the chat template are written too.
+    dtype: of the tensors, "float32" or "bfloat16"; rounded to it.
+    shard_bytes: how large a file may become; with several, an index is
+      written.
+    progress: called per tensor.
+
+  Raises:
+    ValueError: the directory exists, the dtype is another, or no family of
+      transformers computes this model.
+  """
+  path = pathlib.Path(path).absolute()
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype={dtype!r} cannot be written; {DTYPES} can.")
+  config = config_json(model.config, tokenizer, dtype)
+  if sharding.of_first_host(np.array(path.exists())):
+    raise ValueError(
+        f"{path} exists, and is not overwritten. Name a new directory.")
+  partial = path.with_name(f".{path.name}.partial")
+  writes = jax.process_index() == 0
+  if writes:
+    shutil.rmtree(partial, ignore_errors=True)  # What a kill has left.
+    partial.mkdir(parents=True)
+  _write_weights(
+      model, partial if writes else None, dtype, shard_bytes, progress)
+  if writes:
+    tokenizer.save(partial)
+    _write_json(partial / "config.json", config)
+    _write_json(partial / "generation_config.json", {
+        key: value for key, value in config.items()
+        if key.endswith("_token_id") and value is not None})
+    partial.rename(path)
+
+
+def config_json(
+    config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+  """config.json of a model with this tokenizer; raises as `save`."""
+  token = lambda name: tokenizer.controls.get(tokenizer.named.get(name, ""))
+  # Null is said too: without it the family's own ids would be taken.
+  return hugging_face_models.to_json(config) | {
+      "torch_dtype": dtype, "bos_token_id": token("bos_token"),
+      "eos_token_id": list(tokenizer.stop_ids),
+      "pad_token_id": token("pad_token")}
+
+
+def _write_weights(
+    model: transformer.Transformer, path: pathlib.Path | None, dtype: str,
+    shard_bytes: int, progress: Progress | None,
+) -> None:
+  """All shards and their index; `path` is None where nothing is written."""
+  kind = np.dtype(jax.numpy.dtype(dtype))
+  sources = hugging_face_models.table(model.config)
+  shapes = parameters.shapes(sources, model.config.layers)
+  shards = _shards(shapes, kind.itemsize, shard_bytes)
+  files = [SINGLE] if len(shards) == 1 else [
+      f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+      for i in range(1, len(shards) + 1)]
+  total = sum(map(math.prod, shapes.values()))
+  tensors, done = parameters.tensors(model, sources, dtype), 0
+  for file, names in zip(files, shards, strict=True):
+    writer = None if path is None else safetensors_file.Writer(
+        path / file, {name: shapes[name] for name in names}, kind)
+    for name, (found, tensor) in zip(names, tensors, strict=False):
+      assert name == found, (name, found)
+      if writer:
+        writer.write(tensor)
+      done += tensor.size
+      if progress:
+        progress(name, done / total)
+    if writer:
+      writer.close()
+  if path is not None and len(shards) > 1:
+    _write_json(path / INDEX, {
+        "metadata": {"total_size": total * kind.itemsize},
+        "weight_map": {name: file for file, names in zip(
+            files, shards, strict=True) for name in names}})
+
+
+def _shards(
+    shapes: Mapping[str, tuple[int, ...]], itemsize: int, most: int,
+) -> list[list[str]]:
+  """Names in order, cut where a file would become larger than `most`."""
+  shards: list[list[str]] = [[]]
+  size = 0
+  for name, shape in shapes.items():
+    own = math.prod(shape) * itemsize
+    if shards[-1] and size + own > most:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += own
+  return shards
+
+
+def _write_json(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

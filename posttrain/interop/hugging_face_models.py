@@ -38,7 +38,7 @@ INERT = {
     "architectures", "model_type", "transformers_version", "torch_dtype",
     "dtype", "use_cache", "cache_implementation", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-    "max_position_embeddings", "pretraining_tp", "auto_map", "id2label",
+    "pretraining_tp", "auto_map", "id2label",
     "label2id", "return_dict", "chunk_size_feed_forward"}
 
 # The tensors of a parameter, where the norms' names do not say it.
@@ -172,11 +172,77 @@ NULLABLE = ("sliding_window", "final_logit_softcapping",
             "attn_logit_softcapping")
 
 
+def to_json(config: ModelConfig) -> dict[str, Any]:
+  """The config.json of a model: of the first family that computes the same.
+
+  Without dtype and token ids. What is written is read again and compared, so
+  that no field gets lost.
+
+  Raises:
+    ValueError: no family computes it; names what the nearest does not do.
+  """
+  wanted = parameters.comparable(config)
+  nearest: dict[str, Any] = {}
+  for name, family in FAMILIES.items():
+    data = _written(name, family, config)
+    try:
+      found = parameters.comparable(model_config(data, "config.json"))
+    except ValueError:
+      continue  # The family cannot even say it.
+    lost = {f"{field}={value}": name for field, value in wanted.items()
+            if value != found[field]}
+    if not lost:
+      return data
+    nearest = min(nearest or lost, lost, key=len)
+  raise ValueError(
+      "no family of transformers that is known here computes this model; the "
+      f"nearest, {next(iter(nearest.values()))}, does not have "
+      f"{', '.join(nearest)}. Known are {', '.join(FAMILIES)}.")
+
+
+def _written(
+    name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
+  """What a family's config.json can say of a model."""
+  c, kinds = config, config.layer_kinds
+  own = {
+      "use_sliding_window": "local" in kinds,
+      "sliding_window": c.sliding_window or None,
+      "layer_types": [KINDS.get(kind, KINDS["global"]) for kind in kinds],
+      "no_rope_layers": [int(kind != "nope") for kind in kinds],
+      "query_pre_attn_scalar": _whole(c.attention_scale**-2),
+      "attn_logit_softcapping": c.attention_softcap or None,
+      "final_logit_softcapping": c.final_softcap or None,
+      "rope_local_base_freq": c.rope_local_theta or c.rope_theta}
+  if "use_sliding_window" in family.keys:
+    own["max_window_layers"] = (
+        kinds.index("local") if "local" in kinds else c.layers)
+  data = {
+      "model_type": name, "architectures": [family.architecture],
+      **{key: getattr(c, field) for field, key in SIZES.items()},
+      "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim,
+      family.activation: ACTIVATIONS[c.activation],
+      "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied_embeddings,
+      "rope_theta": c.rope_theta,
+      "rope_scaling": c.rope_scaling and {
+          "rope_type": c.rope_scaling.kind, **{
+              key: getattr(c.rope_scaling, field)
+              for field, key in SCALINGS[c.rope_scaling.kind].items()}}}
+  if c.max_positions:
+    data["max_position_embeddings"] = c.max_positions
+  return data | {key: own[key] for key in family.keys if key in own}
+
+
+def _whole(value: float) -> float:
+  """A whole number that rounding has missed; any other as it is."""
+  return round(value) if abs(value - round(value)) < 1e-9 * value else value
+
+
 def _check_keys(data: Mapping[str, Any], family: Family, path: Any) -> None:
   known = {
       *INERT, *SIZES.values(), *family.keys, family.activation, "head_dim",
       "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
-      "rope_theta", "rope_scaling", "rope_parameters"}
+      "rope_theta", "rope_scaling", "rope_parameters",
+      "max_position_embeddings"}
   if family.activation != "hidden_act":
     known.add("hidden_act")  # transformers reads the other one.
   unknown = {key: value for key, value in data.items()
@@ -193,6 +259,7 @@ def _fields(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
   fields["kv_heads"] = data.get("num_key_value_heads", fields["heads"])
   fields["head_dim"] = data.get(
       "head_dim", fields["embed"] // fields["heads"])
+  fields["max_positions"] = data.get("max_position_embeddings", 0)
   fields["norm_eps"] = data.get("rms_norm_eps", 1e-6)
   fields["tied_embeddings"] = data.get("tie_word_embeddings", False)
   fields["activation"] = _one_of(

@@ -26,8 +26,8 @@ from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 
-# Fields of a ModelConfig that are the user's, and no file's.
-COMPUTE_FIELDS = ("dtype", "remat", "unroll")
+# Fields of a ModelConfig that do not make it another model.
+NO_SHAPE = ("dtype", "remat", "unroll", "max_positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def comparable(config: ModelConfig) -> dict[str, Any]:
   fields = {
       field.name: getattr(config, field.name)
       for field in dataclasses.fields(config)
-      if field.name not in COMPUTE_FIELDS}
+      if field.name not in NO_SHAPE}
   return fields | dict(
       layer_pattern=config.layer_kinds, query_scale=config.attention_scale)
 
@@ -208,6 +208,13 @@ def places(sources: Mapping[str, Source], layers: int) -> list[Place]:
   return sorted(found, key=lambda place: (
       -1 if place.path == "embedding" else
       layers if place.layer is None else place.layer))
+
+
+def shapes(
+    sources: Mapping[str, Source], layers: int) -> dict[str, tuple[int, ...]]:
+  """Of all tensors, in the order in which `tensors` gives them."""
+  return {place.name: sources[place.path].shape
+          for place in places(sources, layers)}
 
 
 def load(

@@ -11,9 +11,9 @@ length, the header (name -> dtype, shape, offsets from its end), the data.
 import dataclasses
 import json
 import math
+import os
 import pathlib
-from collections.abc import Iterable
-from typing import BinaryIO
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,29 +92,42 @@ def _damaged(path: pathlib.Path, what: str) -> ValueError:
       "short, or in another format; get it again.")
 
 
-def write_header(
-    file: BinaryIO, tensors: Iterable[tuple[str, tuple[int, ...]]],
-    dtype: np.dtype,
-) -> None:
-  """Writes what stands before the data.
+class Writer:
+  """A file that is written tensor by tensor."""
 
-  Args:
-    file: empty, open for writing.
-    tensors: names and shapes, in the order in which the data follow.
-    dtype: of all of them.
-  """
-  header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-  position = 0
-  for name, shape in tensors:
-    end = position + math.prod(shape) * dtype.itemsize
-    header[name] = dict(
-        dtype=NAMES[dtype], shape=list(shape), data_offsets=[position, end])
-    position = end
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # Data begin at a multiple of 8.
-  file.write(len(text).to_bytes(8, "little") + text)
+  def __init__(
+      self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]],
+      dtype: np.dtype,
+  ):
+    """Writes the header.
 
+    Args:
+      path: of a new file.
+      shapes: by name, in the order in which the tensors will come.
+      dtype: of all of them.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+      end = position + math.prod(shape) * dtype.itemsize
+      header[name] = dict(
+          dtype=NAMES[dtype], shape=list(shape), data_offsets=[position, end])
+      position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # Data begin at a multiple of 8.
+    self._dtype = dtype
+    self._end = 8 + len(text) + position
+    self._file = path.open("xb")
+    self._file.write(len(text).to_bytes(8, "little") + text)
 
-def write_tensor(file: BinaryIO, tensor: np.ndarray) -> None:
-  """Appends the values, in the order that was announced."""
-  file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+  def write(self, tensor: np.ndarray) -> None:
+    """Appends the next tensor."""
+    assert tensor.dtype == self._dtype, (tensor.dtype, self._dtype)
+    self._file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+
+  def close(self) -> None:
+    """The file is whole, and on the disk."""
+    assert self._file.tell() == self._end, (self._file.tell(), self._end)
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._file.close()

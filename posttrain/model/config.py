@@ -69,6 +69,8 @@ class ModelConfig:
     rope_theta: base of the rotary frequencies.
     rope_local_theta: that of local layers; 0 for the same.
     rope_scaling: of the global layers' frequencies.
+    max_positions: length of text that a release names; 0: none. Nothing here
+      stops at it: it is written out again with the weights.
     norm_eps: added to the mean square in RMSNorm.
     norm_offset: added to every norm's scale (Gemma: 1).
     norm_placement: of attention and MLP: "pre", on what they read; "post", on
@@ -108,6 +110,7 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   rope_local_theta: float = 0.0
   rope_scaling: RopeScaling | None = None
+  max_positions: int = 0
   norm_eps: float = 1e-6
   norm_offset: float = 0.0
   norm_placement: str = "pre"
