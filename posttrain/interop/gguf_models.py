@@ -132,6 +132,7 @@ def model_fields(
       if key in found}
   fields["kv_heads"] = found.get("attention.head_count_kv", fields["heads"])
   fields["head_dim"] = _head_dim(found, fields, name, path)
+  fields["max_positions"] = found.get("context_length", 0)
   fields["rope_theta"] = found.get("rope.freq_base", 10_000.0)
   scaling = _linear_scaling(found, name, path)
   if scaling is not None:

@@ -39,7 +39,8 @@ INERT = {
     "dtype", "use_cache", "cache_implementation", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "pretraining_tp", "auto_map", "id2label",
-    "label2id", "return_dict", "chunk_size_feed_forward"}
+    "label2id", "return_dict", "chunk_size_feed_forward",
+    "sliding_window_size"}  # Gemma 2 says it twice; this one is not read.
 
 # The tensors of a parameter, where the norms' names do not say it.
 NAMES = {
@@ -265,7 +266,9 @@ def _fields(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
   fields["activation"] = _one_of(
       data.get(family.activation, "silu"), ACTIVATIONS, family.activation)
   if "query_pre_attn_scalar" in family.keys:
-    fields["query_scale"] = data["query_pre_attn_scalar"] ** -0.5
+    width = data["query_pre_attn_scalar"]
+    if width != fields["head_dim"]:
+      fields["query_scale"] = width**-0.5
     fields["attention_softcap"] = data.get("attn_logit_softcapping") or 0.0
     fields["final_softcap"] = data.get("final_logit_softcapping") or 0.0
   kinds = _kinds(data, family, fields["layers"])

@@ -1,8 +1,9 @@
 """The safetensors format: a JSON header, then the tensors' bytes.
 
-Read as views of the mapped file, so that a tensor can be cut and turned round
-before a byte of it is read, and in bfloat16, which NumPy's part of the
-`safetensors` package does not know. Written tensor by tensor.
+Read as views of the mapped file, so that a tensor can be turned round and cut
+before a byte of it is read, and written tensor by tensor; the `safetensors`
+package copies what it reads, and wants a whole file at once to write it. The
+tests compare the two.
 
 Format: https://huggingface.co/docs/safetensors; 8 bytes with the header's
 length, the header (name -> dtype, shape, offsets from its end), the data.
