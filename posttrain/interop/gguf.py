@@ -92,6 +92,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
 
 def load(
     file: GGUFFile, config: ModelConfig, *, dtype: str = "float32",
+    progress: parameters.Progress | None = None,
 ) -> transformer.Transformer:
   """The model with the file's weights, sharded over the current mesh.
 
@@ -102,6 +103,7 @@ def load(
     file: a file whose shape is the config's.
     config: of the model to fill.
     dtype: of the parameters: "float32" where they are trained.
+    progress: told of every tensor.
 
   Raises:
     ValueError: the file holds another model, or other tensors.
@@ -114,4 +116,5 @@ def load(
   shapes = {name: file.shape(name) for name in file.tensors
             if name != gguf_models.ROPE_TENSOR}
   parameters.check_tensors(shapes, sources, config.layers, file.path)
-  return parameters.load(config, sources, file.tensor, dtype=dtype)
+  return parameters.load(
+      config, sources, file.tensor, dtype=dtype, progress=progress)

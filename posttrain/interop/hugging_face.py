@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from posttrain.interop import (
     parameters,
     safetensors_file,
 )
+from posttrain.interop.parameters import Progress
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.text.tokenizer import Tokenizer
@@ -140,7 +141,7 @@ def _check_shard(path: pathlib.Path, name: str) -> None:
         f"{path / INDEX} names {name!r}, which is not a file in its own "
         "directory. It is not read.")
   if name.endswith(PICKLED):
-    raise _pickled(path, [name])
+    raise pickled(path, [name])
   if not (path / name).is_file():
     raise ValueError(
         f"{path / INDEX} names {name}, which is not there. The download may "
@@ -157,14 +158,15 @@ def _single(path: pathlib.Path) -> pathlib.Path:
     raise ValueError(
         f"{path} holds {len(found)} *.safetensors files and no {INDEX} that "
         "says which belong together.")
-  pickled = sorted(
+  names = sorted(
       file.name for file in path.iterdir() if file.suffix in PICKLED)
-  if pickled:
-    raise _pickled(path, pickled)
+  if names:
+    raise pickled(path, names)
   raise ValueError(f"{path} holds no *.safetensors file.")
 
 
-def _pickled(path: pathlib.Path, names: list[str]) -> ValueError:
+def pickled(path: pathlib.Path, names: list[str]) -> ValueError:
+  """The error of weights that are not read, and what helps."""
   return ValueError(
       f"{path} holds its weights as {', '.join(names[:3])}: pickled Python, "
       "which can run any program when it is read. It is not read. Use a "
@@ -184,6 +186,7 @@ def model_config(files: Files) -> ModelConfig:
 
 def load(
     files: Files, config: ModelConfig, *, dtype: str = "float32",
+    progress: Progress | None = None,
 ) -> transformer.Transformer:
   """The model with the files' weights, sharded over the current mesh.
 
@@ -194,6 +197,7 @@ def load(
     files: of a model whose shape is the config's.
     config: of the model to fill.
     dtype: of the parameters: "float32" where they are trained.
+    progress: told of every tensor.
 
   Raises:
     ValueError: the files hold another model, or other tensors.
@@ -214,7 +218,8 @@ def load(
         f"{', '.join(safetensors_file.DTYPES)} are.")
   return parameters.load(
       config, sources, lambda name: tensors[name].view(), dtype=dtype,
-      order=lambda name: (tensors[name].path, tensors[name].offset))
+      order=lambda name: (tensors[name].path, tensors[name].offset),
+      progress=progress)
 
 
 def _without_tied_head(
@@ -249,10 +254,6 @@ def _equal(a: safetensors_file.Tensor, b: safetensors_file.Tensor) -> bool:
       for i in range(0, a.shape[0], rows))
 
 
-# Reports a tensor that was read or written, and the share of bytes so far.
-Progress = Callable[[str, float], None]
-
-
 def save(
     model: transformer.Transformer, path: str | pathlib.Path, *,
     tokenizer: Tokenizer, dtype: str = "float32",
@@ -270,7 +271,7 @@ def save(
     dtype: of the tensors, "float32" or "bfloat16"; rounded to it.
     shard_bytes: how large a file may become; with several, an index is
       written.
-    progress: called per tensor.
+    progress: told of every tensor.
 
   Raises:
     ValueError: the directory exists, the dtype is another, or no family of
@@ -322,7 +323,6 @@ def _write_weights(
   files = [SINGLE] if len(shards) == 1 else [
       f"model-{i:05d}-of-{len(shards):05d}.safetensors"
       for i in range(1, len(shards) + 1)]
-  total = sum(map(math.prod, shapes.values()))
   tensors, done = parameters.tensors(model, sources, dtype), 0
   for file, names in zip(files, shards, strict=True):
     writer = None if path is None else safetensors_file.Writer(
@@ -331,14 +331,15 @@ def _write_weights(
       assert name == found, (name, found)
       if writer:
         writer.write(tensor)
-      done += tensor.size
+      done += 1
       if progress:
-        progress(name, done / total)
+        progress(done, len(shapes))
     if writer:
       writer.close()
   if path is not None and len(shards) > 1:
     _write_json(path / INDEX, {
-        "metadata": {"total_size": total * kind.itemsize},
+        "metadata": {"total_size": kind.itemsize * sum(
+            map(math.prod, shapes.values()))},
         "weight_map": {name: file for file, names in zip(
             files, shards, strict=True) for name in names}})
 

@@ -24,10 +24,13 @@ from jax.sharding import NamedSharding
 
 from posttrain import sharding
 from posttrain.model import transformer
-from posttrain.model.config import ModelConfig
+from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 
 # Fields of a ModelConfig that do not make it another model.
-NO_SHAPE = ("dtype", "remat", "unroll", "max_positions")
+NO_SHAPE = (*COMPUTE_FIELDS, "max_positions")
+
+# Told how many tensors are done, and how many there are.
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +224,7 @@ def load(
     config: ModelConfig, sources: Mapping[str, Source],
     tensor: Callable[[str], np.ndarray], *, dtype: str,
     order: Callable[[str], Any] | None = None,
+    progress: Progress | None = None,
 ) -> transformer.Transformer:
   """The model with these tensors, sharded over the current mesh.
 
@@ -230,6 +234,7 @@ def load(
     tensor: gives one by its name; on every host the same.
     dtype: of the parameters; tensors are rounded to it.
     order: sorts the names, for a file that is best read in its own order.
+    progress: told of every tensor.
   """
   layout = _flatten(transformer.to_dict(transformer.abstract(config)))
   if layout.keys() != sources.keys():
@@ -240,10 +245,12 @@ def load(
   todo = places(sources, config.layers)
   if order is not None:
     todo.sort(key=lambda place: order(place.name))
-  for place in todo:
+  for done, place in enumerate(todo, 1):
     arrays[place.path] = _filled(
         arrays.get(place.path), layout[place.path], place.layer,
         sources[place.path].to_parameter(tensor(place.name)), dtype)
+    if progress:
+      progress(done, len(todo))
   return transformer.from_dict(config, _nested(arrays))
 
 

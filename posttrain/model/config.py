@@ -5,6 +5,8 @@ A family is a set of field values, never a subclass: see `presets`.
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
@@ -174,6 +176,27 @@ class ModelConfig:
     if not experts and self.moe != "auto":
       raise ValueError(
           f"compute.moe={self.moe!r} has no effect: model.num_experts is 0.")
+
+  def to_json(self) -> dict[str, Any]:
+    """The fields that make the model, without how it is computed."""
+    fields = dataclasses.asdict(self)
+    return {name: value for name, value in fields.items()
+            if name not in COMPUTE_FIELDS}
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> "ModelConfig":
+    """Of `to_json`'s result after a round through a file.
+
+    Raises:
+      ValueError: a field that is not known, or missing.
+    """
+    fields = dict(data, layer_pattern=tuple(data.get("layer_pattern", ())))
+    if fields.get("rope_scaling"):
+      fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    try:
+      return cls(**fields)
+    except TypeError as error:
+      raise ValueError(f"the shape of a model is damaged: {error}.") from error
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
