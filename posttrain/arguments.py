@@ -291,7 +291,7 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
   for text in rest:
     flag = text.partition("=")[0]
     if flag.startswith("--") and flag not in parser.flags() and not (
-        flag.startswith("--config.") and "--config" in parser.flags()):
+        flag.startswith("--config.") and "--config.KEY" in parser.flags()):
       raise CommandError(
           f"there is no flag {flag}; the nearest of posttrain {verb} is "
           f"{keys.nearest(flag, parser.flags())}.")

@@ -160,7 +160,8 @@ def check_config(found: ModelConfig, wanted: ModelConfig, path: Any) -> None:
   if differences:
     raise ValueError(
         f"{path} does not hold the configured model: "
-        f"{'; '.join(differences)}. Change model or model_overrides.")
+        f"{'; '.join(differences)}. Change model or "
+        "model_overrides, or set model to \"\" for the file's shape.")
 
 
 def check_tensors(

@@ -65,10 +65,12 @@ CASES = {
 }
 
 
-def released(name: str) -> tuple[str, dict, ModelConfig, dict]:
+def released(
+    name: str, **sizes: int) -> tuple[str, dict, ModelConfig, dict]:
   """Architecture, config.json, the model's config, tensors by their names."""
   architecture, changes, fields = CASES[name]
-  config = ModelConfig(**(BASE | fields))
+  changes = changes | sizes
+  config = ModelConfig(**(BASE | fields | sizes))
   c, rng = config, np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   tensors = {"model.embed_tokens.weight": draw(c.vocab_size, c.embed),
