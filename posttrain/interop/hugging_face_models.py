@@ -86,7 +86,8 @@ QWEN = ("use_sliding_window", "sliding_window", "max_window_layers",
 GEMMA: dict[str, Any] = dict(
     norm_placement="both", norm_offset=1.0, embedding_scale=True)
 GEMMA_DEFAULTS: dict[str, Any] = dict(
-    vocab_size=256_000, hidden_size=2304, intermediate_size=9216,
+    max_position_embeddings=8192, vocab_size=256_000, hidden_size=2304,
+    intermediate_size=9216,
     num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
     head_dim=256, hidden_activation="gelu_pytorch_tanh",
     tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
@@ -115,7 +116,8 @@ FAMILIES = {
     "gemma3_text": Family(
         "Gemma3ForCausalLM", GEMMA | dict(qk_norm="head"),
         GEMMA_DEFAULTS | dict(
-            vocab_size=262_208, rope_theta=1e6, rope_local_base_freq=1e4,
+            max_position_embeddings=131_072, vocab_size=262_208,
+            rope_theta=1e6, rope_local_base_freq=1e4,
             sliding_window_pattern=6),
         activation="hidden_activation", period=6,
         keys=(*GEMMA_KEYS, "rope_local_base_freq", "sliding_window_pattern")),

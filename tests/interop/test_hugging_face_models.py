@@ -108,13 +108,16 @@ def read(data: dict) -> ModelConfig:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_file_is_the_preset(name):
-  parameters.check_config(read(PUBLISHED[name]), PRESETS[name], name)
+  found = read(PUBLISHED[name])
+  parameters.check_config(found, PRESETS[name], name)
+  assert found.max_positions == PRESETS[name].max_positions
 
 
 @pytest.mark.parametrize("name", [
     name for name, preset in PRESETS.items() if preset.vocab_size])
 def test_what_is_written_of_a_preset_is_read_again(name):
   written = hugging_face_models.to_json(PRESETS[name])
+  assert written["max_position_embeddings"] == PRESETS[name].max_positions
   parameters.check_config(read(written), PRESETS[name], name)
 
 
