@@ -1,6 +1,10 @@
 """Weights in and out of a run. Oracle: the arrays, bit for bit."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -141,3 +145,23 @@ def test_a_preset_of_another_shape_is_refused(release, tmp_path):
     run = pipeline.set_up(config, str(tmp_path / "run"))
     with pytest.raises(ValueError, match='or set model to "" for the file'):
       run.weights_of("init")
+
+
+@pytest.mark.slow
+def test_two_hosts_import_and_export_together(release, tmp_path):
+  """Each reads its part; one writes. The files are those of one host."""
+  path, _, tensors = release
+  root = pathlib.Path(__file__).parents[1]
+  for verb, model, output in (("import", path, tmp_path / "in"),
+                              ("export", tmp_path / "in", tmp_path / "out"),
+                              ("export", path, tmp_path / "copy")):
+    done = subprocess.run(
+        [sys.executable, "launch/local.py", "--processes=2",
+         "--devices-per-process=2", "--", verb, f"--model={model}",
+         f"--output={output}", "--config.mesh.tensor=2"],
+        cwd=root, text=True, capture_output=True, check=False, timeout=600,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+  same(exported(tmp_path / "out"), tensors)
+  same(exported(tmp_path / "copy"), tensors)
+  assert not list(tmp_path.glob(".*"))
