@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding, transfer, weights
 from posttrain import workdir as workdir_lib
-from posttrain.interop import hugging_face
+from posttrain.interop import hugging_face, released
 from posttrain.model import transformer
 from tests import meshes, pipeline_run, test_weights
 from tests.interop import releases
@@ -136,6 +137,24 @@ def test_a_shape_that_nothing_tells(tmp_path):
   (tmp_path / "model.json").write_text(json.dumps(dict(vocab_size=3)))
   with pytest.raises(ValueError, match="the shape of a model is damaged"):
     weights.model_config(started("directory", tmp_path), 300)
+
+
+def test_tokens_that_the_model_has_no_embedding_for(release, tmp_path):
+  """As Gemma 3's smallest have one; the rest of the ids stay as they are."""
+  path, config, _ = release
+  file = path / "tokenizer.json"
+  tokenizer = tokenizers.Tokenizer.from_file(str(file))
+  filler = [f"<filler {i}>" for i in range(
+      tokenizer.get_vocab_size(), config.vocab_size)]
+  tokenizer.add_tokens([*filler, "<image>"])
+  assert tokenizer.token_to_id("<image>") == config.vocab_size
+  tokenizer.save(str(file))
+  found = released.tokenizer(released.read(path))
+  assert found.vocab_size == config.vocab_size
+  text = f"hello world {filler[-1]}"
+  assert found.encode(text) == tokenizer.encode(text).ids
+  assert config.vocab_size not in found.encode("<image>", special=True)
+  weights.model_config(started("preset", path), found.vocab_size)
 
 
 def test_a_preset_of_another_shape_is_refused(release, tmp_path):

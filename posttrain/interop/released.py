@@ -51,7 +51,8 @@ def tokenizer(files: Release) -> Tokenizer:
   """The tokenizer with its chat template."""
   if isinstance(files, gguf.GGUFFile):
     return gguf_tokenizer.load(files)
-  return tokenizer_lib.load(files.path)
+  return tokenizer_lib.load(
+      files.path, vocab_size=model_config(files).vocab_size)
 
 
 def load(

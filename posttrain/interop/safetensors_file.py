@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,11 +62,10 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
       raise _damaged(path, f"its {size} bytes do not hold the header")
     text = file.read(length)
   try:
-    header = json.loads(text)
-    spans = {
-        name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-        for name, entry in header.items() if name != "__metadata__"}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    spans = {name: _span(entry) for name, entry in json.loads(text).items()
+             if name != "__metadata__"}
+  except (ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
     raise _damaged(path, f"its header is no index of tensors ({error!r})"
                    ) from error
   position = 0
@@ -85,6 +85,15 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
   return {
       name: Tensor(path, dtype, shape, 8 + length + begin)
       for name, (dtype, shape, begin, _) in spans.items()}
+
+
+def _span(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+  """Type, shape and offsets of a header's entry, or any error."""
+  begin, end = entry["data_offsets"]
+  numbers = (*entry["shape"], begin, end)
+  if not all(type(n) is int and n >= 0 for n in numbers):
+    raise ValueError(f"{entry} has something else than whole numbers")
+  return str(entry["dtype"]), tuple(entry["shape"]), begin, end
 
 
 def _damaged(path: pathlib.Path, what: str) -> ValueError:

@@ -5,14 +5,16 @@ by hand, and files that the `safetensors` package writes and reads.
 import json
 import pathlib
 
+import hypothesis
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import strategies as st
 
 from posttrain import sharding
-from posttrain.interop import hugging_face
+from posttrain.interop import hugging_face, safetensors_file
 from posttrain.model import transformer
 from posttrain.model.presets import PRESETS
 from tests.interop import releases
@@ -286,6 +288,32 @@ def test_a_file_that_was_cut_short_or_is_another(tmp_path):
       hugging_face.read(tmp_path / "in")
   file.write_bytes(whole)
   hugging_face.read(tmp_path / "in")
+
+
+@hypothesis.given(position=st.integers(8, 2000), byte=st.integers(0, 255))
+@hypothesis.settings(deadline=None, max_examples=200)
+def test_a_damaged_header_is_an_error_or_harmless(
+    shared_release, position, byte):
+  """Never anything but a ValueError, and never a tensor beyond the file."""
+  file = shared_release / "model.safetensors"
+  content = bytearray(file.read_bytes())
+  content[position] = byte
+  damaged = shared_release / "damaged"
+  damaged.write_bytes(content)
+  try:
+    tensors = safetensors_file.read_header(damaged)
+  except ValueError:
+    return
+  for tensor in tensors.values():
+    if tensor.dtype in safetensors_file.DTYPES:
+      tensor.view()[...].sum()
+
+
+@pytest.fixture(scope="module")
+def shared_release(tmp_path_factory):
+  path = tmp_path_factory.mktemp("shared") / "in"
+  release(path, "llama")
+  return path
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(
