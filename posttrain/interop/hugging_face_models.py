@@ -33,13 +33,15 @@ SCALINGS = {  # Our fields of a scaling, and its keys.
         "original_context": "original_max_position_embeddings"}}
 
 # Known, and of no consequence for the computation: where the release comes
-# from, its token ids, how it was initialised, what its cache is.
+# from, its token ids, how it was initialised, what its cache is, how it likes
+# to be sampled, and notes of other programs.
 INERT = {
     "architectures", "model_type", "transformers_version", "torch_dtype",
     "dtype", "use_cache", "cache_implementation", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-    "pretraining_tp", "auto_map", "id2label",
-    "label2id", "return_dict", "chunk_size_feed_forward",
+    "pretraining_tp", "id2label", "label2id", "return_dict",
+    "chunk_size_feed_forward", "do_sample", "temperature", "top_k", "top_p",
+    "max_length", "is_llama_config", "transformers.js_config",
     "sliding_window_size"}  # Gemma 2 says it twice; this one is not read.
 
 # The tensors of a parameter, where the norms' names do not say it.
@@ -87,10 +89,9 @@ GEMMA: dict[str, Any] = dict(
     norm_placement="both", norm_offset=1.0, embedding_scale=True)
 GEMMA_DEFAULTS: dict[str, Any] = dict(
     max_position_embeddings=8192, vocab_size=256_000, hidden_size=2304,
-    intermediate_size=9216,
-    num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=256, hidden_activation="gelu_pytorch_tanh",
-    tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
+    intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=256,
+    hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
 GEMMA_KEYS = (
     "sliding_window", "layer_types", "query_pre_attn_scalar",
     "final_logit_softcapping", "attn_logit_softcapping")
@@ -332,6 +333,9 @@ def _shortest(kinds: list[str]) -> tuple[str, ...]:
 def _rope(
     data: Mapping[str, Any], family: Family, local: bool) -> dict[str, Any]:
   """rope_theta, rope_local_theta and rope_scaling."""
+  if data.get("rope_parameters") and data.get("rope_scaling"):
+    raise ValueError("rope_parameters and rope_scaling are both set; keep the "
+                     "one that is meant.")
   found = data.get("rope_parameters") or data.get("rope_scaling") or {}
   by_kind = {ours: found[theirs] for ours, theirs in KINDS.items()
              if found.get(theirs)}

@@ -28,7 +28,7 @@ SMOLLM2_135M = dict(
     intermediate_size=1536, max_position_embeddings=8192,
     num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3,
     rms_norm_eps=1e-5, rope_interleaved=False, rope_scaling=None,
-    rope_theta=100_000, tie_word_embeddings=True, vocab_size=49_152)
+    is_llama_config=True, rope_theta=100_000, tie_word_embeddings=True, vocab_size=49_152)
 MISTRAL_V01 = dict(
     model_type="mistral", hidden_act="silu", hidden_size=4096,
     intermediate_size=14_336, max_position_embeddings=32_768,
@@ -173,6 +173,9 @@ def test_older_spellings():
     (LLAMA_3_2_1B, dict(attention_dropout=0.1), "'attention_dropout': 0.1"),
     (LLAMA_3_2_1B, dict(layer_types=["a"]), "layer_types"),
     (LLAMA_3_2_1B, dict(quantization_config=dict(bits=4)), "quantization"),
+    (LLAMA_3_2_1B, dict(auto_map={"AutoModel": "a.B"}), "auto_map"),
+    (LLAMA_3_2_1B, dict(rope_parameters=dict(rope_type="default")),
+     "both set"),
     (LLAMA_3_2_1B, dict(hidden_act="relu"), "hidden_act='relu'"),
     (LLAMA_3_2_1B, dict(hidden_size=None), "lacks hidden_size"),
     (LLAMA_3_2_1B, dict(rope_scaling=dict(
