@@ -91,7 +91,8 @@ GEMMA_DEFAULTS: dict[str, Any] = dict(
     max_position_embeddings=8192, vocab_size=256_000, hidden_size=2304,
     intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
     num_key_value_heads=4, head_dim=256,
-    hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
+    hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+    query_pre_attn_scalar=256, sliding_window=4096)
 GEMMA_KEYS = (
     "sliding_window", "layer_types", "query_pre_attn_scalar",
     "final_logit_softcapping", "attn_logit_softcapping")

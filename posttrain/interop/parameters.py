@@ -84,8 +84,13 @@ def table(
     block: the prefix, with `{layer}`.
 
   Raises:
-    ValueError: the format has no tensor for a parameter.
+    ValueError: the format has no tensor for a parameter, or the model has
+      experts, whose tensors are not known here yet.
   """
+  if config.num_experts:
+    raise ValueError(
+        f"a model of {config.num_experts} experts cannot be read from or "
+        "written to files of other programs yet.")
   found = _outside(config) | {
       f"blocks/{leaf}": source for leaf, source in _block(config).items()}
   missing = [path for path in found if path.split("/")[-1] not in names]

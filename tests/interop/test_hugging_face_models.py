@@ -28,7 +28,8 @@ SMOLLM2_135M = dict(
     intermediate_size=1536, max_position_embeddings=8192,
     num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3,
     rms_norm_eps=1e-5, rope_interleaved=False, rope_scaling=None,
-    is_llama_config=True, rope_theta=100_000, tie_word_embeddings=True, vocab_size=49_152)
+    is_llama_config=True, rope_theta=100_000, tie_word_embeddings=True,
+    vocab_size=49_152)
 MISTRAL_V01 = dict(
     model_type="mistral", hidden_act="silu", hidden_size=4096,
     intermediate_size=14_336, max_position_embeddings=32_768,
@@ -114,7 +115,8 @@ def test_a_published_file_is_the_preset(name):
 
 
 @pytest.mark.parametrize("name", [
-    name for name, preset in PRESETS.items() if preset.vocab_size])
+    name for name, preset in PRESETS.items()
+    if preset.vocab_size and not preset.num_experts])
 def test_what_is_written_of_a_preset_is_read_again(name):
   written = hugging_face_models.to_json(PRESETS[name])
   assert written["max_position_embeddings"] == PRESETS[name].max_positions
@@ -203,6 +205,14 @@ def test_older_spellings():
 def test_what_the_model_does_not_do_is_an_error(base, change, message):
   with pytest.raises(ValueError, match=message):
     read(base | change)
+
+
+def test_a_model_with_experts_is_refused():
+  preset = PRESETS["qwen3-30b-a3b"]
+  with pytest.raises(ValueError, match=r"does not have.* num_experts=128"):
+    hugging_face_models.to_json(preset)
+  with pytest.raises(ValueError, match="of 128 experts cannot be read"):
+    hugging_face_models.table(preset)
 
 
 def test_the_error_of_a_model_without_a_family():
