@@ -14,6 +14,8 @@ with a budget of thinking tokens, from one config file.
   posttrain eval     evaluates a trained workdir again
   posttrain sample   prints completions of a model
   posttrain report   makes one HTML page of one or several runs
+  posttrain export   writes trained weights as transformers reads them
+  posttrain import   reads published weights once, into a checkpoint
 
 `posttrain VERB --help` has the flags and examples.
 """
@@ -45,9 +47,9 @@ examples:
 """
 
 SAMPLE = """\
-Prints completions, as they are drawn. Weights come from a preset's published
-files, from the last finished training stage of a workdir, or from what a
-config starts with. Forced tokens are marked.
+Prints completions, as they are drawn. Weights come from published files, from
+a directory of `posttrain import`, from the last finished training stage of a
+workdir, or from what a config starts with. Forced tokens are marked.
 
 examples:
   posttrain sample --model=smollm2-135m \\
@@ -67,6 +69,40 @@ examples:
   posttrain report --workdir=runs/tiny
   posttrain report --workdir=runs/a --workdir=runs/b --output=compare.html
 """
+
+EXPORT = """\
+Writes a directory that `transformers` loads with no code of ours: config.json,
+generation_config.json, weights as safetensors, tokenizer and chat template.
+It takes any checkpoint of any training stage, or published weights.
+
+examples:
+  posttrain export --workdir=runs/tiny --output=exported/tiny
+  posttrain export --workdir=runs/tiny --stage=reason --step=20 \\
+      --output=exported/tiny-20 --dtype=bfloat16
+  posttrain export --model=smollm2-135m --output=exported/smollm2
+  posttrain export --model=model.gguf --output=exported/model
+"""
+
+IMPORT = """\
+Reads published weights once and writes them as a checkpoint, with tokenizer,
+chat template and shape. A config starts from it with model="",
+init.kind="directory" and init.path=OUTPUT. This is quicker than reading the
+release at every start, and each host reads its own part; a config can also
+start from the release itself: init.kind="preset", init.path=RELEASE.
+
+A release is a directory as `transformers` saves it (config.json, *.safetensors
+and the tokenizer's files), a GGUF file, or a preset whose files are found by
+themselves. docs/models.md has the families.
+
+examples:
+  posttrain import --model=downloads/Qwen3-0.6B --output=models/qwen3-0.6b
+  posttrain import --model=model.gguf --output=models/mine
+"""
+
+
+MODEL = ("published weights: a directory as transformers saves it, a GGUF "
+         "file, smollm2-135m (by its package), or a directory of posttrain "
+         "import")
 
 
 class CommandError(ValueError):
@@ -96,16 +132,22 @@ def make_parsers() -> dict[str, _Parser]:
                     epilog=EXIT_STATUS)
       for verb, text in (
           ("train", TRAIN), ("eval", EVAL), ("sample", SAMPLE),
-          ("report", REPORT))}
+          ("report", REPORT), ("export", EXPORT), ("import", IMPORT))}
   _add_train(parsers["train"])
   _add_eval(parsers["eval"])
   _add_sample(parsers["sample"])
   _add_report(parsers["report"])
+  _add_export(parsers["export"])
+  _add_import(parsers["import"])
   return parsers
 
 
 def _add_config(parser: Any, text: str) -> None:
   parser.add_argument("--config", metavar="FILE[:ARG]", help=text)
+  _add_keys(parser)
+
+
+def _add_keys(parser: Any) -> None:
   parser.add_argument(
       "--config.KEY", metavar="VALUE", dest="unused", help=(
           "set one key of the config, such as --config.mesh.tensor=4; a tuple "
@@ -128,8 +170,7 @@ def _add_eval(parser: _Parser) -> None:
 
 def _add_sample(parser: _Parser) -> None:
   weights = parser.add_argument_group("weights, one of")
-  weights.add_argument("--model", metavar="PRESET",
-                       help="a preset's published weights")
+  weights.add_argument("--model", metavar="MODEL", help=MODEL)
   weights.add_argument("--workdir", metavar="DIR", help="a trained workdir")
   _add_config(weights, "what this config's `init` names")
   parser.add_argument("--stage", metavar="NAME", default="", help=(
@@ -191,6 +232,38 @@ def _add_report(parser: _Parser) -> None:
       "default: report.html in the first workdir"))
 
 
+def _add_export(parser: _Parser) -> None:
+  weights = parser.add_argument_group("weights, one of")
+  weights.add_argument("--workdir", metavar="DIR", help="a trained workdir")
+  weights.add_argument("--model", metavar="MODEL", help=MODEL)
+  _add_config(weights, "what this config's `init` names")
+  parser.add_argument("--stage", metavar="NAME", default="", help=(
+      "with --workdir: a training stage, or init (default: the last finished "
+      "training stage)"))
+  parser.add_argument(
+      "--step", metavar="N", type=_number(int, "[0, inf)"),
+      help="with --workdir: of the stage's checkpoints (default: the last)")
+  _add_output(parser)
+  parser.add_argument(
+      "--dtype", choices=("float32", "bfloat16"), default="float32",
+      help="of the weights; bfloat16 rounds them and halves their size, and "
+      "is what most releases have (float32)")
+  parser.add_argument(
+      "--shard-gb", metavar="X", type=_number(float, "(0, inf)"), default=5.0,
+      help="largest file of weights, in gigabytes (5)")
+
+
+def _add_import(parser: _Parser) -> None:
+  parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL)
+  _add_output(parser)
+  _add_keys(parser)
+
+
+def _add_output(parser: _Parser) -> None:
+  parser.add_argument("--output", metavar="DIR", required=True,
+                      help="a new directory")
+
+
 def _number(kind: type, bounds: str):
   """An argparse type: a number within an interval."""
   def parse(text: str) -> int | float:
@@ -218,7 +291,7 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
   for text in rest:
     flag = text.partition("=")[0]
     if flag.startswith("--") and flag not in parser.flags() and not (
-        flag.startswith("--config.") and "--config" in parser.flags()):
+        flag.startswith("--config.") and "--config.KEY" in parser.flags()):
       raise CommandError(
           f"there is no flag {flag}; the nearest of posttrain {verb} is "
           f"{keys.nearest(flag, parser.flags())}.")

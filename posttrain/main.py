@@ -1,4 +1,4 @@
-"""The command line: `posttrain train | eval | sample | report`.
+"""The command line: `posttrain train | eval | sample | report | ...`.
 
 Arguments and the config are checked before JAX is imported, so that a typing
 mistake costs a second. Exit status: 0 finished; 1 failed; 2 the command or
@@ -72,14 +72,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-  given = [flag for flag in ("model", "workdir", "config")
-           if getattr(arguments, flag)]
-  if len(given) != 1:
-    raise CommandError(
-        "give one of --model=PRESET, --workdir=DIR and --config=FILE; found "
-        f"{' and '.join('--' + flag for flag in given) or 'none'}.")
-  if arguments.stage and not arguments.workdir:
-    raise CommandError("--stage has no effect without --workdir.")
+  _one_source(arguments)
   rows = _prompts(arguments)
   config = _config(arguments)
   _check_sampling(arguments, config)
@@ -111,8 +104,38 @@ def report(arguments: argparse.Namespace) -> int:
   return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+  _one_source(arguments)
+  if arguments.step is not None and (
+      not arguments.workdir or arguments.stage == "init"):
+    raise CommandError("--step has no effect without a stage of --workdir.")
+  _check_output(arguments)
+  config = _config(arguments)
+  _start(config)
+  from posttrain import transfer
+  transfer.export(
+      config, arguments.output, workdir=arguments.workdir,
+      stage=arguments.stage, step=arguments.step, dtype=arguments.dtype,
+      shard_bytes=int(arguments.shard_gb * 1e9))
+  return 0
+
+
+def import_(arguments: argparse.Namespace) -> int:
+  _check_output(arguments)
+  config = _config(arguments)
+  if config.init.kind != "preset":
+    raise CommandError(
+        f"--model={arguments.model} has been imported already; name it as "
+        "init.path of a config.")
+  _start(config)
+  from posttrain import transfer
+  transfer.import_release(config, arguments.output)
+  return 0
+
+
 VERBS = {
-    "train": train, "eval": evaluate, "sample": sample, "report": report}
+    "train": train, "eval": evaluate, "sample": sample, "report": report,
+    "export": export, "import": import_}
 
 
 def _start(config: config_dict.ConfigDict) -> None:
@@ -125,17 +148,45 @@ def _start(config: config_dict.ConfigDict) -> None:
 
 def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:
   """The config that the flags name: a file's, a preset's or a workdir's."""
-  if arguments.config:
+  if getattr(arguments, "config", None):
     return config_lib.load(arguments.config, arguments.assignments)
   if getattr(arguments, "model", None):
-    start = dict(model=arguments.model, init=dict(kind="preset"), stages=())
-    return config_lib.assign(start, arguments.assignments, "--model")
+    return config_lib.assign(
+        _of_model(arguments.model), arguments.assignments, "--model")
   file = pathlib.Path(arguments.workdir, "config.json")
   if not file.exists():
     raise CommandError(
         f"{arguments.workdir} holds no run yet; give --config=FILE.")
   return config_lib.from_jsonable(
       workdir_lib.read_json(file), arguments.assignments)
+
+
+def _of_model(name: str) -> dict[str, Any]:
+  """A config that starts from what --model names."""
+  path = pathlib.Path(name)
+  if not path.exists():
+    return dict(model=name, init=dict(kind="preset"), stages=())
+  kind = "directory" if (path / "model.json").exists() else "preset"
+  return dict(model="", init=dict(kind=kind, path=name), stages=())
+
+
+def _one_source(arguments: argparse.Namespace) -> None:
+  given = [flag for flag in ("model", "workdir", "config")
+           if getattr(arguments, flag)]
+  if len(given) != 1:
+    raise CommandError(
+        "give one of --model=MODEL, --workdir=DIR and --config=FILE; found "
+        f"{' and '.join('--' + flag for flag in given) or 'none'}.")
+  if arguments.stage and not arguments.workdir:
+    raise CommandError("--stage has no effect without --workdir.")
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+  """Before JAX is imported; it is asked again where it is written."""
+  if pathlib.Path(arguments.output).exists():
+    raise CommandError(
+        f"{arguments.output} exists, and is not overwritten. Name a new "
+        "--output.")
 
 
 def _check_sampling(

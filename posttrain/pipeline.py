@@ -119,9 +119,10 @@ def set_up(
   for change in changes:
     console.warning(f"differs from the last start: {change}")
   tokenizer = weights.tokenizer(config, workdir)
+  model = weights.model_config(config, tokenizer.vocab_size, workdir)
+  weights.keep_shape(workdir, model)
   return Pipeline(
-      config=config, workdir=workdir,
-      model=weights.model_config(config, tokenizer.vocab_size),
+      config=config, workdir=workdir, model=model,
       renderer=render.make_renderer(tokenizer, config.chat_template),
       thinking_ids=thinking.resolve(
           thinking.Thinking(**config.thinking), tokenizer),

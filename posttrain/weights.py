@@ -1,17 +1,19 @@
 """Where a model's shape, tokenizer and weights come from.
 
-  init.kind  tokenizer (unless `tokenizer` names one)   weights
-  random     must be named                              from the seed
-  preset     that of the published files                those files
+  init.kind  tokenizer, unless `tokenizer` names one;   weights
+             shape, unless `model` names one
+  random     both must be named                         from the seed
+  preset     those of the published files               those files
   workdir    the workdir's                              a stage's last step
-  directory  that beside the checkpoint, if any         one checkpoint
+  directory  those beside the checkpoint, if any        one checkpoint
 
-A trained or loaded tokenizer is kept in `<workdir>/tokenizer`.
+Both are kept in the workdir, as `tokenizer/` and `model.json`: what a run
+started from may be moved away. `posttrain import` writes such a directory.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 
 from posttrain import workdir as workdir_lib
-from posttrain.interop import gguf, gguf_tokenizer, smollm2
+from posttrain.interop import released, smollm2
 from posttrain.model import moe, transformer
 from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 from posttrain.model.presets import PRESETS
@@ -30,22 +32,31 @@ from posttrain.text import vocabulary
 from posttrain.train import checkpoints, state
 
 # Presets whose published files can be found, and how.
-PUBLISHED: dict[str, Callable[[], gguf.GGUFFile]] = {
+PUBLISHED: dict[str, Callable[[], released.Release]] = {
     smollm2.PRESET: smollm2.read}
+
+SHAPE = "model.json"  # In a workdir, beside the tokenizer.
 
 
 def model_config(
-    config: config_dict.ConfigDict, vocab_size: int) -> ModelConfig:
-  """The preset with the config's overrides and compute settings.
+    config: config_dict.ConfigDict, vocab_size: int,
+    workdir: workdir_lib.Workdir | None = None,
+) -> ModelConfig:
+  """The model's shape, with the config's overrides and compute settings.
+
+  Args:
+    vocab_size: of the tokenizer.
+    workdir: holds the shape from an earlier start, if it had one.
 
   Raises:
-    ValueError: unknown preset or field, or a vocabulary that does not fit.
+    ValueError: unknown preset or field, nothing that tells the shape, or a
+      vocabulary that does not fit.
   """
-  if config.model not in PRESETS:
+  if config.model and config.model not in PRESETS:
     raise ValueError(
         f"model={config.model!r} is no preset. Choose from "
-        f"{', '.join(PRESETS)}.")
-  shape = PRESETS[config.model]
+        f"{', '.join(PRESETS)}, or set \"\" for the shape of what init names.")
+  shape = PRESETS[config.model] if config.model else _shape(config, workdir)
   overrides = dict(config.model_overrides)
   unknown = set(overrides) - {f.name for f in dataclasses.fields(shape)}
   if unknown:
@@ -63,6 +74,34 @@ def model_config(
         f"{shape.vocab_size}. Set model_overrides.vocab_size=0 to take the "
         "tokenizer's, or name the model's own tokenizer.")
   return shape
+
+
+def keep_shape(workdir: workdir_lib.Workdir, model: ModelConfig) -> None:
+  """Writes the shape where later starts, exports and other runs look."""
+  workdir.write_json(SHAPE, model.to_json())
+
+
+def _shape(
+    config: config_dict.ConfigDict, workdir: workdir_lib.Workdir | None,
+) -> ModelConfig:
+  """That of what `init` names; as it was kept, if it was."""
+  kept = [workdir.path] if workdir else []
+  for folder in (*kept, *_folders(config)):
+    if (folder / SHAPE).exists():
+      return ModelConfig.from_json(workdir_lib.read_json(folder / SHAPE))
+  if config.init.kind == "preset":
+    return released.model_config(published(config))
+  raise ValueError(
+      'The config names no model (model=""), and its init brings none: there '
+      f"is no {SHAPE} in or above init.path={config.init.path!r}. Set model "
+      "to a preset.")
+
+
+def _folders(config: config_dict.ConfigDict) -> Iterator[pathlib.Path]:
+  """`init.path` and above: it may be <workdir>/<stage>/checkpoints/<step>."""
+  if config.init.kind in ("workdir", "directory"):
+    path = pathlib.Path(config.init.path).absolute()
+    yield from (path, *path.parents[:3])
 
 
 def tokenizer(
@@ -96,24 +135,24 @@ def _make_tokenizer(
         model_type=section.model_type, vocab_size=section.vocab_size,
         symbols=section.symbols)
   if config.init.kind == "preset":
-    return gguf_tokenizer.load(_published(config))
-  if config.init.kind in ("workdir", "directory"):
-    for folder in (config.init.path, *pathlib.Path(config.init.path).parents):
-      if (pathlib.Path(folder) / "tokenizer").is_dir():
-        return tokenizer_lib.load(pathlib.Path(folder) / "tokenizer")
+    return released.tokenizer(published(config))
+  for folder in _folders(config):
+    if (folder / "tokenizer").is_dir():
+      return tokenizer_lib.load(folder / "tokenizer")
   raise ValueError(
       "The config names no tokenizer, and its init brings none. Set "
       "tokenizer.path or tokenizer.train.")
 
 
-def _published(config: config_dict.ConfigDict) -> gguf.GGUFFile:
+def published(config: config_dict.ConfigDict) -> released.Release:
   if config.init.path:
-    return gguf.read(config.init.path)
+    return released.read(config.init.path)
   if config.model not in PUBLISHED:
     raise ValueError(
-        f"The published files of {config.model} cannot be loaded yet; those "
-        f"of {', '.join(PUBLISHED)} can. Set init.path to a GGUF file, or "
-        "init.kind.")
+        f"The published files of {config.model} are not found by themselves; "
+        f"those of {', '.join(PUBLISHED)} are. Set init.path to their "
+        "directory (config.json, *.safetensors and the tokenizer's files) or "
+        "GGUF file, or init.kind.")
   return PUBLISHED[config.model]()
 
 
@@ -134,7 +173,7 @@ def initial(
   if init.kind == "random":
     return transformer.init(model, config.seed)
   if init.kind == "preset":
-    return gguf.load(_published(config), model)
+    return released.load(published(config), model)
   if init.kind == "workdir":
     workdir = workdir_lib.open_existing(init.path)
     stage = init.stage or _last_stage(workdir)
@@ -157,6 +196,20 @@ def _last_stage(workdir: workdir_lib.Workdir) -> str:
   return finished[-1]
 
 
+def trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:
+  """A stage with a checkpoint: the one asked for, or the last finished."""
+  stages = workdir.config().stages
+  trained = [name for name in stages if workdir.checkpoints(name).exists()]
+  finished = [name for name in trained if workdir.finished(name)]
+  if stage in trained or (not stage and finished):
+    return stage or finished[-1]
+  what = f"stage {stage!r}" if stage else "finished training stage"
+  raise ValueError(
+      f"{workdir.path} holds no checkpoint of a {what}; it has those of "
+      f"{', '.join(trained) or 'none'}. Set --stage to one of them, or to "
+      "init.")
+
+
 def of_stage(
     model: ModelConfig, workdir: workdir_lib.Workdir, stage: str,
     renderer_hash: str | None = None,
@@ -170,6 +223,8 @@ def of_directory(
 ) -> Transformer:
   """One checkpoint, `<...>/checkpoints/<step>`, or the last of a folder.
 
+  The folder is `checkpoints`, or what `posttrain import` has made.
+
   Args:
     renderer_hash: that it must have been trained with; None: any.
 
@@ -181,6 +236,8 @@ def of_directory(
     ValueError: it is of another shape, tokenizer or chat template.
   """
   directory = pathlib.Path(path)
+  if (directory / "checkpoints").is_dir():
+    directory /= "checkpoints"
   if directory.name.isdecimal():
     return _restore(
         model, directory.parent, int(directory.name), renderer_hash)
@@ -192,7 +249,8 @@ def _restore(
     renderer_hash: str | None,
 ) -> Transformer:
   found = checkpoints.read_extras(directory, step)["renderer_hash"]
-  if renderer_hash not in (None, found):
+  # An imported release was trained by others, with a template of theirs.
+  if renderer_hash not in (None, found) and found is not None:
     raise ValueError(
         f"The weights in {directory} were trained with another tokenizer or "
         "chat template than this config's. Set chat_template and tokenizer "

@@ -3,6 +3,8 @@
   config.json            the resolved config; another one is refused
   environment.json       one entry per start: versions, git commit, devices,
                          hashes of the tasks' and rewards' sources
+  model.json             the model's shape
+  tokenizer/             as it was trained or loaded
   metrics.jsonl          one row per stage and step
   tensorboard/           the same as events
   report.html            `posttrain report`

@@ -27,7 +27,7 @@ LAYERS = (
     ("train",),
     ("weights", "report"),
     ("stages",),
-    ("pipeline",),
+    ("pipeline", "transfer"),
     ("main",),
     ("__main__",),
 )
@@ -35,7 +35,7 @@ LEVEL = {unit: i for i, units in enumerate(LAYERS) for unit in units}
 
 # Where a whole config may be held; below, functions take their own arguments.
 SEE_CONFIGS = {
-    "config", "workdir", "weights", "stages", "pipeline", "main"}
+    "config", "workdir", "weights", "stages", "pipeline", "transfer", "main"}
 
 
 def module_name(path: pathlib.Path) -> str:

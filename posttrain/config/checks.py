@@ -105,10 +105,14 @@ def check_stages(config: Mapping) -> Iterator[str]:
 
 def check_model(config: Mapping) -> Iterator[str]:
   name, changes = config["model"], config["model_overrides"]
-  if name not in presets.PRESETS:
+  if not name and config["init"]["kind"] == "random":
+    yield ('model: "" means the shape of what init names, and '
+           "init.kind='random' names nothing. Set model to a preset.")
+  if name and name not in presets.PRESETS:
     yield (f"model: there is no preset {name!r}; the nearest is "
            f"{keys.nearest(name, presets.PRESETS)!r}, of "
-           f"{', '.join(presets.PRESETS)}.")
+           f"{', '.join(presets.PRESETS)}. A shape without a preset comes "
+           'with its weights: model="" and init.path.')
     return
   compute = model_config.COMPUTE_FIELDS
   types = {field.name: field.type
@@ -116,7 +120,7 @@ def check_model(config: Mapping) -> Iterator[str]:
            if field.name not in compute}
   problems = list(_override_problems(changes, types, compute))
   yield from problems
-  if not problems:
+  if name and not problems:
     compute_fields = {field: config["compute"][field] for field in compute}
     try:
       dataclasses.replace(
@@ -143,7 +147,9 @@ def _override_problems(
 
 def check_init(config: Mapping) -> Iterator[str]:
   init, tokenizer = config["init"], config["tokenizer"]
-  if init["kind"] in ("workdir", "directory") and not init["path"]:
+  if not init["path"] and (
+      init["kind"] in ("workdir", "directory")
+      or (init["kind"] == "preset" and not config["model"])):
     yield f"init.path: missing; init.kind={init['kind']!r} needs one."
   if tokenizer["path"] and tokenizer["train"]:
     yield "tokenizer.train: set beside tokenizer.path; keep one of them."
@@ -302,8 +308,8 @@ def check_checkpoints(config, name: str, stage: Mapping) -> Iterator[str]:
 
 CHECKS = {  # And the names of what they read.
     check_stages: ("stages",),
-    check_model: ("model", "model_overrides", "compute"),
-    check_init: ("init", "tokenizer"),
+    check_model: ("model", "model_overrides", "compute", "init"),
+    check_init: ("init", "tokenizer", "model"),
     check_mesh: ("mesh",),
     check_frozen: ("compute",),
     check_expert_axis: ("mesh", "model", "model_overrides"),

@@ -117,7 +117,9 @@ TOP = Section(
     "Keys outside the stages.",
     seed=Key(int, 0, "Of initial weights, data order and sampling.",
              "[0, 4294967295]"),
-    model=Key(str, "tiny", "A preset of posttrain.model.presets."),
+    model=Key(
+        str, "tiny", 'A preset of posttrain.model.presets; "": the shape of '
+        "what `init` names."),
     model_overrides=Key(
         dict, {}, "Fields of ModelConfig that replace the preset's."),
     stages=Key(
@@ -129,12 +131,13 @@ TOP = Section(
     init=Section(
         "Where the first stage's weights come from.",
         kind=Key(
-            str, "random", "Fresh weights, the preset's published files, a "
-            "finished workdir, or a directory of weights.",
+            str, "random", "Fresh weights, published files (`preset`), a "
+            "finished workdir, or a directory of checkpoints.",
             choices=("random", "preset", "workdir", "directory")),
         path=Key(
-            str, "", "Workdir, directory, or the preset's file if it is not "
-            "where it is usually found.", needs=Needs("init.kind", "!=",
+            str, "", "Workdir, directory, or published files: a directory as "
+            "transformers saves it, or a GGUF file. Those of smollm2-135m "
+            "are found by themselves.", needs=Needs("init.kind", "!=",
                                                       "random")),
         stage=Key(
             str, "", 'Stage of that workdir; "": its last finished one.',

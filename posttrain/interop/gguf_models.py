@@ -16,16 +16,17 @@ common ones. What the converter does to weights:
 What a file asks for beyond that is an error. Source: llama.cpp,
 `conversion/*.py` and `src/llama-model.cpp`.
 
-  L: layers  D: embed  F: mlp  K: kv heads  G: query heads per kv head
-  H: head_dim  V: vocab  E: experts
+  D: embed  H: head_dim
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from posttrain.interop import parameters
 from posttrain.model import attention
 from posttrain.model.config import ModelConfig, RopeScaling
 
@@ -131,6 +132,7 @@ def model_fields(
       if key in found}
   fields["kv_heads"] = found.get("attention.head_count_kv", fields["heads"])
   fields["head_dim"] = _head_dim(found, fields, name, path)
+  fields["max_positions"] = found.get("context_length", 0)
   fields["rope_theta"] = found.get("rope.freq_base", 10_000.0)
   scaling = _linear_scaling(found, name, path)
   if scaling is not None:
@@ -192,25 +194,18 @@ def llama3_scaling(
   return scaling
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Where a parameter comes from, one layer of it (or all, without layers).
-
-  Attributes:
-    name: of the tensor, with `{layer}` where it belongs to a block.
-    shape: row-major, in the file.
-    convert: from that shape to the parameter's, without its layer axis.
-  """
-
-  name: str
-  shape: tuple[int, ...]
-  convert: Callable[[np.ndarray], np.ndarray] = lambda w: w
-
-  def names(self, layers: int) -> list[str]:
-    """The tensors of all layers, or the one."""
-    if "{layer}" not in self.name:
-      return [self.name]
-    return [self.name.format(layer=layer) for layer in range(layers)]
+NAMES = {
+    "embedding": "token_embd.weight", "final_norm": "output_norm.weight",
+    "head": "output.weight",
+    "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
+    "gate": "ffn_gate.weight", "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+    "attn_norm": "attn_norm.weight", "mlp_norm": "ffn_norm.weight",
+    "attn_post_norm": "post_attention_norm.weight",
+    "mlp_post_norm": "post_ffw_norm.weight"}
 
 
 def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -224,73 +219,25 @@ def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
   return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
-def parameter_sources(
-    config: ModelConfig, permuted: bool) -> dict[str, Source]:
-  """For every parameter path of the model, the tensor that holds it."""
+def sources(
+    config: ModelConfig, permuted: bool) -> dict[str, parameters.Source]:
+  """For every parameter path of the model, the tensors that hold it."""
   c = config
-  missing_rows = c.padded_vocab_size - c.vocab_size
-  pad = lambda w: np.pad(w, ((0, missing_rows), (0, 0))) if missing_rows else w
-  norm = lambda w: w - np.float32(c.norm_offset)
-  table = c.vocab_size, c.embed
-  sources = {
-      "embedding": Source("token_embd.weight", table, pad),
-      "final_norm": Source("output_norm.weight", (c.embed,), norm)}
-  if not c.tied_embeddings:
-    sources["head"] = Source("output.weight", table, lambda w: pad(w).T)
-  blocks = _attention(c, permuted, norm) | _feed_forward(c) | _norms(c, norm)
-  return sources | {
-      f"blocks/{path}": dataclasses.replace(
-          source, name=f"blk.{{layer}}.{source.name}")
-      for path, source in blocks.items()}
+  prepare: dict[str, Callable] = {}
+  if permuted:
+    prepare |= {"q": functools.partial(undo_permutation, heads=c.heads),
+                "k": functools.partial(undo_permutation, heads=c.kv_heads)}
 
+  def take_off(norm: np.ndarray) -> np.ndarray:
+    return norm - np.float32(c.norm_offset)
 
-def _attention(c: ModelConfig, permuted: bool, norm) -> dict[str, Source]:
-  q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
-  heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
-  order = undo_permutation if permuted else lambda w, heads: w
-  sources = {
-      "q": Source("attn_q.weight", (q_rows, c.embed),
-                  lambda w: order(w, c.heads).T.reshape(c.embed, *heads)),
-      "k": Source("attn_k.weight", (kv_rows, c.embed),
-                  lambda w: order(w, c.kv_heads).T.reshape(c.embed, *kv)),
-      "v": Source("attn_v.weight", (kv_rows, c.embed),
-                  lambda w: w.T.reshape(c.embed, *kv)),
-      "o": Source("attn_output.weight", (c.embed, q_rows),
-                  lambda w: w.T.reshape(*heads, c.embed))}
-  if c.qkv_bias:
-    sources |= {
-        "q_bias": Source("attn_q.bias", (q_rows,), lambda w: w.reshape(heads)),
-        "k_bias": Source("attn_k.bias", (kv_rows,), lambda w: w.reshape(kv)),
-        "v_bias": Source("attn_v.bias", (kv_rows,), lambda w: w.reshape(kv))}
-  if c.qk_norm == "head":
-    sources |= {
-        "q_norm": Source("attn_q_norm.weight", (c.head_dim,), norm),
-        "k_norm": Source("attn_k_norm.weight", (c.head_dim,), norm)}
-  if c.qk_norm == "full":
-    sources |= {
-        "q_norm": Source("attn_q_norm.weight", (q_rows,),
-                         lambda w: norm(w).reshape(heads)),
-        "k_norm": Source("attn_k_norm.weight", (kv_rows,),
-                         lambda w: norm(w).reshape(kv))}
-  return sources
+  def source(path: str, found: parameters.Source) -> parameters.Source:
+    leaf = path.split("/")[-1]
+    if leaf in prepare:
+      return dataclasses.replace(found, prepare=prepare[leaf])
+    if leaf.endswith("norm") and c.norm_offset:
+      return dataclasses.replace(found, prepare=take_off)
+    return found
 
-
-def _feed_forward(c: ModelConfig) -> dict[str, Source]:
-  transposed = lambda w: w.T
-  return {
-      "gate": Source("ffn_gate.weight", (c.mlp, c.embed), transposed),
-      "up": Source("ffn_up.weight", (c.mlp, c.embed), transposed),
-      "down": Source("ffn_down.weight", (c.embed, c.mlp), transposed)}
-
-
-def _norms(c: ModelConfig, norm) -> dict[str, Source]:
-  width = c.embed,
-  sources: dict[str, Source] = {}
-  if c.norm_placement in ("pre", "both"):
-    sources |= {"attn_norm": Source("attn_norm.weight", width, norm),
-                "mlp_norm": Source("ffn_norm.weight", width, norm)}
-  if c.norm_placement in ("post", "both"):
-    sources |= {
-        "attn_post_norm": Source("post_attention_norm.weight", width, norm),
-        "mlp_post_norm": Source("post_ffw_norm.weight", width, norm)}
-  return sources
+  table = parameters.table(c, NAMES, "blk.{layer}.")
+  return {path: source(path, found) for path, found in table.items()}

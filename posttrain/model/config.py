@@ -5,6 +5,8 @@ A family is a set of field values, never a subclass: see `presets`.
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
@@ -69,6 +71,8 @@ class ModelConfig:
     rope_theta: base of the rotary frequencies.
     rope_local_theta: that of local layers; 0 for the same.
     rope_scaling: of the global layers' frequencies.
+    max_positions: length of text that a release names; 0: none. Nothing here
+      stops at it: it is written out again with the weights.
     norm_eps: added to the mean square in RMSNorm.
     norm_offset: added to every norm's scale (Gemma: 1).
     norm_placement: of attention and MLP: "pre", on what they read; "post", on
@@ -108,6 +112,7 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   rope_local_theta: float = 0.0
   rope_scaling: RopeScaling | None = None
+  max_positions: int = 0
   norm_eps: float = 1e-6
   norm_offset: float = 0.0
   norm_placement: str = "pre"
@@ -171,6 +176,27 @@ class ModelConfig:
     if not experts and self.moe != "auto":
       raise ValueError(
           f"compute.moe={self.moe!r} has no effect: model.num_experts is 0.")
+
+  def to_json(self) -> dict[str, Any]:
+    """The fields that make the model, without how it is computed."""
+    fields = dataclasses.asdict(self)
+    return {name: value for name, value in fields.items()
+            if name not in COMPUTE_FIELDS}
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> "ModelConfig":
+    """Of `to_json`'s result after a round through a file.
+
+    Raises:
+      ValueError: a field that is not known, or missing.
+    """
+    fields = dict(data, layer_pattern=tuple(data.get("layer_pattern", ())))
+    if fields.get("rope_scaling"):
+      fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    try:
+      return cls(**fields)
+    except TypeError as error:
+      raise ValueError(f"the shape of a model is damaged: {error}.") from error
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:

@@ -16,24 +16,25 @@ def _llama3(factor: float, **fields) -> ModelConfig:
       original_context=8192)
   return ModelConfig(
       vocab_size=128_256, kv_heads=8, rope_theta=5e5, rope_scaling=scaling,
-      norm_eps=1e-5, **fields)
+      max_positions=131_072, norm_eps=1e-5, **fields)
 
 
 def _smollm2(**fields) -> ModelConfig:
   return ModelConfig(
-      vocab_size=49_152, head_dim=64, norm_eps=1e-5, **fields)
+      vocab_size=49_152, head_dim=64, norm_eps=1e-5, max_positions=8192,
+      **fields)
 
 
 def _qwen2(vocab_size=151_936, **fields) -> ModelConfig:
   return ModelConfig(
       vocab_size=vocab_size, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True,
-      **fields)
+      max_positions=32_768, **fields)
 
 
 def _qwen3(kv_heads=8, **fields) -> ModelConfig:
   return ModelConfig(
       vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm="head",
-      head_dim=128, kv_heads=kv_heads, **fields)
+      head_dim=128, kv_heads=kv_heads, max_positions=40_960, **fields)
 
 
 def _qwen3_moe(**fields) -> ModelConfig:
@@ -52,7 +53,8 @@ def _gemma2(query_width: int, head_dim=256, **fields) -> ModelConfig:
   return ModelConfig(
       vocab_size=256_000, head_dim=head_dim, sliding_window=4096,
       layer_pattern=("local", "global"), attention_softcap=50.0,
-      final_softcap=30.0, query_scale=query_width**-0.5, **GEMMA, **fields)
+      final_softcap=30.0, query_scale=query_width**-0.5, max_positions=8192,
+      **GEMMA, **fields)
 
 
 def _gemma3(
@@ -65,13 +67,15 @@ def _gemma3(
       layer_pattern=("local",) * 5 + ("global",),
       sliding_window=sliding_window, rope_theta=1e6, rope_local_theta=1e4,
       rope_scaling=RopeScaling("linear", factor=8.0) if scaled else None,
+      max_positions=131_072 if scaled else 32_768,
       query_scale=query_width**-0.5, **GEMMA, **fields)
 
 
 def _olmo2(**fields) -> ModelConfig:
   return ModelConfig(
       vocab_size=100_352, head_dim=128, rope_theta=5e5, norm_eps=1e-6,
-      norm_placement="post", qk_norm="full", tied_embeddings=False, **fields)
+      norm_placement="post", qk_norm="full", tied_embeddings=False,
+      max_positions=4096, **fields)
 
 
 PRESETS = {
@@ -88,7 +92,7 @@ PRESETS = {
     "smollm3-3b": ModelConfig(
         vocab_size=128_256, embed=2048, mlp=11_008, layers=36, heads=16,
         kv_heads=4, head_dim=128, rope_theta=5e6, norm_eps=1e-6,
-        layer_pattern=("global",) * 3 + ("nope",)),
+        max_positions=65_536, layer_pattern=("global",) * 3 + ("nope",)),
     "llama3.1-8b": _llama3(
         8.0, embed=4096, mlp=14_336, layers=32, heads=32, head_dim=128,
         tied_embeddings=False),
@@ -151,11 +155,11 @@ PRESETS = {
     "mistral-7b-v0.1": ModelConfig(
         vocab_size=32_000, embed=4096, mlp=14_336, layers=32, heads=32,
         kv_heads=8, head_dim=128, norm_eps=1e-5, tied_embeddings=False,
-        layer_pattern=("local",), sliding_window=4096),
+        layer_pattern=("local",), sliding_window=4096, max_positions=32_768),
     "mistral-7b-v0.3": ModelConfig(
         vocab_size=32_768, embed=4096, mlp=14_336, layers=32, heads=32,
         kv_heads=8, head_dim=128, rope_theta=1e6, norm_eps=1e-5,
-        tied_embeddings=False),
+        max_positions=32_768, tied_embeddings=False),
     "olmo2-1b": _olmo2(
         embed=2048, mlp=8192, layers=16, heads=16, kv_heads=16),
     "olmo2-7b": _olmo2(

@@ -146,25 +146,11 @@ def _load(
       path, is_writer=False) if path else None
   tokenizer = weights.tokenizer(config, workdir)
   renderer = render.make_renderer(tokenizer, config.chat_template)
-  shape = weights.model_config(config, tokenizer.vocab_size)
+  shape = weights.model_config(config, tokenizer.vocab_size, workdir)
   if workdir is None or stage == "init":
     return renderer, weights.initial(config, shape, renderer.hash)
   return renderer, weights.of_stage(
-      shape, workdir, _trained_stage(workdir, stage), renderer.hash)
-
-
-def _trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:
-  """A stage with a checkpoint: the one asked for, or the last finished."""
-  stages = workdir.config().stages
-  trained = [name for name in stages if workdir.checkpoints(name).exists()]
-  finished = [name for name in trained if workdir.finished(name)]
-  if stage in trained or (not stage and finished):
-    return stage or finished[-1]
-  what = f"stage {stage!r}" if stage else "finished training stage"
-  raise ValueError(
-      f"{workdir.path} holds no checkpoint of a {what}; it has those of "
-      f"{', '.join(trained) or 'none'}. Set --stage to one of them, or to "
-      "init.")
+      shape, workdir, weights.trained_stage(workdir, stage), renderer.hash)
 
 
 def _records(

@@ -236,3 +236,14 @@ def prefix_at_start_only(
   copy.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
       prepend_scheme="first", split=False)
   return copy
+
+
+def without_added(
+    tokenizer: tokenizers.Tokenizer, first: int) -> tokenizers.Tokenizer:
+  """A copy without the added tokens from the id `first` on."""
+  if max(tokenizer.get_added_tokens_decoder(), default=0) < first:
+    return tokenizer
+  spec = json.loads(tokenizer.to_str())
+  spec["added_tokens"] = [
+      token for token in spec["added_tokens"] if token["id"] < first]
+  return tokenizers.Tokenizer.from_str(json.dumps(spec))

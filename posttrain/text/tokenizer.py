@@ -68,12 +68,19 @@ class Tokenizer(Protocol):
   def save(self, directory: str | pathlib.Path) -> None: ...
 
 
-def load(path: str | pathlib.Path) -> Tokenizer:
+def load(
+    path: str | pathlib.Path, *, vocab_size: int | None = None) -> Tokenizer:
   """Loads a `tokenizer.json`, a SentencePiece `*.model`, or a directory.
 
   `tokenizer_config.json` (BOS, EOS, added tokens, chat template),
   `chat_template.jinja` and `generation_config.json` (all stop ids) are read
   from the same directory.
+
+  Args:
+    path: of the file or directory.
+    vocab_size: of the model; a `tokenizer.json` without the tokens that were
+      added behind it. (Gemma 3's smallest models have no embedding for the
+      token that stands for images, which their tokenizer names.)
 
   Raises:
     ValueError: no tokenizer there, or its EOS is not named anywhere.
@@ -92,7 +99,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
   if path.suffix == ".model":
     return _load_sentencepiece(path)
   if path.suffix == ".json":
-    return _load_hugging_face(path)
+    return _load_hugging_face(path, vocab_size)
   raise ValueError(
       f"{path} is neither a tokenizer.json nor a SentencePiece *.model. "
       "Check tokenizer.path.")
@@ -117,8 +124,11 @@ def _load_sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:
       prefix_each=config.get("legacy", True))
 
 
-def _load_hugging_face(path: pathlib.Path) -> HuggingFaceTokenizer:
+def _load_hugging_face(
+    path: pathlib.Path, vocab_size: int | None) -> HuggingFaceTokenizer:
   tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  if vocab_size is not None:
+    tokenizer = hugging_face_tokenizer.without_added(tokenizer, vocab_size)
   config = token_files.read(path.parent / "tokenizer_config.json")
   if not config.get("legacy", True):
     tokenizer = hugging_face_tokenizer.prefix_at_start_only(tokenizer)

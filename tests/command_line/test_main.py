@@ -18,7 +18,7 @@ from posttrain.sampler import choice, sampler
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")
-VERBS = ("train", "eval", "sample", "report")
+VERBS = ("train", "eval", "sample", "report", "export", "import")
 
 
 @pytest.fixture
@@ -33,6 +33,8 @@ def calls(monkeypatch):
       "posttrain.stages.sample": dict(run=record("sample")),
       "posttrain.report": dict(
           build=record("report"), figures=lambda workdirs: "figures\n"),
+      "posttrain.transfer": dict(
+          export=record("export"), import_release=record("import")),
   }
   for name, functions in fakes.items():
     module = types.ModuleType(name)
@@ -90,7 +92,7 @@ def test_no_arguments_print_the_verbs(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["trian"], "the nearest of train, eval, sample, report is train"),
+    (["trian"], f"the nearest of {', '.join(VERBS)} is train"),
     (["train", "--confg=x"], "no flag --confg; the nearest of posttrain train "
      "is --config"),
     (["train", "--wokrdir", "x"], "is --workdir"),
@@ -114,6 +116,17 @@ def test_no_arguments_print_the_verbs(capsys):
     (["sample", "--model=tiny"], "--prompt=TEXT and --prompts=FILE"),
     (["sample", "--model=tinny", "--prompt=a"], "the nearest is 'tiny'"),
     (["sample", "--model=tiny", "--prompt=a", "--stage=s"], "no effect"),
+    (["export", "--output=x"], "found none"),
+    (["export", "--model=smollm2-135m"], "required: --output"),
+    (["export", "--model=smollm2-135m", "--output=x", "--dtype=float16"],
+     "invalid choice: 'float16'"),
+    (["export", "--model=smollm2-135m", "--output=x", "--step=3"],
+     "--step has no effect"),
+    (["export", "--model=smollm2-135m", "--output=/tmp"], "/tmp exists"),
+    (["export", "--model=smollm2-135m", "--output=x", "--shard-gb=0"],
+     "0 is not in (0, inf)"),
+    (["import", "--model=no/such", "--output=x"], "no preset 'no/such'"),
+    (["import", "--model=smollm2-135m", "--output=/tmp"], "/tmp exists"),
     (["sample", "--model=tiny", "--prompt=a", "--top-p=2"],
      "2 is not in (0, 1]"),
     (["sample", "--model=tiny", "--prompt=a", "--seed=x"],
@@ -225,6 +238,46 @@ def test_a_bad_file_of_prompts(calls, tmp_path, text, message, capsys):
       "sample", "--model=tiny", f"--prompts={file}", capsys=capsys)
   assert status == 2
   assert message in error
+
+
+def test_export_hands_over_every_flag(calls, workdir, tmp_path):
+  output = str(tmp_path / "out")
+  assert main_lib.main([
+      "export", f"--workdir={workdir}", "--stage=reason", "--step=4",
+      f"--output={output}", "--dtype=bfloat16", "--shard-gb=0.5"]) == 0
+  [(name, (config, path), flags)] = calls
+  assert (name, path) == ("export", output)
+  assert config.stages == ("cold_start", "reason", "measure")
+  assert flags == dict(
+      workdir=workdir, stage="reason", step=4, dtype="bfloat16",
+      shard_bytes=500_000_000)
+
+
+def test_what_a_model_may_be(calls, tmp_path, capsys):
+  """A preset, published files, or what has been imported."""
+  release, imported = tmp_path / "release", tmp_path / "imported"
+  release.mkdir()
+  imported.mkdir()
+  (imported / "model.json").write_text("{}")
+  for model, (name, kind, path) in {
+      "smollm2-135m": ("smollm2-135m", "preset", ""),
+      str(release): ("", "preset", str(release)),
+      str(imported): ("", "directory", str(imported))}.items():
+    assert main_lib.main([
+        "export", f"--model={model}", f"--output={tmp_path}/out"]) == 0
+    config = calls.pop()[1][0]
+    assert (config.model, config.init.kind, config.init.path) == (
+        name, kind, path)
+  assert main_lib.main([
+      "import", f"--model={release}", f"--output={tmp_path}/out",
+      "--config.mesh.tensor=2"]) == 0
+  [(name, (config, output), _)] = calls
+  assert (name, output) == ("import", f"{tmp_path}/out")
+  assert (config.init.path, config.mesh.tensor) == (str(release), 2)
+  status, error = run("import", f"--model={imported}",
+                      f"--output={tmp_path}/out", capsys=capsys)
+  assert status == 2
+  assert "has been imported already" in error
 
 
 def test_report_compares_workdirs(calls, workdir, capsys):

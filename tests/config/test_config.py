@@ -206,6 +206,8 @@ def test_a_key_without_effect_in_a_source():
     (["model=qwen3-30b-a3b", "mesh.expert=-1"],
      "mesh.fsdp: -1 beside mesh.expert=-1"),
     (["init.kind=workdir"], "init.path: missing"),
+    (["model=", "init.kind=preset"], "init.path: missing"),
+    (["model="], 'model: "" means the shape of what init names'),
     (["tokenizer.model_type=bpe"], "tokenizer.vocab_size: missing"),
     (["tokenizer.path=a.model"], "tokenizer.train: set beside"),
     (["cold_start.warmup_steps=61"],

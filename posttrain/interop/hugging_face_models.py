@@ -1,0 +1,383 @@
+"""config.json of transformers <-> ModelConfig, and the names of tensors.
+
+A family is a row of `FAMILIES`: the fields that all of its models have, and
+the keys of its config.json beside the common ones. What a key says is read in
+the spelling of transformers 4 (`rope_theta`, `rope_scaling`) and of 5
+(`rope_parameters`), and written in that of 4, which both read.
+
+A key that is not known here is an error unless it is off (false, null, 0):
+it might change what the model computes.
+
+Source: `configuration_*.py` and `modeling_*.py` of transformers, 5.24.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.interop import parameters
+from posttrain.model.config import ModelConfig, RopeScaling
+
+SIZES = {
+    "vocab_size": "vocab_size", "embed": "hidden_size",
+    "mlp": "intermediate_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads"}
+
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
+KINDS = {"global": "full_attention", "local": "sliding_attention"}
+SCALINGS = {  # Our fields of a scaling, and its keys.
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_context": "original_max_position_embeddings"}}
+
+# Known, and of no consequence for the computation: where the release comes
+# from, its token ids, how it was initialised, what its cache is, how it likes
+# to be sampled, and notes of other programs.
+INERT = {
+    "architectures", "model_type", "transformers_version", "torch_dtype",
+    "dtype", "use_cache", "cache_implementation", "initializer_range",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "pretraining_tp", "id2label", "label2id", "return_dict",
+    "chunk_size_feed_forward", "do_sample", "temperature", "top_k", "top_p",
+    "max_length", "is_llama_config", "transformers.js_config",
+    "sliding_window_size"}  # Gemma 2 says it twice; this one is not read.
+
+# The tensors of a parameter, where the norms' names do not say it.
+NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight", "head": "lm_head.weight",
+    "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight", "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
+    "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "attn_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight"}
+BETWEEN = "pre_feedforward_layernorm.weight"  # `mlp_norm`, if both are there.
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What its config.json does not say, and how it says the rest.
+
+  Attributes:
+    architecture: the class in transformers.
+    fields: of the ModelConfig, the same for all of its models.
+    defaults: what transformers takes for a key that is not there.
+    activation: the key of the activation.
+    keys: of layer kinds and what only this family has; see `_kinds`.
+    period: where `layer_types` is not there: one layer in so many is global.
+  """
+
+  architecture: str
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  activation: str = "hidden_act"
+  keys: tuple[str, ...] = ()
+  period: int = 0
+
+
+QWEN = ("use_sliding_window", "sliding_window", "max_window_layers",
+        "layer_types")
+GEMMA: dict[str, Any] = dict(
+    norm_placement="both", norm_offset=1.0, embedding_scale=True)
+GEMMA_DEFAULTS: dict[str, Any] = dict(
+    max_position_embeddings=8192, vocab_size=256_000, hidden_size=2304,
+    intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=256,
+    hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+    query_pre_attn_scalar=256, sliding_window=4096)
+GEMMA_KEYS = (
+    "sliding_window", "layer_types", "query_pre_attn_scalar",
+    "final_logit_softcapping", "attn_logit_softcapping")
+
+# A model with experts would be a row here, with names of its tensors in
+# NAMES and a source of them in `parameters.table`.
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family(
+        "MistralForCausalLM", defaults=dict(sliding_window=4096),
+        keys=("sliding_window",)),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", dict(qkv_bias=True), dict(
+            sliding_window=4096, max_window_layers=28), keys=QWEN),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", dict(qk_norm="head"), dict(
+            head_dim=128, sliding_window=4096, max_window_layers=28),
+        keys=QWEN),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", GEMMA, GEMMA_DEFAULTS | dict(
+            final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
+        activation="hidden_activation", keys=GEMMA_KEYS, period=2),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", GEMMA | dict(qk_norm="head"),
+        GEMMA_DEFAULTS | dict(
+            max_position_embeddings=131_072, vocab_size=262_208,
+            rope_theta=1e6, rope_local_base_freq=1e4,
+            sliding_window_pattern=6),
+        activation="hidden_activation", period=6,
+        keys=(*GEMMA_KEYS, "rope_local_base_freq", "sliding_window_pattern")),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", dict(norm_placement="post", qk_norm="full"),
+        dict(rms_norm_eps=1e-5)),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", defaults=dict(
+            num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True,
+            no_rope_layer_interval=4),
+        keys=("no_rope_layers", "no_rope_layer_interval", "layer_types",
+              "max_window_layers")),
+}
+
+
+def table(config: ModelConfig) -> dict[str, parameters.Source]:
+  """For every parameter path of the model, the tensors that hold it."""
+  both = {"mlp_norm": BETWEEN} if config.norm_placement == "both" else {}
+  return parameters.table(config, NAMES | both, "model.layers.{layer}.")
+
+
+def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
+  """The shape that a config.json describes; compute fields keep defaults.
+
+  Args:
+    data: config.json of a text model.
+    path: where it was read from, for errors.
+
+  Raises:
+    ValueError: another family, a size that is missing, or a key that asks
+      for something the model does not do.
+  """
+  name = data.get("model_type")
+  if name not in FAMILIES:
+    raise ValueError(
+        f"{path} is of model_type {name!r}; this reader knows "
+        f"{', '.join(FAMILIES)}.")
+  family = FAMILIES[name]
+  _check_keys(data, family, path)
+  data = {key: value for key, value in family.defaults.items()} | {
+      key: value for key, value in data.items()
+      if value is not None or key in NULLABLE}
+  missing = [key for key in SIZES.values() if key not in data]
+  if missing:
+    raise ValueError(f"{path} lacks {', '.join(missing)}.")
+  try:
+    fields = _fields(data, family)
+    return ModelConfig(**fields)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+# Null is an answer here, and no key that was left out.
+NULLABLE = ("sliding_window", "final_logit_softcapping",
+            "attn_logit_softcapping")
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+  """The config.json of a model: of the first family that computes the same.
+
+  Without dtype and token ids. What is written is read again and compared, so
+  that no field gets lost.
+
+  Raises:
+    ValueError: no family computes it; names what the nearest does not do.
+  """
+  wanted = parameters.comparable(config)
+  nearest: dict[str, Any] = {}
+  for name, family in FAMILIES.items():
+    data = _written(name, family, config)
+    try:
+      found = parameters.comparable(model_config(data, "config.json"))
+    except ValueError:
+      continue  # The family cannot even say it.
+    lost = {f"{field}={value}": name for field, value in wanted.items()
+            if value != found[field]}
+    if not lost:
+      return data
+    nearest = min(nearest or lost, lost, key=len)
+  raise ValueError(
+      "no family of transformers that is known here computes this model; the "
+      f"nearest, {next(iter(nearest.values()))}, does not have "
+      f"{', '.join(nearest)}. Known are {', '.join(FAMILIES)}.")
+
+
+def _written(
+    name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
+  """What a family's config.json can say of a model."""
+  c, kinds = config, config.layer_kinds
+  own = {
+      "use_sliding_window": "local" in kinds,
+      "sliding_window": c.sliding_window or None,
+      "layer_types": [KINDS.get(kind, KINDS["global"]) for kind in kinds],
+      "no_rope_layers": [int(kind != "nope") for kind in kinds],
+      "query_pre_attn_scalar": _whole(c.attention_scale**-2),
+      "attn_logit_softcapping": c.attention_softcap or None,
+      "final_logit_softcapping": c.final_softcap or None,
+      "rope_local_base_freq": c.rope_local_theta or c.rope_theta}
+  if "use_sliding_window" in family.keys:
+    own["max_window_layers"] = (
+        kinds.index("local") if "local" in kinds else c.layers)
+  data = {
+      "model_type": name, "architectures": [family.architecture],
+      **{key: getattr(c, field) for field, key in SIZES.items()},
+      "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim,
+      family.activation: ACTIVATIONS[c.activation],
+      "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied_embeddings,
+      "rope_theta": c.rope_theta,
+      "rope_scaling": c.rope_scaling and {
+          "rope_type": c.rope_scaling.kind, **{
+              key: getattr(c.rope_scaling, field)
+              for field, key in SCALINGS[c.rope_scaling.kind].items()}}}
+  if c.max_positions:
+    data["max_position_embeddings"] = c.max_positions
+  return data | {key: own[key] for key in family.keys if key in own}
+
+
+def _whole(value: float) -> float:
+  """A whole number that rounding has missed; any other as it is."""
+  return round(value) if abs(value - round(value)) < 1e-9 * value else value
+
+
+def _check_keys(data: Mapping[str, Any], family: Family, path: Any) -> None:
+  known = {
+      *INERT, *SIZES.values(), *family.keys, family.activation, "head_dim",
+      "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+      "rope_theta", "rope_scaling", "rope_parameters",
+      "max_position_embeddings"}
+  if family.activation != "hidden_act":
+    known.add("hidden_act")  # transformers reads the other one.
+  unknown = {key: value for key, value in data.items()
+             if value and key not in known and not key.startswith("_")}
+  if unknown:
+    raise ValueError(
+        f"{path} has what this reader does not know, and what may change the "
+        f"computation: {unknown}. If it does not, take it out of the file.")
+
+
+def _fields(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
+  fields = dict(family.fields) | {
+      field: data[key] for field, key in SIZES.items()}
+  fields["kv_heads"] = data.get("num_key_value_heads", fields["heads"])
+  fields["head_dim"] = data.get(
+      "head_dim", fields["embed"] // fields["heads"])
+  fields["max_positions"] = data.get("max_position_embeddings", 0)
+  fields["norm_eps"] = data.get("rms_norm_eps", 1e-6)
+  fields["tied_embeddings"] = data.get("tie_word_embeddings", False)
+  fields["activation"] = _one_of(
+      data.get(family.activation, "silu"), ACTIVATIONS, family.activation)
+  if "query_pre_attn_scalar" in family.keys:
+    width = data["query_pre_attn_scalar"]
+    if width != fields["head_dim"]:
+      fields["query_scale"] = width**-0.5
+    fields["attention_softcap"] = data.get("attn_logit_softcapping") or 0.0
+    fields["final_softcap"] = data.get("final_logit_softcapping") or 0.0
+  kinds = _kinds(data, family, fields["layers"])
+  fields["layer_pattern"] = _shortest(kinds)
+  if "local" in kinds:
+    fields["sliding_window"] = data.get("sliding_window") or 0
+  return fields | _rope(data, family, "local" in kinds)
+
+
+def _one_of(value: Any, known: Mapping[str, str], key: str) -> str:
+  """Our name of a value."""
+  for ours, theirs in known.items():
+    if value == theirs:
+      return ours
+  raise ValueError(
+      f"{key}={value!r} is not known here; {', '.join(known.values())} are.")
+
+
+def _kinds(
+    data: Mapping[str, Any], family: Family, layers: int) -> list[str]:
+  """The kind of every layer, by whichever keys the family says it."""
+  given = [_one_of(kind, KINDS, "layer_types")
+           for kind in data.get("layer_types") or ()]
+  numbers = range(layers)
+  if "no_rope_layers" in family.keys:
+    interval = data["no_rope_layer_interval"]
+    flags = data.get("no_rope_layers") or [
+        (i + 1) % interval for i in numbers]
+    if "local" in given:
+      raise ValueError("layer_types has layers with a sliding window, which "
+                       "are not known in this family.")
+    found = ["global" if flag else "nope" for flag in flags]
+  elif given:
+    found = given
+  elif "sliding_window" not in family.keys or data["sliding_window"] is None:
+    found = ["global"] * layers
+  elif family.period:
+    period = data.get("sliding_window_pattern", family.period)
+    found = ["local" if (i + 1) % period else "global" for i in numbers]
+  elif "use_sliding_window" in family.keys:
+    first = (data["max_window_layers"] if data.get("use_sliding_window")
+             else layers)
+    found = ["local" if i >= first else "global" for i in numbers]
+  else:
+    found = ["local"] * layers
+  if len(found) != layers:
+    raise ValueError(
+        f"{len(found)} kinds of layers are given for {layers} layers.")
+  return found
+
+
+def _shortest(kinds: list[str]) -> tuple[str, ...]:
+  """The shortest pattern that repeats to `kinds`."""
+  return next(
+      tuple(kinds[:n]) for n in range(1, len(kinds) + 1)
+      if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+
+
+def _rope(
+    data: Mapping[str, Any], family: Family, local: bool) -> dict[str, Any]:
+  """rope_theta, rope_local_theta and rope_scaling."""
+  if data.get("rope_parameters") and data.get("rope_scaling"):
+    raise ValueError("rope_parameters and rope_scaling are both set; keep the "
+                     "one that is meant.")
+  found = data.get("rope_parameters") or data.get("rope_scaling") or {}
+  by_kind = {ours: found[theirs] for ours, theirs in KINDS.items()
+             if found.get(theirs)}
+  theta = data.get("rope_theta", 10_000.0)
+  rope = dict(by_kind.get("global", {} if by_kind else found))
+  fields: dict[str, Any] = dict(rope_theta=float(
+      rope.pop("rope_theta", theta)))
+  scaling = _scaling(rope)
+  if scaling is not None:
+    fields["rope_scaling"] = scaling
+  if "rope_local_base_freq" not in family.keys:
+    if "local" in by_kind:
+      raise ValueError("rope_parameters of sliding_attention are not known in "
+                       "this family.")
+    return fields
+  narrow = dict(by_kind.get("local", {}))
+  theta = narrow.pop("rope_theta", data["rope_local_base_freq"])
+  if _scaling(narrow) is not None:
+    raise ValueError(f"rope_parameters.sliding_attention={narrow} has a "
+                     "scaling, which only layers of full attention have here.")
+  if local:
+    fields["rope_local_theta"] = float(theta)
+  return fields
+
+
+def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
+  """Of rope_parameters or rope_scaling, without its theta."""
+  rope = dict(rope)
+  old = rope.pop("type", "default")
+  kind = rope.pop("rope_type", old)
+  if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+    raise ValueError("partial_rotary_factor is not 1, and the model turns "
+                     "whole heads.")
+  keys = {} if kind == "default" else SCALINGS.get(kind)
+  if keys is None or rope.keys() != set(keys.values()):
+    raise ValueError(
+        f"RoPE of the type {kind!r} with {rope} is not known here; 'default' "
+        f"and {SCALINGS} are.")
+  if kind == "default":
+    return None
+  values: dict[str, Any] = {
+      field: rope[key] if field == "original_context" else float(rope[key])
+      for field, key in keys.items()}
+  return RopeScaling(kind=kind, **values)

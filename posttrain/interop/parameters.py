@@ -1,0 +1,353 @@
+"""Tensors of a released file and parameters of the model, both ways.
+
+A release holds projections as [out, in], one tensor per layer; the model has
+them as [L, in..., out...], heads split, the vocabulary padded. Which tensor is
+which is a table of names per format; what lies between is the same for all.
+
+One tensor at a time is on the host, and of it only what this host's devices
+hold: a file that is mapped into memory is read where a device needs it.
+
+  L: layers  D: embed  F: mlp  K: kv heads  G: query heads per kv head
+  H: head_dim  V: vocab
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from posttrain import sharding
+from posttrain.model import transformer
+from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
+
+# Fields of a ModelConfig that do not make it another model.
+NO_SHAPE = (*COMPUTE_FIELDS, "max_positions")
+
+# Told how many tensors are done, and how many there are.
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """The tensors of a parameter: one, or one per layer.
+
+  Attributes:
+    name: with `{layer}` where it belongs to a block.
+    shape: of a tensor, row-major.
+    parameter: of one layer of the parameter, without padding.
+    transposed: the tensor's last two axes are swapped.
+    prepare: of the tensor as it is stored, before anything else.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  parameter: tuple[int, ...]
+  transposed: bool = False
+  prepare: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
+
+  def names(self, layers: int) -> list[str]:
+    """The tensors of all layers, or the one."""
+    if "{layer}" not in self.name:
+      return [self.name]
+    return [self.name.format(layer=layer) for layer in range(layers)]
+
+  def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
+    """A view of the tensor as the model has it, wherever `prepare` is one."""
+    tensor = self.prepare(tensor)
+    if self.transposed:
+      tensor = tensor.swapaxes(-1, -2)
+    return tensor.reshape(self.parameter)
+
+  def to_tensor(self, parameter: np.ndarray) -> np.ndarray:
+    """The way back, for a format that is written (its `prepare` is idle)."""
+    parameter = parameter[tuple(map(slice, self.parameter))]  # Padding.
+    if not self.transposed:
+      return parameter.reshape(self.shape)
+    *experts, rows, columns = self.shape
+    return parameter.reshape(*experts, columns, rows).swapaxes(-1, -2)
+
+
+def table(
+    config: ModelConfig, names: Mapping[str, str], block: str,
+) -> dict[str, Source]:
+  """For every parameter path of the model, the tensors that hold it.
+
+  Args:
+    config: of the model.
+    names: by the last part of the path, in a block without its prefix.
+    block: the prefix, with `{layer}`.
+
+  Raises:
+    ValueError: the format has no tensor for a parameter, or the model has
+      experts, whose tensors are not known here yet.
+  """
+  if config.num_experts:
+    raise ValueError(
+        f"a model of {config.num_experts} experts cannot be read from or "
+        "written to files of other programs yet.")
+  found = _outside(config) | {
+      f"blocks/{leaf}": source for leaf, source in _block(config).items()}
+  missing = [path for path in found if path.split("/")[-1] not in names]
+  if missing:
+    raise ValueError(
+        f"the format has no tensor for the parameters {', '.join(missing)}.")
+  return {
+      path: dataclasses.replace(source, name=(
+          block if path.startswith("blocks/") else "")
+          + names[path.split("/")[-1]])
+      for path, source in found.items()}
+
+
+def _matrix(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Source:
+  return Source(
+      "", (math.prod(outputs), math.prod(inputs)), (*inputs, *outputs),
+      transposed=True)
+
+
+def _vector(*shape: int) -> Source:
+  return Source("", (math.prod(shape),), shape)
+
+
+def _outside(c: ModelConfig) -> dict[str, Source]:
+  table = c.vocab_size, c.embed
+  sources = {
+      "embedding": Source("", table, table), "final_norm": _vector(c.embed)}
+  if not c.tied_embeddings:
+    sources["head"] = _matrix((c.embed,), (c.vocab_size,))
+  return sources
+
+
+def _block(c: ModelConfig) -> dict[str, Source]:
+  width, mlp = (c.embed,), (c.mlp,)
+  heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
+  sources = {
+      "q": _matrix(width, heads), "k": _matrix(width, kv),
+      "v": _matrix(width, kv), "o": _matrix(heads, width),
+      "gate": _matrix(width, mlp), "up": _matrix(width, mlp),
+      "down": _matrix(mlp, width)}
+  if c.qkv_bias:
+    sources |= {"q_bias": _vector(*heads), "k_bias": _vector(*kv),
+                "v_bias": _vector(*kv)}
+  if c.qk_norm == "head":
+    sources |= {name: _vector(c.head_dim) for name in ("q_norm", "k_norm")}
+  if c.qk_norm == "full":
+    sources |= {"q_norm": _vector(*heads), "k_norm": _vector(*kv)}
+  norms = []
+  if c.norm_placement != "post":
+    norms += ["attn_norm", "mlp_norm"]
+  if c.norm_placement != "pre":
+    norms += ["attn_post_norm", "mlp_post_norm"]
+  return sources | {name: _vector(c.embed) for name in norms}
+
+
+def comparable(config: ModelConfig) -> dict[str, Any]:
+  """Fields by name; what has no effect, and two ways to say it, are equal."""
+  fields = {
+      field.name: getattr(config, field.name)
+      for field in dataclasses.fields(config)
+      if field.name not in NO_SHAPE}
+  return fields | dict(
+      layer_pattern=config.layer_kinds, query_scale=config.attention_scale)
+
+
+def check_config(found: ModelConfig, wanted: ModelConfig, path: Any) -> None:
+  """Raises ValueError naming every field in which file and config differ."""
+  have, want = comparable(found), comparable(wanted)
+  differences = [
+      f"{name} is {have[name]} in the file and {want[name]} in the config"
+      for name in have if have[name] != want[name]]
+  if differences:
+    raise ValueError(
+        f"{path} does not hold the configured model: "
+        f"{'; '.join(differences)}. Change model or "
+        "model_overrides, or set model to \"\" for the file's shape.")
+
+
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source],
+    layers: int, path: Any,
+) -> None:
+  """Raises one ValueError with all missing, unexpected, mis-shaped tensors.
+
+  Args:
+    found: shapes by name, row-major.
+    sources: what should be there.
+    layers: of the model.
+    path: of the file or directory, for the error.
+  """
+  expected = {
+      name: source.shape for source in sources.values()
+      for name in source.names(layers)}
+  faults = [f"missing: {name} {list(shape)}"
+            for name, shape in expected.items() if name not in found]
+  for name, shape in found.items():
+    if name not in expected:
+      faults.append(f"unexpected: {name} {list(shape)}")
+    elif shape != expected[name]:
+      faults.append(
+          f"mis-shaped: {name} is {list(shape)} and should be "
+          f"{list(expected[name])}")
+  if faults:
+    raise ValueError(
+        f"{path} does not hold the {len(expected)} tensors of the "
+        "configured model:\n  " + "\n  ".join(faults))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where one tensor belongs: `layer` is None outside of the blocks."""
+
+  name: str
+  path: str
+  layer: int | None
+
+
+def places(sources: Mapping[str, Source], layers: int) -> list[Place]:
+  """One per tensor: what is before the blocks, layer by layer, the rest."""
+  found = [
+      Place(name, path, layer if "{layer}" in source.name else None)
+      for path, source in sources.items()
+      for layer, name in enumerate(source.names(layers))]
+  return sorted(found, key=lambda place: (
+      -1 if place.path == "embedding" else
+      layers if place.layer is None else place.layer))
+
+
+def shapes(
+    sources: Mapping[str, Source], layers: int) -> dict[str, tuple[int, ...]]:
+  """Of all tensors, in the order in which `tensors` gives them."""
+  return {place.name: sources[place.path].shape
+          for place in places(sources, layers)}
+
+
+def load(
+    config: ModelConfig, sources: Mapping[str, Source],
+    tensor: Callable[[str], np.ndarray], *, dtype: str,
+    order: Callable[[str], Any] | None = None,
+    progress: Progress | None = None,
+) -> transformer.Transformer:
+  """The model with these tensors, sharded over the current mesh.
+
+  Args:
+    config: of the model.
+    sources: the tensors of every parameter path.
+    tensor: gives one by its name; on every host the same.
+    dtype: of the parameters; tensors are rounded to it.
+    order: sorts the names, for a file that is best read in its own order.
+    progress: told of every tensor.
+  """
+  layout = _flatten(transformer.to_dict(transformer.abstract(config)))
+  if layout.keys() != sources.keys():
+    raise ValueError(
+        f"{sorted(layout.keys() ^ sources.keys())} are parameters of the model "
+        "or of the table of tensors, not of both.")
+  arrays: dict[str, jax.Array] = {}
+  todo = places(sources, config.layers)
+  if order is not None:
+    todo.sort(key=lambda place: order(place.name))
+  for done, place in enumerate(todo, 1):
+    arrays[place.path] = _filled(
+        arrays.get(place.path), layout[place.path], place.layer,
+        sources[place.path].to_parameter(tensor(place.name)), dtype)
+    if progress:
+      progress(done, len(todo))
+  return transformer.from_dict(config, _nested(arrays))
+
+
+def _filled(
+    whole: jax.Array | None, like: jax.ShapeDtypeStruct, layer: int | None,
+    value: np.ndarray, dtype: str,
+) -> jax.Array:
+  """A parameter after one more of its layers, or after the whole of it."""
+  if layer is None:
+    return put_like(value, like, dtype)
+  if whole is None:
+    whole = _zeros(like.shape, dtype, like.sharding.spec)
+  part = put_like(value, jax.eval_shape(lambda w: w[0], like), dtype)
+  # Waited for, or tensors would pile up on the host.
+  return jax.block_until_ready(_set_layer(whole, part, layer))
+
+
+def put_like(
+    array: np.ndarray, like: jax.ShapeDtypeStruct, dtype: str) -> jax.Array:
+  """A global array, laid out as an abstract one; padded with zeros to it.
+
+  Args:
+    array: [...] of any dtype; only what this host holds of it is read.
+    like: shape and sharding; no axis shorter than the array's.
+    dtype: of the result.
+  """
+  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
+    # A copy always: a device array must not live in a mapped file.
+    block = np.zeros([
+        len(range(*cut.indices(size)))
+        for cut, size in zip(index, like.shape, strict=True)], dtype)
+    found = array[index]
+    block[tuple(map(slice, found.shape))] = found
+    return block
+
+  layout = NamedSharding(jax.sharding.get_mesh(), like.sharding.spec)
+  return jax.make_array_from_callback(like.shape, layout, part)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: str, layout) -> jax.Array:
+  return jnp.zeros(shape, dtype, out_sharding=layout)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(whole: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(whole, layer, index, 0)
+
+
+def tensors(
+    model: transformer.Transformer, sources: Mapping[str, Source],
+    dtype: str,
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Names and whole tensors of a model, one at a time, on every host.
+
+  Every process has to take part. Values are rounded to `dtype` where they
+  are, before they move.
+  """
+  arrays = _flatten(transformer.to_dict(model))
+  for place in places(sources, model.config.layers):
+    value = arrays[place.path]
+    value = (value.astype(dtype) if place.layer is None
+             else _get_layer(value, place.layer, dtype))
+    yield place.name, sources[place.path].to_tensor(sharding.fetch(value))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _get_layer(whole: jax.Array, index: int, dtype: str) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(
+      whole, index, keepdims=False).astype(dtype)
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Leaves by slash-separated path."""
+  flat: dict[str, Any] = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= {f"{name}/{path}": leaf
+               for path, leaf in _flatten(value).items()}
+    else:
+      flat[name] = value
+  return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, leaf = path.split("/")
+    node = tree
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[leaf] = value
+  return tree
