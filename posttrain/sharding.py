@@ -6,6 +6,7 @@ layout can be checked without the devices it is meant for.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import jax
@@ -33,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "groups": (),  # Query heads of one kv head; completions of one prompt.
     "head_dim": (),
     "act_embed": (),
+    "rank": (),  # Of an adapter.
 }
 
 
@@ -121,6 +123,20 @@ def gather_fsdp(w: jax.Array) -> jax.Array:
   resting = (*spec("embed"), *spec("expert_embed"))
   gathered = P(*(None if axis in resting else axis for axis in at_rest))
   return jax.sharding.reshard(w, gathered)
+
+
+def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+  """`function` of each device's own parts.
+
+  For elementwise code that is not written for sharded axes.
+
+  Args:
+    function: its results are laid out as the first array is.
+    *arrays: of one rank, laid out alike wherever `function` combines them.
+  """
+  specs = tuple(jax.typeof(x).sharding.spec for x in arrays)
+  return jax.shard_map(
+      function, in_specs=specs, out_specs=specs[0])(*arrays)
 
 
 def put(array: np.ndarray, *axes: str | None) -> jax.Array:

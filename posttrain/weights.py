@@ -12,14 +12,17 @@ started from may be moved away. `posttrain import` writes such a directory.
 """
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import config_dict
 
+from posttrain import sharding
 from posttrain import workdir as workdir_lib
 from posttrain.interop import released, smollm2
 from posttrain.model import moe, transformer
@@ -29,7 +32,9 @@ from posttrain.model.transformer import Transformer
 from posttrain.tasks import loading
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.text import vocabulary
-from posttrain.train import checkpoints, state
+from posttrain.train import checkpoints, fingerprint, partition, state
+
+FROZEN = "frozen"  # In a workdir: weights that its stages do not train.
 
 # Presets whose published files can be found, and how.
 PUBLISHED: dict[str, Callable[[], released.Release]] = {
@@ -229,10 +234,11 @@ def of_directory(
     renderer_hash: that it must have been trained with; None: any.
 
   Returns:
-    The model, float32, on the mesh.
+    The model on the mesh as it was trained: its adapters live, its frozen
+    weights at rest as they were.
 
   Raises:
-    FileNotFoundError: there is no checkpoint.
+    FileNotFoundError: there is no checkpoint, or not what was frozen in it.
     ValueError: it is of another shape, tokenizer or chat template.
   """
   directory = pathlib.Path(path)
@@ -248,17 +254,62 @@ def _restore(
     model: ModelConfig, directory: pathlib.Path, step: int | None,
     renderer_hash: str | None,
 ) -> Transformer:
-  found = checkpoints.read_extras(directory, step)["renderer_hash"]
+  extras = checkpoints.read_extras(directory, step)
   # An imported release was trained by others, with a template of theirs.
-  if renderer_hash not in (None, found) and found is not None:
+  if None not in (renderer_hash, extras["renderer_hash"]) and (
+      renderer_hash != extras["renderer_hash"]):
     raise ValueError(
         f"The weights in {directory} were trained with another tokenizer or "
         "chat template than this config's. Set chat_template and tokenizer "
         "to theirs, or train on the new ones first (a stage of kind sft).")
-  shapes = transformer.abstract(model)
+  # What was imported was not trained, and says nothing of it.
+  plan = partition.Plan.from_json(
+      extras.get("plan", partition.Plan().to_json()))
+  trained, frozen = partition.split(*partition.abstract(model, plan))
   restored = checkpoints.restore(
-      directory, {"model": on_mesh(state.to_dict(shapes))}, step)
-  return state.from_dict(shapes, restored.tree["model"])
+      directory, {"model": on_mesh(state.to_dict(trained))}, step)
+  trained = state.from_dict(trained, restored.tree["model"])
+  if extras.get("frozen"):
+    frozen = _restore_frozen(directory, extras["frozen"], frozen)
+  return partition.join(trained, frozen)
+
+
+def _restore_frozen(
+    directory: pathlib.Path, name: str, like: Transformer) -> Transformer:
+  """The weights that a checkpoint was trained beside.
+
+  Args:
+    directory: of the checkpoint: `<workdir>/<stage>/checkpoints`.
+  """
+  kept = directory.parent.parent / FROZEN / name
+  if not kept.exists():
+    raise FileNotFoundError(
+        f"{directory} holds trained weights only; those that were frozen "
+        f"beside them are kept in {kept}, which does not exist. Copy a whole "
+        "workdir, or at least that folder with the checkpoints.")
+  tree = checkpoints.restore(kept, on_mesh(state.to_dict(like))).tree
+  return state.from_dict(like, tree)
+
+
+def frozen_name(frozen: Transformer) -> str:
+  """A hash of the weights that a stage does not train; "" for none."""
+  names = partition.paths(frozen)
+  if not names:
+    return ""
+  prints = fingerprint.of(
+      dict(zip(names, jax.tree.leaves(frozen), strict=True)))
+  text = json.dumps(prints, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> None:
+  """Keeps these weights in the workdir, unless it has them already."""
+  name = frozen_name(frozen)
+  directory = workdir.path / FROZEN / name
+  there = sharding.of_first_host(np.array((directory / "0").exists()))
+  if name and not there:
+    with checkpoints.Checkpoints(directory, keep=1) as saver:
+      saver.save(0, state.to_dict(frozen), {})
 
 
 def on_mesh(tree: Any) -> Any:
@@ -268,9 +319,3 @@ def on_mesh(tree: Any) -> Any:
       lambda x: jax.ShapeDtypeStruct(
           x.shape, x.dtype,
           sharding=jax.sharding.NamedSharding(mesh, x.sharding.spec)), tree)
-
-
-def frozen(model: Transformer, dtype: str) -> Transformer:
-  """A copy that is not trained, in `dtype`."""
-  return jax.jit(
-      lambda model: jax.tree.map(lambda w: jnp.astype(w, dtype), model))(model)

@@ -8,6 +8,7 @@
   metrics.jsonl          one row per stage and step
   tensorboard/           the same as events
   report.html            `posttrain report`
+  frozen/<hash>/         weights that stages keep beside those they train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
   <stage>/rollouts/      <stage>/done.json, once the stage has finished
 

@@ -144,18 +144,6 @@ def test_another_template_is_not_sampled_with(
         limits=sampler.Limits(max_tokens=1), **flags)
 
 
-def test_a_frozen_copy_outlives_what_it_was_made_from(tmp_path):
-  """The update consumes the buffers of the policy that it starts from."""
-  run = pipeline_run.make_pipeline(tmp_path)
-  model = run.weights_of("init")
-  copy = weights.frozen(model, "float32")
-  low = weights.frozen(model, "bfloat16")
-  for leaf in jax.tree.leaves(model):
-    leaf.delete()
-  assert_seed(copy, run, 0)
-  assert {leaf.dtype.name for leaf in jax.tree.leaves(low)} == {"bfloat16"}
-
-
 def test_a_model_too_small_for_its_tokenizer_is_an_error(tmp_path):
   config = config_lib.assign(
       pipeline_run.CONFIG, ["model_overrides.vocab_size=5"], "test")

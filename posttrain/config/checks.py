@@ -6,8 +6,10 @@ type, so that one mistake is not reported twice.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -115,9 +117,10 @@ def check_model(config: Mapping) -> Iterator[str]:
            'with its weights: model="" and init.path.')
     return
   compute = model_config.COMPUTE_FIELDS
+  derived = (*compute, "lora", "quantized")
   types = {field.name: field.type
            for field in dataclasses.fields(model_config.ModelConfig)
-           if field.name not in compute}
+           if field.name not in derived}
   problems = list(_override_problems(changes, types, compute))
   yield from problems
   if name and not problems:
@@ -174,14 +177,17 @@ def check_mesh(config: Mapping) -> Iterator[str]:
 
 
 def check_frozen(config: Mapping) -> Iterator[str]:
-  """Nothing is frozen but a GRPO stage's reference."""
-  coefficients = [
-      section.get("loss", {}).get("kl_coef") for section in config.values()
-      if isinstance(section, Mapping)]
-  if config["compute"]["frozen_dtype"] != "float32" and not any(coefficients):
+  """Frozen are a GRPO stage's reference, and what a stage does not train."""
+  stages = [section for section in config.values()
+            if isinstance(section, Mapping)
+            and section.get("kind") in schema.TRAINING_KINDS]
+  holds = [stage.get("loss", {}).get("kl_coef") or stage.get("trained")
+           or stage.get("lora", {}).get("rank") for stage in stages]
+  if config["compute"]["frozen_dtype"] != "float32" and not any(holds):
     yield ("compute.frozen_dtype: set to "
            f"{config['compute']['frozen_dtype']!r}, but it has no effect "
-           "unless a stage holds a reference (loss.kl_coef > 0).")
+           "unless a stage holds a reference (loss.kl_coef > 0) or trains a "
+           "part of the weights (lora.rank, trained).")
 
 
 def check_expert_axis(config: Mapping) -> Iterator[str]:
@@ -273,7 +279,10 @@ def check_rollout_budgets(config, name: str, stage: Mapping) -> Iterator[str]:
 
 
 def check_reference(config, name: str, stage: Mapping) -> Iterator[str]:
-  if stage["reference"]:
+  if stage["reference"] == schema.ADAPTER_OFF:
+    if not stage["lora"]["rank"]:
+      yield ("reference: 'adapter_off' needs adapters; set lora.rank.")
+  elif stage["reference"]:
     yield from _weights(config, name, "reference", stage["reference"])
 
 
@@ -306,6 +315,23 @@ def check_checkpoints(config, name: str, stage: Mapping) -> Iterator[str]:
     yield from _weights(config, name, "checkpoints", checkpoint)
 
 
+def check_trained(config, name: str, stage: Mapping) -> Iterator[str]:
+  targets = stage["lora"]["targets"]
+  if not targets or len(set(targets)) < len(targets):
+    yield f"lora.targets: found {targets!r}, needed different matrices."
+  try:
+    re.compile(stage["trained"])
+  except re.error as error:
+    yield (f"trained: {stage['trained']!r} is no regular expression: {error}.")
+
+
+def check_quantized(config: Mapping) -> Iterator[str]:
+  kind = config["compute"]["frozen_dtype"]
+  if kind in model_config.QUANTIZED and not importlib.util.find_spec("qwix"):
+    yield (f"compute.frozen_dtype: {kind!r} needs the package qwix: pip "
+           "install 'posttrain[qlora]'.")
+
+
 CHECKS = {  # And the names of what they read.
     check_stages: ("stages",),
     check_model: ("model", "model_overrides", "compute", "init"),
@@ -313,11 +339,13 @@ CHECKS = {  # And the names of what they read.
     check_mesh: ("mesh",),
     check_frozen: ("compute",),
     check_expert_axis: ("mesh", "model", "model_overrides"),
+    check_quantized: ("compute",),
 }
 STAGE_CHECKS = {
-    "sft": (check_optimizer, check_router, check_checkpoint, check_sft_rows,
-            check_sources),
-    "grpo": (check_optimizer, check_router, check_checkpoint, check_groups,
+    "sft": (check_optimizer, check_router, check_trained, check_checkpoint,
+            check_sft_rows, check_sources),
+    "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
+             check_groups,
              check_rewards, check_rollout_budgets, check_reference),
     "evaluate": (check_cells, check_samples, check_checkpoints),
 }

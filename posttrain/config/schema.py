@@ -6,6 +6,7 @@ by that section's `kind`. `needs` names a condition without which a key has no
 effect: setting the key anyway is an error, as no key is ever inert.
 """
 
+from posttrain.config import parts
 from posttrain.config.keys import (
     REQUIRED,
     Items,
@@ -14,53 +15,10 @@ from posttrain.config.keys import (
     Refused,
     Section,
 )
+from posttrain.model.config import DTYPES, QUANTIZED
 
+ADAPTER_OFF = "adapter_off"  # As a reference.
 
-def _optimizer(schedule: str) -> dict[str, Key]:
-  decays = Needs("schedule", "!=", "constant")
-  return dict(
-      learning_rate=Key(float, REQUIRED, "Peak learning rate.", "(0, inf)"),
-      schedule=Key(
-          str, schedule, "What follows the warm-up.",
-          choices=("cosine", "linear", "constant")),
-      warmup_steps=Key(
-          int, 0, "Steps of linear warm-up from zero.", "[0, inf)"),
-      final_learning_rate=Key(
-          float, 0.0, "Learning rate at the last step.", "[0, inf)",
-          needs=decays),
-      weight_decay=Key(
-          float, 0.0, "Decoupled decay; skips norms and biases.", "[0, inf)"),
-      beta1=Key(float, 0.9, "AdamW: decay of the mean.", "[0, 1)"),
-      beta2=Key(float, 0.999, "AdamW: decay of the square.", "[0, 1)"),
-      eps=Key(float, 1e-8, "AdamW: added to the denominator.", "(0, inf)"),
-      max_grad_norm=Key(
-          float, 1.0, "Global norm to which gradients are clipped.",
-          "(0, inf)"),
-      router_aux_coef=Key(
-          float, 0.0, "Weight of the loss that spreads tokens over experts, "
-          "with counts of the whole batch. For a model with experts.",
-          "[0, inf)"),
-  )
-
-
-def _checkpoint() -> Section:
-  best = Needs("checkpoint.keep_best", ">", 0)
-  return Section(
-      "What is saved and kept.",
-      every=Key(
-          int, 0, "Steps between checkpoints; 0: one, at the end.",
-          "[0, inf)"),
-      keep=Key(int, 2, "Most recent checkpoints kept.", "[1, inf)"),
-      keep_best=Key(
-          int, 0, "Best checkpoints kept beside the recent ones.",
-          "[0, inf)"),
-      best_metric=Key(
-          str, "", "A name in metrics.jsonl that ranks checkpoints.",
-          needs=best),
-      best_mode=Key(
-          str, "max", "Which end of the metric is best.",
-          choices=("max", "min"), needs=best),
-  )
 
 
 def _source(**extra: Key) -> Section:
@@ -210,8 +168,11 @@ TOP = Section(
                 "grouped on a TPU, dense elsewhere. For a model with experts.",
                 choices=("auto", "dense", "grouped")),
         frozen_dtype=Key(
-            str, "float32", "Of parameters that are not trained, such as a "
-            "reference's.", choices=("float32", "bfloat16")),
+            str, "float32", "Of parameters that are not trained, a "
+            "reference's too. int8, int4 and nf4 are of the blocks' matrices, "
+            "in blocks of 64 with a scale; what else is frozen is then "
+            "bfloat16. They need the extra qlora.",
+            choices=(*DTYPES, *QUANTIZED)),
         loss_chunk=Key(
             int, 128, "Positions whose logits exist at one time in a loss.",
             "[1, inf)"),
@@ -227,7 +188,8 @@ SFT = Section(
     num_microbatches=Key(
         int, 1, "Parts into which a step's rows are cut to save memory.",
         "[1, inf)"),
-    **_optimizer("cosine"),
+    **parts.weights(),
+    **parts.optimizer("cosine"),
     data=Section(
         "Training examples.",
         sources=Items(
@@ -242,7 +204,7 @@ SFT = Section(
     eval_every=Key(
         int, 0, "Steps between evaluation losses; 0: one, at the end.",
         "[0, inf)", needs=_HELD_OUT),
-    checkpoint=_checkpoint(),
+    checkpoint=parts.checkpoint(),
     log_every=_METRIC_EVERY,
 )
 
@@ -262,7 +224,8 @@ GRPO = Section(
     rows_per_microbatch=Key(
         int, REQUIRED, "Packed rows per forward pass of the learner, over all "
         "devices.", "[1, inf)"),
-    **_optimizer("constant"),
+    **parts.weights(),
+    **parts.optimizer("constant"),
     problems=_problems("train"),
     rewards=Key(
         tuple[str, ...], REQUIRED, "What scores a completion; several are "
@@ -325,14 +288,16 @@ GRPO = Section(
     ),
     reference=Key(
         str, "", 'An earlier stage, "init" or a checkpoint\'s directory; "": '
-        "the weights that this stage starts from.",
+        "the weights that this stage starts from; \"adapter_off\": the "
+        "policy's without its adapters. The last two share with the policy "
+        "whatever it does not train.",
         needs=Needs("loss.kl_coef", ">", 0)),
     health=Section(
         "When to stop with advice.",
         patience=Key(
             int, 20, "Batches in a row without any signal, or with every "
             "completion clipped.", "[1, inf)")),
-    checkpoint=_checkpoint(),
+    checkpoint=parts.checkpoint(),
     log_every=_METRIC_EVERY,
     save_rollouts_every=Key(
         int, 10, "Steps between saved rollouts (JSONL); 0: none.",

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention, moe
+from posttrain.model import attention, moe, quantized
 from posttrain.model.attention import rotate
-from posttrain.model.config import ModelConfig
+from posttrain.model.config import INPUT_AXES, LoraConfig, ModelConfig
 from posttrain.sharding import gather_fsdp, spec
 
 ACTIVATION = ("batch", "length", "act_embed")
@@ -117,9 +117,82 @@ class Block(nnx.Module):
       self.router = normal(next(keys), (*layers, c.embed, c.num_experts),
                            width, "layers", "embed", "router")
 
-  def weight(self, param: nnx.Param) -> jax.Array:
+  def weight(self, name: str, dtype: str = "") -> jax.Array:
     """In the compute dtype, gathered over "fsdp": cast first, move less."""
-    return gather_fsdp(param[...].astype(self.config.dtype))
+    w, dtype = getattr(self, name)[...], dtype or self.config.dtype
+    if not self.is_quantized(name):
+      return gather_fsdp(w.astype(dtype))
+    return quantized.dequantize(
+        w, getattr(self, name + quantized.SCALE)[...], self.config.quantized,
+        quantized.embed_axis(name), dtype)
+
+  def is_quantized(self, name: str) -> bool:
+    return hasattr(self, name + quantized.SCALE)
+
+  def adapter(self, name: str) -> LoraConfig | None:
+    """Of the matrix of this name, or None."""
+    lora = self.config.lora
+    return lora if lora is not None and name in lora.targets else None
+
+  def product(
+      self, equation: str, x: jax.Array, name: str, *axes: str) -> jax.Array:
+    """x times the weight of this name and, if it has one, its adapter.
+
+    Args:
+      equation: of the two and the result, such as "btd,df->btf".
+      *axes: the result's logical axes, where a contraction splits them.
+    """
+    out = spec(*axes) if axes else None
+    # Recomputed, which costs no product: the backward pass keeps the weight as
+    # it is at rest, and not every layer's as it was cast or gathered.
+    multiply = jax.checkpoint(lambda x: jnp.einsum(
+        equation, x, self.weight(name), out_sharding=out))
+    y, lora = multiply(x), self.adapter(name)
+    if lora is None:
+      return y
+    terms, result = equation.split("->")
+    inputs, matrix = terms.split(",")
+    cut = INPUT_AXES[name]
+    low = jnp.einsum(
+        f"{inputs},{matrix[:cut]}r->btr", x, self.weight(f"{name}_lora_a"),
+        out_sharding=spec("batch", "length", "rank"))
+    return y + jnp.einsum(
+        f"btr,r{matrix[cut:]}->{result}", low * lora.scale,
+        self.weight(f"{name}_lora_b"), out_sharding=out)
+
+  def merged(self) -> "Block":
+    """One layer, its adapters added and nothing quantised: float32 there."""
+    plain = jax.tree.map(lambda w: w, self)
+    for name in INPUT_AXES:
+      quantised, lora = self.is_quantized(name), self.adapter(name)
+      if not quantised and lora is None:
+        continue
+      w = self.weight(name, "float32")
+      if quantised:
+        delattr(plain, name + quantized.SCALE)
+      if lora is not None:
+        a, b = (self.weight(f"{name}_lora_{x}", "float32") for x in "ab")
+        w += lora.scale * jax.lax.dot_general(
+            a, b, (((a.ndim - 1,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST)
+        for x in "ab":
+          delattr(plain, f"{name}_lora_{x}")
+      setattr(plain, name, nnx.Param(w))
+    plain.config = dataclasses.replace(self.config, lora=None, quantized="")
+    return plain
+
+  def for_decode(self, layer: int) -> "Block":
+    """One of the stacked layers, cast and gathered over "fsdp"."""
+    block = jax.tree.map(lambda w: w[layer], self)
+    if self.config.lora is not None and self.config.lora.decode == "merged":
+      block = block.merged()
+
+    def ready(path, w):
+      stored = jnp.issubdtype(w.dtype, jnp.integer) or (
+          quantized.SCALE in jax.tree_util.keystr(path))
+      return gather_fsdp(w if stored else w.astype(self.config.dtype))
+
+    return jax.tree_util.tree_map_with_path(ready, block)
 
   def norm(self, name: str, x: jax.Array) -> jax.Array:
     """RMSNorm by the norm of this name; x itself where there is none."""
@@ -132,13 +205,13 @@ class Block(nnx.Module):
   def project(self, x: jax.Array, rope) -> tuple[jax.Array, ...]:
     """[B, T, D] -> q [B, T, K, G, H], k and v [B, T, K, H]."""
     c = self.config
-    q = jnp.einsum("btd,dkgh->btkgh", x, self.weight(self.q))
-    k = jnp.einsum("btd,dkh->btkh", x, self.weight(self.k))
-    v = jnp.einsum("btd,dkh->btkh", x, self.weight(self.v))
+    q = self.product("btd,dkgh->btkgh", x, "q")
+    k = self.product("btd,dkh->btkh", x, "k")
+    v = self.product("btd,dkh->btkh", x, "v")
     if c.qkv_bias:
-      q = q + self.weight(self.q_bias)
-      k = k + self.weight(self.k_bias)
-      v = v + self.weight(self.v_bias)
+      q = q + self.weight("q_bias")
+      k = k + self.weight("k_bias")
+      v = v + self.weight("v_bias")
     q, k = self.norm("q_norm", q), self.norm("k_norm", k)
     return rotate(q, rope), rotate(k, rope), v
 
@@ -148,23 +221,19 @@ class Block(nnx.Module):
     c = self.config
     if c.num_experts:
       return moe.feed_forward(
-          x, *map(self.weight, (self.router, self.gate, self.up, self.down)),
+          x, *map(self.weight, ("router", "gate", "up", "down")),
           chosen=c.experts_per_token, normalize=c.normalize_router,
           form=c.moe, activation=ACTIVATIONS[c.activation])
-    gate = jnp.einsum("btd,df->btf", x, self.weight(self.gate))
-    up = jnp.einsum("btd,df->btf", x, self.weight(self.up))
+    gate = self.product("btd,df->btf", x, "gate")
+    up = self.product("btd,df->btf", x, "up")
     activated = ACTIVATIONS[c.activation](gate) * up
-    return jnp.einsum(
-        "btf,fd->btd", activated, self.weight(self.down),
-        out_sharding=spec(*ACTIVATION)), None
+    return self.product("btf,fd->btd", activated, "down", *ACTIVATION), None
 
   def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
     """[B, T, D] -> [B, T, D], what `attend_fn` keeps, and the routing."""
     q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
     attended, kept = attend_fn(q, k, v, view.mask)
-    attended = jnp.einsum(
-        "btkgh,kghd->btd", attended, self.weight(self.o),
-        out_sharding=spec(*ACTIVATION))
+    attended = self.product("btkgh,kghd->btd", attended, "o", *ACTIVATION)
     x = x + self.norm("attn_post_norm", attended)
     fed, routing = self.feed_forward(self.norm("mlp_norm", x))
     return x + self.norm("mlp_post_norm", fed), kept, routing

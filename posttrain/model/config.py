@@ -18,6 +18,10 @@ ROPE_SCALINGS = ("llama3", "linear")
 MOE_FORMS = ("auto", "dense", "grouped")
 # Fields that say how, not what: `compute` of a config sets them.
 COMPUTE_FIELDS = ("dtype", "remat", "unroll", "moe")
+# How many leading axes (behind that of the layers) a matrix reads from.
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
+QUANTIZED = ("int8", "int4", "nf4")
+LORA_DECODE = ("live", "merged")
 
 # Vocabularies are padded to a multiple of this, so that every mesh of a
 # power of two up to 128 divides the table and checkpoints move between them.
@@ -53,6 +57,44 @@ class RopeScaling:
       raise ValueError(
           "rope_scaling of the kind 'llama3' needs 0 < low_freq_factor < "
           f"high_freq_factor and an original_context; found {self}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters beside a block's matrices: W + scale * A B.
+
+  Attributes:
+    rank: columns of A, rows of B (r).
+    alpha: the scale is alpha / r, or alpha / sqrt(r) with `rslora`.
+    targets: names of matrices, of `INPUT_AXES`.
+    rslora: rank-stabilised scale (arXiv 2312.03732).
+    decode: what the sampler's decode loop multiplies by: "live", the base and
+      the adapter; "merged", their sum, made once per call.
+  """
+
+  rank: int
+  alpha: float = 16.0
+  targets: tuple[str, ...] = tuple(INPUT_AXES)
+  rslora: bool = False
+  decode: str = "live"
+
+  def __post_init__(self):
+    unknown = [name for name in self.targets if name not in INPUT_AXES]
+    if unknown or not self.targets:
+      raise ValueError(
+          f"lora.targets={self.targets} must name some of "
+          f"{', '.join(INPUT_AXES)}.")
+    if len(set(self.targets)) < len(self.targets):
+      raise ValueError(f"lora.targets={self.targets} names one twice.")
+    if self.rank < 1:
+      raise ValueError(f"lora.rank={self.rank} must be 1 or more.")
+    if self.decode not in LORA_DECODE:
+      raise ValueError(
+          f"lora.decode={self.decode!r}; choose from {LORA_DECODE}.")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +140,9 @@ class ModelConfig:
       compiles longer and runs faster on a CPU.
     moe: how experts are computed: "dense", all on all tokens; "grouped", each
       on its own tokens; "auto", grouped on a TPU and dense elsewhere.
+    lora: adapters, see `lora.add`; None: there are none.
+    quantized: how the matrices rest that have a scale beside them, see
+      `quantized`; "": none has.
   """
 
   vocab_size: int
@@ -131,6 +176,8 @@ class ModelConfig:
   remat: str = "none"
   unroll: int = 1
   moe: str = "auto"
+  lora: LoraConfig | None = None
+  quantized: str = ""
 
   def __post_init__(self):
     if self.heads % self.kv_heads:

@@ -184,10 +184,7 @@ class Transformer(nnx.Module):
 
   def unstacked(self) -> list[Block]:
     """The layers one by one, cast and gathered over "fsdp": for decode."""
-    cast = lambda w: gather_fsdp(w.astype(self.config.dtype))
-    return [
-        jax.tree.map(lambda w: cast(w[layer]), self.blocks)
-        for layer in range(self.config.layers)]
+    return [self.blocks.for_decode(n) for n in range(self.config.layers)]
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32; ids beyond the vocabulary at -1e30.

@@ -4,12 +4,16 @@ From its section and the model's shape alone: where weights do not fit, it is
 said before they are made.
 """
 
+import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.config import schema
+from posttrain.model import lora
 from posttrain.model.config import ModelConfig
+from posttrain.stages import training
 from posttrain.stages.context import StageContext
-from posttrain.train import memory
+from posttrain.train import memory, partition
 
 
 def of_stage(context: StageContext, model: ModelConfig) -> memory.Estimate:
@@ -23,17 +27,39 @@ def of_stage(context: StageContext, model: ModelConfig) -> memory.Estimate:
     sizes = dict(
         rows=section.rows_per_microbatch,
         sequence_length=section.sequence_length,
-        frozen_copies=int(section.loss.kl_coef > 0),
-        frozen_dtype=compute.frozen_dtype,
         cache_rows=section.num_groups * section.group_size)
   if section.kind == "evaluate":
     samples = max(section.samples_per_problem, section.majority.max_samples)
     sizes = dict(cache_rows=max(section.rollout.batch_rows, samples))
   if "cache_rows" in sizes:
     sizes["cache_slots"] = cache_slots(section.rollout)
+  if section.kind in schema.TRAINING_KINDS:
+    model, more = _weights(context, model)
+    sizes |= more
   return memory.estimate(
       model, **sharding.mesh_sizes(), loss_chunk=compute.loss_chunk,
       **sizes)
+
+
+def _weights(
+    context: StageContext, model: ModelConfig,
+) -> tuple[ModelConfig, dict[str, int]]:
+  """The model as it is trained; bytes of what is frozen, of a reference."""
+  section, plan = context.section, training.plan(context)
+  whole, trained = partition.abstract(model, plan)
+  size = lambda tree: sum(
+      w.size * w.dtype.itemsize for w in jax.tree.leaves(tree))
+  moving, frozen = partition.split(whole, trained)
+  reference = 0
+  if section.kind == "grpo" and section.loss.kl_coef:
+    shared = section.reference in ("", schema.ADAPTER_OFF)
+    like = whole if section.reference == "" else lora.without(whole)
+    kept = jax.eval_shape(
+        lambda model: partition.at_rest(model, (), plan.frozen_dtype), like)
+    reference = size(kept) - shared * size(frozen)
+  return whole.config, dict(
+      trained=sum(w.size for w in jax.tree.leaves(moving)),
+      frozen_bytes=size(frozen), reference_bytes=reference)
 
 
 def cache_slots(rollout: config_dict.ConfigDict) -> int:

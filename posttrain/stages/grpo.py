@@ -12,19 +12,27 @@ Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
-from posttrain import sharding, weights
+from posttrain import sharding
+from posttrain.config import schema
+from posttrain.model import lora
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import policy as policy_lib
 from posttrain.sampler import sampler
 from posttrain.stages import rollout, sampling, training
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading
-from posttrain.train import checkpoints, health, policy, preemption
+from posttrain.train import (
+  checkpoints,
+  health,
+  partition,
+  policy,
+  preemption,
+)
 from posttrain.train import metrics as metrics_lib
 from posttrain.train import state as state_lib
 from posttrain.workdir import replace_file
@@ -108,13 +116,11 @@ class Learner:
         chunk=context.config.compute.loss_chunk, clip_low=loss.clip_low,
         clip_high=loss.clip_high, kl_coef=loss.kl_coef if in_loss else 0.0,
         kl_estimator=loss.kl_estimator)
-    self.reference = None
-    if loss.kl_coef:
-      source = weights_of(section.reference) if section.reference else start
-      self.reference = weights.frozen(
-          source, context.config.compute.frozen_dtype)
+    model, trained = training.prepare(context, start)
+    fresh = start.config.lora != model.config.lora
+    self.reference = self._make_reference(model, trained, fresh, weights_of)
     adamw, self._update = training.make_update(section, self.loss)
-    self.state = state_lib.create(start, adamw)
+    self.state = state_lib.create(model, adamw, trained)
     self.experience: policy.Arrays | None = None
     self.rollout_metrics: dict[str, float] = {}
     self.seconds: dict[str, float] = {}
@@ -242,6 +248,25 @@ class Learner:
         collected.rollouts, {
             "advantages": advantages, "token_weights": token_weights,
             "token_shares": token_shares}, minibatches, self.shapes)
+
+  def _make_reference(
+      self, model: Transformer, trained: Collection[str], fresh: bool,
+      weights_of: Callable[[str], Transformer],
+  ) -> Transformer | None:
+    """What the KL is against; it shares all that the policy does not move.
+
+    Args:
+      fresh: the policy's adapters are new, and so add nothing yet.
+    """
+    name, dtype = (
+        self.section.reference, self.context.config.compute.frozen_dtype)
+    if not self.section.loss.kl_coef:
+      return None
+    if name not in ("", schema.ADAPTER_OFF):
+      return partition.at_rest(weights_of(name), (), dtype)
+    if fresh or name == schema.ADAPTER_OFF:
+      model = lora.without(model)
+    return partition.reference(model, trained, dtype)
 
   def _show_and_save(self, collected, advantages, names) -> None:
     section, context = self.section, self.context

@@ -49,12 +49,13 @@ def run(context: StageContext, model: Transformer) -> Transformer:
   """
   section = context.section
   batches, held_out = read_data(context)
+  model, trained = training.prepare(context, model)
   describe(context, batches, held_out)
   loss = functools.partial(
       cross_entropy, chunk=context.config.compute.loss_chunk)
   adamw, update = training.make_update(section, loss)
   sums = jax.jit(functools.partial(held_out_sums, loss))
-  state = state_lib.create(model, adamw)
+  state = state_lib.create(model, adamw, trained)
   with training.open_checkpoints(context) as saver:
     state, found = training.resume(context, saver, state)
     start = num_tokens = 0

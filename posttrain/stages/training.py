@@ -1,6 +1,5 @@
 """What the training stages share: the update, resuming, saving, leaving."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,18 @@ import jax
 import optax
 from ml_collections import config_dict
 
+from posttrain import weights
+from posttrain.model.config import LoraConfig
+from posttrain.model.transformer import Transformer
 from posttrain.stages.context import StageContext
-from posttrain.train import checkpoints, optimizer, preemption, step
+from posttrain.train import (
+  checkpoints,
+  memory,
+  optimizer,
+  partition,
+  preemption,
+  step,
+)
 from posttrain.train import state as state_lib
 
 
@@ -32,11 +41,40 @@ def make_update(
       "final_learning_rate"))
   adamw = optimizer.make_optimizer(**pick(
       section, "beta1 beta2 eps weight_decay max_grad_norm"))
-  return adamw, jax.jit(
-      functools.partial(
-          step.update, loss=loss, optimizer=adamw, schedule=schedule,
-          router_aux_coef=section.router_aux_coef),
-      donate_argnums=0)
+  return adamw, step.compile_update(
+      loss, adamw, schedule, router_aux_coef=section.router_aux_coef)
+
+
+def plan(context: StageContext) -> partition.Plan:
+  """Which weights the stage trains, and how it keeps the others."""
+  section = context.section
+  lora = LoraConfig(**section.lora) if section.lora.rank else None
+  return partition.Plan(
+      lora=lora, pattern=section.trained,
+      frozen_dtype=context.config.compute.frozen_dtype)
+
+
+def prepare(
+    context: StageContext, model: Transformer,
+) -> tuple[Transformer, frozenset[str]]:
+  """The model as the stage trains it, and the paths that it trains.
+
+  Args:
+    model: what the stage starts from. Its buffers are consumed.
+
+  Raises:
+    ValueError: nothing would be trained, or the mesh does not divide what is
+      quantised.
+  """
+  model, trained = partition.prepare(
+      model, plan(context), seed=context.config.seed, stage=context.name)
+  moving, frozen = map(jax.tree.leaves, partition.split(model, trained))
+  if frozen:
+    context.console.line(
+        f"{context.name}: trains {sum(w.size for w in moving):,} parameters "
+        f"in {len(moving)} arrays; {len(frozen)} are frozen, "
+        f"{memory.format_bytes(sum(w.nbytes for w in frozen))} in all")
+  return model, trained
 
 
 def open_checkpoints(context: StageContext) -> checkpoints.Checkpoints:
@@ -54,13 +92,14 @@ def resume(
   """The newest checkpoint's state, or the fresh one and None."""
   if saver.latest_step() is None:
     return fresh, None
-  wanted = checkpoints.abstract(state_lib.to_dict(fresh))
-  for array in jax.tree.leaves(fresh):
+  moving = state_lib.to_checkpoint(fresh)
+  wanted = checkpoints.abstract(moving)
+  for array in jax.tree.leaves(moving):
     array.delete()  # Room for what is read.
   found = saver.restore(wanted)
-  checkpoints.check_same(found, **_identity(context))
+  checkpoints.check_same(found, **_identity(context, fresh))
   context.console.line(f"{context.name}: resumed from step {found.step}")
-  return state_lib.from_dict(fresh, found.tree), found
+  return state_lib.from_checkpoint(fresh, found.tree), found
 
 
 def save(
@@ -70,12 +109,16 @@ def save(
 ) -> None:
   """Saves the state with `extras` and what tells that it fits a run.
 
+  Frozen weights are saved once, beside the stages.
+
   Args:
     number: the step, as the stage counts it.
     **more: `rollouts` and `metrics` of `Checkpoints.save`.
   """
+  weights.save_frozen(state.frozen, context.workdir)
   saver.save(
-      number, state_lib.to_dict(state), _identity(context) | extras, **more)
+      number, state_lib.to_checkpoint(state),
+      _identity(context, state) | extras, **more)
 
 
 def leave(
@@ -94,5 +137,9 @@ def stop(context: StageContext, kept: str) -> None:
   raise preemption.Preempted(message)
 
 
-def _identity(context: StageContext) -> dict[str, Any]:
-  return {"seed": context.config.seed, "renderer_hash": context.renderer.hash}
+def _identity(
+    context: StageContext, state: state_lib.TrainState) -> dict[str, Any]:
+  return {
+      "seed": context.config.seed, "renderer_hash": context.renderer.hash,
+      "plan": plan(context).to_json(),
+      "frozen": weights.frozen_name(state.frozen)}

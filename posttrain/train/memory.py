@@ -15,6 +15,9 @@ from posttrain.model.config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = BYTES["float32"]
+# A number and its part of the float32 scale of 64.
+QUANTIZED_BYTES = {"int8": 1 + 1 / 16, "int4": 1 / 2 + 1 / 16,
+                   "nf4": 1 / 2 + 1 / 16}
 # Live at once in the head's backward pass: logits, softmax, their gradient.
 LOGIT_BUFFERS = 3
 # Of the layer whose backward pass is under way: its values, and gradients of
@@ -160,7 +163,8 @@ def activation_bytes(
       LAYER_IN_PROGRESS * (stream + products + rest))
 
 
-def _training(config, rows, length, loss_chunk, fsdp, tensor, expert):
+def _training(
+    config, trained, rows, length, loss_chunk, fsdp, tensor, expert):
   parts = fsdp * expert
   shards = parts * tensor
   size = BYTES[config.dtype]
@@ -171,7 +175,7 @@ def _training(config, rows, length, loss_chunk, fsdp, tensor, expert):
   gathered = config.unroll * layer * size
   return {
       # Of the microbatch, and the sum over microbatches.
-      "gradients": 2 * FLOAT32 * parameters(config) // shards,
+      "gradients": 2 * FLOAT32 * trained // shards,
       "activations": activation_bytes(
           config, rows=rows, length=length, fsdp=fsdp, tensor=tensor,
           expert=expert),
@@ -181,11 +185,19 @@ def _training(config, rows, length, loss_chunk, fsdp, tensor, expert):
   }
 
 
+def _decode_bytes(config: ModelConfig) -> float:
+  merged = config.lora is not None and config.lora.decode == "merged"
+  if config.quantized and not merged:
+    return QUANTIZED_BYTES[config.quantized]
+  return BYTES[config.dtype]
+
+
 def estimate(
     config: ModelConfig, *, fsdp: int = 1, tensor: int = 1, expert: int = 1,
     rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
     cache_rows: int = 0, cache_slots: int = 0,
-    frozen_copies: int = 0, frozen_dtype: str = "float32",
+    trained: int | None = None, frozen_bytes: int = 0,
+    reference_bytes: int = 0,
 ) -> Estimate:
   """Bytes per device for training, sampling, or both in turn.
 
@@ -196,20 +208,24 @@ def estimate(
     loss_chunk: positions whose logits exist at once.
     cache_rows, cache_slots: rows decoded at once, global, and the longest
       cache; cache_rows=0: no sampling.
-    frozen_copies: models kept for reference, in `frozen_dtype`.
+    trained: parameters that an update moves, over all devices; None: all.
+    frozen_bytes: of the other ones at rest, over all devices.
+    reference_bytes: of a reference, what it does not share with the policy.
   """
   parts = fsdp * expert  # Of the rows, and of all parameters at rest.
-  total, shards = parameters(config), parts * tensor
-  persistent = {"parameters": FLOAT32 * total // shards}
+  shards = parts * tensor
+  if trained is None:
+    trained = parameters(config)
+  persistent = {"parameters": (FLOAT32 * trained + frozen_bytes) // shards}
   if rows:
-    persistent["optimizer"] = 2 * FLOAT32 * total // shards
-  if frozen_copies:
-    persistent["reference"] = (
-        frozen_copies * BYTES[frozen_dtype] * total // shards)
+    persistent["optimizer"] = 2 * FLOAT32 * trained // shards
+  if reference_bytes:
+    persistent["reference"] = reference_bytes // shards
   training: dict[str, int] = {}
   if rows:
     training = _training(
-        config, rows, sequence_length, loss_chunk, fsdp, tensor, expert)
+        config, trained, rows, sequence_length, loss_chunk, fsdp, tensor,
+        expert)
   sampling: dict[str, int] = {}
   if cache_rows:
     local_rows = math.ceil(cache_rows / parts)
@@ -217,10 +233,11 @@ def estimate(
         "cache": cache_bytes(
             config, rows=cache_rows, slots=cache_slots, fsdp=parts,
             tensor=tensor),
-        # Decode holds every layer cast, and gathered over "fsdp".
-        "decode weights": (
-            config.layers * BYTES[config.dtype] * layer_parameters(
-                config, config.num_experts // expert) // tensor),
+        # Decode holds every layer gathered over "fsdp", and cast unless it
+        # is quantised.
+        "decode weights": int(
+            config.layers * _decode_bytes(config) * layer_parameters(
+                config, config.num_experts // expert) / tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
     }
   return Estimate(persistent, training, sampling)

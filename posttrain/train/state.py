@@ -1,6 +1,7 @@
 """What training carries from step to step, and its plain-dict form."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -8,27 +9,49 @@ import jax.numpy as jnp
 import optax
 
 from posttrain.model.transformer import Transformer
+from posttrain.train import partition
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Parameters, optimizer state and the number of updates made (int32)."""
+  """Parameters, optimizer state and the number of updates made (int32).
 
-  model: Transformer
+  Attributes:
+    trained: the part of the model that updates move (`partition.split`).
+    opt_state: of that part alone.
+    step: scalar int32.
+    frozen: the other part; None where a compiled update moves the rest.
+  """
+
+  trained: Transformer
   opt_state: Any
   step: jax.Array
+  frozen: Any
+
+  @property
+  def model(self) -> Transformer:
+    """Both parts, without a copy."""
+    return partition.join(self.trained, self.frozen)
 
 
 def create(
     model: Transformer, optimizer: optax.GradientTransformation,
+    trained: Collection[str] | None = None,
 ) -> TrainState:
-  """Step 0. The optimizer state takes the layout of the parameters."""
+  """Step 0. The optimizer state takes the layout of the parameters.
+
+  Args:
+    trained: paths of the parameters that updates move; None: all.
+  """
+  moving, frozen = partition.split(
+      model, partition.paths(model) if trained is None else trained)
   # The step too is born under jit, on the whole mesh: of an array on one
   # device, hosts cannot save parts.
   opt_state, step = jax.jit(
-      lambda model: (optimizer.init(model), jnp.zeros((), jnp.int32)))(model)
-  return TrainState(model=model, opt_state=opt_state, step=step)
+      lambda model: (optimizer.init(model), jnp.zeros((), jnp.int32)))(moving)
+  return TrainState(
+      trained=moving, opt_state=opt_state, step=step, frozen=frozen)
 
 
 def skip(state: TrainState) -> TrainState:
@@ -36,17 +59,25 @@ def skip(state: TrainState) -> TrainState:
   return dataclasses.replace(state, step=state.step + 1)
 
 
-def _names(path) -> tuple[str, ...]:
-  """("model", "blocks", "q"): no trace of Flax's or Optax's classes."""
-  parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-  return tuple(part for part in parts if part != "value")
+def to_checkpoint(state: TrainState) -> dict:
+  """All that moves, as `to_dict` has it: what a checkpoint holds."""
+  return {"model": to_dict(state.trained), "opt_state": to_dict(
+      state.opt_state), "step": state.step}
+
+
+def from_checkpoint(like: TrainState, tree: dict) -> TrainState:
+  """The state `like` with the arrays of `to_checkpoint`'s result."""
+  return dataclasses.replace(
+      like, trained=from_dict(like.trained, tree["model"]),
+      opt_state=from_dict(like.opt_state, tree["opt_state"]),
+      step=tree["step"])
 
 
 def to_dict(tree: Any) -> dict:
   """Any pytree as nested plain dicts of its leaves, for checkpoints."""
   nested: dict = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    *parents, last = _names(path)
+    *parents, last = partition.path_name(path).split("/")
     node = nested
     for name in parents:
       node = node.setdefault(name, {})
@@ -62,7 +93,7 @@ def from_dict(like: Any, nested: dict) -> Any:
   """
   def leaf(path, _):
     node = nested
-    for name in _names(path):
+    for name in partition.path_name(path).split("/"):
       node = node[name]
     return node
 

@@ -7,6 +7,7 @@ count and mesh shape leave the gradient alone.
   M: microbatches  R: rows  T: length
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import optax
 
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import balance
+from posttrain.train import partition
 from posttrain.train.state import TrainState
 
 # (model, microbatch of [R, T] arrays) -> numerator, denominator, sums.
@@ -100,7 +102,7 @@ def update(
     optimizer: optax.GradientTransformation, schedule: optax.Schedule,
     router_aux_coef: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update; jit it with the keywords bound and `state` donated.
+  """One update of what is trained; jit it with the keywords bound.
 
   A non-finite loss or gradient leaves the state as it was, `step` included,
   and shows in the metrics: the caller decides what then.
@@ -110,21 +112,52 @@ def update(
     "grad_norm" (before clipping), "learning_rate", and the loss's sums as
     they are, those of routers as `balance.with_metrics` tells them.
   """
+  of_trained: Loss = lambda trained, microbatch: loss(
+      partition.join(trained, state.frozen), microbatch)
   grads, sums = accumulate(
-      loss, state.model, batch, num_microbatches, router_aux_coef)
+      of_trained, state.trained, batch, num_microbatches, router_aux_coef)
   denominator = divisor(sums)
   grads = jax.tree.map(lambda g: g / denominator, grads)
   grad_norm = optax.global_norm(grads)
   loss_value = sums["numerator"] / denominator
   finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
   learning_rate = schedule(state.step)
+  moved = jax.tree.map(
+      lambda w, u: w - learning_rate * u, state.trained, updates)
+  trained, opt_state, number = jax.tree.map(
+      lambda a, b: jnp.where(finite, a, b),
+      (moved, opt_state, state.step + 1),
+      (state.trained, state.opt_state, state.step))
   new = TrainState(
-      model=jax.tree.map(
-          lambda w, u: w - learning_rate * u, state.model, updates),
-      opt_state=opt_state, step=state.step + 1)
-  new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+      trained=trained, opt_state=opt_state, step=number, frozen=state.frozen)
   metrics = {
       "loss": loss_value, "grad_norm": grad_norm,
       "learning_rate": learning_rate}
   return new, metrics | balance.with_metrics(sums)
+
+
+def compile_update(
+    loss: Loss, optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule, *, router_aux_coef: float = 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """`update`, compiled, which consumes what is trained of its state.
+
+  The frozen part is an argument of its own and no result: it stays where it
+  is, for whoever shares it, such as a reference.
+  """
+  @functools.partial(jax.jit, donate_argnums=0)
+  def moved(state, frozen, batch, num_microbatches):
+    state, metrics = update(
+        dataclasses.replace(state, frozen=frozen), batch, num_microbatches,
+        loss=loss, optimizer=optimizer, schedule=schedule,
+        router_aux_coef=router_aux_coef)
+    return dataclasses.replace(state, frozen=None), metrics
+
+  def consuming(state, batch, num_microbatches):
+    new, metrics = moved(
+        dataclasses.replace(state, frozen=None), state.frozen, batch,
+        num_microbatches)
+    return dataclasses.replace(new, frozen=state.frozen), metrics
+
+  return consuming

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib.util
 import json
 import pathlib
 import re
@@ -170,6 +171,8 @@ def test_a_source_that_is_not_there_cannot_be_set():
     ("cold_start.eval_data.on_overlong=drop",
      "cold_start.eval_data.sources is set"),
     ("init.path=x/", "init.kind != 'random'"),
+    ("reason.lora.alpha=8", "reason.lora.rank > 0; found 0"),
+    ("cold_start.lora.decode=merged", "cold_start.lora.rank > 0"),
 ])
 def test_a_key_without_effect_is_an_error(assignment, condition):
   assert f"no effect unless {condition}" in problem(assignment)
@@ -253,9 +256,28 @@ def test_a_key_without_effect_in_a_source():
     (["compute.frozen_dtype=bfloat16"],
      "compute.frozen_dtype: set to 'bfloat16', but it has no effect unless a "
      "stage holds a reference"),
+    (["reason.loss.kl_coef=0.1", "reason.reference=adapter_off"],
+     "reason.reference: 'adapter_off' needs adapters; set lora.rank."),
+    (["cold_start.lora.rank=2", "cold_start.lora.targets=q,q"],
+     "cold_start.lora.targets: found ('q', 'q'), needed different matrices."),
+    (["cold_start.lora.rank=2", "cold_start.lora.targets=q,w"],
+     "cold_start.lora.targets: found 'w', needed one of 'q', 'k', 'v', 'o'"),
+    (["cold_start.trained=blocks/(q"],
+     "cold_start.trained: 'blocks/(q' is no regular expression: missing )"),
+    (["model_overrides.lora=x"], "model_overrides.lora: no such key."),
 ])
 def test_a_condition_between_keys(assignments, expected):
   assert problem(*assignments).startswith(expected)
+
+
+def test_quantised_weights_need_a_package(monkeypatch):
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: (
+      None if name == "qwix" else find_spec(name)))
+  assert not problems("compute.frozen_dtype=bfloat16", "reason.lora.rank=2")
+  assert problem("compute.frozen_dtype=nf4", "reason.trained=final_norm") == (
+      "compute.frozen_dtype: 'nf4' needs the package qwix: pip install "
+      "'posttrain[qlora]'.")
 
 
 def test_budgets_need_the_end_of_thinking():

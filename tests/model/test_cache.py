@@ -71,7 +71,12 @@ def decode(model, prompts, segment_ids, tokens, positions, slots):
 
 
 def run(config, params, seed=0):
-  prompts, tokens, positions = scenario(config.vocab_size, seed)
+  return run_model(build.load(config, params), seed)
+
+
+def run_model(model, seed=0):
+  """Logprobs [STEPS, B, V] over the cache, and what `sequences` says."""
+  prompts, tokens, positions = scenario(model.config.vocab_size, seed)
   width = max(PROMPT_LENGTHS) + 1
   padded = np.zeros((len(prompts), width), int)
   segment_ids = np.zeros_like(padded)
@@ -79,8 +84,7 @@ def run(config, params, seed=0):
     padded[row, width - len(prompt):] = prompt
     segment_ids[row, width - len(prompt):] = 1
   logprobs = decode(
-      build.load(config, params),
-      *build.put_rows(padded, segment_ids, tokens, positions),
+      model, *build.put_rows(padded, segment_ids, tokens, positions),
       slots=width + STEPS)
   return sharding.fetch(logprobs), sequences(prompts, tokens, positions)
 

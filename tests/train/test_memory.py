@@ -133,7 +133,7 @@ def test_the_line_names_every_part():
   estimate = memory.estimate(
       dataclasses.replace(config, remat="full", dtype="bfloat16"), fsdp=16,
       rows=16, sequence_length=4096, loss_chunk=512, cache_rows=256,
-      cache_slots=4096, frozen_copies=1, frozen_dtype="bfloat16")
+      cache_slots=4096, reference_bytes=2 * memory.parameters(config))
   line = estimate.line(available=16 * 2**30)
   for part in ("parameters", "optimizer", "reference", "gradients",
                "activations", "logits", "cache", "decode weights",

@@ -36,14 +36,14 @@ def plain(tree):
 def test_the_dict_form_is_plain_and_whole():
   made = make_state(meshes.eight())
   with jax.set_mesh(meshes.eight()):
-    nested = state.to_dict(made)
+    nested = state.to_checkpoint(made)
     assert plain(nested)
     assert len(jax.tree.leaves(nested)) == len(jax.tree.leaves(made))
     assert sorted(nested) == ["model", "opt_state", "step"]
     # As `transformer.to_dict`, so that weights load without the optimizer.
     jax.tree.map(np.testing.assert_array_equal, nested["model"],
                  transformer.to_dict(made.model))
-    back = state.from_dict(jax.eval_shape(lambda: made), nested)
+    back = state.from_checkpoint(jax.eval_shape(lambda: made), nested)
     assert jax.tree.structure(back) == jax.tree.structure(made)
     jax.tree.map(
         np.testing.assert_array_equal, sharding.fetch(back),
@@ -65,13 +65,14 @@ def test_a_skipped_step_moves_the_counter_only():
   with jax.set_mesh(meshes.eight()):
     after = state.skip(made)
   assert int(after.step) == 1
-  assert after.model is made.model and after.opt_state is made.opt_state
+  assert after.trained is made.trained
+  assert after.opt_state is made.opt_state
 
 
 def test_a_missing_leaf_is_an_error():
   made = make_state(meshes.eight())
   with jax.set_mesh(meshes.eight()):
-    nested = state.to_dict(made)
+    nested = state.to_checkpoint(made)
     del nested["model"]["blocks"]["q_norm"]
     with pytest.raises(KeyError, match="q_norm"):
-      state.from_dict(made, nested)
+      state.from_checkpoint(made, nested)

@@ -1,0 +1,82 @@
+"""Groups of keys that every training stage has; see `schema`."""
+
+from typing import Any
+
+from posttrain.config.keys import REQUIRED, Key, Needs, Section
+from posttrain.model.config import INPUT_AXES, LORA_DECODE
+
+
+def optimizer(schedule: str) -> dict[str, Key]:
+  decays = Needs("schedule", "!=", "constant")
+  return dict(
+      learning_rate=Key(float, REQUIRED, "Peak learning rate.", "(0, inf)"),
+      schedule=Key(
+          str, schedule, "What follows the warm-up.",
+          choices=("cosine", "linear", "constant")),
+      warmup_steps=Key(
+          int, 0, "Steps of linear warm-up from zero.", "[0, inf)"),
+      final_learning_rate=Key(
+          float, 0.0, "Learning rate at the last step.", "[0, inf)",
+          needs=decays),
+      weight_decay=Key(
+          float, 0.0, "Decoupled decay; skips norms and biases.", "[0, inf)"),
+      beta1=Key(float, 0.9, "AdamW: decay of the mean.", "[0, 1)"),
+      beta2=Key(float, 0.999, "AdamW: decay of the square.", "[0, 1)"),
+      eps=Key(float, 1e-8, "AdamW: added to the denominator.", "(0, inf)"),
+      max_grad_norm=Key(
+          float, 1.0, "Global norm to which gradients are clipped.",
+          "(0, inf)"),
+      router_aux_coef=Key(
+          float, 0.0, "Weight of the loss that spreads tokens over experts, "
+          "with counts of the whole batch. For a model with experts.",
+          "[0, inf)"),
+  )
+
+
+def weights() -> dict[str, Any]:
+  """Which weights a training stage moves."""
+  adapted = Needs("lora.rank", ">", 0)
+  return dict(
+      trained=Key(
+          str, "", "A regular expression that matches the whole path of each "
+          'parameter that is trained, such as "blocks/(q|k|v|o)"; "": the '
+          "adapters if lora.rank is above 0, else everything. The rest is kept "
+          "as compute.frozen_dtype says."),
+      lora=Section(
+          "Low-rank adapters. A stage goes on with those of the stage before "
+          "if they are alike; others are first added to the weights.",
+          rank=Key(int, 0, "Of the adapters; 0: none.", "[0, inf)"),
+          alpha=Key(
+              float, 16.0, "The adapter's product counts alpha / rank times.",
+              "(0, inf)", needs=adapted),
+          targets=Key(
+              tuple[str, ...], tuple(INPUT_AXES), "The matrices beside which "
+              "adapters stand.", choices=tuple(INPUT_AXES), needs=adapted),
+          rslora=Key(
+              bool, False, "alpha / sqrt(rank) instead (rsLoRA).",
+              needs=adapted),
+          decode=Key(
+              str, "live", "What the sampler's decode loop multiplies by: "
+              "weights and adapters, or their sum, which is made anew for "
+              "each of its calls. The logprobs are the same to rounding.",
+              choices=LORA_DECODE, needs=adapted)))
+
+
+def checkpoint() -> Section:
+  best = Needs("checkpoint.keep_best", ">", 0)
+  return Section(
+      "What is saved and kept.",
+      every=Key(
+          int, 0, "Steps between checkpoints; 0: one, at the end.",
+          "[0, inf)"),
+      keep=Key(int, 2, "Most recent checkpoints kept.", "[1, inf)"),
+      keep_best=Key(
+          int, 0, "Best checkpoints kept beside the recent ones.",
+          "[0, inf)"),
+      best_metric=Key(
+          str, "", "A name in metrics.jsonl that ranks checkpoints.",
+          needs=best),
+      best_mode=Key(
+          str, "max", "Which end of the metric is best.",
+          choices=("max", "min"), needs=best),
+  )

@@ -1,0 +1,136 @@
+"""Matrices of a block at rest in 8 or 4 bits, through qwix.
+
+A matrix is cut into blocks of 64 numbers along its embed axis, each with a
+float32 scale: 8.5 or 4.5 bits a number (QLoRA, arXiv 2305.14314, without the
+second quantisation of the scales). Every matrix has that axis, and it is
+whole wherever a weight is used, so that no block is split between devices.
+Two numbers of 4 bits share a byte, on every backend.
+
+In the module a matrix `q` that is quantised has a `q_scale` beside it, and
+`ModelConfig.quantized` says how. Functions here see one layer.
+
+  D: embed   the other axes of a matrix are as in `block`
+"""
+
+import functools
+import math
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from posttrain import sharding
+
+BLOCK = 64
+SCALE = "_scale"
+
+
+def embed_axis(name: str) -> int:
+  """Where D is in the matrix of this name, counted from the end."""
+  return {"q": -4, "k": -3, "v": -3, "gate": -2, "up": -2}.get(name, -1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def quantize_stack(
+    w: jax.Array, name: str, kind: str) -> tuple[jax.Array, jax.Array]:
+  """`quantize` of the matrix of that name, of all layers: [L, ...]."""
+  return jax.lax.map(lambda w: quantize(w, kind, embed_axis(name)), w)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def dequantize_stack(
+    values: jax.Array, scale: jax.Array, name: str, kind: str) -> jax.Array:
+  """All layers in float32, laid out as `values`."""
+  def layer(stored):
+    values, scale = stored
+    w = dequantize(values, scale, kind, embed_axis(name), jnp.float32)
+    return jax.sharding.reshard(w, jax.typeof(values).sharding.spec)
+
+  return jax.lax.map(layer, (values, scale))
+
+
+def quantize(
+    w: jax.Array, kind: str, axis: int) -> tuple[jax.Array, jax.Array]:
+  """One layer's matrix, sharded at rest, to its values and scales.
+
+  Args:
+    w: floating point, D at `axis`.
+    kind: "int8", "int4" or "nf4".
+
+  Returns:
+    Values, int8 [.., D, ..] or uint8 [.., D/2, ..], laid out as `w`; and
+    scales, float32 [.., D/block, ..], whole along D where the mesh does not
+    divide them.
+
+  Raises:
+    ValueError: the mesh does not divide the values, or qwix is missing.
+  """
+  qwix, size = _qwix(kind), w.shape[axis]
+  stored, parts = size if kind == "int8" else size // 2, sharding.axis_size(
+      "embed")
+  if stored % parts or size % 2:
+    raise ValueError(
+        f"compute.frozen_dtype={kind!r} keeps the model's embed={size} in "
+        f"{stored} bytes a row, which mesh.fsdp={parts} does not divide. Use "
+        "a smaller mesh.fsdp, or int8.")
+  tile = {axis % w.ndim: math.gcd(size, BLOCK)}
+  channels = [a for a in range(w.ndim) if a not in tile]
+
+  def local(w):
+    found = qwix.quantize(
+        w.astype(jnp.float32), kind, channelwise_axes=channels,
+        tiled_axes=tile)
+    return _pack(found.qvalue, kind, axis), found.scale
+
+  at_rest = jax.typeof(w).sharding.spec
+  values, scale = sharding.per_shard(local, sharding.gather_fsdp(w))
+  if scale.shape[axis] % parts == 0:
+    scale = jax.sharding.reshard(scale, at_rest)
+  return jax.sharding.reshard(values, at_rest), scale
+
+
+def dequantize(
+    values: jax.Array, scale: jax.Array, kind: str, axis: int, dtype,
+) -> jax.Array:
+  """One layer's matrix in `dtype`, gathered over "fsdp"; see `quantize`."""
+  qwix = _qwix(kind)
+
+  def local(values, scale):
+    return qwix.dequantize(qwix.QArray(
+        _unpack(values, kind, axis), scale, None, kind)).astype(dtype)
+
+  return sharding.per_shard(
+      local, sharding.gather_fsdp(values), sharding.gather_fsdp(scale))
+
+
+def _pack(values: jax.Array, kind: str, axis: int) -> jax.Array:
+  """Neighbours along the axis to one byte; int8 stays."""
+  if kind == "int8":
+    return values
+  nibbles = values.astype(jnp.uint8) & 15
+  pair = jnp.moveaxis(nibbles, axis, -1)
+  pair = pair.reshape(*pair.shape[:-1], -1, 2)
+  return jnp.moveaxis(pair[..., 0] | pair[..., 1] << 4, -1, axis)
+
+
+def _unpack(packed: jax.Array, kind: str, axis: int) -> jax.Array:
+  """As qwix stores them: int8; -8 .. 7 of int4; 0 .. 15 of nf4."""
+  if kind == "int8":
+    return packed
+  packed = jnp.moveaxis(packed, axis, -1)
+  nibbles = jnp.stack([packed & 15, packed >> 4], axis=-1)
+  nibbles = jnp.moveaxis(
+      nibbles.reshape(*packed.shape[:-1], -1), -1, axis)
+  if kind == "nf4":
+    return nibbles
+  return ((nibbles ^ 8).astype(jnp.int8) - 8)
+
+
+def _qwix(kind: str) -> ModuleType:
+  try:
+    import qwix
+  except ImportError as error:
+    raise ValueError(
+        f"compute.frozen_dtype={kind!r} needs the package qwix: "
+        "pip install 'posttrain[qlora]'.") from error
+  return qwix

@@ -1,0 +1,224 @@
+"""Which weights of a stage are trained, and how the others rest.
+
+A parameter's path is "blocks/q" or "embedding". Trained ones are float32 and
+have gradients and optimizer state; frozen ones are kept beside them, as
+compute.frozen_dtype says, and have neither. A part of a model is the same
+module with None in place of the leaves of the other part.
+"""
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posttrain.model import lora as lora_lib
+from posttrain.model import quantized, transformer
+from posttrain.model.config import (
+  INPUT_AXES,
+  QUANTIZED,
+  LoraConfig,
+  ModelConfig,
+)
+from posttrain.model.transformer import Transformer
+
+# What quantises matrices leaves norms, biases and tables in this.
+BESIDE_QUANTIZED = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a stage does with its weights; hashable.
+
+  Attributes:
+    lora: its adapters, or None.
+    pattern: a regular expression that matches the whole path of what is
+      trained; "": the adapters where there are some, else everything.
+    frozen_dtype: of the rest: a float's, or "int8", "int4", "nf4" for the
+      matrices of the blocks.
+  """
+
+  lora: LoraConfig | None = None
+  pattern: str = ""
+  frozen_dtype: str = "float32"
+
+  def to_json(self) -> dict[str, Any]:
+    """As a JSON file gives it back: with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+    lora = data["lora"] and LoraConfig(**{
+        **data["lora"], "targets": tuple(data["lora"]["targets"])})
+    return cls(**{**data, "lora": lora})
+
+
+def path_name(path) -> str:
+  """"blocks/q" of a key path: no trace of Flax's classes."""
+  parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+  return "/".join(part for part in parts if part != "value")
+
+
+def paths(model: Any) -> list[str]:
+  return [path_name(path) for path, _ in jax.tree.leaves_with_path(model)]
+
+
+def trained_paths(model: Transformer, plan: Plan) -> frozenset[str]:
+  """The paths that the plan trains.
+
+  Raises:
+    ValueError: there are none, or none of the adapters that the plan asks for.
+  """
+  here = [path for path in paths(model) if not path.endswith(quantized.SCALE)]
+  adapters = [path for path in here if lora_lib.is_adapter(path)]
+  if not plan.pattern:
+    return frozenset(adapters or here)
+  found = frozenset(p for p in here if re.fullmatch(plan.pattern, p))
+  if not found:
+    raise ValueError(
+        f"trained={plan.pattern!r} matches no parameter as a whole. There are "
+        f"{', '.join(here)}.")
+  if adapters and not found.intersection(adapters):
+    raise ValueError(
+        f"trained={plan.pattern!r} trains no adapter, and lora.rank="
+        f"{plan.lora and plan.lora.rank} makes some that would stay zero. Add "
+        "blocks/.*_lora_. to the pattern, or leave lora out.")
+  return found
+
+
+def prepare(
+    model: Transformer, plan: Plan, *, seed: int, stage: str,
+) -> tuple[Transformer, frozenset[str]]:
+  """The model with the plan's adapters, everything at rest; what is trained.
+
+  A model that has these adapters keeps them; other ones are added in first.
+
+  Args:
+    model: its buffers are consumed, but for those that the result shares.
+    seed, stage: what fresh adapters depend on.
+  """
+  if model.config.lora != plan.lora:
+    if model.config.lora is not None:
+      model = _replaced(lora_lib.merged, model, consume=True)
+    if plan.lora is not None:
+      key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+      model = lora_lib.add(model, plan.lora, key)
+  trained = trained_paths(model, plan)
+  return at_rest(model, trained, plan.frozen_dtype), trained
+
+
+def abstract(
+    config: ModelConfig, plan: Plan) -> tuple[Transformer, frozenset[str]]:
+  """As `prepare` of a model of this shape, with shapes in place of arrays."""
+  transformer.check_mesh(config)
+  trained: list[frozenset[str]] = []
+
+  def make():
+    model, names = prepare(
+        Transformer(config, jax.random.key(0)), plan, seed=0, stage="")
+    trained.append(names)
+    return model
+
+  return jax.eval_shape(make), trained[0]
+
+
+def at_rest(
+    model: Transformer, trained: Collection[str], dtype: str, *,
+    copied: Collection[str] = (), consume: bool = True,
+) -> Transformer:
+  """Trained leaves and adapters in float32, all others in `dtype`.
+
+  Matrices of the blocks may be quantised: one at a time, so that no second
+  copy of the model is ever there.
+
+  Args:
+    copied: paths that the result must not share with `model`.
+    consume: delete what is replaced.
+
+  Returns:
+    A model that shares every array that was at rest already.
+  """
+  kind = dtype if dtype in QUANTIZED else ""
+  other = lora_lib.with_config(model, quantized=kind)
+  here = [name for name in INPUT_AXES if hasattr(model.blocks, name)]
+  for name in here:
+    wanted = "" if f"blocks/{name}" in trained else kind
+    _set_stored(other, model, name, wanted, consume)
+
+  def settle(path, w):
+    path = path_name(path)
+    if jnp.issubdtype(w.dtype, jnp.integer) or path.endswith(quantized.SCALE):
+      return w
+    float32 = path in trained or lora_lib.is_adapter(path)
+    to = jnp.dtype(
+        "float32" if float32 else BESIDE_QUANTIZED if kind else dtype)
+    if w.dtype != to:
+      return _replaced(lambda w: w.astype(to), w, consume=consume)
+    return jnp.copy(w) if path in copied else w
+
+  return jax.tree_util.tree_map_with_path(settle, other)
+
+
+def _set_stored(
+    other: Transformer, model: Transformer, name: str, wanted: str,
+    consume: bool,
+) -> None:
+  """Makes a matrix of `other` quantised as `wanted`, from that of `model`."""
+  scale_name, w = name + quantized.SCALE, getattr(model.blocks, name)[...]
+  found = model.config.quantized if model.blocks.is_quantized(name) else ""
+  if found == wanted:
+    return
+  if found:
+    w = _replaced(
+        quantized.dequantize_stack, w,
+        getattr(model.blocks, scale_name)[...], name, found, consume=consume)
+    delattr(other.blocks, scale_name)
+  if wanted:
+    if model.config.num_experts and name in ("gate", "up", "down"):
+      raise ValueError(
+          f"compute.frozen_dtype={wanted!r} does not quantise experts yet. Use "
+          "float32 or bfloat16.")
+    w, scale = _replaced(
+        quantized.quantize_stack, w, name, wanted, consume=consume)
+    setattr(other.blocks, scale_name, nnx.Param(scale))
+  setattr(other.blocks, name, nnx.Param(w))
+
+
+def reference(
+    model: Transformer, trained: Collection[str], dtype: str) -> Transformer:
+  """The model as it is now, to be kept: frozen leaves shared, others copied.
+  """
+  return at_rest(model, (), dtype, copied=trained, consume=False)
+
+
+def split(
+    model: Transformer, trained: Collection[str],
+) -> tuple[Transformer, Transformer]:
+  """The trained part and the frozen one."""
+  part = lambda inside: jax.tree_util.tree_map_with_path(
+      lambda path, w: w if (path_name(path) in trained) == inside else None,
+      model)
+  return part(True), part(False)
+
+
+def join(trained: Transformer, frozen: Transformer) -> Transformer:
+  """The model of two parts; it shares their arrays."""
+  return jax.tree.map(
+      lambda a, b: b if a is None else a, trained, frozen,
+      is_leaf=lambda x: x is None)
+
+
+def _replaced(function: Callable, *args: Any, consume: bool) -> Any:
+  """What the function gives; its arrays are deleted if they are consumed."""
+  made = function(*args)
+  if consume:
+    for array in jax.tree.leaves(args):
+      if isinstance(array, jax.Array) and not isinstance(
+          array, jax.core.Tracer):
+        array.delete()
+  return made
