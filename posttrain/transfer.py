@@ -128,7 +128,7 @@ def _new(output: str) -> pathlib.Path:
 
 def _mesh(config: config_dict.ConfigDict):
   return jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor))
+      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert))
 
 
 @contextlib.contextmanager

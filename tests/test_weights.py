@@ -130,7 +130,7 @@ def test_another_template_is_not_sampled_with(
     other, tmp_path, monkeypatch, flags):
   """Whichever way the weights are named: by `init`, or in a workdir."""
   mesh = meshes.one()
-  monkeypatch.setattr(sample.sharding, "make_mesh", lambda *sizes: mesh)
+  monkeypatch.setattr(sample.sharding, "make_mesh", lambda *_, **unused: mesh)
   file = tmp_path / "template.jinja"
   file.write_text(TEMPLATE)
   config = config_lib.assign(
