@@ -79,6 +79,8 @@ examples:
   posttrain export --workdir=runs/tiny --output=exported/tiny
   posttrain export --workdir=runs/tiny --stage=reason --step=20 \\
       --output=exported/tiny-20 --dtype=bfloat16
+  posttrain export --workdir=runs/lora --adapter-of=exported/smollm2 \\
+      --output=exported/adapter
   posttrain export --model=smollm2-135m --output=exported/smollm2
   posttrain export --model=model.gguf --output=exported/model
 """
@@ -251,6 +253,10 @@ def _add_export(parser: _Parser) -> None:
   parser.add_argument(
       "--shard-gb", metavar="X", type=_number(float, "(0, inf)"), default=5.0,
       help="largest file of weights, in gigabytes (5)")
+  parser.add_argument(
+      "--adapter-of", metavar="BASE", default="", help=(
+          "write the adapters of a stage with `lora` alone, as peft reads "
+          "them; BASE names the model that they belong to"))
 
 
 def _add_import(parser: _Parser) -> None:

@@ -109,6 +109,10 @@ def export(arguments: argparse.Namespace) -> int:
   if arguments.step is not None and (
       not arguments.workdir or arguments.stage == "init"):
     raise CommandError("--step has no effect without a stage of --workdir.")
+  if arguments.adapter_of and (
+      not arguments.workdir or arguments.dtype != "float32"):
+    raise CommandError(
+        "--adapter-of takes the adapters of a --workdir, in float32.")
   _check_output(arguments)
   config = _config(arguments)
   _start(config)
@@ -116,7 +120,8 @@ def export(arguments: argparse.Namespace) -> int:
   transfer.export(
       config, arguments.output, workdir=arguments.workdir,
       stage=arguments.stage, step=arguments.step, dtype=arguments.dtype,
-      shard_bytes=int(arguments.shard_gb * 1e9))
+      shard_bytes=int(arguments.shard_gb * 1e9),
+      adapter_of=arguments.adapter_of)
   return 0
 
 

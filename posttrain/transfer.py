@@ -18,8 +18,9 @@ from ml_collections import config_dict
 
 from posttrain import sharding, weights
 from posttrain import workdir as workdir_lib
-from posttrain.interop import hugging_face, released
+from posttrain.interop import hugging_face, peft_adapter, released
 from posttrain.interop.parameters import Progress
+from posttrain.model import lora
 from posttrain.model.transformer import Transformer
 from posttrain.text.tokenizer import Tokenizer
 from posttrain.train import checkpoints, state
@@ -68,8 +69,9 @@ def export(
     config: config_dict.ConfigDict, output: str, *,
     workdir: str | None = None, stage: str = "", step: int | None = None,
     dtype: str = "float32", shard_bytes: int = hugging_face.SHARD_BYTES,
+    adapter_of: str = "",
 ) -> None:
-  """Writes a directory that transformers loads.
+  """Writes a directory that transformers loads, adapters merged, or `peft`.
 
   Args:
     config: resolved; of the workdir where there is one.
@@ -80,16 +82,24 @@ def export(
       the run started from.
     step: of the stage's checkpoints; the last by default.
     dtype, shard_bytes: see `hugging_face.save`.
+    adapter_of: write the adapters alone, for `peft`; the name or directory
+      of the base model, for whoever loads them.
 
   Raises:
-    ValueError: the directory exists, or no family of transformers computes
-      the model.
+    ValueError: the directory exists, no family of transformers computes the
+      model, or it has no adapters and they were asked for.
     FileNotFoundError: there is no such checkpoint.
   """
   path = _new(output)
   console = console_lib.Console(quiet=jax.process_index() != 0)
   with _mesh(config):
     model, tokenizer = _source(config, workdir, stage, step)
+    if adapter_of:
+      peft_adapter.save(model, path, adapter_of)
+      console.line(f"{path}: the adapters. peft.PeftModel loads them.")
+      return
+    if model.config.lora is not None or model.config.quantized:
+      model = lora.merged(model)
     with _progress(console, "export: tensors") as progress:
       hugging_face.save(
           model, path, tokenizer=tokenizer, dtype=dtype,

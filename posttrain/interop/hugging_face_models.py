@@ -41,7 +41,8 @@ INERT = {
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "pretraining_tp", "id2label", "label2id", "return_dict",
     "chunk_size_feed_forward", "do_sample", "temperature", "top_k", "top_p",
-    "max_length", "is_llama_config", "transformers.js_config",
+    "max_length", "router_aux_loss_coef", "output_router_logits",
+    "is_llama_config", "transformers.js_config",
     "sliding_window_size"}  # Gemma 2 says it twice; this one is not read.
 
 # The tensors of a parameter, where the norms' names do not say it.
@@ -59,6 +60,10 @@ NAMES = {
     "mlp_norm": "post_attention_layernorm.weight",
     "attn_post_norm": "post_attention_layernorm.weight",
     "mlp_post_norm": "post_feedforward_layernorm.weight"}
+EXPERTS = {
+    "router": "mlp.gate.weight",
+    **{name: f"mlp.experts.{{expert}}.{name}_proj.weight"
+       for name in ("gate", "up", "down")}}
 BETWEEN = "pre_feedforward_layernorm.weight"  # `mlp_norm`, if both are there.
 
 
@@ -85,6 +90,10 @@ class Family:
 
 QWEN = ("use_sliding_window", "sliding_window", "max_window_layers",
         "layer_types")
+MOE = {  # Our fields of the experts, and their keys.
+    "mlp": "moe_intermediate_size", "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "normalize_router": "norm_topk_prob"}
 GEMMA: dict[str, Any] = dict(
     norm_placement="both", norm_offset=1.0, embedding_scale=True)
 GEMMA_DEFAULTS: dict[str, Any] = dict(
@@ -97,8 +106,6 @@ GEMMA_KEYS = (
     "sliding_window", "layer_types", "query_pre_attn_scalar",
     "final_logit_softcapping", "attn_logit_softcapping")
 
-# A model with experts would be a row here, with names of its tensors in
-# NAMES and a source of them in `parameters.table`.
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family(
@@ -111,6 +118,12 @@ FAMILIES = {
         "Qwen3ForCausalLM", dict(qk_norm="head"), dict(
             head_dim=128, sliding_window=4096, max_window_layers=28),
         keys=QWEN),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", dict(qk_norm="head"), dict(
+            head_dim=128, sliding_window=4096, max_window_layers=28,
+            norm_topk_prob=False, decoder_sparse_step=1), keys=(
+                *QWEN, *MOE.values(), "num_local_experts",
+                "decoder_sparse_step", "mlp_only_layers")),
     "gemma2": Family(
         "Gemma2ForCausalLM", GEMMA, GEMMA_DEFAULTS | dict(
             final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
@@ -138,7 +151,9 @@ FAMILIES = {
 def table(config: ModelConfig) -> dict[str, parameters.Source]:
   """For every parameter path of the model, the tensors that hold it."""
   both = {"mlp_norm": BETWEEN} if config.norm_placement == "both" else {}
-  return parameters.table(config, NAMES | both, "model.layers.{layer}.")
+  experts = EXPERTS if config.num_experts else {}
+  return parameters.table(
+      config, NAMES | both | experts, "model.layers.{layer}.")
 
 
 def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
@@ -217,7 +232,9 @@ def _written(
       "query_pre_attn_scalar": _whole(c.attention_scale**-2),
       "attn_logit_softcapping": c.attention_softcap or None,
       "final_logit_softcapping": c.final_softcap or None,
-      "rope_local_base_freq": c.rope_local_theta or c.rope_theta}
+      "rope_local_base_freq": c.rope_local_theta or c.rope_theta,
+      "decoder_sparse_step": 1, "mlp_only_layers": [],
+      **{key: getattr(c, field) for field, key in MOE.items()}}
   if "use_sliding_window" in family.keys:
     own["max_window_layers"] = (
         kinds.index("local") if "local" in kinds else c.layers)
@@ -232,6 +249,9 @@ def _written(
           "rope_type": c.rope_scaling.kind, **{
               key: getattr(c.rope_scaling, field)
               for field, key in SCALINGS[c.rope_scaling.kind].items()}}}
+  if "num_experts" in family.keys:
+    # Of dense layers, which there are none of; as the releases have it.
+    data["intermediate_size"] = c.mlp * c.experts_per_token
   if c.max_positions:
     data["max_position_embeddings"] = c.max_positions
   return data | {key: own[key] for key in family.keys if key in own}
@@ -277,9 +297,24 @@ def _fields(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
     fields["final_softcap"] = data.get("final_logit_softcapping") or 0.0
   kinds = _kinds(data, family, fields["layers"])
   fields["layer_pattern"] = _shortest(kinds)
+  if "num_experts" in family.keys:
+    fields |= _experts(data)
   if "local" in kinds:
     fields["sliding_window"] = data.get("sliding_window") or 0
   return fields | _rope(data, family, "local" in kinds)
+
+
+def _experts(data: Mapping[str, Any]) -> dict[str, Any]:
+  """Every layer has experts, in number and width the same."""
+  data = {"num_experts": data.get("num_local_experts"), **data}
+  if data["decoder_sparse_step"] != 1 or data.get("mlp_only_layers"):
+    raise ValueError(
+        "decoder_sparse_step and mlp_only_layers ask for layers without "
+        "experts beside layers that have them, which is not known here.")
+  missing = [key for key in MOE.values() if data.get(key) is None]
+  if missing:
+    raise ValueError(f"it lacks {', '.join(missing)}.")
+  return {field: data[key] for field, key in MOE.items()}
 
 
 def _one_of(value: Any, known: Mapping[str, str], key: str) -> str:

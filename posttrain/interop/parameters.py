@@ -4,8 +4,9 @@ A release holds projections as [out, in], one tensor per layer; the model has
 them as [L, in..., out...], heads split, the vocabulary padded. Which tensor is
 which is a table of names per format; what lies between is the same for all.
 
-One tensor at a time is on the host, and of it only what this host's devices
-hold: a file that is mapped into memory is read where a device needs it.
+One layer of one parameter is on the host at a time, and of it only what this
+host's devices hold: a file that is mapped into memory is read where a device
+needs it.
 
   L: layers  D: embed  F: mlp  K: kv heads  G: query heads per kv head
   H: head_dim  V: vocab
@@ -14,7 +15,7 @@ hold: a file that is mapped into memory is read where a device needs it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from posttrain.model import transformer
 from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 
 # Fields of a ModelConfig that do not make it another model.
-NO_SHAPE = (*COMPUTE_FIELDS, "max_positions")
+NO_SHAPE = (*COMPUTE_FIELDS, "max_positions", "lora", "quantized")
 
 # Told how many tensors are done, and how many there are.
 Progress = Callable[[int, int], None]
@@ -35,11 +36,12 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The tensors of a parameter: one, or one per layer.
+  """The tensors of a parameter: one, or one per layer, or per expert of each.
 
   Attributes:
-    name: with `{layer}` where it belongs to a block.
-    shape: of a tensor, row-major.
+    name: with `{layer}` where it belongs to a block, and with `{expert}`
+      where each expert's part is a tensor of its own.
+    shape: of a layer's tensor, or tensors together, row-major.
     parameter: of one layer of the parameter, without padding.
     transposed: the tensor's last two axes are swapped.
     prepare: of the tensor as it is stored, before anything else.
@@ -51,26 +53,52 @@ class Source:
   transposed: bool = False
   prepare: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
 
-  def names(self, layers: int) -> list[str]:
-    """The tensors of all layers, or the one."""
-    if "{layer}" not in self.name:
-      return [self.name]
-    return [self.name.format(layer=layer) for layer in range(layers)]
+  @property
+  def by_expert(self) -> bool:
+    return "{expert}" in self.name
 
-  def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
-    """A view of the tensor as the model has it, wherever `prepare` is one."""
-    tensor = self.prepare(tensor)
-    if self.transposed:
-      tensor = tensor.swapaxes(-1, -2)
-    return tensor.reshape(self.parameter)
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """Of a single tensor."""
+    return self.shape[1:] if self.by_expert else self.shape
 
-  def to_tensor(self, parameter: np.ndarray) -> np.ndarray:
+  def names(self, layer: int) -> tuple[str, ...]:
+    """The tensors of a layer, by expert; of no layer, the one."""
+    name = self.name.replace("{layer}", str(layer))
+    experts = range(self.shape[0] if self.by_expert else 1)
+    return tuple(name.replace("{expert}", str(expert)) for expert in experts)
+
+  def to_parameter(self, tensors: Sequence[np.ndarray]) -> "Stack | np.ndarray":
+    """Tensors as the model has them: views, wherever `prepare` gives one."""
+    shape = self.parameter[1:] if self.by_expert else self.parameter
+
+    def view(tensor):
+      tensor = self.prepare(tensor)
+      if self.transposed:
+        tensor = tensor.swapaxes(-1, -2)
+      return tensor.reshape(shape)
+
+    views = [view(tensor) for tensor in tensors]
+    return Stack(views) if self.by_expert else views[0]
+
+  def to_tensors(self, parameter: np.ndarray) -> Iterator[np.ndarray]:
     """The way back, for a format that is written (its `prepare` is idle)."""
     parameter = parameter[tuple(map(slice, self.parameter))]  # Padding.
-    if not self.transposed:
-      return parameter.reshape(self.shape)
-    *experts, rows, columns = self.shape
-    return parameter.reshape(*experts, columns, rows).swapaxes(-1, -2)
+    *experts, rows, columns = self.shape if self.transposed else (0, 0)
+    whole = (parameter.reshape(*experts, columns, rows).swapaxes(-1, -2)
+             if self.transposed else parameter.reshape(self.shape))
+    yield from whole if self.by_expert else (whole,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Arrays along a new first axis; only what is asked for is read."""
+
+  parts: Sequence[np.ndarray]
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    first, *rest = index
+    return np.stack([part[tuple(rest)] for part in self.parts[first]])
 
 
 def table(
@@ -84,13 +112,8 @@ def table(
     block: the prefix, with `{layer}`.
 
   Raises:
-    ValueError: the format has no tensor for a parameter, or the model has
-      experts, whose tensors are not known here yet.
+    ValueError: the format has no tensor for a parameter.
   """
-  if config.num_experts:
-    raise ValueError(
-        f"a model of {config.num_experts} experts cannot be read from or "
-        "written to files of other programs yet.")
   found = _outside(config) | {
       f"blocks/{leaf}": source for leaf, source in _block(config).items()}
   missing = [path for path in found if path.split("/")[-1] not in names]
@@ -114,6 +137,11 @@ def _vector(*shape: int) -> Source:
   return Source("", (math.prod(shape),), shape)
 
 
+def _experts(count: int, inputs: int, outputs: int) -> Source:
+  return Source(
+      "", (count, outputs, inputs), (count, inputs, outputs), transposed=True)
+
+
 def _outside(c: ModelConfig) -> dict[str, Source]:
   table = c.vocab_size, c.embed
   sources = {
@@ -128,9 +156,17 @@ def _block(c: ModelConfig) -> dict[str, Source]:
   heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
   sources = {
       "q": _matrix(width, heads), "k": _matrix(width, kv),
-      "v": _matrix(width, kv), "o": _matrix(heads, width),
-      "gate": _matrix(width, mlp), "up": _matrix(width, mlp),
-      "down": _matrix(mlp, width)}
+      "v": _matrix(width, kv), "o": _matrix(heads, width)}
+  if c.num_experts:
+    sources |= {
+        "router": _matrix(width, (c.num_experts,)),
+        "gate": _experts(c.num_experts, c.embed, c.mlp),
+        "up": _experts(c.num_experts, c.embed, c.mlp),
+        "down": _experts(c.num_experts, c.mlp, c.embed)}
+  else:
+    sources |= {
+        "gate": _matrix(width, mlp), "up": _matrix(width, mlp),
+        "down": _matrix(mlp, width)}
   if c.qkv_bias:
     sources |= {"q_bias": _vector(*heads), "k_bias": _vector(*kv),
                 "v_bias": _vector(*kv)}
@@ -181,9 +217,7 @@ def check_tensors(
     layers: of the model.
     path: of the file or directory, for the error.
   """
-  expected = {
-      name: source.shape for source in sources.values()
-      for name in source.names(layers)}
+  expected = shapes(sources, layers)
   faults = [f"missing: {name} {list(shape)}"
             for name, shape in expected.items() if name not in found]
   for name, shape in found.items():
@@ -201,19 +235,24 @@ def check_tensors(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where one tensor belongs: `layer` is None outside of the blocks."""
+  """A layer of a parameter, or, with `layer` None, the whole of one.
 
-  name: str
+  Attributes:
+    names: of the tensors that hold it.
+    path: of the parameter.
+  """
+
+  names: tuple[str, ...]
   path: str
   layer: int | None
 
 
 def places(sources: Mapping[str, Source], layers: int) -> list[Place]:
-  """One per tensor: what is before the blocks, layer by layer, the rest."""
+  """In order: what is before the blocks, layer by layer, the rest."""
   found = [
-      Place(name, path, layer if "{layer}" in source.name else None)
+      Place(source.names(layer or 0), path, layer)
       for path, source in sources.items()
-      for layer, name in enumerate(source.names(layers))]
+      for layer in (range(layers) if "{layer}" in source.name else (None,))]
   return sorted(found, key=lambda place: (
       -1 if place.path == "embedding" else
       layers if place.layer is None else place.layer))
@@ -222,8 +261,8 @@ def places(sources: Mapping[str, Source], layers: int) -> list[Place]:
 def shapes(
     sources: Mapping[str, Source], layers: int) -> dict[str, tuple[int, ...]]:
   """Of all tensors, in the order in which `tensors` gives them."""
-  return {place.name: sources[place.path].shape
-          for place in places(sources, layers)}
+  return {name: sources[place.path].tensor_shape
+          for place in places(sources, layers) for name in place.names}
 
 
 def load(
@@ -240,7 +279,7 @@ def load(
     tensor: gives one by its name; on every host the same.
     dtype: of the parameters; tensors are rounded to it.
     order: sorts the names, for a file that is best read in its own order.
-    progress: told of every tensor.
+    progress: told of every layer of every parameter.
   """
   layout = _flatten(transformer.to_dict(transformer.abstract(config)))
   if layout.keys() != sources.keys():
@@ -250,11 +289,12 @@ def load(
   arrays: dict[str, jax.Array] = {}
   todo = places(sources, config.layers)
   if order is not None:
-    todo.sort(key=lambda place: order(place.name))
+    todo.sort(key=lambda place: order(place.names[0]))
   for done, place in enumerate(todo, 1):
     arrays[place.path] = _filled(
         arrays.get(place.path), layout[place.path], place.layer,
-        sources[place.path].to_parameter(tensor(place.name)), dtype)
+        sources[place.path].to_parameter(
+            [tensor(name) for name in place.names]), dtype)
     if progress:
       progress(done, len(todo))
   return transformer.from_dict(config, _nested(arrays))
@@ -262,7 +302,7 @@ def load(
 
 def _filled(
     whole: jax.Array | None, like: jax.ShapeDtypeStruct, layer: int | None,
-    value: np.ndarray, dtype: str,
+    value: Stack | np.ndarray, dtype: str,
 ) -> jax.Array:
   """A parameter after one more of its layers, or after the whole of it."""
   if layer is None:
@@ -275,7 +315,8 @@ def _filled(
 
 
 def put_like(
-    array: np.ndarray, like: jax.ShapeDtypeStruct, dtype: str) -> jax.Array:
+    array: Stack | np.ndarray, like: jax.ShapeDtypeStruct, dtype: str,
+) -> jax.Array:
   """A global array, laid out as an abstract one; padded with zeros to it.
 
   Args:
@@ -321,7 +362,9 @@ def tensors(
     value = arrays[place.path]
     value = (value.astype(dtype) if place.layer is None
              else _get_layer(value, place.layer, dtype))
-    yield place.name, sources[place.path].to_tensor(sharding.fetch(value))
+    yield from zip(
+        place.names, sources[place.path].to_tensors(sharding.fetch(value)),
+        strict=True)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -41,7 +41,7 @@ def config(model: Transformer, base: str) -> dict[str, Any]:
   if lora is None:
     raise ValueError(
         "These weights have no adapters: the stage was trained with "
-        "lora.rank=0. Export them whole, without --adapter.")
+        "lora.rank=0. Export them whole, without --adapter-of.")
   alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
   return {
       "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
@@ -78,13 +78,12 @@ def save(model: Transformer, path: str | pathlib.Path, base: str) -> None:
     base: see `config`.
 
   Raises:
-    ValueError: the model has no adapters.
-    FileExistsError: the path exists.
+    ValueError: the model has no adapters, or the path exists.
   """
   contents, arrays = config(model, base), tensors(model)
   path = pathlib.Path(path)
   if path.exists():
-    raise FileExistsError(f"{path} exists; name another directory.")
+    raise ValueError(f"{path} exists; name another directory.")
   if jax.process_index():
     return
   partial = path.with_name(path.name + ".partial")

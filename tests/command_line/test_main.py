@@ -250,7 +250,19 @@ def test_export_hands_over_every_flag(calls, workdir, tmp_path):
   assert config.stages == ("cold_start", "reason", "measure")
   assert flags == dict(
       workdir=workdir, stage="reason", step=4, dtype="bfloat16",
-      shard_bytes=500_000_000)
+      shard_bytes=500_000_000, adapter_of="")
+
+
+def test_export_of_adapters(calls, workdir, tmp_path, capsys):
+  output = str(tmp_path / "out")
+  arguments = ["export", f"--output={output}", "--adapter-of=base"]
+  assert main_lib.main([*arguments, f"--workdir={workdir}"]) == 0
+  [(_, _, flags)] = calls
+  assert flags["adapter_of"] == "base"
+  for others in ([f"--workdir={workdir}", "--dtype=bfloat16"],
+                 ["--model=smollm2-135m"]):
+    assert main_lib.main([*arguments, *others]) == 2
+    assert "--adapter-of takes" in capsys.readouterr().err
 
 
 def test_what_a_model_may_be(calls, tmp_path, capsys):

@@ -45,6 +45,12 @@ CASES = {
     "qwen2": ("qwen2", dict(head_dim=None, num_attention_heads=2),
               dict(qkv_bias=True, heads=2)),
     "qwen3": ("qwen3", {}, dict(qk_norm="head")),
+    "qwen3_moe": (
+        "qwen3_moe",
+        dict(moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2,
+             norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]),
+        dict(qk_norm="head", mlp=12, num_experts=4, experts_per_token=2,
+             normalize_router=True)),
     "gemma2": (
         "gemma2",
         GEMMA | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
@@ -84,10 +90,14 @@ def released(
         "self_attn.k_proj.weight": (kv_rows, c.embed),
         "self_attn.v_proj.weight": (kv_rows, c.embed),
         "self_attn.o_proj.weight": (c.embed, q_rows),
-        "mlp.gate_proj.weight": (c.mlp, c.embed),
-        "mlp.up_proj.weight": (c.mlp, c.embed),
-        "mlp.down_proj.weight": (c.embed, c.mlp),
         "post_attention_layernorm.weight": (c.embed,)}
+    for prefix in [f"experts.{i}." for i in range(c.num_experts)] or [""]:
+      shapes |= {
+          f"mlp.{prefix}gate_proj.weight": (c.mlp, c.embed),
+          f"mlp.{prefix}up_proj.weight": (c.mlp, c.embed),
+          f"mlp.{prefix}down_proj.weight": (c.embed, c.mlp)}
+    if c.num_experts:
+      shapes["mlp.gate.weight"] = (c.num_experts, c.embed)
     if c.qkv_bias:
       shapes |= {"self_attn.q_proj.bias": (q_rows,),
                  "self_attn.k_proj.bias": (kv_rows,),
@@ -116,7 +126,7 @@ NAMES = {
     "v_bias": "self_attn.v_proj.bias", "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight", "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
-    "attn_norm": "input_layernorm.weight",
+    "router": "mlp.gate.weight", "attn_norm": "input_layernorm.weight",
     "attn_post_norm": "post_attention_layernorm.weight",
     "mlp_post_norm": "post_feedforward_layernorm.weight"}
 
@@ -165,6 +175,11 @@ def host_tensors(model: dict, config: ModelConfig) -> dict[str, np.ndarray]:
       found[f"{top[leaf]}.weight"] = value
   for leaf, value in model["blocks"].items():
     for layer, part in enumerate(value):
+      if part.ndim == 3 and leaf in ("gate", "up", "down"):
+        found |= {
+            f"model.layers.{layer}.mlp.experts.{i}.{leaf}_proj.weight": one.T
+            for i, one in enumerate(part)}
+        continue
       if leaf == "o":
         part = part.reshape(-1, config.embed).T
       elif "norm" in leaf or "bias" in leaf:

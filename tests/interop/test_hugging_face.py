@@ -108,13 +108,15 @@ def test_frozen_parameters_in_bfloat16(tmp_path, mesh):
     assert bits(found[key]) == bits(want.astype(ml_dtypes.bfloat16)), key
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name, sizes", [
+    ("llama", dict(fsdp=4, tensor=2)), ("gemma3", dict(fsdp=4, tensor=2)),
+    ("qwen3_moe", dict(fsdp=2, tensor=2, expert=2))])
 def test_a_mesh_of_eight_reads_and_writes_the_same(
-    tmp_path, name, tokenizer):
+    tmp_path, name, sizes, tokenizer):
   release(tmp_path / "in", name)
   meshes = {
       "one": sharding.make_mesh(1, 1, devices=jax.devices()[:1]),
-      "eight": sharding.make_mesh(fsdp=4, tensor=2)}
+      "eight": sharding.make_mesh(**sizes)}
   for key, mesh in meshes.items():
     with jax.set_mesh(mesh):
       model = load(tmp_path / "in")

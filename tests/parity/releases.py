@@ -6,6 +6,7 @@ Sequences of 40 tokens are longer than every sliding window (8) and than the
 first context of every stretched RoPE (16).
 """
 
+import json
 import pathlib
 
 import pytest
@@ -61,16 +62,16 @@ TEXT_CONFIG = {"Gemma3": "Gemma3TextConfig"}
 TOKENIZERS = {"qwen3-moe": "qwen3"}
 
 
-def model(name: str, seed: int = 0):
+def model(name: str, stops: list[int]):
   """A model of transformers' own, float32, every parameter drawn at random."""
   family, changes = CASES[name]
   options = {key: value for key, value in (SHAPE | changes).items()
              if value is not None}
   config = getattr(
       transformers, TEXT_CONFIG.get(family, f"{family}Config"))(
-          vocab_size=640, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-          **options)
-  torch.manual_seed(seed)
+          vocab_size=640, pad_token_id=None, bos_token_id=None,
+          eos_token_id=stops[0], **options)
+  torch.manual_seed(0)
   torch.set_num_threads(1)
   found = getattr(transformers, f"{family}ForCausalLM")(config).eval()
   with torch.no_grad():
@@ -79,13 +80,15 @@ def model(name: str, seed: int = 0):
       # flat and logits that are not all alike.
       scale = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
       parameter.add_(scale * torch.randn_like(parameter))
+  found.generation_config.eos_token_id = stops
   return found
 
 
 def write(directory: pathlib.Path, name: str):
   """The release as a directory; returns the model that was saved."""
   families.write(directory, TOKENIZERS.get(name, name))
-  found = model(name)
+  found = model(name, json.loads(
+      (directory / "generation_config.json").read_text())["eos_token_id"])
   found.save_pretrained(directory, max_shard_size="100KB")
   return found
 

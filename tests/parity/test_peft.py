@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain import sharding
+from posttrain import sharding, transfer
+from posttrain import workdir as workdir_lib
 from posttrain.interop import peft_adapter
 from posttrain.model import lora, transformer
 from posttrain.model.config import INPUT_AXES, LoraConfig
-from tests import meshes
+from tests import meshes, pipeline_run
 from tests.model import build
 
 torch = pytest.importorskip("torch")
@@ -63,15 +64,15 @@ def to_torch(model):
   return found
 
 
-def ours(model):
+def ours(model, tokens=TOKENS):
   positions = np.tile(np.arange(20), (4, 1))
   return sharding.fetch(build.full_logits(
-      model, *build.put_rows(TOKENS, positions, np.ones_like(TOKENS))))
+      model, *build.put_rows(tokens, positions, np.ones_like(tokens))))
 
 
-def theirs(model):
+def theirs(model, tokens=TOKENS):
   with torch.no_grad():
-    return model(torch.tensor(TOKENS)).logits.numpy()
+    return model(torch.tensor(tokens)).logits.numpy()
 
 
 @pytest.mark.parametrize("how", [
@@ -97,11 +98,44 @@ def test_peft_computes_the_live_adapter_and_merges_it_as_we_do(how, tmp_path):
       theirs(loaded.merge_and_unload()), theirs(merged), rtol=0, atol=1e-4)
 
 
+def test_runs_that_train_adapters_are_handed_on(tmp_path):
+  """SFT, then GRPO on the same adapters; what the export verb writes."""
+  path, outputs = tmp_path / "run", {
+      name: tmp_path / name for name in ("base", "merged", "adapter")}
+  assignments = ["stages=cold_start,reason", "cold_start.lora.rank=4",
+                 "reason.lora.rank=4", "cold_start.learning_rate=0.05"]
+  pipeline_run.train(path, assignments)
+  config = workdir_lib.open_existing(path).config()
+  for name, flags in {
+      "base": dict(stage="init"), "merged": {},
+      "adapter": dict(adapter_of=str(outputs["base"]))}.items():
+    transfer.export(config, str(outputs[name]), workdir=str(path), **flags)
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(path, assignments)
+    model = run.weights_of("reason")
+    assert model.config.lora.rank == 4
+    tokens = TOKENS % run.model.vocab_size
+    live, plain = ours(model, tokens), ours(run.weights_of("init"), tokens)
+  read = lambda name: transformers.AutoModelForCausalLM.from_pretrained(
+      outputs[name], dtype=torch.float32).eval()
+  base, merged = read("base"), theirs(read("merged"), tokens)
+  np.testing.assert_allclose(theirs(base, tokens), plain, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(merged, live, rtol=0, atol=1e-4)
+  loaded = theirs(peft.PeftModel.from_pretrained(
+      base, str(outputs["adapter"])).eval(), tokens)
+  print(f"a run's merged export differs by {np.abs(merged - live).max():.1e} "
+        f"from the live adapter, that adapter in peft by "
+        f"{np.abs(loaded - live).max():.1e}; training moved logits by up to "
+        f"{np.abs(live - plain).max():.1f}")
+  assert np.abs(live - plain).max() > 0.1
+  np.testing.assert_allclose(loaded, live, rtol=0, atol=1e-4)
+
+
 def test_the_directory_is_whole_and_says_what_it_is_for(tmp_path):
   with jax.set_mesh(meshes.one()):
     model = adapted(LoraConfig(rank=2, targets=("v", "gate")))
     peft_adapter.save(model, tmp_path / "a", "some/base")
-    with pytest.raises(FileExistsError, match="another directory"):
+    with pytest.raises(ValueError, match="another directory"):
       peft_adapter.save(model, tmp_path / "a", "some/base")
     with pytest.raises(ValueError, match="have no adapters"):
       peft_adapter.save(lora.without(model), tmp_path / "b", "some/base")
