@@ -7,7 +7,7 @@ layout can be checked without the devices it is meant for.
 
 import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ def make_mesh(
       axis_types=(AxisType.Explicit,) * len(sizes))
 
 
-class MeshSizes(TypedDict):
+class MeshSizes(NamedTuple):
   """Devices along each axis; 1 where the mesh has no such axis."""
 
   fsdp: int

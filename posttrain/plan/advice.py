@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import config_dict
 
-from posttrain.model.config import ModelConfig
+from posttrain import sharding
 from posttrain.plan import estimate
 from posttrain.plan.measure import Result
 from posttrain.plan.topology import GIB, Topology
@@ -14,8 +14,8 @@ LARGEST = 1024  # Devices up to which a larger slice is looked for.
 
 
 def advise(
-    result: Result, config: config_dict.ConfigDict, shape: ModelConfig,
-    topology: Topology, fsdp: int, tensor: int,
+    result: Result, stages: estimate.Stages, topology: Topology,
+    mesh: sharding.MeshSizes,
 ) -> list[str]:
   """Lines of advice for a program that is too large.
 
@@ -25,13 +25,13 @@ def advise(
   lines = [
       f"{result.name} needs {result.memory.total / GIB:.2f} GiB of "
       f"{result.memory.available / GIB:.2f} on {topology}."]
-  estimated = estimate.peak_bytes(config, shape, fsdp, tensor)
+  estimated = estimate.peak_bytes(stages, stages.model.remat, mesh)
   scale = max(1.0, result.memory.total / estimated)
   room = topology.chip.hbm_bytes / scale
-  lines += _keys(result, config)
+  lines += _keys(result, stages.config)
   if result.program.kind in ("update", "later_update"):
-    lines += _remat(config, shape, topology, fsdp, tensor, room)
-  return lines + _topology(config, shape, topology, room)
+    lines += _remat(stages, topology, mesh, room)
+  return lines + _topology(stages, topology, room)
 
 
 def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
@@ -65,28 +65,28 @@ def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
   return ["Keys that make it smaller: " + "; ".join(now) + "."]
 
 
-def _remat(config, shape, topology, fsdp, tensor, room) -> list[str]:
+def _remat(stages, topology, mesh, room) -> list[str]:
   """The first policy beyond the present one that fits."""
-  after = REMAT_ORDER[REMAT_ORDER.index(shape.remat) + 1:]
+  now = stages.model.remat
+  after = REMAT_ORDER[REMAT_ORDER.index(now) + 1:]
   for remat in after:
-    changed = dataclasses.replace(shape, remat=remat)
-    if estimate.peak_bytes(config, changed, fsdp, tensor) <= room:
+    if estimate.peak_bytes(stages, remat, mesh) <= room:
       return [f"compute.remat={remat} fits on {topology} (modelled)."]
   tried = f"{' and '.join(after)} included" if after else (
-      f"compute.remat is {shape.remat} already")
+      f"compute.remat is {now} already")
   return [f"No remat policy fits on {topology} ({tried}; modelled)."]
 
 
-def _topology(config, shape, topology, room) -> list[str]:
+def _topology(stages, topology, room) -> list[str]:
   """The smallest slice of the same chip on which some mesh fits."""
   for size in topology.chip.sizes:
     other = dataclasses.replace(topology, size=size)
     if other.num_devices > LARGEST:
       break
-    for remat in dict.fromkeys((shape.remat, *REMAT_ORDER)):
-      fitting = [
-          each for each in estimate.candidates(config, shape, other)
-          if each.remat == remat and each.bytes <= room]
+    found = list(estimate.candidates(stages, other))
+    for remat in dict.fromkeys((stages.model.remat, *REMAT_ORDER)):
+      fitting = [each for each in found
+                 if each.remat == remat and each.bytes <= room]
       if fitting:
         best = min(fitting, key=lambda each: each.seconds)
         return [f"The smallest slice that fits: {best} (modelled)."]

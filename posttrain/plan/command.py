@@ -5,7 +5,15 @@ import pathlib
 
 from ml_collections import config_dict
 
-from posttrain.plan import measure, page, plan, report, sweep, topology
+from posttrain.plan import (
+  estimate,
+  measure,
+  page,
+  plan,
+  report,
+  sweep,
+  topology,
+)
 from posttrain.train import console as console_lib
 from posttrain.workdir import replace_file
 
@@ -35,7 +43,8 @@ def run(
     console.line(line)
   extra = []
   if sweeping:
-    ranked = sweep.rank(config, found.setup.model, where)
+    ranked = sweep.rank(
+        estimate.of_config(config, found.setup.model), where)
     extra = sweep.tables(ranked, sweep.compile_best(
         config, ranked, compile_best, only=only))
   for table in (*report.tables(found), *extra):

@@ -7,8 +7,11 @@ to advise where a compilation ran out of memory.
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+from jax.sharding import AxisType
 from ml_collections import config_dict
 
+from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.plan.topology import Topology
 from posttrain.stages import footprint, grpo
@@ -55,45 +58,71 @@ class Candidate:
     return f"{self.topology} with {', '.join(self.assignments)}"
 
 
-def candidates(
-    config: config_dict.ConfigDict, model: ModelConfig, topology: Topology,
-) -> Iterator[Candidate]:
-  """Every mesh and remat policy on one topology."""
+@dataclasses.dataclass(frozen=True)
+class Stages:
+  """What a config's stages hold, whatever the mesh.
+
+  Attributes:
+    held: `footprint.held` of each stage, by its name.
+  """
+
+  config: config_dict.ConfigDict
+  model: ModelConfig
+  held: dict[str, tuple[ModelConfig, dict[str, int]]]
+
+
+def of_config(config: config_dict.ConfigDict, model: ModelConfig) -> Stages:
+  """Traces the weights of each stage once, on one device."""
+  one = jax.sharding.AbstractMesh(
+      (1,), sharding.MESH_AXES[:1], axis_types=(AxisType.Explicit,))
+  with jax.sharding.use_abstract_mesh(one):
+    return Stages(config, model, {
+        name: footprint.held(config[name], config.compute, model)
+        for name in config.stages})
+
+
+def candidates(stages: Stages, topology: Topology) -> Iterator[Candidate]:
+  """Every mesh and remat policy on one topology; mesh.expert stays."""
+  model, expert = stages.model, max(1, stages.config.mesh.expert)
   for tensor in range(1, topology.num_devices + 1):
-    fsdp, rest = divmod(topology.num_devices, tensor)
-    if rest or not divides(model, fsdp, tensor, topology.num_slices):
+    fsdp, rest = divmod(topology.num_devices, tensor * expert)
+    mesh = sharding.MeshSizes(fsdp=fsdp, expert=expert, tensor=tensor)
+    if rest or not divides(model, mesh, topology.num_slices):
       continue
     for remat in _LAYER_PASSES:
-      shaped = dataclasses.replace(model, remat=remat)
       yield Candidate(
-          topology, fsdp, tensor, remat,
-          peak_bytes(config, shaped, fsdp, tensor),
-          step_seconds(config, shaped, topology, fsdp, tensor))
+          topology, fsdp, tensor, remat, peak_bytes(stages, remat, mesh),
+          step_seconds(stages.config, dataclasses.replace(model, remat=remat),
+                       topology, mesh))
 
 
-def divides(model: ModelConfig, fsdp: int, tensor: int, slices: int) -> bool:
+def divides(model: ModelConfig, mesh: sharding.MeshSizes, slices: int) -> bool:
   """Whether a mesh splits the model; see `transformer.check_mesh`."""
+  fsdp, expert, tensor = mesh
   split = (model.kv_heads, model.mlp, model.padded_vocab_size)
-  return not (model.embed % fsdp or fsdp % slices
-              or any(size % tensor for size in split))
+  return fsdp > 0 and not (
+      model.embed % (fsdp * expert) or fsdp % slices
+      or model.num_experts % expert or any(size % tensor for size in split))
 
 
 def peak_bytes(
-    config: config_dict.ConfigDict, model: ModelConfig, fsdp: int,
-    tensor: int,
-) -> int:
+    stages: Stages, remat: str, mesh: sharding.MeshSizes) -> int:
   """Of the stage that needs most, by `train.memory`."""
-  return max(
-      footprint.of_section(
-          config[name], config.compute, model, fsdp=fsdp, tensor=tensor).peak
-      for name in config.stages)
+  def peak(name):
+    model, held = stages.held[name]
+    return footprint.of_section(
+        stages.config[name], stages.config.compute,
+        dataclasses.replace(model, remat=remat), held, mesh).peak
+
+  return max(map(peak, stages.config.stages))
 
 
 def step_seconds(
     config: config_dict.ConfigDict, model: ModelConfig, topology: Topology,
-    fsdp: int, tensor: int,
+    mesh: sharding.MeshSizes,
 ) -> float:
   """One SFT update, and one batch of rollouts with its updates."""
+  fsdp, tensor = mesh.fsdp * mesh.expert, mesh.tensor
   total = 0.0
   for name in config.stages:
     section = config[name]
@@ -114,11 +143,12 @@ def _microbatch(
   chip, size = topology.chip, memory.BYTES[model.dtype]
   tokens = -(-rows // fsdp) * length
   layer = memory.layer_parameters(model)
+  active = memory.layer_parameters(model, model.experts_per_token)
   layer_passes = _LAYER_PASSES[model.remat] if training else 1.0
   head_passes = _HEAD_PASSES if training else 1.0
   attention = 4 * tokens * length * model.heads * model.head_dim
   head = 2 * tokens * model.padded_vocab_size * model.embed
-  flops = (layer_passes * model.layers * (2 * tokens * layer + attention)
+  flops = (layer_passes * model.layers * (2 * tokens * active + attention)
            + head_passes * HIGHEST_PASSES * head) / tensor
   # Weights are gathered forward and backward, and gradients scattered.
   weights = model.layers * layer * size / tensor

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,14 @@ from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.plan import advice as advice_lib
-from posttrain.plan import collectives, measure, padding, programs, transposes
+from posttrain.plan import (
+  collectives,
+  estimate,
+  measure,
+  padding,
+  programs,
+  transposes,
+)
 from posttrain.plan import setup as setup_lib
 from posttrain.plan import topology as topology_lib
 from posttrain.plan.environment import PlanError
@@ -73,9 +79,10 @@ def make(
     for program in wanted:
       results.append(compiler.measure(program))
       report(results[-1])
+    parts = sharding.axis_size("batch")
   return Plan(
       topology, dict(mesh.shape), setup, results,
-      padding.of_config(setup, mesh.devices.shape[0]) if with_padding else [],
+      padding.of_config(setup, parts) if with_padding else [],
       _advice(results, setup, topology, mesh))
 
 
@@ -88,7 +95,8 @@ def _programs(
   try:
     setup = setup_lib.set_up(config)
     mesh = sharding.make_mesh(
-        config.mesh.fsdp, config.mesh.tensor, devices=devices)
+        config.mesh.fsdp, config.mesh.tensor, devices=devices,
+        expert=config.mesh.expert)
     with jax.set_mesh(mesh):
       found = list(programs.of_config(setup))
   except ValueError as error:
@@ -127,7 +135,10 @@ def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:
   return found
 
 
-def _advice(results, setup, topology, mesh) -> list[str]:
+def _advice(
+    results: list[measure.Result], setup: setup_lib.Setup,
+    topology: topology_lib.Topology, mesh: jax.sharding.Mesh,
+) -> list[str]:
   """For the worst program of each kind."""
   worst: dict[str, measure.Result] = {}
   for result in results:
@@ -135,7 +146,10 @@ def _advice(results, setup, topology, mesh) -> list[str]:
     if not result.fits and (
         kind not in worst or result.memory.total > worst[kind].memory.total):
       worst[kind] = result
-  tensor = math.prod(mesh.devices.shape[1:])
-  return [line for result in worst.values() for line in advice_lib.advise(
-      result, setup.config, setup.model, topology, mesh.devices.shape[0],
-      tensor)]
+  if not worst:
+    return []
+  stages = estimate.of_config(setup.config, setup.model)
+  with jax.set_mesh(mesh):
+    sizes = sharding.mesh_sizes()
+  return [line for result in worst.values()
+          for line in advice_lib.advise(result, stages, topology, sizes)]

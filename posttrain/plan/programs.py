@@ -10,7 +10,7 @@ arrays, and are asked for shapes in place of arrays (`sharding.abstract`).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -18,13 +18,15 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding, weights
+from posttrain.config import schema
 from posttrain.data import batches
-from posttrain.model import transformer
+from posttrain.model import lora, transformer
+from posttrain.model.transformer import Transformer
 from posttrain.plan.setup import Setup
 from posttrain.sampler import decode
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import evaluate, grpo, sampling, sft, training
-from posttrain.train import microbatches, policy
+from posttrain.train import microbatches, partition, policy
 from posttrain.train import state as state_lib
 
 
@@ -67,38 +69,44 @@ def shard_bytes(tree: Any) -> int:
 
 def of_config(setup: Setup) -> Iterator[Program]:
   """The programs of all stages, in order, each on the current mesh."""
-  trained = False
+  model, trained = abstract_model(setup), False
   for name in setup.config.stages:
     section = setup.config[name]
+    if section.kind == "evaluate":
+      # The pipeline keeps what was trained last while others are evaluated.
+      yield from _evaluate(setup, name, section, model,
+                           {"trained weights": model} if trained else {})
+      continue
+    whole, paths = partition.abstract(
+        setup.model, training.plan(section, setup.config.compute))
+    fresh = whole.config.lora != model.config.lora
+    model, trained = weights.on_mesh(whole), True
     if section.kind == "sft":
-      yield from _sft(setup, name, section)
-    elif section.kind == "grpo":
-      yield from _grpo(setup, name, section)
+      yield from _sft(setup, name, section, model, paths)
     else:
-      yield from _evaluate(setup, name, section, after_training=trained)
-    trained |= section.kind != "evaluate"
+      yield from _grpo(setup, name, section, model, paths, fresh)
 
 
-def abstract_state(setup: Setup, optimizer: Any) -> state_lib.TrainState:
-  """Parameters and optimizer state, as the current mesh would hold them."""
+def abstract_model(setup: Setup) -> Transformer:
+  """Parameters in float32, as the current mesh would hold them."""
+  return weights.on_mesh(transformer.abstract(setup.model))
+
+
+def abstract_state(
+    model: Transformer, optimizer: Any, paths: Collection[str],
+) -> state_lib.TrainState:
+  """What an update moves, as the current mesh would hold it."""
   return weights.on_mesh(jax.eval_shape(
-      lambda model: state_lib.create(model, optimizer), abstract_model(setup)))
-
-
-def abstract_model(
-    setup: Setup, dtype: str = "float32") -> transformer.Transformer:
-  """Parameters as the current mesh would hold them."""
-  found = transformer.abstract(setup.model)
-  return weights.on_mesh(
-      jax.eval_shape(lambda model: weights.frozen(model, dtype), found))
+      lambda model: state_lib.create(model, optimizer, paths), model))
 
 
 def _sft(
     setup: Setup, name: str, section: config_dict.ConfigDict,
+    model: Transformer, paths: Collection[str],
 ) -> Iterator[Program]:
   adamw, update, sums = sft.make_programs(
       section, loss_chunk=setup.config.compute.loss_chunk)
-  state, count = abstract_state(setup, adamw), section.num_microbatches
+  state, count = abstract_state(model, adamw, paths), section.num_microbatches
   batch = microbatches.stack(
       batches.empty(**training.pick(section, "rows sequence_length")), count,
       put=sharding.abstract)
@@ -113,34 +121,38 @@ def _sft(
 
 def _grpo(
     setup: Setup, name: str, section: config_dict.ConfigDict,
+    model: Transformer, paths: Collection[str], fresh: bool,
 ) -> Iterator[Program]:
-  compute = setup.config.compute
-  loss = grpo.make_loss(section, loss_chunk=compute.loss_chunk)
+  loss = grpo.make_loss(section, loss_chunk=setup.config.compute.loss_chunk)
   adamw, update = training.make_update(section, loss)
-  state = abstract_state(setup, adamw)
-  frozen = {}
+  state = abstract_state(model, adamw, paths)
+  models, own = {"policy": model}, {"policy": model}
   if section.loss.kl_coef:
-    frozen["reference"] = abstract_model(setup, compute.frozen_dtype)
+    models["reference"], shared = _reference(setup, section, model, fresh)
+    own["reference"] = models["reference"]
+    if shared:  # What the policy does not move is there once.
+      own = {key: partition.split(tree, paths)[0]
+             for key, tree in own.items()}
+  beside = lambda *running: {
+      key: tree for key, tree in (*own.items(), ("optimizer", state.opt_state))
+      if key not in running}
   yield from _sampling(
-      setup, name, state.model, section.rollout,
+      setup, name, model, section.rollout,
       groups=section.num_groups, group_size=section.group_size,
-      limits=grpo.make_limits(section),
-      beside={"optimizer": state.opt_state, **frozen})
+      limits=grpo.make_limits(section), beside=beside("policy"))
 
   shapes, updates = grpo.make_shapes(section), grpo.num_updates(section)
-  experience = policy.empty_experience(shapes)
+  experience = policy.empty_experience(shapes, _experts(model))
   count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
-  for kind, model, calls in _logprobs(section, state.model, frozen, updates):
+  for kind, whose, calls in _logprobs(section, updates):
     batch = _arrays(experience)
-    held = {"policy": state.model, "optimizer": state.opt_state, **frozen}
     yield Program(
         name, kind, functools.partial(
-            policy.sequence_logprobs.lower, model, batch, np.int32(count),
-            loss=loss),
-        (model, batch),
-        {key: tree for key, tree in held.items() if tree is not model},
-        calls * shapes.num_minibatches, unknown_trips=count)
-    if kind == "ref_logprobs" or updates > 1:
+            policy.sequence_logprobs.lower, models[whose], batch,
+            np.int32(count), loss=loss),
+        (models[whose], batch), beside(whose), calls * shapes.num_minibatches,
+        unknown_trips=count)
+    if whose == "reference" or updates > 1:
       experience |= {kind: column}
   every = _arrays(experience)
   # The first update of a batch of rollouts is its own old policy.
@@ -151,7 +163,33 @@ def _grpo(
       yield Program(
           name, kind, functools.partial(
               update.lower, state, batch, np.int32(count)),
-          (state, batch), frozen, calls, unknown_trips=count)
+          (state, batch), beside("policy", "optimizer"), calls,
+          unknown_trips=count)
+
+
+def _reference(
+    setup: Setup, section: config_dict.ConfigDict, model: Transformer,
+    fresh: bool,
+) -> tuple[Transformer, bool]:
+  """What the KL is against, and whether it shares arrays with the policy.
+
+  As `Learner._make_reference` has it.
+  """
+  dtype = setup.config.compute.frozen_dtype
+  shared = section.reference in ("", schema.ADAPTER_OFF)
+  if not shared:
+    model = abstract_model(setup)
+  elif fresh or section.reference == schema.ADAPTER_OFF:
+    model = lora.without(model)
+  return weights.on_mesh(jax.eval_shape(
+      lambda model: partition.at_rest(model, (), dtype), model)), shared
+
+
+def _experts(model: Transformer) -> np.ndarray | None:
+  """The sampler's choice of experts of no tokens; None without any."""
+  c = model.config
+  return np.zeros((0, c.layers, c.experts_per_token), decode.experts_dtype(
+      model)) if c.num_experts else None
 
 
 def _arrays(experience: policy.Arrays) -> dict[str, Any]:
@@ -159,24 +197,21 @@ def _arrays(experience: policy.Arrays) -> dict[str, Any]:
 
 
 def _logprobs(
-    section: config_dict.ConfigDict, model: Any, frozen: dict[str, Any],
-    updates: int,
-) -> Iterator[tuple[str, Any, int]]:
+    section: config_dict.ConfigDict, updates: int,
+) -> Iterator[tuple[str, str, int]]:
   """What `Learner.collect` adds: column, model, times for each minibatch."""
-  in_reward = bool(frozen) and section.loss.kl_in == "reward"
+  against = section.loss.kl_coef > 0
+  in_reward = against and section.loss.kl_in == "reward"
   if updates > 1 or in_reward:
-    yield "old_logprobs", model, (updates > 1) + in_reward
-  if frozen:
-    yield "ref_logprobs", frozen["reference"], 1 + in_reward
+    yield "old_logprobs", "policy", (updates > 1) + in_reward
+  if against:
+    yield "ref_logprobs", "reference", 1 + in_reward
 
 
 def _evaluate(
     setup: Setup, name: str, section: config_dict.ConfigDict,
-    after_training: bool,
+    model: Transformer, beside: dict[str, Any],
 ) -> Iterator[Program]:
-  model = abstract_model(setup)
-  # The pipeline keeps what was trained last while others are evaluated.
-  held = {"trained weights": model} if after_training else {}
   sizes = sorted(set(evaluate.samples_of_cells(section).values()))
   for samples in sizes:
     groups = evaluate.batch_size(section, samples)
@@ -185,12 +220,12 @@ def _evaluate(
         setup, name, model, section.rollout,
         groups=min(groups, count) if count else groups, group_size=samples,
         limits=sampler_lib.Limits(max_tokens=section.rollout.max_tokens),
-        beside=held, detail=f"G={samples}" if len(sizes) > 1 else "",
+        beside=beside, detail=f"G={samples}" if len(sizes) > 1 else "",
         steps=False)
 
 
 def _sampling(
-    setup: Setup, stage: str, model: transformer.Transformer,
+    setup: Setup, stage: str, model: Transformer,
     rollout: config_dict.ConfigDict, *, groups: int, group_size: int,
     limits: sampler_lib.Limits, beside: dict[str, Any], detail: str = "",
     steps: bool = True,

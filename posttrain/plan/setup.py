@@ -7,7 +7,6 @@ from ml_collections import config_dict
 
 from posttrain import weights
 from posttrain.model.config import ModelConfig
-from posttrain.model.presets import PRESETS
 from posttrain.plan.environment import PlanError
 from posttrain.sampler import budget_tables
 from posttrain.stages import sampling
@@ -54,8 +53,7 @@ def _without_tokenizer(
     config: config_dict.ConfigDict, strings: thinking.Thinking,
     error: Exception,
 ) -> Setup:
-  size = config.model_overrides.get(
-      "vocab_size", PRESETS[config.model].vocab_size)
+  size = weights.model_config(config, 0).vocab_size
   if not size:
     raise PlanError(
         "the vocabulary is that of the tokenizer, which cannot be read here: "
@@ -73,4 +71,4 @@ def _without_tokenizer(
   return Setup(
       config, weights.model_config(config, size), ids, tables, None, (
           f"The tokenizer is not here ({error}): the vocabulary is the "
-          f"preset's {size}, and each thinking string counts as one token.",))
+          f"model's {size}, and each thinking string counts as one token.",))

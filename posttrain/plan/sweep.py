@@ -6,7 +6,6 @@ from ml_collections import config_dict
 
 from posttrain import config as config_lib
 from posttrain import sharding
-from posttrain.model.config import ModelConfig
 from posttrain.plan import estimate, plan, report
 from posttrain.plan.topology import Topology
 from posttrain.train.memory import format_bytes
@@ -16,7 +15,7 @@ LARGEST = 1024  # Devices up to which larger slices are looked at.
 
 
 def rank(
-    config: config_dict.ConfigDict, model: ModelConfig, topology: Topology,
+    stages: estimate.Stages, topology: Topology,
 ) -> list[estimate.Candidate]:
   """The best mesh and policy of every size, by chip-seconds of a step.
 
@@ -27,7 +26,7 @@ def rank(
     other = Topology(topology.chip, size, topology.num_slices)
     if other.num_devices > LARGEST:
       break
-    found = sorted(estimate.candidates(config, model, other), key=_order)
+    found = sorted(estimate.candidates(stages, other), key=_order)
     best += found[:3]
   return sorted(best, key=_order)
 
@@ -65,7 +64,7 @@ def tables(
       *layout(each), "yes" if each.fits else "no", format_bytes(each.bytes),
       report.seconds(each.seconds), f"{each.chip_seconds:.3g}")
       for each in ranked[:SHOWN]]
-  header = ("topology", *sharding.MESH_AXES, "remat")
+  header = ("topology", *each_axis(), "remat")
   found = [report.Table(
       "Sweep (modelled)",
       (*header, "fits", "bytes per device", "a step", "chip-seconds"), rows,
@@ -87,6 +86,12 @@ def tables(
       "Best of the sweep, compiled", (
           *header, "fits (compiler)", "largest peak + beside (compiler)",
           "steps (modelled, from HLO)", "compiled in (measured)"), rows)]
+
+
+def each_axis() -> tuple[str, str]:
+  """The axes that are swept; that of experts stays as it is."""
+  first, *_, last = sharding.MESH_AXES
+  return first, last
 
 
 def training_stages(found: plan.Plan) -> list[str]:

@@ -47,7 +47,7 @@ def of_section(
   if "cache_rows" in sizes:
     sizes["cache_slots"] = cache_slots(section.rollout)
   return memory.estimate(
-      model, **mesh, loss_chunk=compute.loss_chunk, **sizes)
+      model, **mesh._asdict(), loss_chunk=compute.loss_chunk, **sizes)
 
 
 def held(

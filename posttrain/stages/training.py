@@ -142,5 +142,5 @@ def _identity(
     context: StageContext, state: state_lib.TrainState) -> dict[str, Any]:
   return {
       "seed": context.config.seed, "renderer_hash": context.renderer.hash,
-      "plan": plan(context).to_json(),
+      "plan": plan(context.section, context.config.compute).to_json(),
       "frozen": weights.frozen_name(state.frozen)}

@@ -149,7 +149,7 @@ class CompiledUpdate:
 
   def __call__(
       self, state: TrainState, batch: dict[str, jax.Array],
-      num_microbatches: jax.Array | int,
+      num_microbatches: jax.typing.ArrayLike,
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     new, metrics = self.moved(*self._parts(state), batch, num_microbatches)
     return dataclasses.replace(new, frozen=state.frozen), metrics

@@ -17,54 +17,60 @@ V5E = topology.parse("v5e:2x4")
 
 
 @pytest.fixture(scope="module")
-def config():
+def stages():
   """The golden stages at the shapes of a 1B model."""
-  return config_lib.load(str(GOLDEN), [
+  config = config_lib.load(str(GOLDEN), [
       "cold_start.rows=64", "cold_start.sequence_length=4096",
       "compute.remat=none", "mesh.fsdp=-1", "mesh.tensor=1"])
+  return estimate.of_config(config, MODEL)
 
 
-def test_candidates_are_the_meshes_that_the_model_accepts(config):
+def sizes(fsdp, tensor):
+  return sharding.MeshSizes(fsdp=fsdp, expert=1, tensor=tensor)
+
+
+def test_candidates_are_the_meshes_that_the_model_accepts(stages):
   found = {(c.fsdp, c.tensor)
-           for c in estimate.candidates(config, MODEL, V5E)}
+           for c in estimate.candidates(stages, V5E)}
   for fsdp, tensor in ((8, 1), (4, 2), (2, 4), (1, 8)):
-    mesh = jax.sharding.AbstractMesh((fsdp, tensor), sharding.MESH_AXES)
+    mesh = jax.sharding.AbstractMesh((fsdp, tensor), ("fsdp", "tensor"))
     with jax.sharding.use_abstract_mesh(mesh):
       transformer.check_mesh(MODEL)  # Does not raise.
     assert (fsdp, tensor) in found
   assert len(found) == 4
-  odd = presets.PRESETS["smollm2-135m"]  # Three kv heads, embed 576.
-  assert {c.tensor for c in estimate.candidates(config, odd, V5E)} == {1}
+  odd = dataclasses.replace(  # Three kv heads, embed 576.
+      stages, model=presets.PRESETS["smollm2-135m"])
+  assert {c.tensor for c in estimate.candidates(odd, V5E)} == {1}
 
 
-def test_more_is_recomputed_for_less_memory(config):
+def test_more_is_recomputed_for_less_memory(stages):
   for mesh in ((8, 1), (4, 2)):
     by_remat = {
-        c.remat: c for c in estimate.candidates(config, MODEL, V5E)
+        c.remat: c for c in estimate.candidates(stages, V5E)
         if (c.fsdp, c.tensor) == mesh}
     none, dots, full = (by_remat[r] for r in ("none", "dots", "full"))
     assert none.bytes > dots.bytes > full.bytes
     assert full.seconds >= dots.seconds
 
 
-def test_bounds_shrink_with_the_slice(config):
+def test_bounds_shrink_with_the_slice(stages):
   seconds = [
       min(c.seconds for c in estimate.candidates(
-          config, MODEL, topology.parse(f"v5e:{size}")))
+          stages, topology.parse(f"v5e:{size}")))
       for size in ("2x2", "2x4", "4x4")]
   assert seconds == sorted(seconds, reverse=True)
 
 
-def test_another_slice_costs_the_network_between(config):
+def test_another_slice_costs_the_network_between(stages):
   one, two = (next(iter(estimate.candidates(
-      config, MODEL, topology.parse(name, slices))))
+      stages, topology.parse(name, slices))))
       for name, slices in (("v5e:4x4", 1), ("v5e:2x4", 2)))
   assert (one.fsdp, one.tensor) == (two.fsdp, two.tensor) == (16, 1)
   assert two.seconds >= one.seconds
 
 
-def test_the_ranking_has_what_fits_first(config):
-  ranked = sweep.rank(config, MODEL, V5E)
+def test_the_ranking_has_what_fits_first(stages):
+  ranked = sweep.rank(stages, V5E)
   fits = [c.fits for c in ranked]
   assert fits == sorted(fits, reverse=True) and {True, False} == set(fits)
   cost = [c.chip_seconds for c in ranked if c.fits]
@@ -81,24 +87,24 @@ def result(kind, needed, beside=0):
       available=V5E.chip.hbm_bytes), None, None, 1.0)
 
 
-def test_advice_names_keys_and_what_fits(config):
-  needed = estimate.peak_bytes(config, MODEL, 8, 1)
+def test_advice_names_keys_and_what_fits(stages):
+  needed = estimate.peak_bytes(stages, "none", sizes(8, 1))
   lines = "\n".join(advice.advise(
-      result("update", needed), config, MODEL, V5E, 8, 1))
+      result("update", needed), stages, V5E, sizes(8, 1)))
   assert "cold_start.num_microbatches=2 (more parts" in lines
   assert "compute.loss_chunk=128" in lines
   assert "The smallest slice that fits: v5e:" in lines
   assert "compute.remat=" in lines
 
 
-def test_advice_is_scaled_by_what_the_compiler_said(config):
+def test_advice_is_scaled_by_what_the_compiler_said(stages):
   """Where the estimate was too low, a larger slice is named."""
-  needed = estimate.peak_bytes(config, MODEL, 8, 1)
-  sizes = [
-      advice.advise(result("update", scale * needed), config, MODEL, V5E, 8,
-                    1)[-1] for scale in (1, 4)]
+  needed = estimate.peak_bytes(stages, "none", sizes(8, 1))
+  lines = [
+      advice.advise(result("update", scale * needed), stages, V5E,
+                    sizes(8, 1))[-1] for scale in (1, 4)]
   chips = [topology.parse(line.split(": ")[1].split(" ")[0]).num_chips
-           for line in sizes]
+           for line in lines]
   assert chips[0] < chips[1]
 
 
