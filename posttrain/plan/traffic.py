@@ -16,9 +16,7 @@ from posttrain.plan.walk import Visit
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
     "call", "conditional", "after-all", "partition-id", "replica-id",
-    "optimization-barrier", "async-start", "async-update", "async-done",
-    "copy-done", "all-gather-done", "all-reduce-done",
-    "collective-permute-done", "send-done", "recv-done"}
+    "optimization-barrier", "async-start", "async-update"}
 # Custom calls that reserve or announce and do not compute.
 _FREE_CALLS = (
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart",
@@ -40,7 +38,8 @@ def hbm_bytes(visits: Iterable[Visit], module: Module) -> int:
 
 def _bytes(visit: Visit, module: Module) -> int:
   instruction, computation = visit.instruction, visit.scope.computation
-  if instruction.opcode in _FREE or _is_free_call(instruction):
+  if (instruction.opcode in _FREE or instruction.opcode.endswith("-done")
+      or _is_free_call(instruction)):
     return 0
   if instruction.opcode == "fusion":
     return _fusion(computation, instruction, module)
@@ -52,6 +51,9 @@ def _bytes(visit: Visit, module: Module) -> int:
     return update.hbm_bytes + _moved(update, instruction.array)
   if instruction.opcode == "copy-start":  # (destination, source, context)
     return _hbm(instruction.arrays[:2])
+  if instruction.opcode.removesuffix("-start") in _SLICES:
+    whole, part = instruction.arrays[:2]
+    return part.hbm_bytes + _moved(part, whole)
   return _direct(visit)
 
 

@@ -267,3 +267,15 @@ ENTRY main (a: f32[4]) -> f32[4] {
   main = module["main"]
   assert kernels.flops(main, main["c"]) == 0
   assert traffic.hbm_bytes(walk.walk(module), module) == 0
+
+
+def test_a_slice_that_is_fetched_early_moves_its_own_bytes():
+  """As a TPU prefetches a part of a weight into on-chip memory, S(1)."""
+  module = hlo.parse("""
+ENTRY main (w: bf16[512,128]) -> bf16[128,128] {
+  %w = bf16[512,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = ((bf16[512,128]{1,0:T(8,128)(2,1)}), bf16[128,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:128], [0:128]}
+  ROOT %d = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+}
+""")  # noqa: E501
+  assert traffic.hbm_bytes(walk.walk(module), module) == 128 * 128 * 2
