@@ -31,6 +31,7 @@ class Plan:
     results: of every program that was asked for.
     padding: per training stage.
     advice: where something does not fit.
+    only: what the names of the programs had to have in them.
   """
 
   topology: topology_lib.Topology
@@ -39,6 +40,7 @@ class Plan:
   results: list[measure.Result]
   padding: list[padding.Padding]
   advice: list[str]
+  only: str = ""
 
   @property
   def fits(self) -> bool:
@@ -83,7 +85,7 @@ def make(
   return Plan(
       topology, dict(mesh.shape), setup, results,
       padding.of_config(setup, parts) if with_padding else [],
-      _advice(results, setup, topology, mesh))
+      _advice(results, setup, topology, mesh), only)
 
 
 def _programs(

@@ -32,6 +32,8 @@ def summary(plan: Plan) -> list[str]:
   """The first lines."""
   mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
   chip, model = plan.topology.chip, plan.setup.model
+  some = f" (of the programs with {plan.only} in their name)" if (
+      plan.only) else ""
   return [
       f"{plan.topology}: {plan.topology.num_chips} chips, "
       f"{plan.topology.num_devices} devices with "
@@ -39,7 +41,7 @@ def summary(plan: Plan) -> list[str]:
       f"{plan.setup.config.model}: {model.num_parameters:,} parameters, "
       f"{model.dtype}, remat {model.remat}",
       *plan.setup.notes,
-      f"fits: {'yes' if plan.fits else 'NO'}"]
+      f"fits: {'yes' if plan.fits else 'NO'}{some}"]
 
 
 def tables(plan: Plan) -> list[Table]:
