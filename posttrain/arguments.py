@@ -16,13 +16,15 @@ with a budget of thinking tokens, from one config file.
   posttrain report   makes one HTML page of one or several runs
   posttrain export   writes trained weights as transformers reads them
   posttrain import   reads published weights once, into a checkpoint
+  posttrain plan     compiles a config for a TPU slice that is not here
 
 `posttrain VERB --help` has the flags and examples.
 """
 
 EXIT_STATUS = """\
-exit status: 0 finished; 1 failed; 2 a wrong command or config; 75 preempted
-(SIGTERM) with its state saved: start it again with the same command."""
+exit status: 0 finished, or a plan that fits; 1 failed; 2 a wrong command or
+config; 3 a plan with a program that does not fit; 75 preempted (SIGTERM) with
+its state saved: start it again with the same command."""
 
 TRAIN = """\
 Runs the stages of a config in order. Finished stages are skipped and an
@@ -102,6 +104,21 @@ examples:
 """
 
 
+PLAN = """\
+Compiles every program that the stages of a config would run, for a TPU slice
+that is not here, and says whether they fit, what they communicate and how fast
+they can be at best. Nothing is allocated and no weights are read. Needs the
+compiler: pip install 'posttrain[plan]'. See docs/pods.md.
+
+examples:
+  posttrain plan --config=configs/tiny.py --topology=v5e:2x2
+  posttrain plan --config=configs/tiny.py --topology=v5p:4x4x4 --num_slices=2 \\
+      --config.mesh.tensor=2 --json=plan.json --html=plan.html
+  posttrain plan --config=configs/tiny.py --topology=v5e:2x2 --sweep \\
+      --compile-best=3
+"""
+
+
 MODEL = ("published weights: a directory as transformers saves it, a GGUF "
          "file, smollm2-135m (by its package), or a directory of posttrain "
          "import")
@@ -134,13 +151,15 @@ def make_parsers() -> dict[str, _Parser]:
                     epilog=EXIT_STATUS)
       for verb, text in (
           ("train", TRAIN), ("eval", EVAL), ("sample", SAMPLE),
-          ("report", REPORT), ("export", EXPORT), ("import", IMPORT))}
+          ("report", REPORT), ("export", EXPORT), ("import", IMPORT),
+          ("plan", PLAN))}
   _add_train(parsers["train"])
   _add_eval(parsers["eval"])
   _add_sample(parsers["sample"])
   _add_report(parsers["report"])
   _add_export(parsers["export"])
   _add_import(parsers["import"])
+  _add_plan(parsers["plan"])
   return parsers
 
 
@@ -268,6 +287,28 @@ def _add_import(parser: _Parser) -> None:
 def _add_output(parser: _Parser) -> None:
   parser.add_argument("--output", metavar="DIR", required=True,
                       help="a new directory")
+
+
+def _add_plan(parser: _Parser) -> None:
+  _add_config(parser, "the config")
+  parser.add_argument(
+      "--topology", metavar="CHIP:SIZE", required=True,
+      help="a slice, its size in chips, such as v5p:4x4x4")
+  parser.add_argument(
+      "--num_slices", metavar="N", default=1, type=_number(int, "[1, inf)"),
+      help="so many slices of it (1)")
+  parser.add_argument("--json", metavar="FILE", default="",
+                      help="write figures for scripts")
+  parser.add_argument("--html", metavar="FILE", default="",
+                      help="write a page, with every figure as JSON in it")
+  parser.add_argument("--only", metavar="TEXT", default="", help=(
+      "compile only programs with this in their name, such as update"))
+  parser.add_argument("--sweep", action="store_true", help=(
+      "rank meshes, sizes of the slice and remat policies by estimate, and "
+      "compile the best"))
+  parser.add_argument(
+      "--compile-best", metavar="N", type=_number(int, "[0, inf)"),
+      help="with --sweep: compile so many of the best (3)")
 
 
 def _number(kind: type, bounds: str):

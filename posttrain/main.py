@@ -2,8 +2,8 @@
 
 Arguments and the config are checked before JAX is imported, so that a typing
 mistake costs a second. Exit status: 0 finished; 1 failed; 2 the command or
-its config is wrong; 75 preempted with its state saved, to be started again by
-the same command.
+its config is wrong; 3 a plan that does not fit; 75 preempted with its state
+saved, to be started again by the same command.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from ml_collections import config_dict
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
+from posttrain.plan import environment
 from posttrain.train import health
 
 CommandError = arguments_lib.CommandError
 
 FAILED, USAGE_ERROR = 1, 2
+BEST_OF_SWEEP = 3  # Compiled where --compile-best does not say.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     verb, arguments = arguments_lib.parse(argv)
     return VERBS[verb](arguments)
-  except (CommandError, config_lib.ConfigError,
+  except (CommandError, config_lib.ConfigError, environment.PlanError,
           workdir_lib.WorkdirError) as error:
     print(f"posttrain: {error}", file=sys.stderr)
     return USAGE_ERROR
@@ -138,9 +140,29 @@ def import_(arguments: argparse.Namespace) -> int:
   return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+  if not arguments.config:
+    raise CommandError("--config=FILE is needed.")
+  best = arguments.compile_best
+  if best is not None and not arguments.sweep:
+    raise CommandError("--compile-best has no effect without --sweep.")
+  config = _config(arguments)
+  if not config.stages:
+    raise CommandError("stages: the config names none, so there is nothing "
+                       "to plan.")
+  from posttrain.plan import topology
+  where = topology.parse(arguments.topology, arguments.num_slices)
+  environment.prepare()  # Before JAX is imported.
+  from posttrain.plan import command
+  return command.run(
+      config, where, json_file=arguments.json, html_file=arguments.html,
+      only=arguments.only, sweeping=arguments.sweep,
+      compile_best=BEST_OF_SWEEP if best is None else best)
+
+
 VERBS = {
     "train": train, "eval": evaluate, "sample": sample, "report": report,
-    "export": export, "import": import_}
+    "export": export, "import": import_, "plan": plan}
 
 
 def _start(config: config_dict.ConfigDict) -> None:

@@ -7,11 +7,11 @@ layout can be checked without the devices it is meant for.
 
 import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,12 +68,12 @@ def make_mesh(
         '"all remaining devices".')
   sizes = {name: size for name, size in sizes.items()
            if name != "expert" or size > 1}
-  return jax.make_mesh(
-      tuple(sizes.values()), tuple(sizes), devices=devices,
+  return jax.sharding.Mesh(
+      _grid(tuple(sizes.values()), devices), tuple(sizes),
       axis_types=(AxisType.Explicit,) * len(sizes))
 
 
-class MeshSizes(TypedDict):
+class MeshSizes(NamedTuple):
   """Devices along each axis; 1 where the mesh has no such axis."""
 
   fsdp: int
@@ -92,6 +92,25 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
   """The axes of the current mesh that split a logical axis."""
   here = jax.sharding.get_abstract_mesh().axis_names
   return tuple(name for name in RULES[axis] if name in here)
+
+
+def _grid(sizes: tuple[int, ...], devices) -> np.ndarray:
+  """Devices where neighbours on an axis are neighbours on the torus.
+
+  Of several slices, the first axis alone goes across them: the network
+  between slices is slower than that within one.
+  """
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+        sizes, devices, allow_split_physical_axes=True)
+  if sizes[0] % slices:
+    raise ValueError(
+        f"mesh.{MESH_AXES[0]}={sizes[0]} cannot be split over {slices} "
+        "slices. Use a multiple of it.")
+  return mesh_utils.create_hybrid_device_mesh(
+      (sizes[0] // slices, *sizes[1:]), (slices,) + (1,) * len(sizes[1:]),
+      devices, allow_split_physical_axes=True)
 
 
 def spec(*axes: str | None) -> P:
@@ -137,6 +156,13 @@ def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   specs = tuple(jax.typeof(x).sharding.spec for x in arrays)
   return jax.shard_map(
       function, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def abstract(array: np.ndarray, *axes: str | None) -> jax.ShapeDtypeStruct:
+  """What `put` would make, without making it: for devices elsewhere."""
+  return jax.ShapeDtypeStruct(
+      array.shape, array.dtype,
+      sharding=NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
 
 def put(array: np.ndarray, *axes: str | None) -> jax.Array:

@@ -315,7 +315,10 @@ def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> None:
 def on_mesh(tree: Any) -> Any:
   """Abstract arrays with the shardings of the current, concrete mesh."""
   mesh = jax.sharding.get_mesh()
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype,
-          sharding=jax.sharding.NamedSharding(mesh, x.sharding.spec)), tree)
+
+  def placed(x):  # A constant's type has no sharding: it is everywhere.
+    spec = x.sharding.spec if x.sharding else sharding.spec()
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+  return jax.tree.map(placed, tree)

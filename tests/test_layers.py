@@ -27,7 +27,7 @@ LAYERS = (
     ("train",),
     ("weights", "report"),
     ("stages",),
-    ("pipeline", "transfer"),
+    ("pipeline", "transfer", "plan"),
     ("main",),
     ("__main__",),
 )
@@ -35,7 +35,8 @@ LEVEL = {unit: i for i, units in enumerate(LAYERS) for unit in units}
 
 # Where a whole config may be held; below, functions take their own arguments.
 SEE_CONFIGS = {
-    "config", "workdir", "weights", "stages", "pipeline", "transfer", "main"}
+    "config", "workdir", "weights", "stages", "pipeline", "transfer", "plan",
+    "main"}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -179,6 +179,15 @@ def eval_batches(
       examples=examples)
 
 
+def empty(*, rows: int, sequence_length: int) -> Batch:
+  """A batch without an example: for its shapes."""
+  example = {"tokens": np.zeros(0, np.int32), "loss_mask": np.zeros(0, bool)}
+  first = np.zeros(1, int)
+  return pack.assemble(
+      [example], pack.Placement(first, first, first), rows=rows,
+      length=sequence_length)
+
+
 class _EpochShuffle(grain.MapDataset):
   """A new order in each epoch of its parent.
 

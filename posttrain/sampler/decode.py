@@ -101,7 +101,7 @@ def decode(
   if model.config.num_experts:
     record["experts"] = jnp.zeros(
         (rows, steps, model.config.layers, model.config.experts_per_token),
-        _experts_dtype(model), out_sharding=spec("batch", None, None, None))
+        experts_dtype(model), out_sharding=spec("batch", None, None, None))
 
   def running(loop):
     step, carry, _ = loop
@@ -167,6 +167,6 @@ def _feed(
   return Carry(cache=cache, hidden=hidden, state=state), experts
 
 
-def _experts_dtype(model: Transformer) -> Any:
+def experts_dtype(model: Transformer) -> Any:
   """Of numbers from 1 to E."""
   return jnp.uint8 if model.config.num_experts < 256 else jnp.uint16

@@ -87,17 +87,12 @@ class Sampler:
         contradict each other.
     """
     rows = len(prompts) * group_size
-    budgets = self._budgets(limits, rows)
-    self._check(prompts, budgets)
-    # Whole prompts per part of the mesh, so that fanning out stays local.
-    parts = sharding.axis_size("batch")
-    # And two rows at least: of an array of one element jax 0.11 forgets the
-    # sharding (`_get_sharding_for_varying_out_shape`).
-    least = len(prompts) + (rows == 1)
-    padded = -(-least // parts) * parts
-    device = self._inputs(
-        prompts, budgets, np.asarray(prompt_id), padded, group_size,
-        first_sample, seed, stage, step)
+    device = self.inputs(
+        prompts, limits, prompt_id=prompt_id, group_size=group_size,
+        first_sample=first_sample)
+    device["keys"] = row_keys(
+        seed=np.uint32(seed), stage=stage, step=step,
+        prompt_id=device["prompt_id"], sample_id=device["sample_id"])
     recorder, state = self._loop(
         model, device, rows, group_size, script, on_chunk)
     take = lambda x: np.asarray(x)[:rows]
@@ -113,9 +108,18 @@ class Sampler:
             first_sample, first_sample + group_size, dtype=np.int32),
             len(prompts)), **recorder.padded())
 
+  @property
+  def first_slots(self) -> int:
+    """Of the cache that `prefill` makes."""
+    return self.max_prompt_tokens + self.chunk
+
+  def next_slots(self, slots: int) -> int:
+    """Twice the completion's: few programs, little idle attention."""
+    return 2 * slots - self.max_prompt_tokens
+
   def _loop(self, model, device, rows, group_size, script, on_chunk):
     """Prefill, then chunks until every row is done."""
-    slots = self.max_prompt_tokens + self.chunk
+    slots = self.first_slots
     carry = decode.prefill(
         model, device["tokens"], device["segment_ids"],
         device["in_thinking"], device["done"], self.tables,
@@ -124,13 +128,12 @@ class Sampler:
     total = device["done"].shape[0]
     while True:
       if used + self.chunk > slots:
-        # Twice the completion's slots: few programs, little idle attention.
-        slots += slots - self.max_prompt_tokens
+        slots = self.next_slots(slots)
         carry = decode.grow(carry, slots=slots)
       begin = used - self.max_prompt_tokens
       carry, record = decode.decode(
           model, carry, device["prompt_lengths"], device["keys"],
-          _window(script, total, begin, self.chunk), self.tables,
+          script_window(script, total, begin, self.chunk), self.tables,
           device["budgets"], params=self.params, steps=self.chunk)
       record, done, state = sharding.fetch(
           (record, carry.state.done, carry.state))
@@ -191,12 +194,32 @@ class Sampler:
           f"an answer: {budgets.max_thinking_tokens.max()} thinking tokens "
           f"and {closing} to close them need at least {needed.max()}.")
 
-  def _inputs(
-      self, prompts, budgets, prompt_id, padded, group_size, first_sample,
-      seed, stage, step,
-  ) -> dict:
-    """Everything that the device needs, put on the mesh."""
-    width, extra = self.max_prompt_tokens, padded - len(prompts)
+  def inputs(
+      self, prompts: Sequence[Sequence[int]], limits: Limits, *,
+      prompt_id: Sequence[int], group_size: int = 1, first_sample: int = 0,
+      put: Callable[..., Any] = sharding.put,
+  ) -> dict[str, Any]:
+    """What a generation reads, filled up to what the mesh divides.
+
+    Args:
+      put: what makes device arrays; `sharding.abstract` for their shapes.
+
+    Returns:
+      By name, as `decode` calls them, and the ids that `row_keys` takes.
+
+    Raises:
+      ValueError: as `generate`.
+    """
+    rows, width = len(prompts) * group_size, self.max_prompt_tokens
+    budgets = self._budgets(limits, rows)
+    self._check(prompts, budgets)
+    # Whole prompts per part of the mesh, so that fanning out stays local.
+    parts = sharding.axis_size("batch")
+    # And two rows at least: of an array of one element jax 0.11 forgets the
+    # sharding (`_get_sharding_for_varying_out_shape`).
+    least = len(prompts) + (rows == 1)
+    padded = -(-least // parts) * parts
+    extra = padded - len(prompts)
     tokens = np.zeros((padded, width), np.int32)
     segment_ids = np.zeros((padded, width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -204,24 +227,21 @@ class Sampler:
       segment_ids[row, width - len(prompt):] = 1
     lengths = np.repeat(segment_ids.sum(1, dtype=np.int32), group_size)
     thinks = [self._in_thinking(prompt) for prompt in prompts]
-    rows = lambda x: np.repeat(
+    expand = lambda x: np.repeat(
         np.pad(np.asarray(x), (0, extra)), group_size)
-    ids = {
-        "prompt_id": rows(prompt_id).astype(np.int32),
-        "sample_id": np.tile(np.arange(
-            first_sample, first_sample + group_size, dtype=np.int32), padded)}
-    put = lambda x: sharding.put(x, "batch")
+    samples = np.arange(
+        first_sample, first_sample + group_size, dtype=np.int32)
+    by_row = lambda x: put(x, "batch")
     return {
-        "tokens": sharding.put(tokens, "batch", "length"),
-        "segment_ids": sharding.put(segment_ids, "batch", "length"),
-        "in_thinking": put(rows(thinks)),
-        "done": put(lengths == 0),
-        "prompt_lengths": put(lengths),
+        "tokens": put(tokens, "batch", "length"),
+        "segment_ids": put(segment_ids, "batch", "length"),
+        "in_thinking": by_row(expand(thinks)),
+        "done": by_row(lengths == 0),
+        "prompt_lengths": by_row(lengths),
         "budgets": jax.tree.map(
-            lambda x: put(np.pad(x, (0, extra * group_size))), budgets),
-        "keys": _row_keys(
-            seed=np.uint32(seed), stage=stage, step=step,
-            **{name: put(x) for name, x in ids.items()})}
+            lambda x: by_row(np.pad(x, (0, extra * group_size))), budgets),
+        "prompt_id": by_row(expand(prompt_id).astype(np.int32)),
+        "sample_id": by_row(np.tile(samples, padded))}
 
   def _in_thinking(self, prompt: Sequence[int]) -> bool:
     """The prompt opens a thinking section and does not close it."""
@@ -242,15 +262,16 @@ def _rfind(tokens: Sequence[int], part: Sequence[int]) -> int:
   return -1
 
 
-def _window(
+def script_window(
     script: np.ndarray | None, rows: int, begin: int, steps: int,
-) -> jax.Array:
+    put: Callable[..., Any] = sharding.put,
+) -> Any:
   """[rows, steps] of the script from column `begin`, -1 where it has none."""
   window = np.full((rows, steps), -1, np.int32)
   if script is not None:
     part = script[:, begin:begin + steps]
     window[:part.shape[0], :part.shape[1]] = part
-  return sharding.put(window, "batch", "length")
+  return put(window, "batch", "length")
 
 
-_row_keys = jax.jit(choice.row_keys, static_argnames=("stage",))
+row_keys = jax.jit(choice.row_keys, static_argnames=("stage",))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from posttrain import config as config_lib
 from posttrain import sharding
@@ -109,6 +110,7 @@ class Evaluation:
     has it as null, and it is not correct.
     """
     scored, figures, records = {}, [], []
+    samples_of = samples_of_cells(self.section)
     votes = self.section.majority.max_samples
     samples = self.section.samples_per_problem
     baseline = []
@@ -117,8 +119,7 @@ class Evaluation:
         training.stop(
             self.context, f"evaluations before that of {name} are kept")
       free = cell == summary.Cell()
-      drawn, rows = self._answer(
-          model, cell, max(samples, votes) if free else samples)
+      drawn, rows = self._answer(model, cell, samples_of[cell.name])
       if free and votes:
         baseline = summary.majority_baseline(
             _first(drawn, votes), self.cluster)
@@ -166,7 +167,7 @@ class Evaluation:
         max_thinking_tokens=cell.max_thinking_tokens,
         num_waits=cell.num_waits,
         truncate=rollout.truncate and cell.max_thinking_tokens >= 0)
-    size = max(1, rollout.batch_rows // samples)
+    size = batch_size(self.section, samples)
     batches, records = [], []
     for start in range(0, len(self.problems), size):
       part = self.problems[start:start + size]
@@ -216,6 +217,21 @@ class Evaluation:
         thinking_tokens=grid((r["think_length"] for r in records), int),
         finish=grid((FINISH_REASONS[int(f)] for f in
                      rollouts.finish_reason[:rows]), object)), records
+
+
+def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
+  """Completions per problem in each cell, by its name."""
+  samples = section.samples_per_problem
+  return {
+      cell.name: max(samples, section.majority.max_samples)
+      if cell == summary.Cell() else samples
+      for cell in summary.cells(
+          section.max_thinking_tokens, section.num_waits)}
+
+
+def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
+  """Problems that are asked together."""
+  return max(1, section.rollout.batch_rows // samples)
 
 
 def clusters(problems: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

@@ -19,33 +19,45 @@ from posttrain.train import memory, partition
 def of_stage(context: StageContext, model: ModelConfig) -> memory.Estimate:
   """The estimate for the stage of `context`, on the current mesh."""
   section, compute = context.section, context.config.compute
-  sizes = {}
+  return of_section(
+      section, compute, *held(section, compute, model), sharding.mesh_sizes())
+
+
+def of_section(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig, weights: dict[str, int], mesh: sharding.MeshSizes,
+) -> memory.Estimate:
+  """The same on any mesh.
+
+  Args:
+    model, weights: of `held`.
+  """
+  sizes = dict(weights)
   if section.kind == "sft":
-    sizes = dict(rows=-(-section.rows // section.num_microbatches),
-                 sequence_length=section.sequence_length)
+    sizes |= dict(rows=-(-section.rows // section.num_microbatches),
+                  sequence_length=section.sequence_length)
   if section.kind == "grpo":
-    sizes = dict(
+    sizes |= dict(
         rows=section.rows_per_microbatch,
         sequence_length=section.sequence_length,
         cache_rows=section.num_groups * section.group_size)
   if section.kind == "evaluate":
     samples = max(section.samples_per_problem, section.majority.max_samples)
-    sizes = dict(cache_rows=max(section.rollout.batch_rows, samples))
+    sizes |= dict(cache_rows=max(section.rollout.batch_rows, samples))
   if "cache_rows" in sizes:
     sizes["cache_slots"] = cache_slots(section.rollout)
-  if section.kind in schema.TRAINING_KINDS:
-    model, more = _weights(context, model)
-    sizes |= more
   return memory.estimate(
-      model, **sharding.mesh_sizes(), loss_chunk=compute.loss_chunk,
-      **sizes)
+      model, **mesh._asdict(), loss_chunk=compute.loss_chunk, **sizes)
 
 
-def _weights(
-    context: StageContext, model: ModelConfig,
+def held(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig,
 ) -> tuple[ModelConfig, dict[str, int]]:
-  """The model as it is trained; bytes of what is frozen, of a reference."""
-  section, plan = context.section, training.plan(context)
+  """The model as a stage has it; bytes of what is frozen, of a reference."""
+  if section.kind not in schema.TRAINING_KINDS:
+    return model, {}
+  plan = training.plan(section, compute)
   whole, trained = partition.abstract(model, plan)
   size = lambda tree: sum(
       w.size * w.dtype.itemsize for w in jax.tree.leaves(tree))

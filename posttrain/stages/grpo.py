@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.config import schema
@@ -99,23 +100,13 @@ class Learner:
   """
 
   def __init__(self, context, start, weights_of):
-    section, loss = context.section, context.section.loss
+    section = context.section
     self.context, self.section = context, section
-    self.updates = section.num_minibatches * section.num_epochs
+    self.updates = num_updates(section)
     self.collector = make_collector(context)
-    self.shapes = policy.Shapes(
-        length=section.sequence_length,
-        rows=_round_up(section.rows_per_microbatch),
-        num_minibatches=section.num_minibatches,
-        completions=-(-section.num_groups // section.num_minibatches)
-        * section.group_size)
-    in_loss = loss.kl_in == "loss"
-    self.loss = policy.PolicyLoss(
-        function=loading.load_function(loss.function),
-        temperature=section.rollout.temperature,
-        chunk=context.config.compute.loss_chunk, clip_low=loss.clip_low,
-        clip_high=loss.clip_high, kl_coef=loss.kl_coef if in_loss else 0.0,
-        kl_estimator=loss.kl_estimator)
+    self.shapes = make_shapes(section)
+    self.loss = make_loss(
+        section, loss_chunk=context.config.compute.loss_chunk)
     model, trained = training.prepare(context, start)
     fresh = start.config.lora != model.config.lora
     self.reference = self._make_reference(model, trained, fresh, weights_of)
@@ -293,6 +284,41 @@ class Learner:
               "thinking tokens": row["think_length"]})
 
 
+def num_updates(section: config_dict.ConfigDict) -> int:
+  """Optimizer updates from one batch of rollouts."""
+  return section.num_minibatches * section.num_epochs
+
+
+def make_shapes(section: config_dict.ConfigDict) -> policy.Shapes:
+  """How completions are packed, on the current mesh."""
+  return policy.Shapes(
+      length=section.sequence_length,
+      rows=_round_up(section.rows_per_microbatch),
+      num_minibatches=section.num_minibatches,
+      completions=-(-section.num_groups // section.num_minibatches)
+      * section.group_size)
+
+
+def make_loss(
+    section: config_dict.ConfigDict, *, loss_chunk: int,
+) -> policy.PolicyLoss:
+  """The loss that the section names."""
+  loss = section.loss
+  return policy.PolicyLoss(
+      function=loading.load_function(loss.function),
+      temperature=section.rollout.temperature, chunk=loss_chunk,
+      clip_low=loss.clip_low, clip_high=loss.clip_high,
+      kl_coef=loss.kl_coef if loss.kl_in == "loss" else 0.0,
+      kl_estimator=loss.kl_estimator)
+
+
+def make_limits(section: config_dict.ConfigDict) -> sampler.Limits:
+  """The budgets of a rollout."""
+  return sampler.Limits(**training.pick(
+      section.rollout, "max_tokens max_thinking_tokens "
+      "min_thinking_tokens num_waits truncate"))
+
+
 def make_collector(context: StageContext) -> rollout.Collector:
   """The task, the rewards and the sampler that the section names."""
   section = context.section
@@ -307,9 +333,7 @@ def make_collector(context: StageContext) -> rollout.Collector:
         f"{', '.join(section.rewards)}. Metrics are named by it; rename one.")
   return rollout.Collector(
       sampler=sampling.make_sampler(context, section.rollout),
-      limits=sampler.Limits(**training.pick(
-          section.rollout, "max_tokens max_thinking_tokens "
-          "min_thinking_tokens num_waits truncate")),
+      limits=make_limits(section),
       renderer=context.renderer, problems=problems, rewards=rewards,
       weights=section.reward_weights or (1.0,) * len(rewards),
       num_groups=section.num_groups, group_size=section.group_size,

@@ -65,9 +65,9 @@ def run(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
     prompts = [renderer.prompt_tokens(row) for row in rows]
     longest = max(len(prompt) for prompt in prompts)
-    how = sampling.of_tokenizer(
-        renderer.tokenizer, ids, params,
-        max_prompt_tokens=-(-longest // 64) * 64, chunk=CHUNK)
+    how = sampler.Sampler(
+        ids=ids, tables=sampling.make_tables(renderer.tokenizer, ids),
+        params=params, max_prompt_tokens=-(-longest // 64) * 64, chunk=CHUNK)
     records: list[dict[str, Any]] = []
     size = max(1, BATCH_ROWS // num_samples)
     for start in range(0, len(prompts), size):

@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from ml_collections import config_dict
 
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
@@ -25,6 +27,7 @@ from posttrain.objectives import logprobs as logprobs_lib
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
 from posttrain.stages import training
 from posttrain.stages.context import StageContext
+from posttrain.text import render
 from posttrain.train import console as console_lib
 from posttrain.train import health, metrics, microbatches, preemption, step
 from posttrain.train import state as state_lib
@@ -48,13 +51,12 @@ def run(context: StageContext, model: Transformer) -> Transformer:
     Preempted: SIGTERM came; the state is saved.
   """
   section = context.section
-  batches, held_out = read_data(context)
+  batches, held_out = read_data(
+      section, context.renderer, seed=context.config.seed)
   model, trained = training.prepare(context, model)
   describe(context, batches, held_out)
-  loss = functools.partial(
-      cross_entropy, chunk=context.config.compute.loss_chunk)
-  adamw, update = training.make_update(section, loss)
-  sums = jax.jit(functools.partial(held_out_sums, loss))
+  adamw, update, sums = make_programs(
+      section, loss_chunk=context.config.compute.loss_chunk)
   state = state_lib.create(model, adamw, trained)
   with training.open_checkpoints(context) as saver:
     state, found = training.resume(context, saver, state)
@@ -90,20 +92,30 @@ def run(context: StageContext, model: Transformer) -> Transformer:
   return state.model
 
 
+def make_programs(
+    section: config_dict.ConfigDict, *, loss_chunk: int,
+) -> tuple[
+    optax.GradientTransformation, step.CompiledUpdate, jax.stages.Wrapped]:
+  """The optimizer, the compiled update and the compiled held-out loss."""
+  loss = functools.partial(cross_entropy, chunk=loss_chunk)
+  adamw, update = training.make_update(section, loss)
+  return adamw, update, jax.jit(functools.partial(held_out_sums, loss))
+
+
 def read_data(
-    context: StageContext,
+    section: config_dict.ConfigDict, renderer: render.Renderer, *, seed: int,
 ) -> tuple[batches_lib.Batches, batches_lib.EvalBatches | None]:
   """The training stream, and the held-out data if the config names any."""
-  section, data = context.section, context.section.data
+  data = section.data
   handling = "on_overlong on_no_target on_malformed packing"
   shape = training.pick(section, "sequence_length rows")
   batches = batches_lib.make_batches(
-      data.sources, context.renderer, seed=context.config.seed,
+      data.sources, renderer, seed=seed,
       **shape, **training.pick(data, handling), shuffle=data.shuffle)
   if not section.eval_data.sources:
     return batches, None
   return batches, batches_lib.eval_batches(
-      section.eval_data.sources, context.renderer,
+      section.eval_data.sources, renderer,
       **shape, **training.pick(section.eval_data, handling))
 
 

@@ -1,6 +1,5 @@
 """What the training stages share: the update, resuming, saving, leaving."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ def due(number: int, every: int, last: bool) -> bool:
 
 def make_update(
     section: config_dict.ConfigDict, loss: step.Loss,
-) -> tuple[optax.GradientTransformation, Callable]:
+) -> tuple[optax.GradientTransformation, step.CompiledUpdate]:
   """The optimizer, and the compiled update, which consumes its state."""
   schedule = optimizer.make_schedule(**pick(
       section, "schedule learning_rate warmup_steps num_steps "
@@ -45,13 +44,14 @@ def make_update(
       loss, adamw, schedule, router_aux_coef=section.router_aux_coef)
 
 
-def plan(context: StageContext) -> partition.Plan:
-  """Which weights the stage trains, and how it keeps the others."""
-  section = context.section
+def plan(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+) -> partition.Plan:
+  """Which weights a stage trains, and how it keeps the others."""
   lora = LoraConfig(**section.lora) if section.lora.rank else None
   return partition.Plan(
       lora=lora, pattern=section.trained,
-      frozen_dtype=context.config.compute.frozen_dtype)
+      frozen_dtype=compute.frozen_dtype)
 
 
 def prepare(
@@ -67,7 +67,8 @@ def prepare(
       quantised.
   """
   model, trained = partition.prepare(
-      model, plan(context), seed=context.config.seed, stage=context.name)
+      model, plan(context.section, context.config.compute),
+      seed=context.config.seed, stage=context.name)
   moving, frozen = map(jax.tree.leaves, partition.split(model, trained))
   if frozen:
     context.console.line(
@@ -141,5 +142,5 @@ def _identity(
     context: StageContext, state: state_lib.TrainState) -> dict[str, Any]:
   return {
       "seed": context.config.seed, "renderer_hash": context.renderer.hash,
-      "plan": plan(context).to_json(),
+      "plan": plan(context.section, context.config.compute).to_json(),
       "frozen": weights.frozen_name(state.frozen)}

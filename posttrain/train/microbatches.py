@@ -3,9 +3,9 @@
   M: microbatches  R: rows of one, over all devices  T: length
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
 import numpy as np
 
 from posttrain import sharding
@@ -13,7 +13,8 @@ from posttrain import sharding
 
 def stack(
     batch: Mapping[str, np.ndarray], num_microbatches: int,
-) -> dict[str, jax.Array]:
+    put: Callable[..., Any] = sharding.put,
+) -> dict[str, Any]:
   """Cuts rows into microbatches, padded to what the mesh divides.
 
   Padding is zeros: segment 0, outside every loss. As denominators are global,
@@ -22,16 +23,17 @@ def stack(
   Args:
     batch: arrays [rows, ...], the same on every host.
     num_microbatches: M.
+    put: what makes device arrays; `sharding.abstract` for their shapes.
 
   Returns:
     Arrays [M, R, ...], R sharded over "batch".
   """
   multiple = num_microbatches * sharding.axis_size("batch")
 
-  def put(array: np.ndarray) -> jax.Array:
+  def fold(array: np.ndarray) -> Any:
     padding = -len(array) % multiple
     array = np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
     array = array.reshape(num_microbatches, -1, *array.shape[1:])
-    return sharding.put(array, None, "batch", *(None,) * (array.ndim - 2))
+    return put(array, None, "batch", *(None,) * (array.ndim - 2))
 
-  return {name: put(array) for name, array in batch.items()}
+  return {name: fold(array) for name, array in batch.items()}

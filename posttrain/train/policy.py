@@ -65,10 +65,8 @@ def pack_experience(
     [U, M, R, T] arrays named in `COLUMNS`; `num_microbatches` [U] int32; and
     `sampler_experts` [U, M, R, T, L, k] if the rollouts have experts.
   """
-  columns: Arrays = {
-      name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
-  if rollouts.experts is not None:
-    columns["sampler_experts"] = rollouts.experts[0, :0]
+  experts = rollouts.experts
+  columns = _columns(None if experts is None else experts[0, :0])
   packed = [
       _pack([_example(rollouts, per_completion, row) for row in rows], shapes,
             columns)
@@ -100,6 +98,24 @@ def _example(
          for name, values in per_completion.items()}}
 
 
+def empty_experience(
+    shapes: Shapes, experts: np.ndarray | None = None) -> Arrays:
+  """One minibatch without a completion, [1, M, R, T]: for its shapes.
+
+  Args:
+    experts: [0, L, k] of a model that has them, see `Rollouts.experts`.
+  """
+  return {name: x[None] for name, x in _pack(
+      [], shapes, _columns(experts)).items()}
+
+
+def _columns(experts: np.ndarray | None) -> Arrays:
+  """Of each column, an array of no tokens."""
+  columns: Arrays = {
+      name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
+  return columns if experts is None else columns | {"sampler_experts": experts}
+
+
 COLUMNS = {
     "tokens": np.int32, "loss_mask": np.bool_, "advantages": np.float32,
     "token_weights": np.float32, "token_shares": np.float32,
@@ -126,14 +142,20 @@ def _pack(
       "num_microbatches": np.array(-(-used // shapes.rows), np.int32)}
 
 
-def minibatch(experience: Arrays, index: int) -> tuple[dict[str, Any], int]:
-  """One minibatch on the mesh, and its number of microbatches in use."""
+def minibatch(
+    experience: Arrays, index: int,
+    put: Callable[..., Any] = sharding.put,
+) -> tuple[dict[str, Any], int]:
+  """One minibatch on the mesh, and its number of microbatches in use.
+
+  Args:
+    put: what makes device arrays; `sharding.abstract` for their shapes.
+  """
   arrays = {
       name: array[index] for name, array in experience.items()
       if array.ndim > 1}
   return {
-      name: sharding.put(
-          array, None, "batch", "length", *(None,) * (array.ndim - 3))
+      name: put(array, None, "batch", "length", *(None,) * (array.ndim - 3))
       for name, array in arrays.items()}, int(
           experience["num_microbatches"][index])
 

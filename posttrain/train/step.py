@@ -137,15 +137,38 @@ def update(
   return new, metrics | balance.with_metrics(sums)
 
 
-def compile_update(
-    loss: Loss, optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule, *, router_aux_coef: float = 0.0,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+@dataclasses.dataclass(frozen=True)
+class CompiledUpdate:
   """`update`, compiled, which consumes what is trained of its state.
 
   The frozen part is an argument of its own and no result: it stays where it
   is, for whoever shares it, such as a reference.
   """
+
+  moved: jax.stages.Wrapped
+
+  def __call__(
+      self, state: TrainState, batch: dict[str, jax.Array],
+      num_microbatches: jax.typing.ArrayLike,
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    new, metrics = self.moved(*self._parts(state), batch, num_microbatches)
+    return dataclasses.replace(new, frozen=state.frozen), metrics
+
+  def lower(
+      self, state: TrainState, batch: Any, num_microbatches: Any,
+  ) -> jax.stages.Lowered:
+    """The same program, of abstract arrays."""
+    return self.moved.lower(*self._parts(state), batch, num_microbatches)
+
+  def _parts(self, state: TrainState) -> tuple[TrainState, Any]:
+    return dataclasses.replace(state, frozen=None), state.frozen
+
+
+def compile_update(
+    loss: Loss, optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule, *, router_aux_coef: float = 0.0,
+) -> CompiledUpdate:
+  """`update` with its keywords bound."""
   @functools.partial(jax.jit, donate_argnums=0)
   def moved(state, frozen, batch, num_microbatches):
     state, metrics = update(
@@ -154,10 +177,4 @@ def compile_update(
         router_aux_coef=router_aux_coef)
     return dataclasses.replace(state, frozen=None), metrics
 
-  def consuming(state, batch, num_microbatches):
-    new, metrics = moved(
-        dataclasses.replace(state, frozen=None), state.frozen, batch,
-        num_microbatches)
-    return dataclasses.replace(new, frozen=state.frozen), metrics
-
-  return consuming
+  return CompiledUpdate(moved)

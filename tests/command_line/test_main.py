@@ -18,7 +18,7 @@ from posttrain.sampler import choice, sampler
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")
-VERBS = ("train", "eval", "sample", "report", "export", "import")
+VERBS = ("train", "eval", "sample", "report", "export", "import", "plan")
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ def test_the_first_example_is_shown_with_what_is_in_the_loss(
     tmp_path, capsys):
   with jax.set_mesh(meshes.one()):
     context = sft_run.make_context(tmp_path)
-    batches, held_out = sft.read_data(context)
+    batches, held_out = sft.read_data(
+        context.section, context.renderer, seed=context.config.seed)
     sft.describe(context, batches, held_out)
   tokens, mask = batches.first_example
   decode = context.renderer.tokenizer.decode

@@ -1,0 +1,86 @@
+"""FLOPs of matrix products, as a TPU's HLO has them: dots and convolutions.
+
+A TPU's compiler writes a product as a convolution, and a batch dimension as a
+spatial one that is padded and dilated so that each element meets its own.
+Only pairs that really meet are counted.
+"""
+
+import functools
+import math
+import re
+
+from posttrain.plan.hlo import Computation, Instruction
+
+# Passes through the matrix unit, whose products are bfloat16: a float32
+# product at the highest precision is made of six, at high of three.
+PASSES = {"highest": 6, "high": 3}
+
+
+def flops(computation: Computation, instruction: Instruction) -> int:
+  """Two per multiplication and addition; 0 of what is no product."""
+  if instruction.opcode == "dot":
+    left = computation.operand(instruction).array
+    contracted = instruction.attribute("lhs_contracting_dims")
+    return 2 * math.prod(instruction.array.dims) * math.prod(
+        left.dims[int(d)] for d in re.findall(r"\d+", contracted))
+  if instruction.opcode == "convolution":
+    return _convolution(computation, instruction)
+  return 0
+
+
+def passes(computation: Computation, instruction: Instruction) -> int:
+  """How often the matrix unit sees each product."""
+  dtypes = {
+      computation.operand(instruction, i).array.dtype for i in (0, 1)}
+  precision = instruction.attribute("operand_precision").strip("{}")
+  if "f32" not in dtypes:
+    return 1
+  return max(PASSES.get(each, 1) for each in precision.split(","))
+
+
+def _convolution(computation: Computation, instruction: Instruction) -> int:
+  left = computation.operand(instruction, 0).array.dims
+  right = computation.operand(instruction, 1).array.dims
+  out = instruction.array.dims
+  labels = re.fullmatch(
+      r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
+  assert labels is not None, instruction
+  size = lambda dims, names, label: dims[names.index(label)]
+  window = _window(instruction.attribute("window"))
+  pairs = 1
+  for number in range(sum(label.isdigit() for label in labels[1])):
+    label = str(number)
+    pairs *= _pairs(
+        size(left, labels[1], label), size(out, labels[3], label),
+        *(int(each) for each in window(number)))
+  groups = int(instruction.attribute("batch_group_count") or 1)
+  return (2 * size(left, labels[1], "b") * size(right, labels[2], "i")
+          * size(out, labels[3], "f") * pairs // groups)
+
+
+def _window(text: str):
+  """Of a spatial dimension: size, stride, low padding, dilations."""
+  fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+
+  def of(number: int):
+    value = lambda name, default: (
+        fields[name].split("x")[number] if name in fields else default)
+    low, _, _ = value("pad", "0_0").partition("_")
+    return (value("size", 1), value("stride", 1), low,
+            value("lhs_dilate", 1), value("rhs_dilate", 1))
+
+  return of
+
+
+@functools.cache
+def _pairs(
+    length: int, out: int, size: int, stride: int, low: int, dilated: int,
+    spread: int,
+) -> int:
+  """Pairs of an output and a kernel position that meet a real input."""
+  count = 0
+  for i in range(out):
+    for k in range(size):
+      at = i * stride + k * spread - low
+      count += at >= 0 and at % dilated == 0 and at // dilated < length
+  return count

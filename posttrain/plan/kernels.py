@@ -1,0 +1,35 @@
+"""FLOPs of attention kernels, by hand: HLO shows only that they are called."""
+
+import math
+
+from posttrain.plan.hlo import Computation, Instruction
+
+# Products of a [T, S] with a [., H] matrix in each kernel of splash attention:
+# scores and values; then scores, dv, dp and dk; then scores, dp and dq.
+_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+# Of all pairs of positions, a causal mask shows half.
+VISIBLE = 0.5
+
+
+def is_kernel(instruction: Instruction) -> bool:
+  return instruction.opcode == "custom-call" and instruction.attribute(
+      "custom_call_target") == '"tpu_custom_call"'
+
+
+def flops(computation: Computation, instruction: Instruction) -> int | None:
+  """Of a causal attention kernel, modelled; 0 of what is no kernel.
+
+  None where the kernel is of another kind. Counts [.., N, T, H] queries
+  against [.., K, S, H] keys, the first two operands of floating point.
+  """
+  if not is_kernel(instruction):
+    return 0
+  parts = instruction.name.split("_")
+  products = [count for name, count in _PRODUCTS.items() if name in parts]
+  arrays = [computation[name].array for name in instruction.operands]
+  floats = [array.dims for array in arrays if array.dtype in ("bf16", "f32")]
+  if "splash" not in parts or not products or len(floats) < 2:
+    return None
+  queries, keys = floats[:2]
+  return int(
+      2 * products[0] * math.prod(queries) * keys[-2] * VISIBLE)

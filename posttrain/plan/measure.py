@@ -1,0 +1,202 @@
+"""Compiles a program for a slice, and reads what came out.
+
+A compilation for chips elsewhere cannot be cached: jax writes the persistent
+cache and cannot read it back.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from posttrain.plan import collectives as collectives_lib
+from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
+from posttrain.plan import walk as walk_lib
+from posttrain.plan.programs import Program, shard_bytes
+from posttrain.plan.topology import GIB, Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device.
+
+  Attributes:
+    arguments: of the program's arrays, by their shapes alone.
+    padded_arguments: the same as the compiler lays them out, in whole tiles;
+      None where it did not compile.
+    temporaries: of the compiler; None where it did not compile.
+    peak: of the program, its arguments included; of one that was too large,
+      what the compiler said that it needs.
+    beside: what else is on the device meanwhile, by its shapes.
+    available: what the device has.
+  """
+
+  arguments: int
+  padded_arguments: int | None
+  temporaries: int | None
+  peak: int
+  beside: dict[str, int]
+  available: int
+
+  @property
+  def total(self) -> int:
+    return self.peak + sum(self.beside.values())
+
+  @property
+  def fits(self) -> bool:
+    return self.total <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What one device does in one run; measured from the HLO.
+
+  Attributes:
+    dot_flops: of matrix products, loops multiplied out.
+    passes_flops: the same, times the passes that each takes.
+    kernel_flops: of attention kernels, counted by hand from their shapes.
+    uncounted: kernels of other kinds, which are in no figure.
+    hbm_bytes: between memory and core, with the padding of tiles.
+  """
+
+  dot_flops: int
+  passes_flops: int
+  kernel_flops: int
+  uncounted: list[str]
+  hbm_bytes: int
+  collectives: list[collectives_lib.Collective]
+  transposes: list[transposes.Transpose]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """One program on one slice.
+
+  Attributes:
+    seconds: that compiling took, tracing included.
+    same_as: the name of a program that is the same and was compiled instead.
+    error: the compiler's, where the program is too large.
+  """
+
+  program: Program
+  memory: Memory
+  counts: Counts | None
+  times: roofline.Times | None
+  seconds: float
+  same_as: str = ""
+  error: str = ""
+
+  @property
+  def name(self) -> str:
+    return self.program.name
+
+  @property
+  def fits(self) -> bool:
+    return self.counts is not None and self.memory.fits
+
+
+class Compiler:
+  """Compiles for one mesh; a program that it has seen before is free."""
+
+  def __init__(
+      self, chip: Chip, layout: collectives_lib.Layout,
+      weights: Collection[tuple[int, ...]]):
+    """Args:
+      weights: shapes of weight gradients, see `transposes.beside_gradients`.
+    """
+    self._chip, self._layout, self._weights = chip, layout, weights
+    self._seen: dict[int, Result] = {}
+
+  def measure(self, program: Program) -> Result:
+    """Compiles a program on the current mesh.
+
+    Raises:
+      JaxRuntimeError: the compiler failed, and not for want of memory.
+    """
+    started = time.monotonic()
+    lowered = program.lower()
+    key = hash((program.unknown_trips, lowered.as_text()))
+    memory = Memory(
+        arguments=shard_bytes(program.arguments), padded_arguments=None,
+        temporaries=None, peak=0, available=self._chip.hbm_bytes, beside={
+            name: shard_bytes(tree) for name, tree in program.beside.items()})
+    if key in self._seen:
+      return _again(self._seen[key], program, memory)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      needed = needed_bytes(str(error))
+      if needed is None:
+        raise
+      result = Result(
+          program, dataclasses.replace(memory, peak=needed), None, None,
+          time.monotonic() - started, error=str(error).splitlines()[0])
+    else:
+      result = self._read(program, memory, compiled, started)
+    self._seen[key] = result
+    return result
+
+  def _read(
+      self, program: Program, memory: Memory, compiled: Any, started: float,
+  ) -> Result:
+    seconds = time.monotonic() - started
+    stats = compiled.memory_analysis()
+    counts = count(
+        compiled.as_text(), self._layout, self._weights,
+        program.unknown_trips)
+    return Result(
+        program, dataclasses.replace(
+            memory, padded_arguments=stats.argument_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+            peak=stats.peak_memory_in_bytes),
+        counts, roofline.times(
+            self._chip, passes_flops=counts.passes_flops + counts.kernel_flops,
+            hbm_bytes=counts.hbm_bytes, collectives=counts.collectives),
+        seconds)
+
+
+def _again(first: Result, program: Program, memory: Memory) -> Result:
+  return dataclasses.replace(
+      first, program=program, seconds=0.0, same_as=first.name,
+      memory=dataclasses.replace(first.memory, beside=memory.beside))
+
+
+def count(
+    text: str, layout: collectives_lib.Layout,
+    weights: Collection[tuple[int, ...]], unknown_trips: int | None,
+) -> Counts:
+  """What the HLO text of a compiled program does on one device."""
+  module = hlo.parse(text)
+  visits = list(walk_lib.walk(module, unknown_trips))
+  dot_flops = passes_flops = kernel_flops = 0
+  uncounted = []
+  for visit in visits:
+    computation, instruction = visit.scope.computation, visit.instruction
+    flops = visit.times * dots.flops(computation, instruction)
+    if flops:
+      dot_flops += flops
+      passes_flops += flops * dots.passes(computation, instruction)
+    of_kernel = kernels.flops(computation, instruction)
+    if of_kernel is None:
+      uncounted.append(instruction.name)
+    kernel_flops += visit.times * (of_kernel or 0)
+  return Counts(
+      dot_flops=dot_flops, passes_flops=passes_flops,
+      kernel_flops=kernel_flops, uncounted=uncounted,
+      hbm_bytes=traffic.hbm_bytes(visits, module),
+      collectives=collectives_lib.collect(visits, layout),
+      transposes=transposes.beside_gradients(visits, weights))
+
+
+def needed_bytes(message: str) -> int | None:
+  """What an out-of-memory message says is needed; None of another error."""
+  if "RESOURCE_EXHAUSTED" not in message:
+    return None
+  found = re.search(r"\(([\d.]+)([KMG])\) exceeds available", message)
+  if not found:
+    return None
+  unit = {"K": 2**10, "M": 2**20, "G": GIB}[found[2]]
+  return int(float(found[1]) * unit)

@@ -1,0 +1,254 @@
+"""A plan as tables for the console and the page, and as JSON.
+
+Every column says where its figures come from:
+
+  HLO       measured: read from the compiled program
+  compiler  measured: what the compiler says of its buffers
+  shapes    exact: from the shapes and layouts of arrays
+  modelled  computed here, under the assumptions that are printed with them
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.plan import kernels, roofline
+from posttrain.plan.measure import Result
+from posttrain.plan.plan import Plan
+from posttrain.train.memory import format_bytes
+
+NONE = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  title: str
+  header: tuple[str, ...]
+  rows: Sequence[tuple[str, ...]]
+  notes: tuple[str, ...] = ()
+
+
+def summary(plan: Plan) -> list[str]:
+  """The first lines."""
+  mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
+  chip, model = plan.topology.chip, plan.setup.model
+  some = f" (of the programs with {plan.only} in their name)" if (
+      plan.only) else ""
+  return [
+      f"{plan.topology}: {plan.topology.num_chips} chips, "
+      f"{plan.topology.num_devices} devices with "
+      f"{format_bytes(chip.hbm_bytes)} each; mesh {mesh}",
+      f"{plan.setup.config.model}: {model.num_parameters:,} parameters, "
+      f"{model.dtype}, remat {model.remat}",
+      *plan.setup.notes,
+      f"fits: {'yes' if plan.fits else 'NO'}{some}"]
+
+
+def tables(plan: Plan) -> list[Table]:
+  """All figures."""
+  return [
+      _memory(plan.results), _work(plan.results), _collectives(plan.results),
+      _times(plan), _padding(plan), *_transposes(plan.results)]
+
+
+def _memory(results: Sequence[Result]) -> Table:
+  size = lambda value: NONE if value is None else format_bytes(value)
+  rows = [(
+      result.name, "yes" if result.fits else "NO", size(m.arguments),
+      size(m.padded_arguments), size(m.temporaries), size(m.peak),
+      size(sum(m.beside.values())), size(m.total), size(m.available))
+      for result in results for m in [result.memory]]
+  held = sorted({name for r in results for name in r.memory.beside})
+  return Table(
+      "Bytes per device", (
+          "program", "fits", "arguments (shapes)", "with tiles (compiler)",
+          "temporaries (compiler)", "peak (compiler)", "beside (shapes)",
+          "peak + beside", "available"), rows, (
+              "peak has the arguments in it, and may be less than arguments "
+              "and temporaries together, which share buffers",
+              *([f"beside: {', '.join(held)}, on the device while the program "
+                 "runs and no argument of it"] if held else ()),
+              *(f"{r.name}: {r.error}" for r in results if r.error),
+              *(f"{r.name} is the program of {r.same_as}"
+                for r in results if r.same_as)))
+
+
+def _work(results: Sequence[Result]) -> Table:
+  rows: list[tuple[str, ...]] = []
+  uncounted: set[str] = set()
+  for result in results:
+    counts = result.counts
+    if counts is None:
+      rows.append((result.name, *(NONE,) * 5))
+      continue
+    uncounted |= set(counts.uncounted)
+    rows.append((
+        result.name, f"{counts.dot_flops / 1e12:.4g}",
+        f"{counts.kernel_flops / 1e12:.4g}", format_bytes(counts.hbm_bytes),
+        str(len(counts.transposes)), f"{result.seconds:.0f} s"))
+  notes = [
+      "FLOPs have loops multiplied out; a multiplication and an addition are "
+      "two", "a decode program is counted with all steps of its chunk",
+      "HBM bytes: operands and results of what is not fused, with tiles' "
+      f"padding, in-place updates at their own size; attention kernels are "
+      f"counted as causal, {kernels.VISIBLE:.0%} of the pairs"]
+  if uncounted:
+    notes.append("kernels that are in no figure: " + ", ".join(
+        sorted(uncounted)))
+  if any(result.program.unknown_trips for result in results):
+    notes.append(
+        "the number of microbatches is an argument of the program, taken from "
+        "the config; of GRPO's packing it is the most there can be")
+  return Table(
+      "Work of one run, per device", (
+          "program", "dot TFLOP (HLO)", "attention kernels TFLOP (modelled)",
+          "HBM (HLO)", "transposes beside weight gradients (HLO)",
+          "compiled in (measured)"), rows, tuple(notes))
+
+
+def _collectives(results: Sequence[Result]) -> Table:
+  rows = [(
+      result.name, each.kind, each.axis + (
+          ", across slices" if each.across_slices else ""),
+      str(each.group_size), f"{each.count:,}", format_bytes(each.bytes))
+      for result in results if result.counts
+      for each in result.counts.collectives]
+  return Table(
+      "Collectives of one run (HLO)",
+      ("program", "kind", "axis", "devices", "count", "bytes"), rows,
+      ("bytes of the whole that is gathered, reduced or sent, summed over "
+       "runs",))
+
+
+def _times(plan: Plan) -> Table:
+  rows: list[tuple[str, ...]] = []
+  for result in plan.results:
+    t = result.times
+    if t is None:
+      rows.append((result.name, *(NONE,) * 7))
+      continue
+    rows.append((
+        result.name, *map(seconds, (t.matrix, t.memory, t.ici, t.dcn)),
+        seconds(t.bound), t.limited_by, f"{result.program.calls:g}"))
+  notes = []
+  for stage in plan.setup.config.stages:
+    total = plan.step_seconds(stage)
+    if total is not None:
+      kind = plan.setup.config[stage].kind
+      what = "update" if kind == "sft" else (
+          "batch of rollouts with its updates")
+      notes.append(
+          f"{stage}: one {what} takes at least {seconds(total)} (modelled)"
+          + (", if all completions run to their maximum"
+             if kind == "grpo" else ""))
+  return Table(
+      "Roofline (modelled)", (
+          "program", "matrix unit", "memory", "ICI", "DCN", "bound",
+          "limited by", "calls a step"), rows,
+      (*notes, *(f"assumed: {text}" for text in roofline.ASSUMPTIONS)))
+
+
+def _padding(plan: Plan) -> Table:
+  rows = [(f"{each.stage}: {each.what}",
+           NONE if each.share is None else f"{each.share:.1%}")
+          for each in plan.padding]
+  return Table(
+      "Padding for the lengths in the data",
+      ("stage", "wasted (measured)"), rows,
+      tuple(f"{each.stage}, {each.what}: {each.text}"
+            for each in plan.padding))
+
+
+def _transposes(results: Sequence[Result]) -> list[Table]:
+  rows = [(result.name, each.name, each.shape, str(each.count),
+           format_bytes(each.bytes))
+          for result in results if result.counts
+          for each in result.counts.transposes]
+  return [Table(
+      "Transposes beside weight gradients (HLO)",
+      ("program", "instruction", "shape", "count", "bytes of one"),
+      rows)] if rows else []
+
+
+def seconds(value: float) -> str:
+  """`0.0123` -> "12.3 ms"."""
+  for unit, size in (("s", 1.0), ("ms", 1e-3)):
+    if value >= size:
+      return f"{value / size:.3g} {unit}"
+  return f"{value / 1e-6:.3g} us"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+  """The figures that scripts compare, see docs/pods.md."""
+  return {
+      "topology": str(plan.topology),
+      "devices": plan.topology.num_devices,
+      "programs": [_program_json(result) for result in plan.results]}
+
+
+def _program_json(result: Result) -> dict[str, Any]:
+  counts = result.counts
+  return {
+      "name": result.name, "fits": result.fits,
+      "bytes_per_device": result.memory.total,
+      "hbm_bytes_available": result.memory.available,
+      "dot_flops": counts.dot_flops if counts else None,
+      "collectives": [
+          dataclasses.asdict(each) for each in counts.collectives]
+      if counts else [],
+      "roofline_s": result.times.bound if result.times else None}
+
+
+def all_figures(plan: Plan) -> dict[str, Any]:
+  """`as_json` with everything else that the tables show."""
+  found = as_json(plan)
+  for row, result in zip(found["programs"], plan.results, strict=True):
+    row |= {
+        "measured": {
+            "memory": dataclasses.asdict(result.memory),
+            "counts": dataclasses.asdict(result.counts)
+            if result.counts else None,
+            "compile_s": result.seconds, "same_as": result.same_as,
+            "error": result.error},
+        "modelled": {
+            "seconds": dataclasses.asdict(result.times)
+            if result.times else None,
+            "calls_per_step": result.program.calls,
+            "assumptions": list(roofline.ASSUMPTIONS)}}
+  return found | {
+      "mesh": plan.mesh, "notes": list(plan.setup.notes),
+      "padding": [dataclasses.asdict(each) for each in plan.padding],
+      "advice": plan.advice, "modelled": {"step_s": {
+          stage: plan.step_seconds(stage)
+          for stage in plan.setup.config.stages}}}
+
+
+def lines(table: Table) -> list[str]:
+  """A table for a console: columns wide enough for what is in them."""
+  wrapped = [_wrap(each) for each in table.header]
+  height = max(map(len, wrapped))
+  header = [
+      tuple(column[i - height] if i - height >= -len(column) else ""
+            for column in wrapped) for i in range(height)]
+  widths = [max(len(row[i]) for row in (*header, *table.rows))
+            for i in range(len(table.header))]
+  draw = lambda row: "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+      ).rstrip()
+  return [
+      "", f"== {table.title} ==", *map(draw, header),
+      *map(draw, table.rows), *(f"  - {note}" for note in table.notes)]
+
+
+def _wrap(text: str) -> list[str]:
+  """A heading in lines of one or two words."""
+  found: list[str] = []
+  for word in text.split():
+    if found and len(found[-1]) + len(word) < 12:
+      found[-1] += f" {word}"
+    else:
+      found.append(word)
+  return found
+
+

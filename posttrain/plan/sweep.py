@@ -1,0 +1,99 @@
+"""Meshes, topologies and remat policies, ranked before any is compiled."""
+
+from collections.abc import Sequence
+
+from ml_collections import config_dict
+
+from posttrain import config as config_lib
+from posttrain import sharding
+from posttrain.plan import estimate, plan, report
+from posttrain.plan.topology import Topology
+from posttrain.train.memory import format_bytes
+
+SHOWN = 12
+LARGEST = 1024  # Devices up to which larger slices are looked at.
+
+
+def rank(
+    stages: estimate.Stages, topology: Topology,
+) -> list[estimate.Candidate]:
+  """The best mesh and policy of every size, by chip-seconds of a step.
+
+  What does not fit comes last, the smallest first.
+  """
+  best = []
+  for size in topology.chip.sizes:
+    other = Topology(topology.chip, size, topology.num_slices)
+    if other.num_devices > LARGEST:
+      break
+    found = sorted(estimate.candidates(stages, other), key=_order)
+    best += found[:3]
+  return sorted(best, key=_order)
+
+
+def _order(each: estimate.Candidate) -> tuple:
+  return (not each.fits, each.chip_seconds if each.fits else each.bytes)
+
+
+def compile_best(
+    config: config_dict.ConfigDict, ranked: Sequence[estimate.Candidate],
+    count: int, only: str = "",
+) -> list[tuple[estimate.Candidate, plan.Plan]]:
+  """Plans of the first candidates that are thought to fit.
+
+  Args:
+    only: as in `plan.make`.
+  """
+  found = []
+  for each in [each for each in ranked if each.fits][:count]:
+    changed = config_lib.assign(
+        config, each.assignments, "--sweep", saved=True)
+    found.append((each, plan.make(
+        changed, each.topology, only=only, with_padding=False)))
+  return found
+
+
+def tables(
+    ranked: Sequence[estimate.Candidate],
+    compiled: Sequence[tuple[estimate.Candidate, plan.Plan]],
+) -> list[report.Table]:
+  """The ranking, and what compiling the best has shown."""
+  layout = lambda each: (str(each.topology), *(
+      text.partition("=")[2] for text in each.assignments))
+  rows = [(
+      *layout(each), "yes" if each.fits else "no", format_bytes(each.bytes),
+      report.seconds(each.seconds), f"{each.chip_seconds:.3g}")
+      for each in ranked[:SHOWN]]
+  header = ("topology", *each_axis(), "remat")
+  found = [report.Table(
+      "Sweep (modelled)",
+      (*header, "fits", "bytes per device", "a step", "chip-seconds"), rows,
+      (f"{len(ranked)} candidates, three of each size; by chip-seconds of "
+       "one step of every training stage",))]
+  if not compiled:
+    return found
+  rows = []
+  for each, result in compiled:
+    known = [seconds for seconds in map(
+        result.step_seconds, training_stages(result)) if seconds is not None]
+    whole = len(known) == len(training_stages(result))
+    rows.append((
+        *layout(each), "yes" if result.fits else "NO",
+        format_bytes(max(r.memory.total for r in result.results)),
+        report.seconds(sum(known)) if whole else report.NONE,
+        f"{sum(r.seconds for r in result.results):.0f} s"))
+  return [*found, report.Table(
+      "Best of the sweep, compiled", (
+          *header, "fits (compiler)", "largest peak + beside (compiler)",
+          "steps (modelled, from HLO)", "compiled in (measured)"), rows)]
+
+
+def each_axis() -> tuple[str, str]:
+  """The axes that are swept; that of experts stays as it is."""
+  first, *_, last = sharding.MESH_AXES
+  return first, last
+
+
+def training_stages(found: plan.Plan) -> list[str]:
+  config = found.setup.config
+  return [name for name in config.stages if config[name].kind != "evaluate"]

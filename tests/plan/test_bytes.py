@@ -1,0 +1,72 @@
+"""Oracle: the arrays of a real run on eight devices of a CPU."""
+
+import collections
+import pathlib
+
+import jax
+
+from posttrain import config as config_lib
+from posttrain import pipeline, sharding
+from posttrain.plan import programs, setup
+from posttrain.sampler import decode
+from posttrain.stages import training
+from posttrain.train import policy
+from tests import meshes
+
+GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
+
+
+def small_config():
+  config = config_lib.read_file(str(GOLDEN))
+  config.model_overrides.update(layers=2, embed=64, mlp=96, head_dim=16)
+  config.mesh.update(fsdp=4, tensor=2)
+  config.compute.update(dtype="float32", remat="none")
+  config.reason.num_minibatches = 2  # Old logprobs, and later updates.
+  return config_lib.resolve(config)
+
+
+def local_bytes(tree):
+  """What the first device holds of all arrays that are on devices."""
+  return sum(
+      x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)
+      if isinstance(x, jax.Array))
+
+
+def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
+  meshes.eight()  # Or skips.
+  config, real = small_config(), collections.defaultdict(set)
+
+  def watch(kind, function):
+    def call(*args, **kwargs):
+      real[kind].add(local_bytes((args, kwargs)))
+      return function(*args, **kwargs)
+    return call
+
+  def watched_update(section, loss, make=training.make_update):
+    adamw, update = make(section, loss)
+    return adamw, watch("update", update)
+
+  planned = collections.defaultdict(set)
+  with jax.set_mesh(sharding.make_mesh(4, 2)):
+    for program in programs.of_config(setup.set_up(config)):
+      kind = program.kind.replace("later_update", "update")
+      planned[kind].add(programs.shard_bytes(program.arguments))
+      if program.kind == "old_logprobs":
+        beside = programs.shard_bytes(program.beside)
+  assert beside > 0
+
+  monkeypatch.setattr(training, "make_update", watched_update)
+  for module, kind, name in (
+      (decode, "prefill", "prefill"), (decode, "decode", "decode"),
+      (decode, "grow", "grow"), (policy, "logprobs", "sequence_logprobs")):
+    monkeypatch.setattr(module, name, watch(kind, getattr(module, name)))
+  pipeline.train(config, str(tmp_path / "run"))
+
+  planned["logprobs"] = planned.pop("old_logprobs") | planned.pop(
+      "ref_logprobs")
+  assert set(real) == set(planned)
+  for kind in ("update", "prefill", "logprobs"):
+    assert real[kind] == planned[kind], kind
+  for kind in ("decode", "grow"):  # Rows may be done before the last size.
+    assert real[kind] <= planned[kind], kind
+  assert len(real["update"]) == 3  # Of SFT, and with and without old logprobs.

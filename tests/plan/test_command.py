@@ -1,0 +1,65 @@
+"""What is wrong with a command is said before anything compiles."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from posttrain import main
+from posttrain.plan import environment, measure, topology
+
+
+def plan(*flags):
+  return main.main(["plan", "--config=configs/tiny.py:debug", *flags])
+
+
+def test_a_missing_compiler_is_named(monkeypatch, capsys):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  assert plan("--topology=v5e:2x2") == 2
+  assert "pip install 'posttrain[plan]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["v5p-8", "v6e:3x3", "trillium:2x2", "v5e"])
+def test_an_unknown_topology_lists_those_there_are(name, capsys):
+  assert plan(f"--topology={name}") == 2
+  error = capsys.readouterr().err
+  assert "v5e:1x1, v5e:2x2" in error and "tpu7x:4x4x4" in error
+  assert ("not of cores" in error) == (name == "v5p-8")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--topology=v5e:2x2", "--compile-best=2"), "without --sweep"),
+    (("--topology=v5e:2x2", "--num_slices=0"), "[1, inf)"),
+    ((), "--topology"),
+    (("--topology=v5e:2x2", "--slices=2"), "no flag --slices")])
+def test_wrong_flags(flags, message, capsys):
+  assert plan(*flags) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_the_environment_comes_before_jax():
+  """Nothing that the command needs for it imports JAX."""
+  code = ("import sys; from posttrain import main; from posttrain.plan import "
+          "environment, topology; topology.parse('v5e:2x2', 2); "
+          "print('jax' in sys.modules)")
+  found = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert found.stdout.strip() == "False"
+
+
+def test_sizes_of_slices():
+  slices = topology.parse("tpu7x:2x2x1", 2)
+  assert (slices.num_chips, slices.num_devices) == (8, 16)
+  assert str(slices) == "2 x tpu7x:2x2x1"
+  with pytest.raises(environment.PlanError, match="num_slices=0"):
+    topology.parse("v5e:2x2", 0)
+
+
+def test_the_message_of_a_compiler_that_ran_out():
+  """As libtpu 0.0.42 writes it; see docs/pods.md."""
+  message = (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
+      "required for HLO temporaries (35.59G) exceeds available HBM (15.75G).")
+  assert measure.needed_bytes(message) == int(35.59 * 2**30)
+  assert measure.needed_bytes("INTERNAL: (35.59G) exceeds available") is None

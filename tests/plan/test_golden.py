@@ -1,0 +1,188 @@
+"""Programs that libtpu compiles here, for slices that are not here.
+
+The bounds are those of jax 0.10.2 and libtpu 0.0.42.1: a layout that needs
+another collective in a layer, or a gradient that is made in another layout
+than its weight's, is seen here.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed; `make plan-deps` does it")
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = "tests/plan/golden_config.py"
+LAYERS, MICROBATCHES, CHUNKS = 3, 2, 2
+
+
+def plan(*flags, config=GOLDEN):
+  """Exit status and output; in a process of its own, as JAX is set up."""
+  found = subprocess.run(
+      [sys.executable, "-m", "posttrain", "plan", f"--config={config}",
+       *map(str, flags)],
+      cwd=ROOT, capture_output=True, text=True,
+      env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"})
+  return found.returncode, found.stdout + found.stderr
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("plan")
+  status, output = plan(
+      "--topology=v5e:2x2", f"--json={folder}/plan.json",
+      f"--html={folder}/plan.html")
+  assert status == 0, output
+  page = (folder / "plan.html").read_text()
+  [figures] = re.findall(r'id="plan">(.*?)</script>', page, re.S)
+  return json.loads((folder / "plan.json").read_text()), json.loads(figures)
+
+
+def collectives(program):
+  found: dict = {}
+  for each in program["collectives"]:
+    key = each["kind"], each["axis"]
+    found[key] = found.get(key, 0) + each["count"]
+  return found
+
+
+def test_the_json_is_as_promised(golden):
+  short, _ = golden
+  assert list(short) == ["topology", "devices", "programs"]
+  assert (short["topology"], short["devices"]) == ("v5e:2x2", 4)
+  assert [program["name"] for program in short["programs"]] == [
+      "cold_start/update", "reason/prefill", "reason/decode[S=32]",
+      "reason/grow[S=32 to 48]", "reason/decode[S=48]",
+      "reason/ref_logprobs", "reason/update"]
+  for program in short["programs"]:
+    assert list(program) == [
+        "name", "fits", "bytes_per_device", "hbm_bytes_available",
+        "dot_flops", "collectives", "roofline_s"]
+    assert program["fits"] and program["roofline_s"] > 0
+    assert program["bytes_per_device"] < program["hbm_bytes_available"]
+
+
+def test_collectives_of_a_layer(golden):
+  short, _ = golden
+  found = collectives(short["programs"][0])
+  runs = LAYERS * MICROBATCHES
+  # Seven weights forward, seven for what is computed again, and for the six
+  # products whose gradients follow, since a weight is kept as it rests; and
+  # the tables.
+  assert found["all-gather", "fsdp"] <= 20 * runs + 4 * MICROBATCHES
+  # Two sums forward and three backward; of the head, six in each chunk.
+  assert found["all-reduce", "tensor"] <= 5 * runs + MICROBATCHES * (
+      6 * CHUNKS + 1)
+  # Gradients: one scatter and one sum of the others, and one of the norms.
+  assert found["reduce-scatter", "fsdp"] <= runs + CHUNKS * MICROBATCHES
+  assert found["all-reduce", "fsdp"] <= 2 * runs + 3 * MICROBATCHES
+  assert {kind for kind, _ in found} <= {
+      "all-gather", "all-reduce", "reduce-scatter"}
+
+
+def test_transposes_beside_weight_gradients(golden):
+  """Of seven weights three accumulators are turned, once an update."""
+  _, figures = golden
+  found = figures["programs"][0]["measured"]["counts"]["transposes"]
+  assert sum(each["count"] for each in found) <= 3
+
+
+def test_decode_reads_little_more_than_weights_and_cache(golden):
+  """Nothing is gathered or summed but what a layer and the head need."""
+  short, _ = golden
+  found = collectives(short["programs"][2])
+  steps = 16
+  assert found["all-reduce", "tensor"] <= steps * (2 * LAYERS + 1)
+
+
+def test_what_is_beside_is_counted(golden):
+  """Adam's two moments, and the reference, while the sampler runs."""
+  _, figures = golden
+  memory = {p["name"]: p["measured"]["memory"] for p in figures["programs"]}
+  beside = memory["reason/prefill"]["beside"]
+  assert beside["optimizer"] - 4 == 2 * beside["reference"]
+  assert set(memory["reason/ref_logprobs"]["beside"]) == {
+      "policy", "optimizer"}
+  for each in memory.values():
+    assert each["arguments"] < each["padded_arguments"]
+
+
+def test_a_program_that_is_too_large_is_advised(tmp_path):
+  status, output = plan(
+      "--topology=v5e:2x2", "--only=cold_start/update",
+      f"--json={tmp_path}/plan.json",
+      "--config.cold_start.sequence_length=32768",
+      "--config.cold_start.rows=64", "--config.compute.remat=none")
+  assert status == 3, output
+  [program] = json.loads((tmp_path / "plan.json").read_text())["programs"]
+  assert not program["fits"] and program["dot_flops"] is None
+  assert program["bytes_per_device"] > program["hbm_bytes_available"]
+  assert "cold_start.num_microbatches=2 (more parts" in output
+  assert "remat" in output and "slice" in output
+
+
+def by_hand(model, *, rows, length, remat, layers=2):
+  """FLOPs of one microbatch, forward and backward, over all devices."""
+  tokens, width = rows * length, model["heads"] * model["head_dim"]
+  kv = model["kv_heads"] * model["head_dim"]
+  again = {"none": 3, "dots": 3, "full": 4}[remat]
+  weights = model["embed"] * (2 * width + 2 * kv + 2 * model["mlp"])
+  weights = again * weights + 3 * model["embed"] * model["mlp"]
+  # Scores and values; computed again unless everything is kept.
+  pairs = (3 if remat == "none" else 4) * 2 * length * width
+  head = 4 * model["embed"] * -(-model["vocab_size"] // 128) * 128
+  return 2 * tokens * (layers * (weights + pairs) + head)
+
+
+GQA = dict(embed=256, mlp=512, heads=8, kv_heads=2, head_dim=32)
+MHA = dict(embed=128, mlp=640, heads=4, kv_heads=4, head_dim=64)
+SHAPES = {
+    "grouped, full": (GQA, "full", (2, 2), "vocab_size=512"),
+    "untied, none": (MHA, "none", (4, 1), "tied_embeddings=False"),
+    "bias and norms, dots": (MHA, "dots", (1, 4), "qk_norm=head"),
+    "windows, full": (GQA, "full", (2, 2), "sliding_window=32"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_are_within_two_percent_of_a_hand_count(name, tmp_path):
+  shape, remat, (fsdp, tensor), extra = SHAPES[name]
+  fields = shape | dict(layers=2, vocab_size=384)
+  key, _, value = extra.partition("=")
+  fields[key] = {"512": 512, "32": 32, "False": False}.get(value, value)
+  if key == "sliding_window":
+    fields |= dict(layer_pattern=("local", "global"), final_softcap=30.0)
+  if key == "qk_norm":
+    fields |= dict(qkv_bias=True)
+  config = tmp_path / "config.py"
+  config.write_text((ROOT / GOLDEN).read_text().replace(
+      "  config.mesh = ", f"  config.model_overrides = {fields!r}\n"
+      "  config.mesh = "))
+  status, output = plan(
+      "--topology=v5e:2x2", "--only=cold_start/update",
+      f"--json={tmp_path}/plan.json", f"--config.mesh.fsdp={fsdp}",
+      f"--config.mesh.tensor={tensor}", f"--config.compute.remat={remat}",
+      config=config)
+  assert status == 0, output
+  [program] = json.loads((tmp_path / "plan.json").read_text())["programs"]
+  expected = MICROBATCHES * by_hand(
+      fields, rows=4, length=256, remat=remat) / 4
+  assert program["dot_flops"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_slices_compile():
+  status, output = plan(
+      "--topology=v5e:2x2", "--num_slices=2", "--only=cold_start/update",
+      "--config.mesh.fsdp=4")
+  assert status == 0, output
+  assert "across slices" in output and "2 x v5e:2x2: 8 chips" in output
