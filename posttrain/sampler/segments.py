@@ -32,10 +32,8 @@ def segments(
     if code != budget.FORCED:
       names += ["sampled"] * (stop - start)
       continue
-    spelt = 0
-    while (spelt < min(len(ids.wait), stop - start)
-           and tokens[start + spelt] == ids.wait[spelt]):
-      spelt += 1
+    spelt = max(_common(tokens[start:stop], wait)
+                for wait in (ids.wait, *ids.more_waits))
     names += ["wait"] * spelt + ["forced"] * (stop - start - spelt)
   # Differences of decoded prefixes: a tokenizer may drop a leading space, or
   # need several tokens for one character.
@@ -45,6 +43,13 @@ def segments(
     texts.append((text[len(done):], name))
     done = text
   return texts
+
+
+def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
+  """The first so many are the same."""
+  pairs = zip(tokens, other, strict=False)
+  return next((i for i, (a, b) in enumerate(pairs) if a != b),
+              min(len(tokens), len(other)))
 
 
 def _runs(values: list) -> list[tuple[int, int, Any]]:

@@ -5,6 +5,7 @@ trained stage of a workdir, or on what a config starts with.
 """
 
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,9 @@ def _records(
   return [
       segments.record(tokenizer, drawn, row, ids) | {
           "tokens": drawn.completion(row),
-          "logprobs": drawn.logprobs[row, :length].tolist(),
+          "logprobs": [
+              None if math.isnan(x) else x
+              for x in drawn.logprobs[row, :length].tolist()],
           "provenance": drawn.provenance[row, :length].tolist()}
       for row, length in enumerate(drawn.lengths)]
 

@@ -27,7 +27,9 @@ def of_tables(
   return sampler.Sampler(
       ids=ids, tables=tables, params=choice.SamplingParams(
           temperature=rollout.temperature, **truncations),
-      max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk)
+      max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
+      slots=rollout.slots if "slots" in rollout
+      else rollout.batch_rows if rollout.refill else 0)
 
 
 def make_tables(
