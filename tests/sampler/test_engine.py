@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.sampler import decode, prefill
+from posttrain.sampler import decode, engine, prefill
 from posttrain.sampler.requests import Request
 from tests import meshes
+from tests.model import build
 from tests.sampler import engine_scene as scene
 
 
@@ -184,6 +185,45 @@ def test_prefixes_that_are_not_used_are_dropped():
   for first, prefilled in ((15, 3), (15, 4), (16, 7), (15, 10)):
     ask(first)
     assert busy.stats.prefilled_tokens == prefilled
+
+
+@pytest.mark.parametrize("option", build.quick_options("gemma", "experts"))
+def test_logprobs_are_the_training_programs(option):
+  """Long rows in refilled slots behind a shared prefix, some of it forced."""
+  config = build.make_config(
+      **(build.OPTIONS[option] | dict(vocab_size=scene.V)))
+  weights = build.random_params(config)
+  model = build.load(config, weights)
+  busy = engine.Engine(model, scene.STRINGS.tables(), dataclasses.replace(
+      scene.SETTINGS, slots=3, max_slots=192))
+  prefix = tuple(range(12, 29))
+  asked = [Request(
+      prompt=(*prefix, 12 + i, 3), prefix=len(prefix), prompt_id=i,
+      max_tokens=140, max_thinking_tokens=100, min_thinking_tokens=60,
+      num_waits=1) for i in range(8)]
+  found = scene.take(busy, asked)
+  assert busy.stats.prefilled_tokens == len(prefix) + 2 * 8
+  tokens = np.zeros((8, 192), int)
+  for row, done in zip(tokens, found, strict=True):
+    sequence = [*done.request.prompt, *done.tokens]
+    row[:len(sequence)] = sequence
+  order = np.broadcast_to(np.arange(192), tokens.shape)
+  logits = build.full_logits(
+      model, *build.put_rows(tokens, order, np.ones_like(tokens)))
+  logprobs = np.asarray(jax.nn.log_softmax(logits))
+  compared = forced = 0
+  for row, done in zip(logprobs, found, strict=True):
+    begin = len(done.request.prompt) - 1
+    ours = row[begin + np.arange(len(done.tokens)), done.tokens]
+    # Where an end was banned, ours is of what was left.
+    free = np.arange(len(ours)) >= 60 + 8 * done.wait_count
+    known = ~np.isnan(done.logprobs) & (free | (done.provenance == 2))
+    np.testing.assert_allclose(
+        done.logprobs[known], ours[known], rtol=0, atol=5e-5)
+    compared += known.sum()
+    forced += (known & (done.provenance == 2)).sum()
+  print(f"{compared} tokens, {forced} of them forced")
+  assert compared > 200 and forced > 8
 
 
 BAD = [
