@@ -73,16 +73,17 @@ def random_request(rng, number: int, longest: int = 60) -> Request:
       stage="engine", step=3, prompt_id=number, sample_id=number % 3)
 
 
+def limits_of(request: Request) -> Limits:
+  return Limits(**{field.name: getattr(request, field.name)
+                   for field in dataclasses.fields(Limits)})
+
+
 def redrawn(done, strings=STRINGS):
   """The completion in NumPy: its row, logprobs and near-ties."""
   request = done.request
   record = rollouts.of_completions([done])
   return numpy_sampler.sample(
-      params(), CONFIG, record, 0, strings, Limits(
-          max_tokens=request.max_tokens,
-          max_thinking_tokens=request.max_thinking_tokens,
-          min_thinking_tokens=request.min_thinking_tokens,
-          num_waits=request.num_waits, truncate=request.truncate),
+      params(), CONFIG, record, 0, strings, limits_of(request),
       numpy_sampler.Request(request.seed, request.stage, request.step),
       **dataclasses.asdict(request.params))
 
