@@ -20,9 +20,11 @@ def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def segments(
     tokenizer: Tokenizer, tokens: Sequence[int], provenance: Sequence[int],
-    ids: ThinkingIds,
+    ids: ThinkingIds, thinking: slice = slice(0, 0),
 ) -> list[tuple[str, str]]:
-  """Runs of (text, "sampled" | "forced" | "wait").
+  """Runs of (text, "sampled" | "thinking" | "forced" | "wait").
+
+  "thinking" is what was sampled within a slice of the tokens.
 
   Forced tokens that spell the wait text are a wait; one that a maximum cut
   short is told from a closing by its first tokens.
@@ -30,7 +32,9 @@ def segments(
   names: list[str] = []
   for start, stop, code in _runs(list(provenance)):
     if code != budget.FORCED:
-      names += ["sampled"] * (stop - start)
+      inside = range(len(tokens))[thinking]
+      names += ["thinking" if i in inside else "sampled"
+                for i in range(start, stop)]
       continue
     spelt = max(_common(tokens[start:stop], wait)
                 for wait in (ids.wait, *ids.more_waits))

@@ -15,11 +15,9 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import rich.console
-import rich.text
 from ml_collections import config_dict
 
-from posttrain import sharding, weights
+from posttrain import sharding
 from posttrain import workdir as workdir_lib
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
@@ -30,8 +28,9 @@ from posttrain.sampler import (
     sampler,
     segments,
 )
-from posttrain.stages import sampling
-from posttrain.text import render, thinking
+from posttrain.stages import loaded, sampling
+from posttrain.stages.live import Live
+from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import console as console_lib
 
@@ -72,7 +71,7 @@ def run(
   stream = stream or sys.stdout
   with jax.set_mesh(sharding.make_mesh(
       config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
-    renderer, model = _load(config, workdir, stage)
+    renderer, model = loaded.load(config, workdir, stage)
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
     prompts = [renderer.prompt_tokens(row) for row in rows]
@@ -212,71 +211,6 @@ def _write(
 ) -> None:
   workdir_lib.replace_file(pathlib.Path(output), "".join(
       f"{_line(record, settings)}\n" for record in records).encode())
-
-
-class Live:
-  """Prints one completion as it grows, forced tokens marked.
-
-  A delimiter of several tokens may be taken back for a wait, and a character
-  may need several tokens: what is not settled yet is held back.
-  """
-
-  def __init__(
-      self, tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
-      stream: TextIO,
-  ):
-    self._tokenizer = tokenizer
-    self._ids = ids
-    self._held = max((len(d) for d in ids.delimiters), default=1) - 1
-    self._printed = 0
-    self._console = rich.console.Console(
-        file=stream, markup=False, emoji=False, highlight=False)
-
-  def __call__(self, recorder: rollouts.Recorder, done: np.ndarray) -> None:
-    tokens, provenance = recorder.tokens[0], recorder.provenance[0]
-    end = len(tokens) - self._held
-    if done[0]:
-      end = len(tokens) - (tokens[-1] in self._tokenizer.stop_ids)
-    if end <= 0:
-      return
-    parts = segments.segments(
-        self._tokenizer, tokens[:end], provenance[:end], self._ids)
-    text = "".join(part for part, _ in parts)
-    settled = len(text) if done[0] else len(text.rstrip("\ufffd"))
-    position = 0
-    for part, name in parts:
-      begin = max(self._printed - position, 0)
-      self._print(part[begin:settled - position], name)
-      position += len(part)
-    self._printed = max(self._printed, settled)
-
-  def _print(self, text: str, name: str) -> None:
-    if not text:
-      return
-    text = console_lib.printable(text)
-    if self._console.is_terminal:
-      self._console.print(
-          rich.text.Text(text, style=console_lib.STYLES[name]), end="",
-          soft_wrap=True)
-    else:  # Without Rich, which would replace tabs.
-      self._console.file.write(
-          text if name == "sampled" else f"[{name}: {text}]")
-    self._console.file.flush()
-
-
-def _load(
-    config: config_dict.ConfigDict, path: str | None, stage: str,
-) -> tuple[render.Renderer, Transformer]:
-  """The renderer and the weights, which must have been trained with it."""
-  workdir = workdir_lib.open_existing(
-      path, is_writer=False) if path else None
-  tokenizer = weights.tokenizer(config, workdir)
-  renderer = render.make_renderer(tokenizer, config.chat_template)
-  shape = weights.model_config(config, tokenizer.vocab_size, workdir)
-  if workdir is None or stage == "init":
-    return renderer, weights.initial(config, shape, renderer.hash)
-  return renderer, weights.of_stage(
-      shape, workdir, weights.trained_stage(workdir, stage), renderer.hash)
 
 
 def _records(
