@@ -139,8 +139,7 @@ def resize(carry: Carry, *, slots: int) -> Carry:
 def decode(
     model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
     script: jax.Array, until: jax.Array, tables: budget.BudgetTables, *,
-    steps: int,
-    recorded: Recorded = PLAIN, hook: hooks.Hook | None = None,
+    steps: int, recorded: Recorded = PLAIN, hook: hooks.Hook | None = None,
     policy: Policy | None = None,
 ) -> tuple[Carry, dict[str, jax.Array]]:
   """Up to `steps` tokens for every row, or until `until` rows are done.
@@ -241,7 +240,7 @@ def _choose(
   state, emit = budget.advance(
       tables, rows.budgets, carry.state, token, was_forced)
   own_logprobs = functools.partial(_own_logprobs, logits, emit)
-  if tables.used:
+  if tables.used:  # Rare, and another pass over the logits.
     replaced = (emit.provenance == budget.FORCED) & ~was_forced
     logprobs = jax.lax.cond(
         jnp.any(replaced),
@@ -254,7 +253,18 @@ def _choose(
   record = {
       "token": emit.token, "provenance": emit.provenance,
       "logprob": jnp.where(emit.keep, logprobs, 0.0), "dropped": emit.dropped,
-      "raw": jnp.where(was_forced | carry.state.done, -1, drawn)}
+      "raw": jnp.where(was_forced | carry.state.done, -1, drawn),
+      **_more(recorded, state, emit, distribution, own_logprobs)}
+  hook_state = carry.hook if hook is None else hook.observe(carry.hook, emit)
+  return dataclasses.replace(carry, state=state, hook=hook_state), record
+
+
+def _more(
+    recorded: Recorded, state: budget.BudgetState, emit: budget.Emit,
+    distribution: jax.Array, own_logprobs: Callable[[], jax.Array],
+) -> dict[str, jax.Array]:
+  """What `recorded` asks for."""
+  record = {}
   if recorded.counts:
     record["counts"] = jnp.stack([
         state.thinking, state.answer, state.wait_count, state.think_end], 1)
@@ -263,8 +273,7 @@ def _choose(
   if recorded.top_logprobs:
     record["top_logprobs"], record["top_tokens"] = jax.lax.top_k(
         distribution, recorded.top_logprobs)
-  hook_state = carry.hook if hook is None else hook.observe(carry.hook, emit)
-  return dataclasses.replace(carry, state=state, hook=hook_state), record
+  return record
 
 
 def _plain(was_forced, logits, shaped, banned, params: choice.RowParams):

@@ -296,6 +296,7 @@ class Engine:
         lambda rows: self._prefill.place(rows, prompts, free))
     for _, request in taken:
       self._leave_queue(request)
+    self._prefill.trim(self.settings.slots)
     self.stats.prefilled_tokens = self._prefill.tokens
 
   def _leave_queue(self, request: Request) -> None:

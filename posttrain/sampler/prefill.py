@@ -121,6 +121,11 @@ class Prefill:
     """Nobody waits for this prompt any more."""
     self._prompts.pop(prompt, None)
 
+  def trim(self, most: int) -> None:
+    """Forgets the oldest; who still waits for one has it prefilled again."""
+    while len(self._prompts) > most:
+      del self._prompts[next(iter(self._prompts))]
+
   def get(self, prompt: Tokens) -> Prompt:
     """A prompt that `add` was given."""
     return self._prompts[prompt]

@@ -179,6 +179,20 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
     np.testing.assert_allclose(done.logprobs, logprobs, rtol=0, atol=5e-5)
 
 
+def test_prompts_that_wait_too_long_are_prefilled_again():
+  """Eight prompts in turn: two slots keep two of them."""
+  prompts = [(12 + i, 20, 21) for i in range(8)]
+  asked = [Request(prompt=p, max_tokens=4, prompt_id=i)
+           for i, p in enumerate(prompts)]
+  in_turn, grouped = scene.make_engine(slots=2), scene.make_engine(slots=2)
+  turns = scene.take(in_turn, [*asked, *asked])
+  groups = scene.take(grouped, [r for r in asked for _ in range(2)])
+  assert grouped.stats.prefilled_tokens == 3 * 8
+  assert in_turn.stats.prefilled_tokens == 3 * (16 - 2)
+  for a, b, c in zip(turns[:8], turns[8:], groups[::2], strict=True):
+    assert a.tokens == b.tokens == c.tokens
+
+
 def test_prefixes_that_are_not_used_are_dropped():
   busy = scene.make_engine(prefixes=1)
   ask = lambda first: scene.take(busy, [Request(
