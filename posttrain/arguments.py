@@ -13,6 +13,7 @@ with a budget of thinking tokens, from one config file.
   posttrain train    runs the stages of a config, or resumes them
   posttrain eval     evaluates a trained workdir again
   posttrain sample   prints completions of a model
+  posttrain chat     talks with a model in the terminal
   posttrain report   makes one HTML page of one or several runs
   posttrain export   writes trained weights as transformers reads them
   posttrain import   reads published weights once, into a checkpoint
@@ -46,6 +47,17 @@ examples:
   posttrain eval --workdir=runs/tiny
   posttrain eval --workdir=runs/tiny --config.measure.problems.count=512 \\
       --config.measure.num_waits=0,1,2,4
+"""
+
+CHAT = """\
+Talks with a model, turn by turn; weights as for `posttrain sample`. Thinking is
+dimmed and forced tokens are marked. /budget 512 and /wait 2 change the thinking
+of the turns that follow; /help has the other commands.
+
+examples:
+  posttrain chat --model=smollm2-135m
+  posttrain chat --workdir=runs/mine --temperature=0.7 \\
+      --max-thinking-tokens=256
 """
 
 SAMPLE = """\
@@ -151,11 +163,13 @@ def make_parsers() -> dict[str, _Parser]:
                     epilog=EXIT_STATUS)
       for verb, text in (
           ("train", TRAIN), ("eval", EVAL), ("sample", SAMPLE),
+          ("chat", CHAT),
           ("report", REPORT), ("export", EXPORT), ("import", IMPORT),
           ("plan", PLAN))}
   _add_train(parsers["train"])
   _add_eval(parsers["eval"])
   _add_sample(parsers["sample"])
+  _add_chat(parsers["chat"])
   _add_report(parsers["report"])
   _add_export(parsers["export"])
   _add_import(parsers["import"])
@@ -189,7 +203,7 @@ def _add_eval(parser: _Parser) -> None:
                       help="a workdir of posttrain train")
 
 
-def _add_sample(parser: _Parser) -> None:
+def _add_weights(parser: _Parser) -> None:
   weights = parser.add_argument_group("weights, one of")
   weights.add_argument("--model", metavar="MODEL", help=MODEL)
   weights.add_argument("--workdir", metavar="DIR", help="a trained workdir")
@@ -197,12 +211,26 @@ def _add_sample(parser: _Parser) -> None:
   parser.add_argument("--stage", metavar="NAME", default="", help=(
       "with --workdir: a training stage, or init (default: the last finished "
       "training stage)"))
+
+
+def _add_chat(parser: _Parser) -> None:
+  _add_weights(parser)
+  _add_sampling(parser.add_argument_group("sampling, to begin with"))
+  _add_thinking(parser.add_argument_group(
+      "thinking, to begin with (its strings: --config.thinking.end=...)"))
+
+
+def _add_sample(parser: _Parser) -> None:
+  _add_weights(parser)
   prompts = parser.add_argument_group("prompts, one of")
   prompts.add_argument("--prompt", metavar="TEXT", action="append",
                        default=[], help="may be given several times")
   prompts.add_argument("--prompts", metavar="FILE.jsonl", help=(
       "one object per line, with a prompt or messages"))
-  _add_sampling(parser.add_argument_group("sampling"))
+  sampling = parser.add_argument_group("sampling")
+  sampling.add_argument("--num-samples", metavar="N", default=1,
+                        type=_number(int, "[1, inf)"), help="per prompt (1)")
+  _add_sampling(sampling)
   _add_thinking(parser.add_argument_group(
       "thinking (the strings are the config's: --config.thinking.end=...)"))
   parser.add_argument("--output", metavar="FILE.jsonl", help=(
@@ -210,8 +238,6 @@ def _add_sample(parser: _Parser) -> None:
 
 
 def _add_sampling(group: Any) -> None:
-  group.add_argument("--num-samples", metavar="N", default=1,
-                     type=_number(int, "[1, inf)"), help="per prompt (1)")
   group.add_argument("--max-tokens", metavar="N", default=256,
                      type=_number(int, "[1, inf)"),
                      help="per completion, thinking included (256)")

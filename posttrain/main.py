@@ -79,12 +79,28 @@ def sample(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
-  from posttrain.sampler import choice, sampler
   from posttrain.stages import sample as sample_stage
   sample_stage.run(
-      config, rows, workdir=arguments.workdir, stage=arguments.stage,
-      output=arguments.output, num_samples=arguments.num_samples,
-      seed=arguments.seed,
+      config, rows, output=arguments.output,
+      num_samples=arguments.num_samples, **_drawn(arguments))
+  return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+  _one_source(arguments)
+  config = _config(arguments)
+  _check_sampling(arguments, config)
+  _start(config)
+  from posttrain.stages import chat as chat_stage
+  chat_stage.run(config, **_drawn(arguments))
+  return 0
+
+
+def _drawn(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Whose completions, and how they are drawn."""
+  from posttrain.sampler import choice, sampler
+  return dict(
+      workdir=arguments.workdir, stage=arguments.stage, seed=arguments.seed,
       params=choice.SamplingParams(
           temperature=arguments.temperature, top_k=arguments.top_k,
           top_p=arguments.top_p, min_p=arguments.min_p),
@@ -93,7 +109,6 @@ def sample(arguments: argparse.Namespace) -> int:
           max_thinking_tokens=arguments.max_thinking_tokens,
           min_thinking_tokens=arguments.min_thinking_tokens,
           num_waits=arguments.num_waits))
-  return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -161,8 +176,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "train": train, "eval": evaluate, "sample": sample, "report": report,
-    "export": export, "import": import_, "plan": plan}
+    "train": train, "eval": evaluate, "sample": sample, "chat": chat,
+    "report": report, "export": export, "import": import_, "plan": plan}
 
 
 def _start(config: config_dict.ConfigDict) -> None:
@@ -226,7 +241,7 @@ def _check_sampling(
   inert = [f"--{flag.replace('_', '-')}"
                for flag, unused in (("top_k", 0), ("top_p", 1), ("min_p", 0),
                                     ("num_samples", 1))
-               if getattr(arguments, flag) != unused]
+               if getattr(arguments, flag, unused) != unused]
   if arguments.temperature == 0 and inert:
     raise CommandError(
         f"{inert[0]} has no effect with --temperature=0 (the default).")

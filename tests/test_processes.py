@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CHANGES = [
     "stages=cold_start,reason,measure", "reason.num_steps=8",
     "reason.num_minibatches=2", "reason.checkpoint.every=1",
+    "reason.rollout.slots=8",  # Of 16 completions: they are refilled.
     "reason.loss.kl_coef=0.1", "reason.loss.kl_in=reward"]
 EIGHT = ["mesh.fsdp=4", "mesh.tensor=2"]
 

@@ -88,7 +88,7 @@ def test_activations_and_cache_are_split_by_rows_and_heads():
 
   def trace(model, tokens):
     hidden, cache = model.prefill(tokens, tokens, tokens)
-    cache = kv.grow(kv.fan_out(cache, 3), 10)
+    cache = kv.resize(kv.fan_out(cache, 3), 10)
     seen.update(
         hidden=str(jax.typeof(hidden)), k=str(jax.typeof(cache.k[0])),
         positions=str(jax.typeof(cache.positions)),
@@ -99,7 +99,7 @@ def test_activations_and_cache_are_split_by_rows_and_heads():
   with jax.set_mesh(meshes.eight()):
     jax.eval_shape(trace, born(meshes.eight(), 3), *build.put_rows(rows))
   assert seen == {
-      "hidden": "float32[4@fsdp,6,32]", "k": "float32[12@fsdp,10,2@tensor,12]",
+      "hidden": "float32[4@fsdp,6,32]", "k": "float32[12@fsdp,2@tensor,10,12]",
       "positions": "int32[12@fsdp,10]",
       "logits": "float32[4@fsdp,6,128@tensor]"}
 

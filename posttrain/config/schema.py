@@ -137,6 +137,10 @@ TOP = Section(
         wait_text=Key(
             str, "Wait", "Replaces a delimiter while waits are left.",
             needs=Needs("thinking.end", "!=", "")),
+        more_wait_texts=Key(
+            tuple[str, ...], (), "Further wait texts: the waits of a "
+            "completion take that one and these in turn.",
+            needs=Needs("thinking.end", "!=", "")),
     ),
     mesh=Section(
         "Devices per axis; -1, once at most: all that remain.",
@@ -250,6 +254,10 @@ GRPO = Section(
             bool, False, "At the maximum the completion stops, unclosed.",
             needs=Needs("rollout.max_thinking_tokens", ">=", 0)),
         chunk=_CHUNK,
+        slots=Key(
+            int, 0, "Completions decoded together, each place refilled when "
+            "its completion ends; 0: all of a batch, which then waits for "
+            "its longest.", "[0, inf)"),
         **{name: Refused(
             "the policy ratio would be against a truncated distribution; GRPO "
             "rollouts sample from the whole vocabulary")
@@ -356,6 +364,9 @@ EVALUATE = Section(
             bool, False, "At the maximum the completion stops, unclosed.",
             needs=Needs("max_thinking_tokens", "!=", ())),
         batch_rows=Key(int, 64, "Completions decoded together.", "[1, inf)"),
+        refill=Key(
+            bool, False, "The place of a completion that ends is refilled; "
+            "otherwise a batch waits for its longest."),
         chunk=_CHUNK,
     ),
 )

@@ -147,40 +147,60 @@ class Transformer(nnx.Module):
       self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
       blocks: list[Block],
   ) -> tuple[jax.Array, kv.KVCache, jax.Array | None]:
-    """One token per row, over the cache.
+    """One token per row, over the cache: `extend` for a T of 1.
 
     Args:
-      tokens, positions: [B] int32; position -1 marks a row that feeds nothing.
-      cache: written at its `index`, which must be below its number of slots.
+      tokens, positions: [B] int32.
+
+    Returns:
+      Hidden states [B, D], the cache, and the experts [B, L, k] or None.
+    """
+    hidden, cache, experts = self.extend(
+        tokens[:, None], positions[:, None], cache, blocks)
+    return hidden[:, 0], cache, None if experts is None else experts[:, 0]
+
+  def extend(
+      self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
+      blocks: list[Block],
+  ) -> tuple[jax.Array, kv.KVCache, jax.Array | None]:
+    """T tokens per row, over the cache.
+
+    Args:
+      tokens, positions: [B, T] int32; position -1 marks what feeds nothing.
+      cache: written from its `index` on; index + T is at most S, so that the
+        tokens do not go round its end.
       blocks: `unstacked()`, made once outside of the decode loop.
 
     Returns:
-      Hidden states [B, D], the cache with one more slot in use, and the
-      experts that were chosen [B, L, k] int32; None without experts.
+      Hidden states [B, T, D], the cache with T more slots in use, and the
+      experts that were chosen [B, T, L, k] int32; None without experts.
     """
-    positions = positions[:, None]
-    occupied = kv.write_slot(cache.positions, positions, cache.index)
-    mask = ((occupied >= 0) & (occupied <= positions))[:, None]
+    occupied = kv.write_slots(cache.positions, positions, cache.index)
+    written = occupied[:, None]
+    mask = (written >= 0) & (written <= positions[:, :, None])
     kinds = self.config.layer_kinds
     views = {kind: self.view(kind, positions, occupied, mask)
              for kind in set(kinds)}
-    x = self.embed(tokens[:, None])
+    x = self.embed(tokens)
     keys, values, choices = [], [], []
     for kind, block, k_cache, v_cache in zip(
         kinds, blocks, cache.k, cache.v, strict=True):
       def over_cache(q, k, v, mask, k_cache=k_cache, v_cache=v_cache):
-        k_cache = kv.write_slot(k_cache, k, cache.index)
-        v_cache = kv.write_slot(v_cache, v, cache.index)
-        return self.attend(q, k_cache, v_cache, mask), (k_cache, v_cache)
+        new = [
+            kv.write_slots(buffer, kv.heads_first(x), cache.index, axis=2)
+            for buffer, x in ((k_cache, k), (v_cache, v))]
+        k, v = map(kv.heads_first, new)
+        return self.attend(q, k, v, mask), new
 
       x, (k, v), routing = block(x, views[kind], over_cache)
       keys.append(k)
       values.append(v)
       if routing is not None:
-        choices.append(routing.choice[:, 0])
-    return self.normed(x)[:, 0], kv.KVCache(
+        choices.append(routing.choice)
+    return self.normed(x), kv.KVCache(
         k=tuple(keys), v=tuple(values), positions=occupied,
-        index=cache.index + 1), jnp.stack(choices, 1) if choices else None
+        index=(cache.index + tokens.shape[1]) % cache.slots,
+    ), jnp.stack(choices, 2) if choices else None
 
   def unstacked(self) -> list[Block]:
     """The layers one by one, cast and gathered over "fsdp": for decode."""

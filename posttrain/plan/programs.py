@@ -189,7 +189,7 @@ def _experts(model: Transformer) -> np.ndarray | None:
   """The sampler's choice of experts of no tokens; None without any."""
   c = model.config
   return np.zeros((0, c.layers, c.experts_per_token), decode.experts_dtype(
-      model)) if c.num_experts else None
+      c)) if c.num_experts else None
 
 
 def _arrays(experience: policy.Arrays) -> dict[str, Any]:
@@ -233,7 +233,15 @@ def _sampling(
   """Prefill, then a chunk of decoding for each size of the cache.
 
   Calls are for completions that all run to their maximum.
+
+  Raises:
+    ValueError: the section refills its rows.
   """
+  if rollout.get("slots") or rollout.get("refill"):
+    key = "slots=0" if rollout.get("slots") else "refill=False"
+    raise ValueError(
+        f"{stage} refills its rows, and the programs of an engine are not "
+        f"planned yet. Plan it with {stage}.rollout.{key}.")
   sampler = sampling.of_tables(setup.thinking_ids, setup.tables, rollout)
   inputs = sampler.inputs(
       [[0]] * groups, limits, prompt_id=[0] * groups, group_size=group_size,
@@ -243,15 +251,20 @@ def _sampling(
   fixed = setup.tables, inputs["budgets"]
 
   # A cache of any size has the layout that prefill would give it.
+  blocks = weights.on_mesh(decode.unstacked.eval_shape(model))
   carry_of = lambda slots: weights.on_mesh(decode.prefill.eval_shape(
       model, *prompts, *fixed, group_size=group_size, slots=slots))
-  draws = _draws(stage, sampler, inputs)
+  rows, script = _draws(stage, sampler, inputs)
   first = sampler.first_slots
   yield Program(
       stage, "prefill", functools.partial(
           decode.prefill.lower, model, *prompts, *fixed,
           group_size=group_size, slots=first),
       (model, prompts, inputs["budgets"]), beside, float(steps),
+      detail=detail)
+  yield Program(
+      stage, "unstack", functools.partial(decode.unstacked.lower, model),
+      (model,), {"carry": carry_of(first), **beside}, float(steps),
       detail=detail)
   slots, used, carry = first, sampler.max_prompt_tokens, carry_of(first)
   end = sampler.max_prompt_tokens + rollout.max_tokens
@@ -260,29 +273,30 @@ def _sampling(
     sized = f"{detail + ' ' if detail else ''}S={slots}"
     yield Program(
         stage, "decode", functools.partial(
-            decode.decode.lower, model, carry, *draws, *fixed,
-            params=sampler.params, steps=sampler.chunk),
-        (model, carry, draws, inputs["budgets"]), beside,
+            decode.decode.lower, model, blocks, carry, rows, script,
+            np.int32(len(inputs["done"])), setup.tables,
+            steps=sampler.chunk),
+        (model, blocks, carry, rows, script), beside,
         float(steps * chunks), detail=sized)
     used += chunks * sampler.chunk
     if used < end:
       slots = sampler.next_slots(slots)
       yield Program(
           stage, "grow", functools.partial(
-              decode.grow.lower, carry, slots=slots),
-          (carry,), {"model": model, **beside}, float(steps),
+              decode.resize.lower, carry, slots=slots),
+          (carry,), {"model": model, "layers": blocks, **beside}, float(steps),
           detail=f"{sized} to {slots}")
       carry = carry_of(slots)
 
 
 def _draws(
     stage: str, sampler: sampler_lib.Sampler, inputs: dict[str, Any],
-) -> tuple[Any, Any, Any]:
-  """What `decode` takes beside the carry: lengths, keys and script."""
+) -> tuple[Any, Any]:
+  """What `decode` takes beside the weights and the carry."""
   keys = jax.eval_shape(
       lambda prompt, sample: sampler_lib.row_keys(
           seed=np.uint32(0), stage=stage, step=0, prompt_id=prompt,
           sample_id=sample), inputs["prompt_id"], inputs["sample_id"])
   script = sampler_lib.script_window(
       None, len(inputs["done"]), 0, sampler.chunk, put=sharding.abstract)
-  return inputs["prompt_lengths"], weights.on_mesh(keys), script
+  return sampler.rows(inputs, weights.on_mesh(keys)), script

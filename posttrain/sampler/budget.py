@@ -30,123 +30,36 @@ import jax
 import jax.numpy as jnp
 
 from posttrain import sharding
-from posttrain.sampler import budget_tables
+from posttrain.sampler import budget_state, budget_tables
+from posttrain.sampler.budget_state import (
+    ABORTED,
+    ANSWER,
+    BUDGET,
+    CLOSED,
+    DONE,
+    EOS,
+    FAILED,
+    FORCED,
+    LENGTH,
+    NATURAL,
+    NONE,
+    OPEN,
+    PRE,
+    RUNNING,
+    SAMPLED,
+    STOP,
+    THINK,
+)
+
+__all__ = [
+    "ABORTED", "ANSWER", "BUDGET", "CLOSED", "DONE", "EOS", "FAILED",
+    "FORCED", "LENGTH", "NATURAL", "NONE", "OPEN", "PRE", "RUNNING",
+    "SAMPLED", "STOP", "THINK"]
 
 BudgetTables = budget_tables.BudgetTables
-
-# Phases.
-PRE, THINK, ANSWER, DONE = range(4)
-# Why a row ended. STOP is set by the host, when a stop string was found.
-RUNNING, EOS, BUDGET, LENGTH, STOP = range(5)
-# How the thinking ended.
-OPEN, NATURAL, CLOSED = range(3)
-# Where a token came from; 3 is reserved for tools.
-NONE, SAMPLED, FORCED = range(3)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["max_thinking_tokens", "min_thinking_tokens", "num_waits",
-                 "max_tokens", "truncate"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Budgets:
-  """Per-row limits; data, so that a change compiles nothing.
-
-  Attributes:
-    max_thinking_tokens: [B] int32, thinking is closed there; -1 for never.
-    min_thinking_tokens: [B] int32, no delimiter or stop id before it.
-    num_waits: [B] int32, how many delimiters are replaced by the wait text.
-    max_tokens: [B] int32, at least 1: all tokens of the completion.
-    truncate: [B] bool, end the row at the maximum instead of closing.
-  """
-
-  max_thinking_tokens: jax.Array
-  min_thinking_tokens: jax.Array
-  num_waits: jax.Array
-  max_tokens: jax.Array
-  truncate: jax.Array
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["phase", "cursor", "recent", "run", "thinking", "answer",
-                 "num_tokens", "draws", "waits_left", "wait_count",
-                 "just_waited", "think_end", "finish_reason"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class BudgetState:
-  """Where each row stands; all [B] int32 unless stated.
-
-  Attributes:
-    phase: PRE, THINK, ANSWER or DONE.
-    cursor: index into `tables.tape` of the token to force next.
-    recent: [B, W], the last tokens of the row, its last prompt token among
-      them; -1 where unknown.
-    run: tokens sampled in a row since thinking began, a token was forced or
-      something was dropped: a match never reaches further back.
-    thinking: thinking tokens, as docs/budget_forcing.md counts them.
-    answer: tokens sampled outside thinking, a stop id included; of a row that
-      thinks, after its thinking only.
-    num_tokens: tokens of the completion so far.
-    draws: steps that the row took. Equal to `num_tokens` until something is
-      dropped, and never repeated: the position to fold into a row's key.
-    waits_left, wait_count: waits still to come, and made.
-    just_waited: [B] bool, no token was sampled since the last wait.
-    think_end: OPEN, NATURAL or CLOSED (by the maximum).
-    finish_reason: RUNNING, EOS, BUDGET (stopped after a maximum had closed
-      the thinking), LENGTH or STOP.
-  """
-
-  phase: jax.Array
-  cursor: jax.Array
-  recent: jax.Array
-  run: jax.Array
-  thinking: jax.Array
-  answer: jax.Array
-  num_tokens: jax.Array
-  draws: jax.Array
-  waits_left: jax.Array
-  wait_count: jax.Array
-  just_waited: jax.Array
-  think_end: jax.Array
-  finish_reason: jax.Array
-
-  @property
-  def last(self) -> jax.Array:
-    """[B] int32, the last token of the row: the one to feed next."""
-    return self.recent[:, -1]
-
-  @property
-  def done(self) -> jax.Array:
-    """[B] bool."""
-    return self.phase == DONE
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["token", "provenance", "dropped", "refeed"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Emit:
-  """What one step adds to the record of each row.
-
-  Attributes:
-    token: [B] int32, meaningless where `provenance` is NONE.
-    provenance: [B] int32, NONE, SAMPLED or FORCED. A forced token may stand
-      in place of a sampled one, so its logprob is not that of the choice.
-    dropped: [B] int32, earlier tokens to retract before.
-    refeed: [B] bool, nothing was emitted and the row goes on: a delimiter was
-      dropped and there is no wait text. The next step feeds `state.last`
-      again, at its own position.
-  """
-
-  token: jax.Array
-  provenance: jax.Array
-  dropped: jax.Array
-  refeed: jax.Array
-
-  @property
-  def keep(self) -> jax.Array:
-    """[B] bool, the step emits a token."""
-    return self.provenance != NONE
+Budgets = budget_state.Budgets
+BudgetState = budget_state.BudgetState
+Emit = budget_state.Emit
 
 
 def init(
@@ -199,20 +112,28 @@ def plan(
   def ban(token: int, rows: jax.Array) -> None:
     bans[token] = bans[token] | rows if token in bans else rows
 
+  short = state.thinking < budgets.min_thinking_tokens
+  no_stop = after_wait | in_thinking & short
   for token in tables.stop_ids:
-    short = state.thinking < budgets.min_thinking_tokens
-    ban(token, after_wait | in_thinking & short)
+    ban(token, no_stop)
   for delimiter in tables.delimiters:
     # Sampled now, the last token would complete the delimiter and end a
     # thinking section without the delimiter's other tokens.
     head = delimiter[:-1]
-    short = state.thinking - len(head) < budgets.min_thinking_tokens
-    ban(delimiter[-1], in_thinking & short & _ends_in(state, head))
+    left = state.thinking - len(head)
+    ban(delimiter[-1], in_thinking & _ends_in(state, head)
+        & (left < budgets.min_thinking_tokens))
     ban(delimiter[0], after_wait)
   ids = jnp.arange(tables.vocab_size)
   banned = functools.reduce(
       jnp.logical_or,
       (rows[:, None] & (ids == token) for token, rows in bans.items()))
+  if budgets.stop_ids is not None:
+    own = jnp.any(budgets.stop_ids[:, :, None] == ids, axis=1)
+    banned = banned | no_stop[:, None] & own
+  if budgets.suppress is not None and tables.reflections is not None:
+    rows = in_thinking & budgets.suppress
+    banned = banned | rows[:, None] & jnp.asarray(tables.reflections)
   return forced, banned
 
 
@@ -243,7 +164,10 @@ def advance(
   draws = state.draws + active
   state = _append(state, token, active, sampled)
   matched, kept = _match(tables, state, sampled & (state.phase == THINK))
-  stopped = sampled & (matched == 0) & _isin(token, tables.stop_ids)
+  stops = _isin(token, tables.stop_ids)
+  if budgets.stop_ids is not None:
+    stops = stops | jnp.any(token[:, None] == budgets.stop_ids, axis=1)
+  stopped = sampled & (matched == 0) & stops
   started = sampled & ~stopped & (state.phase == PRE) & _ends_in(
       state, tables.start) if tables.start else jnp.zeros_like(active)
   thought = active & (state.phase == THINK) & ~stopped
@@ -254,7 +178,7 @@ def advance(
 
   phase = jnp.where(started, THINK, jnp.where(ended, ANSWER, state.phase))
   cursor = jnp.where(was_forced & active, state.cursor + 1, state.cursor)
-  cursor = jnp.where(waited, tables.wait_cursor, cursor)
+  cursor = jnp.where(waited, _wait_cursor(tables, budgets, state), cursor)
   cursor = jnp.where(
       ended, tables.end_cursor + jnp.where(kept, matched, 0), cursor)
   state = dataclasses.replace(
@@ -281,17 +205,28 @@ def advance(
       refeed=(retract > 0) & ~replaced)
 
 
-def stop(state: BudgetState, rows: jax.Array) -> BudgetState:
-  """Ends rows from outside: the host found a stop string in them.
+def stop(
+    state: BudgetState, rows: jax.Array, reason: int = STOP,
+) -> BudgetState:
+  """Ends rows from outside: the host found a stop string in them, say.
 
   Args:
     state: the state between two steps.
     rows: [B] bool; rows that are done already stay as they are.
+    reason: what their `finish_reason` becomes.
   """
-  rows = rows & ~state.done
+  return _end(state, rows & ~state.done, reason)
+
+
+def fail(state: BudgetState, rows: jax.Array) -> BudgetState:
+  """Ends rows whose last step was not one, whatever it made of them."""
+  return _end(state, rows, FAILED)
+
+
+def _end(state: BudgetState, rows: jax.Array, reason: int) -> BudgetState:
   return dataclasses.replace(
       state, phase=jnp.where(rows, DONE, state.phase),
-      finish_reason=jnp.where(rows, STOP, state.finish_reason))
+      finish_reason=jnp.where(rows, reason, state.finish_reason))
 
 
 def _isin(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
@@ -315,6 +250,20 @@ def _append(
       state, recent=jnp.where(active[:, None], recent, state.recent),
       run=jnp.where(sampled, state.run + 1, 0),
       num_tokens=state.num_tokens + active)
+
+
+def _wait_cursor(
+    tables: BudgetTables, budgets: Budgets, state: BudgetState,
+) -> jax.Array:
+  """[B] int32, where the text of a row's next wait begins."""
+  pick = lambda values, at: jnp.sum(jnp.where(
+      jnp.arange(values.shape[-1]) == at[:, None], values, 0), axis=1)
+  which = state.wait_count % len(tables.waits)
+  if budgets.wait_order is not None:
+    chosen = jnp.sum(budgets.wait_order >= 0, axis=1)
+    turn = state.wait_count % jnp.maximum(chosen, 1)
+    which = jnp.where(chosen > 0, pick(budgets.wait_order, turn), which)
+  return pick(jnp.array(tables.wait_cursors, jnp.int32), which)
 
 
 def _match(

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from posttrain.text.thinking import ThinkingIds
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["newline_ends"],
+    jax.tree_util.register_dataclass,
+    data_fields=["newline_ends", "reflections"],
     meta_fields=["vocab_size", "start", "end", "delimiters", "newline",
-                 "final_answer", "wait", "stop_ids"])
+                 "final_answer", "waits", "stop_ids"])
 @dataclasses.dataclass(frozen=True)
 class BudgetTables:
   """Token ids that the machine matches, bans and forces.
@@ -24,9 +26,12 @@ class BudgetTables:
   Attributes:
     newline_ends: [V] bool, the token's text ends in a newline.
     vocab_size: V.
-    start, end, newline, final_answer, wait: ids of the strings.
+    start, end, newline, final_answer: ids of the strings.
+    waits: of the wait texts, one at least; it may be empty.
     delimiters: what ends thinking when it is sampled; `end` is among them.
     stop_ids: what ends a row when it is sampled.
+    reflections: [V] bool, what a row that asks for it does not sample while
+      it thinks; None for nothing.
   """
 
   newline_ends: np.ndarray | jax.Array
@@ -36,13 +41,15 @@ class BudgetTables:
   delimiters: tuple[tuple[int, ...], ...]
   newline: tuple[int, ...]
   final_answer: tuple[int, ...]
-  wait: tuple[int, ...]
+  waits: tuple[tuple[int, ...], ...]
   stop_ids: tuple[int, ...]
+  reflections: np.ndarray | jax.Array | None = None
 
   @classmethod
   def build(
       cls, thinking_ids: ThinkingIds, stop_ids: tuple[int, ...],
       newline_ends: np.ndarray, vocab_size: int,
+      reflections: np.ndarray | None = None,
   ) -> "BudgetTables":
     """Collects and checks the tables of one tokenizer.
 
@@ -51,6 +58,8 @@ class BudgetTables:
       stop_ids: ids that end a row.
       newline_ends: [V] bool, true where a token's text ends in a newline.
       vocab_size: V, without padding.
+      reflections: [V] bool, words of second thoughts (NoWait, arXiv
+        2506.08343).
 
     Raises:
       ValueError: an id is outside the vocabulary, `newline_ends` has another
@@ -69,17 +78,19 @@ class BudgetTables:
         newline_ends, vocab_size, string(thinking_ids.start),
         string(thinking_ids.end), _reachable(delimiters) if used else (),
         string(thinking_ids.newline), string(thinking_ids.final_answer),
-        string(thinking_ids.wait), tuple(int(i) for i in stop_ids))
+        tuple(map(string, (thinking_ids.wait, *thinking_ids.more_waits))),
+        tuple(int(i) for i in stop_ids), reflections)
     tables._check()
     return tables
 
   def _check(self) -> None:
     strings = {
         "thinking.start": self.start, "thinking.end": self.end,
-        "thinking.newline": self.newline, "thinking.wait_text": self.wait,
+        "thinking.newline": self.newline,
         "thinking.final_answer": self.final_answer,
         "the tokenizer's stop ids": self.stop_ids}
     named = [("thinking.delimiters", ids) for ids in self.delimiters]
+    named += [("thinking.wait_text", ids) for ids in self.waits]
     for name, ids in (*strings.items(), *named):
       if any(not 0 <= i < self.vocab_size for i in ids):
         raise ValueError(
@@ -106,7 +117,8 @@ class BudgetTables:
   @property
   def tape(self) -> tuple[int, ...]:
     """[C] ids of all that can be forced; -1 ends each string."""
-    return (-1, *self.wait, -1, *self.end, -1,
+    waits = (token for wait in self.waits for token in (*wait, -1))
+    return (-1, *waits, *self.end, -1,
             *self.newline, *self.end, *self.final_answer, -1)
 
   def forced_at(self, cursor: jax.Array) -> jax.Array:
@@ -116,12 +128,14 @@ class BudgetTables:
         jnp.where(hit, jnp.asarray(self.tape, jnp.int32), 0), axis=1)
 
   @property
-  def wait_cursor(self) -> int:
-    return 1
+  def wait_cursors(self) -> tuple[int, ...]:
+    """Where each wait text begins."""
+    lengths = [len(wait) + 1 for wait in self.waits]
+    return tuple(itertools.accumulate(lengths[:-1], initial=1))
 
   @property
   def end_cursor(self) -> int:
-    return len(self.wait) + 2
+    return self.wait_cursors[-1] + len(self.waits[-1]) + 1
 
   @property
   def close_cursor(self) -> int:

@@ -5,14 +5,22 @@ position) and on nothing else, so that a row draws the same token whatever the
 batch around it, its slot, or the number of hosts. Each row has a key
 (`row_keys`), and each position folds into it (`fold_position`).
 
+Temperature and truncation are data: rows of one batch may differ in them, and
+no change compiles anything. A step does the work that some row asks for: it
+sorts if one is cut by rank or mass, and draws noise if one is not greedy.
+
   B: rows    V: vocabulary (the true one, without padding)
 """
 
 import dataclasses
+import functools
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Stands for minus infinity: differences and sums of it stay finite.
 MASKED = -1e30
@@ -20,7 +28,7 @@ MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How logits become a distribution; static, so a change compiles anew.
+  """How logits become a distribution, for one request or all of a batch.
 
   Attributes:
     temperature: divides the logits; 0 takes the likeliest token, and the
@@ -55,27 +63,64 @@ class SamplingParams:
           "rollout.min_p.")
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "min_p"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class RowParams:
+  """`SamplingParams` of each row: [B] float32, `top_k` int32."""
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+
+  @classmethod
+  def of(cls, params: Sequence[SamplingParams]) -> "RowParams":
+    """NumPy columns, of a row each."""
+    def column(name: str, dtype: type) -> Any:  # On the mesh later.
+      return np.array([getattr(p, name) for p in params], dtype)
+
+    return cls(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32), top_p=column("top_p", np.float32),
+        min_p=column("min_p", np.float32))
+
+
+def stage_number(stage: str) -> int:
+  """What stands for a stage's name in a key."""
+  return zlib.crc32(stage.encode())
+
+
 def row_keys(
-    seed: int, stage: str, step: int | jax.Array, prompt_id: jax.Array,
-    sample_id: jax.Array,
+    seed: int | jax.Array, stage: str | jax.Array, step: int | jax.Array,
+    prompt_id: jax.Array, sample_id: jax.Array,
 ) -> jax.Array:
   """The key of each row, as key data.
 
   Args:
-    seed: of the run, or of a request.
-    stage: name of the stage; hashed, so that stages draw different noise.
-    step: optimizer step (0 outside training).
+    seed: of the run, or of each request ([B] uint32).
+    stage: name of the stage; hashed, so that stages draw different noise. Or
+      `stage_number` of each row's, [B] uint32.
+    step: optimizer step (0 outside training), or [B] int32.
     prompt_id, sample_id: [B] int32; which completion of which prompt it is.
 
   Returns:
     [B, 2] uint32.
   """
-  key = jax.random.key(seed, impl="threefry2x32")
-  key = jax.random.fold_in(key, zlib.crc32(stage.encode()))
-  key = jax.random.fold_in(key, step)
-  fold = jax.vmap(lambda prompt, sample: jax.random.fold_in(
-      jax.random.fold_in(key, prompt), sample))
-  return jax.random.key_data(fold(prompt_id, sample_id))
+  stages = np.uint32(stage_number(stage)) if isinstance(
+      stage, str) else stage
+  rows = jnp.zeros_like(prompt_id)
+
+  def key(seed, *ids):
+    key = jax.random.key(seed, impl="threefry2x32")
+    for part in ids:
+      key = jax.random.fold_in(key, part)
+    return jax.random.key_data(key)
+
+  parts = (seed, stages, step, prompt_id, sample_id)
+  return jax.vmap(key)(*(
+      rows.astype(jnp.asarray(x).dtype) + x for x in parts))
 
 
 def fold_position(keys: jax.Array, positions: jax.Array) -> jax.Array:
@@ -84,7 +129,9 @@ def fold_position(keys: jax.Array, positions: jax.Array) -> jax.Array:
   return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions))
 
 
-def process(logits: jax.Array, params: SamplingParams) -> jax.Array:
+def process(
+    logits: jax.Array, params: SamplingParams | RowParams,
+) -> jax.Array:
   """Tempers and truncates; what is left is sampled from, renormalised.
 
   In this order, each on what the one before it left: temperature, top-k,
@@ -93,34 +140,26 @@ def process(logits: jax.Array, params: SamplingParams) -> jax.Array:
 
   Args:
     logits: [B, V] float32, not split over V.
-    params: a temperature above 0.
+    params: of all rows, or of each. A row of temperature 0 stays as it is.
 
   Returns:
     [B, V] float32, `MASKED` where a token cannot be sampled.
   """
-  logits = logits / params.temperature
-  if 0 < params.top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, params.top_k)[0][:, -1:]
-    logits = jnp.where(logits < least, MASKED, logits)
-  if params.top_p < 1:
-    ranked = -jnp.sort(-logits, axis=-1)
-    probs = jax.nn.softmax(ranked, axis=-1)
-    # A token stays while those before it have not reached the mass: the
-    # first always does.
-    before = jnp.cumsum(probs, axis=-1) - probs
-    least = jnp.min(
-        jnp.where(before < params.top_p, ranked, jnp.inf), axis=-1,
-        keepdims=True)
-    logits = jnp.where(logits < least, MASKED, logits)
-  if params.min_p > 0:
-    least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(params.min_p)
-    logits = jnp.where(logits < least, MASKED, logits)
-  return logits
+  temperature, top_k, top_p, min_p = _columns(params)
+  greedy = temperature == 0
+  logits = logits / jnp.where(greedy, 1, temperature)
+  ranked = ((top_k > 0) | (top_p < 1)) & ~greedy
+  logits = jax.lax.cond(
+      jnp.any(ranked),
+      lambda x: jnp.where(x < _least(x, top_k, top_p, ranked), MASKED, x),
+      lambda x: x, logits)
+  least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+  return jnp.where(~greedy & (logits < least), MASKED, logits)
 
 
-def choose(
+def draw(
     logits: jax.Array, banned: jax.Array | None, keys: jax.Array,
-    params: SamplingParams, given: jax.Array | None = None,
+    params: SamplingParams | RowParams,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token a row by the Gumbel-max trick.
 
@@ -129,29 +168,74 @@ def choose(
     banned: [B, V] bool, tokens that may not be drawn; None for none. They are
       taken out first, so a truncation looks at the others only.
     keys: [B, 2] uint32, of this draw (`fold_position`).
-    params: temperature and truncation.
-    given: [B] int32, what is taken in place of the draw where it is not
-      negative: a replay, or a test's script.
+    params: temperature and truncation, of all rows or of each.
 
   Returns:
     tokens: [B] int32; at temperature 0, and on ties, the lowest likeliest id.
-    logprobs: [B] float32, under the distribution that was really sampled from
-      (temperature, truncation and bans included); at temperature 0, of the
-      distribution at temperature 1 without the banned tokens.
+    distribution: [B, V] float32, the logprobs of what was really sampled from
+      (temperature, truncation and bans included); at temperature 0, those at
+      temperature 1 without the banned tokens.
   """
   if banned is not None:
     logits = jnp.where(banned, MASKED, logits)
-  if params.temperature == 0:
-    tokens = jnp.argmax(logits, axis=-1)
-  else:
-    logits = process(logits, params)
-    keys = jax.random.wrap_key_data(keys, impl="threefry2x32")
+  logits = process(logits, params)
+  greedy = _columns(params)[0] == 0
+
+  def perturbed(logits):
+    wrapped = jax.random.wrap_key_data(keys, impl="threefry2x32")
     noise = jax.vmap(
-        lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    tokens = jnp.argmax(logits + noise, axis=-1)
+        lambda key: jax.random.gumbel(key, logits.shape[-1:]))(wrapped)
+    return logits + jnp.where(greedy, 0, noise)
+
+  tokens = jnp.argmax(
+      jax.lax.cond(jnp.all(greedy), lambda x: x, perturbed, logits), axis=-1)
+  return tokens, logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def choose(
+    logits: jax.Array, banned: jax.Array | None, keys: jax.Array,
+    params: SamplingParams | RowParams, given: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The token that each row takes, [B] int32, and its logprob, [B] float32.
+
+  Args:
+    given: [B] int32, what is taken in place of the draw where it is not
+      negative: a replay, or a test's script. The others as in `draw`.
+  """
+  tokens, distribution = draw(logits, banned, keys, params)
   if given is not None:
     tokens = jnp.where(given >= 0, given, tokens)
-  # A contraction and not a gather: its layout is never ambiguous.
-  chosen = jnp.arange(logits.shape[-1]) == tokens[:, None]
-  picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-  return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
+  return tokens, logprob_of(distribution, tokens)
+
+
+def logprob_of(distribution: jax.Array, tokens: jax.Array) -> jax.Array:
+  """[B] of [B, V]: a contraction, whose layout is never ambiguous."""
+  chosen = jnp.arange(distribution.shape[-1]) == tokens[:, None]
+  return jnp.sum(jnp.where(chosen, distribution, 0), axis=-1)
+
+
+def _columns(params: SamplingParams | RowParams) -> list[jax.Array]:
+  """Temperature, top_k, top_p and min_p, [B, 1] or scalars."""
+  fields = (params.temperature, params.top_k, params.top_p, params.min_p)
+  return [x[:, None] if x.ndim else x for x in map(jnp.asarray, fields)]
+
+
+def _least(
+    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, rows: jax.Array,
+) -> jax.Array:
+  """[B, 1], the least of the logits that top-k, then top-p, leave."""
+  size = logits.shape[-1]
+  ranked = -jnp.sort(-logits, axis=-1)
+  rank = jnp.arange(size)
+  # Ties with the last of the k are kept, and count for top-p.
+  last = jnp.where((top_k > 0) & (top_k < size), top_k, size) - 1
+  least = jnp.min(
+      jnp.where(rank <= last, ranked, jnp.inf), axis=-1, keepdims=True)
+  ranked = jnp.where(ranked < least, MASKED, ranked)
+  probs = jax.nn.softmax(ranked, axis=-1)
+  # A token stays while those before it have not reached the mass: the first
+  # always does.
+  before = jnp.cumsum(probs, axis=-1) - probs
+  kept = (ranked >= least) & ((before < top_p) | (top_p >= 1))
+  least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(rows, least, -jnp.inf)

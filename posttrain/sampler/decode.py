@@ -4,12 +4,16 @@ A prompt is prefilled once; its cache is copied to its G samples, whose first
 tokens are drawn from the same logits. The loop then runs up to `steps` tokens
 on the device, with budget forcing inside, before the host looks.
 
-  P: prompts  G: samples per prompt  B: rows, P * G  T: prompt slots
+All that a request asks for is data of its row (`Rows`), so one program serves
+any mixture of requests, and any that come after them in the same slots.
+
+  P: prompts  G: samples per prompt  B: rows  T: prompt slots
   S: cache slots  N: steps of a chunk  V: vocabulary (true)  D: embed
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +21,9 @@ import jax.numpy as jnp
 
 from posttrain.model import cache as kv
 from posttrain.model.block import Block
+from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import budget, choice
+from posttrain.sampler import budget, choice, hooks
 from posttrain.sharding import shard, spec
 
 
@@ -31,11 +36,59 @@ class Carry:
     cache: of every layer, [B, S, ...].
     hidden: [B, D], from which each row's next token is drawn.
     state: where each row's budget stands.
+    hook: the state of the logits hook, [B, ...] each; None without a hook.
   """
 
   cache: kv.KVCache
   hidden: jax.Array
   state: budget.BudgetState
+  hook: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What a request asks for, row by row.
+
+  Attributes:
+    prompt_lengths: [B] int32.
+    keys: [B, 2] uint32, see `choice.row_keys`.
+    budgets: limits and stop ids.
+    params: temperature and truncation.
+    banned_ids: [B, K] int32, never drawn; -1 for none. None: no row has any.
+  """
+
+  prompt_lengths: jax.Array
+  keys: jax.Array
+  budgets: budget.Budgets
+  params: choice.RowParams
+  banned_ids: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+  """What a step records beyond tokens and logprobs; static.
+
+  Attributes:
+    model_logprobs: "model_logprob", of the emitted token under the model
+      alone: no temperature, truncation, ban or hook.
+    top_logprobs: so many of the likeliest tokens of the distribution that was
+      sampled from, "top_tokens" and "top_logprobs".
+    counts: "counts" [B, N, 4] of the row after the step: thinking and answer
+      tokens, waits, and how the thinking ended.
+  """
+
+  counts: bool = False
+  model_logprobs: bool = False
+  top_logprobs: int = 0
+
+
+PLAIN = Recorded()
+
+# A schedule of budgets: (budgets, state) -> budgets, pure and traced, called
+# before every step of the loop. Waits that are left are in the state. It may
+# lower max_thinking_tokens below what a row has thought: the row then closes.
+Policy = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "slots"))
@@ -57,99 +110,195 @@ def prefill(
   last = jnp.repeat(
       tokens[:, -1], group_size, out_sharding=spec("batch"))
   return Carry(
-      cache=kv.grow(kv.fan_out(cache, group_size), slots),
+      cache=kv.resize(kv.fan_out(cache, group_size), slots),
       hidden=jnp.repeat(
           hidden[:, -1], group_size, axis=0,
           out_sharding=spec("batch", "act_embed")),
       state=budget.init(tables, budgets, in_thinking, last, done))
 
 
+@jax.jit
+def unstacked(model: Transformer) -> list[Block]:
+  """The layers as the loop reads them, once for all of its chunks.
+
+  Sliced and cast inside of each chunk's program, they would be copied anew
+  for every chunk, which reads as much as a step or two of it.
+  """
+  return model.unstacked()
+
+
 @functools.partial(jax.jit, static_argnames="slots")
-def grow(carry: Carry, *, slots: int) -> Carry:
-  """The same carry with a cache of `slots` slots."""
-  return dataclasses.replace(carry, cache=kv.grow(carry.cache, slots))
+def resize(carry: Carry, *, slots: int) -> Carry:
+  """The same carry with a cache of `slots` slots; see `cache.resize`."""
+  return dataclasses.replace(carry, cache=kv.resize(carry.cache, slots))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("params", "steps"), donate_argnames="carry")
+    jax.jit, static_argnames=("steps", "recorded", "hook", "policy"),
+    donate_argnames="carry")
 def decode(
-    model: Transformer, carry: Carry, prompt_lengths: jax.Array,
-    keys: jax.Array, script: jax.Array, tables: budget.BudgetTables,
-    budgets: budget.Budgets, *, params: choice.SamplingParams, steps: int,
+    model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
+    script: jax.Array, until: jax.Array, tables: budget.BudgetTables, *,
+    steps: int, recorded: Recorded = PLAIN, hook: hooks.Hook | None = None,
+    policy: Policy | None = None,
 ) -> tuple[Carry, dict[str, jax.Array]]:
-  """Up to `steps` tokens for every row, or until all rows are done.
+  """Up to `steps` tokens for every row, or until `until` rows are done.
 
   Args:
-    carry: donated. Its cache has room for `steps` more slots.
-    prompt_lengths: [B] int32.
-    keys: [B, 2] uint32, see `choice.row_keys`.
+    blocks: `unstacked` of the model.
+    carry: donated. In its cache no row that is not done has more than
+      S - `steps` tokens.
     script: [B, N] int32, choices to take instead of drawing; -1 draws.
+    until: scalar int32.
+    recorded, hook, policy: what is kept of a step besides; what changes its
+      logits, and its budgets.
 
   Returns:
     The carry, and the record of each step, all [B, N]: "token",
-    "provenance" (0: nothing emitted), "logprob", "dropped", "raw"; and of a
-    model that has them "experts" [B, N, L, k], see `Rollouts.experts`.
+    "provenance" (0: nothing emitted), "logprob", "dropped", "raw", and what
+    `recorded` names; and of a model that has them "experts" [B, N, L, k], see
+    `Rollouts.experts`.
   """
-  rows = prompt_lengths.shape[0]
-  blocks = model.unstacked()  # Outside of the loop: sliced and cast once.
-  empty = lambda dtype, fill=0: jnp.full(
-      (rows, steps), fill, dtype, out_sharding=spec("batch", None))
-  record = {
-      "token": empty(jnp.int32), "provenance": empty(jnp.int32),
-      "logprob": empty(jnp.float32), "dropped": empty(jnp.int32),
-      "raw": empty(jnp.int32, -1)}
-  if model.config.num_experts:
-    record["experts"] = jnp.zeros(
-        (rows, steps, model.config.layers, model.config.experts_per_token),
-        experts_dtype(model), out_sharding=spec("batch", None, None, None))
-
   def running(loop):
     step, carry, _ = loop
-    return (step < steps) & jnp.any(~carry.state.done)
+    return (step < steps) & (jnp.sum(carry.state.done) < until)
 
   def body(loop):
     step, carry, record = loop
-    state, new = _choose(
-        model, carry, script[:, step], keys, tables, budgets, params)
-    carry, experts = _feed(model, blocks, carry, state, prompt_lengths)
+    carry, new = _choose(
+        model, carry, script[:, step], rows if policy is None else
+        dataclasses.replace(rows, budgets=policy(rows.budgets, carry.state)),
+        tables, recorded, hook)
+    carry, experts = _feed(model, blocks, carry, rows)
     if experts is not None:
       new["experts"] = experts
     record = {
-        name: kv.write_slot(record[name], new[name][:, None], step)
+        name: kv.write_slots(record[name], new[name][:, None], step)
         for name in record}
     return step + 1, carry, record
 
   _, carry, record = jax.lax.while_loop(
-      running, body, (jnp.int32(0), carry, record))
+      running, body,
+      (jnp.int32(0), carry,
+       _empty_record(script.shape, recorded, model.config)))
   return carry, record
 
 
+def _empty_record(
+    shape: tuple[int, ...], recorded: Recorded, config: ModelConfig,
+) -> dict[str, jax.Array]:
+  def empty(dtype, fill=0, *last):
+    axes = ("batch", None, *(None for _ in last))
+    return jnp.full((*shape, *last), fill, dtype, out_sharding=spec(*axes))
+
+  record = {
+      "token": empty(jnp.int32), "provenance": empty(jnp.int32),
+      "logprob": empty(jnp.float32), "dropped": empty(jnp.int32),
+      "raw": empty(jnp.int32, -1)}
+  if config.num_experts:
+    record["experts"] = empty(
+        experts_dtype(config), 0, config.layers, config.experts_per_token)
+  if recorded.counts:
+    record["counts"] = empty(jnp.int32, 0, 4)
+  if recorded.model_logprobs:
+    record["model_logprob"] = empty(jnp.float32)
+  if recorded.top_logprobs:
+    count = recorded.top_logprobs
+    record |= {"top_tokens": empty(jnp.int32, 0, count),
+               "top_logprobs": empty(jnp.float32, 0, count)}
+  return record
+
+
 def _choose(
-    model: Transformer, carry: Carry, script: jax.Array, keys: jax.Array,
-    tables: budget.BudgetTables, budgets: budget.Budgets,
-    params: choice.SamplingParams,
-) -> tuple[budget.BudgetState, dict[str, Any]]:
+    model: Transformer, carry: Carry, script: jax.Array, rows: Rows,
+    tables: budget.BudgetTables, recorded: Recorded, hook: hooks.Hook | None,
+) -> tuple[Carry, dict[str, Any]]:
   """Logits -> a token per row, sampled or forced -> the next budget state."""
   logits = shard(model.logits(carry.hidden), "batch", None)
   logits = logits[:, :tables.vocab_size]
-  forced, banned = budget.plan(tables, budgets, carry.state)
-  drawn, logprobs = choice.choose(
-      logits, banned, choice.fold_position(keys, carry.state.draws), params,
-      given=script)
-  was_forced = forced >= 0
+  forced, banned = budget.plan(tables, rows.budgets, carry.state)
+  was_forced, params = forced >= 0, rows.params
+  shaped = logits
+  if hook is not None:
+    shaped = hook.process(carry.hook, logits)
+  if rows.banned_ids is not None:
+    ids = jnp.arange(tables.vocab_size)
+    own = jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
+    banned = own if banned is None else banned | own
+  if tables.used:
+    # Of a forced token the logprob is the model's own.
+    shaped, banned, params = _plain(
+        was_forced, logits, shaped, banned, params)
+  drawn, distribution = choice.draw(
+      shaped, banned, choice.fold_position(rows.keys, carry.state.draws),
+      params)
+  drawn = jnp.where(script >= 0, script, drawn)
+  token = jnp.where(was_forced, forced, drawn)
+  logprobs = choice.logprob_of(distribution, token)
+  # NaN logits give a NaN distribution, whichever token it is.
+  failed = ~carry.state.done & ~jnp.isfinite(logprobs)
   state, emit = budget.advance(
-      tables, budgets, carry.state, jnp.where(was_forced, forced, drawn),
-      was_forced)
-  sampled = emit.provenance == budget.SAMPLED
-  return state, {
+      tables, rows.budgets, carry.state, token, was_forced)
+  own_logprobs = functools.partial(_own_logprobs, logits, emit)
+  if tables.used:  # Rare, and another pass over the logits.
+    replaced = (emit.provenance == budget.FORCED) & ~was_forced
+    logprobs = jax.lax.cond(
+        jnp.any(replaced),
+        lambda: jnp.where(replaced, own_logprobs(), logprobs),
+        lambda: logprobs)
+  state = budget.fail(state, failed)
+  emit = dataclasses.replace(
+      emit, provenance=jnp.where(failed, budget.NONE, emit.provenance),
+      dropped=jnp.where(failed, 0, emit.dropped))
+  record = {
       "token": emit.token, "provenance": emit.provenance,
-      "logprob": jnp.where(sampled, logprobs, 0.0), "dropped": emit.dropped,
-      "raw": jnp.where(was_forced | carry.state.done, -1, drawn)}
+      "logprob": jnp.where(emit.keep, logprobs, 0.0), "dropped": emit.dropped,
+      "raw": jnp.where(was_forced | carry.state.done, -1, drawn),
+      **_more(recorded, state, emit, distribution, own_logprobs)}
+  hook_state = carry.hook if hook is None else hook.observe(carry.hook, emit)
+  return dataclasses.replace(carry, state=state, hook=hook_state), record
+
+
+def _more(
+    recorded: Recorded, state: budget.BudgetState, emit: budget.Emit,
+    distribution: jax.Array, own_logprobs: Callable[[], jax.Array],
+) -> dict[str, jax.Array]:
+  """What `recorded` asks for."""
+  record = {}
+  if recorded.counts:
+    record["counts"] = jnp.stack([
+        state.thinking, state.answer, state.wait_count, state.think_end], 1)
+  if recorded.model_logprobs:
+    record["model_logprob"] = jnp.where(emit.keep, own_logprobs(), 0.0)
+  if recorded.top_logprobs:
+    record["top_logprobs"], record["top_tokens"] = jax.lax.top_k(
+        distribution, recorded.top_logprobs)
+  return record
+
+
+def _plain(was_forced, logits, shaped, banned, params: choice.RowParams):
+  """Logits, bans and parameters, none of which touch a row that is forced."""
+  free = lambda value, x: jnp.where(was_forced, value, x)
+  column = was_forced[:, None]
+  return (
+      jnp.where(column, logits, shaped), ~column & banned,
+      choice.RowParams(
+          temperature=free(1.0, params.temperature),
+          top_k=free(0, params.top_k), top_p=free(1.0, params.top_p),
+          min_p=free(0.0, params.min_p)))
+
+
+def _own_logprobs(logits: jax.Array, emit: budget.Emit) -> jax.Array:
+  """[B] of the emitted tokens under the model; NaN where not known.
+
+  A token that replaces several stands where this step's logits are not of.
+  """
+  own = choice.logprob_of(jax.nn.log_softmax(logits), emit.token)
+  return jnp.where(emit.dropped > 0, jnp.nan, own)
 
 
 def _feed(
-    model: Transformer, blocks: list[Block], carry: Carry,
-    state: budget.BudgetState, prompt_lengths: jax.Array,
+    model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
 ) -> tuple[Carry, jax.Array | None]:
   """Runs the model on each row's last token, at its own position.
 
@@ -157,16 +306,17 @@ def _feed(
     The carry, and the experts [B, L, k] that the token went to, from 1; 0 in
     rows that feed nothing. None without experts.
   """
+  state = carry.state
   position = jnp.where(
-      state.done, -1, prompt_lengths + state.num_tokens - 1)
+      state.done, -1, rows.prompt_lengths + state.num_tokens - 1)
   # Slots at or after it hold tokens that were taken back.
   cache = kv.retract(carry.cache, position)
   hidden, cache, experts = model.decode(state.last, position, cache, blocks)
   if experts is not None:
     experts = jnp.where(state.done[:, None, None], 0, experts + 1)
-  return Carry(cache=cache, hidden=hidden, state=state), experts
+  return dataclasses.replace(carry, cache=cache, hidden=hidden), experts
 
 
-def experts_dtype(model: Transformer) -> Any:
+def experts_dtype(config: ModelConfig) -> Any:
   """Of numbers from 1 to E."""
-  return jnp.uint8 if model.config.num_experts < 256 else jnp.uint16
+  return jnp.uint8 if config.num_experts < 256 else jnp.uint16

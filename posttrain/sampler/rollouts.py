@@ -4,14 +4,17 @@
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from posttrain.sampler import budget
+from posttrain.sampler.requests import Completion
 
 FINISH_REASONS = {
     budget.RUNNING: "running", budget.EOS: "eos", budget.BUDGET: "budget",
-    budget.LENGTH: "length", budget.STOP: "stop"}
+    budget.LENGTH: "length", budget.STOP: "stop", budget.FAILED: "error",
+    budget.ABORTED: "abort"}
 THINK_ENDS = {
     budget.OPEN: "open", budget.NATURAL: "natural", budget.CLOSED: "budget"}
 
@@ -24,7 +27,8 @@ class Rollouts:
     prompts: the token ids of each row's prompt, [B] ragged.
     tokens: [B, T] int32, what follows the prompt, end of text included.
     logprobs: [B, T] float32, of sampled tokens under the distribution really
-      sampled from; 0 for forced tokens.
+      sampled from; of forced tokens the model's own (temperature 1, nothing
+      cut off), NaN where one took the place of several tokens.
     provenance: [B, T] int8: 0 padding, 1 sampled, 2 forced.
     lengths: [B] int32, tokens of each completion.
     finish_reason: [B] int8, see `FINISH_REASONS`.
@@ -67,76 +71,117 @@ class Rollouts:
     return FINISH_REASONS[int(self.finish_reason[row])]
 
 
-@dataclasses.dataclass
-class Recorder:
-  """Collects the loop's per-step records into rows.
+def of_completions(completions: Sequence[Completion]) -> Rollouts:
+  """What an engine returned, in the order given."""
+  codes = lambda names, field: np.array(
+      [{name: code for code, name in names.items()}[getattr(c, field)]
+       for c in completions], np.int8)
+  numbers = lambda values: np.array(list(values), np.int32)
+  experts = [c.experts for c in completions if c.experts is not None]
+  return Rollouts(
+      prompts=[list(c.request.prompt) for c in completions],
+      tokens=_padded([c.tokens for c in completions], np.int32),
+      logprobs=_padded([c.logprobs for c in completions], np.float32),
+      provenance=_padded([c.provenance for c in completions], np.int8),
+      lengths=numbers(len(c.tokens) for c in completions),
+      finish_reason=codes(FINISH_REASONS, "finish_reason"),
+      think_end=codes(THINK_ENDS, "think_end"),
+      think_lengths=numbers(c.think_length for c in completions),
+      answer_lengths=numbers(c.answer_length for c in completions),
+      wait_count=numbers(c.wait_count for c in completions),
+      prompt_id=numbers(c.request.prompt_id for c in completions),
+      sample_id=numbers(c.request.sample_id for c in completions),
+      raw=_padded([c.raw for c in completions], np.int32, fill=-1),
+      experts=_padded(experts) if experts else None)
 
-  A row is what its steps emitted, less what a later step took back.
+
+class Row:
+  """The record of one row: what its steps emitted, less what was taken back.
+
+  Attributes:
+    columns: by the name in the loop's record, a value per token.
   """
 
-  rows: int
+  def __init__(self) -> None:
+    self.columns: dict[str, list] = {
+        "token": [], "logprob": [], "provenance": []}
 
-  def __post_init__(self):
-    self.tokens: list[list[int]] = [[] for _ in range(self.rows)]
-    self.logprobs: list[list[float]] = [[] for _ in range(self.rows)]
-    self.provenance: list[list[int]] = [[] for _ in range(self.rows)]
-    self.steps: list[list[int]] = [[] for _ in range(self.rows)]
-    self.raw: list[np.ndarray] = []
-    self.experts: list[np.ndarray] = []
+  @property
+  def tokens(self) -> list[int]:
+    return self.columns["token"]
 
-  def add(self, record: dict[str, np.ndarray]) -> None:
+  def add(self, record: Mapping[str, np.ndarray]) -> None:
+    """Takes steps: [steps, ...] arrays, "dropped" and "raw" among them."""
+    dropped = record["dropped"]
+    emitted = record["provenance"] != budget.NONE
+    # Retractions are rare: split at them, extend in slices in between.
+    start = 0
+    for step in (*np.flatnonzero(dropped), dropped.size):
+      keep = np.flatnonzero(emitted[start:step]) + start
+      for name in record.keys() - {"dropped", "raw"}:
+        kept = record[name][keep]
+        self.columns.setdefault(name, []).extend(
+            kept if kept.ndim > 1 else kept.tolist())
+      if step < dropped.size:
+        self.cut(len(self.tokens) - int(dropped[step]))
+      start = step
+
+  def cut(self, length: int) -> None:
+    """Keeps the first `length` tokens."""
+    for values in self.columns.values():
+      del values[length:]
+
+
+class Recorder:
+  """Collects the loop's per-step records of a batch into rows."""
+
+  def __init__(self, rows: int):
+    self._rows = [Row() for _ in range(rows)]
+    self._raw: list[np.ndarray] = []
+
+  @property
+  def tokens(self) -> list[list[int]]:
+    return [row.tokens for row in self._rows]
+
+  @property
+  def provenance(self) -> list[list[int]]:
+    return [row.columns["provenance"] for row in self._rows]
+
+  def add(self, record: Mapping[str, np.ndarray]) -> None:
     """Takes one chunk of [B, steps] arrays."""
-    before = sum(raw.shape[1] for raw in self.raw)
-    self.raw.append(record["raw"][:self.rows])
-    if "experts" in record:
-      self.experts.append(record["experts"][:self.rows])
-    for row in range(self.rows):
-      dropped = record["dropped"][row]
-      emitted = record["provenance"][row] != budget.NONE
-      # Retractions are rare: split at them, extend in slices in between.
-      start = 0
-      for step in (*np.flatnonzero(dropped), dropped.size):
-        keep = np.flatnonzero(emitted[start:step]) + start
-        self._extend(record, row, keep)
-        self.steps[row].extend((keep + before).tolist())
-        if step < dropped.size:
-          self._retract(row, int(dropped[step]))
-        start = step
+    self._raw.append(record["raw"][:len(self._rows)])
+    for i, row in enumerate(self._rows):
+      row.add({name: x[i] for name, x in record.items()})
 
   def cut(self, row: int, length: int) -> None:
     """Keeps the first `length` tokens of a row."""
-    self._retract(row, len(self.tokens[row]) - length)
+    self._rows[row].cut(length)
 
   def padded(self) -> dict[str, np.ndarray]:
     """The fields of `Rollouts` that are recorded step by step."""
-    lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
-    width = int(lengths.max(initial=0))
-    def pad(rows, dtype):
-      out = np.zeros((self.rows, width), dtype)
-      for row, values in enumerate(rows):
-        out[row, :len(values)] = values
-      return out
-
+    column = lambda name: [row.columns[name] for row in self._rows]
     experts = {}
-    if self.experts:
-      fed = np.concatenate(self.experts, axis=1)
-      out = np.zeros((self.rows, width, *fed.shape[2:]), fed.dtype)
-      for row, steps in enumerate(self.steps):
-        out[row, :len(steps)] = fed[row, steps]
-      experts["experts"] = out
+    if "experts" in self._rows[0].columns:
+      experts["experts"] = _padded(column("experts"))
     return experts | {
-        "tokens": pad(self.tokens, np.int32),
-        "logprobs": pad(self.logprobs, np.float32),
-        "provenance": pad(self.provenance, np.int8), "lengths": lengths,
-        "raw": np.concatenate(self.raw, axis=1)}
+        "tokens": _padded(column("token"), np.int32),
+        "logprobs": _padded(column("logprob"), np.float32),
+        "provenance": _padded(column("provenance"), np.int8),
+        "lengths": np.array([len(tokens) for tokens in self.tokens], np.int32),
+        "raw": np.concatenate(self._raw, axis=1)}
 
-  def _extend(self, record, row: int, steps: np.ndarray) -> None:
-    self.tokens[row].extend(record["token"][row, steps].tolist())
-    self.logprobs[row].extend(record["logprob"][row, steps].tolist())
-    self.provenance[row].extend(record["provenance"][row, steps].tolist())
 
-  def _retract(self, row: int, count: int) -> None:
-    if count:
-      for values in (
-          self.tokens, self.logprobs, self.provenance, self.steps):
-        del values[row][-count:]
+def _padded(
+    rows: Sequence[Sequence | np.ndarray], dtype: type | None = None,
+    fill: int = 0,
+) -> np.ndarray:
+  """[B, longest, ...] of ragged rows."""
+  filled = next((np.asarray(values, dtype) for values in rows if len(values)),
+                np.zeros(0, dtype))
+  out: np.ndarray = np.full(
+      (len(rows), max(map(len, rows), default=0), *filled.shape[1:]), fill,
+      filled.dtype)
+  for i, values in enumerate(rows):
+    if len(values):
+      out[i, :len(values)] = values
+  return out

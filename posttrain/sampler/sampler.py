@@ -15,9 +15,18 @@ import numpy as np
 
 from posttrain import sharding
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import budget, choice, decode, rollouts
+from posttrain.sampler import (
+    budget,
+    choice,
+    decode,
+    engine,
+    requests,
+    rollouts,
+)
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.text import thinking as thinking_lib
+
+PREFILL_CHUNK = 256  # Tokens of a prompt fed at once, where rows are refilled.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Sampler:
     params: temperature and truncation.
     max_prompt_tokens: slots of a prompt (T); a longer prompt is an error.
     chunk: tokens between two looks of the host.
+    slots: rows decoded together, refilled as they end; 0: all of a call,
+      which wait for the longest.
   """
 
   ids: thinking_lib.ThinkingIds
@@ -56,6 +67,7 @@ class Sampler:
   params: choice.SamplingParams
   max_prompt_tokens: int
   chunk: int = 32
+  slots: int = 0
 
   def generate(
       self, model: Transformer, prompts: Sequence[Sequence[int]],
@@ -87,12 +99,26 @@ class Sampler:
         contradict each other.
     """
     rows = len(prompts) * group_size
+    if 0 < self.slots < rows:
+      if on_chunk:
+        raise ValueError("on_chunk sees all rows at once, and with slots="
+                         f"{self.slots} there are never {rows}. Use an Engine.")
+      budgets = self._budgets(limits, rows)
+      self._check(prompts, budgets)
+      return self._refill(model, [
+          requests.Request(
+              prompt=tuple(prompts[row // group_size]), params=self.params,
+              **vars(limits_of), seed=int(np.uint32(seed)), stage=stage,
+              step=step, prompt_id=int(prompt_id[row // group_size]),
+              sample_id=first_sample + row % group_size,
+              script=None if script is None else script[row])
+          for row, limits_of in enumerate(_by_row(budgets))])
     device = self.inputs(
         prompts, limits, prompt_id=prompt_id, group_size=group_size,
         first_sample=first_sample)
-    device["keys"] = row_keys(
+    device["rows"] = self.rows(device, row_keys(
         seed=np.uint32(seed), stage=stage, step=step,
-        prompt_id=device["prompt_id"], sample_id=device["sample_id"])
+        prompt_id=device["prompt_id"], sample_id=device["sample_id"]))
     recorder, state = self._loop(
         model, device, rows, group_size, script, on_chunk)
     take = lambda x: np.asarray(x)[:rows]
@@ -117,6 +143,23 @@ class Sampler:
     """Twice the completion's: few programs, little idle attention."""
     return 2 * slots - self.max_prompt_tokens
 
+  def _refill(
+      self, model: Transformer, asked: list[requests.Request],
+  ) -> Rollouts:
+    """The same rows through fewer slots."""
+    parts = sharding.axis_size("batch")
+    queue = engine.Engine(model, self.tables, engine.Settings(
+        slots=-(-self.slots // parts) * parts,
+        max_slots=max(requests.most_slots(r, self.tables) for r in asked),
+        min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
+        prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK)))
+    numbers = [queue.submit(request) for request in asked]
+    done = {found.id: found for found in queue.results()}
+    failed = [found.error for found in done.values() if found.error]
+    if failed:
+      raise ValueError(f"{len(failed)} of {len(asked)} rows: {failed[0]}")
+    return rollouts.of_completions([done[number] for number in numbers])
+
   def _loop(self, model, device, rows, group_size, script, on_chunk):
     """Prefill, then chunks until every row is done."""
     slots = self.first_slots
@@ -124,17 +167,18 @@ class Sampler:
         model, device["tokens"], device["segment_ids"],
         device["in_thinking"], device["done"], self.tables,
         device["budgets"], group_size=group_size, slots=slots)
+    blocks = decode.unstacked(model)
     recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
     total = device["done"].shape[0]
     while True:
       if used + self.chunk > slots:
         slots = self.next_slots(slots)
-        carry = decode.grow(carry, slots=slots)
+        carry = decode.resize(carry, slots=slots)
       begin = used - self.max_prompt_tokens
       carry, record = decode.decode(
-          model, carry, device["prompt_lengths"], device["keys"],
-          script_window(script, total, begin, self.chunk), self.tables,
-          device["budgets"], params=self.params, steps=self.chunk)
+          model, blocks, carry, device["rows"],
+          script_window(script, total, begin, self.chunk), np.int32(total),
+          self.tables, steps=self.chunk)
       record, done, state = sharding.fetch(
           (record, carry.state.done, carry.state))
       recorder.add(record)
@@ -147,6 +191,7 @@ class Sampler:
         carry = dataclasses.replace(carry, state=stopped_state)
         state = sharding.fetch(stopped_state)
       if state.done.all():
+        _check_numbers(state)
         return recorder, state
 
   def _budgets(self, limits: Limits, rows: int) -> budget.Budgets:
@@ -170,29 +215,10 @@ class Sampler:
         raise ValueError(
             f"Prompt {i} has a token id outside of 0 to "
             f"{self.tables.vocab_size - 1}. Is it of another tokenizer?")
-    closes = (budgets.max_thinking_tokens >= 0) & ~budgets.truncate
-    bounded = budgets.max_thinking_tokens >= 0
-    if not self.tables.used and (
-        bounded.any() or budgets.num_waits.any()
-        or budgets.min_thinking_tokens.any()):
-      raise ValueError(
-          "A thinking budget is set and thinking.end is empty. Set it to the "
-          "string that ends the thinking.")
-    if (bounded & (
-        budgets.min_thinking_tokens > budgets.max_thinking_tokens)).any():
-      raise ValueError(
-          "min_thinking_tokens is above max_thinking_tokens in "
-          f"{(budgets.min_thinking_tokens > budgets.max_thinking_tokens).sum()}"
-          " rows.")
-    closing = sum(
-        len(part) for part in
-        (self.ids.newline, self.ids.end, self.ids.final_answer))
-    needed = budgets.max_thinking_tokens + closing + 1
-    if (closes & (needed > budgets.max_tokens)).any():
-      raise ValueError(
-          f"rollout.max_tokens={budgets.max_tokens.min()} leaves no room for "
-          f"an answer: {budgets.max_thinking_tokens.max()} thinking tokens "
-          f"and {closing} to close them need at least {needed.max()}.")
+    for row in _by_row(budgets):
+      problem = requests.budget_problem(row, self.tables)
+      if problem:
+        raise ValueError(problem)
 
   def inputs(
       self, prompts: Sequence[Sequence[int]], limits: Limits, *,
@@ -226,7 +252,8 @@ class Sampler:
       tokens[row, width - len(prompt):] = prompt
       segment_ids[row, width - len(prompt):] = 1
     lengths = np.repeat(segment_ids.sum(1, dtype=np.int32), group_size)
-    thinks = [self._in_thinking(prompt) for prompt in prompts]
+    thinks = [requests.in_thinking(tuple(prompt), self.tables)
+              for prompt in prompts]
     expand = lambda x: np.repeat(
         np.pad(np.asarray(x), (0, extra)), group_size)
     samples = np.arange(
@@ -240,26 +267,22 @@ class Sampler:
         "prompt_lengths": by_row(lengths),
         "budgets": jax.tree.map(
             lambda x: by_row(np.pad(x, (0, extra * group_size))), budgets),
+        "params": jax.tree.map(
+            by_row, choice.RowParams.of([self.params] * lengths.size)),
         "prompt_id": by_row(expand(prompt_id).astype(np.int32)),
         "sample_id": by_row(np.tile(samples, padded))}
 
-  def _in_thinking(self, prompt: Sequence[int]) -> bool:
-    """The prompt opens a thinking section and does not close it."""
-    if not self.tables.used:
-      return False
-    if not self.ids.start:
-      return True
-    opened = _rfind(prompt, self.ids.start)
-    return opened >= 0 and opened > _rfind(prompt, self.ids.end)
+  def rows(self, inputs: dict[str, Any], keys: Any) -> decode.Rows:
+    """What `decode` takes of `inputs`, with the rows' keys."""
+    return decode.Rows(inputs["prompt_lengths"], keys, inputs["budgets"],
+                       inputs["params"])
 
 
-def _rfind(tokens: Sequence[int], part: Sequence[int]) -> int:
-  """The last index where `part` occurs, or -1."""
-  tokens, part = list(tokens), list(part)
-  for i in range(len(tokens) - len(part), -1, -1):
-    if tokens[i:i + len(part)] == part:
-      return i
-  return -1
+def _by_row(budgets: budget.Budgets) -> list[Limits]:
+  names = [field.name for field in dataclasses.fields(Limits)]
+  columns = [getattr(budgets, name).tolist() for name in names]
+  return [Limits(**dict(zip(names, row, strict=True)))
+          for row in zip(*columns, strict=True)]
 
 
 def script_window(
@@ -272,6 +295,15 @@ def script_window(
     part = script[:, begin:begin + steps]
     window[:part.shape[0], :part.shape[1]] = part
   return put(window, "batch", "length")
+
+
+def _check_numbers(state: budget.BudgetState) -> None:
+  failed = state.finish_reason == budget.FAILED
+  if failed.any():
+    raise ValueError(
+        f"The logits of {failed.sum()} of {failed.size} rows are not finite, "
+        "so nothing can be drawn from them. The weights have diverged, or "
+        "were loaded wrongly.")
 
 
 row_keys = jax.jit(choice.row_keys, static_argnames=("stage",))

@@ -20,9 +20,11 @@ def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def segments(
     tokenizer: Tokenizer, tokens: Sequence[int], provenance: Sequence[int],
-    ids: ThinkingIds,
+    ids: ThinkingIds, thinking: slice = slice(0, 0),
 ) -> list[tuple[str, str]]:
-  """Runs of (text, "sampled" | "forced" | "wait").
+  """Runs of (text, "sampled" | "thinking" | "forced" | "wait").
+
+  "thinking" is what was sampled within a slice of the tokens.
 
   Forced tokens that spell the wait text are a wait; one that a maximum cut
   short is told from a closing by its first tokens.
@@ -30,12 +32,12 @@ def segments(
   names: list[str] = []
   for start, stop, code in _runs(list(provenance)):
     if code != budget.FORCED:
-      names += ["sampled"] * (stop - start)
+      inside = range(len(tokens))[thinking]
+      names += ["thinking" if i in inside else "sampled"
+                for i in range(start, stop)]
       continue
-    spelt = 0
-    while (spelt < min(len(ids.wait), stop - start)
-           and tokens[start + spelt] == ids.wait[spelt]):
-      spelt += 1
+    spelt = max(_common(tokens[start:stop], wait)
+                for wait in (ids.wait, *ids.more_waits))
     names += ["wait"] * spelt + ["forced"] * (stop - start - spelt)
   # Differences of decoded prefixes: a tokenizer may drop a leading space, or
   # need several tokens for one character.
@@ -45,6 +47,13 @@ def segments(
     texts.append((text[len(done):], name))
     done = text
   return texts
+
+
+def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
+  """The first so many are the same."""
+  pairs = zip(tokens, other, strict=False)
+  return next((i for i, (a, b) in enumerate(pairs) if a != b),
+              min(len(tokens), len(other)))
 
 
 def _runs(values: list) -> list[tuple[int, int, Any]]:

@@ -167,7 +167,8 @@ class Evaluation:
         max_thinking_tokens=cell.max_thinking_tokens,
         num_waits=cell.num_waits,
         truncate=rollout.truncate and cell.max_thinking_tokens >= 0)
-    size = batch_size(self.section, samples)
+    size = len(self.problems) if rollout.refill else batch_size(
+        self.section, samples)
     batches, records = [], []
     for start in range(0, len(self.problems), size):
       part = self.problems[start:start + size]

@@ -40,10 +40,13 @@ def of_section(
     sizes |= dict(
         rows=section.rows_per_microbatch,
         sequence_length=section.sequence_length,
-        cache_rows=section.num_groups * section.group_size)
+        cache_rows=section.rollout.slots
+        or section.num_groups * section.group_size)
   if section.kind == "evaluate":
     samples = max(section.samples_per_problem, section.majority.max_samples)
-    sizes |= dict(cache_rows=max(section.rollout.batch_rows, samples))
+    rows = section.rollout.batch_rows
+    sizes |= dict(
+        cache_rows=rows if section.rollout.refill else max(rows, samples))
   if "cache_rows" in sizes:
     sizes["cache_slots"] = cache_slots(section.rollout)
   return memory.estimate(

@@ -4,29 +4,39 @@ No stage of a pipeline: the `sample` verb runs it on a preset's weights, on a
 trained stage of a workdir, or on what a config starts with.
 """
 
+import contextlib
+import dataclasses
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-import rich.console
-import rich.text
 from ml_collections import config_dict
 
-from posttrain import sharding, weights
+from posttrain import sharding
 from posttrain import workdir as workdir_lib
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import choice, rollouts, sampler, segments
-from posttrain.stages import sampling
-from posttrain.text import render, thinking
+from posttrain.sampler import (
+    choice,
+    engine,
+    requests,
+    rollouts,
+    sampler,
+    segments,
+)
+from posttrain.stages import loaded, sampling
+from posttrain.stages.live import Live
+from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import console as console_lib
 
 BATCH_ROWS = 64  # Completions decoded together.
 CHUNK = 16  # Tokens between two looks; streaming wants few, speed many.
+FACTS = ("length", "think_length", "wait_count", "finish_reason")
 
 
 def run(
@@ -43,7 +53,8 @@ def run(
     workdir: take the weights of a stage of this run.
     stage: which; "" for its last finished training stage, "init" for what
       the run started from.
-    output: a JSONL file for the completions.
+    output: a JSONL file for the completions, written as they finish. What an
+      interrupted run has left there is not drawn again.
     params, limits: how to sample, and how far.
     num_samples: per prompt.
     seed: with the prompt's number and the sample's, what a draw depends on.
@@ -60,97 +71,146 @@ def run(
   stream = stream or sys.stdout
   with jax.set_mesh(sharding.make_mesh(
       config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
-    renderer, model = _load(config, workdir, stage)
+    renderer, model = loaded.load(config, workdir, stage)
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
     prompts = [renderer.prompt_tokens(row) for row in rows]
-    longest = max(len(prompt) for prompt in prompts)
-    how = sampler.Sampler(
-        ids=ids, tables=sampling.make_tables(renderer.tokenizer, ids),
-        params=params, max_prompt_tokens=-(-longest // 64) * 64, chunk=CHUNK)
-    records: list[dict[str, Any]] = []
-    size = max(1, BATCH_ROWS // num_samples)
-    for start in range(0, len(prompts), size):
-      batch = prompts[start:start + size]
-      live = (Live(renderer.tokenizer, ids, stream)
-              if first and len(batch) * num_samples == 1 else None)
-      drawn = how.generate(
-          model, batch, limits, group_size=num_samples, seed=seed,
-          prompt_id=range(start, start + len(batch)), stage="sample",
-          on_chunk=live)
-      records += _records(renderer.tokenizer, drawn, ids)
+    settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
+        "seed": seed}
+    asked = [
+        requests.Request(
+            prompt=tuple(prompt), params=params,
+            **dataclasses.asdict(limits), seed=seed, stage="sample",
+            prompt_id=i, sample_id=sample)
+        for i, prompt in enumerate(prompts) for sample in range(num_samples)]
+    if len(asked) == 1:
+      records = [_live(renderer.tokenizer, ids, model, asked[0], stream)]
+      if output and first:
+        _write(output, records, settings)
+      return records
+    queue = _Queue(renderer.tokenizer, ids, output, settings)
+    for record in queue.records(model, asked):
       if first:
-        _show(records[-len(drawn.lengths):], live, stream)
-  if output and first:
-    lines = (json.dumps(record, ensure_ascii=False) for record in records)
-    workdir_lib.replace_file(
-        pathlib.Path(output), "".join(f"{line}\n" for line in lines).encode())
-  return records
+        _show(record, stream, f"{queue.finished} of {len(asked)}")
+  return queue.ordered()
 
 
-class Live:
-  """Prints one completion as it grows, forced tokens marked.
-
-  A delimiter of several tokens may be taken back for a wait, and a character
-  may need several tokens: what is not settled yet is held back.
-  """
+class _Queue:
+  """Many completions, through an engine; those in the file are there."""
 
   def __init__(
       self, tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
-      stream: TextIO,
+      output: str | None, settings: Mapping[str, Any],
   ):
-    self._tokenizer = tokenizer
-    self._ids = ids
-    self._held = max((len(d) for d in ids.delimiters), default=1) - 1
-    self._printed = 0
-    self._console = rich.console.Console(
-        file=stream, markup=False, emoji=False, highlight=False)
+    self._tokenizer, self._ids = tokenizer, ids
+    self._output, self._settings = output, settings
+    self._records: dict[tuple[int, int], dict[str, Any]] = {}
 
-  def __call__(self, recorder: rollouts.Recorder, done: np.ndarray) -> None:
-    tokens, provenance = recorder.tokens[0], recorder.provenance[0]
-    end = len(tokens) - self._held
-    if done[0]:
-      end = len(tokens) - (tokens[-1] in self._tokenizer.stop_ids)
-    if end <= 0:
+  @property
+  def finished(self) -> int:
+    return len(self._records)
+
+  def ordered(self) -> list[dict[str, Any]]:
+    """By prompt, then sample."""
+    return [self._records[key] for key in sorted(self._records)]
+
+  def records(
+      self, model: Transformer, asked: Sequence[requests.Request],
+  ) -> Iterator[dict[str, Any]]:
+    """Those that are not in the file, as they finish; it grows with them."""
+    self._resume(asked)
+    todo = [r for r in asked
+            if (r.prompt_id, r.sample_id) not in self._records]
+    first = jax.process_index() == 0
+    if todo:
+      with (open(self._output, "a") if self._output and first
+            else contextlib.nullcontext()) as file:
+        for done in self._drawn(model, todo):
+          self._records[done.request.prompt_id, done.request.sample_id] = (
+              record := _record(self._tokenizer, done, self._ids))
+          if file:
+            print(_line(record, self._settings), file=file, flush=True)
+          yield record
+    if self._output and first:
+      _write(self._output, self.ordered(), self._settings)
+
+  def _drawn(
+      self, model: Transformer, todo: Sequence[requests.Request],
+  ) -> Iterator[requests.Completion]:
+    tables = sampling.make_tables(self._tokenizer, self._ids)
+    parts = sharding.axis_size("batch")
+    slots = min(BATCH_ROWS, len(todo))
+    queue = engine.Engine(model, tables, engine.Settings(
+        slots=-(-slots // parts) * parts, chunk=CHUNK, max_slots=max(
+            requests.most_slots(request, tables) for request in todo)))
+    for request in todo:
+      queue.submit(request)
+    for done in queue.results():
+      if done.error:
+        raise ValueError(f"Prompt {done.request.prompt_id}: {done.error}")
+      yield done
+
+  def _resume(self, asked: Sequence[requests.Request]) -> None:
+    """Takes what an interrupted run has left in the file.
+
+    Raises:
+      ValueError: it is of other prompts or settings.
+    """
+    path = pathlib.Path(self._output) if self._output else None
+    there = bool(path and path.exists())
+    if not sharding.of_first_host(np.array(there)) or not path:
       return
-    parts = segments.segments(
-        self._tokenizer, tokens[:end], provenance[:end], self._ids)
-    text = "".join(part for part, _ in parts)
-    settled = len(text) if done[0] else len(text.rstrip("\ufffd"))
-    position = 0
-    for part, name in parts:
-      begin = max(self._printed - position, 0)
-      self._print(part[begin:settled - position], name)
-      position += len(part)
-    self._printed = max(self._printed, settled)
-
-  def _print(self, text: str, name: str) -> None:
-    if not text:
-      return
-    text = console_lib.printable(text)
-    if self._console.is_terminal:
-      self._console.print(
-          rich.text.Text(text, style=console_lib.STYLES[name]), end="",
-          soft_wrap=True)
-    else:  # Without Rich, which would replace tabs.
-      self._console.file.write(
-          text if name == "sampled" else f"[{name}: {text}]")
-    self._console.file.flush()
+    wanted = {(r.prompt_id, r.sample_id): self._tokenizer.decode(
+        list(r.prompt)) for r in asked}
+    for line in path.read_text().splitlines():
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError:  # Left in the middle of a line.
+        continue
+      key = record["prompt_id"], record["sample_id"]
+      if (record.pop("settings", None) != self._settings
+          or wanted.get(key) != record["prompt"]):
+        raise ValueError(
+            f"{path} has completions of other prompts or settings. Name "
+            "another --output, or remove it.")
+      self._records[key] = record
 
 
-def _load(
-    config: config_dict.ConfigDict, path: str | None, stage: str,
-) -> tuple[render.Renderer, Transformer]:
-  """The renderer and the weights, which must have been trained with it."""
-  workdir = workdir_lib.open_existing(
-      path, is_writer=False) if path else None
-  tokenizer = weights.tokenizer(config, workdir)
-  renderer = render.make_renderer(tokenizer, config.chat_template)
-  shape = weights.model_config(config, tokenizer.vocab_size, workdir)
-  if workdir is None or stage == "init":
-    return renderer, weights.initial(config, shape, renderer.hash)
-  return renderer, weights.of_stage(
-      shape, workdir, weights.trained_stage(workdir, stage), renderer.hash)
+def _live(
+    tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
+    model: Transformer, request: requests.Request, stream: TextIO,
+) -> dict[str, Any]:
+  """One completion, printed while it is drawn."""
+  first = jax.process_index() == 0
+  how = sampling.of_tokenizer(
+      tokenizer, ids, request.params,
+      max_prompt_tokens=-(-len(request.prompt) // 64) * 64, chunk=CHUNK)
+  live = Live(tokenizer, ids, stream)
+  drawn = how.generate(
+      model, [request.prompt], sampler.Limits(**{
+          field.name: getattr(request, field.name)
+          for field in dataclasses.fields(sampler.Limits)}),
+      seed=request.seed, prompt_id=[request.prompt_id], stage=request.stage,
+      on_chunk=live if first else None)
+  [record] = _records(tokenizer, drawn, ids)
+  if first:
+    console = console_lib.Console(stream=stream)
+    console.line("")
+    console.line("  ".join(f"{k} {record[k]}" for k in FACTS), "dim")
+  return record
+
+
+def _line(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+  return json.dumps(
+      {**record, "settings": settings}, ensure_ascii=False)
+
+
+def _write(
+    output: str, records: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> None:
+  workdir_lib.replace_file(pathlib.Path(output), "".join(
+      f"{_line(record, settings)}\n" for record in records).encode())
 
 
 def _records(
@@ -160,23 +220,23 @@ def _records(
   return [
       segments.record(tokenizer, drawn, row, ids) | {
           "tokens": drawn.completion(row),
-          "logprobs": drawn.logprobs[row, :length].tolist(),
+          "logprobs": [
+              None if math.isnan(x) else x
+              for x in drawn.logprobs[row, :length].tolist()],
           "provenance": drawn.provenance[row, :length].tolist()}
       for row, length in enumerate(drawn.lengths)]
 
 
-def _show(
-    records: Sequence[dict[str, Any]], live: Live | None, stream: TextIO,
-) -> None:
-  """Each completion with its facts; one printed already, the facts alone."""
-  console = console_lib.Console(stream=stream)
-  for record in records:
-    facts = {key: record[key] for key in (
-        "length", "think_length", "wait_count", "finish_reason")}
-    if live is not None:
-      console.line("")
-      console.line("  ".join(f"{k} {v}" for k, v in facts.items()), "dim")
-    else:
-      console.sample(
-          f"prompt {record['prompt_id']}, sample {record['sample_id']}",
-          record["segments"], prompt=record["prompt"], facts=facts)
+def _record(
+    tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
+    ids: thinking.ThinkingIds,
+) -> dict[str, Any]:
+  [record] = _records(tokenizer, rollouts.of_completions([done]), ids)
+  return record
+
+
+def _show(record: Mapping[str, Any], stream: TextIO, progress: str) -> None:
+  console_lib.Console(stream=stream).sample(
+      f"prompt {record['prompt_id']}, sample {record['sample_id']} "
+      f"({progress})", record["segments"], prompt=record["prompt"],
+      facts={key: record[key] for key in FACTS})

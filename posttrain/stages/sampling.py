@@ -27,7 +27,19 @@ def of_tables(
   return sampler.Sampler(
       ids=ids, tables=tables, params=choice.SamplingParams(
           temperature=rollout.temperature, **truncations),
-      max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk)
+      max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
+      slots=rollout.slots if "slots" in rollout
+      else rollout.batch_rows if rollout.refill else 0)
+
+
+def of_tokenizer(
+    tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
+    params: choice.SamplingParams, *, max_prompt_tokens: int, chunk: int,
+) -> sampler.Sampler:
+  """A sampler whose budgets are counted in a tokenizer's tokens."""
+  return sampler.Sampler(
+      ids=ids, tables=make_tables(tokenizer, ids), params=params,
+      max_prompt_tokens=max_prompt_tokens, chunk=chunk)
 
 
 def make_tables(

@@ -25,6 +25,7 @@ class Thinking:
     newline: forced before `end` unless the text already ends in a line break.
     final_answer: forced after `end` when a maximum closed the thinking.
     wait_text: replaces a delimiter and lets the model go on.
+    more_wait_texts: a row's waits take these and that one in turn.
   """
 
   start: str = ""
@@ -33,6 +34,7 @@ class Thinking:
   newline: str = ""
   final_answer: str = ""
   wait_text: str = ""
+  more_wait_texts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ThinkingIds:
   newline: tuple[int, ...] = ()
   final_answer: tuple[int, ...] = ()
   wait: tuple[int, ...] = ()
+  more_waits: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,9 @@ def resolve(
       delimiters=tuple(dict.fromkeys([end, *others])),
       newline=encode("newline", thinking.newline),
       final_answer=encode("final_answer", thinking.final_answer),
-      wait=encode("wait_text", thinking.wait_text))
+      wait=encode("wait_text", thinking.wait_text),
+      more_waits=tuple(encode("more_wait_texts", text)
+                       for text in thinking.more_wait_texts))
 
 
 def split(
@@ -117,7 +122,8 @@ def split(
       and all(p == FORCED for p in provenance[end - len(part):end]))
   # A newline is forced only behind a token that does not end in one, so one
   # that a wait text ends in is the wait's.
-  if ends_with(ids.newline) and not ends_with(ids.wait):
+  if ends_with(ids.newline) and not any(
+      map(ends_with, (ids.wait, *ids.more_waits))):
     end -= len(ids.newline)
   return Split(slice(start, end), answer, True)
 

@@ -30,6 +30,7 @@ STYLES = {
     "forced": "bold magenta underline",
     "wait": "black on yellow",
     "context": "dim",
+    "thinking": "dim",
     "in the loss": "green",
 }
 RATE_WINDOW = 32  # Updates that the rate is averaged over.

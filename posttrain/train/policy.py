@@ -91,7 +91,9 @@ def _example(
       "tokens": np.concatenate(
           [prompt, rollouts.tokens[row, :length]]).astype(np.int32),
       "loss_mask": behind(rollouts.loss_mask[row], bool),
-      "sampler_logprobs": behind(rollouts.logprobs[row], np.float32),
+      # A forced token's, which may be unknown, has no place in learning.
+      "sampler_logprobs": behind(np.where(
+          rollouts.loss_mask[row], rollouts.logprobs[row], 0), np.float32),
       **({} if experts is None else {
           "sampler_experts": behind(experts[row], experts.dtype)}),
       **{name: every(values[row])

@@ -18,7 +18,8 @@ from posttrain.sampler import choice, sampler
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")
-VERBS = ("train", "eval", "sample", "report", "export", "import", "plan")
+VERBS = (
+    "train", "eval", "sample", "chat", "report", "export", "import", "plan")
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def calls(monkeypatch):
       "posttrain.pipeline": dict(
           train=record("train"), evaluate=record("evaluate")),
       "posttrain.stages.sample": dict(run=record("sample")),
+      "posttrain.stages.chat": dict(run=record("chat")),
       "posttrain.report": dict(
           build=record("report"), figures=lambda workdirs: "figures\n"),
       "posttrain.transfer": dict(
@@ -209,6 +211,17 @@ def test_sample_hands_over_every_flag(calls):
       limits=sampler.Limits(
           max_tokens=9, max_thinking_tokens=8, min_thinking_tokens=1,
           num_waits=2))
+
+
+def test_chat_hands_over_how_to_draw(calls):
+  assert main_lib.main([
+      "chat", "--model=smollm2-135m", "--temperature=0.5", "--seed=4"]) == 0
+  [(name, (config,), flags)] = calls
+  assert (name, config.model) == ("chat", "smollm2-135m")
+  assert flags == dict(
+      workdir=None, stage="", seed=4,
+      params=choice.SamplingParams(temperature=0.5),
+      limits=sampler.Limits(max_tokens=256))
 
 
 def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):

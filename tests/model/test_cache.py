@@ -56,7 +56,7 @@ def decode(model, prompts, segment_ids, tokens, positions, slots):
   """Log-probabilities [STEPS, B, V], after each token that is fed."""
   order = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
   _, cache = model.prefill(prompts, order, segment_ids)
-  cache = kv.grow(kv.fan_out(cache, GROUP_SIZE), slots)
+  cache = kv.resize(kv.fan_out(cache, GROUP_SIZE), slots)
   blocks = model.unstacked()
 
   def step(cache, column):

@@ -58,14 +58,15 @@ def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   monkeypatch.setattr(training, "make_update", watched_update)
   for module, kind, name in (
       (decode, "prefill", "prefill"), (decode, "decode", "decode"),
-      (decode, "grow", "grow"), (policy, "logprobs", "sequence_logprobs")):
+      (decode, "unstack", "unstacked"), (decode, "grow", "resize"),
+      (policy, "logprobs", "sequence_logprobs")):
     monkeypatch.setattr(module, name, watch(kind, getattr(module, name)))
   pipeline.train(config, str(tmp_path / "run"))
 
   planned["logprobs"] = planned.pop("old_logprobs") | planned.pop(
       "ref_logprobs")
   assert set(real) == set(planned)
-  for kind in ("update", "prefill", "logprobs"):
+  for kind in ("update", "prefill", "unstack", "logprobs"):
     assert real[kind] == planned[kind], kind
   for kind in ("decode", "grow"):  # Rows may be done before the last size.
     assert real[kind] <= planned[kind], kind

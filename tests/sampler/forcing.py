@@ -23,14 +23,17 @@ class Strings:
   newline: tuple = ()
   final_answer: tuple = ()
   wait: tuple = ()
+  more_waits: tuple = ()
   stop_ids: tuple = ()
   ends_newline: frozenset = frozenset()
+  reflections: tuple = ()
   vocab_size: int = 8
 
   def tables(self):
     flags = np.isin(np.arange(self.vocab_size), list(self.ends_newline))
     return budget.BudgetTables.build(
-        self, self.stop_ids, flags, self.vocab_size)
+        self, self.stop_ids, flags, self.vocab_size, np.isin(
+            np.arange(self.vocab_size), list(self.reflections)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Limits:
   waits: int = 0
   tokens: int = 1000
   truncate: bool = False
+  order: tuple = ()  # Of the wait texts; () for all in turn.
+  suppress: bool = False
 
 
 @dataclasses.dataclass
@@ -138,7 +143,7 @@ def think(row, best, add, check, force, prompt, strings, limits):
       force(strings.end[begun:] + strings.final_answer)
       return None
 
-    banned = set()
+    banned = set(strings.reflections if limits.suppress else ())
     if after_wait:
       banned |= set(strings.stop_ids) | {d[0] for d in ways_out}
     if row.thinking < limits.minimum:
@@ -163,10 +168,13 @@ def think(row, best, add, check, force, prompt, strings, limits):
     delimiter = max(found, key=len)
     row.thinking -= len(delimiter) - 1
     if row.waits < limits.waits:
+      texts = (strings.wait, *strings.more_waits)
+      turns = limits.order or range(len(texts))
+      text = texts[turns[row.waits % len(turns)]]
       row.waits += 1
       del row.tokens[-len(delimiter):], row.sources[-len(delimiter):]
       fresh, after_wait = [], True
-      for token in strings.wait:
+      for token in text:
         if 0 <= limits.maximum <= row.thinking:
           break
         row.thinking += 1

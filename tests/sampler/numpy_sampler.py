@@ -29,10 +29,10 @@ CLOSED = {budget.OPEN: "open", budget.NATURAL: "natural",
 
 
 def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
-                 **params) -> Sampler:
+                 slots=0, **params) -> Sampler:
   return Sampler(
       strings, strings.tables(), choice.SamplingParams(**params),
-      max_prompt_tokens=max_prompt_tokens, chunk=chunk)
+      max_prompt_tokens=max_prompt_tokens, chunk=chunk, slots=slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,8 @@ def sample(params, config, rollouts: Rollouts, row: int, strings, limits,
   follows the sampler.
 
   Returns:
-    The row, the log-probability of each of its tokens (0 where forced), and
-    the number of near-ties.
+    The row, the log-probability of each of its tokens (of one that was
+    forced, the model's own), and the number of near-ties.
   """
   prompt, raw = rollouts.prompts[row], rollouts.raw[row]
   draws = np.flatnonzero(raw >= 0)
@@ -137,10 +137,12 @@ def sample(params, config, rollouts: Rollouts, row: int, strings, limits,
   told = forcing.reference(
       model, prompt, in_thinking(prompt, strings), strings,
       limits_of(limits, row))
+  own = numpy_transformer.log_softmax(numpy_transformer.logits(
+      params, config, prompt + told.tokens)[len(prompt) - 1:-1])
   logprobs = [
       np.log(distribution(
           logits[i], told.bans[i], **sampling)[token])
-      if source == "sampled" else 0.0
+      if source == "sampled" else own[i, token]
       for i, (token, source) in enumerate(
           zip(told.tokens, told.sources, strict=True))]
   return told, np.array(logprobs), ties

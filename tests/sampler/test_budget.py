@@ -37,7 +37,11 @@ def budgets_of(limits):
   return budget.Budgets(
       max_thinking_tokens=column("maximum"),
       min_thinking_tokens=column("minimum"), num_waits=column("waits"),
-      max_tokens=column("tokens"), truncate=column("truncate", bool))
+      max_tokens=column("tokens"), truncate=column("truncate", bool),
+      wait_order=sharding.put(np.array(
+          [(*row.order, -1, -1)[:2] for row in limits], np.int32),
+          "batch", None),
+      suppress=column("suppress", bool))
 
 
 start_rows = jax.jit(budget.init)
@@ -210,6 +214,8 @@ def random_strings(seed):
         start=word(1, 2), end=word(1, 3),
         delimiters=tuple(word(1, 3) for _ in range(rng.integers(0, 3))),
         newline=word(0, 1), final_answer=word(0, 2), wait=word(0, 3),
+        more_waits=tuple(word(0, 2) for _ in range(rng.integers(0, 3))),
+        reflections=word(0, 2),
         stop_ids=word(1, 1), ends_newline=frozenset(word(1, 2)))
     try:
       strings.tables()
@@ -256,7 +262,8 @@ rows_of_limits = st.lists(
     st.builds(
         Limits, maximum=st.integers(-1, 9), minimum=st.integers(0, 5),
         waits=st.integers(0, 3), tokens=st.integers(1, 30),
-        truncate=st.booleans()),
+        truncate=st.booleans(), suppress=st.booleans(),
+        order=st.sampled_from([(), (0,), (0, 0)])),
     min_size=ROWS, max_size=ROWS)
 
 

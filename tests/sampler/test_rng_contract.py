@@ -36,9 +36,9 @@ def params():
 
 def run(params, prompt_ids, *, mesh=None, group_size=2, chunk=64,
         max_prompt_tokens=6, first_sample=0, seed=7, stage="reason", step=3,
-        prompts=PROMPTS):
+        prompts=PROMPTS, slots=0):
   sampler = make_sampler(
-      STRINGS, max_prompt_tokens=max_prompt_tokens, chunk=chunk)
+      STRINGS, max_prompt_tokens=max_prompt_tokens, chunk=chunk, slots=slots)
   with jax.set_mesh(mesh or meshes.one()):
     return sampler.generate(
         build.load(CONFIG, params), [prompts[i] for i in prompt_ids],
@@ -123,16 +123,18 @@ def test_another_slot_and_other_neighbours_are_bitwise_equal(params, rollouts):
     (dict(prompt_ids=[14, 11], group_size=4), 4),
     (dict(first_sample=1), 4),
     (dict(chunk=16), 8),
-], ids=["alone", "group_size", "first_sample", "chunk"])
+    (dict(slots=3, chunk=16), 8),
+], ids=["alone", "group_size", "first_sample", "chunk", "slots"])
 def test_another_schedule_gives_the_same_tokens(
     params, rollouts, change, at_least):
   other = run(params, **(dict(prompt_ids=list(PROMPTS)) | change))
   assert_same(params, rollouts, other, at_least)
 
 
-def test_another_mesh_gives_the_same_tokens(params, rollouts):
+@pytest.mark.parametrize("slots", [0, 4])
+def test_another_mesh_gives_the_same_tokens(params, rollouts, slots):
   """Three prompts on four parts: padding rows too."""
-  other = run(params, [11, 13, 14], mesh=meshes.eight())
+  other = run(params, [11, 13, 14], mesh=meshes.eight(), slots=slots)
   assert_same(params, rollouts, other, 6)
 
 

@@ -66,7 +66,7 @@ def test_a_record_holds_the_rollouts_facts():
       think_end=np.array([0, budget.NATURAL]),
       think_lengths=np.array([0, 3]), answer_lengths=np.array([0, 1]),
       wait_count=np.array([0, 1]), prompt_id=np.array([1, 40]),
-      sample_id=np.array([0, 2]), raw=np.zeros((2, 0)))
+      sample_id=np.array([0, 2]), raw=np.zeros((2, 0)), experts=None)
   assert set(one) == {field.name for field in dataclasses.fields(Rollouts)}
   record = segments.record(WORDS, Rollouts(**one), 1, IDS)
   assert {name: record[name] for name in (

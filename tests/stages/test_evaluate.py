@@ -198,12 +198,14 @@ def test_what_is_left_in_the_workdir(workdir, result):
   assert (workdir / "measure/eval/curve.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
-def test_another_batch_size_asks_the_same(result, tmp_path):
-  """One problem at a time; near ties apart, the same completions."""
+@pytest.mark.parametrize("refill", [
+    pytest.param(False, marks=pytest.mark.slow), True])
+def test_another_batch_size_asks_the_same(result, tmp_path, refill):
+  """One problem at a time, or four completions of any; near ties apart."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [
-        *MEASURE, "measure.rollout.batch_rows=4", "measure.num_waits=",
+        *MEASURE, "measure.rollout.batch_rows=4",
+        f"measure.rollout.refill={refill}", "measure.num_waits=",
         "measure.max_thinking_tokens=2"])
     evaluation = evaluate.Evaluation(run.context("measure"))
     again = evaluation.evaluate("init", pipeline_run.start(run))

@@ -310,11 +310,13 @@ def test_without_a_kl_no_reference_is_held(tmp_path):
         tmp_path, weights_of=weights_of).reference is None
 
 
-def test_a_reward_that_can_be_learned_is_learned(tmp_path):
+@pytest.mark.parametrize("slots", [0, 6])
+def test_a_reward_that_can_be_learned_is_learned(tmp_path, slots):
   """From about a third to nearly always; one fixed seed, wide margins."""
   with jax.set_mesh(meshes.one()):
     pipeline_run.train(tmp_path, [
-        "reason.num_steps=40", "reason.health.patience=40"])
+        "reason.num_steps=40", "reason.health.patience=40",
+        f"reason.rollout.slots={slots}"])
   rows = metrics.read(tmp_path / "metrics.jsonl")
   rewards = [row["reward"] for row in rows]
   print(f"reward {np.mean(rewards[:4]):.2f} -> {np.mean(rewards[-4:]):.2f}")

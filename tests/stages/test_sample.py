@@ -89,6 +89,7 @@ def test_completions_are_printed_written_and_returned(config, tmp_path):
   output = tmp_path / "out.jsonl"
   records, text = run(config, rows, num_samples=2, output=str(output))
   written = [json.loads(line) for line in output.open()]
+  assert {w.pop("settings")["seed"] for w in written} == {0}
   assert written == json.loads(json.dumps(records))
   assert [(r["prompt_id"], r["sample_id"]) for r in records] == [
       (0, 0), (0, 1), (1, 0), (1, 1)]
@@ -105,6 +106,21 @@ def test_completions_are_printed_written_and_returned(config, tmp_path):
   assert streamed.partition("\nlength")[0] == "".join(
       part if name == "sampled" else f"[{name}: {part}]"
       for part, name in alone["segments"])
+
+
+def test_an_interrupted_batch_goes_on(config, tmp_path):
+  """Half of the file and a half line are left; the rest is drawn."""
+  rows = [{"prompt": f"6 5 2 {i} : 1 <think>"} for i in range(5)]
+  output = tmp_path / "out.jsonl"
+  records, _ = run(config, rows, num_samples=2, output=str(output))
+  lines = output.read_text().splitlines(keepends=True)
+  output.write_text("".join([lines[3], lines[8], lines[1], lines[2][:30]]))
+  again, text = run(config, rows, num_samples=2, output=str(output))
+  assert [r["tokens"] for r in again] == [r["tokens"] for r in records]
+  assert "(10 of 10)" in text and "(3 of 10)" not in text
+  assert output.read_text().count("\n") == 10
+  with pytest.raises(ValueError, match="other prompts or settings"):
+    run(config, rows, num_samples=2, output=str(output), seed=1)
 
 
 @pytest.mark.parametrize("stage, what", [

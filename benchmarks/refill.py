@@ -1,0 +1,167 @@
+"""`python -m benchmarks.refill`: what refilling gains on long-tailed lengths.
+
+Completions whose lengths are lognormal, the longest at least `--tail` times
+the mean, are drawn twice by the same model with the same number of rows
+decoded together: in batches that wait for their longest row, and by the
+engine, which refills a row when it ends. Both sides take turns, so that what
+else the machine does meets both; a line of JSON has medians and their ratio,
+on the wall and in process CPU seconds.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from benchmarks.__main__ import SMALL_VOCABULARY, describe
+from posttrain import distributed, sharding
+from posttrain.model import transformer
+from posttrain.model.presets import PRESETS
+from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler.engine import Engine, Settings
+from posttrain.sampler.requests import Request
+from posttrain.text import thinking
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+      prog="python -m benchmarks.refill", description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+  parser.add_argument("--requests", type=int, default=512)
+  parser.add_argument("--rows", type=int, default=32)
+  parser.add_argument("--prompt", type=int, default=16)
+  parser.add_argument("--mean", type=float, default=64)
+  parser.add_argument("--tail", type=float, default=8)
+  parser.add_argument("--repeats", type=int, default=5)
+  return parser.parse_args(argv)
+
+
+def lognormal_lengths(count: int, mean: float, tail: float) -> np.ndarray:
+  """[count] int, of one seed; spread until longest / mean is `tail`."""
+  normal = np.random.default_rng(0).normal(size=count)
+  for sigma in np.arange(0.2, 3, 0.05):
+    shape = np.exp(sigma * normal)
+    lengths = np.maximum(1, np.round(shape * mean / shape.mean())).astype(int)
+    if lengths.max() >= tail * lengths.mean():
+      return lengths
+  raise ValueError(f"{count} lengths do not reach a tail of {tail}.")
+
+
+class Waiting:
+  """Batches of `rows`, each of which waits for its longest."""
+
+  def __init__(self, model, tables, prompts, lengths, rows):
+    self._model, self._prompts = model, prompts
+    self._lengths, self._rows = lengths, rows
+    self._sampler = sampler.Sampler(
+        ids=thinking.ThinkingIds(), tables=tables,
+        params=choice.SamplingParams(),
+        max_prompt_tokens=len(prompts[0]), chunk=32)
+    self.steps = 0
+
+  def __call__(self) -> int:
+    tokens, self.steps = 0, 0
+    for start in range(0, len(self._prompts), self._rows):
+      part = slice(start, start + self._rows)
+      drawn = self._sampler.generate(
+          self._model, self._prompts[part],
+          sampler.Limits(self._lengths[part]),
+          prompt_id=range(start, start + self._rows), seed=0, stage="refill")
+      tokens += int(drawn.lengths.sum())
+      self.steps += int(drawn.lengths.max())
+    return tokens
+
+
+class Refilling:
+  """The engine, with as many slots."""
+
+  def __init__(self, model, tables, prompts, lengths, rows):
+    longest = len(prompts[0]) + int(lengths.max())
+    self._engine = Engine(model, tables, Settings(
+        slots=rows, max_slots=longest, chunk=32,
+        prefill_chunk=len(prompts[0])))
+    self._asked = [
+        Request(prompt=tuple(prompt), max_tokens=int(length), prompt_id=i,
+                stage="refill")
+        for i, (prompt, length) in enumerate(
+            zip(prompts, lengths, strict=True))]
+    self.steps = 0
+
+  def __call__(self) -> int:
+    before = self._engine.stats.steps
+    for request in self._asked:
+      self._engine.submit(request)
+    tokens = sum(len(done.tokens) for done in self._engine.results())
+    self.steps = self._engine.stats.steps - before
+    return tokens
+
+  @property
+  def occupancy(self) -> float:
+    return self._engine.occupancy
+
+
+def seconds(run: Callable[[], int], tokens: int) -> dict[str, float]:
+  """Of the wall, and of all cores."""
+  wall, cpu = time.perf_counter(), time.process_time()
+  found = run()
+  if found != tokens:
+    raise RuntimeError(f"{found} tokens were drawn, and {tokens} asked for.")
+  return {"wall": time.perf_counter() - wall,
+          "cpu": time.process_time() - cpu}
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+  preset = PRESETS[arguments.preset]
+  config = dataclasses.replace(
+      preset, vocab_size=preset.vocab_size or SMALL_VOCABULARY,
+      unroll=preset.layers)
+  lengths = lognormal_lengths(
+      arguments.requests, arguments.mean, arguments.tail)
+  prompts = np.random.default_rng(1).integers(
+      0, config.vocab_size, (len(lengths), arguments.prompt)).tolist()
+  tables = budget_tables.BudgetTables.build(  # Nothing stops a row early.
+      thinking.ThinkingIds(), (), np.zeros(config.vocab_size, bool),
+      config.vocab_size)
+  model = transformer.init(config, 0)
+  sides = {side.__name__.lower(): side(
+      model, tables, prompts, lengths, arguments.rows)
+           for side in (Waiting, Refilling)}
+  total = int(lengths.sum())
+  taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+  for repeat in range(arguments.repeats + 1):
+    for name, side in sides.items():
+      spent = seconds(side, total)
+      if repeat:  # The first compiles.
+        taken[name].append(spent)
+  median = lambda name, clock: statistics.median(
+      times[clock] for times in taken[name])
+  refilling = sides["refilling"]
+  assert isinstance(refilling, Refilling)
+  return describe(config) | {
+      "benchmark": "refill", "requests": len(lengths), "rows": arguments.rows,
+      "tokens": total, "longest_to_mean": lengths.max() / lengths.mean(),
+      "occupancy": refilling.occupancy,
+      **{f"{name}_tokens_per_{clock}_sec": total / median(name, clock)
+         for name in sides for clock in ("wall", "cpu")},
+      **{f"{name}_steps": side.steps for name, side in sides.items()},
+      **{f"ratio_{clock}": median("waiting", clock) / median(
+          "refilling", clock) for clock in ("wall", "cpu")}}
+
+
+def main(argv: list[str] | None = None) -> None:
+  arguments = parse(argv)
+  distributed.initialize(cpu_devices=1)
+  with jax.set_mesh(sharding.make_mesh()):
+    line = measure(arguments)
+  if jax.process_index() == 0:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+  main()

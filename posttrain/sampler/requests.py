@@ -1,0 +1,248 @@
+"""What an engine is asked for, what it returns, and when it cannot.
+
+  n: tokens of a completion
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.sampler import budget, choice
+from posttrain.sampler.budget_tables import BudgetTables
+
+PLAIN = choice.SamplingParams()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One completion. The seed and the ids say which random bits it gets.
+
+  Attributes:
+    prompt: token ids.
+    max_tokens: of the completion, forced tokens included.
+    params: temperature and truncation.
+    max_thinking_tokens, min_thinking_tokens, num_waits, truncate: its budget,
+      see `budget.Budgets`.
+    wait_order: which of the wait texts its waits take, in turn; () for all.
+    suppress: words of reflection are not sampled while it thinks.
+    stop_ids: end it, besides the tokenizer's.
+    stop_strings: end it where one of them is first complete.
+    banned_ids: are never sampled.
+    seed, stage, step, prompt_id, sample_id: see `choice.row_keys`.
+    prefix: so many of the prompt's first tokens are shared with others, and
+      prefilled once for all of them.
+    hook: the argument of the engine's logits hook.
+    script: [steps] choices to replay (`Completion.raw`), -1 draws.
+  """
+
+  prompt: tuple[int, ...]
+  max_tokens: int
+  params: choice.SamplingParams = PLAIN
+  max_thinking_tokens: int = -1
+  min_thinking_tokens: int = 0
+  num_waits: int = 0
+  truncate: bool = False
+  wait_order: tuple[int, ...] = ()
+  suppress: bool = False
+  stop_ids: tuple[int, ...] = ()
+  stop_strings: tuple[str, ...] = ()
+  banned_ids: tuple[int, ...] = ()
+  seed: int = 0
+  stage: str = "engine"
+  step: int = 0
+  prompt_id: int = 0
+  sample_id: int = 0
+  prefix: int = 0
+  hook: Any = None
+  script: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """What became of a request.
+
+  Attributes:
+    id: what `submit` returned.
+    request: itself.
+    tokens: [n] what follows the prompt, a stop id included.
+    logprobs: [n] float32, see `Rollouts.logprobs`.
+    provenance: [n] int8, 1 sampled, 2 forced.
+    finish_reason: "eos", "budget", "length", "stop", "abort" or "error".
+    error: what is wrong with the request; "" if nothing is.
+    think_end: "open", "natural" or "budget".
+    think_length, answer_length, wait_count: counts, see `BudgetState`.
+    surplus: tokens behind a stop string that were drawn and cut.
+    model_logprobs: [n] float32, of the tokens under the model alone; None if
+      the engine does not record them.
+    top_tokens, top_logprobs: [n, k] the likeliest tokens at each step, of the
+      distribution that was sampled from; None if it does not record them.
+    experts: [n, L, k], see `Rollouts.experts`; None without experts.
+    raw: [steps] int32, every choice, see `Rollouts.raw`.
+  """
+
+  id: int
+  request: Request
+  tokens: list[int]
+  logprobs: np.ndarray
+  provenance: np.ndarray
+  finish_reason: str
+  error: str = ""
+  think_end: str = "open"
+  think_length: int = 0
+  answer_length: int = 0
+  wait_count: int = 0
+  surplus: int = 0
+  model_logprobs: np.ndarray | None = None
+  top_tokens: np.ndarray | None = None
+  top_logprobs: np.ndarray | None = None
+  experts: np.ndarray | None = None
+  raw: np.ndarray = dataclasses.field(
+      default_factory=lambda: np.zeros(0, np.int32))
+
+  @classmethod
+  def nothing(
+      cls, number: int, request: Request, reason: str, error: str = "",
+  ) -> "Completion":
+    """Of a request that never ran."""
+    return cls(number, request, [], np.zeros(0, np.float32),
+               np.zeros(0, np.int8), reason, error)
+
+
+def drawn_waits(request: Request, count: int, texts: int) -> tuple[int, ...]:
+  """A `wait_order` drawn from `texts` wait texts by the request's ids."""
+  rng = np.random.default_rng([
+      request.seed, choice.stage_number(request.stage), request.step,
+      request.prompt_id, request.sample_id])
+  return tuple(rng.integers(0, texts, count).tolist())
+
+
+def most_slots(request: Request, tables: BudgetTables) -> int:
+  """Cache slots that the request can come to use: its prompt and its steps."""
+  longest = max(map(len, tables.delimiters), default=0)
+  return len(request.prompt) + request.max_tokens + (
+      (request.num_waits + 1) * longest if tables.used else 0)
+
+
+def problem(
+    request: Request, tables: BudgetTables, *, max_slots: int, max_ids: int,
+    can_decode: bool,
+) -> str:
+  """Why the request cannot run; "" if it can.
+
+  Args:
+    max_slots: of the cache.
+    max_ids: of stop ids, of banned ids, and of the order of waits.
+    can_decode: the engine can turn tokens into text.
+  """
+  r, size = request, tables.vocab_size
+  if not r.prompt:
+    return "The prompt has no tokens."
+  if not 0 <= r.seed < 2**32:
+    return f"seed is {r.seed} and must lie in 0 to 2**32 - 1."
+  ids = (*r.prompt, *r.stop_ids, *r.banned_ids)
+  if min(ids) < 0 or max(ids) >= size:
+    return (f"A token id lies outside of 0 to {size - 1}. Is it of another "
+            "tokenizer?")
+  if r.max_tokens < 1:
+    return f"max_tokens is {r.max_tokens} and must be 1 or more."
+  needed = most_slots(r, tables)
+  if needed > max_slots:
+    return (f"A prompt of {len(r.prompt)} tokens and a completion of up to "
+            f"{needed - len(r.prompt)} need {needed} slots, and the cache has "
+            f"{max_slots}. Shorten them or raise max_slots.")
+  if not 0 <= r.prefix < len(r.prompt):
+    return (f"prefix is {r.prefix}, and of {len(r.prompt)} prompt tokens one "
+            "at least is not shared.")
+  for name in ("stop_ids", "banned_ids", "wait_order"):
+    found = len(getattr(r, name))
+    if found > max_ids:
+      return (f"{name} has {found} ids, and the engine was made for "
+              f"{max_ids}. Raise its max_ids.")
+  if not all(0 <= i < len(tables.waits) for i in r.wait_order):
+    return (f"wait_order={r.wait_order} names wait texts, of which there are "
+            f"{len(tables.waits)}, from 0.")
+  if r.suppress and tables.reflections is None:
+    return "suppress is set, and no words of reflection were given."
+  if len(set(r.banned_ids)) >= size:
+    return "Every token is banned."
+  if not all(r.stop_strings):
+    return "A stop string is empty, and would stop before the first token."
+  if r.stop_strings and not can_decode:
+    return "The engine has no tokenizer to find stop strings with."
+  return budget_problem(r, tables)
+
+
+def budget_problem(limits: Any, tables: BudgetTables) -> str:
+  """What contradicts itself in a budget; "" if nothing does.
+
+  Args:
+    limits: a request, or what has the fields of its budget.
+  """
+  maximum, minimum = limits.max_thinking_tokens, limits.min_thinking_tokens
+  if not tables.used:
+    if maximum >= 0 or minimum or limits.num_waits:
+      return ("A thinking budget is set and thinking.end is empty. Set it to "
+              "the string that ends the thinking.")
+    return ""
+  if maximum < 0:
+    return ""
+  if minimum > maximum:
+    return (f"min_thinking_tokens is above max_thinking_tokens: {minimum} and "
+            f"{maximum}.")
+  closing = sum(map(len, (tables.newline, tables.end, tables.final_answer)))
+  if not limits.truncate and maximum + closing + 1 > limits.max_tokens:
+    return (
+        f"rollout.max_tokens={limits.max_tokens} leaves no room for an answer: "
+        f"{maximum} thinking tokens and {closing} to close them need at least "
+        f"{maximum + closing + 1}.")
+  return ""
+
+
+def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
+  """The prompt opens a thinking section and does not close it."""
+  if not tables.used:
+    return False
+  if not tables.start:
+    return True
+  opened = _last_index(prompt, tables.start)
+  return opened >= 0 and opened > _last_index(prompt, tables.end)
+
+
+def _last_index(tokens: tuple[int, ...], part: tuple[int, ...]) -> int:
+  """The last index where `part` occurs, or -1."""
+  return next((i for i in range(len(tokens) - len(part), -1, -1)
+               if tokens[i:i + len(part)] == part), -1)
+
+
+def columns(
+    requests: Sequence[Request | None], max_ids: int,
+) -> tuple[budget.Budgets, choice.RowParams, Any, dict[str, np.ndarray]]:
+  """Budgets, parameters, banned ids and key parts of the rows, as NumPy.
+
+  A slot without a request (None) gets what does nothing.
+  """
+  idle = Request(prompt=(0,), max_tokens=1)
+  rows = [request or idle for request in requests]
+
+  def column(name: str, dtype: type = np.int32) -> Any:  # NumPy until later.
+    return np.array([getattr(r, name) for r in rows], dtype)
+
+  def padded(name: str) -> Any:
+    ids = [getattr(r, name) for r in rows]
+    return np.array([(*i, *(-1,) * (max_ids - len(i))) for i in ids], np.int32)
+
+  budgets = budget.Budgets(
+      max_thinking_tokens=column("max_thinking_tokens"),
+      min_thinking_tokens=column("min_thinking_tokens"),
+      num_waits=column("num_waits"), max_tokens=column("max_tokens"),
+      truncate=column("truncate", bool), stop_ids=padded("stop_ids"),
+      wait_order=padded("wait_order"), suppress=column("suppress", bool))
+  keys = {
+      "seed": column("seed", np.uint32), "step": column("step"),
+      "stage": np.array(
+          [choice.stage_number(r.stage) for r in rows], np.uint32),
+      "prompt_id": column("prompt_id"), "sample_id": column("sample_id")}
+  return (budgets, choice.RowParams.of([r.params for r in rows]),
+          padded("banned_ids"), keys)

@@ -1,0 +1,171 @@
+"""A conversation in the terminal, with budgets that change between turns.
+
+No stage of a pipeline: the `chat` verb runs it. Thinking is dimmed, forced
+tokens are marked, and earlier turns are given back to the model without their
+thinking, as the families' templates do.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TextIO
+
+import jax
+from ml_collections import config_dict
+
+from posttrain import sharding
+from posttrain.sampler import choice, requests, sampler, segments
+from posttrain.stages import loaded, sampling
+from posttrain.stages.live import Live
+from posttrain.text import render, thinking
+from posttrain.train import console as console_lib
+
+CHUNK = 8  # Tokens between two looks: what is read is seen early.
+HELP = """\
+/budget N     at most N thinking tokens; /budget off for no maximum
+/least N      at least N thinking tokens
+/wait N       replace the first N ends of thinking by the wait text
+/tokens N     at most N tokens an answer, thinking included
+/temperature X   0 takes the likeliest token
+/reset        forget the conversation
+/exit         leave (or end of input)"""
+
+
+def run(
+    config: config_dict.ConfigDict, *, workdir: str | None = None,
+    stage: str = "", params: choice.SamplingParams, limits: sampler.Limits,
+    seed: int = 0, lines: Iterable[str] | None = None,
+    stream: TextIO | None = None,
+) -> list[dict[str, str]]:
+  """Talks until the input ends.
+
+  Args:
+    config, workdir, stage: whose weights, as in `sample.run`.
+    params, limits: to begin with.
+    seed: with the turn's number, what a draw depends on.
+    lines: what is said; read from the terminal by default.
+    stream: where to print; standard output by default.
+
+  Returns:
+    The messages.
+
+  Raises:
+    ValueError: no such weights, no chat template, or several processes.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+        f"{jax.process_count()} processes cannot share a terminal. Chat on one "
+        "machine; `posttrain sample` runs on many.")
+  with jax.set_mesh(sharding.make_mesh(
+      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
+    renderer, model = loaded.load(config, workdir, stage)
+    if not isinstance(renderer, render.ChatRenderer):
+      raise ValueError(
+          'chat_template="plain" has no turns. Use a model with a chat '
+          "template, or set chat_template to a Jinja file.")
+    talk = Chat(renderer, thinking.resolve(
+        thinking.Thinking(**config.thinking), renderer.tokenizer), params,
+                limits, seed, stream or sys.stdout)
+    for line in lines if lines is not None else typed():
+      if not talk.hear(model, line.strip()):
+        break
+  return talk.messages
+
+
+def typed() -> Iterator[str]:
+  """Lines of the terminal, until end of input."""
+  while True:
+    try:
+      yield input("\n> ")
+    except EOFError:
+      return
+
+
+class Chat:
+  """The conversation so far, and how the next turn is drawn.
+
+  Attributes:
+    messages: with roles, thinking left out.
+  """
+
+  def __init__(
+      self, renderer: render.ChatRenderer, ids: thinking.ThinkingIds,
+      params: choice.SamplingParams, limits: sampler.Limits, seed: int,
+      stream: TextIO,
+  ):
+    self.messages: list[dict[str, str]] = []
+    self._renderer, self._ids = renderer, ids
+    self._params, self._limits, self._seed = params, limits, seed
+    self._stream = stream
+    self._console = console_lib.Console(stream=stream)
+    self._turns = 0
+
+  def hear(self, model, line: str) -> bool:
+    """Answers a line, or obeys a command; false to leave."""
+    if not line:
+      return True
+    if line == "/exit":
+      return False
+    if line.startswith("/"):
+      self._console.line(self._obey(*line[1:].partition(" ")[::2]), "dim")
+      return True
+    asked = [*self.messages, {"role": "user", "content": line}]
+    try:
+      answer = self._answer(model, asked)
+    except ValueError as error:  # Of this turn; the conversation goes on.
+      self._console.line(str(error), "red")
+      return True
+    self.messages = [*asked, {"role": "assistant", "content": answer}]
+    return True
+
+  def _obey(self, name: str, value: str) -> str:
+    """Carries out a command; what to say of it."""
+    limits: dict[str, tuple[str, int]] = {  # And the least that it may be.
+        "budget": ("max_thinking_tokens", -1),
+        "least": ("min_thinking_tokens", 0), "wait": ("num_waits", 0),
+        "tokens": ("max_tokens", 1)}
+    if name == "reset":
+      self.messages = []
+      return "forgotten"
+    try:
+      if name == "temperature":
+        self._params = dataclasses.replace(
+            self._params, temperature=float(value))
+        return f"temperature {float(value):g}"
+      if name in limits:
+        field, least = limits[name]
+        number = -1 if (name, value) == ("budget", "off") else int(value)
+        if number < least:
+          raise ValueError(f"/{name} needs {least} or more.")
+        self._limits = sampler.Limits(
+            **(vars(self._limits) | {field: number}))
+        return f"{field} {number}"
+    except ValueError as error:
+      return str(error)
+    return HELP
+
+  def _answer(self, model, messages: list[dict[str, str]]) -> str:
+    """Draws and prints a turn; its text, without the thinking."""
+    tokenizer = self._renderer.tokenizer
+    prompt = self._renderer.prompt_tokens({"messages": messages})
+    slots = 64
+    while slots < len(prompt):
+      slots *= 2  # Few sizes, as each is compiled.
+    how = sampling.of_tokenizer(
+        tokenizer, self._ids, self._params, max_prompt_tokens=slots,
+        chunk=CHUNK)
+    opened = requests.in_thinking(tuple(prompt), how.tables)
+    drawn = how.generate(
+        model, [prompt], self._limits, seed=self._seed, stage="chat",
+        prompt_id=[self._turns], on_chunk=Live(
+            tokenizer, self._ids, self._stream, in_thinking=opened))
+    self._turns += 1
+    self._console.line("")
+    self._console.line(
+        f"{drawn.lengths[0]} tokens, {drawn.think_lengths[0]} of them "
+        f"thinking, {drawn.wait_count[0]} waits, {drawn.finish_name(0)}", "dim")
+    tokens = drawn.completion(0)
+    parts = thinking.split(
+        tokens, drawn.provenance[0, :len(tokens)], self._ids,
+        in_thinking=opened)
+    return segments.completion_text(tokenizer, tokens[parts.answer]).strip()

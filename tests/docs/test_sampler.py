@@ -1,0 +1,53 @@
+"""The code of docs/sampler.md is run."""
+
+import dataclasses
+import pathlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain.sampler import hooks
+from posttrain.sampler.requests import Request
+from tests import meshes
+from tests.model import build
+from tests.sampler import engine_scene as scene
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs/sampler.md").read_text()
+USE, HOOK, POLICY = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+
+def test_the_engine_of_the_page_answers(capsys):
+  with jax.set_mesh(meshes.one()):
+    exec(USE, {
+        "model": build.load(scene.CONFIG, scene.params()),
+        "tables": scene.STRINGS.tables(), "prompts": [[12, 13], [14, 3]],
+        "tokenizer": types.SimpleNamespace(
+            decode=lambda tokens: "".join(chr(64 + t) for t in tokens))})
+  lines = capsys.readouterr().out.splitlines()
+  programs = [line for line in lines if line.startswith("compiled ")]
+  answers = [line.split() for line in lines if line not in programs]
+  assert programs and len(answers) == 16
+  assert {reason for _, reason, *_ in answers} <= {
+      "eos", "budget", "length", "stop"}
+
+
+def test_the_hook_and_the_policy_of_the_page_do_what_they_say():
+  names = {"hooks": hooks, "np": np, "jnp": jnp, "dataclasses": dataclasses}
+  exec(HOOK, names)
+  exec(POLICY, names)
+  with jax.set_mesh(meshes.one()):
+    busy = scene.make_engine(
+        max_slots=256, hook=names["no_repeats"](scene.V),
+        policy=names["patience"])
+    found = scene.take(busy, [Request(
+        prompt=(12, 3), max_tokens=200, num_waits=2, prompt_id=i)
+                              for i in range(8)])
+  assert sum(done.wait_count > 0 for done in found) > 2
+  for done in found:
+    assert not done.wait_count or done.think_length <= 64
+    for a, b, source in zip(done.tokens, done.tokens[1:], done.provenance[1:],
+                            strict=False):
+      assert a != b or source == 2
