@@ -12,6 +12,7 @@ Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
 import os
+import re
 
 import jax
 
@@ -30,9 +31,13 @@ def initialize(*, cpu_devices: int = 1) -> None:
   Raises:
     ValueError: the environment is incomplete or contradicts itself.
   """
-  if "xla_force_host_platform_device_count" not in os.environ.get(
-      "XLA_FLAGS", ""):
+  flags = os.environ.get("XLA_FLAGS", "")
+  forced = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
+  if forced:
+    cpu_devices = int(forced[1])
+  else:
     jax.config.update("jax_num_cpu_devices", cpu_devices)
+  spare_threads(cpu_devices)
   coordinator = os.environ.get(COORDINATOR)
   if not coordinator:
     alone = [name for name in (NUM_PROCESSES, PROCESS_ID) if name in os.environ]
@@ -56,6 +61,20 @@ def initialize(*, cpu_devices: int = 1) -> None:
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       coordinator_bind_address=coordinator if process_id == 0 else None)
+
+
+def spare_threads(cpu_devices: int) -> None:
+  """Gives devices that share the cores more threads than there are cores.
+
+  A device that waits for another in a collective holds a thread of the pool
+  that both use, and so does one that waits for parts of its own product. With
+  as many threads as cores all can end up waiting: a run of the quickstart was
+  aborted so, on two cores ("Expected 2 threads to join the rendezvous"). The
+  threads change no number. Call it before anything touches a device.
+  """
+  if cpu_devices > 1:
+    threads = (os.cpu_count() or 1) + 2 * cpu_devices
+    os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 def _integer(name: str) -> int:

@@ -8,3 +8,5 @@ if os.environ.get("POSTTRAIN_TEST_PLATFORM", "cpu") == "cpu":
   if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = (
         flags + " --xla_force_host_platform_device_count=8").strip()
+    # As `distributed.spare_threads` has it; that would import JAX here.
+    os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + 16))

@@ -147,3 +147,28 @@ def test_an_incomplete_environment_is_an_error(monkeypatch, variables, message):
   set_environment(monkeypatch, **variables)
   with pytest.raises(ValueError, match=re.escape(message)):
     distributed.initialize()
+
+
+COUNT_THREADS = """
+import os
+from posttrain import distributed
+distributed.initialize(cpu_devices=2)
+import jax
+jax.block_until_ready(jax.numpy.ones(3))
+names = [open(f"/proc/self/task/{thread}/comm").read()
+         for thread in os.listdir("/proc/self/task")]
+print(jax.device_count(), sum("Eigen" in name for name in names))
+"""
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
+def test_devices_that_share_cores_have_threads_to_spare():
+  """As many threads as cores can all wait for each other."""
+  env = {name: value for name, value in os.environ.items()
+         if name not in ("PJRT_NPROC", "XLA_FLAGS")}
+  devices, threads = map(int, subprocess.run(
+      [sys.executable, "-c", COUNT_THREADS], env=env, check=True,
+      capture_output=True, text=True).stdout.split())
+  assert devices == 2
+  assert threads >= os.cpu_count() + 4
