@@ -117,7 +117,9 @@ def prefill(
       state=budget.init(tables, budgets, in_thinking, last, done))
 
 
-@jax.jit
+# Here and in `decode` a part of the model is not read. It is on the device all
+# the same, and kept among the arguments so that what counts them sees it.
+@functools.partial(jax.jit, keep_unused=True)
 def unstacked(model: Transformer) -> list[Block]:
   """The layers as the loop reads them, once for all of its chunks.
 
@@ -135,7 +137,7 @@ def resize(carry: Carry, *, slots: int) -> Carry:
 
 @functools.partial(
     jax.jit, static_argnames=("steps", "recorded", "hook", "policy"),
-    donate_argnames="carry")
+    donate_argnames="carry", keep_unused=True)
 def decode(
     model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
     script: jax.Array, until: jax.Array, tables: budget.BudgetTables, *,

@@ -59,8 +59,8 @@ def test_the_json_is_as_promised(golden):
   assert list(short) == ["topology", "devices", "programs"]
   assert (short["topology"], short["devices"]) == ("v5e:2x2", 4)
   assert [program["name"] for program in short["programs"]] == [
-      "cold_start/update", "reason/prefill", "reason/decode[S=32]",
-      "reason/grow[S=32 to 48]", "reason/decode[S=48]",
+      "cold_start/update", "reason/prefill", "reason/unstack",
+      "reason/decode[S=32]", "reason/grow[S=32 to 48]", "reason/decode[S=48]",
       "reason/ref_logprobs", "reason/update"]
   for program in short["programs"]:
     assert list(program) == [
@@ -98,7 +98,7 @@ def test_transposes_beside_weight_gradients(golden):
 def test_decode_reads_little_more_than_weights_and_cache(golden):
   """Nothing is gathered or summed but what a layer and the head need."""
   short, _ = golden
-  found = collectives(short["programs"][2])
+  found = collectives(short["programs"][3])
   steps = 16
   assert found["all-reduce", "tensor"] <= steps * (2 * LAYERS + 1)
 
