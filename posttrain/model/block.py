@@ -143,10 +143,13 @@ class Block(nnx.Module):
       *axes: the result's logical axes, where a contraction splits them.
     """
     out = spec(*axes) if axes else None
-    # Recomputed, which costs no product: the backward pass keeps the weight as
-    # it is at rest, and not every layer's as it was cast or gathered.
-    multiply = jax.checkpoint(lambda x: jnp.einsum(
-        equation, x, self.weight(name), out_sharding=out))
+    multiply = lambda x: jnp.einsum(
+        equation, x, self.weight(name), out_sharding=out)
+    if self.config.remat == "none":
+      # Recomputed, which costs no product: the backward pass keeps the weight
+      # as it is at rest, and not every layer's as it was cast or gathered. The
+      # other policies do so for the layer; twice would gather once more.
+      multiply = jax.checkpoint(multiply)
     y, lora = multiply(x), self.adapter(name)
     if lora is None:
       return y
