@@ -42,8 +42,9 @@ def test_an_environment_of_another_python_is_not_reused(tmp_path):
 def test_every_dependency_is_pinned_within_its_bounds():
   """Once for each Python that the tests run on."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  extras = project["optional-dependencies"]
   bounds = [requirements.Requirement(line) for line in (
-      *project["dependencies"], *project["optional-dependencies"]["dev"])]
+      *project["dependencies"], *extras["dev"], *extras["parity"])]
   pins = [requirements.Requirement(line) for line in (
       ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
   assert {pin.name for pin in pins} == {bound.name for bound in bounds}
