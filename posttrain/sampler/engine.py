@@ -137,7 +137,9 @@ class Engine:
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
     self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
-    self._live: list[live_lib.Live | None] = [None] * settings.slots
+    # Two rows at least, of which one may never be filled: of an array of one
+    # element jax 0.11 forgets the sharding.
+    self._live: list[live_lib.Live | None] = [None] * max(2, settings.slots)
     self._ready: deque[Completion] = deque()
     self._aborted: set[int] = set()
     self._sizes = [
@@ -150,7 +152,7 @@ class Engine:
         model.config, rows=settings.prefill_rows,
         chunk=settings.prefill_chunk, prefixes=settings.prefixes, run=run)
     self._slots = slots_lib.Slots(
-        model.config, tables, slots=settings.slots, size=self._sizes[0],
+        model.config, tables, slots=len(self._live), size=self._sizes[0],
         max_ids=settings.max_ids, recorded=settings.recorded,
         hook=settings.hook, policy=settings.policy, run=run)
 
@@ -253,10 +255,10 @@ class Engine:
 
   def _until(self) -> int:
     """So many rows are done when the host looks before the chunk's end."""
-    slots, idle = self.settings.slots, self._live.count(None)
+    rows, idle = len(self._live), self._live.count(None)
     if not self._pending:
-      return slots
-    return min(idle + max(1, int(slots * self.settings.refill)), slots)
+      return rows
+    return min(idle + max(1, int(rows * self.settings.refill)), rows)
 
   def _abort(self) -> None:
     """Requests that are not wanted any more."""
@@ -277,7 +279,7 @@ class Engine:
 
   def _admit(self) -> None:
     """Puts the first of the queue into the free slots."""
-    free = [i for i, row in enumerate(self._live) if row is None]
+    free = [i for i in range(self.settings.slots) if self._live[i] is None]
     taken = [self._pending.popleft()
              for _ in range(min(len(free), len(self._pending)))]
     if not taken:
@@ -321,7 +323,7 @@ class Engine:
 
   def _collect(self, record: dict[str, np.ndarray], state) -> None:
     """The chunk's tokens to their rows; rows that ended to `_ready`."""
-    stopped = [False] * self.settings.slots
+    stopped = [False] * len(self._live)
     steps = 0
     for slot, row in enumerate(self._live):
       if row is None:
