@@ -192,22 +192,6 @@ def draw(
   return tokens, logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def choose(
-    logits: jax.Array, banned: jax.Array | None, keys: jax.Array,
-    params: SamplingParams | RowParams, given: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """The token that each row takes, [B] int32, and its logprob, [B] float32.
-
-  Args:
-    given: [B] int32, what is taken in place of the draw where it is not
-      negative: a replay, or a test's script. The others as in `draw`.
-  """
-  tokens, distribution = draw(logits, banned, keys, params)
-  if given is not None:
-    tokens = jnp.where(given >= 0, given, tokens)
-  return tokens, logprob_of(distribution, tokens)
-
-
 def logprob_of(distribution: jax.Array, tokens: jax.Array) -> jax.Array:
   """[B] of [B, V]: a contraction, whose layout is never ambiguous."""
   chosen = jnp.arange(distribution.shape[-1]) == tokens[:, None]

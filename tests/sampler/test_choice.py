@@ -36,10 +36,18 @@ def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, banned=()):
   return np.array([p.get(i, 0.0) for i in range(len(logits))])
 
 
+def choose(logits, banned, keys, params, given=None):
+  """Tokens and their logprobs, from the parts that the decode loop calls."""
+  tokens, distribution = choice.draw(logits, banned, keys, params)
+  if given is not None:
+    tokens = jnp.where(given >= 0, given, tokens)
+  return tokens, choice.logprob_of(distribution, tokens)
+
+
 def draw(logits, banned, params, prompt_id, sample_id, positions, seed=0):
   keys = choice.fold_position(
       choice.row_keys(seed, "reason", 3, prompt_id, sample_id), positions)
-  return choice.choose(logits, banned, keys, params)
+  return choose(logits, banned, keys, params)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def test_frequencies_follow_the_exact_distribution(case, many_keys):
   expected = exact(LOGITS, **case)
   banned = np.zeros((DRAWS, 10), bool)
   banned[:, list(case.pop("banned", ()))] = True
-  tokens, logprobs = jax.jit(choice.choose, static_argnames="params")(
+  tokens, logprobs = jax.jit(choose, static_argnames="params")(
       np.tile(LOGITS, (DRAWS, 1)), banned, many_keys,
       params=choice.SamplingParams(**case))
   kept = expected > 0
@@ -119,8 +127,8 @@ def test_a_given_token_has_the_logprob_of_a_drawn_one():
   rows = np.arange(3, dtype=np.int32)
   keys = choice.row_keys(0, "reason", 0, rows, rows)
   params = choice.SamplingParams(temperature=0.7)
-  drawn, _ = choice.choose(logits, None, keys, params)
-  tokens, logprobs = choice.choose(logits, None, keys, params, given)
+  drawn, _ = choose(logits, None, keys, params)
+  tokens, logprobs = choose(logits, None, keys, params, given)
   assert list(tokens) == [4, drawn[1], 2]
   want = np.log(exact(LOGITS, temperature=0.7))[np.asarray(tokens)]
   np.testing.assert_allclose(logprobs, want, atol=2e-6)
@@ -163,7 +171,7 @@ def test_any_id_changes_the_noise(change):
   def tokens(seed, stage, step, prompt_id, sample_id, positions):
     keys = choice.row_keys(seed, stage, step, prompt_id, sample_id)
     keys = choice.fold_position(keys, positions)
-    return np.asarray(choice.choose(
+    return np.asarray(choose(
         jnp.zeros((64, 1000)), None, keys, choice.SamplingParams())[0])
 
   one = tokens(**ids)

@@ -180,7 +180,7 @@ def test_rows_of_one_batch_follow_distributions_of_their_own():
   rows = np.arange(len(cases) * draws, dtype=np.int32)
   keys = choice.row_keys(1, "mixed", 0, rows // 7, rows % 7)
   logits = np.tile(test_choice.LOGITS, (len(rows), 1))
-  tokens, logprobs = jax.jit(choice.choose)(logits, None, keys, params)
+  tokens, logprobs = jax.jit(test_choice.choose)(logits, None, keys, params)
   for i, case in enumerate(cases):
     part = slice(i * draws, (i + 1) * draws)
     expected = test_choice.exact(test_choice.LOGITS, **case)
