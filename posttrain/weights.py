@@ -302,14 +302,16 @@ def frozen_name(frozen: Transformer) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> None:
-  """Keeps these weights in the workdir, unless it has them already."""
+def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> str:
+  """Keeps these weights in the workdir, unless it has them; their name."""
   name = frozen_name(frozen)
+  if not name:
+    return name
   directory = workdir.path / FROZEN / name
-  there = sharding.of_first_host(np.array((directory / "0").exists()))
-  if name and not there:
+  if not sharding.of_first_host(np.array((directory / "0").exists())):
     with checkpoints.Checkpoints(directory, keep=1) as saver:
       saver.save(0, state.to_dict(frozen), {})
+  return name
 
 
 def on_mesh(tree: Any) -> Any:

@@ -98,7 +98,8 @@ def resume(
   for array in jax.tree.leaves(moving):
     array.delete()  # Room for what is read.
   found = saver.restore(wanted)
-  checkpoints.check_same(found, **_identity(context, fresh))
+  checkpoints.check_same(
+      found, **_identity(context, weights.frozen_name(fresh.frozen)))
   context.console.line(f"{context.name}: resumed from step {found.step}")
   return state_lib.from_checkpoint(fresh, found.tree), found
 
@@ -116,10 +117,10 @@ def save(
     number: the step, as the stage counts it.
     **more: `rollouts` and `metrics` of `Checkpoints.save`.
   """
-  weights.save_frozen(state.frozen, context.workdir)
+  frozen = weights.save_frozen(state.frozen, context.workdir)
   saver.save(
       number, state_lib.to_checkpoint(state),
-      _identity(context, state) | extras, **more)
+      _identity(context, frozen) | extras, **more)
 
 
 def leave(
@@ -138,9 +139,10 @@ def stop(context: StageContext, kept: str) -> None:
   raise preemption.Preempted(message)
 
 
-def _identity(
-    context: StageContext, state: state_lib.TrainState) -> dict[str, Any]:
+def _identity(context: StageContext, frozen: str) -> dict[str, Any]:
+  """What a checkpoint and a run must share; `frozen` as `frozen_name` has it.
+  """
   return {
       "seed": context.config.seed, "renderer_hash": context.renderer.hash,
       "plan": plan(context.section, context.config.compute).to_json(),
-      "frozen": weights.frozen_name(state.frozen)}
+      "frozen": frozen}
