@@ -148,9 +148,11 @@ class Sampler:
   ) -> Rollouts:
     """The same rows through fewer slots."""
     parts = sharding.axis_size("batch")
+    # As if each had the longest prompt: others compile nothing anew.
+    most = self.max_prompt_tokens + max(
+        requests.most_slots(r, self.tables) - len(r.prompt) for r in asked)
     queue = engine.Engine(model, self.tables, engine.Settings(
-        slots=-(-self.slots // parts) * parts,
-        max_slots=max(requests.most_slots(r, self.tables) for r in asked),
+        slots=-(-self.slots // parts) * parts, max_slots=most,
         min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
         prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK)))
     numbers = [queue.submit(request) for request in asked]

@@ -1,5 +1,6 @@
 """Oracles: the sampler in NumPy, and the training program's logprobs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.sampler import budget, decode
+from posttrain.sampler import budget, decode, prefill
 from posttrain.sampler.sampler import Limits
 from tests import meshes
 from tests.model import build, numpy_transformer
@@ -275,6 +276,26 @@ def test_one_decode_program_per_cache_bucket():
     assert sizes() == (prefills + 1, decodes + 3)
   # At this temperature all 13 ids occur, and none of the 115 behind them.
   assert set(first.tokens.ravel().tolist()) == set(range(V))
+
+
+def test_refilled_calls_with_other_prompts_compile_nothing():
+  """The ring is as large as the longest prompt allows, not the one at hand."""
+  mesh, model, _, _ = scene("tied", (1, 1))
+  refilled = dataclasses.replace(FREE, slots=3)
+  programs = (decode.decode, decode.resize, prefill.empty, prefill.feed,
+              prefill.place)
+  count = lambda: sum(program._cache_size() for program in programs)
+
+  def run(*prompts):
+    return refilled.generate(
+        model, prompts, Limits(max_tokens=40), prompt_id=range(len(prompts)),
+        group_size=2, seed=0, stage="x")
+
+  with jax.set_mesh(mesh):
+    assert run([6] * PROMPT, [7]).lengths.tolist() == [40] * 4
+    before = count()
+    assert run([8, 9], [7]).lengths.tolist() == [40] * 4
+    assert count() == before
 
 
 def test_the_host_may_stop_rows():
