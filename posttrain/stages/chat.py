@@ -95,6 +95,8 @@ class Chat:
   ):
     self.messages: list[dict[str, str]] = []
     self._renderer, self._ids = renderer, ids
+    # Once: it looks at every token of the vocabulary.
+    self._tables = sampling.make_tables(renderer.tokenizer, ids)
     self._params, self._limits, self._seed = params, limits, seed
     self._stream = stream
     self._console = console_lib.Console(stream=stream)
@@ -151,10 +153,10 @@ class Chat:
     slots = 64
     while slots < len(prompt):
       slots *= 2  # Few sizes, as each is compiled.
-    how = sampling.of_tokenizer(
-        tokenizer, self._ids, self._params, max_prompt_tokens=slots,
-        chunk=CHUNK)
-    opened = requests.in_thinking(tuple(prompt), how.tables)
+    how = sampler.Sampler(
+        ids=self._ids, tables=self._tables, params=self._params,
+        max_prompt_tokens=slots, chunk=CHUNK)
+    opened = requests.in_thinking(tuple(prompt), self._tables)
     drawn = how.generate(
         model, [prompt], self._limits, seed=self._seed, stage="chat",
         prompt_id=[self._turns], on_chunk=Live(
