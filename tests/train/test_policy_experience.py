@@ -163,7 +163,8 @@ def test_packed_and_cut_is_the_loop(layout, rows):
         loss, wanted = looped(index, aggregation)
         assert sums["numerator"] / sums["denominator"] == pytest.approx(
             loss, rel=1e-5)
-        build.assert_same_leaves(grads, wanted)
+        # The ratio's exp magnifies what rounding leaves of two logprobs.
+        build.assert_same_leaves(grads, wanted, tolerance=2e-5)
       assert sums["clip_ratio/high"] + sums["clip_ratio/low"] > 0
 
 
