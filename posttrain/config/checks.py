@@ -207,6 +207,10 @@ def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
   if stage["final_learning_rate"] > stage["learning_rate"]:
     yield (f"final_learning_rate: {stage['final_learning_rate']} is above "
            f"learning_rate={stage['learning_rate']}.")
+  if (stage["optimizer"] == "adafactor" and not stage["beta1"]
+      and stage["moments_dtype"] != "float32"):
+    yield (f"moments_dtype: set to {stage['moments_dtype']!r}, but it has no "
+           "effect: Adafactor keeps no mean if beta1 is 0.")
 
 
 def check_router(config, name: str, stage: Mapping) -> Iterator[str]:

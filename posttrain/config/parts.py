@@ -20,9 +20,22 @@ def optimizer(schedule: str) -> dict[str, Key]:
           needs=decays),
       weight_decay=Key(
           float, 0.0, "Decoupled decay; skips norms and biases.", "[0, inf)"),
-      beta1=Key(float, 0.9, "AdamW: decay of the mean.", "[0, 1)"),
-      beta2=Key(float, 0.999, "AdamW: decay of the square.", "[0, 1)"),
-      eps=Key(float, 1e-8, "AdamW: added to the denominator.", "(0, inf)"),
+      optimizer=Key(
+          str, "adamw", "Adafactor keeps the rows' and columns' means of the "
+          "squared gradients in place of the squares. Its steps are of AdamW's "
+          "size.", choices=("adamw", "adafactor")),
+      moments_dtype=Key(
+          str, "float32", "Of what the optimizer keeps that has the shape of "
+          "the parameters: AdamW's mean and square (this one rounded at "
+          "random, so that small changes count on average), Adafactor's mean.",
+          choices=("float32", "bfloat16")),
+      beta1=Key(float, 0.9, "Decay of the mean, which is of gradients (AdamW) "
+                "or of their directions (Adafactor; 0: none is kept).",
+                "[0, 1)"),
+      beta2=Key(float, 0.999, "Decay of the square; Adafactor's is "
+                "1 - step**-0.8 until that is larger.", "[0, 1)"),
+      eps=Key(float, 1e-8, "Added to the denominator.", "(0, inf)",
+              needs=Needs("optimizer", "==", "adamw")),
       max_grad_norm=Key(
           float, 1.0, "Global norm to which gradients are clipped.",
           "(0, inf)"),

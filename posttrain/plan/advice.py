@@ -51,6 +51,9 @@ def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
       now.append(f"compute.loss_chunk={compute.loss_chunk} (smaller)")
     if compute.dtype == "float32":
       now.append("compute.dtype=float32 (bfloat16)")
+    if section.moments_dtype == "float32" and "update" in kind:
+      now.append(f"{stage}.moments_dtype=float32 (bfloat16 halves the "
+                 "optimizer's state)")
   else:
     now.append(
         f"{stage}.rollout.batch_rows={section.rollout.batch_rows} (fewer)"

@@ -104,9 +104,10 @@ def _sft(
     setup: Setup, name: str, section: config_dict.ConfigDict,
     model: Transformer, paths: Collection[str],
 ) -> Iterator[Program]:
-  adamw, update, sums = sft.make_programs(
+  optimizer, update, sums = sft.make_programs(
       section, loss_chunk=setup.config.compute.loss_chunk)
-  state, count = abstract_state(model, adamw, paths), section.num_microbatches
+  state = abstract_state(model, optimizer, paths)
+  count = section.num_microbatches
   batch = microbatches.stack(
       batches.empty(**training.pick(section, "rows sequence_length")), count,
       put=sharding.abstract)
@@ -124,8 +125,8 @@ def _grpo(
     model: Transformer, paths: Collection[str], fresh: bool,
 ) -> Iterator[Program]:
   loss = grpo.make_loss(section, loss_chunk=setup.config.compute.loss_chunk)
-  adamw, update = training.make_update(section, loss)
-  state = abstract_state(model, adamw, paths)
+  optimizer, update = training.make_update(section, loss)
+  state = abstract_state(model, optimizer, paths)
   models, own = {"policy": model}, {"policy": model}
   if section.loss.kl_coef:
     models["reference"], shared = _reference(setup, section, model, fresh)

@@ -57,7 +57,7 @@ def held(
     section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
     model: ModelConfig,
 ) -> tuple[ModelConfig, dict[str, int]]:
-  """The model as a stage has it; bytes of what is frozen, of a reference."""
+  """The model as a stage has it; sizes of what it keeps beside, in all."""
   if section.kind not in schema.TRAINING_KINDS:
     return model, {}
   plan = training.plan(section, compute)
@@ -74,6 +74,8 @@ def held(
     reference = size(kept) - shared * size(frozen)
   return whole.config, dict(
       trained=sum(w.size for w in jax.tree.leaves(moving)),
+      optimizer_bytes=size(jax.eval_shape(
+          training.make_optimizer(section).init, moving)),
       frozen_bytes=size(frozen), reference_bytes=reference)
 
 

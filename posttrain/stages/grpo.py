@@ -110,8 +110,8 @@ class Learner:
     model, trained = training.prepare(context, start)
     fresh = start.config.lora != model.config.lora
     self.reference = self._make_reference(model, trained, fresh, weights_of)
-    adamw, self._update = training.make_update(section, self.loss)
-    self.state = state_lib.create(model, adamw, trained)
+    optimizer, self._update = training.make_update(section, self.loss)
+    self.state = state_lib.create(model, optimizer, trained)
     self.experience: policy.Arrays | None = None
     self.rollout_metrics: dict[str, float] = {}
     self.seconds: dict[str, float] = {}

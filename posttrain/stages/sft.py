@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: packed examples -> token cross-entropy -> AdamW.
+"""Supervised fine-tuning: packed examples -> token cross-entropy -> an update.
 
 A step takes one global batch of packed rows, cut into microbatches. The loss
 is the mean over the target tokens of the whole batch: numerator and
@@ -55,9 +55,9 @@ def run(context: StageContext, model: Transformer) -> Transformer:
       section, context.renderer, seed=context.config.seed)
   model, trained = training.prepare(context, model)
   describe(context, batches, held_out)
-  adamw, update, sums = make_programs(
+  optimizer, update, sums = make_programs(
       section, loss_chunk=context.config.compute.loss_chunk)
-  state = state_lib.create(model, adamw, trained)
+  state = state_lib.create(model, optimizer, trained)
   with training.open_checkpoints(context) as saver:
     state, found = training.resume(context, saver, state)
     start = num_tokens = 0
@@ -98,8 +98,8 @@ def make_programs(
     optax.GradientTransformation, step.CompiledUpdate, jax.stages.Wrapped]:
   """The optimizer, the compiled update and the compiled held-out loss."""
   loss = functools.partial(cross_entropy, chunk=loss_chunk)
-  adamw, update = training.make_update(section, loss)
-  return adamw, update, jax.jit(functools.partial(held_out_sums, loss))
+  optimizer, update = training.make_update(section, loss)
+  return optimizer, update, jax.jit(functools.partial(held_out_sums, loss))
 
 
 def read_data(

@@ -38,10 +38,17 @@ def make_update(
   schedule = optimizer.make_schedule(**pick(
       section, "schedule learning_rate warmup_steps num_steps "
       "final_learning_rate"))
-  adamw = optimizer.make_optimizer(**pick(
-      section, "beta1 beta2 eps weight_decay max_grad_norm"))
-  return adamw, step.compile_update(
-      loss, adamw, schedule, router_aux_coef=section.router_aux_coef)
+  optimize = make_optimizer(section)
+  return optimize, step.compile_update(
+      loss, optimize, schedule, router_aux_coef=section.router_aux_coef)
+
+
+def make_optimizer(
+    section: config_dict.ConfigDict) -> optax.GradientTransformation:
+  """The optimizer that the section names, without its learning rate."""
+  return optimizer.make_optimizer(**pick(
+      section, "optimizer moments_dtype beta1 beta2 eps weight_decay "
+      "max_grad_norm"))
 
 
 def plan(

@@ -196,8 +196,8 @@ def estimate(
     config: ModelConfig, *, fsdp: int = 1, tensor: int = 1, expert: int = 1,
     rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
     cache_rows: int = 0, cache_slots: int = 0,
-    trained: int | None = None, frozen_bytes: int = 0,
-    reference_bytes: int = 0,
+    trained: int | None = None, optimizer_bytes: int | None = None,
+    frozen_bytes: int = 0, reference_bytes: int = 0,
 ) -> Estimate:
   """Bytes per device for training, sampling, or both in turn.
 
@@ -209,6 +209,8 @@ def estimate(
     cache_rows, cache_slots: rows decoded at once, global, and the longest
       cache; cache_rows=0: no sampling.
     trained: parameters that an update moves, over all devices; None: all.
+    optimizer_bytes: of its state, over all devices; None: AdamW's moments in
+      float32.
     frozen_bytes: of the other ones at rest, over all devices.
     reference_bytes: of a reference, what it does not share with the policy.
   """
@@ -218,7 +220,9 @@ def estimate(
     trained = parameters(config)
   persistent = {"parameters": (FLOAT32 * trained + frozen_bytes) // shards}
   if rows:
-    persistent["optimizer"] = 2 * FLOAT32 * trained // shards
+    if optimizer_bytes is None:
+      optimizer_bytes = 2 * FLOAT32 * trained
+    persistent["optimizer"] = optimizer_bytes // shards
   if reference_bytes:
     persistent["reference"] = reference_bytes // shards
   training: dict[str, int] = {}

@@ -1,11 +1,33 @@
-"""AdamW and its schedules; weight decay skips norms and biases."""
+"""AdamW, Adafactor and their schedules; decay skips norms and biases.
 
+What is kept per trained parameter, in bytes, and beside it the vectors of a
+factored square, which are small:
+
+  AdamW, float32: 8          AdamW, bfloat16: 4
+  Adafactor, float32: 4      Adafactor, bfloat16: 2      without a mean: 0
+
+References: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101; Shazeer and
+Stern, https://arxiv.org/abs/1804.04235; its decay with a largest value and a
+mean in bfloat16: Zhai et al., https://arxiv.org/abs/2106.04560.
+"""
+
+import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from posttrain.train import partition
+
 SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "adafactor")
+MOMENTS_DTYPES = ("float32", "bfloat16")
+# Adafactor's, as published: the square's decay at step t is 1 - t**-0.8, and
+# no parameter moves by more than this, root mean square, before the learning
+# rate.
+DECAY_EXPONENT = 0.8
+LARGEST_RMS = 1.0
 
 
 def make_schedule(
@@ -47,14 +69,102 @@ def decay_mask(params: Any) -> Any:
 
 def make_optimizer(
     *, beta1: float, beta2: float, eps: float, weight_decay: float,
-    max_grad_norm: float,
+    max_grad_norm: float, optimizer: str = "adamw",
+    moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW's direction, before the learning rate.
+  """Global-norm clipping, then the optimizer's direction and weight decay.
 
   The learning rate is applied by `step.update`, from the step it is at: one
   counter, so that a step that is skipped cannot shift the schedule.
+
+  Args:
+    beta1: decay of the mean: of gradients (AdamW), or of the scaled ones
+      (Adafactor, which keeps none if it is 0).
+    beta2: decay of the square; Adafactor's grows up to it.
+    eps: AdamW's.
+    optimizer: "adamw" or "adafactor".
+    moments_dtype: "float32" or "bfloat16", of what has the shape of the
+      parameters.
+
+  Raises:
+    ValueError: another optimizer or dtype.
   """
+  if optimizer not in OPTIMIZERS or moments_dtype not in MOMENTS_DTYPES:
+    raise ValueError(
+        f"optimizer={optimizer!r}, moments_dtype={moments_dtype!r}; choose "
+        f"from {OPTIMIZERS} and {MOMENTS_DTYPES}.")
+  if optimizer == "adafactor":
+    direction = _adafactor(beta1, beta2, moments_dtype)
+  else:
+    direction = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)
+    if moments_dtype == "bfloat16":
+      direction = _kept_in_bfloat16(direction)
   return optax.chain(
-      optax.clip_by_global_norm(max_grad_norm),
-      optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
+      optax.clip_by_global_norm(max_grad_norm), direction,
       optax.add_decayed_weights(weight_decay, mask=decay_mask))
+
+
+def _adafactor(
+    beta1: float, beta2: float, dtype: str) -> optax.GradientTransformation:
+  """The square is a product of its rows' and columns' means, in float32.
+
+  Only a matrix whose sides are 128 or more has such a square; layers that are
+  stacked are so many matrices, and are clipped together.
+  """
+  grown = lambda step, exponent: jnp.minimum(
+      beta2, 1 - (step + 1.0) ** -exponent)
+  parts = [
+      optax.scale_by_factored_rms(
+          decay_rate=DECAY_EXPONENT, decay_rate_fn=grown),
+      optax.clip_by_block_rms(LARGEST_RMS)]
+  if beta1:
+    parts.append(optax.ema(
+        beta1, debias=False, accumulator_dtype=jnp.dtype(dtype)))
+  return optax.chain(*parts)
+
+
+def _kept_in_bfloat16(
+    adam: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Adam's moments in bfloat16 between steps, and float32 within one.
+
+  The mean is rounded to the nearest. The square is not: 0.999 of it is nearer
+  to itself than to its neighbour below, so it could never shrink. It is rounded
+  up or down at random, so that it is right on average. The noise depends on the
+  step and the parameter alone.
+  """
+  to = lambda dtype, tree: jax.tree.map(lambda w: w.astype(dtype), tree)
+
+  def init(params):
+    state = adam.init(params)
+    return state._replace(
+        mu=to(jnp.bfloat16, state.mu), nu=to(jnp.bfloat16, state.nu))
+
+  def update(grads, state, params=None):
+    updates, state = adam.update(grads, state._replace(
+        mu=to(jnp.float32, state.mu), nu=to(jnp.float32, state.nu)), params)
+    key = jax.random.fold_in(jax.random.key(0), state.count)
+
+    def rounded(path, square):
+      name = partition.path_name(path)
+      return stochastic_bfloat16(
+          square, jax.random.fold_in(key, zlib.crc32(name.encode())))
+
+    return updates, state._replace(
+        mu=to(jnp.bfloat16, state.mu),
+        nu=jax.tree_util.tree_map_with_path(rounded, state.nu))
+
+  return optax.GradientTransformation(init, update)
+
+
+def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
+  """Rounds up or down at random; the mean is `x`.
+
+  Args:
+    x: any shape, float32, finite.
+  """
+  noise = jax.random.bits(
+      key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+  # The upper half of a float32 is the bfloat16 towards zero.
+  return jax.lax.bitcast_convert_type(
+      (bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -178,6 +178,16 @@ def test_a_key_without_effect_is_an_error(assignment, condition):
   assert f"no effect unless {condition}" in problem(assignment)
 
 
+def test_what_an_optimizer_does_not_keep_has_no_effect():
+  adafactor = "reason.optimizer=adafactor"
+  assert problem(adafactor, "reason.eps=1e-6").endswith(
+      "unless reason.optimizer == 'adamw'; found 'adafactor'.")
+  assert "Adafactor keeps no mean if beta1 is 0" in problem(
+      adafactor, "reason.moments_dtype=bfloat16", "reason.beta1=0")
+  assert not problems(
+      adafactor, "reason.moments_dtype=bfloat16", "reason.beta2=0.99")
+
+
 def test_a_key_without_effect_in_a_source():
   found = problem(
       'cold_start.data.sources=({"path": "a.jsonl", "split": "train"},)')

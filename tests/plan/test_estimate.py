@@ -93,6 +93,7 @@ def test_advice_names_keys_and_what_fits(stages):
       result("update", needed), stages, V5E, sizes(8, 1)))
   assert "cold_start.num_microbatches=2 (more parts" in lines
   assert "compute.loss_chunk=128" in lines
+  assert "cold_start.moments_dtype=float32 (bfloat16 halves" in lines
   assert "The smallest slice that fits: v5e:" in lines
   assert "compute.remat=" in lines
 
