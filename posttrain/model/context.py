@@ -20,7 +20,6 @@ import jax
 
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import (
-    MeshSizes,
     axis_size,
     lengthwise,
     shard,
@@ -28,15 +27,16 @@ from posttrain.sharding import (
 )
 
 
-def check(config: ModelConfig, sizes: MeshSizes) -> None:
+def check(config: ModelConfig) -> None:
   """Raises ValueError where the heads cannot stand in for the length."""
-  parts, heads = sizes.context, config.kv_heads // sizes.tensor
+  parts, tensor = axis_size("length"), axis_size("kv_heads")
+  heads = config.kv_heads // tensor
   if heads % parts and config.groups % parts:
     best = max(n for n in range(1, parts)
                if heads % n == 0 or config.groups % n == 0)
     raise ValueError(
         f"mesh.context={parts} divides neither the {heads} kv heads that a "
-        f"part of mesh.tensor={sizes.tensor} has nor the {config.groups} query "
+        f"part of mesh.tensor={tensor} has nor the {config.groups} query "
         f"heads of each, and attention splits one of them. Use mesh.context="
         f"{best}, the largest size below that does.")
 

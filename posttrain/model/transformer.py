@@ -28,9 +28,10 @@ from posttrain.model.block import (
 )
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import (
+    axis_size,
     gather_fsdp,
     lengthwise,
-    mesh_sizes,
+    mesh_axes,
     shard,
     whole_length,
 )
@@ -43,27 +44,22 @@ REMAT = {
 
 def check_mesh(config: ModelConfig) -> None:
   """Raises ValueError where the current mesh does not divide the model."""
-  sizes = mesh_sizes()
-  if sizes.expert > 1 and not config.num_experts:
+  experts = axis_size("experts")
+  if experts > 1 and not config.num_experts:
     raise ValueError(
-        f"mesh.expert={sizes.expert} splits experts, and the model has none. "
-        "Use mesh.expert=1; mesh.fsdp splits the same things.")
-  at_rest = " * ".join(["mesh.fsdp"] + [
-      f"mesh.{name}" for name in ("expert", "context")
-      if getattr(sizes, name) > 1])
-  for name, parts, key in (
-      ("kv_heads", sizes.tensor, "mesh.tensor"),
-      ("mlp", sizes.tensor, "mesh.tensor"),
-      ("embed", sizes.parts, at_rest),
-      ("num_experts", sizes.expert, "mesh.expert"),
-      ("padded_vocab_size", sizes.tensor, "mesh.tensor")):
-    size = getattr(config, name)
+        f"mesh.expert={experts} splits experts, and the model has none. Use "
+        "mesh.expert=1; mesh.fsdp splits the same things.")
+  for name, axis in (
+      ("kv_heads", "kv_heads"), ("mlp", "mlp"), ("embed", "embed"),
+      ("num_experts", "experts"), ("padded_vocab_size", "vocab")):
+    size, parts = getattr(config, name), axis_size(axis)
     if size % parts:
+      key = " * ".join(f"mesh.{name}" for name in mesh_axes(axis))
       best = max(n for n in range(1, parts) if size % n == 0)
       raise ValueError(
           f"the model's {name}={size} cannot be split over {key}={parts}. "
           f"Use {key}={best}, the largest size below that divides it.")
-  context.check(config, sizes)
+  context.check(config)
 
 
 class Transformer(nnx.Module):

@@ -48,12 +48,12 @@ def token_logprobs(
     ValueError: the temperature is not above 0, or chunk is not above 0.
   """
   # Position t is paired with the token that it predicts.
-  found = next_logprobs(
+  logprobs, entropies = next_logprobs(
       model, hidden, jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))),
       temperature=temperature, chunk=chunk, entropy=entropy)
-  logprobs, entropies = (
-      x if x is None else jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in found)
-  return logprobs, entropies
+  beside_its_token = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+  return beside_its_token(logprobs), (
+      None if entropies is None else beside_its_token(entropies))
 
 
 def next_logprobs(

@@ -113,7 +113,7 @@ def divides(model: ModelConfig, mesh: sharding.MeshSizes, slices: int) -> bool:
   heads = model.kv_heads // mesh.tensor
   return not (
       model.embed % mesh.parts or model.num_experts % mesh.expert
-      or heads % mesh.context and model.groups % mesh.context)
+      or (heads % mesh.context and model.groups % mesh.context))
 
 
 def peak_bytes(
