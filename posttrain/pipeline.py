@@ -131,8 +131,7 @@ def set_up(
 
 def train(config: config_dict.ConfigDict, path: str) -> None:
   """Runs every stage that has not finished."""
-  with jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
     pipeline = set_up(config, path)
     model: Transformer | None = None
     for name in config.stages:
@@ -175,8 +174,7 @@ def evaluate(config: config_dict.ConfigDict, path: str) -> None:
   Raises:
     ValueError: a stage whose weights they need has not finished.
   """
-  with jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
     stages = [n for n in config.stages if config[n].kind == "evaluate"]
     pipeline = set_up(config, path, may_differ=("stages", *stages))
     for name in stages:

@@ -6,7 +6,7 @@ layout can be checked without the devices it is meant for.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,45 +15,58 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("fsdp", "expert", "tensor")
+# From the slowest network to the fastest: of several slices the first axis
+# goes across them, and neighbours on the last are neighbours on the torus.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+ALWAYS = ("fsdp", "tensor")  # In every mesh; the others if there are several.
 
-# Where a name has two mesh axes, the rows of "expert" are rows like others
-# outside of the experts: it splits the batch and the parameters at rest too.
+# Where a name has several mesh axes, it is split over all of them that the
+# mesh has. "expert" and "context" split the parameters at rest, as "fsdp"
+# does; "data" does not: each of its parts holds all of them.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("fsdp", "expert"),
-    "embed": ("fsdp", "expert"),  # At rest; gathered layer by layer.
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),  # Of what is trained on.
+    # The sampler's batch: a row's tokens stay together, its cache with them.
+    "rows": ("data", "fsdp", "expert", "context"),
+    "slots": (),
+    "embed": ("fsdp", "expert", "context"),  # At rest; gathered by layer.
     "vocab": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),  # Never gathered: tokens come to them.
-    "expert_embed": ("fsdp",),  # As "embed", of the experts' weights.
-    "expert_batch": ("fsdp",),  # The tokens that one split of experts sees.
+    "expert_embed": ("fsdp", "context"),  # As "embed", of experts' weights.
     "router": (),  # Every device knows the whole choice.
     "layers": (),
-    "length": (),
     "groups": (),  # Query heads of one kv head; completions of one prompt.
     "head_dim": (),
+    # While a length that is split is whole, its heads are split further.
+    "kv_heads_of_length": ("tensor", "context"),
+    "groups_of_length": ("context",),
     "act_embed": (),
     "rank": (),  # Of an adapter.
 }
 
 
 def make_mesh(
-    fsdp: int = -1, tensor: int = 1, devices=None, *, expert: int = 1,
+    fsdp: int = -1, tensor: int = 1, devices=None, *, data: int = 1,
+    expert: int = 1, context: int = 1,
 ) -> jax.sharding.Mesh:
   """An Explicit mesh over `devices` (all of them by default).
 
-  It has the axes "fsdp" and "tensor", and "expert" between them if there is
-  more than one of it: what has no experts knows two axes only.
+  It has the axes "fsdp" and "tensor", and each of the others if there is more
+  than one of it: what does not use them knows two axes only.
 
   Args:
-    fsdp, tensor, expert: sizes; at most one is -1, "the remaining devices".
+    fsdp, tensor, data, expert, context: sizes; at most one is -1, "the
+      remaining devices".
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or the
+      first axis cannot go across the slices.
   """
   devices = jax.devices() if devices is None else devices
-  asked = dict(zip(MESH_AXES, (fsdp, expert, tensor), strict=True))
+  asked = dict(zip(
+      MESH_AXES, (data, fsdp, expert, context, tensor), strict=True))
   sizes = asked.copy()
   wildcards = [name for name, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -61,31 +74,53 @@ def make_mesh(
     sizes[wildcards[0]] = len(devices) // fixed
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
     found = [f"mesh.{name}={size}" for name, size in asked.items()
-             if name != "expert" or size != 1]
+             if name in ALWAYS or size != 1]
     raise ValueError(
         f"{', '.join(found[:-1])} and {found[-1]} do not multiply to the "
         f"{len(devices)} devices that are here. Set one of them to -1 for "
         '"all remaining devices".')
   sizes = {name: size for name, size in sizes.items()
-           if name != "expert" or size > 1}
+           if name in ALWAYS or size > 1}
   return jax.sharding.Mesh(
-      _grid(tuple(sizes.values()), devices), tuple(sizes),
+      _grid(sizes, devices), tuple(sizes),
       axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def mesh_of(sizes: Mapping[str, Any], devices=None) -> jax.sharding.Mesh:
+  """`make_mesh` of a config's section `mesh`."""
+  return make_mesh(
+      devices=devices, **{name: sizes[name] for name in MESH_AXES})
 
 
 class MeshSizes(NamedTuple):
   """Devices along each axis; 1 where the mesh has no such axis."""
 
-  fsdp: int
-  expert: int
-  tensor: int
+  data: int = 1
+  fsdp: int = 1
+  expert: int = 1
+  context: int = 1
+  tensor: int = 1
+
+  @property
+  def parts(self) -> int:
+    """Of a parameter at rest, its split over "tensor" apart."""
+    return self.fsdp * self.expert * self.context
+
+  @property
+  def batch(self) -> int:
+    """Parts of a training batch; `length` is split besides."""
+    return self.data * self.fsdp * self.expert
+
+  @property
+  def rows(self) -> int:
+    """Parts of the sampler's rows."""
+    return self.batch * self.context
 
 
 def mesh_sizes() -> MeshSizes:
   """Of the current mesh."""
-  size = lambda name: jax.sharding.get_abstract_mesh().shape.get(name, 1)
-  return MeshSizes(
-      fsdp=size("fsdp"), expert=size("expert"), tensor=size("tensor"))
+  here = jax.sharding.get_abstract_mesh().shape
+  return MeshSizes(**{name: here.get(name, 1) for name in MESH_AXES})
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
@@ -94,27 +129,30 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
   return tuple(name for name in RULES[axis] if name in here)
 
 
-def _grid(sizes: tuple[int, ...], devices) -> np.ndarray:
+def _grid(sizes: dict[str, int], devices) -> np.ndarray:
   """Devices where neighbours on an axis are neighbours on the torus.
 
   Of several slices, the first axis alone goes across them: the network
   between slices is slower than that within one.
   """
   slices = len({getattr(device, "slice_index", 0) for device in devices})
+  (name, first), *others = sizes.items()
+  within = tuple(size for _, size in others)
   if slices == 1:
     return mesh_utils.create_device_mesh(
-        sizes, devices, allow_split_physical_axes=True)
-  if sizes[0] % slices:
+        (first, *within), devices, allow_split_physical_axes=True)
+  if first % slices:
     raise ValueError(
-        f"mesh.{MESH_AXES[0]}={sizes[0]} cannot be split over {slices} "
-        "slices. Use a multiple of it.")
+        f"mesh.{name}={first} cannot be split over the {slices} slices that "
+        f"are here. Set mesh.{MESH_AXES[0]} or mesh.{name} to a multiple of "
+        f"{slices}.")
   return mesh_utils.create_hybrid_device_mesh(
-      (sizes[0] // slices, *sizes[1:]), (slices,) + (1,) * len(sizes[1:]),
+      (first // slices, *within), (slices,) + (1,) * len(within),
       devices, allow_split_physical_axes=True)
 
 
 def spec(*axes: str | None) -> P:
-  """`spec("batch", "length", None)` -> `P("fsdp", None, None)`."""
+  """`spec("batch", "vocab", None)` -> `P("fsdp", "tensor", None)`."""
   def entry(axis):
     names = () if axis is None else mesh_axes(axis)
     return names if len(names) > 1 else names[0] if names else None
@@ -136,12 +174,61 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather_fsdp(w: jax.Array) -> jax.Array:
   """All-gathers a parameter where it rests split as "embed" is.
 
-  Its tensor split stays, and that of the experts over "expert".
+  Its tensor split stays, and that of the experts over "expert". What is
+  whole already stays as it is.
   """
   at_rest = jax.typeof(w).sharding.spec
   resting = (*spec("embed"), *spec("expert_embed"))
   gathered = P(*(None if axis in resting else axis for axis in at_rest))
-  return jax.sharding.reshard(w, gathered)
+  return jax.sharding.reshard(w, gathered) if gathered != at_rest else w
+
+
+def lengthwise(x: jax.Array, *axes: str | None) -> P:
+  """The layout of [B, T, ...] `x`, with other axes behind the first two.
+
+  What is computed along the stream of activations lies as the stream does:
+  split over "batch" and "length" in training, over "rows" in the sampler.
+  """
+  return P(*jax.typeof(x).sharding.spec[:2], *spec(*axes))
+
+
+def splits_length(x: jax.Array) -> bool:
+  """Whether devices hold parts of the length of [B, T, ...] `x`."""
+  return jax.typeof(x).sharding.spec[1] is not None
+
+
+def whole_length(x: jax.Array) -> jax.Array:
+  """[B, T, ...], its length gathered if it was split."""
+  rows, _, *rest = jax.typeof(x).sharding.spec
+  return jax.sharding.reshard(
+      x, P(rows, None, *rest)) if splits_length(x) else x
+
+
+def length_to_rows(x: jax.Array) -> jax.Array:
+  """[B, T, ...] -> [B * n, T / n, ...]: a part of a row becomes a row.
+
+  For what looks at one position only. Nothing moves.
+  """
+  rest = (None,) * (x.ndim - 2)
+  rows, length, parts = *x.shape[:2], axis_size("length")
+  x = jax.lax.reshape(
+      x, (rows, parts, length // parts, *x.shape[2:]),
+      out_sharding=spec("batch", "length", None, *rest))
+  return jax.lax.reshape(
+      x, (rows * parts, *x.shape[2:]),
+      out_sharding=spec("rows", None, *rest))
+
+
+def rows_to_length(x: jax.Array) -> jax.Array:
+  """Back from `length_to_rows`."""
+  rest = (None,) * (x.ndim - 2)
+  rows, length, parts = *x.shape[:2], axis_size("length")
+  x = jax.lax.reshape(
+      x, (rows // parts, parts, *x.shape[1:]),
+      out_sharding=spec("batch", "length", None, *rest))
+  return jax.lax.reshape(
+      x, (rows // parts, parts * length, *x.shape[3:]),
+      out_sharding=spec("batch", "length", *rest))
 
 
 def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:

@@ -137,8 +137,7 @@ def _new(output: str) -> pathlib.Path:
 
 
 def _mesh(config: config_dict.ConfigDict):
-  return jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert))
+  return jax.set_mesh(sharding.mesh_of(config.mesh))
 
 
 @contextlib.contextmanager

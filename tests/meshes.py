@@ -6,13 +6,17 @@ import pytest
 from posttrain import sharding
 
 
-def mesh(fsdp: int, tensor: int, expert: int = 1) -> jax.sharding.Mesh:
+def mesh(
+    fsdp: int, tensor: int, expert: int = 1, **more: int,
+) -> jax.sharding.Mesh:
   """A mesh over the first so many devices; skips where they lack."""
-  needed, here = fsdp * tensor * expert, jax.devices()
+  sizes = dict(fsdp=fsdp, tensor=tensor, expert=expert, **more)
+  needed, here = 1, jax.devices()
+  for size in sizes.values():
+    needed *= size
   if len(here) < needed:
     pytest.skip(f"needs {needed} devices, and {len(here)} are here")
-  return sharding.make_mesh(
-      fsdp, tensor, devices=here[:needed], expert=expert)
+  return sharding.make_mesh(devices=here[:needed], **sizes)
 
 
 def one() -> jax.sharding.Mesh:
@@ -25,3 +29,11 @@ def eight() -> jax.sharding.Mesh:
 
 def with_experts() -> jax.sharding.Mesh:
   return mesh(2, 2, 2)
+
+
+def with_context() -> jax.sharding.Mesh:
+  return mesh(2, 2, context=2)
+
+
+def with_data() -> jax.sharding.Mesh:
+  return mesh(2, 2, data=2)

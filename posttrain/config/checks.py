@@ -167,13 +167,14 @@ def check_init(config: Mapping) -> Iterator[str]:
 
 
 def check_mesh(config: Mapping) -> Iterator[str]:
-  sizes = config["mesh"].values()
   rest = [f"mesh.{name}" for name, size in config["mesh"].items()
           if size == -1]
   if len(rest) > 1:
     yield f"{rest[0]}: -1 beside {rest[1]}=-1; set one of them to a number."
-  if 0 in sizes:
-    yield "mesh.fsdp: found a size of 0; -1 means all devices that remain."
+  for name, size in config["mesh"].items():
+    if size == 0:
+      yield (f"mesh.{name}: found a size of 0; -1 means all devices that "
+             "remain.")
 
 
 def check_frozen(config: Mapping) -> Iterator[str]:

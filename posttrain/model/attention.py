@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from posttrain.model.config import RopeScaling
-from posttrain.sharding import spec
 
 # Finite, so that a row without a single visible key (padding) gives a uniform
 # average rather than NaN; such rows are masked out of every loss.
@@ -106,4 +105,4 @@ def attend(
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
   return jnp.einsum(
       "bkgts,bskh->btkgh", weights, v,
-      out_sharding=spec("batch", "length", "kv_heads", "groups", "head_dim"))
+      out_sharding=jax.typeof(q).sharding.spec)

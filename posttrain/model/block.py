@@ -19,9 +19,7 @@ from flax import nnx
 from posttrain.model import attention, moe, quantized
 from posttrain.model.attention import rotate
 from posttrain.model.config import INPUT_AXES, LoraConfig, ModelConfig
-from posttrain.sharding import gather_fsdp, spec
-
-ACTIVATION = ("batch", "length", "act_embed")
+from posttrain.sharding import gather_fsdp, lengthwise, spec
 
 # Given q [B,T,K,G,H], k, v [B,T,K,H] of the new tokens and the mask [B,T,S]:
 # the attention output [B,T,K,G,H] and whatever the caller wants to keep (keys,
@@ -140,9 +138,10 @@ class Block(nnx.Module):
 
     Args:
       equation: of the two and the result, such as "btd,df->btf".
-      *axes: the result's logical axes, where a contraction splits them.
+      *axes: the result's logical axes behind [B, T], where a contraction
+        splits them.
     """
-    out = spec(*axes) if axes else None
+    out = lengthwise(x, *axes) if axes else None
     multiply = lambda x: jnp.einsum(
         equation, x, self.weight(name), out_sharding=out)
     if self.config.remat == "none":
@@ -158,7 +157,7 @@ class Block(nnx.Module):
     cut = INPUT_AXES[name]
     low = jnp.einsum(
         f"{inputs},{matrix[:cut]}r->btr", x, self.weight(f"{name}_lora_a"),
-        out_sharding=spec("batch", "length", "rank"))
+        out_sharding=lengthwise(x, "rank"))
     return y + jnp.einsum(
         f"btr,r{matrix[cut:]}->{result}", low * lora.scale,
         self.weight(f"{name}_lora_b"), out_sharding=out)
@@ -230,13 +229,13 @@ class Block(nnx.Module):
     gate = self.product("btd,df->btf", x, "gate")
     up = self.product("btd,df->btf", x, "up")
     activated = ACTIVATIONS[c.activation](gate) * up
-    return self.product("btf,fd->btd", activated, "down", *ACTIVATION), None
+    return self.product("btf,fd->btd", activated, "down", "act_embed"), None
 
   def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
     """[B, T, D] -> [B, T, D], what `attend_fn` keeps, and the routing."""
     q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
     attended, kept = attend_fn(q, k, v, view.mask)
-    attended = self.product("btkgh,kghd->btd", attended, "o", *ACTIVATION)
+    attended = self.product("btkgh,kghd->btd", attended, "o", "act_embed")
     x = x + self.norm("attn_post_norm", attended)
     fed, routing = self.feed_forward(self.norm("mlp_norm", x))
     return x + self.norm("mlp_post_norm", fed), kept, routing

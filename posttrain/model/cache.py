@@ -24,8 +24,8 @@ from posttrain.sharding import shard, spec
 
 # A head's slots lie side by side, as the products of attention read them: with
 # heads inside of slots, a TPU and a CPU alike would first turn the cache round.
-KV_AXES = ("batch", "kv_heads", "length", "head_dim")
-POSITION_AXES = ("batch", "length")
+KV_AXES = ("rows", "kv_heads", "slots", "head_dim")
+POSITION_AXES = ("rows", "slots")
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +102,7 @@ def resize(cache: KVCache, slots: int) -> KVCache:
   kept = min(slots, cache.slots)
 
   def laid_out(x, *axes, fill=0):
-    axis = axes.index("length")
+    axis = axes.index("slots")
     x = jnp.roll(x, -cache.index, axis=axis)
     x = jax.lax.slice_in_dim(x, cache.slots - kept, None, axis=axis)
     width = [(0, 0)] * x.ndim
@@ -134,7 +134,7 @@ def insert(
   taken = ends[:, None] - 1 - ages  # [A, S] slots of the source.
 
   def put(into, x, *axes, fill=0):
-    axis = axes.index("length")
+    axis = axes.index("slots")
     x = x.at[rows].get(out_sharding=spec(None, *axes[1:]))
     x = jax.vmap(lambda row, at: jnp.take(
         row, at, axis=axis - 1, mode="clip"))(x, taken)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posttrain.sharding import mesh_axes, spec
+from posttrain.sharding import lengthwise, mesh_axes, spec
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -172,7 +172,7 @@ def feed_forward(
   """[B, T, D] -> the weighted sum of each token's experts, and its routing.
 
   Args:
-    x: sharded over "batch". router: [D, E].
+    x: as the stream is sharded. router: [D, E].
     gate, up, down: of all experts, see `dense`; gathered but for the splits
       over "experts" and "mlp".
     chosen, normalize: see `route`.
@@ -197,7 +197,7 @@ def feed_forward(
     return out if not shards else jax.lax.psum_scatter(
         out, shards, scatter_dimension=0, tiled=True)
 
-  rows = spec("batch", None, None)
+  rows = lengthwise(x, None)
   return jax.shard_map(
       on_device, in_specs=(
           rows, rows, rows, *[spec("experts", None, "mlp")] * 2,

@@ -69,10 +69,11 @@ def quantize(
   stored, parts = size if kind == "int8" else size // 2, sharding.axis_size(
       "embed")
   if stored % parts or size % 2:
+    key = " * ".join(f"mesh.{name}" for name in sharding.mesh_axes("embed"))
     raise ValueError(
         f"compute.frozen_dtype={kind!r} keeps the model's embed={size} in "
-        f"{stored} bytes a row, which mesh.fsdp={parts} does not divide. Use "
-        "a smaller mesh.fsdp, or int8.")
+        f"{stored} bytes a row, which {key}={parts} does not divide. Use a "
+        "smaller mesh.fsdp, or int8.")
   tile = {axis % w.ndim: math.gcd(size, BLOCK)}
   channels = [a for a in range(w.ndim) if a not in tile]
 

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention, moe
+from posttrain.model import attention, context, moe
 from posttrain.model import cache as kv
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
-    ACTIVATION,
     Attend,
     Block,
     View,
@@ -28,7 +27,14 @@ from posttrain.model.block import (
     normal,
 )
 from posttrain.model.config import ModelConfig
-from posttrain.sharding import axis_size, gather_fsdp, shard, spec
+from posttrain.sharding import (
+    axis_size,
+    gather_fsdp,
+    lengthwise,
+    mesh_axes,
+    shard,
+    whole_length,
+)
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -43,17 +49,17 @@ def check_mesh(config: ModelConfig) -> None:
     raise ValueError(
         f"mesh.expert={experts} splits experts, and the model has none. Use "
         "mesh.expert=1; mesh.fsdp splits the same things.")
-  rows = "mesh.fsdp" if experts == 1 else "mesh.fsdp * mesh.expert"
-  for name, axis, key in (
-      ("kv_heads", "kv_heads", "mesh.tensor"), ("mlp", "mlp", "mesh.tensor"),
-      ("embed", "embed", rows), ("num_experts", "experts", "mesh.expert"),
-      ("padded_vocab_size", "vocab", "mesh.tensor")):
+  for name, axis in (
+      ("kv_heads", "kv_heads"), ("mlp", "mlp"), ("embed", "embed"),
+      ("num_experts", "experts"), ("padded_vocab_size", "vocab")):
     size, parts = getattr(config, name), axis_size(axis)
     if size % parts:
+      key = " * ".join(f"mesh.{name}" for name in mesh_axes(axis))
       best = max(n for n in range(1, parts) if size % n == 0)
       raise ValueError(
           f"the model's {name}={size} cannot be split over {key}={parts}. "
           f"Use {key}={best}, the largest size below that divides it.")
+  context.check(config)
 
 
 class Transformer(nnx.Module):
@@ -80,7 +86,7 @@ class Transformer(nnx.Module):
   def embed(self, tokens: jax.Array) -> jax.Array:
     """[B, T] int32 -> [B, T, D]."""
     table = gather_fsdp(self.embedding[...].astype(self.config.dtype))
-    x = table.at[tokens].get(out_sharding=spec(*ACTIVATION))
+    x = table.at[tokens].get(out_sharding=lengthwise(tokens, "act_embed"))
     # Rounded to the compute dtype before the product, as Gemma's is.
     scale = jnp.asarray(self.config.embed**0.5, x.dtype)
     return x * scale if self.config.embedding_scale else x
@@ -105,14 +111,16 @@ class Transformer(nnx.Module):
     if kind == "nope":  # No turn at all.
       cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
     if local:
-      distance = positions[:, :, None] - key_positions[:, None, :]
+      queries = whole_length(positions)
+      distance = queries[:, :, None] - key_positions[:, None, :]
       mask = mask & (distance < c.sliding_window)
     return View(cos=cos, sin=sin, mask=mask)
 
   def attend(self, q, k, v, mask) -> jax.Array:
-    return attention.attend(
+    with_all = lambda q, k, v: attention.attend(
         q, k, v, mask, scale=self.config.attention_scale,
         softcap=self.config.attention_softcap)
+    return context.over_length(with_all, q, k, v)
 
   def __call__(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
@@ -120,8 +128,9 @@ class Transformer(nnx.Module):
     """Hidden states [B, T, D] in the compute dtype, after the final norm.
 
     Args:
-      tokens, positions, segment_ids: [B, T] int32, sharded over "batch";
-        attention is causal and stays within equal segment ids; 0 is padding.
+      tokens, positions, segment_ids: [B, T] int32, sharded over "batch" and
+        "length", or over "rows"; attention is causal and stays within equal
+        segment ids; 0 is padding.
     """
     return self.routed(tokens, positions, segment_ids)[0]
 
@@ -202,6 +211,25 @@ class Transformer(nnx.Module):
         index=(cache.index + tokens.shape[1]) % cache.slots,
     ), jnp.stack(choices, 2) if choices else None
 
+  def gathered(self, *tables: str) -> "Transformer":
+    """The same model, of which these tables are whole but for "vocab".
+
+    For what reads a table many times: each would gather it once more. One
+    that is not the head is cast too, as only `embed` reads it.
+    """
+    other = jax.tree.map(lambda w: w, self)
+    for name in tables:
+      table = getattr(other, name)[...]
+      if name != self.head_name:
+        table = table.astype(self.config.dtype)
+      setattr(other, name, nnx.Param(gather_fsdp(table)))
+    return other
+
+  @property
+  def head_name(self) -> str:
+    """The table that `logits` reads."""
+    return "embedding" if self.config.tied_embeddings else "head"
+
   def unstacked(self) -> list[Block]:
     """The layers one by one, cast and gathered over "fsdp": for decode."""
     return [self.blocks.for_decode(n) for n in range(self.config.layers)]
@@ -235,9 +263,11 @@ class Transformer(nnx.Module):
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
       attend_fn: Attend,
   ):
-    config, mask = self.config, causal_mask(positions, segment_ids)
+    config = self.config
+    keys = whole_length(positions)  # Each query looks at the whole row.
+    mask = causal_mask(keys, whole_length(segment_ids))
     kinds = tuple(dict.fromkeys(config.layer_kinds))
-    views = [self.view(kind, positions, positions, mask) for kind in kinds]
+    views = [self.view(kind, positions, keys, mask) for kind in kinds]
     # Of several kinds, the scan takes each layer's by its number.
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *views)
     numbers = jnp.array([kinds.index(kind) for kind in config.layer_kinds])

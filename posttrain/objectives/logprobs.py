@@ -47,6 +47,25 @@ def token_logprobs(
   Raises:
     ValueError: the temperature is not above 0, or chunk is not above 0.
   """
+  # Position t is paired with the token that it predicts.
+  logprobs, entropies = next_logprobs(
+      model, hidden, jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))),
+      temperature=temperature, chunk=chunk, entropy=entropy)
+  beside_its_token = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+  return beside_its_token(logprobs), (
+      None if entropies is None else beside_its_token(entropies))
+
+
+def next_logprobs(
+    model: Head, hidden: jax.Array, targets: jax.Array, *,
+    temperature: float = 1.0, chunk: int = 128, entropy: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Logprob of the token that each position is to predict.
+
+  Arguments and results as of `token_logprobs`, but that `hidden[:, t]`
+  predicts `targets[:, t]`: no position looks at another, so that a part of
+  a row may stand for itself.
+  """
   if temperature <= 0:
     raise ValueError(
         f"The temperature is {temperature}, and logprobs need one above 0. "
@@ -55,21 +74,20 @@ def token_logprobs(
     raise ValueError(
         f"The chunk is {chunk} and must be 1 or more. Change "
         "compute.loss_chunk.")
-  length = tokens.shape[1]
+  length = targets.shape[1]
   chunk = min(chunk, length)
   num_chunks = -(-length // chunk)
   padding = num_chunks * chunk - length
-  # Position t is paired with the token that it predicts.
-  targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1 + padding)))
+  targets = jnp.pad(targets, ((0, 0), (0, padding)))
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
 
   def split(x):  # [B, T, ...] -> [chunks, B, C, ...]
     x = x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:])
     return jnp.swapaxes(x, 0, 1)
 
-  def join(x):  # [chunks, B, C] -> [B, T], each value beside its token.
-    x = jnp.swapaxes(x, 0, 1).reshape(tokens.shape[0], num_chunks * chunk)
-    return jnp.pad(x[:, :length - 1], ((0, 0), (1, 0)))
+  def join(x):  # [chunks, B, C] -> [B, T]
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], num_chunks * chunk)[:, :length]
 
   def body(_, xs):
     logits = model.logits(xs[0]) / temperature

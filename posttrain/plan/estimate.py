@@ -5,6 +5,7 @@ to advise where a compilation ran out of memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -82,11 +83,17 @@ def of_config(config: config_dict.ConfigDict, model: ModelConfig) -> Stages:
 
 
 def candidates(stages: Stages, topology: Topology) -> Iterator[Candidate]:
-  """Every mesh and remat policy on one topology; mesh.expert stays."""
-  model, expert = stages.model, max(1, stages.config.mesh.expert)
+  """Every mesh of "fsdp" and "tensor", and remat policy, on one topology.
+
+  The other axes stay as the config has them, those that are -1 at 1.
+  """
+  model = stages.model
+  kept = {name: max(1, stages.config.mesh[name])
+          for name in sharding.MESH_AXES if name not in sharding.ALWAYS}
   for tensor in range(1, topology.num_devices + 1):
-    fsdp, rest = divmod(topology.num_devices, tensor * expert)
-    mesh = sharding.MeshSizes(fsdp=fsdp, expert=expert, tensor=tensor)
+    fsdp, rest = divmod(
+        topology.num_devices, tensor * math.prod(kept.values()))
+    mesh = sharding.MeshSizes(fsdp=fsdp, tensor=tensor, **kept)
     if rest or not divides(model, mesh, topology.num_slices):
       continue
     for remat in _LAYER_PASSES:
@@ -98,11 +105,15 @@ def candidates(stages: Stages, topology: Topology) -> Iterator[Candidate]:
 
 def divides(model: ModelConfig, mesh: sharding.MeshSizes, slices: int) -> bool:
   """Whether a mesh splits the model; see `transformer.check_mesh`."""
-  fsdp, expert, tensor = mesh
+  across = mesh.data if mesh.data > 1 else mesh.fsdp
   split = (model.kv_heads, model.mlp, model.padded_vocab_size)
-  return fsdp > 0 and not (
-      model.embed % (fsdp * expert) or fsdp % slices
-      or model.num_experts % expert or any(size % tensor for size in split))
+  if mesh.fsdp < 1 or across % slices or any(
+      size % mesh.tensor for size in split):
+    return False
+  heads = model.kv_heads // mesh.tensor
+  return not (
+      model.embed % mesh.parts or model.num_experts % mesh.expert
+      or (heads % mesh.context and model.groups % mesh.context))
 
 
 def peak_bytes(
@@ -122,26 +133,26 @@ def step_seconds(
     mesh: sharding.MeshSizes,
 ) -> float:
   """One SFT update, and one batch of rollouts with its updates."""
-  fsdp, tensor = mesh.fsdp * mesh.expert, mesh.tensor
   total = 0.0
   for name in config.stages:
     section = config[name]
     if section.kind == "sft":
       rows = -(-section.rows // section.num_microbatches)
       total += section.num_microbatches * _microbatch(
-          model, topology, rows, section.sequence_length, fsdp, tensor)
+          model, topology, rows, section.sequence_length, mesh)
     elif section.kind == "grpo":
-      total += _rollout_step(section, model, topology, fsdp, tensor)
+      total += _rollout_step(section, model, topology, mesh)
   return total
 
 
 def _microbatch(
-    model: ModelConfig, topology: Topology, rows: int, length: int, fsdp: int,
-    tensor: int, training: bool = True,
+    model: ModelConfig, topology: Topology, rows: int, length: int,
+    mesh: sharding.MeshSizes, training: bool = True,
 ) -> float:
   """Forward, and backward if training: the largest of three bounds."""
   chip, size = topology.chip, memory.BYTES[model.dtype]
-  tokens = -(-rows // fsdp) * length
+  tensor = mesh.tensor
+  tokens = -(-rows // mesh.batch) * length / mesh.context
   layer = memory.layer_parameters(model)
   active = memory.layer_parameters(model, model.experts_per_token)
   layer_passes = _LAYER_PASSES[model.remat] if training else 1.0
@@ -153,40 +164,51 @@ def _microbatch(
   # Weights are gathered forward and backward, and gradients scattered.
   weights = model.layers * layer * size / tensor
   gathers = 3 if training else 1
-  ring = (fsdp - 1) / fsdp
+  ring = (mesh.parts - 1) / mesh.parts
   sums = 2 * (tensor - 1) / tensor * (
       (1 + layer_passes) * model.layers * tokens * model.embed * size)
   gathered = gathers * weights * ring
-  sent = gathered / chip.axis_rate + sums / chip.axis_rate
-  if topology.num_slices > 1:
+  # Queries, keys, values and what is attended, in each pass.
+  exchanged = (mesh.context - 1) / mesh.context * gathers * model.layers * (
+      2 * tokens * (model.heads + model.kv_heads) * model.head_dim
+      * size / tensor)
+  sent = (gathered + sums + exchanged) / chip.axis_rate
+  # Replicas add up their parts of the gradient, each what it holds at rest.
+  summed = training * 2 * (mesh.data - 1) / mesh.data * memory.FLOAT32 * (
+      model.layers * layer / tensor / mesh.parts)
+  if topology.num_slices == 1:
+    sent += summed / chip.axis_rate
+  elif mesh.data > 1:
+    sent += summed / chip.dcn_rate
+  else:
     sent += gathered / topology.num_slices / chip.dcn_rate
   # Every value is written and read once in each pass.
   values = memory.activation_bytes(
       dataclasses.replace(model, remat="none"), rows=rows, length=length,
-      fsdp=fsdp, tensor=tensor)
+      batch=mesh.batch, tensor=tensor, context=mesh.context)
   moved = 2 * gathers * weights + 2 * layer_passes / 3 * values
   return max(flops / chip.flops, moved / chip.hbm_rate, sent)
 
 
 def _rollout_step(
     section: config_dict.ConfigDict, model: ModelConfig, topology: Topology,
-    fsdp: int, tensor: int,
+    mesh: sharding.MeshSizes,
 ) -> float:
   """Completions to their maximum, logprobs where needed, and updates."""
-  rows = -(-section.rows_per_microbatch // fsdp) * fsdp
+  rows = -(-section.rows_per_microbatch // mesh.batch) * mesh.batch
   completions = section.num_groups * section.group_size
   count = -(-completions // rows)
   part = lambda training: count * _microbatch(
-      model, topology, rows, section.sequence_length, fsdp, tensor, training)
+      model, topology, rows, section.sequence_length, mesh, training)
   several = grpo.num_updates(section) > 1
   passes = several + (section.loss.kl_coef > 0)
   chip, rollout = topology.chip, section.rollout
   weights = model.layers * memory.layer_parameters(
-      model) * memory.BYTES[model.dtype] / tensor
-  head = memory.FLOAT32 * model.padded_vocab_size * model.embed / tensor
+      model) * memory.BYTES[model.dtype] / mesh.tensor
+  head = memory.FLOAT32 * model.padded_vocab_size * model.embed / mesh.tensor
   cache = memory.cache_bytes(
       model, rows=completions, slots=rollout.max_prompt_tokens
-      + rollout.max_tokens, fsdp=fsdp, tensor=tensor)
+      + rollout.max_tokens, parts=mesh.rows, tensor=mesh.tensor)
   token = (weights + head + cache / 2) / chip.hbm_rate
   return (rollout.max_tokens * token + passes * part(False)
           + section.num_epochs * part(True))

@@ -4,6 +4,7 @@ import dataclasses
 
 from ml_collections import config_dict
 
+from posttrain import sharding
 from posttrain.plan.setup import Setup
 from posttrain.stages import sft
 from posttrain.tasks import loading
@@ -27,18 +28,16 @@ class Padding:
   text: str
 
 
-def of_config(setup: Setup, parts: int) -> list[Padding]:
-  """Of every training stage.
-
-  Args:
-    parts: into how many the mesh splits the rows of a batch.
-  """
+def of_config(
+    setup: Setup, mesh: sharding.MeshSizes) -> list[Padding]:
+  """Of every training stage, with the rows that a mesh adds."""
   found = []
   for name in setup.config.stages:
     section = setup.config[name]
-    measure = {"sft": _rows, "grpo": _prompts}.get(section.kind)
-    if measure is None:
+    measures = {"sft": (_rows, mesh.batch), "grpo": (_prompts, mesh.rows)}
+    if section.kind not in measures:
       continue
+    measure, parts = measures[section.kind]
     what = "packed rows" if section.kind == "sft" else "prompts"
     if setup.tokenizer is None:
       found.append(Padding(

@@ -81,10 +81,10 @@ def make(
     for program in wanted:
       results.append(compiler.measure(program))
       report(results[-1])
-    parts = sharding.axis_size("batch")
+    sizes = sharding.mesh_sizes()
   return Plan(
       topology, dict(mesh.shape), setup, results,
-      padding.of_config(setup, parts) if with_padding else [],
+      padding.of_config(setup, sizes) if with_padding else [],
       _advice(results, setup, topology, mesh), only)
 
 
@@ -96,9 +96,7 @@ def _programs(
   devices = topology_lib.devices(topology)
   try:
     setup = setup_lib.set_up(config)
-    mesh = sharding.make_mesh(
-        config.mesh.fsdp, config.mesh.tensor, devices=devices,
-        expert=config.mesh.expert)
+    mesh = sharding.mesh_of(config.mesh, devices)
     with jax.set_mesh(mesh):
       found = list(programs.of_config(setup))
   except ValueError as error:

@@ -252,7 +252,11 @@ def _sampling(
   fixed = setup.tables, inputs["budgets"]
 
   # A cache of any size has the layout that prefill would give it.
-  blocks = weights.on_mesh(decode.unstacked.eval_shape(model))
+  whole, blocks = weights.on_mesh(decode.unstacked.eval_shape(model))
+  kept = [w for w, ready in zip(
+      jax.tree.leaves(model), jax.tree.leaves(whole), strict=True)
+          if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
+  looping = beside | ({"tables at rest": kept} if kept else {})
   carry_of = lambda slots: weights.on_mesh(decode.prefill.eval_shape(
       model, *prompts, *fixed, group_size=group_size, slots=slots))
   rows, script = _draws(stage, sampler, inputs)
@@ -274,10 +278,10 @@ def _sampling(
     sized = f"{detail + ' ' if detail else ''}S={slots}"
     yield Program(
         stage, "decode", functools.partial(
-            decode.decode.lower, model, blocks, carry, rows, script,
+            decode.decode.lower, whole, blocks, carry, rows, script,
             np.int32(len(inputs["done"])), setup.tables,
             steps=sampler.chunk),
-        (model, blocks, carry, rows, script), beside,
+        (whole, blocks, carry, rows, script), looping,
         float(steps * chunks), detail=sized)
     used += chunks * sampler.chunk
     if used < end:
@@ -285,7 +289,7 @@ def _sampling(
       yield Program(
           stage, "grow", functools.partial(
               decode.resize.lower, carry, slots=slots),
-          (carry,), {"model": model, "layers": blocks, **beside}, float(steps),
+          (carry,), {"model": whole, "layers": blocks, **looping}, float(steps),
           detail=f"{sized} to {slots}")
       carry = carry_of(slots)
 

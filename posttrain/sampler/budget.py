@@ -334,7 +334,7 @@ def _at_maximum(
     begun = jnp.where(_ends_in(state, tables.end[:length]), length, begun)
   newline_ends = jnp.asarray(tables.newline_ends)
   newline = newline_ends.at[state.last].get(
-      mode="clip", out_sharding=sharding.spec("batch"))
+      mode="clip", out_sharding=sharding.spec("rows"))
   skip = jnp.where(
       (begun > 0) | newline, len(tables.newline), 0) + begun
   ended = jnp.where(close, ANSWER, DONE)

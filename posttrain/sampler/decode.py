@@ -108,25 +108,30 @@ def prefill(
   positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
   hidden, cache = model.prefill(tokens, positions, segment_ids)
   last = jnp.repeat(
-      tokens[:, -1], group_size, out_sharding=spec("batch"))
+      tokens[:, -1], group_size, out_sharding=spec("rows"))
   return Carry(
       cache=kv.resize(kv.fan_out(cache, group_size), slots),
       hidden=jnp.repeat(
           hidden[:, -1], group_size, axis=0,
-          out_sharding=spec("batch", "act_embed")),
+          out_sharding=spec("rows", "act_embed")),
       state=budget.init(tables, budgets, in_thinking, last, done))
 
 
 # Here and in `decode` a part of the model is not read. It is on the device all
 # the same, and kept among the arguments so that what counts them sees it.
 @functools.partial(jax.jit, keep_unused=True)
-def unstacked(model: Transformer) -> list[Block]:
-  """The layers as the loop reads them, once for all of its chunks.
+def unstacked(model: Transformer) -> tuple[Transformer, list[Block]]:
+  """The tables and layers as the loop reads them, once for all its chunks.
 
-  Sliced and cast inside of each chunk's program, they would be copied anew
-  for every chunk, which reads as much as a step or two of it.
+  Sliced and cast inside of each chunk's program, the layers would be copied
+  anew for every chunk, which reads as much as a step or two of it; and the
+  tables would be gathered for every token. What is whole is not copied.
+
+  Returns:
+    The model with its tables gathered, and its layers.
   """
-  return model.unstacked()
+  tables = dict.fromkeys(("embedding", model.head_name))
+  return model.gathered(*tables), model.unstacked()
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -147,7 +152,7 @@ def decode(
   """Up to `steps` tokens for every row, or until `until` rows are done.
 
   Args:
-    blocks: `unstacked` of the model.
+    model, blocks: as `unstacked` makes them.
     carry: donated. In its cache no row that is not done has more than
       S - `steps` tokens.
     script: [B, N] int32, choices to take instead of drawing; -1 draws.
@@ -190,7 +195,7 @@ def _empty_record(
     shape: tuple[int, ...], recorded: Recorded, config: ModelConfig,
 ) -> dict[str, jax.Array]:
   def empty(dtype, fill=0, *last):
-    axes = ("batch", None, *(None for _ in last))
+    axes = ("rows", None, *(None for _ in last))
     return jnp.full((*shape, *last), fill, dtype, out_sharding=spec(*axes))
 
   record = {
@@ -216,7 +221,7 @@ def _choose(
     tables: budget.BudgetTables, recorded: Recorded, hook: hooks.Hook | None,
 ) -> tuple[Carry, dict[str, Any]]:
   """Logits -> a token per row, sampled or forced -> the next budget state."""
-  logits = shard(model.logits(carry.hidden), "batch", None)
+  logits = shard(model.logits(carry.hidden), "rows", None)
   logits = logits[:, :tables.vocab_size]
   forced, banned = budget.plan(tables, rows.budgets, carry.state)
   was_forced, params = forced >= 0, rows.params

@@ -126,13 +126,13 @@ class Engine:
     Raises:
       ValueError: the mesh does not divide the slots.
     """
-    parts = sharding.axis_size("batch")
+    parts = sharding.axis_size("rows")
     if settings.slots < 1 or settings.slots % parts:
       raise ValueError(
           f"slots={settings.slots} cannot be split over {parts} parts of the "
           f"mesh. Use a multiple of {parts}.")
     self.tables, self.settings = tables, settings
-    self.model, self._blocks = model, decode.unstacked(model)
+    self.model, self._blocks = decode.unstacked(model)
     self._text = text
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
@@ -236,7 +236,7 @@ class Engine:
     if any(self._live):
       raise RuntimeError(
           "Weights cannot change under live rows. Take all results first.")
-    self.model, self._blocks = model, decode.unstacked(model)
+    self.model, self._blocks = decode.unstacked(model)
     self._prefill.clear()
 
   def look(self) -> None:

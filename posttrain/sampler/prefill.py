@@ -44,7 +44,7 @@ def empty(config: ModelConfig, index: jax.Array, *, rows: int, slots: int):
       kv.empty(config, rows, slots), index=jnp.int32(index))
   return Rows(cache, jnp.zeros(
       (rows, config.embed), config.dtype, out_sharding=spec(
-          "batch", "act_embed")))
+          "rows", "act_embed")))
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -71,7 +71,7 @@ def place(
   return Rows(
       kv.insert(into.cache, source.cache, rows, ends, slots),
       into.hidden.at[slots].set(
-          hidden, mode="drop", out_sharding=spec("batch", "act_embed")))
+          hidden, mode="drop", out_sharding=spec("rows", "act_embed")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Prefill:
       run: calls a compiled function: run(key, function, *args, **kwargs).
     """
     self.config, self.chunk, self.prefixes = config, chunk, prefixes
-    self.parts = sharding.axis_size("batch")
+    self.parts = sharding.axis_size("rows")
     self.rows = -(-rows // self.parts) * self.parts
     self.tokens = self.positions = 0
     self._run = run
@@ -204,7 +204,7 @@ class Prefill:
       positions[i, :len(prompt) - n] = np.arange(n, len(prompt))
     for at in range(0, tokens.shape[1], self.chunk):
       put = lambda x, at=at: sharding.put(
-          x[:, at:at + self.chunk], "batch", "length")
+          x[:, at:at + self.chunk], "rows", "slots")
       rows = self._run(("prefill", self.rows, slots), feed, model, blocks,
                        rows, put(tokens), put(positions))
     self.tokens += int((positions >= 0).sum())

@@ -147,7 +147,7 @@ class Sampler:
       self, model: Transformer, asked: list[requests.Request],
   ) -> Rollouts:
     """The same rows through fewer slots."""
-    parts = sharding.axis_size("batch")
+    parts = sharding.axis_size("rows")
     # As if each had the longest prompt: others compile nothing anew.
     most = self.max_prompt_tokens + max(
         requests.most_slots(r, self.tables) - len(r.prompt) for r in asked)
@@ -169,7 +169,7 @@ class Sampler:
         model, device["tokens"], device["segment_ids"],
         device["in_thinking"], device["done"], self.tables,
         device["budgets"], group_size=group_size, slots=slots)
-    blocks = decode.unstacked(model)
+    model, blocks = decode.unstacked(model)
     recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
     total = device["done"].shape[0]
     while True:
@@ -189,7 +189,7 @@ class Sampler:
       if stopped is not None and stopped.any():
         stopped = np.pad(stopped, (0, total - rows))
         stopped_state = budget.stop(
-            carry.state, sharding.put(stopped, "batch"))
+            carry.state, sharding.put(stopped, "rows"))
         carry = dataclasses.replace(carry, state=stopped_state)
         state = sharding.fetch(stopped_state)
       if state.done.all():
@@ -242,7 +242,7 @@ class Sampler:
     budgets = self._budgets(limits, rows)
     self._check(prompts, budgets)
     # Whole prompts per part of the mesh, so that fanning out stays local.
-    parts = sharding.axis_size("batch")
+    parts = sharding.axis_size("rows")
     # And two rows at least: of an array of one element jax 0.11 forgets the
     # sharding (`_get_sharding_for_varying_out_shape`).
     least = len(prompts) + (rows == 1)
@@ -260,10 +260,10 @@ class Sampler:
         np.pad(np.asarray(x), (0, extra)), group_size)
     samples = np.arange(
         first_sample, first_sample + group_size, dtype=np.int32)
-    by_row = lambda x: put(x, "batch")
+    by_row = lambda x: put(x, "rows")
     return {
-        "tokens": put(tokens, "batch", "length"),
-        "segment_ids": put(segment_ids, "batch", "length"),
+        "tokens": put(tokens, "rows", "slots"),
+        "segment_ids": put(segment_ids, "rows", "slots"),
         "in_thinking": by_row(expand(thinks)),
         "done": by_row(lengths == 0),
         "prompt_lengths": by_row(lengths),
@@ -296,7 +296,7 @@ def script_window(
   if script is not None:
     part = script[:, begin:begin + steps]
     window[:part.shape[0], :part.shape[1]] = part
-  return put(window, "batch", "length")
+  return put(window, "rows", "slots")
 
 
 def _check_numbers(state: budget.BudgetState) -> None:

@@ -122,7 +122,7 @@ class Slots:
     assert self._rows is not None
     self.carry, record = self._run(
         ("decode", self.size), decode.decode, model, blocks, self.carry,
-        self._rows, sharding.put(script, "batch", "length"), np.int32(until),
+        self._rows, sharding.put(script, "rows", "slots"), np.int32(until),
         self.tables, steps=script.shape[1], recorded=self._recorded,
         hook=self._hook, policy=self._policy)
     return sharding.fetch((record, self.carry.state))
@@ -137,7 +137,7 @@ class Slots:
 def _by_row(tree: Any) -> Any:
   return jax.tree.map(
       lambda x: shard(
-          jnp.asarray(x), "batch", *(None for _ in x.shape[1:])), tree)
+          jnp.asarray(x), "rows", *(None for _ in x.shape[1:])), tree)
 
 
 @jax.jit
@@ -173,5 +173,5 @@ def _repeated(x, *, rows: int):
 def _set_row(state, new, slot):
   return jax.tree.map(
       lambda x, row: x.at[slot].set(
-          row, out_sharding=spec("batch", *(None for _ in x.shape[1:]))),
+          row, out_sharding=spec("rows", *(None for _ in x.shape[1:]))),
       state, new)

@@ -56,8 +56,7 @@ def run(
     raise ValueError(
         f"{jax.process_count()} processes cannot share a terminal. Chat on one "
         "machine; `posttrain sample` runs on many.")
-  with jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
     renderer, model = loaded.load(config, workdir, stage)
     if not isinstance(renderer, render.ChatRenderer):
       raise ValueError(

@@ -69,8 +69,7 @@ def run(
   """
   first = jax.process_index() == 0
   stream = stream or sys.stdout
-  with jax.set_mesh(sharding.make_mesh(
-      config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)):
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
     renderer, model = loaded.load(config, workdir, stage)
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
@@ -138,7 +137,7 @@ class _Queue:
       self, model: Transformer, todo: Sequence[requests.Request],
   ) -> Iterator[requests.Completion]:
     tables = sampling.make_tables(self._tokenizer, self._ids)
-    parts = sharding.axis_size("batch")
+    parts = sharding.axis_size("rows")
     slots = min(BATCH_ROWS, len(todo))
     queue = engine.Engine(model, tables, engine.Settings(
         slots=-(-slots // parts) * parts, chunk=CHUNK, max_slots=max(

@@ -23,13 +23,19 @@ from ml_collections import config_dict
 
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
-from posttrain.objectives import logprobs as logprobs_lib
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
 from posttrain.stages import training
 from posttrain.stages.context import StageContext
 from posttrain.text import render
 from posttrain.train import console as console_lib
-from posttrain.train import health, metrics, microbatches, preemption, step
+from posttrain.train import (
+  forward,
+  health,
+  metrics,
+  microbatches,
+  preemption,
+  step,
+)
 from posttrain.train import state as state_lib
 
 Sums = dict[str, jax.Array]
@@ -127,11 +133,8 @@ def cross_entropy(
   Returns:
     Numerator and denominator (target tokens), and sums over these tokens.
   """
-  hidden, traffic = model.routed(
-      batch["tokens"], batch["positions"], batch["segment_ids"])
-  logprobs, entropy = logprobs_lib.token_logprobs(
-      model, hidden, batch["tokens"], chunk=chunk)
-  assert entropy is not None  # As asked for.
+  logprobs, entropy, traffic = forward.token_logprobs(
+      model, batch, chunk=chunk)
   return *cross_entropy_sum(logprobs, batch["loss_mask"]), {
       "entropy": masked_sum(entropy, batch["loss_mask"]),
       **(traffic.sums() if traffic else {})}

@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import config_dict
 
-from posttrain import weights
+from posttrain import sharding, weights
 from posttrain.model.config import LoraConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages.context import StageContext
@@ -34,7 +34,17 @@ def due(number: int, every: int, last: bool) -> bool:
 def make_update(
     section: config_dict.ConfigDict, loss: step.Loss,
 ) -> tuple[optax.GradientTransformation, step.CompiledUpdate]:
-  """The optimizer, and the compiled update, which consumes its state."""
+  """The optimizer, and the compiled update, which consumes its state.
+
+  Raises:
+    ValueError: the mesh does not divide the length of a row.
+  """
+  length, parts = section.sequence_length, sharding.axis_size("length")
+  if length % parts:
+    raise ValueError(
+        f"sequence_length={length} cannot be split over mesh.context={parts}. "
+        f"Use sequence_length={-(-length // parts) * parts}, the next "
+        "multiple.")
   schedule = optimizer.make_schedule(**pick(
       section, "schedule learning_rate warmup_steps num_steps "
       "final_learning_rate"))

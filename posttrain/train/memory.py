@@ -95,12 +95,16 @@ def parameters(config: ModelConfig) -> int:
 
 
 def cache_bytes(
-    config: ModelConfig, *, rows: int, slots: int, fsdp: int = 1,
+    config: ModelConfig, *, rows: int, slots: int, parts: int = 1,
     tensor: int = 1,
 ) -> int:
-  """Keys and values of `rows` rows (global) with `slots` slots, per device."""
+  """Keys and values of `rows` rows (global) with `slots` slots, per device.
+
+  Args:
+    parts: that the mesh splits the rows in.
+  """
   heads = config.kv_heads // tensor
-  return (2 * config.layers * math.ceil(rows / fsdp) * slots * heads
+  return (2 * config.layers * math.ceil(rows / parts) * slots * heads
           * config.head_dim * BYTES[config.dtype])
 
 
@@ -146,29 +150,31 @@ def _mlp_widths(config: ModelConfig, expert: int) -> tuple[int, int]:
 
 
 def activation_bytes(
-    config: ModelConfig, *, rows: int, length: int, fsdp: int = 1,
-    tensor: int = 1, expert: int = 1,
+    config: ModelConfig, *, rows: int, length: int, batch: int = 1,
+    tensor: int = 1, expert: int = 1, context: int = 1,
 ) -> int:
   """Kept from the forward for the backward pass, and one layer's own peak.
 
   Args:
     rows, length: of one microbatch, global.
+    batch: parts that the mesh splits the rows in, those of `expert` too.
+    context: parts of the length; while that is whole, of the heads.
   """
   stream, products, rest = _layer_activations(
-      config, math.ceil(rows / (fsdp * expert)), length, tensor, expert)
+      config, math.ceil(rows / batch), length, tensor, expert)
   kept = {
       "full": stream, "dots": stream + products,
       "none": stream + products + rest}[config.remat]
-  return config.layers * kept + int(
-      LAYER_IN_PROGRESS * (stream + products + rest))
+  return (config.layers * kept + int(
+      LAYER_IN_PROGRESS * (stream + products + rest))) // context
 
 
 def _training(
-    config, trained, rows, length, loss_chunk, fsdp, tensor, expert):
-  parts = fsdp * expert
+    config, trained, rows, length, loss_chunk, *, parts, batch, tensor,
+    expert, context):
   shards = parts * tensor
   size = BYTES[config.dtype]
-  chunk = math.ceil(rows / parts) * min(loss_chunk, length)
+  chunk = math.ceil(rows / batch) * min(loss_chunk, length // context)
   table = config.padded_vocab_size * config.embed // tensor
   # The experts stay apart.
   layer = layer_parameters(config, config.num_experts // expert) // tensor
@@ -177,11 +183,12 @@ def _training(
       # Of the microbatch, and the sum over microbatches.
       "gradients": 2 * FLOAT32 * trained // shards,
       "activations": activation_bytes(
-          config, rows=rows, length=length, fsdp=fsdp, tensor=tensor,
-          expert=expert),
+          config, rows=rows, length=length, batch=batch, tensor=tensor,
+          expert=expert, context=context),
       "logits": (
           LOGIT_BUFFERS * FLOAT32 * chunk * config.padded_vocab_size // tensor),
-      "gathered weights": gathered + table * FLOAT32 if parts > 1 else 0,
+      # The head is whole for all chunks, and so is its gradient.
+      "gathered weights": gathered + 2 * table * FLOAT32 if parts > 1 else 0,
   }
 
 
@@ -193,7 +200,8 @@ def _decode_bytes(config: ModelConfig) -> float:
 
 
 def estimate(
-    config: ModelConfig, *, fsdp: int = 1, tensor: int = 1, expert: int = 1,
+    config: ModelConfig, *, data: int = 1, fsdp: int = 1, expert: int = 1,
+    context: int = 1, tensor: int = 1,
     rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
     cache_rows: int = 0, cache_slots: int = 0,
     trained: int | None = None, optimizer_bytes: int | None = None,
@@ -203,7 +211,7 @@ def estimate(
 
   Args:
     config: with the vocabulary filled in.
-    fsdp, tensor, expert: sizes of the mesh.
+    data, fsdp, expert, context, tensor: sizes of the mesh.
     rows, sequence_length: of one microbatch, global; rows=0: no training.
     loss_chunk: positions whose logits exist at once.
     cache_rows, cache_slots: rows decoded at once, global, and the longest
@@ -214,8 +222,8 @@ def estimate(
     frozen_bytes: of the other ones at rest, over all devices.
     reference_bytes: of a reference, what it does not share with the policy.
   """
-  parts = fsdp * expert  # Of the rows, and of all parameters at rest.
-  shards = parts * tensor
+  parts, batch = fsdp * expert * context, data * fsdp * expert
+  shards = parts * tensor  # Of all parameters at rest.
   if trained is None:
     trained = parameters(config)
   persistent = {"parameters": (FLOAT32 * trained + frozen_bytes) // shards}
@@ -228,18 +236,21 @@ def estimate(
   training: dict[str, int] = {}
   if rows:
     training = _training(
-        config, trained, rows, sequence_length, loss_chunk, fsdp, tensor,
-        expert)
+        config, trained, rows, sequence_length, loss_chunk, parts=parts,
+        batch=batch, tensor=tensor, expert=expert, context=context)
   sampling: dict[str, int] = {}
   if cache_rows:
-    local_rows = math.ceil(cache_rows / parts)
+    local_rows = math.ceil(cache_rows / (batch * context))
+    table = config.padded_vocab_size * config.embed // tensor
+    whole = 0 if parts == 1 else table * (FLOAT32 + (
+        0 if config.tied_embeddings else BYTES[config.dtype]))
     sampling = {
         "cache": cache_bytes(
-            config, rows=cache_rows, slots=cache_slots, fsdp=parts,
+            config, rows=cache_rows, slots=cache_slots, parts=batch * context,
             tensor=tensor),
         # Decode holds every layer gathered over "fsdp", and cast unless it
-        # is quantised.
-        "decode weights": int(
+        # is quantised; and the tables, if they rest split.
+        "decode weights": whole + int(
             config.layers * _decode_bytes(config) * layer_parameters(
                 config, config.num_experts // expert) / tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,

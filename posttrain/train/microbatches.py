@@ -21,12 +21,12 @@ def stack(
   it changes no gradient.
 
   Args:
-    batch: arrays [rows, ...], the same on every host.
+    batch: arrays [rows] or [rows, T, ...], the same on every host.
     num_microbatches: M.
     put: what makes device arrays; `sharding.abstract` for their shapes.
 
   Returns:
-    Arrays [M, R, ...], R sharded over "batch".
+    Arrays [M, R] or [M, R, T, ...], sharded over "batch" and "length".
   """
   multiple = num_microbatches * sharding.axis_size("batch")
 
@@ -34,6 +34,7 @@ def stack(
     padding = -len(array) % multiple
     array = np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
     array = array.reshape(num_microbatches, -1, *array.shape[1:])
-    return put(array, None, "batch", *(None,) * (array.ndim - 2))
+    axes = (None, "batch", "length", *(None,) * array.ndim)[:array.ndim]
+    return put(array, *axes)
 
   return {name: fold(array) for name, array in batch.items()}

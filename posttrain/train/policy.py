@@ -21,8 +21,8 @@ from posttrain import sharding
 from posttrain.data import pack
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import kl
-from posttrain.objectives import logprobs as logprobs_lib
 from posttrain.sampler.rollouts import Rollouts
+from posttrain.train import forward
 
 Arrays = dict[str, np.ndarray]
 
@@ -179,11 +179,8 @@ class PolicyLoss:
 
   def logprobs(self, model: Transformer, batch: dict[str, jax.Array]):
     """Logprobs and entropies [R, T] of one microbatch, and its traffic."""
-    hidden, traffic = model.routed(
-        batch["tokens"], batch["positions"], batch["segment_ids"])
-    return *logprobs_lib.token_logprobs(
-        model, hidden, batch["tokens"], temperature=self.temperature,
-        chunk=self.chunk), traffic
+    return forward.token_logprobs(
+        model, batch, temperature=self.temperature, chunk=self.chunk)
 
   def __call__(self, model: Transformer, batch: dict[str, jax.Array]):
     """Numerator, denominator and sums; see `step.Loss`.

@@ -38,7 +38,8 @@ def accumulate(
   without a gradient finds them first.
 
   Args:
-    batch: arrays [M, ...]; rows sharded over "batch".
+    batch: arrays [M, ...]; rows sharded over "batch", their length over
+      "length".
     num_microbatches: at most M; may be traced, so that a varying number of
       microbatches is one compiled program.
     router_aux_coef: weight of the loss that balances the router.

@@ -41,7 +41,7 @@ def test_cache_is_that_of_a_prefill():
   expected = size((cache.k, cache.v))
   assert memory.cache_bytes(config, rows=6, slots=32) == expected
   assert memory.cache_bytes(
-      config, rows=6, slots=32, fsdp=3, tensor=2) == expected // 6
+      config, rows=6, slots=32, parts=3, tensor=2) == expected // 6
 
 
 def test_experts_are_counted_with_the_parameters():
