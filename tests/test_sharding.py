@@ -144,17 +144,85 @@ def test_a_mesh_that_does_not_fit_names_its_keys(fsdp, tensor):
 
 
 @pytest.mark.parametrize("fields,shape,message", [
-    (dict(kv_heads=3, heads=9), (1, 2),
+    (dict(kv_heads=3, heads=9), dict(fsdp=1, tensor=2),
      r"kv_heads=3 cannot be split over mesh\.tensor=2\. Use mesh\.tensor=1"),
-    (dict(kv_heads=2), (2, 4),
+    (dict(kv_heads=2), dict(fsdp=2, tensor=4),
      r"kv_heads=2 cannot be split over mesh\.tensor=4\. Use mesh\.tensor=2"),
-    (dict(kv_heads=4, mlp=50), (1, 4),
+    (dict(kv_heads=4, mlp=50), dict(fsdp=1, tensor=4),
      r"mlp=50 cannot be split over mesh\.tensor=4\. Use mesh\.tensor=2"),
-    (dict(embed=36), (8, 1),
+    (dict(embed=36), dict(fsdp=8, tensor=1),
      r"embed=36 cannot be split over mesh\.fsdp=8\. Use mesh\.fsdp=6"),
+    (dict(embed=36), dict(fsdp=2, tensor=1, context=4),
+     r"embed=36 cannot be split over mesh\.fsdp \* mesh\.context=8\. Use"),
+    (dict(kv_heads=6, heads=18), dict(fsdp=1, tensor=2, context=4),
+     r"mesh\.context=4 divides neither the 3 kv heads that a part of "
+     r"mesh\.tensor=2 has nor the 3 query heads of each.*mesh\.context=3"),
 ])
 def test_a_model_that_a_mesh_does_not_divide_names_the_key(
     fields, shape, message):
-  with jax.set_mesh(meshes.mesh(*shape)), pytest.raises(
+  with jax.set_mesh(meshes.mesh(**shape)), pytest.raises(
       ValueError, match=message):
     transformer.init(build.make_config(**fields), 0)
+
+
+def test_replicas_and_parts_of_the_length_in_the_types():
+  """Rows are split over both; parameters rest split over "context" only."""
+  mesh = meshes.mesh(fsdp=1, tensor=2, data=2, context=2)
+  assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
+  with jax.set_mesh(mesh):
+    put = lambda *axes: str(jax.typeof(sharding.put(
+        np.zeros((8, 8), np.float32), *axes)))
+    assert put("batch", "length") == "float32[8@(data,fsdp),8@context]"
+    assert put("rows", "slots") == "float32[8@(data,fsdp,context),8]"
+    assert put("embed", "mlp") == "float32[8@(fsdp,context),8@tensor]"
+    w = sharding.put(np.zeros((8, 8), np.float32), "embed", "mlp")
+    gathered = jax.jit(sharding.gather_fsdp)(w)
+    assert str(jax.typeof(gathered)) == "float32[8,8@tensor]"
+    sizes = sharding.mesh_sizes()
+  assert (sizes.parts, sizes.batch, sizes.rows) == (2, 2, 4)
+
+
+def test_parts_of_a_length_become_rows_and_parts_again():
+  array = np.arange(8 * 12 * 3).reshape(8, 12, 3).astype(np.float32)
+  with jax.set_mesh(meshes.with_context()):
+    x = sharding.put(array, "batch", "length", None)
+    rows = jax.jit(sharding.length_to_rows)(x)
+    assert str(jax.typeof(rows)) == "float32[16@(fsdp,context),6,3]"
+    # Nothing has moved: each device has what it had.
+    for before, after in zip(
+        x.addressable_shards, rows.addressable_shards, strict=True):
+      assert before.device == after.device
+      np.testing.assert_array_equal(before.data, after.data)
+    back = jax.jit(sharding.rows_to_length)(rows)
+    assert jax.typeof(back) == jax.typeof(x)
+    np.testing.assert_array_equal(np.asarray(back), array)
+    whole = jax.jit(sharding.whole_length)(x)
+    assert str(jax.typeof(whole)) == "float32[8@fsdp,12,3]"
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+  """What a mesh asks of a device of some slice."""
+
+  id: int
+  slice_index: int
+  platform: str = "cpu"
+  device_kind: str = "fake"
+  process_index: int = 0
+
+
+def test_of_several_slices_the_first_axis_goes_across():
+  devices = [FakeDevice(n, n // 8) for n in range(16)]
+  slices = lambda **sizes: np.vectorize(lambda d: d.slice_index)(
+      sharding.make_mesh(devices=devices, **sizes).devices)
+  found = slices(data=2, fsdp=-1, tensor=2)
+  assert found.shape == (2, 4, 2)
+  assert (found[0] == 0).all() and (found[1] == 1).all()
+  found = slices(data=4, context=2)  # Two replicas in each slice.
+  assert (found.reshape(4, -1) == [[0], [0], [1], [1]]).all()
+  found = slices(fsdp=-1, tensor=4)  # Without replicas "fsdp" does.
+  assert (found == [[0], [0], [1], [1]]).all()
+  with pytest.raises(ValueError, match=(
+      r"mesh\.fsdp=1 cannot be split over the 2 slices .* Set mesh\.data or "
+      r"mesh\.fsdp to a multiple of 2")):
+    slices(fsdp=1, tensor=16)

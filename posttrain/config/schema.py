@@ -146,16 +146,16 @@ TOP = Section(
         "Devices per axis; -1, once at most: all that remain.",
         fsdp=Key(int, -1, "Splits the batch and the parameters at rest.",
                  "[-1, inf)"),
-        data=Key(int, 1, "Replicas of all parameters; splits the batch. Of "
-                 "several slices, each has one or more.", "[-1, inf)"),
         tensor=Key(int, 1, "Splits heads, feed-forward and vocabulary.",
                    "[-1, inf)"),
-        context=Key(int, 1, "Splits the length of what is trained on, and the "
-                    "parameters at rest, as fsdp; the sampler splits its rows "
-                    "over it.", "[-1, inf)"),
         expert=Key(int, 1, "Splits the experts of a mixture; of the rest it "
                    "splits the batch and the parameters at rest, as fsdp.",
                    "[-1, inf)"),
+        data=Key(int, 1, "Replicas of all parameters; splits the batch. Of "
+                 "several slices, each has one or more.", "[-1, inf)"),
+        context=Key(int, 1, "Splits the length of what is trained on, and the "
+                    "parameters at rest, as fsdp; the sampler splits its rows "
+                    "over it.", "[-1, inf)"),
         cpu_devices=Key(
             int, 1, "Without an accelerator: devices that the cores are "
             "shared between. Two on two cores train a small model faster "

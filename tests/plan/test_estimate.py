@@ -1,5 +1,6 @@
 """What is modelled before anything compiles: an order, not a measurement."""
 
+import copy
 import dataclasses
 import pathlib
 
@@ -67,6 +68,22 @@ def test_another_slice_costs_the_network_between(stages):
       for name, slices in (("v5e:4x4", 1), ("v5e:2x4", 2)))
   assert (one.fsdp, one.tensor) == (two.fsdp, two.tensor) == (16, 1)
   assert two.seconds >= one.seconds
+
+
+def test_replicas_spare_the_network_between(stages):
+  """And hold more, as they split no parameter."""
+  config = copy.deepcopy(stages.config)
+  config.mesh.data = 2
+  slices = topology.parse("v5e:2x4", 2)
+  split, copied = (
+      {(c.fsdp * c.tensor, c.tensor, c.remat): c
+       for c in estimate.candidates(each, slices)}
+      for each in (stages, dataclasses.replace(stages, config=config)))
+  assert {devices for devices, *_ in split} == {16}
+  assert {devices for devices, *_ in copied} == {8}
+  for _, tensor, remat in copied:
+    a, b = split[16, tensor, remat], copied[8, tensor, remat]
+    assert b.seconds <= a.seconds and b.bytes > a.bytes
 
 
 def test_the_ranking_has_what_fits_first(stages):

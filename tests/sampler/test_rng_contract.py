@@ -131,10 +131,13 @@ def test_another_schedule_gives_the_same_tokens(
   assert_same(params, rollouts, other, at_least)
 
 
-@pytest.mark.parametrize("slots", [0, 4])
-def test_another_mesh_gives_the_same_tokens(params, rollouts, slots):
+@pytest.mark.parametrize("slots,mesh", [
+    (0, meshes.eight), (4, meshes.eight),
+    pytest.param(0, meshes.with_context, marks=pytest.mark.slow),
+    pytest.param(4, meshes.with_context, marks=pytest.mark.slow)])
+def test_another_mesh_gives_the_same_tokens(params, rollouts, slots, mesh):
   """Three prompts on four parts: padding rows too."""
-  other = run(params, [11, 13, 14], mesh=meshes.eight(), slots=slots)
+  other = run(params, [11, 13, 14], mesh=mesh(), slots=slots)
   assert_same(params, rollouts, other, 6)
 
 

@@ -11,7 +11,8 @@ import pytest
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.presets import PRESETS
-from posttrain.train import memory, optimizer, state, step
+from posttrain.train import forward, memory, optimizer, state, step
+from tests import meshes
 
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=100, qk_norm="head")
@@ -53,19 +54,8 @@ def test_experts_are_counted_with_the_parameters():
 
 
 def loss(model, batch):
-  hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-
-  @jax.checkpoint
-  def chunk_loss(hidden, tokens):
-    logits = model.logits(hidden)
-    chosen = tokens[..., None] == jnp.arange(logits.shape[-1])
-    return jnp.sum(
-        jax.nn.logsumexp(logits, -1) - jnp.sum(logits * chosen, -1))
-
-  numerator = sum(
-      chunk_loss(hidden[:, i:i + CHUNK], batch["tokens"][:, i:i + CHUNK])
-      for i in range(0, LENGTH, CHUNK))
-  return numerator, jnp.float32(ROWS * LENGTH), {}
+  logprobs, _, _ = forward.token_logprobs(model, batch, chunk=CHUNK)
+  return -jnp.sum(logprobs), jnp.float32(ROWS * LENGTH), {}
 
 
 def compiled_update(config):
@@ -90,17 +80,18 @@ def case(*values, slow=True):
   return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("remat, fsdp, tensor", [
-    case("full", 1, 1, slow=False), case("none", 1, 1), case("dots", 1, 1),
-    case("none", 4, 2), case("full", 4, 2)])
-def test_an_update_needs_what_the_compiler_says(remat, fsdp, tensor):
+@pytest.mark.parametrize("remat, sizes", [
+    case("full", {}, slow=False), case("none", {}), case("dots", {}),
+    case("none", dict(fsdp=4, tensor=2)), case("full", dict(fsdp=4, tensor=2)),
+    case("none", dict(fsdp=2, tensor=2, data=2)),
+    case("full", dict(fsdp=2, tensor=2, context=2))],
+    ids=lambda x: x if isinstance(x, str) else "x".join(x) or "one")
+def test_an_update_needs_what_the_compiler_says(remat, sizes):
   config = dataclasses.replace(TINY, remat=remat)
-  devices = jax.devices()[:fsdp * tensor]
-  with jax.set_mesh(sharding.make_mesh(fsdp, tensor, devices=devices)):
+  with jax.set_mesh(meshes.mesh(**(dict(fsdp=1, tensor=1) | sizes))):
     analysis = compiled_update(config)
   estimate = memory.estimate(
-      config, fsdp=fsdp, tensor=tensor, rows=ROWS, sequence_length=LENGTH,
-      loss_chunk=CHUNK)
+      config, **sizes, rows=ROWS, sequence_length=LENGTH, loss_chunk=CHUNK)
   # The batch itself and the parameters that no mesh splits are left out.
   assert sum(estimate.persistent.values()) == pytest.approx(
       analysis.argument_size_in_bytes, rel=0.1)

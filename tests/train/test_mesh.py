@@ -10,11 +10,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.model import attention
 from posttrain.objectives import policy as policy_lib
-from posttrain.stages import sft
+from posttrain.stages import sft, training
 from posttrain.train import forward, policy, step
 from tests import meshes
 from tests.model import build
@@ -107,6 +108,14 @@ def test_a_mesh_leaves_loss_and_gradient_alone(name, kind, shape):
   for key in sums:
     np.testing.assert_allclose(
         found[key], sums[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def test_a_length_that_the_mesh_does_not_divide_names_its_key():
+  section = config_dict.ConfigDict(dict(sequence_length=LENGTH + 1))
+  with jax.set_mesh(meshes.with_context()), pytest.raises(
+      ValueError, match=r"sequence_length=13 .* mesh\.context=2\. Use "
+      r"sequence_length=14, the next multiple"):
+    training.make_update(section, LOSSES["sft"])
 
 
 @pytest.mark.parametrize("name,inside", [
