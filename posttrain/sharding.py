@@ -205,30 +205,26 @@ def whole_length(x: jax.Array) -> jax.Array:
 
 
 def length_to_rows(x: jax.Array) -> jax.Array:
-  """[B, T, ...] -> [B * n, T / n, ...]: a part of a row becomes a row.
+  """[B, T, ...] -> [B * n, T / n, ...]: each device's part is rows of its own.
 
-  For what looks at one position only. Nothing moves.
+  For what looks at one position only. Nothing moves, so that the rows come in
+  the order of the devices.
   """
-  rest = (None,) * (x.ndim - 2)
-  rows, length, parts = *x.shape[:2], axis_size("length")
-  x = jax.lax.reshape(
-      x, (rows, parts, length // parts, *x.shape[2:]),
-      out_sharding=spec("batch", "length", None, *rest))
-  return jax.lax.reshape(
-      x, (rows * parts, *x.shape[2:]),
-      out_sharding=spec("rows", None, *rest))
+  return _taken_as(
+      x, ("batch", "length"), ("rows", None), *(None,) * (x.ndim - 2))
 
 
 def rows_to_length(x: jax.Array) -> jax.Array:
   """Back from `length_to_rows`."""
-  rest = (None,) * (x.ndim - 2)
-  rows, length, parts = *x.shape[:2], axis_size("length")
-  x = jax.lax.reshape(
-      x, (rows // parts, parts, *x.shape[1:]),
-      out_sharding=spec("batch", "length", None, *rest))
-  return jax.lax.reshape(
-      x, (rows // parts, parts * length, *x.shape[3:]),
-      out_sharding=spec("batch", "length", *rest))
+  return _taken_as(
+      x, ("rows", None), ("batch", "length"), *(None,) * (x.ndim - 2))
+
+
+def _taken_as(x: jax.Array, before, after, *rest: str | None) -> jax.Array:
+  """The array of the same parts in another layout: of another shape."""
+  return jax.shard_map(
+      lambda x: x, in_specs=spec(*before, *rest),
+      out_specs=spec(*after, *rest))(x)
 
 
 def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:

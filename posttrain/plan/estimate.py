@@ -173,9 +173,8 @@ def _microbatch(
       2 * tokens * (model.heads + model.kv_heads) * model.head_dim
       * size / tensor)
   sent = (gathered + sums + exchanged) / chip.axis_rate
-  # Replicas add up their parts of the gradient, each what it holds at rest.
-  summed = training * 2 * (mesh.data - 1) / mesh.data * memory.FLOAT32 * (
-      model.layers * layer / tensor / mesh.parts)
+  # Replicas add up gradients, each device of what it holds at rest.
+  summed = training * 2 * (mesh.data - 1) / mesh.data * weights / mesh.parts
   if topology.num_slices == 1:
     sent += summed / chip.axis_rate
   elif mesh.data > 1:

@@ -83,7 +83,9 @@ def test_replicas_spare_the_network_between(stages):
   assert {devices for devices, *_ in copied} == {8}
   for _, tensor, remat in copied:
     a, b = split[16, tensor, remat], copied[8, tensor, remat]
-    assert b.seconds <= a.seconds and b.bytes > a.bytes
+    assert b.bytes > a.bytes
+    if tensor == 1:  # One eighth of each gradient, for half of each weight.
+      assert b.seconds < a.seconds
 
 
 def test_the_ranking_has_what_fits_first(stages):
