@@ -52,12 +52,16 @@ def test_sampler_and_trainer_choose_the_same_experts(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pipeline_on_a_mesh_with_an_expert_axis(tmp_path):
+@pytest.mark.parametrize("sizes", [
+    dict(fsdp=2, tensor=2, expert=2),
+    dict(fsdp=1, data=2, expert=2, context=2)],
+    ids=lambda sizes: "x".join(sizes))
+def test_a_pipeline_on_a_mesh(sizes, tmp_path):
   """All stages, from the config; the numbers are those of one device."""
-  meshes.with_experts()  # Skips where there are fewer devices.
+  meshes.mesh(**(dict(tensor=1) | sizes))  # Skips without the devices.
   changes = [*EXPERTS, *AUX, "stages=cold_start,reason",
              "cold_start.num_steps=2", "reason.num_steps=2"]
-  with_axis = ["mesh.fsdp=2", "mesh.tensor=2", "mesh.expert=2"]
+  with_axis = [f"mesh.{name}={size}" for name, size in sizes.items()]
   rows = []
   for name, mesh in (("eight", with_axis), ("one", ["mesh.fsdp=1"])):
     with pytest.MonkeyPatch.context() as patch:

@@ -132,6 +132,10 @@ def test_heads_stand_in_for_the_length_within_attention(
     seen["hidden"] = str(jax.typeof(hidden))
     logprobs, _, _ = forward.token_logprobs(model, batch, chunk=CHUNK)
     seen["logprobs"] = str(jax.typeof(logprobs))
+    several = {key: x[None] for key, x in batch.items()} | {
+        "advantages": logprobs[None]}
+    seen["several"] = str(jax.typeof(policy.sequence_logprobs(
+        model, several, 1, loss=LOSSES["grpo"])))
     return hidden
 
   def watched(q, *args, real=attention.attend, **options):
@@ -146,4 +150,5 @@ def test_heads_stand_in_for_the_length_within_attention(
         config, build.random_params(config)), rows)
   assert seen == {
       "hidden": "float32[4@fsdp,12@context,32]", "inside": inside,
-      "logprobs": "float32[4@fsdp,12@context]"}
+      "logprobs": "float32[4@fsdp,12@context]",
+      "several": "float32[1,4@fsdp,12@context]"}
