@@ -176,6 +176,18 @@ TOP = Section(
                 "them on every token, each on its own tokens, or as is faster: "
                 "grouped on a TPU, dense elsewhere. For a model with experts.",
                 choices=("auto", "dense", "grouped")),
+        attention=Key(
+            str, "reference", "Of whole sequences, in training and prefill: "
+            "over a mask of all pairs of tokens, or in blocks of them, which "
+            "is faster and needs memory for the tokens alone.",
+            choices=("reference", "blocks")),
+        attention_block=Key(
+            int, 128, "Tokens of a block of attention.", "[1, inf)",
+            needs=Needs("compute.attention", "!=", "reference")),
+        gradients=Key(
+            str, "reference", "Of the layers' matrices: computed as JAX does, "
+            "or in the layout of the weights, which is faster on a CPU and "
+            "rounds otherwise.", choices=("reference", "in_layout")),
         frozen_dtype=Key(
             str, "float32", "Of parameters that are not trained, a "
             "reference's too. int8, int4 and nf4 are of the blocks' matrices, "

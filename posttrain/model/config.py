@@ -16,8 +16,12 @@ ACTIVATIONS = ("silu", "gelu")
 QK_NORMS = ("", "head", "full")
 ROPE_SCALINGS = ("llama3", "linear")
 MOE_FORMS = ("auto", "dense", "grouped")
+ATTENTION_FORMS = ("reference", "blocks")
+GRADIENT_FORMS = ("reference", "in_layout")
 # Fields that say how, not what: `compute` of a config sets them.
-COMPUTE_FIELDS = ("dtype", "remat", "unroll", "moe")
+COMPUTE_FIELDS = (
+    "dtype", "remat", "unroll", "moe", "attention", "attention_block",
+    "gradients")
 # How many leading axes (behind that of the layers) a matrix reads from.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 QUANTIZED = ("int8", "int4", "nf4")
@@ -140,6 +144,11 @@ class ModelConfig:
       compiles longer and runs faster on a CPU.
     moe: how experts are computed: "dense", all on all tokens; "grouped", each
       on its own tokens; "auto", grouped on a TPU and dense elsewhere.
+    attention: of whole sequences, in training and prefill: "reference", over
+      a mask of all pairs; "blocks", without one, see `blocked`.
+    attention_block: tokens of a block.
+    gradients: of the blocks' matrices: "reference", as JAX has them;
+      "in_layout", see `block.contract_in_layout`.
     lora: adapters, see `lora.add`; None: there are none.
     quantized: how the matrices rest that have a scale beside them, see
       `quantized`; "": none has.
@@ -176,6 +185,9 @@ class ModelConfig:
   remat: str = "none"
   unroll: int = 1
   moe: str = "auto"
+  attention: str = "reference"
+  attention_block: int = 128
+  gradients: str = "reference"
   lora: LoraConfig | None = None
   quantized: str = ""
 
@@ -191,6 +203,8 @@ class ModelConfig:
         ("compute.remat", self.remat, REMAT_POLICIES),
         ("compute.dtype", self.dtype, DTYPES),
         ("compute.moe", self.moe, MOE_FORMS),
+        ("compute.attention", self.attention, ATTENTION_FORMS),
+        ("compute.gradients", self.gradients, GRADIENT_FORMS),
         ("model.norm_placement", self.norm_placement, NORM_PLACEMENTS),
         ("model.activation", self.activation, ACTIVATIONS),
         ("model.qk_norm", self.qk_norm, QK_NORMS),

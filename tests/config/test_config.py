@@ -212,6 +212,9 @@ def test_a_key_without_effect_in_a_source():
     (["mesh.tensor=-1"], "mesh.fsdp: -1 beside mesh.tensor=-1"),
     (["mesh.expert=2"], "mesh.expert: set to 2, and the model has no experts"),
     (["compute.moe=grouped"], "model: compute.moe='grouped' has no effect"),
+    (["compute.attention_block=64"],
+     "compute.attention_block: set to 64, but it has no effect unless "
+     "compute.attention != 'reference'; found 'reference'."),
     (["cold_start.router_aux_coef=0.001"],
      "cold_start.router_aux_coef: set to 0.001, but it has no effect: the"),
     (["reason.router_aux_coef=0.001"],

@@ -16,6 +16,7 @@ from posttrain.train import memory, optimizer, state, step
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=100, qk_norm="head")
 ROWS, LENGTH, CHUNK = 16, 128, 64
+BLOCKS = dict(attention="blocks", attention_block=32)
 
 
 def size(tree):
@@ -90,11 +91,13 @@ def case(*values, slow=True):
   return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("remat, fsdp, tensor", [
-    case("full", 1, 1, slow=False), case("none", 1, 1), case("dots", 1, 1),
-    case("none", 4, 2), case("full", 4, 2)])
-def test_an_update_needs_what_the_compiler_says(remat, fsdp, tensor):
-  config = dataclasses.replace(TINY, remat=remat)
+@pytest.mark.parametrize("remat, fsdp, tensor, fields", [
+    case("full", 1, 1, {}, slow=False), case("none", 1, 1, {}),
+    case("dots", 1, 1, {}), case("none", 4, 2, {}), case("full", 4, 2, {}),
+    case("none", 1, 1, BLOCKS, slow=False), case("dots", 1, 1, BLOCKS),
+    case("full", 4, 2, BLOCKS)])
+def test_an_update_needs_what_the_compiler_says(remat, fsdp, tensor, fields):
+  config = dataclasses.replace(TINY, remat=remat, **fields)
   devices = jax.devices()[:fsdp * tensor]
   with jax.set_mesh(sharding.make_mesh(fsdp, tensor, devices=devices)):
     analysis = compiled_update(config)
