@@ -123,6 +123,12 @@ def mesh_sizes() -> MeshSizes:
   return MeshSizes(**{name: here.get(name, 1) for name in MESH_AXES})
 
 
+def platform() -> str | None:
+  """Of the current mesh's devices, such as "tpu"; None where it has none."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else None
+
+
 def mesh_axes(axis: str) -> tuple[str, ...]:
   """The axes of the current mesh that split a logical axis."""
   here = jax.sharding.get_abstract_mesh().axis_names

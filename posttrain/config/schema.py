@@ -15,7 +15,7 @@ from posttrain.config.keys import (
     Refused,
     Section,
 )
-from posttrain.model.config import DTYPES, QUANTIZED
+from posttrain.model.config import ATTENTION_FORMS, DTYPES, QUANTIZED
 
 ADAPTER_OFF = "adapter_off"  # As a reference.
 
@@ -178,9 +178,10 @@ TOP = Section(
                 choices=("auto", "dense", "grouped")),
         attention=Key(
             str, "reference", "Of whole sequences, in training and prefill: "
-            "over a mask of all pairs of tokens, or in blocks of them, which "
-            "is faster and needs memory for the tokens alone.",
-            choices=("reference", "blocks")),
+            "over a mask of all pairs of tokens; in blocks of them, which is "
+            "faster and needs memory for the tokens alone; or by a kernel for "
+            "TPUs, which takes lengths of whole blocks.",
+            choices=ATTENTION_FORMS),
         attention_block=Key(
             int, 128, "Tokens of a block of attention.", "[1, inf)",
             needs=Needs("compute.attention", "!=", "reference")),

@@ -34,13 +34,13 @@ class _Static(NamedTuple):
 
 
 class Blocks(NamedTuple):
-  """What decides who sees whom; `pairs` [P, 2], of them the first `count`."""
+  """What decides who sees whom; `pairs` [P, 2], of them the first `visits`."""
 
   positions: jax.Array  # [N, B, C]
   segment_ids: jax.Array  # [N, B, C]
   window: jax.Array  # Scalar.
   pairs: jax.Array
-  count: jax.Array
+  visits: jax.Array
 
 
 def attend(
@@ -146,7 +146,7 @@ def _over_pairs(blocks: Blocks, step, carry):
     i, j = blocks.pairs[number]
     return step(i, j, *carry)
 
-  return jax.lax.fori_loop(0, blocks.count, body, carry)
+  return jax.lax.fori_loop(0, blocks.visits, body, carry)
 
 
 def _masked(mask: jax.Array, x: jax.Array, value: float) -> jax.Array:

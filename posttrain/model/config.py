@@ -16,7 +16,8 @@ ACTIVATIONS = ("silu", "gelu")
 QK_NORMS = ("", "head", "full")
 ROPE_SCALINGS = ("llama3", "linear")
 MOE_FORMS = ("auto", "dense", "grouped")
-ATTENTION_FORMS = ("reference", "blocks")
+ATTENTION_FORMS = ("reference", "blocks", "splash")
+SPLASH_MULTIPLE = 128  # Of a block's tokens: lanes of a vector register.
 GRADIENT_FORMS = ("reference", "in_layout")
 # Fields that say how, not what: `compute` of a config sets them.
 COMPUTE_FIELDS = (
@@ -145,7 +146,8 @@ class ModelConfig:
     moe: how experts are computed: "dense", all on all tokens; "grouped", each
       on its own tokens; "auto", grouped on a TPU and dense elsewhere.
     attention: of whole sequences, in training and prefill: "reference", over
-      a mask of all pairs; "blocks", without one, see `blocked`.
+      a mask of all pairs; "blocks", without one, see `blocked`; "splash", by
+      a kernel for TPUs, see `splash`.
     attention_block: tokens of a block.
     gradients: of the blocks' matrices: "reference", as JAX has them;
       "in_layout", see `block.contract_in_layout`.
@@ -219,6 +221,10 @@ class ModelConfig:
           f"model.sliding_window={self.sliding_window} and "
           f"model.layer_pattern={self.layer_pattern} do not agree: a window "
           "above 0 belongs to local layers, and they to it.")
+    if self.attention == "splash" and self.attention_block % SPLASH_MULTIPLE:
+      raise ValueError(
+          f"compute.attention_block={self.attention_block} must be a multiple "
+          f"of {SPLASH_MULTIPLE} for compute.attention='splash'.")
     self._check_experts()
     if not 1 <= self.unroll <= self.layers:
       raise ValueError(

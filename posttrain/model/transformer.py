@@ -12,6 +12,7 @@ given.
 Deliberately not here: losses, sampling, anything that knows a stage.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention, blocked, context, moe
+from posttrain.model import attention, blocked, context, moe, splash
 from posttrain.model import cache as kv
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
@@ -49,7 +50,9 @@ REMAT = {
 
 
 def check_mesh(config: ModelConfig) -> None:
-  """Raises ValueError where the current mesh does not divide the model."""
+  """Raises ValueError where the current mesh cannot have the model."""
+  if config.attention == "splash":
+    splash.check_devices()
   experts = axis_size("experts")
   if experts > 1 and not config.num_experts:
     raise ValueError(
@@ -136,10 +139,20 @@ class Transformer(nnx.Module):
     c = self.config
     if view.mask is not None:
       return self.attend(q, k, v, view.mask)
-    return blocked.attend(
-        q, k, v, positions, segment_ids, view.window,
+    options = dict(
         block=c.attention_block, scale=c.attention_scale,
         softcap=c.attention_softcap)
+    if c.attention == "blocks":
+      return blocked.attend(
+          q, k, v, positions, segment_ids, view.window, **options)
+    # The kernel's window is part of its program.
+    near, far = (functools.partial(splash.attend, window=window, **options)
+                 for window in (c.sliding_window, None))
+    kinds = {kind == "local" for kind in c.layer_kinds}
+    if len(kinds) == 1:
+      return (near if kinds == {True} else far)(q, k, v, segment_ids)
+    return jax.lax.cond(
+        view.window == c.sliding_window, near, far, q, k, v, segment_ids)
 
   def __call__(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,

@@ -104,7 +104,7 @@ def test_only_pairs_that_can_see_each_other_are_visited():
   """Of 32 tokens in blocks of 4: 36 causal pairs; fewer with segments."""
   def count(lengths, window=ANY):
     return int(blocked.visited(
-        *packed(lengths, 2, 32), np.int32(window), block=4).count)
+        *packed(lengths, 2, 32), np.int32(window), block=4).visits)
 
   assert count([32, 32]) == 36
   assert count([8] * 8) == 4 * 3  # Of each segment of two blocks.
