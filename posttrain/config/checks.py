@@ -29,7 +29,7 @@ def run(read: reader.Reader) -> list[str]:
   for check, reads in CHECKS.items():
     if not read.faulty.intersection(reads):
       problems += check(read.resolved)
-  if read.faulty & {"stages", "thinking"}:
+  if read.faulty & {"stages", "thinking", "compute"}:
     return problems
   for name in read.resolved["stages"]:
     stage = read.resolved.get(name)
@@ -227,6 +227,17 @@ def check_checkpoint(config, name: str, stage: Mapping) -> Iterator[str]:
            f"{checkpoint['keep_best']} needs the name of a metric.")
 
 
+def check_whole_blocks(config, name: str, stage: Mapping) -> Iterator[str]:
+  compute, block = config["compute"], _at(config, "compute.attention_block")
+  for path in ("sequence_length", "rollout.max_prompt_tokens"):
+    part = path.split(".")[0]
+    if compute["attention"] == "splash" and part in stage and (
+        _at(stage, path) % block):
+      yield (f"{path}: {_at(stage, path)} is no multiple of "
+             f"compute.attention_block={block}, and "
+             "compute.attention='splash' takes whole blocks.")
+
+
 def check_sft_rows(config, name: str, stage: Mapping) -> Iterator[str]:
   yield from _divides(stage, "num_microbatches", "rows")
 
@@ -348,11 +359,12 @@ CHECKS = {  # And the names of what they read.
 }
 STAGE_CHECKS = {
     "sft": (check_optimizer, check_router, check_trained, check_checkpoint,
-            check_sft_rows, check_sources),
+            check_sft_rows, check_sources, check_whole_blocks),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
-             check_groups,
-             check_rewards, check_rollout_budgets, check_reference),
-    "evaluate": (check_cells, check_samples, check_checkpoints),
+             check_groups, check_rewards, check_rollout_budgets,
+             check_reference, check_whole_blocks),
+    "evaluate": (check_cells, check_samples, check_checkpoints,
+                 check_whole_blocks),
 }
 
 

@@ -15,7 +15,7 @@ from posttrain.config.keys import (
     Refused,
     Section,
 )
-from posttrain.model.config import DTYPES, QUANTIZED
+from posttrain.model.config import ATTENTION_FORMS, DTYPES, QUANTIZED
 
 ADAPTER_OFF = "adapter_off"  # As a reference.
 
@@ -176,6 +176,19 @@ TOP = Section(
                 "them on every token, each on its own tokens, or as is faster: "
                 "grouped on a TPU, dense elsewhere. For a model with experts.",
                 choices=("auto", "dense", "grouped")),
+        attention=Key(
+            str, "reference", "Of whole sequences, in training and prefill: "
+            "over a mask of all pairs of tokens; in blocks of them, which is "
+            "faster and needs memory for the tokens alone; or by a kernel for "
+            "TPUs, which takes lengths of whole blocks.",
+            choices=ATTENTION_FORMS),
+        attention_block=Key(
+            int, 128, "Tokens of a block of attention.", "[1, inf)",
+            needs=Needs("compute.attention", "!=", "reference")),
+        gradients=Key(
+            str, "reference", "Of the layers' matrices: computed as JAX does, "
+            "or in the layout of the weights, which is faster on a CPU and "
+            "rounds otherwise.", choices=("reference", "in_layout")),
         frozen_dtype=Key(
             str, "float32", "Of parameters that are not trained, a "
             "reference's too. int8, int4 and nf4 are of the blocks' matrices, "

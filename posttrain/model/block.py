@@ -21,12 +21,6 @@ from posttrain.model.attention import rotate
 from posttrain.model.config import INPUT_AXES, LoraConfig, ModelConfig
 from posttrain.sharding import gather_fsdp, lengthwise, spec
 
-# Given q [B,T,K,G,H], k, v [B,T,K,H] of the new tokens and the mask [B,T,S]:
-# the attention output [B,T,K,G,H] and whatever the caller wants to keep (keys,
-# a cache).
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=True)}
@@ -45,19 +39,65 @@ def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cos", "sin", "mask"], meta_fields=[])
+    data_fields=["cos", "sin", "mask", "window"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class View:
   """What a kind of layer sees of the sequence.
 
   Attributes:
     cos, sin: [B, T, H/2] float32, the turns of the queries and new keys.
-    mask: [B, T, S] bool, the keys that a query reads.
+    mask: [B, T, S] bool, the keys that a query reads; None where attention
+      finds them by itself.
+    window: int32 scalar, how far back a query sees.
   """
 
   cos: jax.Array
   sin: jax.Array
-  mask: jax.Array
+  mask: jax.Array | None
+  window: jax.Array
+
+
+# Given q [B,T,K,G,H], k, v [B,T,K,H] of the new tokens and what the layer
+# sees: the attention output [B,T,K,G,H] and whatever the caller wants to keep
+# (keys, a cache).
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, View], tuple[jax.Array, Any]]
+
+
+def _contract(
+    equation: str, out: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+  return jnp.einsum(equation, x, w, out_sharding=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def contract_in_layout(
+    equation: str, out: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+  """`einsum` whose gradient for `w` is computed in the layout of `w`.
+
+  JAX has the cotangent first and turns the result. On a CPU its operand is
+  turned instead, element by element with whatever it is fused with: most of
+  an MLP's backward pass. With x first, the smaller of the two is turned.
+
+  Args:
+    equation: of two operands, such as "btd,df->btf".
+    out: the result's sharding; None where it follows from the operands'.
+  """
+  return _contract(equation, out, x, w)
+
+
+def _contract_backward(equation, out, operands, cotangent):
+  del out
+  x, w = operands
+  inputs, matrix, result = equation.replace("->", ",").split(",")
+  like = lambda operand: jax.typeof(operand).sharding.spec
+  return (
+      _contract(f"{result},{matrix}->{inputs}", like(x), cotangent, w),
+      _contract(f"{inputs},{result}->{matrix}", like(w), x, cotangent))
+
+
+contract_in_layout.defvjp(
+    lambda equation, out, x, w: (_contract(equation, out, x, w), (x, w)),
+    _contract_backward)
 
 
 class Block(nnx.Module):
@@ -142,8 +182,9 @@ class Block(nnx.Module):
         splits them.
     """
     out = lengthwise(x, *axes) if axes else None
-    multiply = lambda x: jnp.einsum(
-        equation, x, self.weight(name), out_sharding=out)
+    contract = contract_in_layout if (
+        self.config.gradients == "in_layout") else _contract
+    multiply = lambda x: contract(equation, out, x, self.weight(name))
     if self.config.remat == "none":
       # Recomputed, which costs no product: the backward pass keeps the weight
       # as it is at rest, and not every layer's as it was cast or gathered. The
@@ -234,7 +275,7 @@ class Block(nnx.Module):
   def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
     """[B, T, D] -> [B, T, D], what `attend_fn` keeps, and the routing."""
     q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
-    attended, kept = attend_fn(q, k, v, view.mask)
+    attended, kept = attend_fn(q, k, v, view)
     attended = self.product("btkgh,kghd->btd", attended, "o", "act_embed")
     x = x + self.norm("attn_post_norm", attended)
     fed, routing = self.feed_forward(self.norm("mlp_norm", x))

@@ -16,8 +16,13 @@ ACTIVATIONS = ("silu", "gelu")
 QK_NORMS = ("", "head", "full")
 ROPE_SCALINGS = ("llama3", "linear")
 MOE_FORMS = ("auto", "dense", "grouped")
+ATTENTION_FORMS = ("reference", "blocks", "splash")
+SPLASH_MULTIPLE = 128  # Of a block's tokens: lanes of a vector register.
+GRADIENT_FORMS = ("reference", "in_layout")
 # Fields that say how, not what: `compute` of a config sets them.
-COMPUTE_FIELDS = ("dtype", "remat", "unroll", "moe")
+COMPUTE_FIELDS = (
+    "dtype", "remat", "unroll", "moe", "attention", "attention_block",
+    "gradients")
 # How many leading axes (behind that of the layers) a matrix reads from.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 QUANTIZED = ("int8", "int4", "nf4")
@@ -140,6 +145,12 @@ class ModelConfig:
       compiles longer and runs faster on a CPU.
     moe: how experts are computed: "dense", all on all tokens; "grouped", each
       on its own tokens; "auto", grouped on a TPU and dense elsewhere.
+    attention: of whole sequences, in training and prefill: "reference", over
+      a mask of all pairs; "blocks", without one, see `blocked`; "splash", by
+      a kernel for TPUs, see `splash`.
+    attention_block: tokens of a block.
+    gradients: of the blocks' matrices: "reference", as JAX has them;
+      "in_layout", see `block.contract_in_layout`.
     lora: adapters, see `lora.add`; None: there are none.
     quantized: how the matrices rest that have a scale beside them, see
       `quantized`; "": none has.
@@ -176,6 +187,9 @@ class ModelConfig:
   remat: str = "none"
   unroll: int = 1
   moe: str = "auto"
+  attention: str = "reference"
+  attention_block: int = 128
+  gradients: str = "reference"
   lora: LoraConfig | None = None
   quantized: str = ""
 
@@ -191,6 +205,8 @@ class ModelConfig:
         ("compute.remat", self.remat, REMAT_POLICIES),
         ("compute.dtype", self.dtype, DTYPES),
         ("compute.moe", self.moe, MOE_FORMS),
+        ("compute.attention", self.attention, ATTENTION_FORMS),
+        ("compute.gradients", self.gradients, GRADIENT_FORMS),
         ("model.norm_placement", self.norm_placement, NORM_PLACEMENTS),
         ("model.activation", self.activation, ACTIVATIONS),
         ("model.qk_norm", self.qk_norm, QK_NORMS),
@@ -205,6 +221,10 @@ class ModelConfig:
           f"model.sliding_window={self.sliding_window} and "
           f"model.layer_pattern={self.layer_pattern} do not agree: a window "
           "above 0 belongs to local layers, and they to it.")
+    if self.attention == "splash" and self.attention_block % SPLASH_MULTIPLE:
+      raise ValueError(
+          f"compute.attention_block={self.attention_block} must be a multiple "
+          f"of {SPLASH_MULTIPLE} for compute.attention='splash'.")
     self._check_experts()
     if not 1 <= self.unroll <= self.layers:
       raise ValueError(

@@ -12,15 +12,18 @@ given.
 Deliberately not here: losses, sampling, anything that knows a stage.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention, context, moe
+from posttrain.model import attention, blocked, context, moe, splash
 from posttrain.model import cache as kv
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
-    Attend,
     Block,
     View,
     constant,
@@ -36,14 +39,20 @@ from posttrain.sharding import (
     whole_length,
 )
 
+_policies = jax.checkpoint_policies
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    # Attention in blocks names what it would have to compute again.
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(blocked.SAVED)),
+    "full": _policies.nothing_saveable,
 }
 
 
 def check_mesh(config: ModelConfig) -> None:
-  """Raises ValueError where the current mesh does not divide the model."""
+  """Raises ValueError where the current mesh cannot have the model."""
+  if config.attention == "splash":
+    splash.check_devices()
   experts = axis_size("experts")
   if experts > 1 and not config.num_experts:
     raise ValueError(
@@ -93,14 +102,14 @@ class Transformer(nnx.Module):
 
   def view(
       self, kind: str, positions: jax.Array, key_positions: jax.Array,
-      mask: jax.Array,
+      mask: jax.Array | None,
   ) -> View:
     """What layers of a kind see.
 
     Args:
       kind: "global", "local" or "nope".
       positions, key_positions: [B, T] and [B, S] int32.
-      mask: [B, T, S] bool, the keys that a global layer reads.
+      mask: [B, T, S] bool, the keys that a global layer reads; or None.
     """
     c = self.config
     local = kind == "local"
@@ -110,17 +119,40 @@ class Transformer(nnx.Module):
         None if local and theta else c.rope_scaling))
     if kind == "nope":  # No turn at all.
       cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
-    if local:
+    if local and mask is not None:
       queries = whole_length(positions)
       distance = queries[:, :, None] - key_positions[:, None, :]
       mask = mask & (distance < c.sliding_window)
-    return View(cos=cos, sin=sin, mask=mask)
+    return View(cos=cos, sin=sin, mask=mask, window=jnp.int32(
+        c.sliding_window if local else jnp.iinfo(jnp.int32).max))
 
   def attend(self, q, k, v, mask) -> jax.Array:
-    with_all = lambda q, k, v: attention.attend(
+    """Any keys, by a mask [B, T, S]: what the others must equal."""
+    return attention.attend(
         q, k, v, mask, scale=self.config.attention_scale,
         softcap=self.config.attention_softcap)
-    return context.over_length(with_all, q, k, v)
+
+  def attend_whole(
+      self, q, k, v, view: View, positions: jax.Array, segment_ids: jax.Array,
+  ) -> jax.Array:
+    """A whole sequence, as `config.attention` says."""
+    c = self.config
+    if view.mask is not None:
+      return self.attend(q, k, v, view.mask)
+    options = dict(
+        block=c.attention_block, scale=c.attention_scale,
+        softcap=c.attention_softcap)
+    if c.attention == "blocks":
+      return blocked.attend(
+          q, k, v, positions, segment_ids, view.window, **options)
+    # The kernel's window is part of its program.
+    near, far = (functools.partial(splash.attend, window=window, **options)
+                 for window in (c.sliding_window, None))
+    kinds = {kind == "local" for kind in c.layer_kinds}
+    if len(kinds) == 1:
+      return (near if kinds == {True} else far)(q, k, v, segment_ids)
+    return jax.lax.cond(
+        view.window == c.sliding_window, near, far, q, k, v, segment_ids)
 
   def __call__(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
@@ -139,8 +171,7 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, moe.Traffic | None]:
     """As `__call__`, and what the routers did; None without experts."""
     hidden, _, traffic = self._scan(
-        tokens, positions, segment_ids,
-        lambda q, k, v, mask: (self.attend(q, k, v, mask), None))
+        tokens, positions, segment_ids, lambda k, v: None)
     return hidden, traffic
 
   def prefill(
@@ -148,8 +179,7 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, kv.KVCache]:
     """As `__call__`, and the cache that holds these tokens."""
     hidden, (k, v), _ = self._scan(
-        tokens, positions, segment_ids,
-        lambda q, k, v, mask: (self.attend(q, k, v, mask), (k, v)))
+        tokens, positions, segment_ids, lambda k, v: (k, v))
     return hidden, kv.from_prefill(k, v, positions, segment_ids)
 
   def decode(
@@ -194,12 +224,12 @@ class Transformer(nnx.Module):
     keys, values, choices = [], [], []
     for kind, block, k_cache, v_cache in zip(
         kinds, blocks, cache.k, cache.v, strict=True):
-      def over_cache(q, k, v, mask, k_cache=k_cache, v_cache=v_cache):
+      def over_cache(q, k, v, view, k_cache=k_cache, v_cache=v_cache):
         new = [
             kv.write_slots(buffer, kv.heads_first(x), cache.index, axis=2)
             for buffer, x in ((k_cache, k), (v_cache, v))]
         k, v = map(kv.heads_first, new)
-        return self.attend(q, k, v, mask), new
+        return self.attend(q, k, v, view.mask), new
 
       x, (k, v), routing = block(x, views[kind], over_cache)
       keys.append(k)
@@ -261,11 +291,21 @@ class Transformer(nnx.Module):
 
   def _scan(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
-      attend_fn: Attend,
+      keep: Callable[[jax.Array, jax.Array], Any],
   ):
+    """Hidden states, what `keep` gives of all layers' k and v, and routing.
+    """
     config = self.config
-    keys = whole_length(positions)  # Each query looks at the whole row.
-    mask = causal_mask(keys, whole_length(segment_ids))
+    # Each query looks at the whole row.
+    keys, whole_ids = map(whole_length, (positions, segment_ids))
+    mask = causal_mask(keys, whole_ids) if (
+        config.attention == "reference") else None
+
+    def attend_fn(q, k, v, view):
+      with_all = lambda q, k, v: self.attend_whole(
+          q, k, v, view, keys, whole_ids)
+      return context.over_length(with_all, q, k, v), keep(k, v)
+
     kinds = tuple(dict.fromkeys(config.layer_kinds))
     views = [self.view(kind, positions, keys, mask) for kind in kinds]
     # Of several kinds, the scan takes each layer's by its number.

@@ -123,11 +123,16 @@ def _layer_activations(
   products = tokens * (heads + 2 * config.embed + 2 * mlp) * size
   # Norms in float32 and cast; heads before and after the rotation; the
   # activation and its product; scores, softmax and their cast.
-  scores = rows * (config.heads // tensor) * length * length
   rest = (
       tokens * 2 * config.embed * (FLOAT32 + size)
-      + tokens * (heads * FLOAT32 + attended * size + 2 * mlp * size + routed)
-      + scores * (FLOAT32 + size))
+      + tokens * (heads * FLOAT32 + attended * size + 2 * mlp * size + routed))
+  if config.attention == "reference":
+    scores = rows * (config.heads // tensor) * length * length
+    rest += scores * (FLOAT32 + size)
+  else:
+    # What it gives is kept as the products are, and its normalisers.
+    products += tokens * (
+        attended * size + config.heads // tensor * FLOAT32)
   return stream, products, rest
 
 

@@ -212,6 +212,13 @@ def test_a_key_without_effect_in_a_source():
     (["mesh.tensor=-1"], "mesh.fsdp: -1 beside mesh.tensor=-1"),
     (["mesh.expert=2"], "mesh.expert: set to 2, and the model has no experts"),
     (["compute.moe=grouped"], "model: compute.moe='grouped' has no effect"),
+    (["compute.attention_block=64"],
+     "compute.attention_block: set to 64, but it has no effect unless "
+     "compute.attention != 'reference'; found 'reference'."),
+    (["compute.attention=splash", "compute.attention_block=64"],
+     "model: compute.attention_block=64 must be a multiple of 128"),
+    (["compute.attention=splash", "cold_start.sequence_length=200"],
+     "cold_start.sequence_length: 200 is no multiple of compute.attention"),
     (["cold_start.router_aux_coef=0.001"],
      "cold_start.router_aux_coef: set to 0.001, but it has no effect: the"),
     (["reason.router_aux_coef=0.001"],

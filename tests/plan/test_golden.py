@@ -180,6 +180,27 @@ def test_flops_are_within_two_percent_of_a_hand_count(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_mosaic_accepts_the_splash_kernel(tmp_path):
+  """It is counted by hand: of nine products and two that are made again."""
+  status, output = plan(
+      "--topology=v5e:2x2", "--only=cold_start/update",
+      f"--html={tmp_path}/plan.html", "--config.model_overrides.head_dim=128",
+      "--config.compute.attention=splash",
+      "--config.reason.rollout.max_prompt_tokens=128",
+      "--config.reason.sequence_length=256")
+  assert status == 0, output
+  page = (tmp_path / "plan.html").read_text()
+  [figures] = re.findall(r'id="plan">(.*?)</script>', page, re.S)
+  [program] = json.loads(figures)["programs"]
+  counts = program["measured"]["counts"]
+  rows, heads = 2, 2  # On one of two by two devices.
+  one = 2 * rows * heads * 256**2 * 128
+  assert not counts["uncounted"]
+  assert counts["kernel_flops"] == LAYERS * MICROBATCHES * one * (
+      2 + 2 + 4 + 3) / 2
+
+
+@pytest.mark.slow
 def test_replicas_on_two_slices_exchange_gradients_only(tmp_path):
   status, output = plan(
       "--topology=v5e:2x2", "--num_slices=2", "--only=cold_start/update",

@@ -17,6 +17,7 @@ from tests import meshes
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=100, qk_norm="head")
 ROWS, LENGTH, CHUNK = 16, 128, 64
+BLOCKS = dict(attention="blocks", attention_block=32)
 
 
 def size(tree):
@@ -80,14 +81,17 @@ def case(*values, slow=True):
   return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("remat, sizes", [
-    case("full", {}, slow=False), case("none", {}), case("dots", {}),
-    case("none", dict(fsdp=4, tensor=2)), case("full", dict(fsdp=4, tensor=2)),
-    case("none", dict(fsdp=2, tensor=2, data=2)),
-    case("full", dict(fsdp=2, tensor=2, context=2))],
+@pytest.mark.parametrize("remat, fields, sizes", [
+    case("full", {}, {}, slow=False), case("none", {}, {}),
+    case("dots", {}, {}), case("none", {}, dict(fsdp=4, tensor=2)),
+    case("full", {}, dict(fsdp=4, tensor=2)),
+    case("none", {}, dict(fsdp=2, tensor=2, data=2)),
+    case("full", {}, dict(fsdp=2, tensor=2, context=2)),
+    case("none", BLOCKS, {}, slow=False), case("dots", BLOCKS, {}),
+    case("full", BLOCKS, dict(fsdp=4, tensor=2))],
     ids=lambda x: x if isinstance(x, str) else "x".join(x) or "one")
-def test_an_update_needs_what_the_compiler_says(remat, sizes):
-  config = dataclasses.replace(TINY, remat=remat)
+def test_an_update_needs_what_the_compiler_says(remat, fields, sizes):
+  config = dataclasses.replace(TINY, remat=remat, **fields)
   with jax.set_mesh(meshes.mesh(**(dict(fsdp=1, tensor=1) | sizes))):
     analysis = compiled_update(config)
   estimate = memory.estimate(
