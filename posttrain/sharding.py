@@ -231,18 +231,23 @@ def rows_to_length(x: jax.Array) -> jax.Array:
       out_sharding=spec("batch", "length", *rest))
 
 
-def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+def per_shard(
+    function: Callable[..., Any], *arrays: jax.Array, check_vma: bool = True,
+) -> Any:
   """`function` of each device's own parts.
 
   For elementwise code that is not written for sharded axes.
 
   Args:
     function: its results are laid out as the first array is.
-    *arrays: of one rank, laid out alike wherever `function` combines them.
+    *arrays: laid out alike wherever `function` combines them.
+    check_vma: see `jax.shard_map`; a Pallas kernel does not say what its
+      results vary over.
   """
   specs = tuple(jax.typeof(x).sharding.spec for x in arrays)
   return jax.shard_map(
-      function, in_specs=specs, out_specs=specs[0])(*arrays)
+      function, in_specs=specs, out_specs=specs[0],
+      check_vma=check_vma)(*arrays)
 
 
 def abstract(array: np.ndarray, *axes: str | None) -> jax.ShapeDtypeStruct:

@@ -38,7 +38,7 @@ def test_cache_is_that_of_a_prefill():
     _, cache = jax.eval_shape(
         transformer.Transformer.prefill, transformer.abstract(config), tokens,
         tokens, tokens)
-  expected = size((cache.k, cache.v))
+  expected = size(cache.layers)
   assert memory.cache_bytes(config, rows=6, slots=32) == expected
   assert memory.cache_bytes(
       config, rows=6, slots=32, parts=3, tensor=2) == expected // 6
