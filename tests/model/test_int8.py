@@ -86,13 +86,13 @@ def decoded(model, tokens, weights_dtype):
   def step(cache, column):
     token, position = column
     hidden, cache, _ = model.decode(token, position, cache, blocks)
-    return cache, sharding.shard(model.logits(hidden), "batch", None)
+    return cache, sharding.shard(model.logits(hidden), "rows", None)
 
   rows, length = tokens.shape
   positions = jnp.broadcast_to(jnp.arange(length)[:, None], (length, rows))
   return jax.lax.scan(
       step, kv.empty(model.config, rows, length),
-      (tokens.T, sharding.shard(positions, None, "batch")))[1]
+      (tokens.T, sharding.shard(positions, None, "rows")))[1]
 
 
 def coarse_params(config, params):

@@ -49,7 +49,7 @@ def compile_decode(
     made.begin([Request(prompt=(1,), max_tokens=9)] * rows, range(rows),
                lambda placed: placed)
     script = jnp.full((rows, steps), -1, jnp.int32,
-                      out_sharding=sharding.spec("batch", None))
+                      out_sharding=sharding.spec("rows", None))
     return made.carry, made._rows, script, model.unstacked(weights_dtype)
 
   model = jax.tree.map(

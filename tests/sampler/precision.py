@@ -2,10 +2,11 @@
 
   python -m tests.sampler.precision     # SmolLM2-135M, 2,000 tokens a case
 
-Both decode side by side and are fed the same tokens, which are drawn from the
-coarser one at temperature 1, as in sampling.
+Tokens that the float32 model has drawn are fed to both, through the cache and
+the weights that decoding has: what a token sees of earlier ones is what the
+cache holds of them.
 
-  B: rows  N: steps  V: vocabulary
+  B: rows  T: length  V: vocabulary
 """
 
 import functools
@@ -18,6 +19,8 @@ from posttrain import sharding
 from posttrain.model import cache as kv
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
+from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.text import thinking
 from tests import meshes
 
 CASES = {
@@ -40,78 +43,84 @@ TEXTS = (
     "Question: how many days are there in a leap year? Answer: there are 366")
 
 
-@functools.partial(jax.jit, static_argnames=(
-    "steps", "dtype", "cache_dtype", "weights_dtype"))
-def decode_beside(
-    model: Transformer, prompts: jax.Array, seed: jax.Array, *, steps: int,
-    dtype: str = "float32", cache_dtype: str = "compute",
-    weights_dtype: str = "compute",
+@functools.partial(
+    jax.jit, static_argnames=("dtype", "cache_dtype", "weights_dtype"))
+def fed(
+    model: Transformer, tokens: jax.Array, *, dtype: str = "float32",
+    cache_dtype: str = "compute", weights_dtype: str = "compute",
+) -> jax.Array:
+  """Hidden states [B, T, D] float32 behind tokens [B, T] int32."""
+  model = lora.with_config(model, dtype=dtype)
+  order = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  hidden, *_ = model.extend(
+      tokens, sharding.shard(order, "rows", None),
+      kv.empty(model.config, *tokens.shape, cache_dtype),
+      model.unstacked(weights_dtype))
+  return hidden.astype(jnp.float32)
+
+
+@jax.jit
+def differences(
+    model: Transformer, exact: jax.Array, coarse: jax.Array, tokens: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Differences of the drawn token's logprob, and KL(coarse || exact).
+  """Of the tokens' logprobs, and KL(coarse || exact); both [T - 1, B]."""
+  def step(_, column):
+    exact, coarse, token = column
+    logprobs = lambda hidden: jax.nn.log_softmax(
+        sharding.shard(model.logits(hidden), "rows", None))
+    gaps = logprobs(coarse) - logprobs(exact)
+    gap = jnp.take_along_axis(gaps, token[:, None], axis=1)[:, 0]
+    return None, (gap, jnp.sum(jnp.exp(logprobs(coarse)) * gaps, axis=1))
+
+  columns = (exact[:, :-1], coarse[:, :-1], tokens[:, 1:])
+  return jax.lax.scan(
+      step, None, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), columns))[1]
+
+
+def measure(model: Transformer, tokens: np.ndarray, new: int, **case):
+  """Mean and largest difference of a logprob, and the mean KL, in nats.
 
   Args:
-    model: whose config is of float32. prompts: [B, T] int32, all of length T.
-
-  Returns:
-    Both [N, B] float32.
+    tokens: [B, T]. new: so many of each row, its last ones, count.
   """
-  length = prompts.shape[1]
-  models = model, lora.with_config(model, dtype=dtype)
-  dtypes = ("compute", "compute"), (cache_dtype, weights_dtype)
-  order = jnp.broadcast_to(jnp.arange(length), prompts.shape)
-  blocks = [m.unstacked(weights) for m, (_, weights) in zip(
-      models, dtypes, strict=True)]
-
-  def begin(model, cache_dtype):
-    hidden, cache = model.prefill(
-        prompts, sharding.shard(order, "batch", None),
-        jnp.ones_like(prompts), cache_dtype)
-    return hidden[:, -1], kv.resize(cache, length + steps)
-
-  def step(carry, number):
-    exact, coarse = (
-        jax.nn.log_softmax(sharding.shard(model.logits(hidden), "batch", None))
-        for model, (hidden, _) in zip(models, carry, strict=True))
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    noise = jax.random.gumbel(key, coarse.shape)
-    token = jnp.argmax(coarse + sharding.shard(noise, "batch", None), axis=1)
-    gaps = coarse - exact
-    gap = jnp.take_along_axis(gaps, token[:, None], axis=1)[:, 0]
-    position = jnp.full_like(token, length) + number
-    carry = [
-        model.decode(token, position, cache, own)[:2]
-        for model, own, (_, cache) in zip(models, blocks, carry, strict=True)]
-    return carry, (gap, jnp.sum(jnp.exp(coarse) * gaps, axis=1))
-
-  carry = [begin(m, cache) for m, (cache, _) in zip(
-      models, dtypes, strict=True)]
-  return jax.lax.scan(step, carry, jnp.arange(steps))[1]
-
-
-def measure(model: Transformer, prompts: np.ndarray, steps: int, **case):
-  """Mean and largest difference of a logprob, and the mean KL, in nats."""
-  gaps, kl = sharding.fetch(decode_beside(
-      model, sharding.put(prompts.astype(np.int32), "batch", "length"),
-      np.uint32(0), steps=steps, **case))
-  found = dict(mean=np.abs(gaps).mean(), max=np.abs(gaps).max(), kl=kl.mean())
+  tokens = sharding.put(tokens.astype(np.int32), "rows", "slots")
+  gaps, kl = sharding.fetch(differences(
+      model, fed(model, tokens), fed(model, tokens, **case), tokens))
+  gaps, kl = np.abs(gaps[-new:]), kl[-new:]
+  found = dict(mean=gaps.mean(), max=gaps.max(), kl=kl.mean())
   print(case, f"{gaps.size} tokens:", ", ".join(
       f"{name} {value:.2e}" for name, value in found.items()), flush=True)
   return found
 
 
+def drawn(model: Transformer, prompts: np.ndarray, new: int) -> np.ndarray:
+  """The prompts [B, P], each with `new` tokens behind that it was drawn."""
+  vocab_size = model.config.vocab_size
+  tables = budget_tables.BudgetTables.build(
+      thinking.ThinkingIds(), (), np.zeros(vocab_size, bool), vocab_size)
+  rollouts = sampler.Sampler(
+      ids=thinking.ThinkingIds(), tables=tables,
+      params=choice.SamplingParams(temperature=1.0),
+      max_prompt_tokens=prompts.shape[1], chunk=new).generate(
+          model, prompts.tolist(), sampler.Limits(max_tokens=new),
+          prompt_id=range(len(prompts)), seed=0, stage="precision")
+  return np.concatenate([prompts, rollouts.tokens], axis=1)
+
+
 def smollm2() -> tuple[Transformer, np.ndarray]:
-  """SmolLM2-135M-Instruct, and `TEXTS`, as long as the shortest."""
+  """SmolLM2-135M-Instruct, and `TEXTS` with 200 tokens behind each."""
   from posttrain.interop import gguf, gguf_tokenizer
   from posttrain.interop import smollm2 as release
   from posttrain.model.presets import PRESETS
   tokenizer = gguf_tokenizer.load(release.read())
   tokens = [tokenizer.encode(text) for text in TEXTS]
   prompts = np.array([row[:min(map(len, tokens))] for row in tokens])
-  return gguf.load(release.read(), PRESETS[release.PRESET]), prompts
+  model = gguf.load(release.read(), PRESETS[release.PRESET])
+  return model, drawn(model, prompts, 200)
 
 
 if __name__ == "__main__":
   with jax.set_mesh(meshes.one()):
-    weights, texts = smollm2()
+    weights, sequences = smollm2()
     for each in CASES.values():
-      measure(weights, texts, 200, **each)
+      measure(weights, sequences, 200, **each)
