@@ -35,7 +35,7 @@ def test_sampling_in_int8_is_counted(tmp_path, stage):
         tmp_path, [*pipeline_run.ALL, *assignments]).config
     return footprint.of_section(
         config[stage], config.compute, PRESETS["qwen3-4b"], {},
-        sharding.MeshSizes(1, 1, 1)).sampling
+        sharding.MeshSizes()).sampling
 
   floats, int8 = sampling(), sampling(
       f"{stage}.rollout.cache_dtype=int8",
