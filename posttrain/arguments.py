@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from posttrain.config import keys
+from posttrain.model.config import SAMPLING_DTYPES
 
 OVERVIEW = """\
 Post-training of language models: supervised fine-tuning, GRPO, and evaluation
@@ -256,6 +257,14 @@ def _add_sampling(group: Any) -> None:
   group.add_argument("--seed", metavar="N", default=0,
                      type=_number(int, "[0, 4294967295]"),
                      help="the same seed draws the same completions (0)")
+  group.add_argument("--cache-dtype", choices=SAMPLING_DTYPES,
+                     default="compute", help=(
+                         "of cached keys and values: compute.dtype, or 8 "
+                         "bits with scales (compute)"))
+  group.add_argument("--weights-dtype", choices=SAMPLING_DTYPES,
+                     default="compute", help=(
+                         "of the matrices that decoding multiplies by: as "
+                         "they are, or 8 bits with scales (compute)"))
 
 
 def _add_thinking(group: Any) -> None:

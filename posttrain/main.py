@@ -101,6 +101,7 @@ def _drawn(arguments: argparse.Namespace) -> dict[str, Any]:
   from posttrain.sampler import choice, sampler
   return dict(
       workdir=arguments.workdir, stage=arguments.stage, seed=arguments.seed,
+      cache_dtype=arguments.cache_dtype, weights_dtype=arguments.weights_dtype,
       params=choice.SamplingParams(
           temperature=arguments.temperature, top_k=arguments.top_k,
           top_p=arguments.top_p, min_p=arguments.min_p),

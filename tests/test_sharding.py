@@ -90,7 +90,7 @@ def test_activations_and_cache_are_split_by_rows_and_heads():
     hidden, cache = model.prefill(tokens, tokens, tokens)
     cache = kv.resize(kv.fan_out(cache, 3), 10)
     seen.update(
-        hidden=str(jax.typeof(hidden)), k=str(jax.typeof(cache.k[0])),
+        hidden=str(jax.typeof(hidden)), k=str(jax.typeof(cache.layers[0].k)),
         positions=str(jax.typeof(cache.positions)),
         logits=str(jax.typeof(model.logits(hidden))))
     return hidden

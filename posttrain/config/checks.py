@@ -294,6 +294,13 @@ def check_rollout_budgets(config, name: str, stage: Mapping) -> Iterator[str]:
                        "rollout.num_waits")
 
 
+def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:
+  dtype = stage["rollout"]["weights_dtype"]
+  if dtype == "int8" and _experts(config):
+    yield (f"rollout.weights_dtype: {dtype!r} does not quantise experts yet, "
+           "and the model has them. Use 'compute'.")
+
+
 def check_reference(config, name: str, stage: Mapping) -> Iterator[str]:
   if stage["reference"] == schema.ADAPTER_OFF:
     if not stage["lora"]["rank"]:
@@ -362,18 +369,24 @@ STAGE_CHECKS = {
             check_sft_rows, check_sources, check_whole_blocks),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
              check_groups, check_rewards, check_rollout_budgets,
-             check_reference, check_whole_blocks),
-    "evaluate": (check_cells, check_samples, check_checkpoints,
-                 check_whole_blocks),
+             check_weights_dtype, check_reference, check_whole_blocks),
+    "evaluate": (check_cells, check_samples, check_weights_dtype,
+                 check_checkpoints, check_whole_blocks),
 }
 
 
 def _is_dense(config: Mapping) -> bool:
   """The model is known, as far as its own checks allow, and has no experts."""
+  return _experts(config) == 0
+
+
+def _experts(config: Mapping) -> int | None:
+  """Of the model; None where it is not known."""
   preset = presets.PRESETS.get(str(config["model"]))
   changes = config["model_overrides"]
-  return preset is not None and isinstance(changes, dict) and not changes.get(
-      "num_experts", preset.num_experts)
+  if preset is None or not isinstance(changes, dict):
+    return None
+  return changes.get("num_experts", preset.num_experts)
 
 
 def _divides(stage: Mapping, part: str, whole: str) -> Iterator[str]:

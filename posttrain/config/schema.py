@@ -15,7 +15,13 @@ from posttrain.config.keys import (
     Refused,
     Section,
 )
-from posttrain.model.config import ATTENTION_FORMS, DTYPES, QUANTIZED
+from posttrain.model.config import (
+    ATTENTION_FORMS,
+    DECODE_ATTENTION,
+    DTYPES,
+    QUANTIZED,
+    SAMPLING_DTYPES,
+)
 
 ADAPTER_OFF = "adapter_off"  # As a reference.
 
@@ -68,6 +74,15 @@ _MAX_TOKENS = Key(
     int, REQUIRED, "Room for the completion, thinking included.", "[1, inf)")
 _CHUNK = Key(
     int, 32, "Tokens decoded per device call; changes no token.", "[1, inf)")
+_DTYPES = dict(
+    cache_dtype=Key(
+        str, "compute", "Of cached keys and values: as compute.dtype, or 8 "
+        "bits with a float32 for each head and token.",
+        choices=SAMPLING_DTYPES),
+    weights_dtype=Key(
+        str, "compute", "Of the matrices that the decode loop multiplies by: "
+        "as they are, or 8 bits with a float32 for each output, made anew "
+        "for each call. Not for experts.", choices=SAMPLING_DTYPES))
 _METRIC_EVERY = Key(
     int, 10, "Steps between rows of the console's table.", "[1, inf)")
 
@@ -189,6 +204,11 @@ TOP = Section(
             str, "reference", "Of the layers' matrices: computed as JAX does, "
             "or in the layout of the weights, which is faster on a CPU and "
             "rounds otherwise.", choices=("reference", "in_layout")),
+        decode_attention=Key(
+            str, "reference", "Of the sampler's steps: products over the "
+            "whole cache, or a kernel that reads the blocks of it that a row "
+            "sees; for a TPU, and heads of a multiple of 128.",
+            choices=DECODE_ATTENTION),
         frozen_dtype=Key(
             str, "float32", "Of parameters that are not trained, a "
             "reference's too. int8, int4 and nf4 are of the blocks' matrices, "
@@ -276,6 +296,7 @@ GRPO = Section(
             int, 0, "Completions decoded together, each place refilled when "
             "its completion ends; 0: all of a batch, which then waits for "
             "its longest.", "[0, inf)"),
+        **_DTYPES,
         **{name: Refused(
             "the policy ratio would be against a truncated distribution; GRPO "
             "rollouts sample from the whole vocabulary")
@@ -386,6 +407,7 @@ EVALUATE = Section(
             bool, False, "The place of a completion that ends is refilled; "
             "otherwise a batch waits for its longest."),
         chunk=_CHUNK,
+        **_DTYPES,
     ),
 )
 

@@ -86,7 +86,8 @@ def causal_mask(
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *,
-    scale: float, softcap: float = 0.0,
+    scale: float, softcap: float = 0.0, k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention with grouped queries.
 
@@ -94,15 +95,20 @@ def attend(
     q: [B, T, K, G, H]. k, v: [B, S, K, H]. mask: [B, T, S] bool.
     scale: of the scores.
     softcap: scores become cap * tanh(score / cap); 0: they do not.
+    k_scale, v_scale: [B, K, S] float32, of int8 keys and values: they
+      multiply the products, so that the numbers go into these as they are.
 
   Returns:
     [B, T, K, G, H] in q's dtype.
   """
-  scores = jnp.einsum(
-      "btkgh,bskh->bkgts", q * scale, k, preferred_element_type=jnp.float32)
+  per_key = lambda x, scales: x if scales is None else (
+      x * scales[:, :, None, None])
+  scores = per_key(jnp.einsum(
+      "btkgh,bskh->bkgts", q * scale, k.astype(q.dtype),
+      preferred_element_type=jnp.float32), k_scale)
   scores = soft_cap(scores, softcap)
   scores = jnp.where(mask[:, None, None], scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  weights = per_key(jax.nn.softmax(scores, axis=-1), v_scale).astype(q.dtype)
   return jnp.einsum(
-      "bkgts,bskh->btkgh", weights, v,
+      "bkgts,bskh->btkgh", weights, v.astype(q.dtype),
       out_sharding=jax.typeof(q).sharding.spec)

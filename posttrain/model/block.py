@@ -18,7 +18,12 @@ from flax import nnx
 
 from posttrain.model import attention, moe, quantized
 from posttrain.model.attention import rotate
-from posttrain.model.config import INPUT_AXES, LoraConfig, ModelConfig
+from posttrain.model.config import (
+    INPUT_AXES,
+    LoraConfig,
+    ModelConfig,
+    check_sampling_dtype,
+)
 from posttrain.sharding import gather_fsdp, lengthwise, spec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -185,6 +190,10 @@ class Block(nnx.Module):
     contract = contract_in_layout if (
         self.config.gradients == "in_layout") else _contract
     multiply = lambda x: contract(equation, out, x, self.weight(name))
+    channels = getattr(self, name + quantized.CHANNELS, None)
+    if channels is not None:  # Of the sampler, which takes no gradient.
+      whole = multiply
+      multiply = lambda x: (whole(x) * channels[...]).astype(x.dtype)
     if self.config.remat == "none":
       # Recomputed, which costs no product: the backward pass keeps the weight
       # as it is at rest, and not every layer's as it was cast or gathered. The
@@ -224,18 +233,49 @@ class Block(nnx.Module):
     plain.config = dataclasses.replace(self.config, lora=None, quantized="")
     return plain
 
-  def for_decode(self, layer: int) -> "Block":
-    """One of the stacked layers, cast and gathered over "fsdp"."""
+  def for_decode(self, layer: int, weights_dtype: str = "compute") -> "Block":
+    """One of the stacked layers, cast and gathered over "fsdp".
+
+    Args:
+      weights_dtype: of the matrices: "compute", as they are or in the compute
+        dtype; "int8", whatever they are, with a scale per output.
+
+    Raises:
+      ValueError: int8 experts, or a dtype of no kind.
+    """
+    check_sampling_dtype("weights_dtype", weights_dtype)
     block = jax.tree.map(lambda w: w[layer], self)
     if self.config.lora is not None and self.config.lora.decode == "merged":
       block = block.merged()
+    if weights_dtype == "int8":
+      block = block.with_channels()
 
     def ready(path, w):
-      stored = jnp.issubdtype(w.dtype, jnp.integer) or (
-          quantized.SCALE in jax.tree_util.keystr(path))
+      stored = jnp.issubdtype(w.dtype, jnp.integer) or any(
+          name in jax.tree_util.keystr(path)
+          for name in (quantized.SCALE, quantized.CHANNELS))
       return gather_fsdp(w if stored else w.astype(self.config.dtype))
 
     return jax.tree_util.tree_map_with_path(ready, block)
+
+  def with_channels(self) -> "Block":
+    """One layer, its matrices in int8 with a scale per output."""
+    if self.config.num_experts:
+      raise ValueError(
+          "weights_dtype='int8' does not quantise experts yet, and the model "
+          f"has {self.config.num_experts}. Use weights_dtype='compute'.")
+    block = jax.tree.map(lambda w: w, self)
+    for name, inputs in INPUT_AXES.items():
+      if self.is_quantized(name):
+        w = self.weight(name, "float32")
+        delattr(block, name + quantized.SCALE)
+      else:
+        w = getattr(self, name)[...]
+      values, scale = quantized.per_output(w, inputs)
+      setattr(block, name, nnx.Param(values))
+      setattr(block, name + quantized.CHANNELS, nnx.Param(scale))
+    block.config = dataclasses.replace(self.config, quantized="")
+    return block
 
   def norm(self, name: str, x: jax.Array) -> jax.Array:
     """RMSNorm by the norm of this name; x itself where there is none."""

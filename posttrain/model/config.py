@@ -22,11 +22,24 @@ GRADIENT_FORMS = ("reference", "in_layout")
 # Fields that say how, not what: `compute` of a config sets them.
 COMPUTE_FIELDS = (
     "dtype", "remat", "unroll", "moe", "attention", "attention_block",
-    "gradients")
+    "gradients", "decode_attention")
 # How many leading axes (behind that of the layers) a matrix reads from.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 QUANTIZED = ("int8", "int4", "nf4")
 LORA_DECODE = ("live", "merged")
+# Of the sampler's cache, and of the weights of its decode loop: as
+# `compute.dtype` says, or 8 bits.
+SAMPLING_DTYPES = ("compute", "int8")
+DECODE_ATTENTION = ("reference", "kernel")
+INTERPRETED = "interpreted"  # The kernel in Python, slowly: for tests.
+
+
+def check_sampling_dtype(name: str, value: str) -> None:
+  """Raises ValueError for a `cache_dtype` or `weights_dtype` of no kind."""
+  if value not in SAMPLING_DTYPES:
+    raise ValueError(
+        f"{name}={value!r} is unknown; choose from {SAMPLING_DTYPES}.")
+
 
 # Vocabularies are padded to a multiple of this, so that every mesh of a
 # power of two up to 128 divides the table and checkpoints move between them.
@@ -151,6 +164,8 @@ class ModelConfig:
     attention_block: tokens of a block.
     gradients: of the blocks' matrices: "reference", as JAX has them;
       "in_layout", see `block.contract_in_layout`.
+    decode_attention: of the sampler's steps: "reference", XLA's products over
+      the whole cache, or "kernel", see `decode_kernel`.
     lora: adapters, see `lora.add`; None: there are none.
     quantized: how the matrices rest that have a scale beside them, see
       `quantized`; "": none has.
@@ -190,6 +205,7 @@ class ModelConfig:
   attention: str = "reference"
   attention_block: int = 128
   gradients: str = "reference"
+  decode_attention: str = "reference"
   lora: LoraConfig | None = None
   quantized: str = ""
 
@@ -207,6 +223,8 @@ class ModelConfig:
         ("compute.moe", self.moe, MOE_FORMS),
         ("compute.attention", self.attention, ATTENTION_FORMS),
         ("compute.gradients", self.gradients, GRADIENT_FORMS),
+        ("compute.decode_attention", self.decode_attention,
+         (*DECODE_ATTENTION, INTERPRETED)),
         ("model.norm_placement", self.norm_placement, NORM_PLACEMENTS),
         ("model.activation", self.activation, ACTIVATIONS),
         ("model.qk_norm", self.qk_norm, QK_NORMS),

@@ -9,6 +9,10 @@ Two numbers of 4 bits share a byte, on every backend.
 In the module a matrix `q` that is quantised has a `q_scale` beside it, and
 `ModelConfig.quantized` says how. Functions here see one layer.
 
+The sampler may read 8 bits in another form, one float32 for each output of a
+matrix (`per_output`), `q_channels`: it multiplies the product, so that the
+numbers themselves go into it, which a TPU reads as they are.
+
   D: embed   the other axes of a matrix are as in `block`
 """
 
@@ -22,7 +26,8 @@ import jax.numpy as jnp
 from posttrain import sharding
 
 BLOCK = 64
-SCALE = "_scale"
+SCALE, CHANNELS = "_scale", "_channels"
+HIGH = 127  # The largest 8-bit number of `symmetric`; -128 is not used.
 
 
 def embed_axis(name: str) -> int:
@@ -102,6 +107,28 @@ def dequantize(
 
   return sharding.per_shard(
       local, sharding.gather_fsdp(values), sharding.gather_fsdp(scale))
+
+
+def symmetric(
+    x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """Int8 and its float32 scale, which is without `axes`: x = int8 * scale.
+
+  The scale is the largest number over the axes by 127; of zeros it is 0.
+  """
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / HIGH
+  steps = jnp.round(x / jnp.where(scale > 0, scale, 1))
+  return steps.astype(jnp.int8), jnp.squeeze(scale, axes)
+
+
+def per_output(w: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
+  """A layer's matrix to int8 and a scale [outputs..]; see `symmetric`.
+
+  Args:
+    w: floating point, laid out in any way; the values are laid out as it.
+    inputs: its leading axes that a product sums over.
+  """
+  return symmetric(w, tuple(range(inputs)))
 
 
 def _pack(values: jax.Array, kind: str, axis: int) -> jax.Array:

@@ -22,7 +22,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from posttrain import sharding
 from posttrain.model.blocked import SAVED
 
-
 # Of the forward kernel and of the two of the backward pass.
 BLOCKS = (
     "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",

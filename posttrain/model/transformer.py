@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posttrain.model import attention, blocked, context, moe, splash
+from posttrain.model import (
+    attention,
+    blocked,
+    context,
+    decode_kernel,
+    moe,
+    splash,
+)
 from posttrain.model import cache as kv
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
@@ -126,11 +133,11 @@ class Transformer(nnx.Module):
     return View(cos=cos, sin=sin, mask=mask, window=jnp.int32(
         c.sliding_window if local else jnp.iinfo(jnp.int32).max))
 
-  def attend(self, q, k, v, mask) -> jax.Array:
+  def attend(self, q, k, v, mask, **scales) -> jax.Array:
     """Any keys, by a mask [B, T, S]: what the others must equal."""
     return attention.attend(
         q, k, v, mask, scale=self.config.attention_scale,
-        softcap=self.config.attention_softcap)
+        softcap=self.config.attention_softcap, **scales)
 
   def attend_whole(
       self, q, k, v, view: View, positions: jax.Array, segment_ids: jax.Array,
@@ -176,11 +183,17 @@ class Transformer(nnx.Module):
 
   def prefill(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+      cache_dtype: str = "compute",
   ) -> tuple[jax.Array, kv.KVCache]:
-    """As `__call__`, and the cache that holds these tokens."""
+    """As `__call__`, and the cache that holds these tokens.
+
+    They see each other as they are: an int8 cache is rounded for later ones.
+    """
     hidden, (k, v), _ = self._scan(
         tokens, positions, segment_ids, lambda k, v: (k, v))
-    return hidden, kv.from_prefill(k, v, positions, segment_ids)
+    return hidden, kv.from_prefill(
+        k, v, positions, segment_ids,
+        kv.storage_dtype(self.config, cache_dtype))
 
   def decode(
       self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
@@ -221,24 +234,24 @@ class Transformer(nnx.Module):
     views = {kind: self.view(kind, positions, occupied, mask)
              for kind in set(kinds)}
     x = self.embed(tokens)
-    keys, values, choices = [], [], []
-    for kind, block, k_cache, v_cache in zip(
-        kinds, blocks, cache.k, cache.v, strict=True):
-      def over_cache(q, k, v, view, k_cache=k_cache, v_cache=v_cache):
-        new = [
-            kv.write_slots(buffer, kv.heads_first(x), cache.index, axis=2)
-            for buffer, x in ((k_cache, k), (v_cache, v))]
-        k, v = map(kv.heads_first, new)
-        return self.attend(q, k, v, view.mask), new
+    layers, choices = [], []
+    for kind, block, layer in zip(kinds, blocks, cache.layers, strict=True):
+      def over_cache(q, k, v, view, kind=kind, layer=layer):
+        new = layer.write(k, v, cache.index)
+        if tokens.shape[1] == 1 and decode_kernel.chosen(self.config):
+          return decode_kernel.of_layer(
+              self.config, kind, q, new, occupied, positions[:, 0]), new
+        return self.attend(
+            q, kv.heads_first(new.k), kv.heads_first(new.v), view.mask,
+            k_scale=new.k_scale, v_scale=new.v_scale), new
 
-      x, (k, v), routing = block(x, views[kind], over_cache)
-      keys.append(k)
-      values.append(v)
+      x, layer, routing = block(x, views[kind], over_cache)
+      layers.append(layer)
       if routing is not None:
         choices.append(routing.choice)
     return self.normed(x), kv.KVCache(
-        k=tuple(keys), v=tuple(values), positions=occupied,
-        index=(cache.index + tokens.shape[1]) % cache.slots,
+        tuple(layers), occupied,
+        (cache.index + tokens.shape[1]) % cache.slots,
     ), jnp.stack(choices, 2) if choices else None
 
   def gathered(self, *tables: str) -> "Transformer":
@@ -260,9 +273,10 @@ class Transformer(nnx.Module):
     """The table that `logits` reads."""
     return "embedding" if self.config.tied_embeddings else "head"
 
-  def unstacked(self) -> list[Block]:
-    """The layers one by one, cast and gathered over "fsdp": for decode."""
-    return [self.blocks.for_decode(n) for n in range(self.config.layers)]
+  def unstacked(self, weights_dtype: str = "compute") -> list[Block]:
+    """The layers one by one, for decode; see `Block.for_decode`."""
+    return [self.blocks.for_decode(n, weights_dtype)
+            for n in range(self.config.layers)]
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32; ids beyond the vocabulary at -1e30.

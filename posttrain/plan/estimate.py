@@ -203,11 +203,12 @@ def _rollout_step(
   passes = several + (section.loss.kl_coef > 0)
   chip, rollout = topology.chip, section.rollout
   weights = model.layers * memory.layer_parameters(
-      model) * memory.BYTES[model.dtype] / mesh.tensor
+      model) * memory.decode_bytes(model, rollout.weights_dtype) / mesh.tensor
   head = memory.FLOAT32 * model.padded_vocab_size * model.embed / mesh.tensor
   cache = memory.cache_bytes(
       model, rows=completions, slots=rollout.max_prompt_tokens
-      + rollout.max_tokens, parts=mesh.rows, tensor=mesh.tensor)
+      + rollout.max_tokens, parts=mesh.rows, tensor=mesh.tensor,
+      dtype=rollout.cache_dtype)
   token = (weights + head + cache / 2) / chip.hbm_rate
   return (rollout.max_tokens * token + passes * part(False)
           + section.num_epochs * part(True))

@@ -7,6 +7,7 @@ from posttrain.plan.hlo import Computation, Instruction
 # Products of a [T, S] with a [., H] matrix in each kernel of splash attention:
 # scores and values; then scores, dv, dp and dk; then scores, dp and dq.
 _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+DECODE = "decode_attention"  # `model.decode_kernel`.
 # Of all pairs of positions, a causal mask shows half.
 VISIBLE = 0.5
 
@@ -17,13 +18,20 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def flops(computation: Computation, instruction: Instruction) -> int | None:
-  """Of a causal attention kernel, modelled; 0 of what is no kernel.
+  """Of an attention kernel, modelled; 0 of what is no kernel.
 
   None where the kernel is of another kind. Counts [.., N, T, H] queries
-  against [.., K, S, H] keys, the first two operands of floating point.
+  against [.., K, S, H] keys, the first two operands of floating point, as
+  causal; and the sampler's [B, K, G, H] queries against all S slots, as if
+  none were left out.
   """
   if not is_kernel(instruction):
     return 0
+  if instruction.name.startswith(DECODE):
+    queries, keys = [
+        dims for name in instruction.operands
+        if len(dims := computation[name].array.dims) == 4][:2]
+    return 2 * 2 * math.prod(queries) * keys[2]
   parts = instruction.name.split("_")
   products = [count for name, count in _PRODUCTS.items() if name in parts]
   arrays = [computation[name].array for name in instruction.operands]

@@ -252,23 +252,28 @@ def _sampling(
   fixed = setup.tables, inputs["budgets"]
 
   # A cache of any size has the layout that prefill would give it.
-  whole, blocks = weights.on_mesh(decode.unstacked.eval_shape(model))
+  whole, blocks = weights.on_mesh(decode.unstacked.eval_shape(
+      model, weights_dtype=sampler.weights_dtype))
   kept = [w for w, ready in zip(
       jax.tree.leaves(model), jax.tree.leaves(whole), strict=True)
           if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
   looping = beside | ({"tables at rest": kept} if kept else {})
   carry_of = lambda slots: weights.on_mesh(decode.prefill.eval_shape(
-      model, *prompts, *fixed, group_size=group_size, slots=slots))
+      model, *prompts, *fixed, group_size=group_size, slots=slots,
+      cache_dtype=sampler.cache_dtype))
   rows, script = _draws(stage, sampler, inputs)
   first = sampler.first_slots
   yield Program(
       stage, "prefill", functools.partial(
           decode.prefill.lower, model, *prompts, *fixed,
-          group_size=group_size, slots=first),
+          group_size=group_size, slots=first,
+          cache_dtype=sampler.cache_dtype),
       (model, prompts, inputs["budgets"]), beside, float(steps),
       detail=detail)
   yield Program(
-      stage, "unstack", functools.partial(decode.unstacked.lower, model),
+      stage, "unstack", functools.partial(
+          decode.unstacked.lower, model,
+          weights_dtype=sampler.weights_dtype),
       (model,), {"carry": carry_of(first), **beside}, float(steps),
       detail=detail)
   slots, used, carry = first, sampler.max_prompt_tokens, carry_of(first)

@@ -91,11 +91,13 @@ PLAIN = Recorded()
 Policy = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "slots"))
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "slots", "cache_dtype"))
 def prefill(
     model: Transformer, tokens: jax.Array, segment_ids: jax.Array,
     in_thinking: jax.Array, done: jax.Array, tables: budget.BudgetTables,
     budgets: budget.Budgets, *, group_size: int, slots: int,
+    cache_dtype: str = "compute",
 ) -> Carry:
   """Prompts, aligned to the right, into the carry of their samples.
 
@@ -104,9 +106,10 @@ def prefill(
     in_thinking, done: [B] bool, see `budget.init`.
     budgets: of the B rows.
     group_size: G. slots: S, at least T + 1.
+    cache_dtype: of the cache.
   """
   positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  hidden, cache = model.prefill(tokens, positions, segment_ids)
+  hidden, cache = model.prefill(tokens, positions, segment_ids, cache_dtype)
   last = jnp.repeat(
       tokens[:, -1], group_size, out_sharding=spec("rows"))
   return Carry(
@@ -119,8 +122,11 @@ def prefill(
 
 # Here and in `decode` a part of the model is not read. It is on the device all
 # the same, and kept among the arguments so that what counts them sees it.
-@functools.partial(jax.jit, keep_unused=True)
-def unstacked(model: Transformer) -> tuple[Transformer, list[Block]]:
+@functools.partial(
+    jax.jit, static_argnames="weights_dtype", keep_unused=True)
+def unstacked(
+    model: Transformer, *, weights_dtype: str = "compute",
+) -> tuple[Transformer, list[Block]]:
   """The tables and layers as the loop reads them, once for all its chunks.
 
   Sliced and cast inside of each chunk's program, the layers would be copied
@@ -131,7 +137,7 @@ def unstacked(model: Transformer) -> tuple[Transformer, list[Block]]:
     The model with its tables gathered, and its layers.
   """
   tables = dict.fromkeys(("embedding", model.head_name))
-  return model.gathered(*tables), model.unstacked()
+  return model.gathered(*tables), model.unstacked(weights_dtype)
 
 
 @functools.partial(jax.jit, static_argnames="slots")

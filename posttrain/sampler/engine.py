@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from posttrain import sharding
+from posttrain.model import decode_kernel
+from posttrain.model.block import Block
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
     budget,
@@ -57,6 +59,8 @@ class Settings:
     prefixes: shared prefixes kept on the device.
     max_ids: stop ids, banned ids and wait texts in order that a request may
       have.
+    cache_dtype, weights_dtype: of the cache, and of the decode loop's
+      matrices: "compute", or "int8" with scales.
     recorded: what a completion holds besides tokens and logprobs.
     hook: changes the logits of every step, see `hooks`.
     policy: changes the budgets of every step, see `decode.Policy`.
@@ -71,6 +75,8 @@ class Settings:
   prefill_chunk: int = 64
   prefixes: int = 8
   max_ids: int = 4
+  cache_dtype: str = "compute"
+  weights_dtype: str = "compute"
   recorded: decode.Recorded = COUNTS
   hook: hooks.Hook | None = None
   policy: decode.Policy | None = None
@@ -124,15 +130,17 @@ class Engine:
       log: is told of every program that is compiled.
 
     Raises:
-      ValueError: the mesh does not divide the slots.
+      ValueError: the mesh does not divide the slots, or the model's
+        `decode_attention` cannot be had here.
     """
+    decode_kernel.check(model.config)
     parts = sharding.axis_size("rows")
     if settings.slots < 1 or settings.slots % parts:
       raise ValueError(
           f"slots={settings.slots} cannot be split over {parts} parts of the "
           f"mesh. Use a multiple of {parts}.")
     self.tables, self.settings = tables, settings
-    self.model, self._blocks = decode.unstacked(model)
+    self.model, self._blocks = self._unstacked(model)
     self._text = text
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
@@ -150,11 +158,13 @@ class Engine:
     self.stats = Stats(programs=run.seconds)
     self._prefill = prefill.Prefill(
         model.config, rows=settings.prefill_rows,
-        chunk=settings.prefill_chunk, prefixes=settings.prefixes, run=run)
+        chunk=settings.prefill_chunk, prefixes=settings.prefixes,
+        cache_dtype=settings.cache_dtype, run=run)
     self._slots = slots_lib.Slots(
         model.config, tables, slots=len(self._live), size=self._sizes[0],
-        max_ids=settings.max_ids, recorded=settings.recorded,
-        hook=settings.hook, policy=settings.policy, run=run)
+        max_ids=settings.max_ids, cache_dtype=settings.cache_dtype,
+        recorded=settings.recorded, hook=settings.hook,
+        policy=settings.policy, run=run)
 
   def submit(self, request: Request) -> int:
     """Queues a request and returns its number.
@@ -236,8 +246,13 @@ class Engine:
     if any(self._live):
       raise RuntimeError(
           "Weights cannot change under live rows. Take all results first.")
-    self.model, self._blocks = decode.unstacked(model)
+    self.model, self._blocks = self._unstacked(model)
     self._prefill.clear()
+
+  def _unstacked(
+      self, model: Transformer) -> tuple[Transformer, list[Block]]:
+    return decode.unstacked(
+        model, weights_dtype=self.settings.weights_dtype)
 
   def look(self) -> None:
     """Admits what fits, decodes a chunk, and collects what is finished."""

@@ -37,11 +37,13 @@ class Rows:
   hidden: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "slots"))
-def empty(config: ModelConfig, index: jax.Array, *, rows: int, slots: int):
+@functools.partial(
+    jax.jit, static_argnames=("config", "rows", "slots", "cache_dtype"))
+def empty(config: ModelConfig, index: jax.Array, *, rows: int, slots: int,
+          cache_dtype: str):
   """Rows without a token; the first comes into slot `index`."""
   cache = dataclasses.replace(
-      kv.empty(config, rows, slots), index=jnp.int32(index))
+      kv.empty(config, rows, slots, cache_dtype), index=jnp.int32(index))
   return Rows(cache, jnp.zeros(
       (rows, config.embed), config.dtype, out_sharding=spec(
           "rows", "act_embed")))
@@ -93,7 +95,7 @@ class Prefill:
 
   def __init__(
       self, config: ModelConfig, *, rows: int, chunk: int, prefixes: int,
-      run: Callable[..., Rows],
+      cache_dtype: str, run: Callable[..., Rows],
   ):
     """For one shape of model.
 
@@ -102,13 +104,14 @@ class Prefill:
       rows: R, whole rows per part of the mesh.
       chunk: C.
       prefixes: how many are kept; the one that was not used longest goes.
+      cache_dtype: of the caches.
       run: calls a compiled function: run(key, function, *args, **kwargs).
     """
     self.config, self.chunk, self.prefixes = config, chunk, prefixes
     self.parts = sharding.axis_size("rows")
     self.rows = -(-rows // self.parts) * self.parts
     self.tokens = self.positions = 0
-    self._run = run
+    self._run, self._cache_dtype = run, cache_dtype
     self._prompts: dict[Tokens, Prompt] = {}
     self._prefixes: OrderedDict[Tokens, Prompt] = OrderedDict()
 
@@ -223,7 +226,7 @@ class Prefill:
   def _empty(self, rows: int, slots: int, index: int) -> Rows:
     return self._run(
         ("empty", rows, slots), empty, self.config, np.int32(index),
-        rows=rows, slots=slots)
+        rows=rows, slots=slots, cache_dtype=self._cache_dtype)
 
 
 def _batches(items: Sequence, size: int) -> list[Sequence]:

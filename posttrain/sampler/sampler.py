@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from posttrain import sharding
+from posttrain.model import decode_kernel
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
     budget,
@@ -60,6 +61,8 @@ class Sampler:
     chunk: tokens between two looks of the host.
     slots: rows decoded together, refilled as they end; 0: all of a call,
       which wait for the longest.
+    cache_dtype, weights_dtype: of the cache, and of the decode loop's
+      matrices: "compute", or "int8" with scales.
   """
 
   ids: thinking_lib.ThinkingIds
@@ -68,6 +71,8 @@ class Sampler:
   max_prompt_tokens: int
   chunk: int = 32
   slots: int = 0
+  cache_dtype: str = "compute"
+  weights_dtype: str = "compute"
 
   def generate(
       self, model: Transformer, prompts: Sequence[Sequence[int]],
@@ -96,8 +101,9 @@ class Sampler:
 
     Raises:
       ValueError: an empty or too long prompt, an unknown id, budgets that
-        contradict each other.
+        contradict each other, a `decode_attention` that cannot be had here.
     """
+    decode_kernel.check(model.config)
     rows = len(prompts) * group_size
     if 0 < self.slots < rows:
       if on_chunk:
@@ -154,7 +160,8 @@ class Sampler:
     queue = engine.Engine(model, self.tables, engine.Settings(
         slots=-(-self.slots // parts) * parts, max_slots=most,
         min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
-        prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK)))
+        prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK),
+        cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype))
     numbers = [queue.submit(request) for request in asked]
     done = {found.id: found for found in queue.results()}
     failed = [found.error for found in done.values() if found.error]
@@ -168,8 +175,10 @@ class Sampler:
     carry = decode.prefill(
         model, device["tokens"], device["segment_ids"],
         device["in_thinking"], device["done"], self.tables,
-        device["budgets"], group_size=group_size, slots=slots)
-    model, blocks = decode.unstacked(model)
+        device["budgets"], group_size=group_size, slots=slots,
+        cache_dtype=self.cache_dtype)
+    model, blocks = decode.unstacked(
+        model, weights_dtype=self.weights_dtype)
     recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
     total = device["done"].shape[0]
     while True:

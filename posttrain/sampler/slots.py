@@ -54,7 +54,7 @@ class Slots:
 
   def __init__(
       self, config: ModelConfig, tables: budget.BudgetTables, *, slots: int,
-      size: int, max_ids: int, recorded: decode.Recorded,
+      size: int, max_ids: int, cache_dtype: str, recorded: decode.Recorded,
       hook: hooks.Hook | None, policy: decode.Policy | None, run: Programs,
   ):
     """All slots idle; S is `size`."""
@@ -63,7 +63,7 @@ class Slots:
     self._policy, self._run = policy, run
     self._rows: decode.Rows | None = None
     rows = run(("empty", slots, size), prefill.empty, config, np.int32(0),
-               rows=slots, slots=size)
+               rows=slots, slots=size, cache_dtype=cache_dtype)
     budgets, *_ = requests.columns([None] * slots, max_ids)
     zeros = np.zeros(slots, np.int32)
     self.carry = decode.Carry(

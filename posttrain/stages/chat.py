@@ -7,8 +7,8 @@ thinking, as the families' templates do.
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TextIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
 
 import jax
 from ml_collections import config_dict
@@ -34,7 +34,8 @@ HELP = """\
 def run(
     config: config_dict.ConfigDict, *, workdir: str | None = None,
     stage: str = "", params: choice.SamplingParams, limits: sampler.Limits,
-    seed: int = 0, lines: Iterable[str] | None = None,
+    seed: int = 0, cache_dtype: str = "compute",
+    weights_dtype: str = "compute", lines: Iterable[str] | None = None,
     stream: TextIO | None = None,
 ) -> list[dict[str, str]]:
   """Talks until the input ends.
@@ -43,6 +44,7 @@ def run(
     config, workdir, stage: whose weights, as in `sample.run`.
     params, limits: to begin with.
     seed: with the turn's number, what a draw depends on.
+    cache_dtype, weights_dtype: see `sampler.Sampler`.
     lines: what is said; read from the terminal by default.
     stream: where to print; standard output by default.
 
@@ -62,9 +64,11 @@ def run(
       raise ValueError(
           'chat_template="plain" has no turns. Use a model with a chat '
           "template, or set chat_template to a Jinja file.")
-    talk = Chat(renderer, thinking.resolve(
-        thinking.Thinking(**config.thinking), renderer.tokenizer), params,
-                limits, seed, stream or sys.stdout)
+    talk = Chat(
+        renderer, thinking.resolve(
+            thinking.Thinking(**config.thinking), renderer.tokenizer), params,
+        limits, seed, stream or sys.stdout,
+        dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype))
     for line in lines if lines is not None else typed():
       if not talk.hear(model, line.strip()):
         break
@@ -90,14 +94,14 @@ class Chat:
   def __init__(
       self, renderer: render.ChatRenderer, ids: thinking.ThinkingIds,
       params: choice.SamplingParams, limits: sampler.Limits, seed: int,
-      stream: TextIO,
+      stream: TextIO, dtypes: Mapping[str, Any],
   ):
     self.messages: list[dict[str, str]] = []
     self._renderer, self._ids = renderer, ids
     # Once: it looks at every token of the vocabulary.
     self._tables = sampling.make_tables(renderer.tokenizer, ids)
     self._params, self._limits, self._seed = params, limits, seed
-    self._stream = stream
+    self._stream, self._dtypes = stream, dtypes
     self._console = console_lib.Console(stream=stream)
     self._turns = 0
 
@@ -154,7 +158,7 @@ class Chat:
       slots *= 2  # Few sizes, as each is compiled.
     how = sampler.Sampler(
         ids=self._ids, tables=self._tables, params=self._params,
-        max_prompt_tokens=slots, chunk=CHUNK)
+        max_prompt_tokens=slots, chunk=CHUNK, **self._dtypes)
     opened = requests.in_thinking(tuple(prompt), self._tables)
     drawn = how.generate(
         model, [prompt], self._limits, seed=self._seed, stage="chat",

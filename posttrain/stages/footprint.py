@@ -4,6 +4,8 @@ From its section and the model's shape alone: where weights do not fit, it is
 said before they are made.
 """
 
+from typing import Any
+
 import jax
 from ml_collections import config_dict
 
@@ -32,7 +34,7 @@ def of_section(
   Args:
     model, weights: of `held`.
   """
-  sizes = dict(weights)
+  sizes: dict[str, Any] = dict(weights)
   if section.kind == "sft":
     sizes |= dict(rows=-(-section.rows // section.num_microbatches),
                   sequence_length=section.sequence_length)
@@ -48,7 +50,10 @@ def of_section(
     sizes |= dict(
         cache_rows=rows if section.rollout.refill else max(rows, samples))
   if "cache_rows" in sizes:
-    sizes["cache_slots"] = cache_slots(section.rollout)
+    rollout = section.rollout
+    sizes |= dict(
+        cache_slots=cache_slots(rollout), cache_dtype=rollout.cache_dtype,
+        weights_dtype=rollout.weights_dtype)
   return memory.estimate(
       model, **mesh._asdict(), loss_chunk=compute.loss_chunk, **sizes)
 

@@ -43,7 +43,8 @@ def run(
     config: config_dict.ConfigDict, rows: Sequence[Mapping[str, Any]], *,
     workdir: str | None = None, stage: str = "", output: str | None = None,
     params: choice.SamplingParams, limits: sampler.Limits,
-    num_samples: int = 1, seed: int = 0, stream: TextIO | None = None,
+    num_samples: int = 1, seed: int = 0, cache_dtype: str = "compute",
+    weights_dtype: str = "compute", stream: TextIO | None = None,
 ) -> list[dict[str, Any]]:
   """Samples, prints and returns completions.
 
@@ -58,6 +59,7 @@ def run(
     params, limits: how to sample, and how far.
     num_samples: per prompt.
     seed: with the prompt's number and the sample's, what a draw depends on.
+    cache_dtype, weights_dtype: see `sampler.Sampler`.
     stream: where to print; standard output by default.
 
   Returns:
@@ -74,8 +76,9 @@ def run(
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
     prompts = [renderer.prompt_tokens(row) for row in rows]
+    dtypes = dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype)
     settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
-        "seed": seed}
+        "seed": seed} | dtypes
     asked = [
         requests.Request(
             prompt=tuple(prompt), params=params,
@@ -83,11 +86,12 @@ def run(
             prompt_id=i, sample_id=sample)
         for i, prompt in enumerate(prompts) for sample in range(num_samples)]
     if len(asked) == 1:
-      records = [_live(renderer.tokenizer, ids, model, asked[0], stream)]
+      records = [_live(
+          renderer.tokenizer, ids, model, asked[0], stream, dtypes)]
       if output and first:
         _write(output, records, settings)
       return records
-    queue = _Queue(renderer.tokenizer, ids, output, settings)
+    queue = _Queue(renderer.tokenizer, ids, output, settings, dtypes)
     for record in queue.records(model, asked):
       if first:
         _show(record, stream, f"{queue.finished} of {len(asked)}")
@@ -100,9 +104,10 @@ class _Queue:
   def __init__(
       self, tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
       output: str | None, settings: Mapping[str, Any],
+      dtypes: Mapping[str, Any],
   ):
     self._tokenizer, self._ids = tokenizer, ids
-    self._output, self._settings = output, settings
+    self._output, self._settings, self._dtypes = output, settings, dtypes
     self._records: dict[tuple[int, int], dict[str, Any]] = {}
 
   @property
@@ -141,7 +146,8 @@ class _Queue:
     slots = min(BATCH_ROWS, len(todo))
     queue = engine.Engine(model, tables, engine.Settings(
         slots=-(-slots // parts) * parts, chunk=CHUNK, max_slots=max(
-            requests.most_slots(request, tables) for request in todo)))
+            requests.most_slots(request, tables) for request in todo),
+        **self._dtypes))
     for request in todo:
       queue.submit(request)
     for done in queue.results():
@@ -178,12 +184,14 @@ class _Queue:
 def _live(
     tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
     model: Transformer, request: requests.Request, stream: TextIO,
+    dtypes: Mapping[str, Any],
 ) -> dict[str, Any]:
   """One completion, printed while it is drawn."""
   first = jax.process_index() == 0
   how = sampling.of_tokenizer(
       tokenizer, ids, request.params,
-      max_prompt_tokens=-(-len(request.prompt) // 64) * 64, chunk=CHUNK)
+      max_prompt_tokens=-(-len(request.prompt) // 64) * 64, chunk=CHUNK,
+      **dtypes)
   live = Live(tokenizer, ids, stream)
   drawn = how.generate(
       model, [request.prompt], sampler.Limits(**{

@@ -1,5 +1,7 @@
 """From strings and settings to a sampler."""
 
+from typing import Any
+
 from ml_collections import config_dict
 
 from posttrain.sampler import budget_tables, choice, sampler
@@ -28,18 +30,23 @@ def of_tables(
       ids=ids, tables=tables, params=choice.SamplingParams(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
+      cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
       slots=rollout.slots if "slots" in rollout
       else rollout.batch_rows if rollout.refill else 0)
 
 
 def of_tokenizer(
     tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
-    params: choice.SamplingParams, *, max_prompt_tokens: int, chunk: int,
+    params: choice.SamplingParams, **fields: Any,
 ) -> sampler.Sampler:
-  """A sampler whose budgets are counted in a tokenizer's tokens."""
+  """A sampler whose budgets are counted in a tokenizer's tokens.
+
+  Args:
+    **fields: others of `Sampler`.
+  """
   return sampler.Sampler(
       ids=ids, tables=make_tables(tokenizer, ids), params=params,
-      max_prompt_tokens=max_prompt_tokens, chunk=chunk)
+      **fields)
 
 
 def make_tables(

@@ -96,16 +96,18 @@ def parameters(config: ModelConfig) -> int:
 
 def cache_bytes(
     config: ModelConfig, *, rows: int, slots: int, parts: int = 1,
-    tensor: int = 1,
+    tensor: int = 1, dtype: str = "compute",
 ) -> int:
   """Keys and values of `rows` rows (global) with `slots` slots, per device.
 
   Args:
     parts: that the mesh splits the rows in.
+    dtype: "compute", or "int8" with a float32 scale for each vector.
   """
   heads = config.kv_heads // tensor
-  return (2 * config.layers * math.ceil(rows / parts) * slots * heads
-          * config.head_dim * BYTES[config.dtype])
+  vector = (config.head_dim + FLOAT32 if dtype == "int8"
+            else config.head_dim * BYTES[config.dtype])
+  return 2 * config.layers * math.ceil(rows / parts) * slots * heads * vector
 
 
 def _layer_activations(
@@ -197,7 +199,10 @@ def _training(
   }
 
 
-def _decode_bytes(config: ModelConfig) -> float:
+def decode_bytes(config: ModelConfig, weights_dtype: str) -> float:
+  """Of a number; int8's scales, one for each output, are left out."""
+  if weights_dtype == "int8":
+    return 1
   merged = config.lora is not None and config.lora.decode == "merged"
   if config.quantized and not merged:
     return QUANTIZED_BYTES[config.quantized]
@@ -208,7 +213,8 @@ def estimate(
     config: ModelConfig, *, data: int = 1, fsdp: int = 1, expert: int = 1,
     context: int = 1, tensor: int = 1,
     rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
-    cache_rows: int = 0, cache_slots: int = 0,
+    cache_rows: int = 0, cache_slots: int = 0, cache_dtype: str = "compute",
+    weights_dtype: str = "compute",
     trained: int | None = None, optimizer_bytes: int | None = None,
     frozen_bytes: int = 0, reference_bytes: int = 0,
 ) -> Estimate:
@@ -221,6 +227,7 @@ def estimate(
     loss_chunk: positions whose logits exist at once.
     cache_rows, cache_slots: rows decoded at once, global, and the longest
       cache; cache_rows=0: no sampling.
+    cache_dtype, weights_dtype: of sampling: "compute" or "int8".
     trained: parameters that an update moves, over all devices; None: all.
     optimizer_bytes: of its state, over all devices; None: AdamW's moments in
       float32.
@@ -252,11 +259,12 @@ def estimate(
     sampling = {
         "cache": cache_bytes(
             config, rows=cache_rows, slots=cache_slots, parts=batch * context,
-            tensor=tensor),
+            tensor=tensor, dtype=cache_dtype),
         # Decode holds every layer gathered over "fsdp", and cast unless it
         # is quantised; and the tables, if they rest split.
         "decode weights": whole + int(
-            config.layers * _decode_bytes(config) * layer_parameters(
+            config.layers * decode_bytes(config, weights_dtype)
+            * layer_parameters(
                 config, config.num_experts // expert) / tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
     }

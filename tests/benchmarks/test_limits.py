@@ -52,7 +52,7 @@ def test_a_decode_step_reads_the_cache_and_the_weights_once():
   norms = size([model.blocks.attn_norm, model.blocks.mlp_norm,
                 model.final_norm])
   step = limits.decode_step(CONFIG, rows=6, context=31)
-  assert step.bytes == size((cache.k, cache.v)) + size(model) - norms
+  assert step.bytes == size(cache.layers) + size(model) - norms
 
 
 def test_an_update_is_three_forward_passes_over_causal_attention():

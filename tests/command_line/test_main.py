@@ -198,7 +198,8 @@ def test_sample_hands_over_every_flag(calls):
       "sample", "--model=smollm2-135m", "--prompt=a", "--prompt", "b",
       "--num-samples=2", "--max-tokens=9", "--temperature=0.5", "--top-k=3",
       "--top-p=0.9", "--min-p=0.1", "--max-thinking-tokens=8",
-      "--min-thinking-tokens=1", "--num-waits=2", "--seed=4"]) == 0
+      "--min-thinking-tokens=1", "--num-waits=2", "--seed=4",
+      "--cache-dtype=int8", "--weights-dtype=int8"]) == 0
   [(name, (config, rows), flags)] = calls
   assert name == "sample"
   assert config.model == "smollm2-135m"
@@ -206,6 +207,7 @@ def test_sample_hands_over_every_flag(calls):
   assert rows == [{"prompt": "a"}, {"prompt": "b"}]
   assert flags == dict(
       workdir=None, stage="", output=None, num_samples=2, seed=4,
+      cache_dtype="int8", weights_dtype="int8",
       params=choice.SamplingParams(
           temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
       limits=sampler.Limits(
@@ -219,7 +221,8 @@ def test_chat_hands_over_how_to_draw(calls):
   [(name, (config,), flags)] = calls
   assert (name, config.model) == ("chat", "smollm2-135m")
   assert flags == dict(
-      workdir=None, stage="", seed=4,
+      workdir=None, stage="", seed=4, cache_dtype="compute",
+      weights_dtype="compute",
       params=choice.SamplingParams(temperature=0.5),
       limits=sampler.Limits(max_tokens=256))
 

@@ -282,6 +282,11 @@ def test_a_key_without_effect_in_a_source():
     (["cold_start.trained=blocks/(q"],
      "cold_start.trained: 'blocks/(q' is no regular expression: missing )"),
     (["model_overrides.lora=x"], "model_overrides.lora: no such key."),
+    (["model_overrides.decode_attention=kernel"],
+     "model_overrides.decode_attention: no such key. The nearest key is "
+     "compute.decode_attention."),
+    (["model=qwen3-30b-a3b", "reason.rollout.weights_dtype=int8"],
+     "reason.rollout.weights_dtype: 'int8' does not quantise experts yet"),
 ])
 def test_a_condition_between_keys(assignments, expected):
   assert problem(*assignments).startswith(expected)

@@ -51,11 +51,12 @@ def scenario(vocab_size, seed=0):
   return prompts, tokens, positions
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def decode(model, prompts, segment_ids, tokens, positions, slots):
+@functools.partial(jax.jit, static_argnames=("slots", "cache_dtype"))
+def decode(model, prompts, segment_ids, tokens, positions, slots,
+           cache_dtype="compute"):
   """Log-probabilities [STEPS, B, V], after each token that is fed."""
   order = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  _, cache = model.prefill(prompts, order, segment_ids)
+  _, cache = model.prefill(prompts, order, segment_ids, cache_dtype)
   cache = kv.resize(kv.fan_out(cache, GROUP_SIZE), slots)
   blocks = model.unstacked()
 
@@ -74,7 +75,7 @@ def run(config, params, seed=0):
   return run_model(build.load(config, params), seed)
 
 
-def run_model(model, seed=0):
+def run_model(model, seed=0, cache_dtype="compute"):
   """Logprobs [STEPS, B, V] over the cache, and what `sequences` says."""
   prompts, tokens, positions = scenario(model.config.vocab_size, seed)
   width = max(PROMPT_LENGTHS) + 1
@@ -85,7 +86,7 @@ def run_model(model, seed=0):
     segment_ids[row, width - len(prompt):] = 1
   logprobs = decode(
       model, *build.put_rows(padded, segment_ids, tokens, positions),
-      slots=width + STEPS)
+      slots=width + STEPS, cache_dtype=cache_dtype)
   return sharding.fetch(logprobs), sequences(prompts, tokens, positions)
 
 
@@ -175,7 +176,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 def test_what_is_taken_back_is_empty():
   positions = jnp.array([[0, 1, 2, 3, -1], [-1, 0, 1, 5, 2]])
-  cache = kv.KVCache((), (), positions, jnp.int32(5))
+  cache = kv.KVCache((), positions, jnp.int32(5))
   kept = kv.retract(cache, jnp.array([2, 3])).positions
   np.testing.assert_array_equal(
       kept, [[0, 1, -1, -1, -1], [-1, 0, 1, -1, 2]])

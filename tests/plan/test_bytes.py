@@ -22,6 +22,7 @@ def small_config():
   config.mesh.update(fsdp=4, tensor=2)
   config.compute.update(dtype="float32", remat="none")
   config.reason.num_minibatches = 2  # Old logprobs, and later updates.
+  config.reason.rollout.update(cache_dtype="int8", weights_dtype="int8")
   return config_lib.resolve(config)
 
 

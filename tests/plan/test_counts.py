@@ -143,6 +143,22 @@ def test_attention_kernels_are_counted_by_hand():
   assert counts.dot_flops == 0 and not counts.uncounted
 
 
+def test_the_decode_kernel_is_counted_against_all_slots():
+  """Two products of 2 x 3 x 4 queries with 40 keys of width 128."""
+  counts = measure.count("""HloModule jit_decode, entry_computation_layout={}
+
+ENTRY %main (blocks: s32[2,1], q: bf16[2,3,4,128], k: s8[2,3,40,128], scale: f32[2,3,40]) -> bf16[2,3,4,128] {
+  %blocks = s32[2,1]{1,0} parameter(0)
+  %q = bf16[2,3,4,128]{3,2,1,0} parameter(1)
+  %k = s8[2,3,40,128]{3,2,1,0} parameter(2)
+  %scale = f32[2,3,40]{2,1,0} parameter(3)
+  ROOT %decode_attention.1 = bf16[2,3,4,128]{3,2,1,0} custom-call(%blocks, %q, %k, %k, %scale, %scale), custom_call_target="tpu_custom_call"
+}
+""", collectives.Layout(("fsdp", "tensor"), (1, 1)), set(), None)  # noqa: E501
+  assert counts.kernel_flops == 2 * 2 * (2 * 3 * 4) * 40 * 128
+  assert not counts.uncounted
+
+
 def test_another_kernel_is_named():
   counts = measure.count(
       recorded("splash").replace("splash_mha", "paged_mha"),

@@ -27,7 +27,9 @@ FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant",
         "copy-done", "slice-done", "async-done"}
 
 
-def compile_decode(config: ModelConfig, *, rows: int, slots: int, steps: int):
+def compile_decode(
+    config: ModelConfig, *, rows: int, slots: int, steps: int,
+    cache_dtype: str = "compute", weights_dtype: str = "compute"):
   """On the current mesh, whose devices need not be here.
 
   Returns:
@@ -42,12 +44,13 @@ def compile_decode(config: ModelConfig, *, rows: int, slots: int, steps: int):
   def make(model):
     made = slots_lib.Slots(
         config, tables, slots=rows, size=slots, max_ids=4,
-        recorded=decode.Recorded(counts=True), hook=None, policy=None, run=call)
+        cache_dtype=cache_dtype, recorded=decode.Recorded(counts=True),
+        hook=None, policy=None, run=call)
     made.begin([Request(prompt=(1,), max_tokens=9)] * rows, range(rows),
                lambda placed: placed)
-    return made.carry, made._rows, jnp.full(
-        (rows, steps), -1, jnp.int32,
-        out_sharding=sharding.spec("batch", None)), model.unstacked()
+    script = jnp.full((rows, steps), -1, jnp.int32,
+                      out_sharding=sharding.spec("rows", None))
+    return made.carry, made._rows, script, model.unstacked(weights_dtype)
 
   model = jax.tree.map(
       lambda w: jax.ShapeDtypeStruct(
@@ -60,7 +63,7 @@ def compile_decode(config: ModelConfig, *, rows: int, slots: int, steps: int):
   size = lambda tree: sum(
       x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   return (compiled, size(blocks) + size(model.embedding),
-          size((carry.cache.k, carry.cache.v)))
+          size(carry.cache.layers))
 
 
 def step_bytes(text: str) -> int:

@@ -37,7 +37,8 @@ def test_the_loop_copies_no_cache():
 
 
 @pytest.mark.slow
-def test_a_step_on_a_tpu_reads_weights_and_cache_once():
+@pytest.mark.parametrize("dtype", ["compute", "int8"])
+def test_a_step_on_a_tpu_reads_weights_and_cache_once(dtype):
   """At most 1.1 times both, in the program compiled for one chip."""
   pytest.importorskip("libtpu", reason="the extra `tpu` has the compiler")
   from jax.experimental.topologies import get_topology_desc
@@ -49,7 +50,8 @@ def test_a_step_on_a_tpu_reads_weights_and_cache_once():
   # More weights than the chip's fast memory could keep between steps.
   config = ModelConfig(**CONFIG, layers=6, dtype="bfloat16")
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=list(chip)[:1])):
-    compiled, weights, cache = hlo.compile_decode(config, **SHAPE)
+    compiled, weights, cache = hlo.compile_decode(
+        config, **SHAPE, cache_dtype=dtype, weights_dtype=dtype)
   assert_nothing_is_copied(compiled, weights, cache, config.layers)
   moved = hlo.step_bytes(compiled.as_text())
   print(f"{moved / 2**20:.1f} MiB a step, {moved / (weights + cache):.3f} of "

@@ -4,7 +4,8 @@ import jax
 import pytest
 from ml_collections import config_dict
 
-from posttrain import pipeline
+from posttrain import pipeline, sharding
+from posttrain.model.presets import PRESETS
 from posttrain.stages import footprint
 from tests import meshes, pipeline_run
 
@@ -25,6 +26,22 @@ def test_the_line_comes_before_the_weights(
             if "memory per device" in line]
   for part in ("parameters", "optimizer", "reference", "gradients", "cache"):
     assert (f"{part} " in line) == (part in parts.split()), part
+
+
+@pytest.mark.parametrize("stage", ["reason", "measure"])
+def test_sampling_in_int8_is_counted(tmp_path, stage):
+  def sampling(*assignments):
+    config = pipeline_run.make_pipeline(
+        tmp_path, [*pipeline_run.ALL, *assignments]).config
+    return footprint.of_section(
+        config[stage], config.compute, PRESETS["qwen3-4b"], {},
+        sharding.MeshSizes()).sampling
+
+  floats, int8 = sampling(), sampling(
+      f"{stage}.rollout.cache_dtype=int8",
+      f"{stage}.rollout.weights_dtype=int8")
+  assert int8["decode weights"] * 4 == floats["decode weights"]
+  assert int8["cache"] * 4 * 128 == floats["cache"] * (128 + 4)
 
 
 @pytest.mark.parametrize("max_tokens, slots", [(3, 8), (20, 32), (32, 32)])

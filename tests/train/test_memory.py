@@ -33,17 +33,32 @@ def test_parameters_are_those_of_the_model(tied):
   assert memory.parameters(config) * 4 == size(model)
 
 
-def test_cache_is_that_of_a_prefill():
+@pytest.mark.parametrize("dtype", ["compute", "int8"])
+def test_cache_is_that_of_a_prefill(dtype):
   tokens = jax.ShapeDtypeStruct((6, 32), jnp.int32)
   config = dataclasses.replace(TINY, dtype="bfloat16")
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
     _, cache = jax.eval_shape(
-        transformer.Transformer.prefill, transformer.abstract(config), tokens,
-        tokens, tokens)
-  expected = size((cache.k, cache.v))
-  assert memory.cache_bytes(config, rows=6, slots=32) == expected
-  assert memory.cache_bytes(
-      config, rows=6, slots=32, parts=3, tensor=2) == expected // 6
+        lambda *args: transformer.Transformer.prefill(*args, dtype),
+        transformer.abstract(config), tokens, tokens, tokens)
+  expected = size(cache.layers)
+  count = functools.partial(
+      memory.cache_bytes, config, rows=6, slots=32, dtype=dtype)
+  assert count() == expected
+  assert count(parts=3, tensor=2) == expected // 6
+
+
+@pytest.mark.parametrize("dtype", ["compute", "int8"])
+def test_decode_weights_are_those_of_the_loop(dtype):
+  """But for norms and scales."""
+  config = dataclasses.replace(TINY, dtype="bfloat16")
+  with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+    blocks = jax.eval_shape(
+        lambda model: model.unstacked(dtype), transformer.abstract(config))
+  estimate = memory.estimate(
+      config, cache_rows=1, cache_slots=1, weights_dtype=dtype)
+  assert estimate.sampling["decode weights"] == pytest.approx(
+      size(blocks), rel=0.03)
 
 
 def test_experts_are_counted_with_the_parameters():
