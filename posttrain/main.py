@@ -17,6 +17,7 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
+from posttrain import roll_call
 from posttrain import workdir as workdir_lib
 from posttrain.plan import environment
 from posttrain.train import health
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
           workdir_lib.WorkdirError) as error:
     print(f"posttrain: {error}", file=sys.stderr)
     return USAGE_ERROR
-  except health.HealthError as error:  # The advice is all that helps.
+  except (health.HealthError, roll_call.StartError) as error:
+    # The advice is all that helps.
     print(f"posttrain: {error}", file=sys.stderr)
     return FAILED
 
