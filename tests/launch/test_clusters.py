@@ -114,7 +114,7 @@ def test_gke_prints_everything_and_runs_nothing(cloud, capsys, monkeypatch):
     (gke, [*FLAGS, "--volume=claim"], "--volume=claim: needed CLAIM:/PATH"),
     (xpk, FLAGS, "--cluster is missing"),
     (xpk, [*FLAGS[:2], "--cluster=c"], "--image is missing"),
-    (xpk, [*FLAGS, "--cluster=c", "--secret=HOME"], "Use `python -m launch.gke"),
+    (xpk, [*FLAGS, "--cluster=c", "--secret=HOME"], "`python -m launch.gke`"),
     (xpk, [FLAGS[0], FLAGS[2], "--cluster=c", "--topology=v5e:2x2"],
      "no v5e below"),
     (skypilot, [*FLAGS, "--num_slices=2"], "SkyPilot runs one slice"),
