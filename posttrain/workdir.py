@@ -33,7 +33,6 @@ from ml_collections import config_dict
 from posttrain import config as config_lib
 from posttrain.tasks import loading
 
-
 # What a run may go on with changed: no number depends on it beyond rounding.
 MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: ")
 
