@@ -78,20 +78,19 @@ def read_sweep(spec: str) -> list[list[str]]:
     ConfigError: there is no sweep, a run is there twice, or one has a config
       that is wrong.
   """
-  runs = [list(run.items()) if isinstance(run, Mapping) else run
-          for run in _call(spec, "get_sweep")]
+  runs = list(_call(spec, "get_sweep"))
   for number, run in enumerate(runs):
-    if not isinstance(run, list) or not all(
-        isinstance(path, str) for path, _ in run):
+    if not isinstance(run, Mapping) or not all(
+        isinstance(path, str) for path in run):
       raise ConfigError([
           f"get_sweep() gives {run!r} as its run {number}; needed a dict of "
           "paths and values."], spec)
     if run in runs[:number]:
-      raise ConfigError([f"get_sweep() has {dict(run)!r} twice."], spec)
+      raise ConfigError([f"get_sweep() has {run!r} twice."], spec)
   if not runs:
     raise ConfigError(["get_sweep() has no runs."], spec)
   return [[f"{path}={value if isinstance(value, str) else repr(value)}"
-           for path, value in run] for run in runs]
+           for path, value in run.items()] for run in runs]
 
 
 def _call(spec: str, function: str) -> Any:

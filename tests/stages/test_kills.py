@@ -1,7 +1,7 @@
 """SIGKILL at random points, against a run that nobody touched: bit for bit.
 
-Three in the fast test, twenty in the slow one: at a random step, within the
-write of a checkpoint, and a random time after the start.
+Two in the fast test, twenty in the slow one: at a random step, within the write
+of a checkpoint, and (slow) a random time after the start.
 """
 
 import random
@@ -83,8 +83,8 @@ def check(folder, steps, every, kinds):
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_three_kills_leave_no_trace(tmp_path):
-  check(tmp_path, 16, 2, ["step", "write", "time"])
+def test_two_kills_leave_no_trace(tmp_path):
+  check(tmp_path, 12, 2, ["step", "write"])
 
 
 @pytest.mark.slow
