@@ -11,6 +11,7 @@
   frozen/<hash>/         weights that stages keep beside those they train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
   <stage>/rollouts/      <stage>/done.json, once the stage has finished
+  <stage>/damaged/       checkpoints that could not be read and were passed over
 
 Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.
