@@ -14,6 +14,7 @@ and an image with posttrain[tpu] that has this config. --volume mounts an
 existing claim, such as a bucket's, for the workdir.
 """
 
+import contextlib
 import json
 import subprocess
 import time
@@ -179,8 +180,9 @@ def follow(cluster: Cluster, poll_seconds: float) -> int:
         following = subprocess.Popen(  # Of the pods that are there now.
             cluster.logs(), stdin=subprocess.DEVNULL)
       time.sleep(poll_seconds)
-    if following is not None and state == "Completed":
-      following.wait(timeout=poll_seconds + 30)
+    if following is not None:  # It comes to its own end with the pods.
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        following.wait(timeout=30)
   finally:
     if following is not None:
       following.terminate()

@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from launch import job as job_lib
 from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
-from posttrain.train import metrics
 
 HEADLINES = ("eval_loss", "loss", "reward")  # Of a training stage's last row.
 LONGEST_NAME = 120
@@ -83,6 +82,7 @@ def name(assignments: Sequence[str]) -> str:
 
 def headline(run: Run) -> dict[str, str]:
   """The last figures of each stage, by column."""
+  from posttrain.train import metrics  # Brings JAX; a dry run needs none.
   file = run.workdir / "metrics.jsonl"
   last = {row["stage"]: row for row in (
       metrics.read(file) if file.exists() else ())}

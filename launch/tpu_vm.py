@@ -31,7 +31,8 @@ from launch import job as job_lib
 PLACE = "posttrain"  # Under the workers' home folder.
 WORKER = f"bash {PLACE}/checkout/launch/worker.sh"
 STATE = re.compile(r"^worker (\S+): (?:(running|none)|exit (\d+))$", re.M)
-ATTEMPTS = 10  # To reach workers of slices that are said to be active.
+TAKEN = ("SUSPENDING", "SUSPENDED")  # By the cloud, not by its user.
+ATTEMPTS = 10  # To reach what should be there.
 
 
 def parser() -> job_lib.Parser:
@@ -104,28 +105,31 @@ class Slices:
     """Requests the slices unless they are there, and waits for them.
 
     Raises:
-      JobError: the request failed.
+      JobError: the request failed, or is gone.
     """
     state = self.state()
-    if state in ("SUSPENDING", "SUSPENDED"):
-      self.shell.say(f"{self.job.name}: {state}, so the slices are gone")
+    while state == "SUSPENDING":
+      time.sleep(poll_seconds)
+      state = self.state()
+    if state == "SUSPENDED":
       self.delete()
       state = ""
     if not state:
       self.create()
     if self.shell.dry_run:
       return self.shell.say("and so on until the state is ACTIVE")
-    shown = ""
+    shown, unseen = "", 0
     while (state := self.state()) != "ACTIVE":
-      if state != shown:
-        self.shell.say(f"{self.job.name}: {state or 'not there yet'}")
+      if state and state != shown:
+        self.shell.say(f"{self.job.name}: {state}")
         shown = state
-      if state == "FAILED":
+      unseen = 0 if state else unseen + 1
+      if state == "FAILED" or unseen == ATTEMPTS:
         raise job_lib.JobError(
-            f"{self.job.name}: the request for {self.job.topology} failed. "
-            "Look at `gcloud compute tpus queued-resources describe`, and "
-            "--delete it.")
-      if state in ("SUSPENDING", "SUSPENDED"):
+            f"{self.job.name}: the request for {self.job.topology} "
+            f"{'failed' if state else 'is gone'}. Look at `gcloud compute tpus "
+            "queued-resources describe`, and --delete it.")
+      if state in TAKEN:
         return self.ready(poll_seconds)
       time.sleep(poll_seconds)
     return None
@@ -200,16 +204,16 @@ def follow(slices: Slices, poll_seconds: float) -> int | None:
         return 0
       # Ended, or out of reach. If slices were taken away, that is why.
       time.sleep(poll_seconds)
-      if slices.state() != "ACTIVE":
+      state = slices.state()
+      if state in TAKEN:
         return None
-      if found:
+      if found and state == "ACTIVE":
         show_rest(following)
         return failed(slices, found)
       failures += 1
     raise job_lib.JobError(
-        f"{slices.job.name} is active, but its workers were out of reach "
-        f"{ATTEMPTS} times. The run may be going on; the same command follows "
-        "it again.")
+        f"{slices.job.name} was out of reach {ATTEMPTS} times. Unless it was "
+        "deleted, the run may be going on; the same command follows it again.")
   finally:
     following.terminate()
     following.wait()
@@ -244,7 +248,7 @@ def supervise(slices: Slices, poll_seconds: float) -> int:
         install_and_start(slices)
       status = follow(slices, poll_seconds)
     except job_lib.JobError:  # Of a command whose slices went away under it.
-      if slices.state() == "ACTIVE":
+      if slices.state() not in TAKEN:
         raise
       status = None
     if status is not None:

@@ -49,7 +49,7 @@ case "$verb" in
     exit ;;
   delete) rm -rf state taken home; exit ;;
 esac
-[[ ! -e taken ]] || { echo "cannot connect" >&2; exit 255; }
+[[ -e state && ! -e taken ]] || { echo "cannot connect" >&2; exit 255; }
 [[ "$node" == all ]] && node='*'
 [[ "$worker" == all ]] && worker='*'
 for home in home/$node-$worker; do

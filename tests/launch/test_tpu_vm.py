@@ -184,3 +184,14 @@ def test_a_refused_request_says_so(cloud, monkeypatch):
   monkeypatch.setenv("FIRST_STATE", "FAILED")
   with pytest.raises(job_lib.JobError, match="the request for v5p:2x2x2 fail"):
     tpu_vm.run([*FLAGS, *QUICK, *COMMAND])
+
+
+def test_slices_that_somebody_deleted_are_not_requested_again(cloud):
+  cloud.checkout()
+  cloud.program(PROGRAM + """
+[[ $WORKER_NAME != 0-0 ]] || rm "$CLOUD/state"
+sleep 1
+""")
+  with pytest.raises(job_lib.JobError, match="was out of reach 10 times"):
+    tpu_vm.run([*FLAGS, "--poll-seconds=0.02", *COMMAND])
+  assert len(cloud.calls(" create ")) == 1
