@@ -137,8 +137,13 @@ def test_grpo_draws_and_learns_the_same(paths):
 
 def gradient(path, step):
   """Of the first update with a signal, clipped: Adam's mean, over 1 - beta1."""
-  state = ocp.PyTreeCheckpointer().restore(
-      path / f"reason/checkpoints/{step}/state")
+  path = path / f"reason/checkpoints/{step}/state"
+  handler = ocp.PyTreeCheckpointHandler()
+  whole = jax.tree.map(  # Devices of two hosts are not here.
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+      handler.metadata(path).tree)
+  state = handler.restore(
+      path, args=ocp.args.PyTreeRestore(restore_args=whole))
   return {jax.tree_util.keystr(name): np.asarray(leaf) / 0.1
           for name, leaf in jax.tree_util.tree_leaves_with_path(state)
           if "'mu'" in jax.tree_util.keystr(name)}
