@@ -31,8 +31,9 @@ def _main(argv, log, compiled, devices):
   file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
   os.dup2(file, 1)
   os.dup2(file, 2)
-  os.environ["XLA_FLAGS"] = (
-      "--xla_backend_optimization_level=0 "
+  os.environ["XLA_FLAGS"] = (  # As `make test` has it, on other devices.
+      "--xla_backend_optimization_level=0 --xla_backend_extra_options="
+      "xla_cpu_disable_new_fusion_emitters "
       f"--xla_force_host_platform_device_count={devices}")
   import jax
   jax.config.update("jax_compilation_cache_dir", compiled)

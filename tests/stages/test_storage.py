@@ -19,7 +19,8 @@ from tests.stages.test_sft import leave_at, repeatable, rows_of
 # Tensorstore drops its reads when an error is raised in the middle of them.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore:coroutine .* was never awaited:RuntimeWarning")
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
+    "ignore:Sharding info not provided")
 
 
 @pytest.fixture(scope="module")
