@@ -191,11 +191,14 @@ def follow(slices: Slices, poll_seconds: float) -> int | None:
     slices.state()
     return 0
   following = subprocess.Popen(log, stdin=subprocess.DEVNULL)
-  failures = 0
+  failures, known = 0, set[str]()
   try:
     while failures < ATTEMPTS:
       time.sleep(poll_seconds)
       found = slices.workers()
+      known |= found.keys()
+      if len(found) < len(known):
+        found = {}  # One did not answer, and may be running.
       if found and None in found.values():
         failures = 0
         continue

@@ -57,7 +57,7 @@ class Runs:
     forked.kill(process)
     half = forked.half_written(path, "cold_start")
     assert kind != "write" or half
-    return (f"at step {forked.last_step(path)} (resumed from {before})"
+    return (f"at step {forked.last_step(path)} (before: {before})"
             f"{' in a write' if half else ''}")
 
 
