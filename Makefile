@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow parity lint types check benchmark clean help
+.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
@@ -15,6 +15,7 @@ help:
 	@echo "make plan-deps        install the TPU compiler, for posttrain plan"
 	@echo "make test             the tests (under ten minutes on two cores)"
 	@echo "make test-slow        the tests marked slow"
+	@echo "make test-skypilot    the launcher's task, read by the real SkyPilot"
 	@echo "make parity           the same against transformers and peft, on torch"
 	@echo "make check            ruff and mypy"
 	@echo "make benchmark        tokens per second, and shares of the machine's limit"
@@ -82,6 +83,18 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) --dist loadfile -m slow --ignore=tests/parity
 
+# In an environment of its own: its dependencies are no business of ours.
+SKYPILOT := $(VENV)-skypilot
+
+$(SKYPILOT)/.installed:
+	$(PYTHON) -m venv $(SKYPILOT)
+	$(SKYPILOT)/bin/python -m pip install --quiet skypilot==0.14.1
+	touch $@
+
+test-skypilot: $(STAMP) $(SKYPILOT)/.installed
+	POSTTRAIN_SKYPILOT_PYTHON=$(SKYPILOT)/bin/python \
+	  $(BIN)/python -m pytest -m slow tests/launch/test_clusters.py
+
 $(VENV)/.parity: $(STAMP)
 	$(INSTALL) --editable '.[dev,parity]'
 	touch $@
@@ -101,4 +114,4 @@ benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(SKYPILOT)

@@ -5,6 +5,7 @@ run. The task is "signs": put + or - between numbers to hit a target.
 
   posttrain train --config=configs/tiny.py --workdir=runs/tiny
   posttrain report --workdir=runs/tiny
+  python -m launch.sweep --config=configs/tiny.py --workdir=runs/sweep
 
 Cost: about two minutes on two CPU cores; `:debug` takes seconds.
 Expected: the SFT loss falls; the reward after so few steps says nothing.
@@ -69,3 +70,11 @@ def get_config(arg=""):
           batch_rows=64),
   )
   return config
+
+
+def get_sweep():
+  """Yields one dict of overrides per run of `launch.sweep`."""
+  for learning_rate in (5e-5, 2e-4):
+    for group_size in (4, 8):
+      yield {"reason.learning_rate": learning_rate,
+             "reason.group_size": group_size}

@@ -5,7 +5,8 @@
 #
 # Exit status 75 means "preempted, state saved": the same command goes on from
 # there. Any other status is final and is passed on. SIGTERM is passed to the
-# command and ends the restarts.
+# command and ends the restarts. POSTTRAIN_EXIT_FILE names a file that gets the
+# final status.
 set -uo pipefail
 
 if [[ $# -eq 0 ]]; then
@@ -29,6 +30,7 @@ while true; do
     status=$?
   done
   if [[ $status -ne $PREEMPTED || $stopped -eq 1 ]]; then
+    [[ -z "${POSTTRAIN_EXIT_FILE:-}" ]] || echo "$status" > "$POSTTRAIN_EXIT_FILE"
     exit "$status"
   fi
   echo "launch/restart.sh: preempted, state saved; starting again" >&2

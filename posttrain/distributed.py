@@ -7,6 +7,8 @@ environment, which `launch/` sets:
                            knows its own cluster (a TPU VM slice)
   POSTTRAIN_NUM_PROCESSES  how many there are      (not with "auto")
   POSTTRAIN_PROCESS_ID     which one this is, 0..  (not with "auto")
+  POSTTRAIN_START_SECONDS  how long to wait for the others (300)
+  POSTTRAIN_SLICES         names of the slices, for messages   (optional)
 
 Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
@@ -16,9 +18,12 @@ import re
 
 import jax
 
+from posttrain import roll_call
+
 COORDINATOR = "POSTTRAIN_COORDINATOR"
 NUM_PROCESSES = "POSTTRAIN_NUM_PROCESSES"
 PROCESS_ID = "POSTTRAIN_PROCESS_ID"
+START_SECONDS = "POSTTRAIN_START_SECONDS"
 
 
 def initialize(*, cpu_devices: int = 1) -> None:
@@ -30,6 +35,7 @@ def initialize(*, cpu_devices: int = 1) -> None:
 
   Raises:
     ValueError: the environment is incomplete or contradicts itself.
+    StartError: not all processes have started in time.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   forced = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
@@ -46,7 +52,9 @@ def initialize(*, cpu_devices: int = 1) -> None:
           f"{' and '.join(alone)} are set, but {COORDINATOR} is not. Set it to "
           "host:port of process 0, or unset the others.")
     return
+  seconds = _integer(START_SECONDS, "300")
   if coordinator == "auto":
+    roll_call.call(*detect(seconds), seconds=seconds)
     jax.distributed.initialize()
     return
   num_processes = _integer(NUM_PROCESSES)
@@ -58,9 +66,29 @@ def initialize(*, cpu_devices: int = 1) -> None:
   # Of effect on CPU devices only; no other CPU implementation is built in.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # Binding to the given address alone keeps loopback runs off the network.
+  roll_call.call(
+      coordinator, num_processes, process_id, seconds=seconds,
+      bind=coordinator.rpartition(":")[0])
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       coordinator_bind_address=coordinator if process_id == 0 else None)
+
+
+def detect(seconds: int) -> tuple[str, int, int]:
+  """Coordinator, number of processes and our own, as JAX finds them itself.
+
+  Raises:
+    ValueError: the machine knows no cluster that it is in.
+  """
+  from jax._src import clusters  # JAX gives them to nobody else.
+  coordinator, num_processes, process_id, _ = (
+      clusters.ClusterEnv.auto_detect_unset_distributed_params(
+          None, None, None, None, None, seconds))
+  if coordinator is None or num_processes is None or process_id is None:
+    raise ValueError(
+        f"{COORDINATOR} is auto, and this machine knows no cluster that it is "
+        "in. Set it to host:port of process 0, or unset it.")
+  return coordinator, num_processes, process_id
 
 
 def spare_threads(cpu_devices: int) -> None:
@@ -77,8 +105,8 @@ def spare_threads(cpu_devices: int) -> None:
     os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
-def _integer(name: str) -> int:
-  value = os.environ.get(name)
+def _integer(name: str, default: str | None = None) -> int:
+  value = os.environ.get(name, default)
   if value is None or not value.isdecimal():
     raise ValueError(
         f"{name} is {value!r}, and must be a whole number when {COORDINATOR} "

@@ -7,7 +7,9 @@ saved, to be started again by the same command.
 """
 
 import argparse
+import errno
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
+from posttrain import roll_call
 from posttrain import workdir as workdir_lib
 from posttrain.plan import environment
 from posttrain.train import health
@@ -24,6 +27,9 @@ from posttrain.train import health
 CommandError = arguments_lib.CommandError
 
 FAILED, USAGE_ERROR = 1, 2
+# A disk's fault rather than ours: no traceback.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
+        errno.EPERM, errno.EIO)
 BEST_OF_SWEEP = 3  # Compiled where --compile-best does not say.
 
 
@@ -40,9 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
           workdir_lib.WorkdirError) as error:
     print(f"posttrain: {error}", file=sys.stderr)
     return USAGE_ERROR
-  except health.HealthError as error:  # The advice is all that helps.
-    print(f"posttrain: {error}", file=sys.stderr)
-    return FAILED
+  except (health.HealthError, roll_call.StartError,
+          workdir_lib.StorageError) as error:  # The advice is all that helps.
+    return _failed(str(error))
+  except OSError as error:
+    if error.errno not in DISK:
+      raise
+    return _failed(
+        f"{error.filename or 'A file of the run'} could not be written or "
+        f"read: {os.strerror(error.errno)}. Is the disk full or read-only? "
+        "Checkpoints are whole or not there: the same command goes on.")
+
+
+def _failed(message: str) -> int:
+  print(f"posttrain: {message}", file=sys.stderr)
+  return FAILED
 
 
 # JAX is imported within the verbs: not before their arguments are right.

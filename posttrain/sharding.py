@@ -287,3 +287,10 @@ def of_first_host(array: np.ndarray) -> np.ndarray:
   if jax.process_count() == 1:
     return array
   return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def on_any_host(flag: bool) -> bool:
+  """Whether it is true on one host at least; every host has to ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -11,6 +11,7 @@
   frozen/<hash>/         weights that stages keep beside those they train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
   <stage>/rollouts/      <stage>/done.json, once the stage has finished
+  <stage>/damaged/       checkpoints that could not be read and were passed over
 
 Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.
@@ -33,9 +34,16 @@ from ml_collections import config_dict
 from posttrain import config as config_lib
 from posttrain.tasks import loading
 
+# What a run may go on with changed: no number depends on it beyond rounding.
+MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: ")
+
 
 class WorkdirError(ValueError):
   """The directory does not hold what the command needs."""
+
+
+class StorageError(OSError):
+  """A file of a run could not be written or read; the message names it."""
 
 
 class Workdir:
@@ -116,22 +124,26 @@ def create(
       as those of stages that are evaluated again; config.json stays as it is.
 
   Returns:
-    The workdir, and what differs in the environment from its last start:
-    lines for the console, none at the first start.
+    The workdir, and what differs: the mesh from config.json, and the
+    environment from its last start. Lines for the console, none at the first
+    start.
 
   Raises:
-    WorkdirError: the directory belongs to a run of another config, or holds
-      files but no run.
+    WorkdirError: the directory belongs to a run of another config, holds
+      files but no run, or cannot be written.
     ValueError: a task or reward that the config names does not exist.
   """
   workdir = Workdir(path, is_writer=is_writer)
   found = environment(config, devices)
+  allowed: list[str] = []
   file = workdir.path / "config.json"
   if file.exists():
     kept = lambda side: {name: value for name, value in side.items()
                          if name not in may_differ}
     changes = config_lib.diff(
         kept(read_json(file)), kept(config_lib.jsonable(config)))
+    allowed = [change for change in changes if MAY_CHANGE.match(change)]
+    changes = [change for change in changes if change not in allowed]
     if changes:
       lines = "\n  ".join(changes)
       raise WorkdirError(
@@ -144,10 +156,15 @@ def create(
         "empty or a new directory as --workdir.")
   starts = workdir.environments()
   changes = _changes(starts[-1], found) if starts else []
-  if not file.exists():
-    workdir.write_json("config.json", config_lib.jsonable(config))
-  workdir.write_json("environment.json", [*starts, found])
-  return workdir, changes
+  try:
+    if not file.exists():
+      workdir.write_json("config.json", config_lib.jsonable(config))
+    workdir.write_json("environment.json", [*starts, found])
+  except OSError as error:
+    raise WorkdirError(
+        f"--workdir={workdir.path} cannot be written: {error.strerror}. Name "
+        "one on a disk that is writable and has room.") from error
+  return workdir, [*allowed, *changes]
 
 
 def _holds_files(path: pathlib.Path) -> bool:

@@ -19,9 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A unit is a package or a top-level module. It imports itself and units of
 # lower layers; units of one layer do not know each other.
 LAYERS = (
-    ("sharding", "text", "tasks", "objectives", "evaluation", "distributed",
+    ("sharding", "text", "tasks", "objectives", "evaluation", "roll_call",
      "model.config"),
-    ("model.presets",),
+    ("model.presets", "distributed"),
     ("config", "model", "data"),
     ("workdir", "arguments", "sampler", "interop"),
     ("train",),

@@ -65,6 +65,36 @@ def assign(
 
 def read_file(spec: str) -> config_dict.ConfigDict:
   """What `get_config(arg)` of a config file `FILE[:arg]` returns."""
+  return _call(spec, "get_config")
+
+
+def read_sweep(spec: str) -> list[list[str]]:
+  """The runs of `get_sweep([arg])` of a config file, each checked.
+
+  Returns:
+    One list of `path=value` assignments for each run.
+
+  Raises:
+    ConfigError: there is no sweep, a run is there twice, or one has a config
+      that is wrong.
+  """
+  runs = list(_call(spec, "get_sweep"))
+  for number, run in enumerate(runs):
+    if not isinstance(run, Mapping) or not all(
+        isinstance(path, str) for path in run):
+      raise ConfigError([
+          f"get_sweep() gives {run!r} as its run {number}; needed a dict of "
+          "paths and values."], spec)
+    if run in runs[:number]:
+      raise ConfigError([f"get_sweep() has {run!r} twice."], spec)
+  if not runs:
+    raise ConfigError(["get_sweep() has no runs."], spec)
+  return [[f"{path}={value if isinstance(value, str) else repr(value)}"
+           for path, value in run.items()] for run in runs]
+
+
+def _call(spec: str, function: str) -> Any:
+  """What a function of a config file returns, with the argument if it may."""
   name, colon, arg = spec, "", ""
   if not pathlib.Path(spec).is_file() and ":" in spec:
     name, colon, arg = spec.rpartition(":")
@@ -74,14 +104,15 @@ def read_file(spec: str) -> config_dict.ConfigDict:
         other.name for other in path.parent.glob("*.py")))
     hint = f" The nearest is {path.parent / near}." if near else ""
     raise ConfigError([f"there is no file {path}.{hint}"], spec)
-  get_config = getattr(_run(path), "get_config", None)
-  if get_config is None:
-    raise ConfigError([f"{path} defines no get_config()."], spec)
-  if colon and not inspect.signature(get_config).parameters:
+  found = getattr(_run(path), function, None)
+  if found is None:
+    raise ConfigError([f"{path} defines no {function}()."], spec)
+  takes = bool(inspect.signature(found).parameters)
+  if colon and not takes and function == "get_config":
     raise ConfigError(
         [f"get_config() takes no argument, so leave out :{arg}."], spec)
   try:
-    return get_config(arg) if colon else get_config()
+    return found(arg) if colon and takes else found()
   except ValueError as error:  # What the file says of its argument.
     raise ConfigError([str(error)], spec) from error
 

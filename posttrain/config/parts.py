@@ -92,4 +92,8 @@ def checkpoint() -> Section:
       best_mode=Key(
           str, "max", "Which end of the metric is best.",
           choices=("max", "min"), needs=best),
+      on_damaged=Key(
+          str, "error", "The newest checkpoint cannot be read at a resume: "
+          "stop, or move it away and go on from the one before.",
+          choices=("error", "previous")),
   )

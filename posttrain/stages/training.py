@@ -107,18 +107,41 @@ def resume(
     context: StageContext, saver: checkpoints.Checkpoints,
     fresh: state_lib.TrainState,
 ) -> tuple[state_lib.TrainState, checkpoints.Restored | None]:
-  """The newest checkpoint's state, or the fresh one and None."""
+  """The newest checkpoint's state, or the fresh one and None.
+
+  Raises:
+    DamagedError: the checkpoint cannot be read, and none before it may be.
+  """
   if saver.latest_step() is None:
     return fresh, None
   moving = state_lib.to_checkpoint(fresh)
   wanted = checkpoints.abstract(moving)
   for array in jax.tree.leaves(moving):
     array.delete()  # Room for what is read.
-  found = saver.restore(wanted)
+  found = _newest(context, saver, wanted)
   checkpoints.check_same(
       found, **_identity(context, weights.frozen_name(fresh.frozen)))
   context.console.line(f"{context.name}: resumed from step {found.step}")
   return state_lib.from_checkpoint(fresh, found.tree), found
+
+
+def _newest(
+    context: StageContext, saver: checkpoints.Checkpoints,
+    wanted: dict[str, Any],
+) -> checkpoints.Restored:
+  """The newest checkpoint, or as `checkpoint.on_damaged` says."""
+  while True:
+    try:
+      return saver.restore(wanted)
+    except checkpoints.DamagedError as error:
+      steps = saver.steps()
+      if context.section.checkpoint.on_damaged == "error" or len(steps) == 1:
+        raise
+      kept = saver.set_aside(steps[-1])
+      context.console.warning(
+          f"{context.name}: {error} It is in {kept} now. GOING BACK from step "
+          f"{steps[-1]} to step {steps[-2]}, since checkpoint.on_damaged is "
+          "previous.")
 
 
 def save(

@@ -28,9 +28,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from posttrain import sharding
 from posttrain.train import fingerprint
+from posttrain.workdir import StorageError
 
 Tree = Mapping[str, Any]  # Nested dict with string keys; leaves are arrays.
+
+
+class DamagedError(StorageError):
+  """A checkpoint that is there cannot be read; every host raises it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,10 @@ class Checkpoints:
     """The newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Of all whole checkpoints, ascending."""
+    return sorted(self._manager.all_steps())
+
   def best_step(self) -> int | None:
     """The best by `best_metric`; None without one."""
     return self._manager.best_step() if self._best_metric else None
@@ -120,7 +130,7 @@ class Checkpoints:
 
     Raises:
       ValueError: `tree` is not a dict of arrays, or the metric is missing.
-      OSError: this save, or the one before, could not be written.
+      StorageError: this save, or the one before, could not be written.
     """
     self.wait()
     if step in self._manager.all_steps():
@@ -159,10 +169,22 @@ class Checkpoints:
     """Until the save in flight is whole.
 
     Raises:
-      OSError: it could not be written.
+      StorageError: it could not be written.
     """
     with _errors_name(self._directory, "written"):
       self._manager.wait_until_finished()
+
+  def set_aside(self, step: int) -> epath.Path:
+    """Moves a checkpoint out of the way, to `damaged`; returns where it is."""
+    target = self._directory.parent / "damaged" / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      if target.exists():
+        target.rmtree()
+      (self._directory / str(step)).rename(target)
+    sharding.of_first_host(np.array(True))  # Nobody looks before it is done.
+    self._manager.reload()
+    return target
 
   def close(self) -> None:
     with _errors_name(self._directory, "written"):
@@ -198,39 +220,31 @@ def restore(
   Raises:
     FileNotFoundError: no such checkpoint; names those that are there.
     ValueError: an array is missing or has another shape or dtype.
-    OSError: a file is damaged or missing; names the path.
+    DamagedError: a file is damaged or missing; names the path.
   """
   directory = _absolute(directory)
   step = find_step(directory, step)
   path = directory / str(step)
   abstract = _plain(abstract)
-  options = ocp.CheckpointManagerOptions(
-      create=False, enable_async_checkpointing=False)
-  with _Manager(
-      directory, item_handlers=_handlers(), options=options) as manager:
-    with _errors_name(path, "read"):
-      metadata = manager.item_metadata(step)
-      saved = _flatten(metadata["state"].tree)
-    _check_structure(path / "state", saved, _flatten(abstract))
-    items: dict[str, Any] = {
-        "state": ocp.args.PyTreeRestore(
-            item=abstract, partial_restore=True,
-            restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
-                sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
-                abstract)),
-        "extras": ocp.args.JsonRestore()}
-    if (path / "rollouts").exists():
-      items["rollouts"] = ocp.args.PyTreeRestore()
-    with _errors_name(path, "read"):
-      found = manager.restore(step, args=ocp.args.Composite(**items))
-  extras, expected = _open_extras(path / "extras", found["extras"])
-  _check_fingerprints(
-      path / "state", fingerprint.of(_flatten(found["state"])), expected)
+  # Orbax's handlers, and not its manager: that would wait for the other hosts
+  # after reading, and for ever if one of them had found damage.
+  handler = ocp.PyTreeCheckpointHandler()
+  with _on_every_host(path):
+    saved = _flatten(handler.metadata(path / "state").tree)
+  _check_structure(path / "state", saved, _flatten(abstract))
   rollouts = None
-  if "rollouts" in items:
-    with _errors_name(path / "rollouts", "read"):
-      rollouts = _unpack(found["rollouts"]["npz"])
-  return Restored(step, found["state"], extras, rollouts)
+  with _on_every_host(path):
+    tree = handler.restore(path / "state", args=ocp.args.PyTreeRestore(
+        item=abstract, partial_restore=True,
+        restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
+            sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
+            abstract)))
+    extras, expected = _read_extras(path)
+    if (path / "rollouts").exists():
+      rollouts = _unpack(handler.restore(path / "rollouts")["npz"])
+  _check_fingerprints(
+      path / "state", fingerprint.of(_flatten(tree)), expected)
+  return Restored(step, tree, extras, rollouts)
 
 
 def read_extras(
@@ -238,10 +252,9 @@ def read_extras(
 ) -> dict[str, Any]:
   """The JSON part alone, without touching a device; raises as `restore`."""
   directory = _absolute(directory)
-  path = directory / str(find_step(directory, step)) / "extras"
-  with _errors_name(path, "read"):
-    found = json.loads((path / "metadata").read_text())
-  return _open_extras(path, found)[0]
+  path = directory / str(find_step(directory, step))
+  with _errors_name(path / "extras", "read"):
+    return _read_extras(path)[0]
 
 
 def find_step(directory: epath.PathLike, step: int | None = None) -> int:
@@ -353,35 +366,49 @@ def _check_fingerprints(
                    f"({len(bad)} of {len(found)} arrays differ)")
 
 
-def _open_extras(
-    path: epath.Path, found: Any,
-) -> tuple[dict[str, Any], dict[str, int]]:
-  try:
-    body = found["extras"]
-    if zlib.crc32(body.encode()) != found["extras_crc32"]:
-      raise ValueError("its checksum differs")
-    return json.loads(body), found["fingerprints"]
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise _damaged(path, repr(error)) from error
+def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
+  """The JSON part of a checkpoint, and the fingerprints of its arrays."""
+  found = json.loads((path / "extras" / "metadata").read_text())
+  body = found["extras"]
+  if zlib.crc32(body.encode()) != found["extras_crc32"]:
+    raise ValueError(f"{path / 'extras'}: its checksum differs")
+  return json.loads(body), found["fingerprints"]
 
 
-def _damaged(path: epath.Path, what: str) -> OSError:
-  return OSError(
+def _damaged(path: epath.Path, what: str) -> DamagedError:
+  return DamagedError(
       f"Checkpoint {path} could not be read: {what}. A file in it is damaged "
       "or missing. Move that step's directory away, and the run goes on from "
-      "the checkpoint before it, or starts anew.")
+      "the checkpoint before it, or starts anew. With the stage's "
+      "checkpoint.on_damaged=previous it does so by itself.")
+
+
+@contextlib.contextmanager
+def _on_every_host(path: epath.Path) -> Iterator[None]:
+  """`_errors_name` of reading, on all hosts if it is on one.
+
+  Each host reads its own files, and what one does next all have to do.
+  """
+  error: DamagedError | None = None
+  try:
+    with _errors_name(path, "read"):
+      yield
+  except DamagedError as found:
+    error = found
+  if sharding.on_any_host(error is not None):
+    raise error or _damaged(path, "another host found it so, and says why")
 
 
 @contextlib.contextmanager
 def _errors_name(path: epath.Path, verb: str) -> Iterator[None]:
-  """Turns whatever a storage layer raises into an OSError with the path."""
+  """Turns whatever a storage layer raises into an error with the path."""
   try:
     yield
   except Exception as error:  # Tensorstore's errors have no common type.
     what = f"{type(error).__name__}: {str(error)[:500]}"
     if verb == "read":
       raise _damaged(path, what) from error
-    raise OSError(
+    raise StorageError(
         f"Checkpoint {path} could not be written: {what}. Is the disk full? "
         "Earlier checkpoints are untouched.") from error
 

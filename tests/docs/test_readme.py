@@ -1,5 +1,6 @@
 """What the pages name exists: files, make targets, flags, keys, links."""
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -55,6 +56,17 @@ def test_commands_are_accepted(page):
     if getattr(given, "config", None) and given.config.startswith("configs/"):
       name, _, argument = given.config.partition(":")
       config_lib.load(f"{ROOT / name}:{argument}", given.assignments)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_launchers_take_their_commands(page, monkeypatch, capsys):
+  """As a dry run, which checks the command that is launched too."""
+  monkeypatch.chdir(ROOT)
+  for command in commands(page):
+    if command.startswith("python -m launch."):
+      _, _, module, *words = shlex.split(command)
+      dry = [] if "--dry-run" in words else ["--dry-run"]
+      assert importlib.import_module(module).run([*dry, *words]) == 0
 
 
 def test_the_config_of_the_readme(tmp_path):

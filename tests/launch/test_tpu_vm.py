@@ -1,202 +1,197 @@
-"""The TPU script against a `gcloud` that runs on this machine.
+"""Slices through a `gcloud` that runs on this machine: see `clouds`."""
 
-The stand-in treats two folders as the home folders of two workers, so that
-what the script sends is really run: unpacked, installed (by a stand-in for
-pip) and started, with the log, the process id and the restarts.
-"""
-
-import os
-import pathlib
+import json
 import shlex
 import shutil
-import signal
 import subprocess
+import threading
 import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "launch" / "tpu_vm.sh"
-RESTART = ROOT / "launch" / "restart.sh"
+from launch import job as job_lib
+from launch import tpu_vm
 
-GCLOUD = r"""#!/usr/bin/env bash
-set -eu
-echo "$*" >> "$FAKE_HOME/calls"
-[[ "$1 $2 $3" == "compute tpus tpu-vm" ]]
-verb="$4"; shift 4
-positional=() worker="" command=""
-for word in "$@"; do
-  case "$word" in
-    --worker=*) worker="${word#*=}" ;;
-    --command=*) command="${word#*=}" ;;
-    --zone=* | --project=*) ;;
-    *) positional+=("$word") ;;
-  esac
-done
-if [[ "$worker" == all ]]; then workers=(0 1); else workers=("$worker"); fi
-for i in "${workers[@]}"; do
-  cd "$FAKE_HOME/worker$i"
-  if [[ "$verb" == ssh ]]; then bash -c "$command"
-  else cp "${positional[0]}" "${positional[1]#*:}"; fi
-done
-"""
+COMMAND = ["--", "train", "--config=configs/tiny.py:debug",
+           "--workdir=/mnt/it's here"]
+FLAGS = ["--name=r1", "--topology=v5p:2x2x2", "--zone=zone-b"]
+QUICK = ["--poll-seconds=0.1"]
 
-# "Installed" in each worker; runs, is preempted once, and then finishes.
-PYTHON = r"""#!/usr/bin/env bash
-printf '%s\n' "$POSTTRAIN_COORDINATOR" "$@" >> ../arguments
-[[ -f ../preempted ]] && { echo finished; exit 0; }
-touch ../preempted
-exit 75
+# By its number among the starts of this worker, which /tmp/.../count has.
+PROGRAM = r"""
+number=$(( $(cat "$CLOUD/count-$WORKER_NAME" 2>/dev/null || echo 0) + 1 ))
+echo "$number" > "$CLOUD/count-$WORKER_NAME"
+printf '%s\n' "$POSTTRAIN_COORDINATOR" "$POSTTRAIN_SLICES" "$@" \
+  > "$CLOUD/arguments-$WORKER_NAME"
+echo "run $number of $WORKER_NAME"
 """
 
 
-def executable(path, text):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(text)
-  path.chmod(0o755)
+def dry_run(capsys, *argv):
+  assert tpu_vm.run([*FLAGS, "--dry-run", *argv]) == 0
+  return [line for line in capsys.readouterr().out.splitlines()
+          if not line.startswith("#")]
 
 
-def dry_run(*args):
-  return subprocess.run(
-      [SCRIPT, "--dry-run", *args], cwd="/", capture_output=True, text=True)
-
-
-def wait_for(path, text, seconds=30):
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline:
-    if path.exists() and text in path.read_text():
-      return
-    time.sleep(0.05)
-  raise AssertionError(f"no {text!r} in {path}")
-
-
-def test_dry_run_prints_every_command_and_runs_none():
-  result = dry_run(
-      "--name=slice", "--zone=zone-b", "--project=mine", "--", "train",
-      "--config=configs/grpo math.py", "--workdir=/mnt/it's")
-  assert result.returncode == 0, result.stderr
-  lines = [shlex.split(line) for line in result.stdout.splitlines()]
-  assert [line[:5] for line in lines if line[0] == "gcloud"] == [
-      ["gcloud", "compute", "tpus", "tpu-vm", verb]
-      for verb in ("ssh", "scp", "ssh", "ssh")]
-  for line in (line for line in lines if line[0] == "gcloud"):
+def test_dry_run_prints_every_command_and_runs_none(cloud, capsys):
+  lines = [shlex.split(line) for line in dry_run(
+      capsys, "--num_slices=2", "--project=mine", "--spot",
+      "--create-flag=--reserved", *COMMAND)]
+  assert not cloud.calls()
+  gcloud = [line for line in lines if line[0] == "gcloud"]
+  assert [line[4] for line in gcloud] == [
+      "describe", "create", "ssh", "scp", "ssh", "ssh", "ssh", "ssh",
+      "describe", "delete"]
+  for line in gcloud:
     assert "--zone=zone-b" in line and "--project=mine" in line
-    assert "--worker=all" in line
-  start = lines[-1][-1]
-  assert "POSTTRAIN_COORDINATOR=auto" in start
-  sent = start.split("-m posttrain ")[1].split(" > ../run.log")[0]
-  assert shlex.split(sent) == [
-      "train", "--config=configs/grpo math.py", "--workdir=/mnt/it's"]
-  assert "checkout[tpu]" in lines[-2][-1]
+  assert {"r1", "--node-count=2", "--node-prefix=r1", "--spot", "--reserved",
+          "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5",
+          } < set(gcloud[1])
+  start, = (line for line in gcloud if "worker.sh start" in " ".join(line))
+  assert "--node=all" in start and "--worker=all" in start
+  sent, = (word for word in start if word.startswith("--command="))
+  assert shlex.split(sent.split("worker.sh start ")[1]) == COMMAND[1:]
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--zone=z", "--", "train"], "--name is missing"),
-    (["--name=n", "--", "train"], "--zone is missing"),
-    (["--name=n", "--zone=z"], "nothing to run"),
-    (["--name=n", "--zone=z", "train"], "unknown argument 'train'"),
-    (["--name=n", "--zone=z", "--directory=a b", "--", "x"], "'a b': letters"),
-])
-def test_usage_errors(args, message):
-  result = dry_run(*args)
-  assert result.returncode == 2
-  assert message in result.stderr
+def test_one_slice_has_a_node_of_its_name(capsys, cloud):
+  create, = (line for line in dry_run(capsys, *COMMAND) if " create " in line)
+  assert "--node-id=r1" in create and "--node-count" not in create
 
 
-@pytest.mark.parametrize("action, worker, text", [
-    ("--logs", "--worker=0", "tail -n 200 -F posttrain/run.log"),
-    ("--stop", "--worker=all", "kill -TERM"),
-    ("--status", "--worker=all", "echo running"),
-])
-def test_actions(action, worker, text):
-  result = dry_run("--name=n", "--zone=z", action)
-  assert result.returncode == 0
-  (line,) = result.stdout.splitlines()
-  assert worker in line and text in line
-
-
-def test_runs_on_every_worker_and_goes_on_after_preemption(tmp_path):
-  executable(tmp_path / "bin" / "gcloud", GCLOUD)
-  repository = tmp_path / "checkout"
-  (repository / "launch").mkdir(parents=True)
-  for script in (SCRIPT, RESTART):
-    shutil.copy(script, repository / "launch")
-  (repository / "a file.txt").write_text("tracked")
-  (repository / "gone.txt").write_text("deleted below, but in the index")
-  (repository / ".gitignore").write_text("ignored.txt\n")
-  (repository / "ignored.txt").write_text("ignored")
-  git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-C",
-         str(repository)]
-  subprocess.run([*git, "init", "-q"], check=True)
-  subprocess.run([*git, "add", "."], check=True)
-  subprocess.run([*git, "commit", "-qm", "first"], check=True)
-  (repository / "gone.txt").unlink()
-  for i in range(2):
-    worker = tmp_path / f"worker{i}" / "posttrain"
-    executable(worker / "venv" / "bin" / "python", PYTHON)
-    executable(
-        worker / "venv" / "bin" / "pip", '#!/bin/sh\necho "$@" >> pip.log\n')
-  environment = os.environ | {
-      "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-      "FAKE_HOME": str(tmp_path), "POSTTRAIN_RESTART_SECONDS": "0"}
-  script = str(repository / "launch" / "tpu_vm.sh")
-  command = [script, "--name=slice", "--zone=zone-b", "--", "train",
-             "--config=a b.py", "--config.x=it's"]
-  result = subprocess.run(
-      command, env=environment, capture_output=True, text=True, timeout=60)
-  assert result.returncode == 0, result.stderr
-  for i in range(2):
-    worker = tmp_path / f"worker{i}" / "posttrain"
-    wait_for(worker / "run.log", "finished")
-    assert "preempted, state saved" in (worker / "run.log").read_text()
-    assert (worker / "arguments").read_text().splitlines() == 2 * [
-        "auto", "-m", "posttrain", "train", "--config=a b.py",
-        "--config.x=it's"]
-    assert (worker / "checkout" / "a file.txt").read_text() == "tracked"
-    assert not (worker / "checkout" / "ignored.txt").exists()
-    assert not (worker / "checkout" / "gone.txt").exists()
-    status = subprocess.run(
-        ["git", "-C", worker / "checkout", "status", "--porcelain"],
-        capture_output=True, text=True, check=True).stdout
-    assert status == " D gone.txt\n"  # On the same commit, with its changes.
-    assert "checkout[tpu]" in (worker / "pip.log").read_text()
-    assert (worker / "run.pid").read_text().strip().isdecimal()
-
-
-def restart(tmp_path, source, **kwargs):
-  executable(tmp_path / "program", source)
-  return subprocess.Popen(
-      [RESTART, tmp_path / "program"], cwd=tmp_path, stderr=subprocess.PIPE,
-      text=True, env=os.environ | {"POSTTRAIN_RESTART_SECONDS": "0"}, **kwargs)
-
-
-def test_restart_passes_on_a_failure(tmp_path):
-  process = restart(
-      tmp_path, "#!/bin/sh\necho x >> runs; test -s second && exit 3\n"
-      "echo 1 > second; exit 75\n")
-  process.communicate(timeout=30)
-  assert process.returncode == 3
-  assert (tmp_path / "runs").read_text() == "x\nx\n"
-
-
-def test_restart_waits_for_a_command_that_saves_on_sigterm(tmp_path):
-  process = restart(tmp_path, """#!/usr/bin/env bash
-trap 'sleep 0.5; touch saved; exit 75' TERM
-touch ready
-while true; do sleep 0.05; done
-""")
-  deadline = time.monotonic() + 30
-  while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-    time.sleep(0.05)
-  process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=30)
-  assert process.returncode == 75
-  assert (tmp_path / "saved").exists()
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(
-    shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck():
-  result = subprocess.run(
-      ["shellcheck", SCRIPT, RESTART], capture_output=True, text=True)
-  assert result.returncode == 0, result.stdout
+    shutil.which("gcloud") is None, reason="gcloud is not installed")
+def test_the_real_gcloud_knows_every_flag(capsys, monkeypatch, tmp_path):
+  """Its own check of a command's text, which calls nothing."""
+  monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+  lines = dry_run(capsys, "--num_slices=2", "--spot", "--project=p", *COMMAND)
+  lines += dry_run(capsys, *COMMAND)
+  def lint(line):
+    return subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={line}"],
+        capture_output=True, text=True)
+  commands = {line for line in lines if line.startswith("gcloud")}
+  assert len(commands) > 8
+  for line in commands:
+    found = lint(line)
+    assert found.returncode == 0, found.stderr
+    assert all(item["success"] for item in json.loads(found.stdout)), line
+  assert not all(item["success"] for item in json.loads(
+      lint("gcloud compute tpus queued-resources create --no-such").stdout))
+
+
+@pytest.mark.parametrize("action, where, text", [
+    ("--logs", "--worker=0", "worker.sh log"),
+    ("--stop", "--worker=all", "worker.sh stop"),
+    ("--status", "--worker=all", "worker.sh status"),
+    ("--delete", "--force", "delete r1"),
+])
+def test_actions(capsys, cloud, action, where, text):
+  (line,) = dry_run(capsys, action)
+  assert where in line and text in line
+
+
+def test_a_run_over_two_pairs_of_slices(cloud, capfd, monkeypatch):
+  """Preempted once in place, then taken away, then to its end; a secret."""
+  monkeypatch.setenv("HF_TOKEN", "s3cret 'value'")
+  repository = cloud.checkout()
+  cloud.program(PROGRAM + r"""
+[[ "$HF_TOKEN" == "s3cret 'value'" ]] || exit 9
+case $number in
+  1) exit 75 ;;
+  2) [[ $WORKER_NAME != 0-0 ]] || touch "$CLOUD/taken"
+     while [[ ! -e "$CLOUD/taken" ]]; do sleep 0.02; done
+     exit 134 ;;
+esac
+mkdir -p "$CLOUD/kept"
+cp -r ../checkout ../pip.log ../secrets.sh ../mounted "$CLOUD/kept"
+""")
+  assert tpu_vm.run([
+      *FLAGS, *QUICK, "--num_slices=2", "--secret=HF_TOKEN",
+      "--setup=touch mounted", *COMMAND]) == 0
+  out, err = capfd.readouterr()
+  for name in ("0-0", "0-1", "1-0", "1-1"):
+    assert (cloud.path / f"count-{name}").read_text() == "3\n"
+    assert (cloud.path / f"arguments-{name}").read_text().splitlines() == [
+        "auto", "r1-0,r1-1", "-m", "posttrain", *COMMAND[1:]]
+  assert [line.split()[3] for line in cloud.calls()
+          if " create " in line or " delete " in line] == [
+              "create", "delete", "create", "delete"]
+  assert "taken away" in out and "run 3 of 0-0" in out
+  for text in (out, err, "\n".join(cloud.calls())):
+    assert "s3cret" not in text
+  kept = cloud.path / "kept"
+  assert (kept / "secrets.sh").stat().st_mode & 0o777 == 0o600
+  assert (kept / "checkout" / "a file.txt").read_text() == "tracked"
+  assert not (kept / "checkout" / "ignored.txt").exists()
+  status = subprocess.run(
+      ["git", "-C", kept / "checkout", "status", "--porcelain"],
+      capture_output=True, text=True, check=True).stdout
+  assert status == " D gone.txt\n"  # On the same commit, with its changes.
+  assert "checkout[tpu]" in (kept / "pip.log").read_text()
+  assert not (cloud.path / "state").exists()
+  assert repository.exists()
+
+
+def test_a_failure_is_the_status_and_is_shown(cloud, capfd):
+  """Of several: not that of a host that lost the others, nor one that saved."""
+  cloud.checkout()
+  cloud.program(PROGRAM + r"""
+case $WORKER_NAME in
+  0-0) exit 134 ;;
+  *) echo "posttrain: no such file"; exit 3 ;;
+esac
+""")
+  assert tpu_vm.run([*FLAGS, *QUICK, *COMMAND]) == 3
+  out, _ = capfd.readouterr()
+  assert "[0-1] posttrain: no such file" in out
+  assert "0-0 ended with status 134, 0-1 ended with status 3" in out
+  assert cloud.calls(" delete ")
+
+
+def test_a_run_under_way_is_followed_and_stopped(cloud, capfd):
+  """The same command finds it; --stop saves, and 75 is then the status."""
+  cloud.checkout()
+  cloud.program(PROGRAM + r"""
+trap 'echo saved; exit 75' TERM
+touch "$CLOUD/ready-$WORKER_NAME"
+while true; do sleep 0.02; done
+""")
+  def started():
+    while not all((cloud.path / f"ready-0-{i}").exists() for i in (0, 1)):
+      time.sleep(0.02)
+  argv = [*FLAGS, *QUICK, "--keep", *COMMAND]
+  statuses = []
+  both = []
+  for _ in range(2):  # The second finds the run of the first.
+    both.append(threading.Thread(
+        target=lambda: statuses.append(tpu_vm.run(argv)), daemon=True))
+    both[-1].start()
+    started()
+  while len(cloud.calls("worker.sh log")) < 2:
+    time.sleep(0.02)
+  assert tpu_vm.run([*FLAGS, "--stop"]) == 0
+  for thread in both:
+    thread.join(30)
+  assert statuses == [75, 75]
+  assert "under way" in capfd.readouterr().out
+  assert len(cloud.calls("worker.sh start")) == 1
+  assert (cloud.path / "count-0-0").read_text() == "1\n"
+  assert not cloud.calls(" delete ")
+
+
+def test_a_refused_request_says_so(cloud, monkeypatch):
+  monkeypatch.setenv("FIRST_STATE", "FAILED")
+  with pytest.raises(job_lib.JobError, match="the request for v5p:2x2x2 fail"):
+    tpu_vm.run([*FLAGS, *QUICK, *COMMAND])
+
+
+def test_slices_that_somebody_deleted_are_not_requested_again(cloud):
+  cloud.checkout()
+  cloud.program(PROGRAM + """
+[[ $WORKER_NAME != 0-0 ]] || rm "$CLOUD/state"
+sleep 1
+""")
+  with pytest.raises(job_lib.JobError, match="was out of reach 10 times"):
+    tpu_vm.run([*FLAGS, "--poll-seconds=0.02", *COMMAND])
+  assert len(cloud.calls(" create ")) == 1

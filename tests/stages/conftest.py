@@ -1,6 +1,4 @@
-"""Programs that several runs share are compiled once; a port for two hosts."""
-
-import socket
+"""Programs that several runs share are compiled once."""
 
 import jax
 import pytest
@@ -18,10 +16,3 @@ def compiled_once(tmp_path_factory):
     yield
   jax.config.update("jax_compilation_cache_dir", before)
   compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    return probe.getsockname()[1]

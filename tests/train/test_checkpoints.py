@@ -286,7 +286,7 @@ def test_killed_inside_a_write(tmp_path):
 
 
 HOST = textwrap.dedent("""
-    import json, sys, jax, numpy as np
+    import json, pathlib, sys, jax, numpy as np
     index, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     from posttrain import sharding
@@ -295,10 +295,27 @@ HOST = textwrap.dedent("""
       w = np.arange(128, dtype=np.float32).reshape(16, 8)
       tree = {"w": sharding.put(w, "embed", "mlp"),
               "step": sharding.put(np.int32(4))}
-      with checkpoints.Checkpoints(directory, keep=1) as saver:
+      with checkpoints.Checkpoints(directory, keep=2) as saver:
         saver.save(1, tree, {"a": 1}, rollouts={"r": np.arange(3)})
         saver.save(4, tree, {"a": 4}, rollouts={"r": np.arange(4)})
         found = saver.restore(checkpoints.abstract(tree))
+        # What the other host wrote and reads is damaged in a third one.
+        saver.save(6, tree, {"a": 6})
+        saver.wait()
+        files = pathlib.Path(directory, "6/state/ocdbt.process_1").rglob("*")
+        for file in files if index == 0 else ():
+          if file.is_file():
+            file.write_bytes(b"")
+        assert sharding.on_any_host(index == 1)  # And all have waited.
+        try:
+          saver.restore(checkpoints.abstract(tree))
+        except checkpoints.DamagedError as error:
+          assert ("another host" in str(error)) == (index == 0), error
+        else:
+          raise AssertionError("a damaged checkpoint was read")
+        saver.set_aside(6)
+        assert saver.steps() == [4]
+        assert saver.restore(checkpoints.abstract(tree)).step == 4
       back = sharding.fetch(found.tree)
       np.testing.assert_array_equal(back["w"], w)
       assert (found.step, found.extras) == (4, {"a": 4})

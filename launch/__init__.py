@@ -1,0 +1,1 @@
+"""Starts posttrain where the devices are; runs on a laptop, without JAX."""

@@ -1,0 +1,219 @@
+"""One description of a job, which every launcher takes the same flags for.
+
+  python -m launch.tpu_vm --name=r1 --topology=v5p:4x4x4 --zone=us-east5-a \
+      -- train --config=configs/mine.py --workdir=/mnt/runs/mine
+
+`--topology` and `--num_slices` are those of `posttrain plan`. What follows `--`
+is the `posttrain` command of every host; it and its config are checked here,
+before anything is paid for. Flags may stand in a file, one a line, named as
+@FILE. Secrets are given by the names of variables: their values go from this
+process's environment to the workers by a file or a pipe, never by a command
+line, and are never printed.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from posttrain import arguments as arguments_lib
+from posttrain import config as config_lib
+from posttrain.plan import environment
+from posttrain.plan import topology as topology_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+PREEMPTED = os.EX_TEMPFAIL  # Of `posttrain`: state saved, start it again.
+USAGE_ERROR = 2
+
+
+class JobError(ValueError):
+  """The job cannot be launched as described; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What runs, on what, and where.
+
+  Attributes:
+    name: of the slice or the workload.
+    topology: with the number of slices.
+    zone, project: "": as the cloud's own tool has it configured.
+    command: arguments of `posttrain`, the same on every host.
+    image: of the container, where there are containers.
+    setup: shell, run on every worker before each start; such as a mount.
+    secrets: names of variables of this process's environment.
+    spot: may be preempted, and costs less.
+  """
+
+  name: str
+  topology: topology_lib.Topology
+  zone: str
+  project: str
+  command: tuple[str, ...]
+  image: str
+  setup: str
+  secrets: tuple[str, ...]
+  spot: bool
+
+  def slice_names(self) -> list[str]:
+    """As the cloud numbers them; of one slice, the job's own."""
+    count = self.topology.num_slices
+    return [f"{self.name}-{number}" for number in range(count)
+            ] if count > 1 else [self.name]
+
+  def secret_values(self) -> dict[str, str]:
+    return {name: os.environ[name] for name in self.secrets}
+
+
+class Parser(argparse.ArgumentParser):
+  """The flags of a job. A launcher adds its own, and the keys it needs."""
+
+  def __init__(self, text: str, *, needs: Sequence[str] = ()):
+    super().__init__(
+        description=text, fromfile_prefix_chars="@", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    self.needs = ("name", "topology", *needs)
+    add = self.add_argument
+    add("--name", help="of the slice or workload")
+    add("--topology", help="CHIP:SIZE in chips, as for `posttrain plan`")
+    add("--num_slices", type=int, default=1, help="so many slices (1)")
+    add("--zone", default="")
+    add("--project", default="")
+    add("--image", default="", help="container with posttrain installed")
+    add("--setup", default="", help="shell for every worker before a start")
+    add("--secret", action="append", default=[], metavar="VARIABLE",
+        help="hand this variable of the environment on; may be repeated")
+    add("--spot", action="store_true", help="preemptible, and cheaper")
+    add("--dry-run", action="store_true", help="print every command and stop")
+    add("command", nargs="*", help="of posttrain; put -- before it")
+
+  def read(
+      self, argv: Sequence[str], *, starts: Callable = lambda options: True,
+  ) -> tuple[Job, argparse.Namespace]:
+    """The job, and all flags.
+
+    Args:
+      starts: whether these flags start a run, which needs a command.
+
+    Raises:
+      JobError: a flag is missing or wrong.
+    """
+    options = self.parse_args(list(argv))
+    for need in self.needs:
+      if not getattr(options, need):
+        raise JobError(f"--{need} is missing.")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,37}[a-z0-9])?", options.name):
+      raise JobError(
+          f"--name={options.name}: needed at most 39 lower-case letters, "
+          "digits and -, a letter first.")
+    try:
+      topology = topology_lib.parse(options.topology, options.num_slices)
+    except environment.PlanError as error:
+      raise JobError(str(error)) from error
+    if starts(options):
+      check_command(options.command)
+    given = [value for values in vars(options).values() for value in (
+        values if isinstance(values, list) else [values])]
+    check_secrets(options.secret, [v for v in given if isinstance(v, str)])
+    return Job(
+        name=options.name, topology=topology, zone=options.zone,
+        project=options.project, command=tuple(options.command),
+        image=options.image, setup=options.setup,
+        secrets=tuple(options.secret), spot=options.spot), options
+
+
+def check_command(command: Sequence[str]) -> None:
+  """Reads the command and its config as `posttrain` will.
+
+  Raises:
+    JobError: it would end with a usage error there.
+  """
+  if not command:
+    raise JobError(
+        "nothing to run: put -- train --config=... --workdir=... at the end.")
+  try:
+    verb, arguments = arguments_lib.parse(command)
+    if getattr(arguments, "config", None):
+      config_lib.load(arguments.config, arguments.assignments)
+  except (arguments_lib.CommandError, config_lib.ConfigError) as error:
+    raise JobError(str(error)) from error
+  if verb not in ("train", "eval"):
+    raise JobError(f"{verb!r} runs on one machine; launch train or eval.")
+  if not arguments.workdir.startswith("/"):
+    raise JobError(
+        f"--workdir={arguments.workdir}: needed an absolute path that every "
+        "host sees, such as a mounted bucket. The run goes on from there.")
+
+
+def check_secrets(names: Sequence[str], given: Sequence[str]) -> None:
+  """Raises a JobError for a secret without a value, or with it in a flag."""
+  for name in names:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+      raise JobError("--secret takes the name of a variable, not its value.")
+    if not os.environ.get(name):
+      raise JobError(f"--secret={name}: the environment has no {name}.")
+    if any(os.environ[name] in word for word in given):
+      raise JobError(
+          f"the value of {name} is in a flag or the command; --secret={name} "
+          "alone hands it on.")
+
+
+def shell_variables(values: Mapping[str, str]) -> str:
+  """Lines that a shell reads, for a file of mode 600."""
+  return "".join(
+      f"export {name}={shlex.quote(value)}\n"
+      for name, value in values.items())
+
+
+class Shell:
+  """Runs commands, or prints them."""
+
+  def __init__(self, dry_run: bool):
+    self.dry_run = dry_run
+
+  def say(self, text: str) -> None:
+    """To people; a comment among printed commands."""
+    print(f"# {text}" if self.dry_run else text, flush=True)
+
+  def run(
+      self, command: Sequence[str], *, text: str = "", shown: str = "",
+      check: bool = True,
+  ) -> int:
+    """The status of a command, its output going where ours goes.
+
+    Args:
+      text: given to it on its standard input.
+      shown: what a dry run prints of that.
+      check: a status other than 0 is an error.
+    """
+    if self.dry_run:
+      print(shlex.join(command) + (f" <<'END'\n{shown}END" if shown else ""))
+      return 0
+    # Nobody may be there to answer a question.
+    status = subprocess.run(command, input=text, text=True).returncode
+    if check and status:
+      raise JobError(f"status {status} of: {shlex.join(command)}")
+    return status
+
+  def output(self, command: Sequence[str]) -> tuple[int, str]:
+    """Status and standard output; in a dry run, that of a success."""
+    if self.dry_run:
+      print(shlex.join(command))
+      return 0, ""
+    found = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    return found.returncode, found.stdout.strip()
+
+
+def main(run: Callable[[Sequence[str]], int]) -> None:
+  """Ends the process with what `run` makes of the command line."""
+  try:
+    sys.exit(run(sys.argv[1:]))
+  except (JobError, ValueError) as error:
+    print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)

@@ -1,0 +1,159 @@
+"""Who has started: asked before JAX joins the processes of a run.
+
+JAX waits for all processes too, but when its time is out it aborts each of them
+without saying which one is missing. So process 0 calls the roll first, on the
+coordinator's address before JAX has it, and all of them end with the names of
+those that did not answer. Nothing but sockets here.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+SLICES = "POSTTRAIN_SLICES"  # Names of the slices in order, for messages.
+HEARING_SECONDS = 5.0  # For a caller to say who it is.
+
+
+class StartError(RuntimeError):
+  """Not all processes of a run are there; the message names those missing."""
+
+
+def call(
+    coordinator: str, num_processes: int, process_id: int, *,
+    seconds: float, bind: str = "",
+) -> None:
+  """Returns when every process has called it, or raises in each that has.
+
+  Args:
+    coordinator: host:port of process 0.
+    seconds: to wait for the others.
+    bind: the host that process 0 listens on; "": all of its addresses.
+
+  Raises:
+    StartError: names the processes that are missing, or two of one number.
+  """
+  deadline = time.monotonic() + seconds
+  if process_id == 0:
+    port = int(coordinator.rpartition(":")[2])
+    problem = _listen((bind, port), num_processes, deadline)
+  else:
+    problem = _answer(
+        coordinator, {"process": process_id, "of": num_processes,
+                      "host": socket.gethostname()}, deadline)
+  if problem:
+    raise StartError(problem)
+
+
+def _listen(
+    address: tuple[str, int], num_processes: int, deadline: float,
+) -> str:
+  """Hears the others and tells them all the problem; "" if there is none."""
+  hosts = {0: socket.gethostname()}
+  callers: dict[int, socket.socket] = {}
+  problem = ""
+  with socket.create_server(address, backlog=num_processes) as server:
+    while not problem and len(callers) < num_processes - 1:
+      server.settimeout(max(deadline - time.monotonic(), 0.001))
+      try:
+        connection, _ = server.accept()
+      except TimeoutError:
+        problem = _missing(hosts, num_processes)
+        break
+      caller = _hear(connection)
+      if caller is None:
+        connection.close()
+        continue
+      number = caller["process"]
+      former = callers.get(number)
+      if caller["of"] != num_processes or number == 0 or (
+          former is not None and _is_there(former)):
+        problem = (
+            f"process {number} of {caller['of']} on {caller['host']} is one "
+            f"too many: process 0 on {hosts[0]} expects {num_processes} "
+            "different ones. Is another run under way?")
+        callers[-1] = connection  # It is told too.
+        break
+      callers[number], hosts[number] = connection, caller["host"]
+      if len(callers) == num_processes - 1:  # None may have left meanwhile.
+        for gone in [n for n, c in callers.items() if not _is_there(c)]:
+          callers.pop(gone).close()
+          del hosts[gone]
+  for connection in callers.values():
+    _tell(connection, problem)
+  return problem
+
+
+def _hear(connection: socket.socket) -> dict[str, Any] | None:
+  """What a caller says of itself; None if it is none of ours."""
+  connection.settimeout(HEARING_SECONDS)
+  try:
+    caller = json.loads(connection.makefile("rb").readline(4096))
+    return {"process": int(caller["process"]), "of": int(caller["of"]),
+            "host": str(caller["host"])}
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _is_there(connection: socket.socket) -> bool:
+  """Whether the caller still waits: it says nothing more until it is told."""
+  connection.setblocking(False)
+  try:
+    return bool(connection.recv(1, socket.MSG_PEEK))
+  except BlockingIOError:
+    return True
+  except OSError:
+    return False
+
+
+def _tell(connection: socket.socket, problem: str) -> None:
+  """Sends the verdict, and lets the caller close first: the address is free
+  for JAX then."""
+  connection.settimeout(HEARING_SECONDS)
+  with connection, contextlib.suppress(OSError):
+    connection.sendall(json.dumps(problem).encode() + b"\n")
+    connection.recv(1)
+
+
+def _answer(
+    coordinator: str, caller: Mapping[str, str | int], deadline: float,
+) -> str:
+  """Tells process 0 that this one is there; what it says once all are."""
+  host, _, port = coordinator.rpartition(":")
+  while (left := deadline - time.monotonic()) > 0:
+    # Process 0 may have started later: its deadline is its own.
+    with contextlib.suppress(OSError, ValueError), socket.create_connection(
+        (host, int(port)), HEARING_SECONDS) as connection:
+      connection.sendall(json.dumps(dict(caller)).encode() + b"\n")
+      connection.settimeout(2 * left + HEARING_SECONDS)
+      verdict = connection.makefile("rb").readline()
+      if verdict:
+        return str(json.loads(verdict))
+    time.sleep(0.1)
+  return (f"{_name(0, int(caller['of']))} did not start, or cannot be reached "
+          f"from {caller['host']} at {coordinator}.")
+
+
+def _missing(hosts: Mapping[int, str], num_processes: int) -> str:
+  """The message for a roll call that some did not answer."""
+  names = {n: _name(n, num_processes) for n in range(num_processes)}
+  absent = [name for number, name in names.items() if number not in hosts]
+  there = [f"{names[number]} on {host}" for number, host in sorted(
+      hosts.items())]
+  return (
+      f"{len(absent)} of {num_processes} processes did not start: "
+      f"{', '.join(absent)}. There are {', '.join(there[:8])}"
+      f"{', ...' if len(there) > 8 else ''}. Start the same command on every "
+      "host.")
+
+
+def _name(number: int, num_processes: int) -> str:
+  """By its slice, if the launcher has named them."""
+  slices = [name for name in os.environ.get(SLICES, "").split(",") if name]
+  if not slices or num_processes % len(slices):
+    return f"process {number}"
+  hosts = num_processes // len(slices)
+  return f"worker {number % hosts} of {slices[number // hosts]}"

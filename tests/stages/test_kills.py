@@ -1,0 +1,92 @@
+"""SIGKILL at random points, against a run that nobody touched: bit for bit.
+
+Two in the fast test, twenty in the slow one: at a random step, within the write
+of a checkpoint, and (slow) a random time after the start.
+"""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from tests import forked
+from tests.stages import sft_run
+from tests.stages.test_sft import repeatable, rows_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+
+class Runs:
+  """The same run in two workdirs."""
+
+  def __init__(self, folder, steps, every):
+    self.folder = folder
+    self.steps = steps
+    self._argv = [
+        "train", "--config=tests/stages/sft_run.py",
+        f"--config.cold_start.num_steps={steps}",
+        "--config.cold_start.eval_every=0",
+        f"--config.cold_start.checkpoint.every={every}"]
+
+  def log(self, name):
+    return self.folder / f"{name}.log"
+
+  def start(self, name):
+    return forked.start(
+        [*self._argv, f"--workdir={self.folder / name}"], self.log(name),
+        self.folder / "compiled")
+
+  def finish(self, name):
+    forked.finish(self.start(name), self.log(name))
+
+  def kill(self, name, kind, step, seconds):
+    """Starts it and kills it at a point of that kind; says where."""
+    path, process = self.folder / name, self.start(name)
+    before = forked.last_step(path)
+    if kind == "time":
+      time.sleep(seconds)
+      forked.kill(process)
+      return f"after {seconds:.2f} s at step {forked.last_step(path)}"
+    forked.wait_until(
+        process, self.log(name), lambda: forked.last_step(path) >= step)
+    if kind == "write":
+      forked.wait_until(
+          process, self.log(name),
+          lambda: forked.half_written(path, "cold_start"))
+    forked.kill(process)
+    half = forked.half_written(path, "cold_start")
+    assert kind != "write" or half
+    return (f"at step {forked.last_step(path)} (before: {before})"
+            f"{' in a write' if half else ''}")
+
+
+def check(folder, steps, every, kinds):
+  """Kills one run of two once for each of `kinds`; compares them."""
+  runs = Runs(folder, steps, every)
+  runs.finish("whole")
+  seed = time.time_ns()
+  rng = random.Random(seed)
+  at = sorted(rng.sample(range(1, steps - 2 * every), len(kinds)))
+  rng.shuffle(kinds)
+  for kind, step in zip(kinds, at, strict=True):
+    print(f"seed {seed}: killed", runs.kill(
+        "killed", kind, step, rng.uniform(0.1, 2.0)))
+  assert forked.last_step(folder / "killed") < steps
+  runs.finish("killed")
+  whole, killed = folder / "whole", folder / "killed"
+  assert repeatable(rows_of(killed)) == repeatable(rows_of(whole))
+  assert [row["step"] for row in rows_of(killed)] == list(range(1, steps + 1))
+  a, b = sft_run.saved_state(whole), sft_run.saved_state(killed)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_two_kills_leave_no_trace(tmp_path):
+  check(tmp_path, 12, 2, ["step", "write"])
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path):
+  check(tmp_path, 60, 2, 10 * ["step"] + 6 * ["write"] + 4 * ["time"])

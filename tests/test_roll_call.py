@@ -1,0 +1,143 @@
+"""Processes that wait for each other, in threads and for real."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from jax._src import clusters
+
+from posttrain import distributed, roll_call
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def call_all(port, numbers, of, seconds, delay=lambda number: 0.0):
+  """What each process raises, or None, by its number."""
+  results = {}
+  def one(index, number):
+    time.sleep(delay(number))
+    try:
+      roll_call.call(f"127.0.0.1:{port}", of, number, seconds=seconds,
+                     bind="127.0.0.1")
+      results[index] = None
+    except roll_call.StartError as error:
+      results[index] = str(error)
+  threads = [threading.Thread(target=one, args=item, daemon=True)
+             for item in enumerate(numbers)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(30)
+    assert not thread.is_alive()
+  return results
+
+
+def test_all_return_when_the_last_has_come(free_port):
+  before = time.monotonic()
+  found = call_all(
+      free_port, range(8), 8, 20, lambda number: 0.3 * (number in (0, 5)))
+  assert found == dict.fromkeys(range(8))
+  assert 0.3 < time.monotonic() - before < 10
+  with socket.create_server(("127.0.0.1", free_port)):
+    pass  # The address is free for JAX.
+
+
+def test_those_that_are_there_name_the_missing(free_port, monkeypatch):
+  found = call_all(free_port, (0, 1, 4), 6, 0.5)
+  assert len(set(found.values())) == 1
+  assert "3 of 6 processes did not start: process 2, process 3, process 5. "\
+      in found[0]
+  assert f"There are process 0 on {socket.gethostname()}" in found[0]
+  monkeypatch.setenv(roll_call.SLICES, "r1-0,r1-1")
+  found = call_all(free_port, (0, 1, 4), 6, 0.5)
+  assert "worker 2 of r1-0, worker 0 of r1-1, worker 2 of r1-1." in found[0]
+
+
+def test_without_process_0_the_others_name_it(free_port):
+  found = call_all(free_port, (1, 2), 3, 0.4)
+  for message in found.values():
+    assert re.match(r"process 0 did not start, or cannot be reached from .* at "
+                    f"127.0.0.1:{free_port}", message)
+
+
+def test_two_processes_of_one_number_stop_all(free_port):
+  found = call_all(
+      free_port, (0, 1, 1, 2), 4, 2, lambda number: 0.3 * (number == 0))
+  assert found[0] is not None and "process 1 of 4 on " in found[0]
+  assert "one too many" in found[0]
+
+
+def test_strangers_and_the_dead_are_not_counted(free_port):
+  """A port scanner, a caller that hangs up, and one that comes back."""
+  def connect(line):
+    while True:
+      try:
+        caller = socket.create_connection(("127.0.0.1", free_port), 5)
+        caller.sendall(line)
+        return caller
+      except OSError:
+        time.sleep(0.02)
+  def disturb():
+    connect(b"GET / HTTP/1.1\r\n\r\n").close()
+    connect(json.dumps(
+        {"process": 1, "of": 3, "host": "gone"}).encode() + b"\n").close()
+  other = threading.Thread(target=disturb)
+  other.start()
+  found = call_all(free_port, (0, 2), 3, 1.5)
+  other.join()
+  assert "1 of 3 processes did not start: process 1." in found[0]
+  assert call_all(free_port, (0, 1, 2), 3, 20) == dict.fromkeys(range(3))
+
+
+def test_a_pod_of_which_one_host_is_missing_is_refused(tmp_path, free_port):
+  """The command line as process 0, which JAX alone would abort; here, 2."""
+  told = []
+  def process_2():
+    try:
+      roll_call.call(f"127.0.0.1:{free_port}", 3, 2, seconds=60)
+    except roll_call.StartError as error:
+      told.append(str(error))
+  other = threading.Thread(target=process_2, daemon=True)
+  other.start()
+  process = subprocess.run(
+      [sys.executable, "-m", "posttrain", "train",
+       "--config=configs/tiny.py:debug", f"--workdir={tmp_path / 'run'}"],
+      cwd=ROOT, capture_output=True, text=True, timeout=120,
+      env=os.environ | {
+          "JAX_PLATFORMS": "cpu", "POSTTRAIN_START_SECONDS": "2",
+          "POSTTRAIN_COORDINATOR": f"127.0.0.1:{free_port}",
+          "POSTTRAIN_NUM_PROCESSES": "3", "POSTTRAIN_PROCESS_ID": "0"})
+  other.join(30)
+  assert process.returncode == 1
+  (message,) = told
+  assert process.stderr == f"posttrain: {message}\n"
+  assert "1 of 3 processes did not start: process 1. There are" in message
+  assert not (tmp_path / "run").exists()
+
+
+def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
+  monkeypatch.setattr(clusters.ClusterEnv, "_cluster_types", [])
+  with pytest.raises(ValueError, match="knows no cluster"):
+    distributed.detect(5)
+  class Cluster(clusters.ClusterEnv):
+    name = "made_up"
+    is_env_present = classmethod(lambda cls: True)
+    get_coordinator_address = classmethod(lambda cls, **kwargs: "host:12")
+    get_process_count = classmethod(lambda cls: 4)
+    get_process_id = classmethod(lambda cls: 3)
+    get_local_process_id = classmethod(lambda cls: None)
+  assert distributed.detect(5) == ("host:12", 4, 3)
+  calls = []
+  monkeypatch.setenv(distributed.COORDINATOR, "auto")
+  monkeypatch.setattr(roll_call, "call", lambda *a, **k: calls.append((a, k)))
+  monkeypatch.setattr(
+      distributed.jax.distributed, "initialize", lambda: calls.append("jax"))
+  distributed.initialize()
+  assert calls == [(("host:12", 4, 3), {"seconds": 300}), "jax"]
