@@ -30,17 +30,18 @@ def token_logprobs(
   tokens = batch["tokens"]
   hidden, traffic = model.routed(
       tokens, batch["positions"], batch["segment_ids"])
-  head = model.gathered(model.head_name)
-  options = dict(temperature=temperature, chunk=chunk)
-  found = (_by_part if sharding.splits_length(tokens)
-           else logprobs_lib.token_logprobs)(head, hidden, tokens, **options)
-  logprobs, entropy = found
+  compute = (_by_part if sharding.splits_length(tokens)
+             else logprobs_lib.token_logprobs)
+  logprobs, entropy = compute(
+      model.gathered(model.head_name), hidden, tokens, chunk=chunk,
+      temperature=temperature)
   assert entropy is not None  # As asked for.
   return logprobs, entropy, traffic
 
 
 def _by_part(
-    head: logprobs_lib.Head, hidden: jax.Array, tokens: jax.Array, **options,
+    head: logprobs_lib.Head, hidden: jax.Array, tokens: jax.Array, *,
+    chunk: int, temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
   """`logprobs_lib.token_logprobs` of a length that the mesh splits."""
   def shifted(x, before, after):
@@ -49,9 +50,10 @@ def _by_part(
     return sharding.shard(
         jnp.pad(x, ((0, 0), (before, after))), "batch", "length")
 
-  found = logprobs_lib.next_logprobs(
+  logprobs, entropy = logprobs_lib.next_logprobs(
       head, sharding.length_to_rows(hidden),
-      sharding.length_to_rows(shifted(tokens, 0, 1)), **options)
-  logprobs, entropy = (
-      shifted(sharding.rows_to_length(x), 1, 0) for x in found)
-  return logprobs, entropy
+      sharding.length_to_rows(shifted(tokens, 0, 1)), chunk=chunk,
+      temperature=temperature)
+  assert entropy is not None  # As asked for.
+  back = lambda x: shifted(sharding.rows_to_length(x), 1, 0)
+  return back(logprobs), back(entropy)
