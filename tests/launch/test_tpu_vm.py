@@ -172,7 +172,7 @@ while true; do sleep 0.02; done
     time.sleep(0.02)
   assert tpu_vm.run([*FLAGS, "--stop"]) == 0
   for thread in both:
-    thread.join(30)
+    thread.join(120)
   assert statuses == [75, 75]
   assert "under way" in capfd.readouterr().out
   assert len(cloud.calls("worker.sh start")) == 1
