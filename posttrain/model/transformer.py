@@ -12,7 +12,6 @@ given.
 Deliberately not here: losses, sampling, anything that knows a stage.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,15 +145,16 @@ class Transformer(nnx.Module):
     c = self.config
     if view.mask is not None:
       return self.attend(q, k, v, view.mask)
-    options = dict(
+    options: dict[str, Any] = dict(
         block=c.attention_block, scale=c.attention_scale,
         softcap=c.attention_softcap)
     if c.attention == "blocks":
       return blocked.attend(
           q, k, v, positions, segment_ids, view.window, **options)
     # The kernel's window is part of its program.
-    near, far = (functools.partial(splash.attend, window=window, **options)
-                 for window in (c.sliding_window, None))
+    within = lambda window: lambda *arrays: splash.attend(
+        *arrays, window=window, **options)
+    near, far = within(c.sliding_window), within(None)
     kinds = {kind == "local" for kind in c.layer_kinds}
     if len(kinds) == 1:
       return (near if kinds == {True} else far)(q, k, v, segment_ids)

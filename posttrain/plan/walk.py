@@ -107,7 +107,11 @@ class Scope:
         root.operands[index]) == index
 
   def integer(self, name: str) -> int | None:
-    """The value of a scalar that the program itself determines."""
+    """The value of a scalar that the program itself determines.
+
+    Of a minimum of which one part is known that part: a loop over pairs of
+    blocks visits at most all of them.
+    """
     found = self.source(name)
     if found is None:
       return None
@@ -119,6 +123,8 @@ class Scope:
       a, b = map(scope.integer, instruction.operands)
       if a is not None and b is not None:
         return _ARITHMETIC[instruction.opcode](a, b)
+      if instruction.opcode == "minimum":
+        return b if a is None else a
     return None
 
 

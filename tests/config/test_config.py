@@ -215,10 +215,6 @@ def test_a_key_without_effect_in_a_source():
     (["compute.attention_block=64"],
      "compute.attention_block: set to 64, but it has no effect unless "
      "compute.attention != 'reference'; found 'reference'."),
-    (["compute.attention=splash", "compute.attention_block=64"],
-     "model: compute.attention_block=64 must be a multiple of 128"),
-    (["compute.attention=splash", "cold_start.sequence_length=200"],
-     "cold_start.sequence_length: 200 is no multiple of compute.attention"),
     (["cold_start.router_aux_coef=0.001"],
      "cold_start.router_aux_coef: set to 0.001, but it has no effect: the"),
     (["reason.router_aux_coef=0.001"],
@@ -290,6 +286,18 @@ def test_a_key_without_effect_in_a_source():
 ])
 def test_a_condition_between_keys(assignments, expected):
   assert problem(*assignments).startswith(expected)
+
+
+def test_splash_takes_whole_blocks():
+  found = problems(
+      "compute.attention=splash", "cold_start.sequence_length=200")
+  assert found[0].startswith(
+      "cold_start.sequence_length: 200 is no multiple of compute.attention_"
+      "block=128")
+  assert any(x.startswith("reason.rollout.max_prompt_tokens: ") for x in found)
+  found = problems("compute.attention=splash", "compute.attention_block=64")
+  assert found[0].startswith(
+      "model: compute.attention_block=64 must be a multiple of 128")
 
 
 def test_quantised_weights_need_a_package(monkeypatch):

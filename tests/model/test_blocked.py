@@ -20,7 +20,7 @@ ANY = np.iinfo(np.int32).max
 CASES = [
     (2, 37, 2, 3, 6, 8, 0.0, "float32"), (3, 24, 1, 2, 4, 64, 2.0, "float32"),
     (1, 7, 2, 1, 4, 1, 0.0, "float32"), (2, 32, 2, 2, 8, 16, 0.0, "bfloat16")]
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 6e-2}
 
 
 def packed(lengths, rows, total):
@@ -114,24 +114,38 @@ def test_only_pairs_that_can_see_each_other_are_visited():
   assert count([]) == 0
 
 
-@pytest.mark.parametrize("option, fields", [
-    ("gemma", {}), ("everything", dict(remat="dots", unroll=2)),
-    pytest.param("nope", dict(remat="full"), marks=pytest.mark.slow),
-    pytest.param("experts", {}, marks=pytest.mark.slow)])
-def test_a_model_on_a_mesh(option, fields):
+@jax.jit
+def gradient(model, tokens, positions, segment_ids):
+  """Of a loss that looks at one position at a time, however they lie."""
+  def loss(model):
+    hidden = jnp.tanh(model(tokens, positions, segment_ids))
+    weights = jnp.sin(jnp.arange(hidden.shape[-1]))
+    return jnp.sum(hidden * weights * (segment_ids > 0)[..., None])
+
+  return jax.value_and_grad(loss)(model)
+
+
+@pytest.mark.parametrize("option, mesh, fields", [
+    ("gemma", meshes.eight, {}),
+    ("everything", meshes.with_context, dict(remat="dots", unroll=2)),
+    pytest.param("nope", meshes.with_context, dict(remat="full"),
+                 marks=pytest.mark.slow),
+    pytest.param("ungrouped", meshes.with_context, {}, marks=pytest.mark.slow),
+    pytest.param("experts", meshes.eight, {}, marks=pytest.mark.slow)])
+def test_a_model_on_a_mesh(option, mesh, fields):
   """Blocks of five and gradients in layout, against one device's reference."""
   rows, _ = test_transformer.packed_rows()
   rows = [np.concatenate([x, x[::-1]]) for x in rows]
   found = []
-  for mesh, how in (
-      (meshes.one(), {}), (meshes.eight(), dict(
+  for where, how in (
+      (meshes.one, {}), (mesh, dict(
           attention="blocks", attention_block=5, gradients="in_layout",
           **fields))):
     config = build.make_config(**build.OPTIONS[option], **how)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(where()):
       model = build.load(config, build.random_params(config))
       found.append(sharding.fetch(
-          test_transformer.gradient(model, *build.put_rows(*rows))))
+          gradient(model, *build.put_rows(*rows))))
   (want_loss, want), (loss, got) = found
-  np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
   build.assert_same_leaves(got, want, tolerance=3e-5)

@@ -63,13 +63,12 @@ def test_the_kernel_is_the_mask(window, softcap, mesh):
 
 def test_a_length_of_broken_blocks_is_refused():
   q = jax.ShapeDtypeStruct((2, 200, 2, 2, 16), jnp.float32)
-  with pytest.raises(ValueError, match="200 tokens are no multiple of compute"
-                     ".attention_block=128"):
+  with pytest.raises(ValueError, match="200 tokens are no multiple"):
     splash.attend(q, q, q, q, window=None, block=128, scale=1.0)
 
 
 def test_other_devices_than_tpus_are_refused():
   config = build.make_config(attention="splash")
   with jax.set_mesh(meshes.one()), pytest.raises(
-      ValueError, match="splash' is a kernel for TPUs, and .* 'cpu'"):
+      ValueError, match="is a kernel for TPUs, and these devices"):
     transformer.abstract(config)
