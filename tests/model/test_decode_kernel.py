@@ -70,10 +70,11 @@ def test_the_kernel_is_plain_attention(dtype, window, block):
 @pytest.mark.parametrize("window", [0, 6])
 def test_only_blocks_with_something_to_see_are_fetched(window):
   rng = np.random.default_rng(window)
+  find = jax.jit(functools.partial(
+      decode_kernel.visible_blocks, window=window, block=16))
   for _ in range(20):
     positions, query = random_ring(rng)
-    blocks, counts = decode_kernel.visible_blocks(
-        jnp.asarray(positions), jnp.asarray(query), window=window, block=16)
+    blocks, counts = jax.device_get(find(positions, query))
     for row in range(B):
       seen = [i for i, p in enumerate(positions[row])
               if p >= 0 and not (window and query[row] - p >= window)]

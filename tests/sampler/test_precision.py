@@ -44,7 +44,7 @@ def test_differences_on_smollm2():
   with jax.set_mesh(meshes.one()):
     model, tokens = precision.smollm2()
     for case, mean, most, kl in (
-        ("bfloat16", 0.1, 1.0, 0.02), ("int8 both", 0.1, 1.0, 0.02)):
+        ("bfloat16", 0.08, 1.0, 2e-3), ("int8 both", 0.2, 2.0, 0.015)):
       found = precision.measure(model, tokens, 200, **precision.CASES[case])
       assert mean / 20 < found["mean"] < mean
       assert found["max"] < most
