@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.model import attention, decode_kernel
+from posttrain.model import attention, decode_kernel, transformer
 from posttrain.model import cache as kv
 from posttrain.model.config import ModelConfig
 from tests import meshes
@@ -97,12 +97,12 @@ def test_decode_by_the_kernel_is_the_full_forward(option, mesh):
 def test_what_cannot_be_had_names_the_key():
   wide = ModelConfig(**build.BASE | dict(head_dim=128),
                      decode_attention="kernel")
-  with pytest.raises(ValueError, match=r"'kernel' needs a TPU.*'cpu'"):
-    decode_kernel.check(wide)
   narrow = build.make_config(decode_attention="kernel")
-  with jax.set_mesh(meshes.one()), pytest.raises(
-      ValueError, match=r"decode_attention='kernel'.*multiple of 128.* is 8"):
-    hlo.compile_decode(narrow, rows=2, slots=8, steps=1)
+  with jax.set_mesh(meshes.one()):
+    with pytest.raises(ValueError, match=r"'kernel' is .* for TPUs.*'cpu'"):
+      transformer.abstract(wide)
+    with pytest.raises(ValueError, match=r"'kernel'.*multiple of 128.* is 8"):
+      transformer.abstract(narrow)
 
 
 @pytest.mark.slow
