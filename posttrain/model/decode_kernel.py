@@ -37,10 +37,15 @@ def check(config: ModelConfig) -> None:
   """Raises ValueError where the sampler is to use it and cannot."""
   if config.decode_attention != "kernel":
     return
-  if jax.default_backend() != "tpu":
+  if config.head_dim % LANES:
     raise ValueError(
-        "compute.decode_attention='kernel' needs a TPU, and the devices here "
-        f"are of the kind {jax.default_backend()!r}. Use 'reference'.")
+        "compute.decode_attention='kernel' needs a head_dim that is a "
+        f"multiple of {LANES}, and the model's is {config.head_dim}: the "
+        "cache would be padded to it. Use 'reference'.")
+  if (platform := sharding.platform()) not in (None, "tpu"):
+    raise ValueError(
+        "compute.decode_attention='kernel' is a kernel for TPUs, and these "
+        f"devices are of the platform {platform!r}. Use 'reference'.")
 
 
 def chosen(config: ModelConfig) -> bool:
@@ -52,22 +57,12 @@ def of_layer(
     config: ModelConfig, kind: str, q: jax.Array, layer: Layer,
     positions: jax.Array, query: jax.Array,
 ) -> jax.Array:
-  """`attend` as a layer of a kind has it.
-
-  Raises:
-    ValueError: heads that are not as wide as a TPU's tiles.
-  """
-  interpret = config.decode_attention == INTERPRETED
-  if config.head_dim % LANES and not interpret:
-    raise ValueError(
-        "compute.decode_attention='kernel' needs a head_dim that is a "
-        f"multiple of {LANES}, and the model's is {config.head_dim}: the "
-        "cache would be padded to it. Use 'reference'.")
+  """`attend` as a layer of a kind has it."""
   return attend(
       q, layer, positions, query, scale=config.attention_scale,
       softcap=config.attention_softcap,
       window=config.sliding_window if kind == "local" else 0,
-      interpret=interpret)
+      interpret=config.decode_attention == INTERPRETED)
 
 
 def block_slots(layer: Layer) -> int:

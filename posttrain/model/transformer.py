@@ -59,6 +59,7 @@ def check_mesh(config: ModelConfig) -> None:
   """Raises ValueError where the current mesh cannot have the model."""
   if config.attention == "splash":
     splash.check_devices()
+  decode_kernel.check(config)
   experts = axis_size("experts")
   if experts > 1 and not config.num_experts:
     raise ValueError(

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from posttrain import sharding
-from posttrain.model import decode_kernel
 from posttrain.model.block import Block
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
@@ -130,10 +129,8 @@ class Engine:
       log: is told of every program that is compiled.
 
     Raises:
-      ValueError: the mesh does not divide the slots, or the model's
-        `decode_attention` cannot be had here.
+      ValueError: the mesh does not divide the slots.
     """
-    decode_kernel.check(model.config)
     parts = sharding.axis_size("rows")
     if settings.slots < 1 or settings.slots % parts:
       raise ValueError(

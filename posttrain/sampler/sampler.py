@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from posttrain import sharding
-from posttrain.model import decode_kernel
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
     budget,
@@ -101,9 +100,8 @@ class Sampler:
 
     Raises:
       ValueError: an empty or too long prompt, an unknown id, budgets that
-        contradict each other, a `decode_attention` that cannot be had here.
+        contradict each other.
     """
-    decode_kernel.check(model.config)
     rows = len(prompts) * group_size
     if 0 < self.slots < rows:
       if on_chunk:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.model import attention, decode_kernel
+from posttrain.model import attention, decode_kernel, transformer
 from posttrain.model import cache as kv
 from posttrain.model.config import ModelConfig
 from tests import meshes
@@ -70,10 +70,11 @@ def test_the_kernel_is_plain_attention(dtype, window, block):
 @pytest.mark.parametrize("window", [0, 6])
 def test_only_blocks_with_something_to_see_are_fetched(window):
   rng = np.random.default_rng(window)
+  find = jax.jit(functools.partial(
+      decode_kernel.visible_blocks, window=window, block=16))
   for _ in range(20):
     positions, query = random_ring(rng)
-    blocks, counts = decode_kernel.visible_blocks(
-        jnp.asarray(positions), jnp.asarray(query), window=window, block=16)
+    blocks, counts = jax.device_get(find(positions, query))
     for row in range(B):
       seen = [i for i, p in enumerate(positions[row])
               if p >= 0 and not (window and query[row] - p >= window)]
@@ -96,12 +97,12 @@ def test_decode_by_the_kernel_is_the_full_forward(option, mesh):
 def test_what_cannot_be_had_names_the_key():
   wide = ModelConfig(**build.BASE | dict(head_dim=128),
                      decode_attention="kernel")
-  with pytest.raises(ValueError, match=r"'kernel' needs a TPU.*'cpu'"):
-    decode_kernel.check(wide)
   narrow = build.make_config(decode_attention="kernel")
-  with jax.set_mesh(meshes.one()), pytest.raises(
-      ValueError, match=r"decode_attention='kernel'.*multiple of 128.* is 8"):
-    hlo.compile_decode(narrow, rows=2, slots=8, steps=1)
+  with jax.set_mesh(meshes.one()):
+    with pytest.raises(ValueError, match=r"'kernel' is .* for TPUs.*'cpu'"):
+      transformer.abstract(wide)
+    with pytest.raises(ValueError, match=r"'kernel'.*multiple of 128.* is 8"):
+      transformer.abstract(narrow)
 
 
 @pytest.mark.slow
