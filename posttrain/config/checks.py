@@ -191,6 +191,22 @@ def check_frozen(config: Mapping) -> Iterator[str]:
            "part of the weights (lora.rank, trained).")
 
 
+def check_offload(config: Mapping) -> Iterator[str]:
+  stages = [section for section in config.values()
+            if isinstance(section, Mapping) and section.get("kind") == "grpo"]
+  if "optimizer" in config["compute"]["offload"] and not stages:
+    yield ("compute.offload: 'optimizer' has no effect without a stage of kind "
+           "grpo, which alternates between sampling and training.")
+  own = [stage for stage in stages
+         if stage.get("loss", {}).get("kl_coef") and not (
+             stage.get("reference") in ("", schema.ADAPTER_OFF)
+             and stage.get("lora", {}).get("rank"))]
+  if "reference" in config["compute"]["offload"] and not own:
+    yield ("compute.offload: 'reference' has no effect: no stage holds one "
+           "(loss.kl_coef > 0) that does not share its weights with the "
+           "policy's adapters.")
+
+
 def check_expert_axis(config: Mapping) -> Iterator[str]:
   size = _at(config, "mesh.expert")
   if size != 1 and _is_dense(config):
@@ -361,6 +377,7 @@ CHECKS = {  # And the names of what they read.
     check_init: ("init", "tokenizer", "model"),
     check_mesh: ("mesh",),
     check_frozen: ("compute",),
+    check_offload: ("compute",),
     check_expert_axis: ("mesh", "model", "model_overrides"),
     check_quantized: ("compute",),
 }

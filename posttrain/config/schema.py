@@ -215,6 +215,11 @@ TOP = Section(
             "in blocks of 64 with a scale; what else is frozen is then "
             "bfloat16. They need the extra qlora.",
             choices=(*DTYPES, *QUANTIZED)),
+        offload=Key(
+            tuple[str, ...], (), "What of a GRPO stage waits in the hosts' "
+            "memory while it is not needed: the reference but for its "
+            "logprobs, the optimizer's state while completions are drawn and "
+            "scored. No number changes.", choices=("reference", "optimizer")),
         loss_chunk=Key(
             int, 128, "Positions whose logits exist at one time in a loss.",
             "[1, inf)"),

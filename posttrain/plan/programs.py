@@ -43,6 +43,7 @@ class Program:
     calls: runs in one step of its stage: of an SFT update, or of a batch of
       rollouts with all its updates; 0 where the stage has no steps.
     unknown_trips: bound of the loop over microbatches, which is an argument.
+    waiting: abstract arrays that are in the hosts' memory meanwhile.
   """
 
   stage: str
@@ -53,6 +54,7 @@ class Program:
   calls: float = 0.0
   unknown_trips: int | None = None
   detail: str = ""
+  waiting: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -84,7 +86,16 @@ def of_config(setup: Setup) -> Iterator[Program]:
     if section.kind == "sft":
       yield from _sft(setup, name, section, model, paths)
     else:
-      yield from _grpo(setup, name, section, model, paths, fresh)
+      for program in _grpo(setup, name, section, model, paths, fresh):
+        yield _offloaded(program, setup.config.compute.offload)
+
+
+def _offloaded(program: Program, names: Collection[str]) -> Program:
+  """The program while what else would be beside it waits on the hosts."""
+  part = lambda inside: {name: tree for name, tree in program.beside.items()
+                         if (name in names) == inside}
+  return dataclasses.replace(
+      program, beside=part(False), waiting=part(True))
 
 
 def abstract_model(setup: Setup) -> Transformer:

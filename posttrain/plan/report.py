@@ -15,6 +15,7 @@ from typing import Any
 from posttrain.plan import kernels, roofline
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
+from posttrain.plan.programs import shard_bytes
 from posttrain.train.memory import format_bytes
 
 NONE = "-"
@@ -59,6 +60,8 @@ def _memory(results: Sequence[Result]) -> Table:
       size(sum(m.beside.values())), size(m.total), size(m.available))
       for result in results for m in [result.memory]]
   held = sorted({name for r in results for name in r.memory.beside})
+  waiting = {name: size(shard_bytes(tree)) for r in results
+             for name, tree in r.program.waiting.items()}
   return Table(
       "Bytes per device", (
           "program", "fits", "arguments (shapes)", "with tiles (compiler)",
@@ -68,6 +71,9 @@ def _memory(results: Sequence[Result]) -> Table:
               "and temporaries together, which share buffers",
               *([f"beside: {', '.join(held)}, on the device while the program "
                  "runs and no argument of it"] if held else ()),
+              *(f"{name}: {each} per device are in the host's memory but for "
+                "the programs that take it (compute.offload)"
+                for name, each in sorted(waiting.items())),
               *(f"{r.name}: {r.error}" for r in results if r.error),
               *(f"{r.name} is the program of {r.same_as}"
                 for r in results if r.same_as)))

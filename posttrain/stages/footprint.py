@@ -43,7 +43,8 @@ def of_section(
         rows=section.rows_per_microbatch,
         sequence_length=section.sequence_length,
         cache_rows=section.rollout.slots
-        or section.num_groups * section.group_size)
+        or section.num_groups * section.group_size,
+        offload=compute.offload)
   if section.kind == "evaluate":
     samples = max(section.samples_per_problem, section.majority.max_samples)
     rows = section.rollout.batch_rows

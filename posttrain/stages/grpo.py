@@ -10,6 +10,7 @@ counted, and moves nothing.
 Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection
@@ -30,6 +31,7 @@ from posttrain.tasks import loading
 from posttrain.train import (
   checkpoints,
   health,
+  offload,
   partition,
   policy,
   preemption,
@@ -102,6 +104,8 @@ class Learner:
   def __init__(self, context, start, weights_of):
     section = context.section
     self.context, self.section = context, section
+    self.offload = context.config.compute.offload
+    offload.check(self.offload)
     self.updates = num_updates(section)
     self.collector = make_collector(context)
     self.shapes = make_shapes(section)
@@ -133,6 +137,8 @@ class Learner:
     """Samples, scores and packs the next batch of rollouts."""
     section, model = self.section, self.state.model
     batch = self.step // self.updates
+    if "optimizer" in self.offload:  # Until there is something to learn from.
+      self._move_optimizer(offload.to_host)
     collected = self.collector.collect(model, step=self.step, batch=batch)
     names = list(self.collector.rewards)
     divergence = self._kl_in_reward(collected)
@@ -144,9 +150,10 @@ class Learner:
       experience = policy.add_logprobs(
           "old_logprobs", model, experience, self.loss)
     if self.loss.kl_coef:
-      assert self.reference is not None
       experience = policy.add_logprobs(
-          "ref_logprobs", self.reference, experience, self.loss)
+          "ref_logprobs", offload.to_devices(self.reference), experience,
+          self.loss)
+    self._move_optimizer(offload.to_devices)
     self.experience = experience
     self.rollout_metrics = divergence | rollout.metrics(
         collected, advantages, names)
@@ -156,6 +163,10 @@ class Learner:
         self.step,
         clipped_ratio=self.rollout_metrics["completions/clipped_ratio"],
         frac_reward_zero_std=self.rollout_metrics["frac_reward_zero_std"])
+
+  def _move_optimizer(self, to: Callable[[Any], Any]) -> None:
+    self.state = dataclasses.replace(
+        self.state, opt_state=to(self.state.opt_state))
 
   def update(self) -> dict[str, float]:
     """One optimizer update; returns its row of metrics."""
@@ -209,13 +220,12 @@ class Learner:
     loss = self.section.loss
     if not loss.kl_coef or loss.kl_in == "loss":
       return {}
-    assert self.reference is not None
     rows = np.arange(len(collected.rewards))
     everything = self._pack(
         collected, np.zeros(len(rows), np.float32), rows, batch=0)
     estimate = policy.divergences(
-        everything, self.state.model, self.reference, self.loss,
-        loss.kl_estimator, len(rows))
+        everything, self.state.model, offload.to_devices(self.reference),
+        self.loss, loss.kl_estimator, len(rows))
     collected.rewards[:] -= loss.kl_coef * estimate
     tokens = collected.rollouts.loss_mask.sum()
     return {"kl": float(estimate.sum() / max(tokens, 1))}
@@ -246,6 +256,8 @@ class Learner:
   ) -> Transformer | None:
     """What the KL is against; it shares all that the policy does not move.
 
+    What it does not share waits in the hosts' memory if it is to be offloaded.
+
     Args:
       fresh: the policy's adapters are new, and so add nothing yet.
     """
@@ -254,10 +266,14 @@ class Learner:
     if not self.section.loss.kl_coef:
       return None
     if name not in ("", schema.ADAPTER_OFF):
-      return partition.at_rest(weights_of(name), (), dtype)
-    if fresh or name == schema.ADAPTER_OFF:
-      model = lora.without(model)
-    return partition.reference(model, trained, dtype)
+      reference = partition.at_rest(weights_of(name), (), dtype)
+    else:
+      like = lora.without(model) if (
+          fresh or name == schema.ADAPTER_OFF) else model
+      reference = partition.reference(like, trained, dtype)
+    if "reference" in self.offload:
+      reference = offload.to_host(reference, but=model)
+    return reference
 
   def _show_and_save(self, collected, advantages, names) -> None:
     section, context = self.section, self.context

@@ -10,6 +10,7 @@ shapes in the tests. No JAX here, so that it runs before devices are touched.
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 from posttrain.model.config import ModelConfig
 
@@ -42,16 +43,19 @@ class Estimate:
     persistent: there all the time (parameters, optimizer, reference).
     training: on top of that during an update; empty without one.
     sampling: on top of it during generation; empty without one.
+    scoring: on top of it while a reference that waits on the hosts is read.
   """
 
   persistent: dict[str, int]
   training: dict[str, int]
   sampling: dict[str, int]
+  scoring: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def peak(self) -> int:
     return sum(self.persistent.values()) + max(
-        sum(self.training.values()), sum(self.sampling.values()))
+        sum(phase.values())
+        for phase in (self.training, self.sampling, self.scoring))
 
   def line(self, available: int | None = None) -> str:
     """One line for a person.
@@ -71,6 +75,8 @@ class Estimate:
       text += f"; an update adds {parts(self.training)}"
     if self.sampling:
       text += f"; sampling adds {parts(self.sampling)}"
+    if self.scoring:
+      text += f"; scoring adds {parts(self.scoring)}"
     return text + ")"
 
 
@@ -217,6 +223,7 @@ def estimate(
     weights_dtype: str = "compute",
     trained: int | None = None, optimizer_bytes: int | None = None,
     frozen_bytes: int = 0, reference_bytes: int = 0,
+    offload: Collection[str] = (),
 ) -> Estimate:
   """Bytes per device for training, sampling, or both in turn.
 
@@ -233,6 +240,8 @@ def estimate(
       float32.
     frozen_bytes: of the other ones at rest, over all devices.
     reference_bytes: of a reference, what it does not share with the policy.
+    offload: "optimizer" and "reference" are on the devices only while they
+      are needed.
   """
   parts, batch = fsdp * expert * context, data * fsdp * expert
   shards = parts * tensor  # Of all parameters at rest.
@@ -245,7 +254,10 @@ def estimate(
     persistent["optimizer"] = optimizer_bytes // shards
   if reference_bytes:
     persistent["reference"] = reference_bytes // shards
+  waiting = {name: persistent.pop(name) for name in offload
+             if name in persistent}
   training: dict[str, int] = {}
+  scoring: dict[str, int] = {}
   if rows:
     training = _training(
         config, trained, rows, sequence_length, loss_chunk, parts=parts,
@@ -268,4 +280,9 @@ def estimate(
                 config, config.num_experts // expert) / tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
     }
-  return Estimate(persistent, training, sampling)
+  if "reference" in waiting:
+    scoring = {name: waiting.get(name, training.get(name, 0)) for name in (
+        "reference", "logits", "gathered weights")}
+  if "optimizer" in waiting:
+    training["optimizer"] = waiting["optimizer"]
+  return Estimate(persistent, training, sampling, scoring)

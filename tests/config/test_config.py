@@ -33,8 +33,8 @@ def problems(*assignments, spec=TINY):
   return ()
 
 
-def problem(*assignments):
-  found = problems(*assignments)
+def problem(*assignments, spec=TINY):
+  found = problems(*assignments, spec=spec)
   assert len(found) == 1, found
   return found[0]
 
@@ -176,6 +176,17 @@ def test_a_source_that_is_not_there_cannot_be_set():
 ])
 def test_a_key_without_effect_is_an_error(assignment, condition):
   assert f"no effect unless {condition}" in problem(assignment)
+
+
+def test_offload_of_what_is_not_there_has_no_effect():
+  kl, lora = "reason.loss.kl_coef=0.1", "reason.lora.rank=2"
+  of = lambda name: f"compute.offload={name}"
+  assert "no stage holds one" in problem(of("reference"))
+  assert "no stage holds one" in problem(of("reference"), kl, lora)
+  assert not problems(of("reference"), kl, lora, "reason.reference=init")
+  assert not problems(of("reference,optimizer"), kl)
+  assert "without a stage of kind grpo" in problem(
+      of("optimizer"), spec="configs/s1.py:debug")
 
 
 def test_what_an_optimizer_does_not_keep_has_no_effect():

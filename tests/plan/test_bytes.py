@@ -72,3 +72,23 @@ def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   for kind in ("decode", "grow"):  # Rows may be done before the last size.
     assert real[kind] <= planned[kind], kind
   assert len(real["update"]) == 3  # Of SFT, and with and without old logprobs.
+
+
+def test_what_is_offloaded_is_beside_no_program():
+  """The optimizer and the reference of GRPO; SFT has no phases."""
+  config = small_config()
+  def found():
+    with jax.set_mesh(meshes.one()):
+      return list(programs.of_config(setup.set_up(config)))
+  before = found()
+  with config.unlocked():
+    config.compute.offload = ("reference", "optimizer")
+  for a, b in zip(before, found(), strict=True):
+    assert a.name == b.name and not a.waiting
+    names = {"reference", "optimizer"} if a.stage == "reason" else set()
+    assert set(b.waiting) == names & set(a.beside), a.name
+    assert set(b.beside) == set(a.beside) - names
+    assert programs.shard_bytes(b.waiting) + programs.shard_bytes(
+        b.beside) == programs.shard_bytes(a.beside)
+  prefill = next(p for p in before if p.name == "reason/prefill")
+  assert {"reference", "optimizer"} <= set(prefill.beside)

@@ -5,6 +5,7 @@ a KL term, a maximum of thinking tokens and waits in the rollouts.
 """
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from posttrain.sampler import budget
 from posttrain.stages import grpo, rollout
-from posttrain.train import health, metrics, preemption
+from posttrain.train import health, metrics, offload, policy, preemption
 from tests import meshes, one_by_one, pipeline_run
 
 ALL = [
@@ -106,6 +107,53 @@ class Taken:
 def taken(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch, jax.set_mesh(meshes.one()):
     return Taken(tmp_path_factory.mktemp("taken"), keep_batches(patch))
+
+
+def kinds_of_memory(tree):
+  return {w.sharding.memory_kind for w in jax.tree.leaves(tree)}
+
+
+def test_what_waits_on_the_hosts_changes_no_bit(taken, tmp_path, monkeypatch):
+  """The same rollouts and updates; meanwhile it is where it should be."""
+  run = pipeline_run.make_pipeline(tmp_path, [
+      *ALL, "reason.reference=/elsewhere",
+      "compute.offload=reference,optimizer"])
+  batches = keep_batches(monkeypatch)
+  seen = []
+  def scored(name, model, experience, loss, make=policy.add_logprobs):
+    seen.append((name, kinds_of_memory(model), kinds_of_memory(
+        learner.state.opt_state), kinds_of_memory(learner.reference)))
+    return make(name, model, experience, loss)
+  monkeypatch.setattr(policy, "add_logprobs", scored)
+  with jax.set_mesh(meshes.one()):
+    learner = grpo.Learner(run.context("reason"), pipeline_run.start(run),
+                           lambda source: taken.reference)
+    learner.collect()
+    experience = learner.experience
+    assert kinds_of_memory(learner.state.opt_state) == {"device"}
+    rows = [learner.update() for _ in range(4)]
+  host, device = {"pinned_host"}, {"device"}
+  assert seen == [("old_logprobs", device, host, host),
+                  ("ref_logprobs", device, host, host)]
+  np.testing.assert_array_equal(
+      batches[0].rollouts.tokens, taken.batch.rollouts.tokens)
+  for name, column in taken.experience.items():
+    np.testing.assert_array_equal(experience[name], column)
+  timed = lambda name: name.startswith(("time/", "perf/"))
+  for ours, theirs in zip(rows, taken.rows, strict=True):
+    assert {name: x for name, x in ours.items() if not timed(name)} == {
+        name: x for name, x in theirs.items() if not timed(name)}
+
+
+def test_a_backend_without_such_memory_is_an_error(monkeypatch):
+  device = types.SimpleNamespace(
+      device_kind="TPU v1", platform="tpu", addressable_memories=lambda: [
+          types.SimpleNamespace(kind="device")])
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  offload.check(())
+  with pytest.raises(ValueError, match=(
+      r"'pinned_host'; TPU v1 \(tpu\) has device\. Leave compute\.offload")):
+    offload.check(("optimizer",))
 
 
 def groups_of(batch):

@@ -159,6 +159,24 @@ def test_the_peak_is_the_larger_of_the_two_phases():
   assert dataclasses.replace(estimate, sampling={"c": 60}).peak == 70
 
 
+def test_what_waits_on_the_hosts_is_there_for_its_phase_only():
+  """2 bytes a parameter of a reference, 8 of the moments, over 16 devices."""
+  config = dataclasses.replace(
+      PRESETS["qwen3-8b"], remat="full", dtype="bfloat16")
+  n = memory.parameters(config)
+  of = lambda *names: memory.estimate(
+      config, fsdp=16, rows=16, sequence_length=512, loss_chunk=128,
+      cache_rows=1024, cache_slots=4096, reference_bytes=2 * n, offload=names)
+  all_there, moved = of(), of("reference", "optimizer")
+  assert sum(all_there.persistent.values()) - sum(
+      moved.persistent.values()) == 2 * n // 16 + 8 * n // 16
+  assert moved.training["optimizer"] == 8 * n // 16
+  assert moved.scoring["reference"] == 2 * n // 16
+  # The cache is what needs most here.
+  assert all_there.peak - moved.peak == 2 * n // 16 + 8 * n // 16
+  assert "scoring adds reference" in moved.line()
+
+
 @pytest.mark.parametrize("count, text", [
     (12, "12 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"),
     (5 * 2**30, "5.0 GiB"), (3 * 2**40, "3072.0 GiB")])
