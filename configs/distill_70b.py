@@ -41,13 +41,15 @@ def get_config(arg=""):
     config.chat_template = "plain"
     config.thinking = dict(newline="")
     source = dict(task=f"{SIGNS}:demonstrations", args=dict(count=200))
-    config.mesh = dict(fsdp=1)
   else:
     config.model = "llama3.1-70b"  # The shape of 3.3 too.
     config.init = dict(kind="preset", path="data/llama3.3-70b")
     source = dict(path="data/distill.jsonl")
-    config.mesh = dict(fsdp=128 if short else 64, tensor=4 if short else 8)
-  config.compute = dict(dtype="bfloat16", remat="full", loss_chunk=512)
+  config.mesh = dict(fsdp=-1, context=1 if debug or short else 8)
+  config.compute = dict(
+      dtype="bfloat16", remat="full", loss_chunk=512,
+      attention="blocks" if debug else "splash",  # A kernel of TPUs.
+      attention_block=512)
   config.distill = dict(
       kind="sft",
       num_steps=4 if debug else 12_500,

@@ -50,7 +50,10 @@ def get_config(arg=""):
     problems = dict(task=f"{GSM8K}:problems", args=dict(
         path="data/gsm8k/grade_school_math/data"))
   config.mesh = dict(fsdp=-1, expert=1 if debug else 8)
-  config.compute = dict(dtype="bfloat16", remat="full", loss_chunk=512)
+  config.compute = dict(
+      dtype="bfloat16", remat="full", loss_chunk=512,
+      attention="blocks" if debug else "splash",  # A kernel of TPUs.
+      attention_block=512)
   config.reason = dict(
       kind="grpo",
       num_steps=2 if debug else 500,

@@ -51,14 +51,15 @@ def get_config(arg=""):
         train=f"{SIGNS}:corpus", model_type="word",
         symbols=("<think>", "</think>"))
     config.thinking = dict(newline="")
-    config.mesh = dict(fsdp=1)
   else:
     config.model = "qwen2.5-32b" if large else "qwen3-8b"
     config.init = dict(kind="preset", path="data/Qwen2.5-32B" if large
                        else "data/Qwen3-8B-Base")
-    config.mesh = dict(fsdp=-1, tensor=4 if large else 1)
+  config.mesh = dict(fsdp=-1, tensor=4 if large else 1)
   config.compute = dict(
-      dtype="bfloat16", frozen_dtype="bfloat16", remat="full", loss_chunk=512)
+      dtype="bfloat16", frozen_dtype="bfloat16", remat="full", loss_chunk=512,
+      attention="blocks" if debug else "splash",  # A kernel of TPUs.
+      attention_block=512)
   config.reason = dict(
       kind="grpo",
       num_steps=2 if debug else 2000,

@@ -50,8 +50,11 @@ def get_config(arg=""):
     source = dict(
         task="configs/s1.py:demonstrations",
         args=dict(path="data/s1K/data/train-00000-of-00001.parquet"))
-  config.mesh = dict(fsdp=1 if debug else 16, tensor=1 if debug else 4)
-  config.compute = dict(dtype="bfloat16", remat="full", loss_chunk=512)
+  config.mesh = dict(fsdp=-1, context=1 if debug else 4)
+  config.compute = dict(
+      dtype="bfloat16", remat="full", loss_chunk=512,
+      attention="blocks" if debug else "splash",  # A kernel of TPUs.
+      attention_block=512)
   config.think = dict(
       kind="sft",
       num_steps=2 if debug else 315,
