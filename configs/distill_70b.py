@@ -14,7 +14,7 @@ each.
 `:4k` has 512 rows of 4,096 tokens: as many in a step, for short examples.
 `:debug` is a tiny random model on demonstrations of our own.
 
-Cost: planned for 512 chips of v5p, with the plan's figures in docs/pods.md. It
+Cost: sized for 512 chips of v5p, see docs/pods.md for what is known of it. It
 has not run. Expected, by the paper: 70.0 on AIME24 and 94.5 on MATH-500, pass@1
 at temperature 0.6.
 """

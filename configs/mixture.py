@@ -11,8 +11,8 @@ and trainer chose the same ones.
   posttrain train --config=configs/mixture.py --workdir=gs://...
   posttrain plan --config=configs/mixture.py --topology=v5p:4x4x4
 
-Cost: completions of up to 8,192 tokens; docs/pods.md has the plan's figures for
-64 chips of v5p. It has not run. Expected: a reward on GSM8K that starts high,
+Cost: completions of up to 8,192 tokens, sized for 64 chips of v5p; docs/pods.md
+has what is known of it. It has not run. Expected: a reward on GSM8K that starts high,
 since the model has been trained to reason; the config is a starting point for
 harder problems (`reason.problems.task`).
 

@@ -15,8 +15,8 @@ problems are GSM8K's, since R1's are not published: put your own at
 `:32b` is Qwen2.5-32B on v5p:4x4x8, the size and the learning rate of
 R1-Zero-Qwen-32B. `:debug` is a tiny random model on a task of our own.
 
-Cost: completions of up to 16,384 tokens; docs/pods.md has the plan's figures,
-for 64 and 128 chips of v5p. It has not run. Expected, as in the paper: accuracy
+Cost: completions of up to 16,384 tokens, sized for 64 and 128 chips of v5p;
+docs/pods.md has what is known of it. It has not run. Expected, as in the paper: accuracy
 and length of the thinking rise together, from rewards alone.
 """
 

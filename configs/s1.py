@@ -13,8 +13,8 @@ packs them; the steps are then fewer and other ones).
   posttrain train --config=configs/s1.py --workdir=gs://...
   posttrain plan --config=configs/s1.py --topology=v5p:4x4x4
 
-Cost: planned for 64 chips of v5p, with the plan's figures in docs/pods.md. It
-has not run. The paper's run took 7 H100-hours. Expected, by the paper, greedy:
+Cost: an update takes at least 6.9 s on 64 chips of v5p, all 315 36 minutes
+(modelled; the plan is in docs/pods.md). It has not run. The paper's run took 7 H100-hours. Expected, by the paper, greedy:
 50.0 on AIME24 and 92.6 on MATH-500, and 56.7 on AIME24 with four waits.
 
 `:debug` is a tiny random model on traces of our own.
