@@ -8,7 +8,7 @@ published: `distill.data.sources` wants a file of yours, of `messages`, or
 each.
 
   hf download meta-llama/Llama-3.3-70B-Instruct --local-dir=data/llama3.3-70b
-  posttrain train --config=configs/distill_70b.py --workdir=gs://...
+  posttrain train --config=configs/distill_70b.py --workdir=/mnt/runs/distill
   posttrain plan --config=configs/distill_70b.py --topology=v5p:8x8x8
 
 `:4k` has 512 rows of 4,096 tokens: as many in a step, for short examples.

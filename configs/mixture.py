@@ -8,13 +8,13 @@ and trainer chose the same ones.
 
   hf download Qwen/Qwen3-30B-A3B --local-dir=data/Qwen3-30B-A3B
   git clone https://github.com/openai/grade-school-math data/gsm8k
-  posttrain train --config=configs/mixture.py --workdir=gs://...
+  posttrain train --config=configs/mixture.py --workdir=/mnt/runs/mixture
   posttrain plan --config=configs/mixture.py --topology=v5p:4x4x4
 
 Cost: completions of up to 8,192 tokens, sized for 64 chips of v5p; docs/pods.md
-has what is known of it. It has not run. Expected: a reward on GSM8K that starts high,
-since the model has been trained to reason; the config is a starting point for
-harder problems (`reason.problems.task`).
+has what is known of it. It has not run. Expected: a reward on GSM8K that starts
+high, since the model has been trained to reason; the config is a starting point
+for harder problems (`reason.problems.task`).
 
 `:debug` is a tiny random mixture on a task of our own.
 """

@@ -9,15 +9,15 @@ problems are GSM8K's, since R1's are not published: put your own at
 
   hf download Qwen/Qwen3-8B-Base --local-dir=data/Qwen3-8B-Base
   git clone https://github.com/openai/grade-school-math data/gsm8k
-  posttrain train --config=configs/r1_zero.py --workdir=gs://...
+  posttrain train --config=configs/r1_zero.py --workdir=/mnt/runs/r1_zero
   posttrain plan --config=configs/r1_zero.py --topology=v5p:4x4x4
 
 `:32b` is Qwen2.5-32B on v5p:4x4x8, the size and the learning rate of
 R1-Zero-Qwen-32B. `:debug` is a tiny random model on a task of our own.
 
 Cost: completions of up to 16,384 tokens, sized for 64 and 128 chips of v5p;
-docs/pods.md has what is known of it. It has not run. Expected, as in the paper: accuracy
-and length of the thinking rise together, from rewards alone.
+docs/pods.md has what is known of it. It has not run. Expected, as in the paper:
+accuracy and length of the thinking rise together, from rewards alone.
 """
 
 import ml_collections

@@ -10,12 +10,13 @@ packs them; the steps are then fewer and other ones).
   pip install 'huggingface_hub[cli]'
   hf download Qwen/Qwen2.5-32B-Instruct --local-dir=data/Qwen2.5-32B-Instruct
   hf download simplescaling/s1K --repo-type=dataset --local-dir=data/s1K
-  posttrain train --config=configs/s1.py --workdir=gs://...
+  posttrain train --config=configs/s1.py --workdir=/mnt/runs/s1
   posttrain plan --config=configs/s1.py --topology=v5p:4x4x4
 
 Cost: an update takes at least 6.9 s on 64 chips of v5p, all 315 36 minutes
-(modelled; the plan is in docs/pods.md). It has not run. The paper's run took 7 H100-hours. Expected, by the paper, greedy:
-50.0 on AIME24 and 92.6 on MATH-500, and 56.7 on AIME24 with four waits.
+(modelled; the plan is in docs/pods.md). It has not run. The paper's run took 7
+H100-hours. Expected, by the paper, greedy: 50.0 on AIME24 and 92.6 on MATH-500,
+and 56.7 on AIME24 with four waits.
 
 `:debug` is a tiny random model on traces of our own.
 """
