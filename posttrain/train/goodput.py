@@ -23,8 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from posttrain import workdir
 from posttrain.train import compiling
-from posttrain.workdir import replace_file
 
 NAMES = ("train", "compile", "input_wait", "checkpoint", "evaluation",
          "setup", "restart")
@@ -57,7 +57,8 @@ class Ledger:
     self._opened, self._compiled_before = clock(), compiled()
     self._written = clock()
     self._began = False
-    self._record = _read(path) if write else None
+    self._record = (
+        workdir.read_json(path) if write and path.exists() else None)
     self._starts = 1 + (self._record["starts"] if self._record else 0)
     self._marks: list[list[float]] = (
         self._record["marks"] if self._record else [])
@@ -121,7 +122,7 @@ class Ledger:
   def write(self) -> None:
     self._written = self._clock()
     if self._write:
-      replace_file(self._path, json.dumps({
+      workdir.replace_file(self._path, json.dumps({
           "written": self._wall(), "starts": self._starts,
           "seconds": self.seconds(), "marks": self._marks}).encode())
 
@@ -147,7 +148,3 @@ def describe(record: dict[str, Any]) -> str:
       f"{name} {seconds[name] / total:.1%}" for name in NAMES[1:])
   return (f"goodput {seconds['train'] / total:.1%} of {total:.1f} s in "
           f"{starts} start{'s' if starts > 1 else ''} ({parts})")
-
-
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-  return json.loads(path.read_text()) if path.exists() else None
