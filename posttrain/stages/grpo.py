@@ -95,7 +95,10 @@ def run(
                 context, saver, learner.state, learner.step, learner.extras(),
                 rollouts=learner.experience, metrics=None if leaving else row)
         if leaving:
-          training.leave(context, saver, learner.step)
+          with monitor.span("checkpoint"):
+            training.leave(context, saver, learner.step)
+    with monitor.span("checkpoint"):
+      saver.wait()
   context.workdir.finish(context.name, {"step": section.num_steps})
   return learner.state.model
 

@@ -91,6 +91,9 @@ def run(context: StageContext, model: Transformer) -> Transformer:
         last = number == section.num_steps
         if held_out is not None and training.due(
             number, section.eval_every, last):
+          # The updates under way are not its time.
+          with monitor.span("device_wait"), sharding.waiting():
+            jax.block_until_ready(state.step)
           with monitor.span("evaluation"):
             log.extend(evaluate(
                 sums, state.model, held_out, section.num_microbatches))
@@ -106,7 +109,10 @@ def run(context: StageContext, model: Transformer) -> Transformer:
                 {"data": batches.get_state(), **log.get_state()},
                 metrics=None if leaving else log.last_row)
         if leaving:
-          training.leave(context, saver, number)
+          with monitor.span("checkpoint"):
+            training.leave(context, saver, number)
+    with monitor.span("checkpoint"):
+      saver.wait()
   context.workdir.finish(context.name, {"step": section.num_steps})
   return state.model
 
@@ -167,12 +173,12 @@ def evaluate(
     held_out: Iterable[batches_lib.Batch], num_microbatches: int,
 ) -> dict[str, float]:
   """Mean loss over all target tokens of the held-out data."""
-  jax.block_until_ready(model)  # The update under way is not its time.
   start = time.perf_counter()
   found = [
       sums(model, microbatches.stack(batch, num_microbatches))
       for batch in held_out]
-  numerators, denominators = np.array(jax.device_get(found), np.float64).T
+  with sharding.waiting():
+    numerators, denominators = np.array(jax.device_get(found), np.float64).T
   return {
       "eval_loss": float(numerators.sum() / denominators.sum()),
       "time/eval": time.perf_counter() - start}

@@ -4,9 +4,10 @@
               be
   compile     tracing, lowering and XLA
   input_wait  for the next batch of data
-  checkpoint  copying and hashing the state; the write behind it is no one's
+  checkpoint  copying and hashing the state, and waiting for a write that is not
+              done when it must be
   evaluation  the held-out loss
-  setup       weights and data, before the first step of the first start
+  setup       before the first step of the first start
   restart     what an interruption cost: the time down, the set-up of the
               starts after the first, and the steps that were made again
 
