@@ -174,10 +174,10 @@ def test_a_skipped_update_counts_and_changes_nothing_else():
       now, metrics = update(now, batch, np.int32(2))
       other, _ = plain(other, batch, np.int32(2))
       assert metrics["spike"] == 0
-    jax.tree.map(
-        np.testing.assert_array_equal, now.trained, other.trained)
-    seen = np.asarray(now.losses)
-    assert np.isfinite(seen).all()
+    # Another program, which rounds otherwise.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6),
+                 now.trained, other.trained)
+    assert np.isfinite(now.losses).all()
     # Any loss above the median is one now.
     high = dataclasses.replace(now, losses=now.losses - 1)
     broken = make_rows()
