@@ -271,17 +271,25 @@ def put(array: np.ndarray, *axes: str | None) -> jax.Array:
 
 
 _waited = 0.0
+_waits_since: float | None = None
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
   """Around what waits for devices, and so for the other hosts."""
-  global _waited
-  start = time.monotonic()
+  global _waited, _waits_since
+  _waits_since = start = time.monotonic()
   try:
     yield
   finally:
+    _waits_since = None
     _waited += time.monotonic() - start
+
+
+def waits() -> float:
+  """Seconds of the `waiting` that this host is in now; 0 if it is in none."""
+  since = _waits_since
+  return 0.0 if since is None else time.monotonic() - since
 
 
 def waited() -> float:

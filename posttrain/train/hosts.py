@@ -8,13 +8,15 @@ own times are gathered, and a host is named whose own time is more than
 time and a second to it. A chip that is slow by itself does not show here: all
 hosts wait for it alike; a trace of a step does (`profile.steps`).
 
-A thread of each host says every `PULSE` seconds that it is there, in the store
-of JAX's coordinator, and process 0 names a host that it has not heard of for
-`SILENT` seconds. JAX itself ends all processes when one has been silent for
-100; its message has the number of the lost process and not its host. If
-process 0 is lost, with the coordinator, JAX ends the others at once, and says
-that the leader died: whose host that is, each process says when it begins. The
-thread also measures for how long the whole process stood still.
+A thread of each host says every `PULSE` seconds that it is there, and whether
+it waits, in the store of JAX's coordinator. Process 0 names a host that it has
+not heard of for `SILENT` seconds, and one that does not wait while all others
+have for `STUCK` seconds: it hangs, and will reach no `log_every`. JAX itself
+ends all processes when one has been silent for 100; its message has the number
+of the lost process and not its host. If process 0 is lost, with the
+coordinator, JAX ends the others at once, and says that the leader died: whose
+host that is, each process says when it begins. The thread also measures for
+how long the whole process stood still.
 """
 
 import socket
@@ -35,6 +37,7 @@ FACTOR = 2.0
 LEAST = 0.1
 PULSE = 5.0
 SILENT = 20.0
+STUCK = 60.0
 STORE = "posttrain/alive/"
 
 
@@ -56,13 +59,24 @@ def slow_hosts(
       if own[i] > FACTOR * median and own[i] - median > max(LEAST * wall, 1.0)]
 
 
+def stuck_hosts(waits: dict[int, float]) -> list[int]:
+  """Processes that all others wait for.
+
+  Args:
+    waits: seconds that each has waited by now, 0 if it does not wait.
+  """
+  busy = [process for process, seconds in waits.items() if not seconds]
+  others = [seconds for seconds in waits.values() if seconds]
+  return busy if others and min(others) >= STUCK else []
+
+
 class Silence:
   """Who has not been heard of, from values that hosts keep changing."""
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._clock = clock
     self._last: dict[int, tuple[str, float]] = {}
-    self._lost: set[int] = set()
+    self.lost: set[int] = set()
 
   def update(self, values: dict[int, str]) -> tuple[list[int], list[int]]:
     """Takes what is in the store now; who fell silent, and who is back."""
@@ -72,8 +86,8 @@ class Silence:
         self._last[host] = (value, now)
     silent = {host for host, (_, heard) in self._last.items()
               if now - heard >= SILENT}
-    fell, back = sorted(silent - self._lost), sorted(self._lost - silent)
-    self._lost = silent
+    fell, back = sorted(silent - self.lost), sorted(self.lost - silent)
+    self.lost = silent
     return fell, back
 
 
@@ -90,6 +104,7 @@ class Hosts:
     self._stopped = threading.Event()
     self._stalled = 0.0
     self._silence = Silence()
+    self._stuck: list[int] = []
     self._names: dict[int, str] = {}
     self.restart()
 
@@ -156,7 +171,8 @@ class Hosts:
       last = now
       try:
         beat += 1
-        client.key_value_set(f"{STORE}{me}", str(beat), allow_overwrite=True)
+        client.key_value_set(
+            f"{STORE}{me}", f"{beat} {sharding.waits()}", allow_overwrite=True)
         if me == 0:
           self._listen(client)
       except Exception:  # The coordinator is gone: JAX says so, and ends us.
@@ -174,6 +190,15 @@ class Hosts:
           "last checkpoint.")
     for process in back:
       self._warn(f"{self.name(process)} is back.")
+    stuck = stuck_hosts({
+        process: float(value.partition(" ")[2])
+        for process, value in values.items()
+        if process not in self._silence.lost})
+    for process in set(stuck) - set(self._stuck):
+      self._warn(
+          f"all others have waited for {self.name(process)} for {STUCK:.0f} s: "
+          "it hangs, or works alone.")
+    self._stuck = stuck
 
 
 def _names() -> dict[int, str]:

@@ -4,7 +4,7 @@
 
 With STOP=step:seconds the second process stands still for so long before it
 reads the batch of that step (a SIGSTOP, which another process ends again); with
-KILL=step it is killed there.
+KILL=step it is killed there; with HANG=step:seconds its main thread sleeps.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 from posttrain import main
 from posttrain.data import batches
@@ -36,11 +37,14 @@ def misbehave(step: int, act) -> None:
 
 
 if __name__ == "__main__":
-  hosts.PULSE, hosts.SILENT = 0.5, 3.0
+  hosts.PULSE, hosts.SILENT, hosts.STUCK = 0.5, 3.0, 3.0
   if os.environ["POSTTRAIN_PROCESS_ID"] == "1":
     if "STOP" in os.environ:
       at, seconds = os.environ["STOP"].split(":")
       misbehave(int(at), lambda: stand_still(seconds))
+    if "HANG" in os.environ:
+      at, seconds = os.environ["HANG"].split(":")
+      misbehave(int(at), lambda: time.sleep(float(seconds)))
     if "KILL" in os.environ:
       misbehave(int(os.environ["KILL"]), lambda: os.kill(
           os.getpid(), signal.SIGKILL))

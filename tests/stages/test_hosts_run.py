@@ -44,6 +44,15 @@ def test_a_host_that_stands_still_is_named(tmp_path):
   assert times[8] >= 5 > times[12]
 
 
+def test_a_host_that_hangs_is_named(tmp_path):
+  """Its process lives; the other one waits for it, and says so."""
+  result = launch(tmp_path, HANG="7:6")
+  assert result.returncode == 0, result.stderr
+  assert f"all others have waited for {SECOND} for 3 s" in result.stdout
+  assert "has not been heard of" not in result.stdout
+  assert f"{SECOND} holds the others up: " in result.stdout
+
+
 def test_a_host_that_is_killed_is_named(tmp_path):
   """By the process that is left, before the launcher ends it."""
   result = launch(tmp_path, KILL="7")

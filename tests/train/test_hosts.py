@@ -21,6 +21,17 @@ def test_a_host_that_holds_others_up_is_named(own, wall, named):
   assert [process for process, _, _ in found] == named
 
 
+@pytest.mark.parametrize("waits, named", [
+    ([70.0, 0.0, 65.0], [1]),
+    ([0.0, 70.0, 0.0], [0, 2]),
+    ([70.0, 0.0, 5.0], []),  # One has just begun to wait.
+    ([70.0, 70.0, 70.0], []),  # All wait for their devices.
+    ([0.0, 0.0, 0.0], []),
+])
+def test_a_host_that_all_others_wait_for_is_named(waits, named):
+  assert hosts.stuck_hosts(dict(enumerate(waits))) == named
+
+
 def test_silence_is_told_once_and_so_is_a_return():
   now = [0.0]
   silence = hosts.Silence(clock=lambda: now[0])
