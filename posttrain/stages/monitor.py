@@ -15,6 +15,7 @@ from posttrain.train import compiling, goodput, hosts, machine, trace
 
 # Parts of a step's time, where the host runs ahead of the devices.
 PARTS = ("input_wait", "dispatch", "device_wait")
+APART = ("checkpoint", "evaluation", "profile")  # No part of a step.
 
 
 class Monitor:
@@ -63,10 +64,12 @@ class Monitor:
     Args:
       latest: gives the newest arrays that the devices make.
     """
-    self._tracer.before(number, latest())
+    with self._ledger.span("profile"):
+      self._tracer.before(number, latest())
     with jax.profiler.StepTraceAnnotation(self._context.name, step_num=number):
       yield
-    self._tracer.after(number, latest())
+    with self._ledger.span("profile"):
+      self._tracer.after(number, latest())
 
   def span(self, name: str) -> contextlib.AbstractContextManager[None]:
     """Of `PARTS`, or `goodput.NAMES`."""
@@ -80,14 +83,13 @@ class Monitor:
     self._ledger.mark(step)
 
   def lap(self, steps: int) -> dict[str, float]:
-    """Seconds per step since the last lap, checkpoints and evaluation apart.
-    """
+    """Seconds per step since the last lap, without what is `APART`."""
     spans, compiled = self._ledger.spans, compiling.seconds()
     took = {name: spans.get(name, 0.0) - self._spans.get(name, 0.0)
-            for name in (*PARTS, "checkpoint", "evaluation")}
+            for name in (*PARTS, *APART)}
     took["compile"] = compiled - self._compiled
-    took["step"] = (time.monotonic() - self._since
-                    - took.pop("checkpoint") - took.pop("evaluation"))
+    took["step"] = time.monotonic() - self._since - sum(
+        took.pop(name) for name in APART)
     self._start_lap()
     return {f"time/{name}": seconds / steps for name, seconds in took.items()}
 

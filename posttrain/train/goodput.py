@@ -7,6 +7,7 @@
   checkpoint  copying and hashing the state, and waiting for a write that is not
               done when it must be
   evaluation  the held-out loss
+  profile     writing a trace
   setup       before the first step of the first start
   restart     what an interruption cost: the time down, the set-up of the
               starts after the first, and the steps that were made again
@@ -28,7 +29,7 @@ from posttrain import workdir
 from posttrain.train import compiling
 
 NAMES = ("train", "compile", "input_wait", "checkpoint", "evaluation",
-         "setup", "restart")
+         "profile", "setup", "restart")
 EVERY = 10.0  # Seconds between two writes of the record.
 MARKS = 100  # Checkpoints whose time is remembered.
 

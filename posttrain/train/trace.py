@@ -54,5 +54,5 @@ class Tracer:
     if self._active:
       self._active = False
       jax.profiler.stop_trace()
-      self._say(f"trace of steps {self._first} to {self._last}: "
+      self._say(f"trace from step {self._first} on: "
                 f"xprof --logdir={self._directory}")

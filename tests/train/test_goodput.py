@@ -51,7 +51,7 @@ def test_a_stage_that_is_killed_twice(tmp_path):
   clock.run(7)
   assert ledger.seconds() == {
       "train": 27, "compile": 7, "input_wait": 1, "checkpoint": 3,
-      "evaluation": 0, "setup": 5, "restart": 0}
+      "evaluation": 0, "profile": 0, "setup": 5, "restart": 0}
   assert ledger.goodput() == 27 / 43
   ledger.tick()  # Seven seconds are not old yet.
   clock.run(4)
@@ -65,7 +65,7 @@ def test_a_stage_that_is_killed_twice(tmp_path):
   # 11 s after the checkpoint, 36 s without a record, 8 s of setting up.
   assert ledger.seconds() == {
       "train": 20, "compile": 8, "input_wait": 1, "checkpoint": 3,
-      "evaluation": 0, "setup": 5, "restart": 55}
+      "evaluation": 0, "profile": 0, "setup": 5, "restart": 55}
   clock.run(9)
 
   # Killed before another checkpoint: all of that is made again.
