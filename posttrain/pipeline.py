@@ -24,6 +24,7 @@ from posttrain.stages.context import StageContext
 from posttrain.tasks import loading
 from posttrain.text import render, thinking
 from posttrain.train import console as console_lib
+from posttrain.train import machine
 
 TRAINING = {"sft": sft_stage.run, "grpo": grpo_stage.run}
 
@@ -132,7 +133,11 @@ def set_up(
 def train(config: config_dict.ConfigDict, path: str) -> None:
   """Runs every stage that has not finished."""
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
-    pipeline = set_up(config, path)
+    pipeline = set_up(config, path, may_differ=("profile",))
+    if machine.find().peak is None:
+      pipeline.console.line(
+          "perf/mfu is left out: the peak of a device of the kind "
+          f"{machine.find().kind!r} is not known")
     model: Transformer | None = None
     for name in config.stages:
       if pipeline.finished(name):
@@ -176,6 +181,7 @@ def evaluate(config: config_dict.ConfigDict, path: str) -> None:
   """
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
     stages = [n for n in config.stages if config[n].kind == "evaluate"]
-    pipeline = set_up(config, path, may_differ=("stages", *stages))
+    pipeline = set_up(
+        config, path, may_differ=("stages", "profile", *stages))
     for name in stages:
       run_stage(pipeline, name, None, again=True)

@@ -5,8 +5,10 @@ whose output layout is ambiguous is a trace-time error, on any machine, so a
 layout can be checked without the devices it is meant for.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -268,11 +270,39 @@ def put(array: np.ndarray, *axes: str | None) -> jax.Array:
       array.shape, sharding, lambda index: array[index])
 
 
+_waited = 0.0
+_waits_since: float | None = None
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+  """Around what waits for devices, and so for the other hosts."""
+  global _waited, _waits_since
+  _waits_since = start = time.monotonic()
+  try:
+    yield
+  finally:
+    _waits_since = None
+    _waited += time.monotonic() - start
+
+
+def waits() -> float:
+  """Seconds of the `waiting` that this host is in now; 0 if it is in none."""
+  since = _waits_since
+  return 0.0 if since is None else time.monotonic() - since
+
+
+def waited() -> float:
+  """Seconds within `waiting` so far; the rest is this host's own time."""
+  return _waited
+
+
 def fetch(tree: Any) -> Any:
   """Whole NumPy arrays, on every host, of a tree of global arrays."""
-  if jax.process_count() == 1:
-    return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+  with waiting():
+    if jax.process_count() == 1:
+      return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def of_first_host(array: np.ndarray) -> np.ndarray:
@@ -286,11 +316,13 @@ def of_first_host(array: np.ndarray) -> np.ndarray:
   """
   if jax.process_count() == 1:
     return array
-  return np.asarray(multihost_utils.broadcast_one_to_all(array))
+  with waiting():
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def on_any_host(flag: bool) -> bool:
   """Whether it is true on one host at least; every host has to ask."""
   if jax.process_count() == 1:
     return flag
-  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+  with waiting():
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())

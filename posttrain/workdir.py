@@ -10,8 +10,9 @@
   report.html            `posttrain report`
   frozen/<hash>/         weights that stages keep beside those they train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
-  <stage>/rollouts/      <stage>/done.json, once the stage has finished
+  <stage>/rollouts/      <stage>/goodput.json       <stage>/profile/
   <stage>/damaged/       checkpoints that could not be read and were passed over
+  <stage>/done.json      once the stage has finished
 
 Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.

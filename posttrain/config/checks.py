@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from posttrain.config import keys, reader, schema
+from posttrain.config import keys, reader, schema, tracing
 from posttrain.model import config as model_config
 from posttrain.model import presets
 
@@ -29,7 +29,7 @@ def run(read: reader.Reader) -> list[str]:
   for check, reads in CHECKS.items():
     if not read.faulty.intersection(reads):
       problems += check(read.resolved)
-  if read.faulty & {"stages", "thinking", "compute"}:
+  if read.faulty & {"stages", "thinking", "compute", "profile"}:
     return problems
   for name in read.resolved["stages"]:
     stage = read.resolved.get(name)
@@ -380,13 +380,16 @@ CHECKS = {  # And the names of what they read.
     check_offload: ("compute",),
     check_expert_axis: ("mesh", "model", "model_overrides"),
     check_quantized: ("compute",),
+    tracing.check_profile: ("profile", "stages"),
 }
 STAGE_CHECKS = {
     "sft": (check_optimizer, check_router, check_trained, check_checkpoint,
-            check_sft_rows, check_sources, check_whole_blocks),
+            check_sft_rows, check_sources, check_whole_blocks,
+            tracing.check_steps),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
              check_groups, check_rewards, check_rollout_budgets,
-             check_weights_dtype, check_reference, check_whole_blocks),
+             check_weights_dtype, check_reference, check_whole_blocks,
+             tracing.check_steps),
     "evaluate": (check_cells, check_samples, check_weights_dtype,
                  check_checkpoints, check_whole_blocks),
 }

@@ -75,6 +75,27 @@ def weights() -> dict[str, Any]:
               choices=LORA_DECODE, needs=adapted)))
 
 
+def health(**more: Key) -> Section:
+  return Section(
+      "When to stop with advice, or to skip an update.",
+      on_bad_step=Key(
+          str, "stop", "A loss or gradient norm that is not finite, or a "
+          "spike: the run stops and its batch is saved, or the update is "
+          "skipped and counted.", choices=("stop", "skip")),
+      max_skips=Key(
+          int, 5, "Updates skipped so in a row before the run stops.",
+          "[1, inf)", needs=Needs("health.on_bad_step", "==", "skip")),
+      spike_mads=Key(
+          float, 0.0, "A loss is a spike if it is above the median of the last "
+          "losses by more than so many of their median absolute deviations, "
+          "such as 10; 0: none is.", "[0, inf)"),
+      spike_window=Key(
+          int, 64, "Losses that the median is of; before there are so many, "
+          "none is a spike.", "[4, inf)",
+          needs=Needs("health.spike_mads", ">", 0)),
+      **more)
+
+
 def checkpoint() -> Section:
   best = Needs("checkpoint.keep_best", ">", 0)
   return Section(

@@ -87,7 +87,7 @@ _METRIC_EVERY = Key(
     int, 10, "Steps between rows of the console's table.", "[1, inf)")
 
 TOP = Section(
-    "Keys outside the stages.",
+    "Keys outside the stages. A run may go on with another `profile`.",
     seed=Key(int, 0, "Of initial weights, data order and sampling.",
              "[0, 4294967295]"),
     model=Key(
@@ -224,6 +224,15 @@ TOP = Section(
             int, 128, "Positions whose logits exist at one time in a loss.",
             "[1, inf)"),
     ),
+    profile=Section(
+        "An XProf trace, in STAGE/profile of the workdir; see docs/pods.md.",
+        steps=Key(
+            tuple[int, ...], (), "The first and the last step to trace, such "
+            "as 10,12, or one step; unset: no trace.", "[1, inf)"),
+        stages=Key(
+            tuple[str, ...], (), "Training stages that are traced; unset: all.",
+            needs=Needs("profile.steps", "!=", ())),
+    ),
 )
 
 SFT = Section(
@@ -251,6 +260,7 @@ SFT = Section(
     eval_every=Key(
         int, 0, "Steps between evaluation losses; 0: one, at the end.",
         "[0, inf)", needs=_HELD_OUT),
+    health=parts.health(),
     checkpoint=parts.checkpoint(),
     log_every=_METRIC_EVERY,
 )
@@ -344,8 +354,7 @@ GRPO = Section(
         "policy's without its adapters. The last two share with the policy "
         "whatever it does not train.",
         needs=Needs("loss.kl_coef", ">", 0)),
-    health=Section(
-        "When to stop with advice.",
+    health=parts.health(
         patience=Key(
             int, 20, "Batches in a row without any signal, or with every "
             "completion clipped.", "[1, inf)")),

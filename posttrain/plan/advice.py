@@ -7,7 +7,8 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.plan import estimate
 from posttrain.plan.measure import Result
-from posttrain.plan.topology import GIB, Topology
+from posttrain.plan.topology import Topology
+from posttrain.train.chips import GIB
 
 REMAT_ORDER = ("none", "dots", "full")
 LARGEST = 1024  # Devices up to which a larger slice is looked for.

@@ -16,7 +16,7 @@ from posttrain.plan import collectives as collectives_lib
 from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
 from posttrain.plan.programs import Program, shard_bytes
-from posttrain.plan.topology import GIB, Chip
+from posttrain.train.chips import GIB, Chip
 
 
 @dataclasses.dataclass(frozen=True)

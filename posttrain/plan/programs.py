@@ -105,10 +105,12 @@ def abstract_model(setup: Setup) -> Transformer:
 
 def abstract_state(
     model: Transformer, optimizer: Any, paths: Collection[str],
+    section: config_dict.ConfigDict,
 ) -> state_lib.TrainState:
   """What an update moves, as the current mesh would hold it."""
   return weights.on_mesh(jax.eval_shape(
-      lambda model: state_lib.create(model, optimizer, paths), model))
+      lambda model: state_lib.create(
+          model, optimizer, paths, training.spike_rule(section)), model))
 
 
 def _sft(
@@ -117,7 +119,7 @@ def _sft(
 ) -> Iterator[Program]:
   optimizer, update, sums = sft.make_programs(
       section, loss_chunk=setup.config.compute.loss_chunk)
-  state = abstract_state(model, optimizer, paths)
+  state = abstract_state(model, optimizer, paths, section)
   count = section.num_microbatches
   batch = microbatches.stack(
       batches.empty(**training.pick(section, "rows sequence_length")), count,
@@ -137,7 +139,7 @@ def _grpo(
 ) -> Iterator[Program]:
   loss = grpo.make_loss(section, loss_chunk=setup.config.compute.loss_chunk)
   optimizer, update = training.make_update(section, loss)
-  state = abstract_state(model, optimizer, paths)
+  state = abstract_state(model, optimizer, paths, section)
   models, own = {"policy": model}, {"policy": model}
   if section.loss.kl_coef:
     models["reference"], shared = _reference(setup, section, model, fresh)

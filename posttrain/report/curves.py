@@ -24,6 +24,7 @@ class Chart:
     unit: "number", "share" (0..1, shown in percent) or "seconds".
     log: a logarithmic value axis.
     stacked: areas on top of one another.
+    optional: not everyone has it, so that its absence is not told.
   """
 
   title: str
@@ -32,12 +33,22 @@ class Chart:
   unit: str = "number"
   log: bool = False
   stacked: bool = False
+  optional: bool = False
   caption: str = ""
 
 
 LEARNING = (
     Chart("Gradient norm", {"grad_norm": "before clipping"}, log=True),
     Chart("Learning rate", {"learning_rate": "learning rate"}),
+)
+MACHINE = (
+    Chart("Utilisation", {"perf/mfu": "MFU", "perf/learn_mfu": "of updates",
+                          "perf/goodput": "goodput"}, unit="share",
+          caption="MFU: model FLOPs over the chips' peak. Goodput: wall time "
+          "that went to steps that count.", optional=True),
+    Chart("Hosts", {"time/host_slowest": "slowest",
+                    "time/host_median": "median"}, unit="seconds",
+          caption="Time of its own between two comparisons.", optional=True),
 )
 SFT = (
     Chart("Loss", {"loss": "training", "eval_loss": "held out"},
@@ -50,6 +61,11 @@ SFT = (
     Chart("Throughput", {"perf/tokens_per_sec": "tokens/s"}),
     Chart("Time", {"time/step": "step", "time/eval": "evaluation"},
           unit="seconds"),
+    Chart("Where a step's time goes", {
+        "time/input_wait": "input", "time/dispatch": "host",
+        "time/device_wait": "waiting for devices",
+        "time/compile": "compiling"}, unit="seconds", stacked=True),
+    *MACHINE,
 )
 GRPO = (
     Chart("Reward", {"reward": "reward"}, spread={"reward": "reward_std"},
@@ -80,10 +96,11 @@ GRPO = (
     *LEARNING,
     Chart("Where the time goes", {
         "time/rollout": "rollout", "time/reward": "reward",
+        "time/prepare": "packing and logprobs",
         "time/learn": "learn"}, unit="seconds", stacked=True,
-        caption="Rollouts and rewards are of a whole batch, learning is of "
-        "one update."),
+        caption="Learning is of one update, the rest of a whole batch."),
     Chart("Throughput", {"perf/tokens_per_sec": "completion tokens/s"}),
+    *MACHINE,
 )
 CHARTS = {"sft": SFT, "grpo": GRPO}
 SAMPLED_WAITS = Chart(
@@ -122,7 +139,7 @@ def _section(
     lines = series(chart, having, compare=compare)
     if lines:
       charts.append(draw(chart, lines, stacked=chart.stacked and stack_up))
-    else:
+    elif not chart.optional:
       empty.append(chart.title.lower())
   waits = sampled_waits(having)
   if waits:

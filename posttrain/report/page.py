@@ -14,7 +14,8 @@ from typing import Any
 from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
 from posttrain.report import curves, evaluations, markup, samples
-from posttrain.report.read import Run, read_runs
+from posttrain.report.read import Run, Stage, read_runs
+from posttrain.train import goodput
 
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; "
@@ -96,6 +97,7 @@ def _run(run: Run) -> markup.Html:
            *(_environment(run.environments[-1]) if run.environments else [])]
   if len(run.environments) > 1:
     facts.append(("starts", len(run.environments)))
+  times = [stage for stage in run.stages if stage.goodput]
   reports = [
       markup.details(f"Data of {stage.name}", _flat_table(stage.data_report))
       for stage in run.stages if stage.data_report]
@@ -104,7 +106,24 @@ def _run(run: Run) -> markup.Html:
       markup.tag("dl", *(
           markup.tag("dt", name) + markup.tag("dd", value)
           for name, value in facts)),
-      *(markup.missing(text) for text in run.missing), *reports)
+      *(markup.missing(text) for text in run.missing),
+      *([_wall_time(times)] if times else []), *reports)
+
+
+def _wall_time(stages: Sequence[Stage]) -> markup.Html:
+  """A row per stage: its time over all starts, and the share of each part."""
+  rows = []
+  for stage in stages:
+    assert stage.goodput is not None
+    seconds = stage.goodput["seconds"]
+    total = max(sum(seconds.values()), 1e-9)
+    rows.append([stage.name, f"{total:.1f} s", str(stage.goodput["starts"]), *(
+        markup.percent(seconds[name] / total) for name in goodput.NAMES)])
+  return markup.details(
+      "Where the wall time went", markup.table(
+          ["", "in all", "starts", *(
+              name.replace("_", " ") for name in goodput.NAMES)], rows,
+          words=1), is_open=True)
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ Read here, and nothing else (all paths within a workdir):
   metrics.jsonl                     {"stage", "step", name: number | null, ...}
   <stage>/done.json                 its presence: the stage has finished
   <stage>/data_report.json          nested dicts of numbers
+  <stage>/goodput.json              where its wall time went, see train.goodput
   <stage>/rollouts/step_*.jsonl     one completion a line
   <stage>/eval/<checkpoint>.json    one evaluated checkpoint each
 """
@@ -29,6 +30,7 @@ class Stage:
     finished: it wrote its done.json.
     rows: its rows of metrics.jsonl.
     data_report: of the training data, or None.
+    goodput: the record of its wall time, or None.
     rollouts: step -> completions, as saved.
     evaluations: one dict per checkpoint, in the order of the config.
   """
@@ -38,6 +40,7 @@ class Stage:
   finished: bool
   rows: list[dict[str, Any]]
   data_report: dict[str, Any] | None
+  goodput: dict[str, Any] | None
   rollouts: dict[int, list[dict[str, Any]]]
   evaluations: list[dict[str, Any]]
 
@@ -102,11 +105,13 @@ def _stage(
     rows: list[dict[str, Any]], order: Sequence[str], missing: list[str],
 ) -> Stage:
   directory = workdir.path / name
-  report = directory / "data_report.json"
+  either = lambda file: (
+      workdir_lib.read_json(file) if file.exists() else None)
   stage = Stage(
       name=name, kind=kind, finished=(directory / "done.json").exists(),
       rows=sorted(rows, key=lambda row: row["step"]),
-      data_report=workdir_lib.read_json(report) if report.exists() else None,
+      data_report=either(directory / "data_report.json"),
+      goodput=either(directory / "goodput.json"),
       rollouts=_rollouts(directory / "rollouts"),
       evaluations=_evaluations(directory / "eval", order))
   if not directory.exists() and not rows:

@@ -27,9 +27,11 @@ from posttrain.objectives import policy as policy_lib
 from posttrain.sampler import sampler
 from posttrain.stages import rollout, sampling, training
 from posttrain.stages.context import StageContext
+from posttrain.stages.monitor import Monitor
 from posttrain.tasks import loading
 from posttrain.train import (
   checkpoints,
+  flops,
   health,
   offload,
   partition,
@@ -57,23 +59,29 @@ def run(
 
   Raises:
     ValueError: a problem or a reward is not what the config says.
-    HealthError: a loss was not finite, or nothing is left to learn from.
+    HealthError: an update was not made, and may not be skipped; or nothing
+      is left to learn from.
     Preempted: SIGTERM came; the state is saved.
   """
   section = context.section
-  learner = Learner(context, start, weights_of)
-  with training.open_checkpoints(context) as saver:
+  with Monitor(context) as monitor, training.open_checkpoints(
+      context) as saver:
+    learner = Learner(context, start, weights_of)
     learner.state, found = training.resume(context, saver, learner.state)
     if found is not None:
       learner.restore(found)
+    latest = lambda: learner.state.step
+    monitor.begin(learner.step)
     with metrics_lib.Writer(
         context.workdir.metrics, context.workdir.tensorboard, context.name,
         restored_step=learner.step) as writer, context.console.progress(
             context.name, section.num_steps, start=learner.step) as progress:
       while learner.step < section.num_steps:
-        if learner.experience is None:
-          learner.collect()
-        row = learner.update()
+        with monitor.step(learner.step + 1, latest):
+          if learner.experience is None:
+            learner.collect()
+          row = learner.update()
+        row |= learner.rates(monitor, row)
         writer.write(learner.step, row)
         progress.update(
             learner.step, reward=row["reward"],
@@ -84,11 +92,15 @@ def run(
         leaving = preemption.requested() and not last
         if leaving or training.due(
             learner.step, section.checkpoint.every, last):
-          training.save(
-              context, saver, learner.state, learner.step, learner.extras(),
-              rollouts=learner.experience, metrics=None if leaving else row)
+          with monitor.saving(learner.step):
+            training.save(
+                context, saver, learner.state, learner.step, learner.extras(),
+                rollouts=learner.experience, metrics=None if leaving else row)
         if leaving:
-          training.leave(context, saver, learner.step)
+          with monitor.span("checkpoint"):
+            training.leave(context, saver, learner.step)
+    with monitor.span("checkpoint"):
+      saver.wait()
   context.workdir.finish(context.name, {"step": section.num_steps})
   return learner.state.model
 
@@ -115,11 +127,14 @@ class Learner:
     fresh = start.config.lora != model.config.lora
     self.reference = self._make_reference(model, trained, fresh, weights_of)
     optimizer, self._update = training.make_update(section, self.loss)
-    self.state = state_lib.create(model, optimizer, trained)
+    self.state = state_lib.create(
+        model, optimizer, trained, training.spike_rule(section))
     self.experience: policy.Arrays | None = None
     self.rollout_metrics: dict[str, float] = {}
     self.seconds: dict[str, float] = {}
+    self.flops: dict[str, float] = {}
     self.health = health.RolloutHealth(section.health.patience)
+    self.step_health = training.step_health(context)
     self.step = 0
 
   def restore(self, found: checkpoints.Restored) -> None:
@@ -128,10 +143,11 @@ class Learner:
     self.experience = found.rollouts
     self.rollout_metrics = found.extras["rollout_metrics"]
     self.health.set_state(found.extras["health"])
+    self.step_health.set_state(found.extras["health"])
 
   def extras(self) -> dict[str, Any]:
-    return {"rollout_metrics": self.rollout_metrics,
-            "health": self.health.get_state()}
+    return {"rollout_metrics": self.rollout_metrics, "health": (
+        self.health.get_state() | self.step_health.get_state())}
 
   def collect(self) -> None:
     """Samples, scores and packs the next batch of rollouts."""
@@ -140,6 +156,7 @@ class Learner:
     if "optimizer" in self.offload:  # Until there is something to learn from.
       self._move_optimizer(offload.to_host)
     collected = self.collector.collect(model, step=self.step, batch=batch)
+    started = time.monotonic()
     names = list(self.collector.rewards)
     divergence = self._kl_in_reward(collected)
     advantages, rows = rollout.advantages_and_rows(
@@ -157,7 +174,10 @@ class Learner:
     self.experience = experience
     self.rollout_metrics = divergence | rollout.metrics(
         collected, advantages, names)
-    self.seconds = collected.seconds
+    self.flops = {"rollout": flops.of_rollouts(
+        model.config, collected.rollouts)}
+    self.seconds = collected.seconds | {
+        "prepare": time.monotonic() - started}
     self._show_and_save(collected, advantages, names)
     self.health.update(
         self.step,
@@ -180,6 +200,11 @@ class Learner:
     arrays = arrays if not first else {
         name: x for name, x in arrays.items() if name != "old_logprobs"}
     values: dict[str, float] = {"skipped_updates": 1.0}
+    self.flops["learn"] = flops.of_batch(
+        self.state.model.config, {
+            name: self.experience[name][index % self.section.num_minibatches]
+            for name in ("positions", "segment_ids")},
+        trained=training.trained_share(self.state))
     if used:
       self.state, sums = self._update(self.state, arrays, np.int32(used))
       values = self._values(sharding.fetch(sums), first)
@@ -191,15 +216,18 @@ class Learner:
     return values | self.rollout_metrics | self._timing(started, first)
 
   def _values(self, sums, first: bool) -> dict[str, float]:
-    """Metrics of an update; stops the run if it was not finite."""
+    """Metrics of an update; stops the run if it was not made."""
     sums = {name: float(value) for name, value in sums.items()}
-    health.check_finite(
-        self.step + 1, sums, self.experience or {}, self.context.directory,
-        write=self.context.workdir.is_writer)
-    if first and sums["ratio_deviation_max"] != 0:
-      raise AssertionError("The first ratio of a batch of rollouts is not 1.")
+    wrong = self.step_health.update(
+        self.step + 1, sums, self.experience or {})
     kept = {name: sums[name] for name in ("loss", "grad_norm",
                                           "learning_rate")}
+    if wrong:
+      self.context.console.warning(f"step {self.step + 1} skipped: it {wrong}")
+      return kept | {"skipped_updates": 1.0}
+    sums.pop("spike", None)
+    if first and sums["ratio_deviation_max"] != 0:
+      raise AssertionError("The first ratio of a batch of rollouts is not 1.")
     return kept | {"skipped_updates": 0.0} | policy.metrics_of_sums(
         sums, first=first)
 
@@ -214,6 +242,23 @@ class Learner:
       timing["perf/tokens_per_sec"] = (
           self.rollout_metrics["num_tokens"] / total)
     return timing
+
+  def rates(
+      self, monitor: Monitor, row: dict[str, float]) -> dict[str, float]:
+    """What the monitor adds to the row of an update.
+
+    Sampling is one forward pass; passes for old and reference logprobs are
+    no part of the model FLOPs.
+    """
+    work, self.flops = self.flops, {}
+    rates = monitor.rates(
+        flops=sum(work.values()), seconds=row["time/step"],
+        tokens=row["num_tokens"] if "perf/tokens_per_sec" in row else None)
+    rates |= monitor.learn_mfu(work["learn"], row["time/learn"])
+    rates["time/compile"] = monitor.lap(1)["time/compile"]
+    if self.step % self.section.log_every == 0:
+      rates |= monitor.compare_hosts()
+    return rates
 
   def _kl_in_reward(self, collected: rollout.Collected) -> dict[str, float]:
     """Takes the KL to the reference off each reward; its mean per token."""

@@ -21,16 +21,18 @@ import numpy as np
 import optax
 from ml_collections import config_dict
 
+from posttrain import sharding
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
 from posttrain.stages import training
 from posttrain.stages.context import StageContext
+from posttrain.stages.monitor import Monitor
 from posttrain.text import render
 from posttrain.train import console as console_lib
 from posttrain.train import (
+  flops,
   forward,
-  health,
   metrics,
   microbatches,
   preemption,
@@ -53,47 +55,64 @@ def run(context: StageContext, model: Transformer) -> Transformer:
 
   Raises:
     ValueError: the data has what the config does not allow.
-    HealthError: a loss was not finite.
+    HealthError: an update was not made, and may not be skipped.
     Preempted: SIGTERM came; the state is saved.
   """
   section = context.section
-  batches, held_out = read_data(
-      section, context.renderer, seed=context.config.seed)
-  model, trained = training.prepare(context, model)
-  describe(context, batches, held_out)
-  optimizer, update, sums = make_programs(
-      section, loss_chunk=context.config.compute.loss_chunk)
-  state = state_lib.create(model, optimizer, trained)
-  with training.open_checkpoints(context) as saver:
+  with Monitor(context) as monitor, training.open_checkpoints(
+      context) as saver:
+    batches, held_out = read_data(
+        section, context.renderer, seed=context.config.seed)
+    model, trained = training.prepare(context, model)
+    describe(context, batches, held_out)
+    optimizer, update, sums = make_programs(
+        section, loss_chunk=context.config.compute.loss_chunk)
+    state = state_lib.create(
+        model, optimizer, trained, training.spike_rule(section))
     state, found = training.resume(context, saver, state)
-    start = num_tokens = 0
+    start = 0 if found is None else found.step
+    log = Log(context, monitor, start, functools.partial(
+        flops.of_batch, model.config, trained=training.trained_share(state)))
     if found is not None:
-      start, num_tokens = found.step, found.extras["num_tokens"]
       batches.set_state(found.extras["data"])
-    with Log(context, start, num_tokens) as log:
+      log.set_state(found.extras)
+    latest = lambda: state.step
+    monitor.begin(start)
+    with log:
       for number in range(start + 1, section.num_steps + 1):
-        batch = next(batches)
-        state, values = update(
-            state, microbatches.stack(batch, section.num_microbatches),
-            section.num_microbatches)
+        with monitor.step(number, latest):
+          with monitor.span("input_wait"):
+            batch = next(batches)
+          with monitor.span("dispatch"):
+            state, values = update(
+                state, microbatches.stack(batch, section.num_microbatches),
+                section.num_microbatches)
         log.add(number, values, batch)
         last = number == section.num_steps
         if held_out is not None and training.due(
             number, section.eval_every, last):
-          log.extend(evaluate(
-              sums, state.model, held_out, section.num_microbatches))
+          # The updates under way are not its time.
+          with monitor.span("device_wait"), sharding.waiting():
+            jax.block_until_ready(state.step)
+          with monitor.span("evaluation"):
+            log.extend(evaluate(
+                sums, state.model, held_out, section.num_microbatches))
         leaving = preemption.requested() and not last
         saving = leaving or training.due(
             number, section.checkpoint.every, last)
         if saving or number % section.log_every == 0:
           log.flush()
         if saving:
-          training.save(
-              context, saver, state, number,
-              {"data": batches.get_state(), "num_tokens": log.num_tokens},
-              metrics=None if leaving else log.last_row)
+          with monitor.saving(number):
+            training.save(
+                context, saver, state, number,
+                {"data": batches.get_state(), **log.get_state()},
+                metrics=None if leaving else log.last_row)
         if leaving:
-          training.leave(context, saver, number)
+          with monitor.span("checkpoint"):
+            training.leave(context, saver, number)
+    with monitor.span("checkpoint"):
+      saver.wait()
   context.workdir.finish(context.name, {"step": section.num_steps})
   return state.model
 
@@ -154,12 +173,12 @@ def evaluate(
     held_out: Iterable[batches_lib.Batch], num_microbatches: int,
 ) -> dict[str, float]:
   """Mean loss over all target tokens of the held-out data."""
-  jax.block_until_ready(model)  # The update under way is not its time.
   start = time.perf_counter()
   found = [
       sums(model, microbatches.stack(batch, num_microbatches))
       for batch in held_out]
-  numerators, denominators = np.array(jax.device_get(found), np.float64).T
+  with sharding.waiting():
+    numerators, denominators = np.array(jax.device_get(found), np.float64).T
   return {
       "eval_loss": float(numerators.sum() / denominators.sum()),
       "time/eval": time.perf_counter() - start}
@@ -168,10 +187,19 @@ def evaluate(
 class Log:
   """Rows that wait on the devices, and what is shown of them."""
 
-  def __init__(self, context: StageContext, start: int, num_tokens: int):
-    self.num_tokens = num_tokens  # Trained on so far, padding apart.
+  def __init__(
+      self, context: StageContext, monitor: Monitor, start: int,
+      count: Callable[[batches_lib.Batch], float],
+  ):
+    """
+    Args:
+      start: the step that the rows follow.
+      count: gives the model FLOPs of a batch.
+    """
     self.last_row: dict[str, float] = {}
-    self._context = context
+    self._num_tokens = 0  # Trained on so far, padding apart.
+    self._context, self._monitor, self._count = context, monitor, count
+    self._health = training.step_health(context)
     self._waiting: list[tuple[int, Sums, batches_lib.Batch, dict]] = []
     self._window = metrics.Window()
     self._writer = metrics.Writer(
@@ -179,7 +207,14 @@ class Log:
         restored_step=start)
     self._progress: console_lib.Progress = context.console.progress(
         context.name, context.section.num_steps, start=start)
-    self._since = time.perf_counter()
+
+  def get_state(self) -> dict[str, Any]:
+    """For the checkpoint's extras."""
+    return {"num_tokens": self._num_tokens, "health": self._health.get_state()}
+
+  def set_state(self, extras: dict[str, Any]) -> None:
+    self._num_tokens = extras["num_tokens"]
+    self._health.set_state(extras["health"])
 
   def __enter__(self) -> "Log":
     self._progress.__enter__()
@@ -201,22 +236,21 @@ class Log:
     """Waits for the devices; checks and writes every row there is.
 
     Raises:
-      HealthError: a loss or gradient norm is not finite.
+      HealthError: an update was not made, and may not be skipped.
     """
     waiting, self._waiting = self._waiting, []
-    fetched = jax.device_get([values for _, values, _, _ in waiting])
-    seconds = time.perf_counter() - self._since
-    seconds -= sum(more.get("time/eval", 0.0) for *_, more in waiting)
-    tokens = sum(
-        np.count_nonzero(batch["segment_ids"]) for _, _, batch, _ in waiting)
-    timing = {
-        "time/step": seconds / len(waiting),
-        "perf/tokens_per_sec": tokens / seconds}
+    with self._monitor.span("device_wait"), sharding.waiting():
+      fetched = jax.device_get([values for _, values, _, _ in waiting])
+    timing = self._timing([batch for _, _, batch, _ in waiting])
+    if waiting[-1][0] % self._context.section.log_every == 0:
+      timing |= self._monitor.compare_hosts()
     for (number, _, batch, more), values in zip(waiting, fetched, strict=True):
-      health.check_finite(
-          number, values, batch, self._context.directory,
-          write=self._context.workdir.is_writer)
+      wrong = self._health.update(number, values, batch)
+      if wrong:
+        self._context.console.warning(f"step {number} skipped: it {wrong}")
       self.last_row = self._row(values, batch) | timing | more
+      if self._context.section.health.on_bad_step == "skip":
+        self.last_row["skipped_updates"] = float(bool(wrong))
       self._writer.write(number, self.last_row)
       self._window.add(self.last_row)
       if number % self._context.section.log_every == 0:
@@ -224,18 +258,25 @@ class Log:
             f"{self._context.name} step {number}", self._window.means())
         self._window.clear()
     self._progress.update(number, loss=self.last_row["loss"])
-    self._since = time.perf_counter()
+
+  def _timing(self, batches: list[batches_lib.Batch]) -> dict[str, float]:
+    timing = self._monitor.lap(len(batches))
+    seconds = timing["time/step"] * len(batches)
+    tokens = sum(
+        int(np.count_nonzero(batch["segment_ids"])) for batch in batches)
+    return timing | self._monitor.rates(
+        tokens=tokens, flops=sum(map(self._count, batches)), seconds=seconds)
 
   def _row(
       self, fetched: Sums, batch: batches_lib.Batch) -> dict[str, float]:
     values = {name: float(value) for name, value in fetched.items()}
     tokens = np.count_nonzero(batch["segment_ids"])
-    self.num_tokens += int(tokens)
+    self._num_tokens += int(tokens)
     return {
         **{name: values[name]
            for name in ("loss", "grad_norm", "learning_rate")},
         "entropy": values["entropy"] / values["denominator"],
-        "num_tokens": self.num_tokens,
+        "num_tokens": self._num_tokens,
         "target_frac": values["denominator"] / tokens,
         "pad_frac": 1 - tokens / batch["tokens"].size,
         **{name: value for name, value in values.items()

@@ -12,10 +12,12 @@ from posttrain.model.transformer import Transformer
 from posttrain.stages.context import StageContext
 from posttrain.train import (
   checkpoints,
+  health,
   memory,
   optimizer,
   partition,
   preemption,
+  spikes,
   step,
 )
 from posttrain.train import state as state_lib
@@ -50,7 +52,8 @@ def make_update(
       "final_learning_rate"))
   optimize = make_optimizer(section)
   return optimize, step.compile_update(
-      loss, optimize, schedule, router_aux_coef=section.router_aux_coef)
+      loss, optimize, schedule, router_aux_coef=section.router_aux_coef,
+      spikes=spike_rule(section), skip=section.health.on_bad_step == "skip")
 
 
 def make_optimizer(
@@ -59,6 +62,22 @@ def make_optimizer(
   return optimizer.make_optimizer(**pick(
       section, "optimizer moments_dtype beta1 beta2 eps weight_decay "
       "max_grad_norm"))
+
+
+def spike_rule(section: config_dict.ConfigDict) -> spikes.Rule | None:
+  """When a loss is a spike; None: never."""
+  rule = section.health
+  return spikes.Rule(
+      mads=rule.spike_mads, window=rule.spike_window
+  ) if rule.spike_mads else None
+
+
+def step_health(context: StageContext) -> health.StepHealth:
+  """What is done about an update that was not made."""
+  rule = context.section.health
+  return health.StepHealth(
+      context.directory, write=context.workdir.is_writer,
+      max_skips=rule.max_skips if rule.on_bad_step == "skip" else 0)
 
 
 def plan(
@@ -93,6 +112,12 @@ def prepare(
         f"in {len(moving)} arrays; {len(frozen)} are frozen, "
         f"{memory.format_bytes(sum(w.nbytes for w in frozen))} in all")
   return model, trained
+
+
+def trained_share(state: state_lib.TrainState) -> float:
+  """Of all weights; adapters count as what they are, a small part."""
+  moving = sum(w.size for w in jax.tree.leaves(state.trained))
+  return min(1.0, moving / memory.parameters(state.trained.config))
 
 
 def open_checkpoints(context: StageContext) -> checkpoints.Checkpoints:

@@ -17,38 +17,6 @@ class HealthError(RuntimeError):
   """The run cannot go on usefully; the message says why and what to do."""
 
 
-def check_finite(
-    step: int, values: Mapping[str, Any], batch: Mapping[str, np.ndarray],
-    directory: pathlib.Path, *, write: bool = True,
-) -> None:
-  """Stops on a loss or gradient norm that is not finite.
-
-  Args:
-    step: the step just made.
-    values: the step's metrics; "loss" and "grad_norm" are looked at.
-    batch: what the step was given; saved beside the run for a post-mortem.
-    directory: where the batch goes, as `bad_batch_step_%06d.npz`.
-    write: false on all hosts but the first.
-
-  Raises:
-    HealthError: "loss" or "grad_norm" is NaN or infinite.
-  """
-  bad = {
-      name: float(values[name]) for name in ("loss", "grad_norm")
-      if name in values and not np.isfinite(values[name])}
-  if not bad:
-    return
-  path = directory / f"bad_batch_step_{step:06d}.npz"
-  if write:
-    directory.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **batch)  # type: ignore[arg-type]
-  found = ", ".join(f"{name}={value}" for name, value in bad.items())
-  raise HealthError(
-      f"Step {step} is not finite: {found}. Its batch is in {path}. The last "
-      "checkpoint is from before this step. Lower learning_rate, lengthen "
-      "warmup_steps, lower max_grad_norm, or use compute.dtype=float32.")
-
-
 @dataclasses.dataclass
 class Streak:
   """For how many steps running a condition has held."""
@@ -58,6 +26,80 @@ class Streak:
   def update(self, holds: bool) -> int:
     self.length = self.length + 1 if holds else 0
     return self.length
+
+
+class StepHealth:
+  """Stops on a step whose update was not made, or counts those in a row.
+
+  The update itself decides (`step.update`): where the loss or the gradient
+  norm is not finite, or the loss a spike, the weights are what they were.
+  """
+
+  def __init__(
+      self, directory: pathlib.Path, *, max_skips: int = 0, write: bool = True):
+    """
+    Args:
+      directory: where a batch that stops the run goes, as
+        `bad_batch_step_%06d.npz`.
+      max_skips: so many skipped updates in a row are let pass; 0: none.
+      write: false on all hosts but the first.
+    """
+    self._directory, self._write = directory, write
+    self._max_skips = max_skips
+    self._skipped = Streak()
+
+  def update(
+      self, step: int, values: Mapping[str, Any],
+      batch: Mapping[str, np.ndarray],
+  ) -> str:
+    """Takes one step.
+
+    Args:
+      step: the step just made.
+      values: the step's metrics; "loss", "grad_norm" and, where there is a
+        rule for spikes, "spike" are looked at.
+      batch: what the step was given; saved if the run stops.
+
+    Returns:
+      What was wrong, where the update was skipped and the run goes on; "" of
+      an update that was made.
+
+    Raises:
+      HealthError: the update was not made, and none may be skipped, or as
+        many as may be in a row have been before it.
+    """
+    found = _what_is_wrong(values)
+    skipped = self._skipped.update(bool(found))
+    if skipped <= self._max_skips:
+      return found
+    path = self._directory / f"bad_batch_step_{step:06d}.npz"
+    if self._write:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      np.savez(path, **batch)  # type: ignore[arg-type]
+    row = (f", as were the {self._max_skips} before "
+           f"(health.max_skips={self._max_skips})") if self._max_skips else ""
+    raise HealthError(
+        f"Step {step} {found}{row}. Its batch is in {path}; its update was "
+        "not made, and the last checkpoint is from before it. Lower "
+        "learning_rate, lengthen warmup_steps, lower max_grad_norm, or use "
+        "compute.dtype=float32.")
+
+  def get_state(self) -> dict[str, int]:
+    """For the checkpoint, so that a resumed run stops at the same step."""
+    return {"skipped": self._skipped.length}
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    self._skipped = Streak(state["skipped"])
+
+
+def _what_is_wrong(values: Mapping[str, Any]) -> str:
+  bad = [f"{name}={float(values[name])}" for name in ("loss", "grad_norm")
+         if name in values and not np.isfinite(values[name])]
+  if bad:
+    return f"is not finite: {', '.join(bad)}"
+  if values.get("spike"):
+    return f"is a spike: loss={float(values['loss']):.6g}"
+  return ""
 
 
 class RolloutHealth:

@@ -10,6 +10,7 @@ import optax
 
 from posttrain.model.transformer import Transformer
 from posttrain.train import partition
+from posttrain.train import spikes as spikes_lib
 
 
 @jax.tree_util.register_dataclass
@@ -22,12 +23,14 @@ class TrainState:
     opt_state: of that part alone.
     step: scalar int32.
     frozen: the other part; None where a compiled update moves the rest.
+    losses: the last ones, for a `spikes.Rule`; None without a rule.
   """
 
   trained: Transformer
   opt_state: Any
   step: jax.Array
   frozen: Any
+  losses: Any = None
 
   @property
   def model(self) -> Transformer:
@@ -38,20 +41,24 @@ class TrainState:
 def create(
     model: Transformer, optimizer: optax.GradientTransformation,
     trained: Collection[str] | None = None,
+    spikes: spikes_lib.Rule | None = None,
 ) -> TrainState:
   """Step 0. The optimizer state takes the layout of the parameters.
 
   Args:
     trained: paths of the parameters that updates move; None: all.
+    spikes: the rule of the updates, if they have one.
   """
   moving, frozen = partition.split(
       model, partition.paths(model) if trained is None else trained)
   # The step too is born under jit, on the whole mesh: of an array on one
   # device, hosts cannot save parts.
-  opt_state, step = jax.jit(
-      lambda model: (optimizer.init(model), jnp.zeros((), jnp.int32)))(moving)
+  opt_state, step, losses = jax.jit(
+      lambda model: (optimizer.init(model), jnp.zeros((), jnp.int32),
+                     spikes and spikes.start()))(moving)
   return TrainState(
-      trained=moving, opt_state=opt_state, step=step, frozen=frozen)
+      trained=moving, opt_state=opt_state, step=step, frozen=frozen,
+      losses=losses)
 
 
 def skip(state: TrainState) -> TrainState:
@@ -61,8 +68,9 @@ def skip(state: TrainState) -> TrainState:
 
 def to_checkpoint(state: TrainState) -> dict:
   """All that moves, as `to_dict` has it: what a checkpoint holds."""
+  seen = {} if state.losses is None else {"losses": state.losses}
   return {"model": to_dict(state.trained), "opt_state": to_dict(
-      state.opt_state), "step": state.step}
+      state.opt_state), "step": state.step, **seen}
 
 
 def from_checkpoint(like: TrainState, tree: dict) -> TrainState:
@@ -70,7 +78,7 @@ def from_checkpoint(like: TrainState, tree: dict) -> TrainState:
   return dataclasses.replace(
       like, trained=from_dict(like.trained, tree["model"]),
       opt_state=from_dict(like.opt_state, tree["opt_state"]),
-      step=tree["step"])
+      step=tree["step"], losses=tree.get("losses"))
 
 
 def to_dict(tree: Any) -> dict:

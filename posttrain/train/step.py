@@ -19,6 +19,7 @@ import optax
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import balance
 from posttrain.train import partition
+from posttrain.train import spikes as spikes_lib
 from posttrain.train.state import TrainState
 
 # (model, microbatch of [R, T] arrays) -> numerator, denominator, sums.
@@ -101,17 +102,23 @@ def update(
     state: TrainState, batch: dict[str, jax.Array],
     num_microbatches: jax.Array | int, *, loss: Loss,
     optimizer: optax.GradientTransformation, schedule: optax.Schedule,
-    router_aux_coef: float = 0.0,
+    router_aux_coef: float = 0.0, spikes: spikes_lib.Rule | None = None,
+    skip: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update of what is trained; jit it with the keywords bound.
 
-  A non-finite loss or gradient leaves the state as it was, `step` included,
-  and shows in the metrics: the caller decides what then.
+  A non-finite loss or gradient, or a spike, leaves the state as it was, and
+  shows in the metrics: the caller decides what then.
+
+  Args:
+    spikes: when a loss is one; None: never.
+    skip: `step` counts an update that was not made too.
 
   Returns:
     The new state, and float32 scalars: "loss" (without the router's),
-    "grad_norm" (before clipping), "learning_rate", and the loss's sums as
-    they are, those of routers as `balance.with_metrics` tells them.
+    "grad_norm" (before clipping), "learning_rate", "spike" (0 or 1, with a
+    rule), and the loss's sums as they are, those of routers as
+    `balance.with_metrics` tells them.
   """
   of_trained: Loss = lambda trained, microbatch: loss(
       partition.join(trained, state.frozen), microbatch)
@@ -121,21 +128,28 @@ def update(
   grads = jax.tree.map(lambda g: g / denominator, grads)
   grad_norm = optax.global_norm(grads)
   loss_value = sums["numerator"] / denominator
-  finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+  good = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+  losses, found = state.losses, {}
+  if spikes is not None:
+    spike = spikes.is_spike(state.losses, loss_value)
+    losses = spikes.add(state.losses, loss_value)
+    good, found = good & ~spike, {"spike": spike.astype(jnp.float32)}
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
   learning_rate = schedule(state.step)
   moved = jax.tree.map(
       lambda w, u: w - learning_rate * u, state.trained, updates)
-  trained, opt_state, number = jax.tree.map(
-      lambda a, b: jnp.where(finite, a, b),
-      (moved, opt_state, state.step + 1),
-      (state.trained, state.opt_state, state.step))
+  trained, opt_state, number, losses = jax.tree.map(
+      lambda a, b: jnp.where(good, a, b),
+      (moved, opt_state, state.step + 1, losses),
+      (state.trained, state.opt_state,
+       state.step + 1 if skip else state.step, state.losses))
   new = TrainState(
-      trained=trained, opt_state=opt_state, step=number, frozen=state.frozen)
+      trained=trained, opt_state=opt_state, step=number, frozen=state.frozen,
+      losses=losses)
   metrics = {
       "loss": loss_value, "grad_norm": grad_norm,
       "learning_rate": learning_rate}
-  return new, metrics | balance.with_metrics(sums)
+  return new, metrics | found | balance.with_metrics(sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +182,7 @@ class CompiledUpdate:
 def compile_update(
     loss: Loss, optimizer: optax.GradientTransformation,
     schedule: optax.Schedule, *, router_aux_coef: float = 0.0,
+    spikes: spikes_lib.Rule | None = None, skip: bool = False,
 ) -> CompiledUpdate:
   """`update` with its keywords bound."""
   @functools.partial(jax.jit, donate_argnums=0)
@@ -175,7 +190,7 @@ def compile_update(
     state, metrics = update(
         dataclasses.replace(state, frozen=frozen), batch, num_microbatches,
         loss=loss, optimizer=optimizer, schedule=schedule,
-        router_aux_coef=router_aux_coef)
+        router_aux_coef=router_aux_coef, spikes=spikes, skip=skip)
     return dataclasses.replace(state, frozen=None), metrics
 
   return CompiledUpdate(moved)

@@ -13,6 +13,7 @@ from benchmarks import limits, runs
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.presets import PRESETS
+from posttrain.train import flops
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vocab_size=512, embed=256, mlp=1024,
@@ -37,7 +38,7 @@ def test_forward_flops_are_those_that_xla_counts(tied, length):
   counted = xla_flops(
       lambda model, x: model.logits(model(x, x, x)),
       transformer.abstract(config), tokens)
-  ours = limits.forward_flops(
+  ours = flops.forward(
       config, 4 * length, length, logits=4 * length)
   # XLA also counts what is not a product: softmax, norms, rotations.
   assert ours == pytest.approx(counted, rel=0.05) and ours < counted
@@ -58,7 +59,7 @@ def test_a_decode_step_reads_the_cache_and_the_weights_once():
 def test_an_update_is_three_forward_passes_over_causal_attention():
   update = limits.update(CONFIG, segments=5, length=9)
   # 1 + 2 + ... + 9 = 45 keys for 9 queries.
-  forward = limits.forward_flops(CONFIG, 45, 5.0, logits=45)
+  forward = flops.forward(CONFIG, 45, 5.0, logits=45)
   assert update.flops == 3 * forward
   assert limits.update(
       CONFIG, segments=5, length=9, times_forward=1).flops == forward

@@ -172,6 +172,11 @@ def test_a_source_that_is_not_there_cannot_be_set():
      "cold_start.eval_data.sources is set"),
     ("init.path=x/", "init.kind != 'random'"),
     ("reason.lora.alpha=8", "reason.lora.rank > 0; found 0"),
+    ("profile.stages=reason", "profile.steps is set; found ()"),
+    ("reason.health.max_skips=3",
+     "reason.health.on_bad_step == 'skip'; found 'stop'"),
+    ("cold_start.health.spike_window=9",
+     "cold_start.health.spike_mads > 0; found 0.0"),
     ("cold_start.lora.decode=merged", "cold_start.lora.rank > 0"),
 ])
 def test_a_key_without_effect_is_an_error(assignment, condition):
@@ -294,6 +299,17 @@ def test_a_key_without_effect_in_a_source():
      "compute.decode_attention."),
     (["model=qwen3-30b-a3b", "reason.rollout.weights_dtype=int8"],
      "reason.rollout.weights_dtype: 'int8' does not quantise experts yet"),
+    (["profile.steps=8,2"],
+     "profile.steps: found (8, 2), needed the first and the last step to"),
+    (["profile.steps=1,2,3"], "profile.steps: found (1, 2, 3), needed the"),
+    (["profile.steps=0"], "profile.steps: found 0, needed"),
+    (["profile.steps=7,9"],
+     "reason.num_steps: 8 is less than the last of profile.steps=9."),
+    (["profile.steps=2", "profile.stages=measure"],
+     "profile.stages: 'measure' is no training stage of this config; those "
+     "are cold_start, reason."),
+    (["profile.steps=2", "stages=measure"],
+     "profile.steps: set, but it has no effect: no stage here trains."),
 ])
 def test_a_condition_between_keys(assignments, expected):
   assert problem(*assignments).startswith(expected)
@@ -309,6 +325,8 @@ def test_splash_takes_whole_blocks():
   found = problems("compute.attention=splash", "compute.attention_block=64")
   assert found[0].startswith(
       "model: compute.attention_block=64 must be a multiple of 128")
+def test_a_trace_of_one_stage_may_be_past_the_end_of_another():
+  assert not problems("profile.steps=10,12", "profile.stages=cold_start")
 
 
 def test_quantised_weights_need_a_package(monkeypatch):

@@ -45,6 +45,8 @@ def metrics(seed: int):
         "learning_rate": 1.5e-3 * (1 - step / 60),
         "entropy": 0.6 + np.exp(-step / 15), "target_frac": 0.8,
         "pad_frac": 0.03, "num_tokens": 4096 * step, "time/step": 0.11,
+        "time/input_wait": 0.01, "time/dispatch": 0.02,
+        "time/device_wait": 0.07, "time/compile": 0.0, "perf/mfu": 0.41,
         "perf/tokens_per_sec": 31000.0 + noise(900)}
     if step % 20 == 0:
       row |= {"eval_loss": 0.62 + 2 * np.exp(-step / 14), "time/eval": 0.4}
@@ -144,6 +146,11 @@ def write(path: pathlib.Path, *, seed: int = 0, nasty: bool = False,
   write_json(path / "warm_up" / "data_report.json", {
       "data": {"examples": 16000, "padding_share": 0.031,
                "lengths": {"p50": 44}}})
+  write_json(path / "warm_up" / "goodput.json", {
+      "written": 1.7e9, "starts": 3, "marks": [[20, 60.0]], "seconds": {
+          "train": 60.0, "compile": 20.0, "input_wait": 1.0,
+          "checkpoint": 3.0, "evaluation": 3.5, "profile": 0.5, "setup": 2.0,
+          "restart": 10.0}})
   for step in (0, 20, 38):
     rows = [
         record(rng, i, rng.random() < 0.3 + step / 80) | {

@@ -67,6 +67,14 @@ def both(tmp_path_factory):
   return Page(report.build(runs, folder / "both.html"))
 
 
+def test_where_the_wall_time_went(one):
+  """100 seconds: the shares are the figures."""
+  assert re.search(
+      r"Where the wall time went.* warm_up 100\.0 s 3 60\.0% 20\.0% 1\.0% "
+      r"3\.0% 3\.5% 0\.5% 2\.0% 10\.0%", one.text)
+  assert "Utilisation" in one.text
+
+
 def test_nothing_is_fetched(one):
   for tag, attributes in one.elements:
     assert tag not in ("link", "iframe", "img", "object", "embed", "base")

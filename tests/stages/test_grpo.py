@@ -453,6 +453,26 @@ def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_an_update_that_is_not_finite_is_skipped_if_the_config_says_so(
+    tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(
+        tmp_path, ["reason.health.on_bad_step=skip",
+                   "reason.health.max_skips=1", "reason.num_epochs=2"])
+    before = copy(learner.state.model)
+    learner.collect()
+    learner.experience["advantages"] = np.full_like(
+        learner.experience["advantages"], np.inf)
+    row = learner.update()
+    assert row["skipped_updates"] == 1 and not np.isfinite(row["loss"])
+    assert learner.step == int(learner.state.step) == 1
+    for a, b in zip(jax.tree.leaves(before),
+                    jax.tree.leaves(learner.state.model), strict=True):
+      np.testing.assert_array_equal(a, b)
+    with pytest.raises(health.HealthError, match=r"Step 2 .* the 1 before"):
+      learner.update()
+
+
 # Leaving and resuming.
 
 
@@ -476,18 +496,36 @@ def leave_at(monkeypatch, *calls):
 
 def test_left_within_a_batch_and_resumed_is_bitwise_the_whole_run(
     tmp_path, monkeypatch):
-  """At steps 2 and 5, each within a batch of four updates."""
+  """At steps 2 and 5, each within a batch of four updates.
+
+  A low threshold makes spikes of noise, which are skipped; the first step is
+  traced with its rollout.
+  """
   whole, left = tmp_path / "whole", tmp_path / "left"
+  changes = [*ALL, "reason.health.on_bad_step=skip", "profile.steps=1",
+             "reason.health.spike_mads=0.1", "reason.health.spike_window=4"]
   with jax.set_mesh(meshes.one()):
-    pipeline_run.train(whole, ALL)
+    pipeline_run.train(whole, changes)
     for call, step in ((2, 2), (3, 5)):
       leave_at(monkeypatch, call)
       with pytest.raises(
           preemption.Preempted, match=f"saved at step {step}"):
-        pipeline_run.train(left, ALL)
+        pipeline_run.train(left, changes)
     leave_at(monkeypatch)
-    pipeline_run.train(left, ALL)
-  a, b = (pipeline_run.parameters(path, ALL) for path in (whole, left))
+    pipeline_run.train(left, changes)
+  a, b = (pipeline_run.parameters(path, changes) for path in (whole, left))
+  skipped = [row["step"] for row in repeatable(whole)
+             if row["skipped_updates"]]
+  print("skipped:", skipped)
+  assert skipped and skipped[0] > 4
+  for path in (whole, left):
+    [trace] = (path / "reason/profile").rglob("*.xplane.pb")
+    events = {
+        event.name for plane in jax.profiler.ProfileData.from_file(
+            str(trace)).planes for line in plane.lines
+        for event in line.events}
+    for program in ("decode", "moved"):
+      assert any(program in name for name in events), program
   assert repeatable(left) == repeatable(whole)
   assert [row["step"] for row in repeatable(left)] == list(range(1, 9))
   for name in a:

@@ -4,6 +4,7 @@ Two in the fast test, twenty in the slow one: at a random step, within the write
 of a checkpoint, and (slow) a random time after the start.
 """
 
+import json
 import random
 import time
 
@@ -81,6 +82,21 @@ def check(folder, steps, every, kinds):
   assert a.keys() == b.keys()
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+  check_goodput(whole, killed, starts=1 + len(kinds))
+
+
+def check_goodput(whole, killed, starts):
+  """What was made twice counts once; what a kill cost is a restart's."""
+  records = [json.loads((path / "cold_start/goodput.json").read_text())
+             for path in (whole, killed)]
+  assert records[0]["starts"] == 1
+  assert 1 < records[1]["starts"] <= starts  # One may die before its record.
+  restarts = [record["seconds"]["restart"] for record in records]
+  assert restarts[0] == 0 < restarts[1]
+  goodput = [record["seconds"]["train"] / sum(record["seconds"].values())
+             for record in records]
+  print(f"goodput {goodput[0]:.1%} whole, {goodput[1]:.1%} killed")
+  assert 0 < goodput[1] < 1
 
 
 def test_two_kills_leave_no_trace(tmp_path):

@@ -120,6 +120,59 @@ def test_left_at_sigterm_and_resumed_is_bitwise_the_whole_run(
     np.testing.assert_array_equal(a, c)
 
 
+SKIPS = [
+    "cold_start.health.on_bad_step=skip", "cold_start.health.max_skips=12",
+    "cold_start.health.spike_mads=0.2", "cold_start.health.spike_window=4",
+    "cold_start.learning_rate=1e-4", "profile.steps=5,6"]
+
+
+def test_spikes_are_skipped_alike_after_a_resume(
+    tmp_path, monkeypatch):
+  """A low threshold makes spikes of noise. The resume is past the trace."""
+  with jax.set_mesh(meshes.one()):
+    model = sft_run.run(tmp_path / "whole", SKIPS)
+    leave_at(monkeypatch, 7)
+    with pytest.raises(preemption.Preempted, match="saved at step 7"):
+      sft_run.run(tmp_path / "left", SKIPS)
+    leave_at(monkeypatch)
+    resumed = sft_run.run(tmp_path / "left", SKIPS)
+  rows = rows_of(tmp_path / "whole")
+  assert repeatable(rows_of(tmp_path / "left")) == repeatable(rows)
+  for a, b in zip(parameters(model), parameters(resumed), strict=True):
+    np.testing.assert_array_equal(a, b)
+  skipped = [row["step"] for row in rows if row["skipped_updates"]]
+  print("skipped:", skipped)
+  assert skipped and skipped[0] > 4 and max(skipped) > 7
+  rates = {row["learning_rate"] for row in rows[2:]}
+  assert len(rates) == 10  # A skipped step counts.
+  for name in ("whole", "left"):
+    folder = tmp_path / name / "cold_start/profile/plugins/profile"
+    [trace] = folder.iterdir()
+    assert list(trace.glob("*.xplane.pb"))
+
+
+def test_times_add_up_and_goodput_is_theirs(whole):
+  path, _ = whole
+  rows = rows_of(path)
+  for row in rows:
+    parts = [row[f"time/{name}"] for name in (
+        "input_wait", "dispatch", "device_wait", "compile")]
+    assert min(parts) >= 0
+    assert sum(parts) <= row["time/step"] * (1 + 1e-6)
+    assert row["perf/tokens_per_sec_per_chip"] * jax.device_count() == (
+        pytest.approx(row["perf/tokens_per_sec"]))
+    assert "perf/mfu" not in row  # Of a CPU the peak is not known.
+  assert rows[0]["time/compile"] > 0.5 * rows[0]["time/step"]
+  record = json.loads((path / "cold_start/goodput.json").read_text())
+  seconds = record["seconds"]
+  assert record["starts"] == 1
+  assert all(seconds[name] > 0 for name in (
+      "train", "compile", "input_wait", "checkpoint", "evaluation", "setup"))
+  assert seconds["restart"] == 0
+  assert rows[-1]["perf/goodput"] == pytest.approx(
+      seconds["train"] / sum(seconds.values()), abs=0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout, changes", [
     ((1, 1), ["cold_start.num_microbatches=2"]),
@@ -148,6 +201,18 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path):
     assert batch["tokens"].shape == (8, sft_run.LENGTH)
   assert not rows_of(tmp_path)
   assert not list((tmp_path / "cold_start" / "checkpoints").iterdir())
+
+
+def test_so_many_losses_that_are_not_finite_are_skipped(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    context = sft_run.make_context(tmp_path, [
+        "cold_start.health.on_bad_step=skip", "cold_start.health.max_skips=3"])
+    model = jax.tree.map(lambda w: w * jnp.inf, sft_run.start(context))
+    with pytest.raises(health.HealthError, match=r"Step 4 .* the 3 before"):
+      sft.run(context, model)
+  rows = rows_of(tmp_path)
+  assert [row["skipped_updates"] for row in rows] == [1, 1, 1]
+  assert [row["loss"] for row in rows] == [None] * 3
 
 
 def test_another_seed_does_not_go_on_from_a_checkpoint(whole, tmp_path):

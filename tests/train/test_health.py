@@ -5,25 +5,50 @@ import pytest
 
 from posttrain.train import health
 
+FINE = {"loss": 1.0, "grad_norm": 2.0}
+SPIKE = FINE | {"spike": 1.0}
+BATCH = {"tokens": np.arange(6).reshape(2, 3), "loss_mask": np.ones(3, bool)}
 
-def test_a_non_finite_loss_saves_its_batch(tmp_path):
-  batch = {"tokens": np.arange(6).reshape(2, 3), "loss_mask": np.ones(3, bool)}
-  health.check_finite(1, {"loss": 1.0, "grad_norm": 2.0}, batch, tmp_path)
-  for values in ({"loss": np.nan, "grad_norm": 1.0},
-                 {"loss": 1.0, "grad_norm": np.float32("inf")}):
-    with pytest.raises(health.HealthError, match="learning_rate") as caught:
-      health.check_finite(7, values, batch, tmp_path / "bad")
-    path = tmp_path / "bad" / "bad_batch_step_000007.npz"
-    assert str(path) in str(caught.value)
-    with np.load(path) as saved:
-      assert set(saved.files) == set(batch)
-      for name in batch:
-        np.testing.assert_array_equal(saved[name], batch[name])
-    path.unlink()
+
+@pytest.mark.parametrize("bad", [
+    {"loss": np.nan, "grad_norm": 1.0},
+    {"loss": 1.0, "grad_norm": np.float32("inf")}, SPIKE])
+def test_a_bad_step_saves_its_batch(tmp_path, bad):
+  rules = health.StepHealth(tmp_path / "bad")
+  assert rules.update(1, FINE | {"spike": 0.0}, BATCH) == ""
+  with pytest.raises(health.HealthError, match="learning_rate") as caught:
+    rules.update(7, bad, BATCH)
+  path = tmp_path / "bad" / "bad_batch_step_000007.npz"
+  assert str(path) in str(caught.value)
+  with np.load(path) as saved:
+    assert set(saved.files) == set(BATCH)
+    for name in BATCH:
+      np.testing.assert_array_equal(saved[name], BATCH[name])
+
+
+def test_other_hosts_save_no_batch(tmp_path):
   with pytest.raises(health.HealthError):
-    health.check_finite(
-        7, {"loss": np.nan}, batch, tmp_path / "other", write=False)
+    health.StepHealth(tmp_path / "other", write=False).update(
+        7, {"loss": np.nan}, BATCH)
   assert not (tmp_path / "other").exists()
+
+
+def test_so_many_in_a_row_are_skipped(tmp_path):
+  """And a resumed run stops at the same step."""
+  rules = health.StepHealth(tmp_path, max_skips=2)
+  nan = {"loss": np.nan, "grad_norm": 1.0}
+  for step, values in enumerate([SPIKE, nan, FINE, nan, SPIKE], 1):
+    assert bool(rules.update(step, values, BATCH)) == (values is not FINE)
+  assert "nan" in health.StepHealth(tmp_path, max_skips=2).update(
+      1, nan, BATCH)
+  resumed = health.StepHealth(tmp_path, max_skips=2)
+  resumed.set_state(rules.get_state())
+  assert not list(tmp_path.iterdir())
+  for each in (rules, resumed):
+    with pytest.raises(
+        health.HealthError, match=r"Step 6 is not finite: loss=nan, as were "
+        r"the 2 before \(health\.max_skips=2\)"):
+      each.update(6, nan, BATCH)
 
 
 @pytest.mark.parametrize("bad, advice", [

@@ -1,5 +1,6 @@
 """Identities: microbatches, padding and meshes leave an update alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from posttrain import sharding
 from posttrain.objectives import logprobs as logprobs_lib
-from posttrain.train import optimizer, state, step
+from posttrain.train import optimizer, spikes, state, step
 from tests import meshes
 from tests.model import build
 
@@ -107,7 +108,7 @@ def test_a_mesh_leaves_the_gradient_alone(whole):
       sums["numerator"], whole[1]["numerator"], rtol=1e-6)
 
 
-def make_update(learning_rate=1e-2):
+def make_update(learning_rate=1e-2, **more):
   schedule = optimizer.make_schedule(
       schedule="linear", learning_rate=learning_rate, warmup_steps=2,
       num_steps=10, final_learning_rate=0.0)
@@ -115,7 +116,7 @@ def make_update(learning_rate=1e-2):
       beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
       max_grad_norm=1.0)
   return made, jax.jit(functools.partial(
-      step.update, loss=loss, optimizer=made, schedule=schedule))
+      step.update, loss=loss, optimizer=made, schedule=schedule, **more))
 
 
 def test_updates_of_any_number_of_microbatches_are_one_program(whole):
@@ -156,6 +157,39 @@ def test_a_batch_that_is_not_finite_changes_nothing():
     direct, _ = update(start, good, np.int32(4))
     jax.tree.map(np.testing.assert_array_equal, again, direct)
     assert int(again.step) == 2
+
+
+def test_a_skipped_update_counts_and_changes_nothing_else():
+  """A spike, and a batch that is not finite; a rule changes no good update.
+  """
+  rule = spikes.Rule(mads=1e-3, window=4)
+  made, update = make_update(spikes=rule, skip=True)
+  _, plain = make_update()
+  with jax.set_mesh(meshes.one()):
+    model = build.load(CONFIG, build.random_params(CONFIG))
+    now = state.create(model, made, spikes=rule)
+    other = state.create(model, made)
+    for seed in range(4):
+      batch = put_batch(make_rows(seed), 2)
+      now, metrics = update(now, batch, np.int32(2))
+      other, _ = plain(other, batch, np.int32(2))
+      assert metrics["spike"] == 0
+    # Another program, which rounds otherwise.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6),
+                 now.trained, other.trained)
+    assert np.isfinite(now.losses).all()
+    # Any loss above the median is one now.
+    high = dataclasses.replace(now, losses=now.losses - 1)
+    broken = make_rows()
+    broken["tokens"][0, 0] = 86
+    for before, batch, spike in (
+        (high, put_batch(make_rows(), 2), 1), (now, put_batch(broken, 2), 0)):
+      after, metrics = update(before, batch, np.int32(2))
+      assert metrics["spike"] == spike
+      assert int(after.step) == 5
+      jax.tree.map(
+          np.testing.assert_array_equal,
+          dataclasses.replace(after, step=before.step), before)
 
 
 def test_training_learns_a_batch_by_heart():

@@ -1,0 +1,61 @@
+"""Two real processes of which one stands still, or is killed."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from posttrain.train import metrics
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[2]
+SECOND = f"process 1 ({socket.gethostname()})"
+
+
+def launch(path, **environment):
+  return subprocess.run(
+      [sys.executable, "launch/local.py", "--processes=2",
+       "--devices-per-process=1", "--module=tests.stages.hosts_run", "--",
+       "train", "--config=tests/stages/sft_run.py", f"--workdir={path}",
+       "--config.cold_start.log_every=4", "--config.cold_start.eval_every=0"],
+      cwd=ROOT, capture_output=True, text=True, timeout=600,
+      env=os.environ | {
+          "XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment)
+
+
+def test_a_host_that_stands_still_is_named(tmp_path):
+  """For longer than it may be silent; the run goes on when it is back."""
+  result = launch(tmp_path, STOP="7:6")
+  assert result.returncode == 0, result.stderr
+  said = result.stdout
+  print(said)
+  assert f"{SECOND} has not been heard of for 3 s" in said
+  assert f"{SECOND} is back" in said
+  assert f"{SECOND} holds the others up: " in said
+  assert "process 0 (" not in said
+  assert "the coordinator is process 0 (" in result.stderr
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  times = {row["step"]: row["time/host_slowest"] for row in rows
+           if "time/host_slowest" in row}
+  assert set(times) == set(range(1, 13))
+  assert times[8] >= 5 > times[12]
+
+
+def test_a_host_that_hangs_is_named(tmp_path):
+  """Its process lives; the other one waits for it, and says so."""
+  result = launch(tmp_path, HANG="7:6")
+  assert result.returncode == 0, result.stderr
+  assert f"all others have waited for {SECOND} for 3 s" in result.stdout
+  assert "has not been heard of" not in result.stdout
+  assert f"{SECOND} holds the others up: " in result.stdout
+
+
+def test_a_host_that_is_killed_is_named(tmp_path):
+  """By the process that is left, before the launcher ends it."""
+  result = launch(tmp_path, KILL="7")
+  assert result.returncode == 137, result.stderr
+  assert "process 1 ended with status 137" in result.stderr
+  assert f"{SECOND} has not been heard of for 3 s" in result.stdout
