@@ -4,6 +4,7 @@ import jax
 import pytest
 from ml_collections import config_dict
 
+from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.model.presets import PRESETS
 from posttrain.stages import footprint
@@ -29,10 +30,10 @@ def test_the_line_comes_before_the_weights(
 
 
 @pytest.mark.parametrize("stage", ["reason", "measure"])
-def test_sampling_in_int8_is_counted(tmp_path, stage):
+def test_sampling_in_int8_is_counted(stage):
   def sampling(*assignments):
-    config = pipeline_run.make_pipeline(
-        tmp_path, [*pipeline_run.ALL, *assignments]).config
+    config = config_lib.assign(
+        pipeline_run.CONFIG, [*pipeline_run.ALL, *assignments], "test")
     return footprint.of_section(
         config[stage], config.compute, PRESETS["qwen3-4b"], {},
         sharding.MeshSizes()).sampling
