@@ -73,7 +73,7 @@ def attend(
 
 
 def _attend(q, k, v, segment_ids, *, window, block, softcap, interpret):
-  rows, length, kv_heads, groups, width = q.shape
+  rows, length, kv_heads, groups, width = shape = q.shape
   heads = kv_heads * groups
   one = masks.CausalMask((length, length)) if window is None else (
       masks.LocalMask((length, length), (window - 1, 0), 0))
@@ -83,9 +83,12 @@ def _attend(q, k, v, segment_ids, *, window, block, softcap, interpret):
       attn_logits_soft_cap=softcap or None, interpret=interpret,
       residual_checkpoint_name=SAVED)
   heads_first = lambda x: x.reshape(rows, length, -1, width).swapaxes(1, 2)
-  out = jax.vmap(lambda q, k, v, ids: attend_row(
-      q, k, v, segment_ids=kernel.SegmentIds(ids, ids)))(
-          *map(heads_first, (q, k, v)), segment_ids)
-  out = out.swapaxes(1, 2).reshape(q.shape)
+
+  def row(q, k, v, ids):
+    return attend_row(q, k, v, segment_ids=kernel.SegmentIds(ids, ids))
+
+  q, k, v = map(heads_first, (q, k, v))
+  out = jax.vmap(row)(q, k, v, segment_ids)
+  out = out.swapaxes(1, 2).reshape(shape)
   real = (segment_ids > 0)[:, :, None, None, None]
   return jnp.where(real, out, 0).astype(q.dtype)
