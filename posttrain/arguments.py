@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from posttrain.config import keys
-from posttrain.model.config import SAMPLING_DTYPES
+from posttrain.sampling_arguments import (
+    add_asking,
+    add_sampling,
+    add_thinking,
+    number,
+)
 
 OVERVIEW = """\
 Post-training of language models: supervised fine-tuning, GRPO, and evaluation
@@ -216,8 +221,8 @@ def _add_weights(parser: _Parser) -> None:
 
 def _add_chat(parser: _Parser) -> None:
   _add_weights(parser)
-  _add_sampling(parser.add_argument_group("sampling, to begin with"))
-  _add_thinking(parser.add_argument_group(
+  add_sampling(parser.add_argument_group("sampling, to begin with"))
+  add_thinking(parser.add_argument_group(
       "thinking, to begin with (its strings: --config.thinking.end=...)"))
 
 
@@ -228,56 +233,15 @@ def _add_sample(parser: _Parser) -> None:
                        default=[], help="may be given several times")
   prompts.add_argument("--prompts", metavar="FILE.jsonl", help=(
       "one object per line, with a prompt or messages"))
+  add_asking(parser.add_argument_group("what the prompts ask for, one of"))
   sampling = parser.add_argument_group("sampling")
   sampling.add_argument("--num-samples", metavar="N", default=1,
-                        type=_number(int, "[1, inf)"), help="per prompt (1)")
-  _add_sampling(sampling)
-  _add_thinking(parser.add_argument_group(
+                        type=number(int, "[1, inf)"), help="per prompt (1)")
+  add_sampling(sampling)
+  add_thinking(parser.add_argument_group(
       "thinking (the strings are the config's: --config.thinking.end=...)"))
   parser.add_argument("--output", metavar="FILE.jsonl", help=(
       "write completions with tokens, logprobs and provenance"))
-
-
-def _add_sampling(group: Any) -> None:
-  group.add_argument("--max-tokens", metavar="N", default=256,
-                     type=_number(int, "[1, inf)"),
-                     help="per completion, thinking included (256)")
-  group.add_argument("--temperature", metavar="X", default=0.0,
-                     type=_number(float, "[0, inf)"),
-                     help="0 takes the likeliest token (0)")
-  group.add_argument("--top-k", metavar="N", default=0,
-                     type=_number(int, "[0, inf)"),
-                     help="likeliest tokens kept (0: all)")
-  group.add_argument("--top-p", metavar="X", default=1.0,
-                     type=_number(float, "(0, 1]"),
-                     help="probability mass kept (1.0)")
-  group.add_argument("--min-p", metavar="X", default=0.0,
-                     type=_number(float, "[0, 1]"), help=(
-                         "least probability relative to the likeliest (0)"))
-  group.add_argument("--seed", metavar="N", default=0,
-                     type=_number(int, "[0, 4294967295]"),
-                     help="the same seed draws the same completions (0)")
-  group.add_argument("--cache-dtype", choices=SAMPLING_DTYPES,
-                     default="compute", help=(
-                         "of cached keys and values: compute.dtype, or 8 "
-                         "bits with scales (compute)"))
-  group.add_argument("--weights-dtype", choices=SAMPLING_DTYPES,
-                     default="compute", help=(
-                         "of the matrices that decoding multiplies by: as "
-                         "they are, or 8 bits with scales (compute)"))
-
-
-def _add_thinking(group: Any) -> None:
-  group.add_argument("--max-thinking-tokens", metavar="N", default=-1,
-                     type=_number(int, "[-1, inf)"),
-                     help="close the thinking there (-1: no maximum)")
-  group.add_argument("--min-thinking-tokens", metavar="N", default=0,
-                     type=_number(int, "[0, inf)"),
-                     help="do not let it end before (0)")
-  group.add_argument("--num-waits", metavar="N", default=0,
-                     type=_number(int, "[0, inf)"), help=(
-                         "replace its end by thinking.wait_text so many "
-                         "times (0)"))
 
 
 def _add_report(parser: _Parser) -> None:
@@ -297,7 +261,7 @@ def _add_export(parser: _Parser) -> None:
       "with --workdir: a training stage, or init (default: the last finished "
       "training stage)"))
   parser.add_argument(
-      "--step", metavar="N", type=_number(int, "[0, inf)"),
+      "--step", metavar="N", type=number(int, "[0, inf)"),
       help="with --workdir: of the stage's checkpoints (default: the last)")
   _add_output(parser)
   parser.add_argument(
@@ -305,7 +269,7 @@ def _add_export(parser: _Parser) -> None:
       help="of the weights; bfloat16 rounds them and halves their size, and "
       "is what most releases have (float32)")
   parser.add_argument(
-      "--shard-gb", metavar="X", type=_number(float, "(0, inf)"), default=5.0,
+      "--shard-gb", metavar="X", type=number(float, "(0, inf)"), default=5.0,
       help="largest file of weights, in gigabytes (5)")
   parser.add_argument(
       "--adapter-of", metavar="BASE", default="", help=(
@@ -330,7 +294,7 @@ def _add_plan(parser: _Parser) -> None:
       "--topology", metavar="CHIP:SIZE", required=True,
       help="a slice, its size in chips, such as v5p:4x4x4")
   parser.add_argument(
-      "--num_slices", metavar="N", default=1, type=_number(int, "[1, inf)"),
+      "--num_slices", metavar="N", default=1, type=number(int, "[1, inf)"),
       help="so many slices of it (1)")
   parser.add_argument("--json", metavar="FILE", default="",
                       help="write figures for scripts")
@@ -342,19 +306,8 @@ def _add_plan(parser: _Parser) -> None:
       "rank meshes, sizes of the slice and remat policies by estimate, and "
       "compile the best"))
   parser.add_argument(
-      "--compile-best", metavar="N", type=_number(int, "[0, inf)"),
+      "--compile-best", metavar="N", type=number(int, "[0, inf)"),
       help="with --sweep: compile so many of the best (3)")
-
-
-def _number(kind: type, bounds: str):
-  """An argparse type: a number within an interval."""
-  def parse(text: str) -> int | float:
-    value = kind(text)
-    if not keys.within(value, bounds):
-      raise argparse.ArgumentTypeError(f"{text} is not in {bounds}")
-    return value
-  parse.__name__ = kind.__name__
-  return parse
 
 
 def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:

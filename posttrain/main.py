@@ -19,9 +19,11 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
-from posttrain import roll_call
+from posttrain import roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
 from posttrain.plan import environment
+from posttrain.tasks import loading
+from posttrain.text import instructions
 from posttrain.train import health
 
 CommandError = arguments_lib.CommandError
@@ -97,10 +99,12 @@ def sample(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
+  _check_functions(arguments.hook, arguments.policy)
   from posttrain.stages import sample as sample_stage
   sample_stage.run(
       config, rows, output=arguments.output,
-      num_samples=arguments.num_samples, **_drawn(arguments))
+      num_samples=arguments.num_samples, ask=_asked(arguments),
+      **_drawn(arguments))
   return 0
 
 
@@ -109,6 +113,7 @@ def chat(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
+  _check_functions(arguments.hook, arguments.policy)
   from posttrain.stages import chat as chat_stage
   chat_stage.run(config, **_drawn(arguments))
   return 0
@@ -126,8 +131,21 @@ def _drawn(arguments: argparse.Namespace) -> dict[str, Any]:
       limits=sampler.Limits(
           max_tokens=arguments.max_tokens,
           max_thinking_tokens=arguments.max_thinking_tokens,
+          max_thinking_steps=arguments.max_thinking_steps,
           min_thinking_tokens=arguments.min_thinking_tokens,
-          num_waits=arguments.num_waits))
+          num_waits=arguments.num_waits),
+      steering={name: getattr(arguments, name)
+                for name in sampling_arguments.STEERING})
+
+
+def _asked(arguments: argparse.Namespace) -> str:
+  """What the prompts ask for; "" for nothing."""
+  for kind, amount in (("tokens", arguments.ask_tokens),
+                       ("steps", arguments.ask_steps)):
+    if amount is not None:
+      return instructions.with_amount(instructions.TEXTS[kind], amount)
+  length = arguments.ask_length
+  return instructions.TEXTS[length] if length else ""
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -264,11 +282,33 @@ def _check_sampling(
   if arguments.temperature == 0 and inert:
     raise CommandError(
         f"{inert[0]} has no effect with --temperature=0 (the default).")
-  if not config.thinking.end and (
-      high >= 0 or low > 0 or arguments.num_waits):
+  steps, thinking = arguments.max_thinking_steps, config.thinking
+  if not thinking.end and (
+      high >= 0 or low > 0 or steps >= 0 or arguments.num_waits
+      or arguments.suppress):
     raise CommandError(
         "thinking budgets and waits need the string that ends thinking; give "
         "--config.thinking.end=TEXT.")
+  if steps >= 0 and not thinking.step:
+    raise CommandError(
+        "--max-thinking-steps needs the string that ends a step; give "
+        "--config.thinking.step=TEXT.")
+  if arguments.wait_order == "draw" and not (
+      thinking.more_wait_texts and arguments.num_waits):
+    raise CommandError(
+        "--wait-order=draw has no effect without thinking.more_wait_texts and "
+        "--num-waits.")
+  if arguments.hook_args and not arguments.hook:
+    raise CommandError("--hook-args has no effect without --hook.")
+
+
+def _check_functions(*names: str) -> None:
+  """Once JAX may be imported, as their modules will."""
+  for name in filter(None, names):
+    try:
+      loading.load_function(name)
+    except ValueError as error:
+      raise CommandError(str(error)) from error
 
 
 def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from posttrain.config import keys, reader, schema, tracing
+from posttrain.config import keys, reader, sampling_checks, schema, tracing
 from posttrain.model import config as model_config
 from posttrain.model import presets
 
@@ -293,23 +293,6 @@ def check_rewards(config, name: str, stage: Mapping) -> Iterator[str]:
     yield f"rewards: one is there twice in {rewards}; use reward_weights."
 
 
-def check_rollout_budgets(config, name: str, stage: Mapping) -> Iterator[str]:
-  rollout = stage["rollout"]
-  low, high = (rollout[f"{end}_thinking_tokens"] for end in ("min", "max"))
-  if 0 <= high < low:
-    yield (f"rollout.min_thinking_tokens: {low} is above "
-           f"rollout.max_thinking_tokens={high}.")
-  for key, value in (("min_thinking_tokens", low),
-                     ("max_thinking_tokens", high)):
-    if value > rollout["max_tokens"]:
-      yield (f"rollout.{key}: {value} is more than "
-             f"rollout.max_tokens={rollout['max_tokens']}.")
-  if high >= 0 or low > 0 or rollout["num_waits"]:
-    yield from _thinks(config, "rollout.max_thinking_tokens" if high >= 0 else
-                       "rollout.min_thinking_tokens" if low > 0 else
-                       "rollout.num_waits")
-
-
 def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:
   dtype = stage["rollout"]["weights_dtype"]
   if dtype == "int8" and _experts(config):
@@ -323,30 +306,6 @@ def check_reference(config, name: str, stage: Mapping) -> Iterator[str]:
       yield ("reference: 'adapter_off' needs adapters; set lora.rank.")
   elif stage["reference"]:
     yield from _weights(config, name, "reference", stage["reference"])
-
-
-def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
-  room = stage["rollout"]["max_tokens"]
-  for budget in stage["max_thinking_tokens"]:
-    if budget > room:
-      yield (f"max_thinking_tokens: {budget} is more than "
-             f"rollout.max_tokens={room}.")
-  for key in ("max_thinking_tokens", "num_waits", "pass_at", "checkpoints"):
-    if len(set(stage[key])) < len(stage[key]):
-      yield f"{key}: a value is there twice in {stage[key]}."
-  for key in ("max_thinking_tokens", "num_waits"):
-    if any(stage[key]):
-      yield from _thinks(config, key)
-
-
-def check_samples(config, name: str, stage: Mapping) -> Iterator[str]:
-  for k in stage["pass_at"]:
-    if k > stage["samples_per_problem"]:
-      yield (f"pass_at: {k} needs as many samples; found "
-             f"samples_per_problem={stage['samples_per_problem']}.")
-  if stage["majority"]["max_samples"] and not stage["rollout"]["temperature"]:
-    yield ("majority.max_samples: votes are all the same at "
-           "rollout.temperature=0; raise it.")
 
 
 def check_checkpoints(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -387,11 +346,11 @@ STAGE_CHECKS = {
             check_sft_rows, check_sources, check_whole_blocks,
             tracing.check_steps),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
-             check_groups, check_rewards, check_rollout_budgets,
-             check_weights_dtype, check_reference, check_whole_blocks,
+             check_groups, check_rewards, check_reference,
+             *sampling_checks.GRPO, check_weights_dtype, check_whole_blocks,
              tracing.check_steps),
-    "evaluate": (check_cells, check_samples, check_weights_dtype,
-                 check_checkpoints, check_whole_blocks),
+    "evaluate": (check_checkpoints, *sampling_checks.EVALUATE,
+                 check_weights_dtype, check_whole_blocks),
 }
 
 
@@ -413,11 +372,6 @@ def _divides(stage: Mapping, part: str, whole: str) -> Iterator[str]:
   if stage[whole] % stage[part]:
     yield (f"{whole}: {stage[whole]} is not a multiple of "
            f"{part}={stage[part]}.")
-
-
-def _thinks(config: Mapping, path: str) -> Iterator[str]:
-  if not config["thinking"]["end"]:
-    yield f"{path}: set, but thinking.end is empty; set thinking.end."
 
 
 def _weights(

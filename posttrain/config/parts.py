@@ -1,9 +1,10 @@
-"""Groups of keys that every training stage has; see `schema`."""
+"""Groups of keys that several kinds of stages have; see `schema`."""
 
 from typing import Any
 
 from posttrain.config.keys import REQUIRED, Key, Needs, Section
 from posttrain.model.config import INPUT_AXES, LORA_DECODE
+from posttrain.text.instructions import CLASSES, TEXTS
 
 
 def optimizer(schedule: str) -> dict[str, Key]:
@@ -118,3 +119,82 @@ def checkpoint() -> Section:
           "stop, or move it away and go on from the one before.",
           choices=("error", "previous")),
   )
+
+
+def thinking() -> Section:
+  used = Needs("thinking.end", "!=", "")
+  return Section(
+      "The strings around the thinking, for budgets and for metrics.",
+      start=Key(str, "<think>", 'Opens the thinking; "": a completion '
+                "begins in it.", needs=used),
+      end=Key(str, "</think>", 'Closes it; "": the model does not think.'),
+      delimiters=Key(
+          tuple[str, ...], (), "Further strings that end thinking when the "
+          "model samples them.", needs=used),
+      newline=Key(
+          str, "\n", "Put before a forced `end` unless the last token ends "
+          "in a newline.", needs=used),
+      final_answer=Key(
+          str, "", "Put after an `end` forced at the maximum.",
+          needs=used),
+      wait_text=Key(
+          str, "Wait", "Replaces a delimiter while waits are left.",
+          needs=used),
+      more_wait_texts=Key(
+          tuple[str, ...], (), "Further wait texts: the waits of a "
+          "completion take that one and these in turn.",
+          needs=used),
+      step=Key(
+          str, "", "Ends a step of the thinking, such as a blank line; "
+          '"": steps are not counted.',
+          needs=used),
+  )
+
+
+def steering() -> dict[str, Key]:
+  """What steers a rollout beside its budgets, whatever learns from it."""
+  return dict(
+      wait_order=Key(
+          str, "cycle", "Which text a wait takes: thinking.wait_text and "
+          "thinking.more_wait_texts in turn, or one that is drawn.",
+          choices=("cycle", "draw")),
+      policy=Key(
+          str, "", "What changes the budgets of every step: function(budgets, "
+          "state) -> budgets; see docs/sampler.md.", function=True))
+
+
+def changed_logits() -> dict[str, Key]:
+  """What makes the distribution another than the model's."""
+  return dict(
+      suppress=Key(
+          tuple[str, ...], (), "Words that are not sampled while thinking "
+          "(NoWait), each a token of its own."),
+      hook=Key(
+          str, "", "What changes the logits of every step: "
+          "function(vocab_size) -> Hook; see docs/sampler.md.",
+          function=True),
+      hook_args=Key(
+          dict, {}, "What every completion gives to the hook.",
+          needs=Needs("rollout.hook", "!=", "")))
+
+
+def instructions() -> Section:
+  """Cells of an evaluation whose prompts ask for an amount of thinking."""
+  asks = lambda name: Needs(f"instructions.{name}", "!=", ())
+  text = lambda name, needs: Key(
+      str, TEXTS[name], "What is put behind the question"
+      + ("; {n} is the amount." if "{n}" in TEXTS[name] else "."),
+      needs=asks(needs))
+  return Section(
+      "Cells whose prompts ask for an amount of thinking (s1's token-, step- "
+      "and class-conditional control).",
+      tokens=Key(tuple[int, ...], (), "Amounts of thinking tokens, each a "
+                 "cell.", "[1, inf)"),
+      steps=Key(tuple[int, ...], (), "Amounts of steps that end in "
+                "thinking.step, each a cell.", "[1, inf)"),
+      classes=Key(tuple[str, ...], (), "Classes, each a cell.",
+                  choices=CLASSES),
+      forced=Key(bool, False, "Each amount is a second cell, in which it is "
+                 "forced as well."),
+      token_text=text("tokens", "tokens"), step_text=text("steps", "steps"),
+      short_text=text("short", "classes"), long_text=text("long", "classes"))

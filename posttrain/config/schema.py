@@ -135,28 +135,7 @@ TOP = Section(
             tuple[str, ...], (), "Strings that must each be one token.",
             needs=Needs("tokenizer.train", "!=", "")),
     ),
-    thinking=Section(
-        "The strings around the thinking, for budgets and for metrics.",
-        start=Key(str, "<think>", 'Opens the thinking; "": a completion '
-                  "begins in it.", needs=Needs("thinking.end", "!=", "")),
-        end=Key(str, "</think>", 'Closes it; "": the model does not think.'),
-        delimiters=Key(
-            tuple[str, ...], (), "Further strings that end thinking when the "
-            "model samples them.", needs=Needs("thinking.end", "!=", "")),
-        newline=Key(
-            str, "\n", "Put before a forced `end` unless the last token ends "
-            "in a newline.", needs=Needs("thinking.end", "!=", "")),
-        final_answer=Key(
-            str, "", "Put after an `end` forced at the maximum.",
-            needs=Needs("thinking.end", "!=", "")),
-        wait_text=Key(
-            str, "Wait", "Replaces a delimiter while waits are left.",
-            needs=Needs("thinking.end", "!=", "")),
-        more_wait_texts=Key(
-            tuple[str, ...], (), "Further wait texts: the waits of a "
-            "completion take that one and these in turn.",
-            needs=Needs("thinking.end", "!=", "")),
-    ),
+    thinking=parts.thinking(),
     mesh=Section(
         "Devices per axis; -1, once at most: all that remain.",
         fsdp=Key(int, -1, "Splits the batch and the parameters at rest.",
@@ -303,6 +282,9 @@ GRPO = Section(
         num_waits=Key(
             int, 0, "Times an end of thinking becomes thinking.wait_text.",
             "[0, inf)"),
+        max_thinking_steps=Key(
+            int, -1, "The thinking is closed behind so many steps; -1: no "
+            "maximum.", "[-1, inf)"),
         truncate=Key(
             bool, False, "At the maximum the completion stops, unclosed.",
             needs=Needs("rollout.max_thinking_tokens", ">=", 0)),
@@ -312,10 +294,15 @@ GRPO = Section(
             "its completion ends; 0: all of a batch, which then waits for "
             "its longest.", "[0, inf)"),
         **_DTYPES,
+        **parts.steering(),
         **{name: Refused(
             "the policy ratio would be against a truncated distribution; GRPO "
             "rollouts sample from the whole vocabulary")
            for name in ("top_k", "top_p", "min_p")},
+        **{name: Refused(
+            "the policy ratio would be against another distribution than the "
+            "model's; it is there for evaluation")
+           for name in parts.changed_logits()},
     ),
     loss=Section(
         "The clipped objective.",
@@ -396,6 +383,7 @@ EVALUATE = Section(
     num_waits=Key(
         tuple[int, ...], (), "Numbers of forced waits, each a cell.",
         "[0, inf)"),
+    instructions=parts.instructions(),
     majority=Section(
         "The majority-vote baseline at equal tokens.",
         max_samples=Key(
@@ -422,6 +410,8 @@ EVALUATE = Section(
             "otherwise a batch waits for its longest."),
         chunk=_CHUNK,
         **_DTYPES,
+        **parts.steering(),
+        **parts.changed_logits(),
     ),
 )
 

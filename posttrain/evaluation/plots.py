@@ -2,7 +2,9 @@
 
 One colour per checkpoint. Circles on a line are the maxima of thinking tokens,
 the star is thinking as long as the model likes, squares on a dashed line are
-forced waits, the dotted line is a majority vote that spends as many tokens.
+forced waits, triangles are prompts that ask for an amount (filled ones are
+forced to it as well), the dotted line is a majority vote that spends as many
+tokens.
 Error bars are one standard error.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import axes, figure
+from matplotlib import axes, container, figure
 
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 
@@ -63,7 +65,8 @@ def draw_checkpoint(
     ax: axes.Axes, result: Mapping[str, Any], colour: str,
 ) -> None:
   """Adds one checkpoint's maxima, free cell, waits and majority vote."""
-  name, cells = result["checkpoint"], result["cells"]
+  name = result["checkpoint"]
+  cells = [c for c in result["cells"] if not c.get("asked")]
   by_tokens = lambda cell: cell["mean_thinking_tokens"]
   by_waits = lambda cell: cell["num_waits"]
   maxima = sorted(
@@ -81,6 +84,13 @@ def draw_checkpoint(
           xytext=(6, -9), textcoords="offset points", color=colour, fontsize=8)
   if free:
     _points(ax, free, colour, "*", f"{name}: free", size=11)
+  for filled in (False, True):
+    asking = [c for c in result["cells"] if c.get("asked") and filled == (
+        max(c["max_thinking_tokens"], c["max_thinking_steps"]) >= 0)]
+    if asking:
+      bars = _points(ax, asking, colour, "^", f"{name}: asked for"
+                     + " and forced" * filled, size=6)
+      bars[0].set_fillstyle("full" if filled else "none")
   votes = result.get("summary", {}).get("majority_baseline") or []
   if votes:
     ax.plot(
@@ -91,11 +101,11 @@ def draw_checkpoint(
 def _points(
     ax: axes.Axes, cells: Sequence[Mapping[str, Any]], colour: str, style: str,
     label: str, *, size: float = 4.5,
-) -> None:
+) -> container.ErrorbarContainer:
   # A cell of one question has no standard error.
   errors = [np.nan if cell["standard_error"] is None
             else cell["standard_error"] for cell in cells]
-  ax.errorbar(
+  return ax.errorbar(
       [cell["mean_thinking_tokens"] for cell in cells],
       [cell["accuracy"] for cell in cells], yerr=errors, fmt=style,
       color=colour, label=label, markersize=size, capsize=2, linewidth=1.5,

@@ -14,16 +14,36 @@ import numpy as np
 
 from posttrain.evaluation import scaling, statistics
 
+TOKENS_PER_STEP = 100  # By which s1 holds a mean to a budget of steps.
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One setting; no maximum is -1."""
+  """One setting; no maximum is -1.
+
+  Attributes:
+    asked: what the prompt asks for: "tokens", "steps", "short" or "long"; ""
+      for nothing.
+    amount: of tokens or steps. The budget is another thing: it may enforce
+      the amount.
+  """
 
   max_thinking_tokens: int = -1
   num_waits: int = 0
+  max_thinking_steps: int = -1
+  asked: str = ""
+  amount: int = 0
+
+  @property
+  def forced(self) -> bool:
+    """The thinking has a maximum."""
+    return max(self.max_thinking_tokens, self.max_thinking_steps) >= 0
 
   @property
   def name(self) -> str:
+    if self.asked:
+      return (f"ask_{self.asked}" + f"_{self.amount}" * (self.amount > 0)
+              + "_forced" * self.forced)
     if self.max_thinking_tokens >= 0:
       return f"max_{self.max_thinking_tokens}"
     return f"waits_{self.num_waits}" if self.num_waits else "free"
@@ -38,6 +58,25 @@ def cells(
   return list(dict.fromkeys(found))
 
 
+def asking_cells(
+    tokens: Sequence[int], steps: Sequence[int], classes: Sequence[str], *,
+    forced: bool,
+) -> list[Cell]:
+  """Cells whose prompts ask for an amount of thinking.
+
+  Args:
+    tokens, steps: amounts. classes: "short", "long".
+    forced: each amount is there once more, with a budget that enforces it.
+  """
+  found = []
+  for enforced in (False, True)[:1 + forced]:
+    found += [Cell(asked="tokens", amount=n,
+                   max_thinking_tokens=n if enforced else -1) for n in tokens]
+    found += [Cell(asked="steps", amount=n,
+                   max_thinking_steps=n if enforced else -1) for n in steps]
+  return found + [Cell(asked=kind) for kind in classes]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
   """The completions of one cell, all [Q, M].
@@ -45,6 +84,7 @@ class Scored:
   Attributes:
     correct: bool. answers: str or None, canonical; all None without votes.
     tokens, thinking_tokens: int, of the completion and of its thinking.
+    thinking_steps: int, of its thinking.
     finish: names of the reasons, str.
   """
 
@@ -52,6 +92,7 @@ class Scored:
   answers: np.ndarray
   tokens: np.ndarray
   thinking_tokens: np.ndarray
+  thinking_steps: np.ndarray
   finish: np.ndarray
 
 
@@ -90,11 +131,14 @@ def cell_figures(
   samples = scored.correct.shape[1]
   figures = {
       "name": cell.name, "max_thinking_tokens": cell.max_thinking_tokens,
-      "num_waits": cell.num_waits, "samples": samples,
+      "num_waits": cell.num_waits,
+      "max_thinking_steps": cell.max_thinking_steps, "asked": cell.asked,
+      "amount": cell.amount, "samples": samples,
       **accuracy(scored.correct.mean(axis=1), cluster),
       "mean_thinking_tokens": float(scored.thinking_tokens.mean()),
       "median_thinking_tokens": float(np.median(scored.thinking_tokens)),
       "p95_thinking_tokens": float(np.quantile(scored.thinking_tokens, 0.95)),
+      "mean_thinking_steps": float(scored.thinking_steps.mean()),
       "mean_tokens": float(scored.tokens.mean()),
       "finish": {name: float(np.mean(scored.finish == name))
                  for name in ("eos", "budget", "length", "stop")},
@@ -107,9 +151,11 @@ def cell_figures(
         statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
         for answers, correct in zip(
             scored.answers, scored.correct, strict=True)])) for k in pass_at}
-  if cell.max_thinking_tokens >= 0:
+  if cell.amount or cell.max_thinking_tokens >= 0:
+    spent = (scored.thinking_steps if cell.asked == "steps"
+             else scored.thinking_tokens)
     figures["control"] = scaling.control(
-        scored.thinking_tokens.ravel(), np.array(cell.max_thinking_tokens))
+        spent.ravel(), np.array(cell.amount or cell.max_thinking_tokens))
   return figures
 
 
@@ -120,8 +166,9 @@ def s1_figures(
 
   Scaling is in accuracy (1 = 100 points); a curve of one point has none.
   """
-  curve = [f for f in figures if f["max_thinking_tokens"] >= 0]
-  waits = sorted((c for c in scored if c.max_thinking_tokens < 0),
+  curve = [f for f in figures
+           if f["max_thinking_tokens"] >= 0 and not f["asked"]]
+  waits = sorted((c for c in scored if not (c.forced or c.asked)),
                  key=lambda cell: cell.num_waits)
   flips = scaling.flips_per_wait([scored[c].correct.ravel() for c in waits])
   summary: dict[str, Any] = {
@@ -129,16 +176,66 @@ def s1_figures(
           {"from_waits": a.num_waits, "to_waits": b.num_waits, **f._asdict()}
           for a, b, f in zip(waits, waits[1:], flips, strict=False)]}
   if curve:
-    tokens = np.array([f["mean_thinking_tokens"] for f in curve])
-    accuracy = np.array([f["accuracy"] for f in curve])
-    summary |= {
-        "control_per_sample": float(np.mean([f["control"] for f in curve])),
+    summary |= _over(curve) | {
+        "control_per_sample": _mean_control(curve),
         "control_per_run": scaling.control(
-            tokens, np.array([f["max_thinking_tokens"] for f in curve])),
-        "scaling_per_doubling": scaling.scaling_per_doubling(tokens, accuracy),
-        "scaling_per_1k": scaling.scaling_per_1k(tokens, accuracy),
-        "performance": scaling.performance(accuracy)}
-  return summary
+            *_columns(curve, "mean_thinking_tokens", "max_thinking_tokens"))}
+  asking = asking_figures(figures)
+  return summary | ({"asking": asking} if asking else {})
+
+
+def asking_figures(
+    figures: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+  """Control, Scaling and Performance of s1's conditional control (table 3).
+
+  Control per run is s1's: the mean thinking tokens keep to the amount, of
+  steps to 100 tokens each; of classes, the short one has fewer than the free
+  cell and the long one more. Control per sample counts tokens or steps.
+
+  Returns:
+    By family: "tokens", "steps", the same with "_forced", "classes".
+  """
+  free = next(f for f in figures if f["name"] == "free")
+  families: dict[str, list[Mapping[str, Any]]] = {}
+  for cell in figures:
+    if cell["asked"]:
+      name = cell["asked"] if cell["amount"] else "classes"
+      forced = max(cell["max_thinking_tokens"], cell["max_thinking_steps"])
+      families.setdefault(name + "_forced" * (forced >= 0), []).append(cell)
+  found = {}
+  for name, family in families.items():
+    tokens, amounts = _columns(family, "mean_thinking_tokens", "amount")
+    if name == "classes":
+      longer = np.array([cell["asked"] == "long" for cell in family])
+      than = tokens - free["mean_thinking_tokens"]
+      control = {"control_per_run": float(
+          np.mean(np.where(longer, than > 0, than < 0)))}
+    else:
+      each = TOKENS_PER_STEP if family[0]["asked"] == "steps" else 1
+      control = {"control_per_sample": _mean_control(family),
+                 "control_per_run": scaling.control(tokens, each * amounts)}
+    found[name] = control | _over(family)
+  return found
+
+
+def _over(family: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Scaling and Performance over some cells."""
+  tokens, accuracy = _columns(family, "mean_thinking_tokens", "accuracy")
+  return {
+      "scaling_per_doubling": scaling.scaling_per_doubling(tokens, accuracy),
+      "scaling_per_1k": scaling.scaling_per_1k(tokens, accuracy),
+      "performance": scaling.performance(accuracy)}
+
+
+def _mean_control(family: Sequence[Mapping[str, Any]]) -> float:
+  return float(np.mean([cell["control"] for cell in family]))
+
+
+def _columns(
+    family: Sequence[Mapping[str, Any]], *names: str,
+) -> list[np.ndarray]:
+  return [np.array([cell[name] for cell in family]) for name in names]
 
 
 def majority_baseline(

@@ -258,8 +258,10 @@ def _sampling(
         f"planned yet. Plan it with {stage}.rollout.{key}.")
   sampler = sampling.of_tables(setup.thinking_ids, setup.tables, rollout)
   inputs = sampler.inputs(
-      [[0]] * groups, limits, prompt_id=[0] * groups, group_size=group_size,
-      put=sharding.abstract)
+      sampler.make_requests(
+          [[0]] * groups, limits, prompt_id=[0] * groups,
+          group_size=group_size),
+      group_size=group_size, put=sharding.abstract)
   prompts = [inputs[key] for key in (
       "tokens", "segment_ids", "in_thinking", "done")]
   fixed = setup.tables, inputs["budgets"]
@@ -271,9 +273,10 @@ def _sampling(
       jax.tree.leaves(model), jax.tree.leaves(whole), strict=True)
           if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
   looping = beside | ({"tables at rest": kept} if kept else {})
-  carry_of = lambda slots: weights.on_mesh(decode.prefill.eval_shape(
-      model, *prompts, *fixed, group_size=group_size, slots=slots,
-      cache_dtype=sampler.cache_dtype))
+  carry_of = lambda slots: dataclasses.replace(
+      weights.on_mesh(decode.prefill.eval_shape(
+          model, *prompts, *fixed, group_size=group_size, slots=slots,
+          cache_dtype=sampler.cache_dtype)), hook=inputs["hook"])
   rows, script = _draws(stage, sampler, inputs)
   first = sampler.first_slots
   yield Program(
@@ -298,7 +301,8 @@ def _sampling(
         stage, "decode", functools.partial(
             decode.decode.lower, whole, blocks, carry, rows, script,
             np.int32(len(inputs["done"])), setup.tables,
-            steps=sampler.chunk),
+            steps=sampler.chunk, hook=sampler.steering.hook,
+            policy=sampler.steering.policy),
         (whole, blocks, carry, rows, script), looping,
         float(steps * chunks), detail=sized)
     used += chunks * sampler.chunk

@@ -65,7 +65,9 @@ def _without_tokenizer(
       start=one(strings.start), end=end,
       delimiters=(end, *map(one, strings.delimiters)),
       newline=one(strings.newline), final_answer=one(strings.final_answer),
-      wait=one(strings.wait_text))
+      wait=one(strings.wait_text),
+      more_waits=tuple(map(one, strings.more_wait_texts)),
+      step=one(strings.step))
   tables = budget_tables.BudgetTables.build(
       ids, (0,), np.zeros(size, bool), size)
   return Setup(

@@ -18,6 +18,7 @@ from posttrain.report.read import Run
 WIDTH, HEIGHT = 940, 420
 MARKS = (("\u25cf", "maximum of thinking tokens"), ("\u25c6", "free"),
          ("\u25a0 - -", "forced waits, and how many"))
+ASKED = (("\u25b2", "asked for an amount"),)
 VOTES = (("\u00b7 \u00b7 \u00b7", "majority vote of free samples"),)
 Cell = Mapping[str, Any]
 
@@ -193,7 +194,8 @@ def scaling_plot(group: Sequence[Result]) -> markup.Html:
                "mean thinking tokens (logarithmic)")
       + markup.join(_draw_result(result, x, y) for result in group),
       legend_of=[svg.Line(r.label, (), (), r.colour) for r in group],
-      marks=MARKS + (VOTES if votes else ()), width=WIDTH, height=HEIGHT,
+      marks=MARKS + (ASKED if any(c.get("asked") for c in cells) else ())
+      + (VOTES if votes else ()), width=WIDTH, height=HEIGHT,
       kind="chart wide", caption="Error bars are one standard error. Point at "
       "a mark for its figures.")
 
@@ -204,18 +206,21 @@ def _votes(result: Result) -> Sequence[Mapping[str, Any]]:
 
 def _draw_result(result: Result, x: svg.Axis, y: svg.Axis) -> markup.Html:
   place = lambda cell: (x(cell["mean_thinking_tokens"]), y(cell["accuracy"]))
+  asking = [c for c in result.cells if c.get("asked")]
+  plain = [c for c in result.cells if not c.get("asked")]
   bounded = sorted(
-      (c for c in result.cells if c["max_thinking_tokens"] >= 0),
+      (c for c in plain if c["max_thinking_tokens"] >= 0),
       key=lambda c: c["mean_thinking_tokens"])
   unbounded = sorted(
-      (c for c in result.cells if c["max_thinking_tokens"] < 0),
+      (c for c in plain if c["max_thinking_tokens"] < 0),
       key=lambda c: c["num_waits"])
   votes = [(x(v["mean_tokens"]), y(v["accuracy"])) for v in _votes(result)]
   parts = [
       f'<path class="line" d="{svg.path(map(place, bounded))}"/>',
       f'<path class="line waits" d="{svg.path(map(place, unbounded))}"/>',
       f'<path class="line votes" d="{svg.path(votes)}"/>' if votes else ""]
-  parts += [_mark(result, cell, x, y) for cell in (*bounded, *unbounded)]
+  parts += [_mark(result, cell, x, y) for cell in (
+      *bounded, *unbounded, *asking)]
   return markup.Html(
       f'<g class="series {svg.colour_class(result.colour)}">'
       f'{"".join(parts)}</g>')
@@ -235,7 +240,10 @@ def _mark(result: Result, cell: Cell, x: svg.Axis, y: svg.Axis) -> str:
     parts.append(
         f'<path class="error" d="M{at} {low}V{high}M{at - 4} {low}h8'
         f'M{at - 4} {high}h8"/>')
-  if cell["max_thinking_tokens"] >= 0:
+  if cell.get("asked"):
+    parts.append(
+        f'<path class="mark" d="M{at} {height - 6}l6 11h-12Z"/>')
+  elif cell["max_thinking_tokens"] >= 0:
     parts.append(f'<circle class="mark" cx="{at}" cy="{height}" r="4.5"/>')
   elif cell["num_waits"]:
     parts.append(
@@ -251,6 +259,11 @@ def _mark(result: Result, cell: Cell, x: svg.Axis, y: svg.Axis) -> str:
 
 def describe(cell: Cell) -> str:
   """A cell in words."""
+  if cell.get("asked"):
+    amount = f"{cell['amount']:,} " * (cell["amount"] > 0)
+    forced = max(cell["max_thinking_tokens"], cell["max_thinking_steps"]) >= 0
+    return (f"asked for {amount}{cell['asked']}"
+            + " thinking" * (not cell["amount"]) + " and forced" * forced)
   if cell["max_thinking_tokens"] >= 0:
     return f"at most {cell['max_thinking_tokens']:,} thinking tokens"
   waits = cell["num_waits"]
@@ -258,26 +271,31 @@ def describe(cell: Cell) -> str:
 
 
 def s1_table(group: Sequence[Result]) -> markup.Html:
-  """Control, Scaling and Performance over the maxima."""
+  """Control, Scaling and Performance: over the maxima, and of what was asked.
+  """
   points = lambda value: (
       markup.NONE if value is None else f"{100 * value:+.1f} points")
   rows = []
   for result in group:
     summary = result.data.get("summary", {})
-    if "performance" in summary:
-      rows.append([
-          result.label, markup.percent(summary.get("control_per_run"), 0),
-          markup.percent(summary.get("control_per_sample"), 1),
-          points(summary.get("scaling_per_doubling")),
-          points(summary.get("scaling_per_1k")),
-          markup.percent(summary["performance"])])
+    families = {"maximum": summary} if "performance" in summary else {}
+    families |= {f"asked for {name.replace('_', ', ')}": family
+                 for name, family in summary.get("asking", {}).items()}
+    rows += [[
+        result.label, name, markup.percent(family.get("control_per_run"), 0),
+        markup.percent(family.get("control_per_sample"), 1),
+        points(family.get("scaling_per_doubling")),
+        points(family.get("scaling_per_1k")),
+        markup.percent(family["performance"])]
+             for name, family in families.items()]
   if not rows:
     return markup.missing(
         "No maxima of thinking tokens were measured, so there are no Control, "
         "Scaling and Performance.")
-  return markup.tag("h4", "Over the maxima (s1)") + markup.table(
-      ["model", "control, per run", "per sample", "scaling per doubling",
-       "per 1,000 tokens", "performance"], rows)
+  return markup.tag("h4", "Control of the thinking (s1)") + markup.table(
+      ["model", "by", "control, per run", "per sample",
+       "scaling per doubling", "per 1,000 tokens", "performance"], rows,
+      words=2)
 
 
 def flips_table(group: Sequence[Result]) -> markup.Html:

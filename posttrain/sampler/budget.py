@@ -28,6 +28,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from posttrain import sharding
 from posttrain.sampler import budget_state, budget_tables
@@ -84,7 +85,8 @@ def init(
   recent = jnp.where(jnp.arange(tables.window) < tables.window - 1, -1, recent)
   state = BudgetState(
       phase=jnp.where(done, DONE, first), cursor=zeros, recent=recent,
-      run=zeros, thinking=zeros, answer=zeros, num_tokens=zeros, draws=zeros,
+      run=zeros, thinking=zeros, steps=zeros, answer=zeros, num_tokens=zeros,
+      draws=zeros,
       waits_left=budgets.num_waits, wait_count=zeros, just_waited=zeros != 0,
       think_end=zeros, finish_reason=zeros)
   return _at_maximum(tables, budgets, state)
@@ -184,6 +186,8 @@ def advance(
   state = dataclasses.replace(
       _retract(tables, state, retract), phase=phase, cursor=cursor,
       draws=draws, thinking=state.thinking + thought - matched,
+      steps=state.steps + (
+          thought & sampled & (matched == 0) & _ends_step(tables, state)),
       answer=jnp.where(started, 0, state.answer + outside),
       run=jnp.where(started | (retract > 0), 0, state.run),
       waits_left=state.waits_left - waited,
@@ -239,6 +243,19 @@ def _ends_in(state: BudgetState, ids: tuple[int, ...]) -> jax.Array:
   """[B] bool, the row ends in `ids`, all of them sampled and in one run."""
   hits = (state.recent[:, i - len(ids)] == t for i, t in enumerate(ids))
   return functools.reduce(jnp.logical_and, hits, state.run >= len(ids))
+
+
+def _ends_step(tables: BudgetTables, state: BudgetState) -> jax.Array:
+  """[B] bool, the last token ends a step of the thinking."""
+  if tables.step_ends is None:
+    return state.done & False
+  return _ends_in(state, tables.step) | _flag(tables.step_ends, state.last)
+
+
+def _flag(flags: np.ndarray | jax.Array, tokens: jax.Array) -> jax.Array:
+  """[B] bool, `flags` [V] of each token."""
+  return jnp.asarray(flags).at[tokens].get(
+      mode="clip", out_sharding=sharding.spec("rows"))
 
 
 def _append(
@@ -325,16 +342,18 @@ def _at_maximum(
   if not tables.used:
     return state
   limit = budgets.max_thinking_tokens
-  rows = (state.phase == THINK) & (limit >= 0) & (state.thinking >= limit)
+  full = (limit >= 0) & (state.thinking >= limit)
+  if budgets.max_thinking_steps is not None:
+    steps = budgets.max_thinking_steps
+    full = full | (steps >= 0) & (state.steps >= steps)
+  rows = (state.phase == THINK) & full
   close = rows & ~budgets.truncate
   # A model that has begun to write the delimiter itself is helped to finish
   # it; what it has written of it was no thinking.
   begun = jnp.zeros_like(state.run)
   for length in range(1, len(tables.end)):
     begun = jnp.where(_ends_in(state, tables.end[:length]), length, begun)
-  newline_ends = jnp.asarray(tables.newline_ends)
-  newline = newline_ends.at[state.last].get(
-      mode="clip", out_sharding=sharding.spec("rows"))
+  newline = _flag(tables.newline_ends, state.last)
   skip = jnp.where(
       (begun > 0) | newline, len(tables.newline), 0) + begun
   ended = jnp.where(close, ANSWER, DONE)

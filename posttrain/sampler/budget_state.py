@@ -25,7 +25,7 @@ NONE, SAMPLED, FORCED = range(3)
     jax.tree_util.register_dataclass,
     data_fields=["max_thinking_tokens", "min_thinking_tokens", "num_waits",
                  "max_tokens", "truncate", "stop_ids", "wait_order",
-                 "suppress"], meta_fields=[])
+                 "suppress", "max_thinking_steps"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Budgets:
   """Per-row limits; data, so that a change compiles nothing.
@@ -43,6 +43,8 @@ class Budgets:
       all of them, in turn.
     suppress: [B] bool, the tables' reflections are not sampled in thinking.
       None: no row asks for it.
+    max_thinking_steps: [B] int32, thinking is closed behind so many steps; -1
+      for never. None: in no row.
   """
 
   max_thinking_tokens: jax.Array
@@ -53,12 +55,13 @@ class Budgets:
   stop_ids: jax.Array | None = None
   wait_order: jax.Array | None = None
   suppress: jax.Array | None = None
+  max_thinking_steps: jax.Array | None = None
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["phase", "cursor", "recent", "run", "thinking", "answer",
-                 "num_tokens", "draws", "waits_left", "wait_count",
+    data_fields=["phase", "cursor", "recent", "run", "thinking", "steps",
+                 "answer", "num_tokens", "draws", "waits_left", "wait_count",
                  "just_waited", "think_end", "finish_reason"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class BudgetState:
@@ -72,6 +75,7 @@ class BudgetState:
     run: tokens sampled in a row since thinking began, a token was forced or
       something was dropped: a match never reaches further back.
     thinking: thinking tokens, as docs/budget_forcing.md counts them.
+    steps: of thinking, that were ended.
     answer: tokens sampled outside thinking, a stop id included; of a row that
       thinks, after its thinking only.
     num_tokens: tokens of the completion so far.
@@ -89,6 +93,7 @@ class BudgetState:
   recent: jax.Array
   run: jax.Array
   thinking: jax.Array
+  steps: jax.Array
   answer: jax.Array
   num_tokens: jax.Array
   draws: jax.Array

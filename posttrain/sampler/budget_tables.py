@@ -16,9 +16,9 @@ from posttrain.text.thinking import ThinkingIds
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["newline_ends", "reflections"],
+    data_fields=["newline_ends", "reflections", "step_ends"],
     meta_fields=["vocab_size", "start", "end", "delimiters", "newline",
-                 "final_answer", "waits", "stop_ids"])
+                 "final_answer", "waits", "stop_ids", "step"])
 @dataclasses.dataclass(frozen=True)
 class BudgetTables:
   """Token ids that the machine matches, bans and forces.
@@ -32,6 +32,10 @@ class BudgetTables:
     stop_ids: what ends a row when it is sampled.
     reflections: [V] bool, what a row that asks for it does not sample while
       it thinks; None for nothing.
+    step: what ends a step of the thinking when it is sampled; () if steps are
+      not counted.
+    step_ends: [V] bool, tokens that do so too, as their text has that string
+      in it; None if steps are not counted.
   """
 
   newline_ends: np.ndarray | jax.Array
@@ -44,6 +48,8 @@ class BudgetTables:
   waits: tuple[tuple[int, ...], ...]
   stop_ids: tuple[int, ...]
   reflections: np.ndarray | jax.Array | None = None
+  step: tuple[int, ...] = ()
+  step_ends: np.ndarray | jax.Array | None = None
 
   @classmethod
   def build(
@@ -74,19 +80,22 @@ class BudgetTables:
     string = lambda ids: tuple(int(i) for i in ids) if used else ()
     delimiters = tuple(dict.fromkeys(
         string(d) for d in (*thinking_ids.delimiters, thinking_ids.end) if d))
+    step = string(thinking_ids.step)
     tables = cls(
         newline_ends, vocab_size, string(thinking_ids.start),
         string(thinking_ids.end), _reachable(delimiters) if used else (),
         string(thinking_ids.newline), string(thinking_ids.final_answer),
         tuple(map(string, (thinking_ids.wait, *thinking_ids.more_waits))),
-        tuple(int(i) for i in stop_ids), reflections)
+        tuple(int(i) for i in stop_ids), reflections,
+        step, np.isin(np.arange(vocab_size), thinking_ids.step_tokens)
+        if step else None)
     tables._check()
     return tables
 
   def _check(self) -> None:
     strings = {
         "thinking.start": self.start, "thinking.end": self.end,
-        "thinking.newline": self.newline,
+        "thinking.newline": self.newline, "thinking.step": self.step,
         "thinking.final_answer": self.final_answer,
         "the tokenizer's stop ids": self.stop_ids}
     named = [("thinking.delimiters", ids) for ids in self.delimiters]
@@ -112,7 +121,13 @@ class BudgetTables:
   @property
   def window(self) -> int:
     """W: the longest string to match, and the token before it."""
-    return 1 + max(map(len, (*self.delimiters, self.start)), default=0)
+    strings = (*self.delimiters, self.start, self.step)
+    return 1 + max(map(len, strings), default=0)
+
+  @property
+  def recalled(self) -> int:
+    """Tokens that a match may take back besides the last, at most."""
+    return max(map(len, self.delimiters), default=1) - 1
 
   @property
   def tape(self) -> tuple[int, ...]:

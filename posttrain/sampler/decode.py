@@ -37,12 +37,15 @@ class Carry:
     hidden: [B, D], from which each row's next token is drawn.
     state: where each row's budget stands.
     hook: the state of the logits hook, [B, ...] each; None without a hook.
+    earlier: [B, H, D], `hidden` of the last steps, for the logprob of what
+      takes the place of H + 1 tokens; None if no delimiter has several.
   """
 
   cache: kv.KVCache
   hidden: jax.Array
   state: budget.BudgetState
   hook: Any = None
+  earlier: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +77,8 @@ class Recorded:
       alone: no temperature, truncation, ban or hook.
     top_logprobs: so many of the likeliest tokens of the distribution that was
       sampled from, "top_tokens" and "top_logprobs".
-    counts: "counts" [B, N, 4] of the row after the step: thinking and answer
-      tokens, waits, and how the thinking ended.
+    counts: "counts" [B, N, 5] of the row after the step: thinking and answer
+      tokens, waits, how the thinking ended, and its steps.
   """
 
   counts: bool = False
@@ -88,6 +91,7 @@ PLAIN = Recorded()
 # A schedule of budgets: (budgets, state) -> budgets, pure and traced, called
 # before every step of the loop. Waits that are left are in the state. It may
 # lower max_thinking_tokens below what a row has thought: the row then closes.
+# More max_tokens than were asked for it cannot give.
 Policy = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
@@ -112,12 +116,25 @@ def prefill(
   hidden, cache = model.prefill(tokens, positions, segment_ids, cache_dtype)
   last = jnp.repeat(
       tokens[:, -1], group_size, out_sharding=spec("rows"))
+  hidden = jnp.repeat(
+      hidden[:, -1], group_size, axis=0,
+      out_sharding=spec("rows", "act_embed"))
   return Carry(
-      cache=kv.resize(kv.fan_out(cache, group_size), slots),
-      hidden=jnp.repeat(
-          hidden[:, -1], group_size, axis=0,
-          out_sharding=spec("rows", "act_embed")),
-      state=budget.init(tables, budgets, in_thinking, last, done))
+      cache=kv.resize(kv.fan_out(cache, group_size), slots), hidden=hidden,
+      state=budget.init(tables, budgets, in_thinking, last, done),
+      earlier=no_earlier(hidden, tables))
+
+
+def no_earlier(
+    hidden: jax.Array, tables: budget.BudgetTables,
+) -> jax.Array | None:
+  """`Carry.earlier` before the first step, beside `hidden` [B, D]."""
+  if not tables.recalled:
+    return None
+  rows, embed = hidden.shape
+  return jnp.zeros(
+      (rows, tables.recalled, embed), hidden.dtype,
+      out_sharding=spec("rows", None, "act_embed"))
 
 
 # Here and in `decode` a part of the model is not read. It is on the device all
@@ -179,8 +196,7 @@ def decode(
   def body(loop):
     step, carry, record = loop
     carry, new = _choose(
-        model, carry, script[:, step], rows if policy is None else
-        dataclasses.replace(rows, budgets=policy(rows.budgets, carry.state)),
+        model, carry, script[:, step], _steered(policy, rows, carry.state),
         tables, recorded, hook)
     carry, experts = _feed(model, blocks, carry, rows)
     if experts is not None:
@@ -195,6 +211,18 @@ def decode(
       (jnp.int32(0), carry,
        _empty_record(script.shape, recorded, model.config)))
   return carry, record
+
+
+def _steered(
+    policy: Policy | None, rows: Rows, state: budget.BudgetState,
+) -> Rows:
+  """The rows under a policy, which cannot make them longer than their slots."""
+  if policy is None:
+    return rows
+  budgets = policy(rows.budgets, state)
+  most = jnp.minimum(budgets.max_tokens, rows.budgets.max_tokens)
+  return dataclasses.replace(
+      rows, budgets=dataclasses.replace(budgets, max_tokens=most))
 
 
 def _empty_record(
@@ -212,7 +240,7 @@ def _empty_record(
     record["experts"] = empty(
         experts_dtype(config), 0, config.layers, config.experts_per_token)
   if recorded.counts:
-    record["counts"] = empty(jnp.int32, 0, 4)
+    record["counts"] = empty(jnp.int32, 0, 5)
   if recorded.model_logprobs:
     record["model_logprob"] = empty(jnp.float32)
   if recorded.top_logprobs:
@@ -227,8 +255,7 @@ def _choose(
     tables: budget.BudgetTables, recorded: Recorded, hook: hooks.Hook | None,
 ) -> tuple[Carry, dict[str, Any]]:
   """Logits -> a token per row, sampled or forced -> the next budget state."""
-  logits = shard(model.logits(carry.hidden), "rows", None)
-  logits = logits[:, :tables.vocab_size]
+  logits = _logits(model, carry.hidden, tables)
   forced, banned = budget.plan(tables, rows.budgets, carry.state)
   was_forced, params = forced >= 0, rows.params
   shaped = logits
@@ -252,7 +279,8 @@ def _choose(
   failed = ~carry.state.done & ~jnp.isfinite(logprobs)
   state, emit = budget.advance(
       tables, rows.budgets, carry.state, token, was_forced)
-  own_logprobs = functools.partial(_own_logprobs, logits, emit)
+  own_logprobs = functools.partial(
+      _own_logprobs, model, carry, logits, tables, emit)
   if tables.used:  # Rare, and another pass over the logits.
     replaced = (emit.provenance == budget.FORCED) & ~was_forced
     logprobs = jax.lax.cond(
@@ -280,7 +308,8 @@ def _more(
   record = {}
   if recorded.counts:
     record["counts"] = jnp.stack([
-        state.thinking, state.answer, state.wait_count, state.think_end], 1)
+        state.thinking, state.answer, state.wait_count, state.think_end,
+        state.steps], 1)
   if recorded.model_logprobs:
     record["model_logprob"] = jnp.where(emit.keep, own_logprobs(), 0.0)
   if recorded.top_logprobs:
@@ -301,13 +330,36 @@ def _plain(was_forced, logits, shaped, banned, params: choice.RowParams):
           min_p=free(0.0, params.min_p)))
 
 
-def _own_logprobs(logits: jax.Array, emit: budget.Emit) -> jax.Array:
-  """[B] of the emitted tokens under the model; NaN where not known.
+def _logits(
+    model: Transformer, hidden: jax.Array, tables: budget.BudgetTables,
+) -> jax.Array:
+  """[B, D] -> [B, V], the whole vocabulary on every device of a row."""
+  return shard(model.logits(hidden), "rows", None)[:, :tables.vocab_size]
 
-  A token that replaces several stands where this step's logits are not of.
+
+def _own_logprobs(
+    model: Transformer, carry: Carry, logits: jax.Array,
+    tables: budget.BudgetTables, emit: budget.Emit,
+) -> jax.Array:
+  """[B] of the emitted tokens under the model.
+
+  A token that replaces several stands where the first of them stood: its
+  logits are those of that step, and are computed again, as this is rare.
   """
-  own = choice.logprob_of(jax.nn.log_softmax(logits), emit.token)
-  return jnp.where(emit.dropped > 0, jnp.nan, own)
+  pick = lambda logits: choice.logprob_of(
+      jax.nn.log_softmax(logits), emit.token)
+  own, earlier = pick(logits), carry.earlier
+  if earlier is None:
+    return own
+
+  def recalled():
+    steps = jnp.arange(earlier.shape[1], 0, -1)
+    hidden = jnp.sum(jnp.where(
+        (steps == emit.dropped[:, None])[:, :, None], earlier, 0), axis=1)
+    return jnp.where(
+        emit.dropped > 0, pick(_logits(model, hidden, tables)), own)
+
+  return jax.lax.cond(jnp.any(emit.dropped > 0), recalled, lambda: own)
 
 
 def _feed(
@@ -327,7 +379,12 @@ def _feed(
   hidden, cache, experts = model.decode(state.last, position, cache, blocks)
   if experts is not None:
     experts = jnp.where(state.done[:, None, None], 0, experts + 1)
-  return dataclasses.replace(carry, cache=cache, hidden=hidden), experts
+  earlier = carry.earlier
+  if earlier is not None:
+    earlier = jnp.concatenate(
+        [earlier[:, 1:], carry.hidden[:, None]], axis=1)
+  return dataclasses.replace(
+      carry, cache=cache, hidden=hidden, earlier=earlier), experts
 
 
 def experts_dtype(config: ModelConfig) -> Any:

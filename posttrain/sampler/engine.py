@@ -142,6 +142,7 @@ class Engine:
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
     self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
+    self._shared = prefill.Shared(settings.prefill_chunk)
     # Two rows at least, of which one may never be filled: of an array of one
     # element jax 0.11 forgets the sharding.
     self._live: list[live_lib.Live | None] = [None] * max(2, settings.slots)
@@ -175,6 +176,7 @@ class Engine:
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
     else:
+      self._shared.add(request.prompt, first=not self.busy)
       self._pending.append((number, request))
       self._waiting[request.prompt] += 1
       self.stats.prompt_tokens += len(request.prompt)
@@ -231,7 +233,7 @@ class Engine:
     empties = 1 + 2 * prefills  # Slots; a batch of prompts; a prefix alone.
     # From a batch to the slots, from a prefix to a batch, and from that to it.
     places = prefills * (sizes + prefills + 1)
-    others = 4  # "done", "begin", "end", "hook".
+    others = 5  # "done", "begin", "end", "hook", "earlier".
     return decodes + resizes + prefills + empties + places + others
 
   def use(self, model: Transformer) -> None:
@@ -299,7 +301,8 @@ class Engine:
     free = free[:len(taken)]
     self._prefill.add(
         self.model, self._blocks,
-        [(request.prompt, request.prefix) for _, request in taken])
+        [(request.prompt, request.prefix or self._shared.of(request.prompt))
+         for _, request in taken])
     for slot, (number, request) in zip(free, taken, strict=True):
       self._live[slot] = live_lib.Live(
           number, request, self.tables, self._text)

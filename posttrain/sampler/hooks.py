@@ -41,11 +41,14 @@ class Hook:
 
 
 def token_bias(vocab_size: int) -> Hook:
-  """Adds to the logits of chosen tokens; the argument is {id: bias}."""
+  """Adds to the logits of chosen tokens; the argument is {id: bias}.
+
+  An id may be a string, as JSON and configs have it.
+  """
   def init(prompt, biases):
     row = np.zeros(vocab_size, np.float32)
     for token, bias in (biases or {}).items():
-      row[token] = bias
+      row[int(token)] = bias
     return row
 
   return Hook(init, lambda bias, logits: logits + bias)
@@ -55,14 +58,15 @@ def repetition_penalty(vocab_size: int) -> Hook:
   """Makes tokens of the row so far less likely, its prompt's among them.
 
   A positive logit is divided by the penalty and a negative one multiplied
-  (CTRL, arXiv 1909.05858, as transformers has it). The argument is the
-  penalty; 1 does nothing. Of a delimiter that is taken back for a wait, only
-  what was not its last token counts as seen.
+  (CTRL, arXiv 1909.05858, as transformers has it). The argument is
+  {"penalty": number}; 1, and no argument, do nothing. Of a delimiter that is
+  taken back for a wait, only what was not its last token counts as seen.
   """
-  def init(prompt, penalty):
+  def init(prompt, argument):
     seen = np.zeros(vocab_size, bool)
     seen[list(prompt)] = True
-    return {"seen": seen, "penalty": np.float32(penalty or 1)}
+    penalty = (argument or {"penalty": 1})["penalty"]
+    return {"seen": seen, "penalty": np.float32(penalty)}
 
   def process(state, logits):
     penalty = state["penalty"][:, None]

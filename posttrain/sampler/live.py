@@ -31,7 +31,7 @@ class Live:
     self.steps = 0
     self._most = requests.most_slots(request, tables)
     # Earlier tokens of a delimiter may still be taken back.
-    self._held = max(map(len, tables.delimiters), default=1) - 1
+    self._held = tables.recalled
     self._row = rollouts.Row()
     self._raw: list[np.ndarray] = []
     self._surplus = 0
@@ -91,17 +91,18 @@ class Live:
         name: np.array(values) for name, values in self._row.columns.items()}
     counts = (
         state.thinking[slot], state.answer[slot], state.wait_count[slot],
-        state.think_end[slot])
+        state.think_end[slot], state.steps[slot])
     if reason == "stop":
       counts = columns["counts"][-1]
-    thinking, answer, waits, think_end = map(int, counts)
+    thinking, answer, waits, think_end, steps = map(int, counts)
     return Completion(
         id=self.number, request=self.request, tokens=list(self._row.tokens),
         logprobs=columns["logprob"].astype(np.float32),
         provenance=columns["provenance"].astype(np.int8),
         finish_reason=reason, error=NOT_FINITE if reason == "error" else "",
         think_end=rollouts.THINK_ENDS[think_end], think_length=thinking,
-        answer_length=answer, wait_count=waits, surplus=self._surplus,
+        think_steps=steps, answer_length=answer, wait_count=waits,
+        surplus=self._surplus,
         model_logprobs=columns.get("model_logprob"),
         top_tokens=columns.get("top_tokens"),
         top_logprobs=columns.get("top_logprobs"),

@@ -11,6 +11,8 @@ that only what follows is computed again.
 
 import dataclasses
 import functools
+import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -83,6 +85,35 @@ class Prompt:
   rows: Rows
   row: int
   end: int
+
+
+class Shared:
+  """What all prompts of a queue begin with, found as they come.
+
+  Whole chunks of it only, which is what sharing saves.
+  """
+
+  def __init__(self, chunk: int):
+    self._chunk = chunk
+    self._common: Tokens = ()
+    self._differ = False
+
+  def add(self, prompt: Tokens, *, first: bool) -> None:
+    """Another prompt; with `first` the queue was empty."""
+    if first:
+      self._common, self._differ = prompt, False
+      return
+    if prompt != self._common:
+      self._differ = True
+      same = itertools.takewhile(bool, map(operator.eq, self._common, prompt))
+      self._common = prompt[:sum(same)]
+
+  def of(self, prompt: Tokens) -> int:
+    """So many first tokens are shared with other prompts."""
+    if not self._differ:
+      return 0
+    most = min(len(self._common), len(prompt) - 1)
+    return most // self._chunk * self._chunk
 
 
 class Prefill:

@@ -23,8 +23,8 @@ class Request:
     prompt: token ids.
     max_tokens: of the completion, forced tokens included.
     params: temperature and truncation.
-    max_thinking_tokens, min_thinking_tokens, num_waits, truncate: its budget,
-      see `budget.Budgets`.
+    max_thinking_tokens, min_thinking_tokens, num_waits, truncate,
+      max_thinking_steps: its budget, see `budget.Budgets`.
     wait_order: which of the wait texts its waits take, in turn; () for all.
     suppress: words of reflection are not sampled while it thinks.
     stop_ids: end it, besides the tokenizer's.
@@ -32,7 +32,8 @@ class Request:
     banned_ids: are never sampled.
     seed, stage, step, prompt_id, sample_id: see `choice.row_keys`.
     prefix: so many of the prompt's first tokens are shared with others, and
-      prefilled once for all of them.
+      prefilled once for all of them; 0: as many whole chunks as all of the
+      queue have in common.
     hook: the argument of the engine's logits hook.
     script: [steps] choices to replay (`Completion.raw`), -1 draws.
   """
@@ -44,6 +45,7 @@ class Request:
   min_thinking_tokens: int = 0
   num_waits: int = 0
   truncate: bool = False
+  max_thinking_steps: int = -1
   wait_order: tuple[int, ...] = ()
   suppress: bool = False
   stop_ids: tuple[int, ...] = ()
@@ -72,7 +74,8 @@ class Completion:
     finish_reason: "eos", "budget", "length", "stop", "abort" or "error".
     error: what is wrong with the request; "" if nothing is.
     think_end: "open", "natural" or "budget".
-    think_length, answer_length, wait_count: counts, see `BudgetState`.
+    think_length, think_steps, answer_length, wait_count: counts, see
+      `BudgetState`.
     surplus: tokens behind a stop string that were drawn and cut.
     model_logprobs: [n] float32, of the tokens under the model alone; None if
       the engine does not record them.
@@ -91,6 +94,7 @@ class Completion:
   error: str = ""
   think_end: str = "open"
   think_length: int = 0
+  think_steps: int = 0
   answer_length: int = 0
   wait_count: int = 0
   surplus: int = 0
@@ -181,11 +185,15 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
     limits: a request, or what has the fields of its budget.
   """
   maximum, minimum = limits.max_thinking_tokens, limits.min_thinking_tokens
+  steps = limits.max_thinking_steps
   if not tables.used:
-    if maximum >= 0 or minimum or limits.num_waits:
+    if maximum >= 0 or minimum or limits.num_waits or steps >= 0:
       return ("A thinking budget is set and thinking.end is empty. Set it to "
               "the string that ends the thinking.")
     return ""
+  if steps >= 0 and not tables.step:
+    return ("max_thinking_steps is set and thinking.step is empty. Set it to "
+            "the string that ends a step.")
   if maximum < 0:
     return ""
   if minimum > maximum:
@@ -238,7 +246,8 @@ def columns(
       min_thinking_tokens=column("min_thinking_tokens"),
       num_waits=column("num_waits"), max_tokens=column("max_tokens"),
       truncate=column("truncate", bool), stop_ids=padded("stop_ids"),
-      wait_order=padded("wait_order"), suppress=column("suppress", bool))
+      wait_order=padded("wait_order"), suppress=column("suppress", bool),
+      max_thinking_steps=column("max_thinking_steps"))
   keys = {
       "seed": column("seed", np.uint32), "step": column("step"),
       "stage": np.array(

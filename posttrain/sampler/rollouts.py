@@ -28,12 +28,12 @@ class Rollouts:
     tokens: [B, T] int32, what follows the prompt, end of text included.
     logprobs: [B, T] float32, of sampled tokens under the distribution really
       sampled from; of forced tokens the model's own (temperature 1, nothing
-      cut off), NaN where one took the place of several tokens.
+      cut off).
     provenance: [B, T] int8: 0 padding, 1 sampled, 2 forced.
     lengths: [B] int32, tokens of each completion.
     finish_reason: [B] int8, see `FINISH_REASONS`.
     think_end: [B] int8, see `THINK_ENDS`.
-    think_lengths, answer_lengths, wait_count: [B] int32.
+    think_lengths, think_steps, answer_lengths, wait_count: [B] int32.
     prompt_id, sample_id: [B] int32, which completion of which prompt.
     raw: [B, steps] int32, every choice that the loop made, those dropped
       later among them, -1 where there was none: what `Sampler.generate`
@@ -51,6 +51,7 @@ class Rollouts:
   finish_reason: np.ndarray
   think_end: np.ndarray
   think_lengths: np.ndarray
+  think_steps: np.ndarray
   answer_lengths: np.ndarray
   wait_count: np.ndarray
   prompt_id: np.ndarray
@@ -87,6 +88,7 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
       finish_reason=codes(FINISH_REASONS, "finish_reason"),
       think_end=codes(THINK_ENDS, "think_end"),
       think_lengths=numbers(c.think_length for c in completions),
+      think_steps=numbers(c.think_steps for c in completions),
       answer_lengths=numbers(c.answer_length for c in completions),
       wait_count=numbers(c.wait_count for c in completions),
       prompt_id=numbers(c.request.prompt_id for c in completions),

@@ -23,6 +23,7 @@ from posttrain.sampler import (
     requests,
     rollouts,
 )
+from posttrain.sampler import steering as steering_lib
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.text import thinking as thinking_lib
 
@@ -39,6 +40,7 @@ class Limits:
     min_thinking_tokens: no delimiter or stop token before it.
     num_waits: delimiters that are replaced by the wait text.
     truncate: end the row at the maximum instead of closing the thinking.
+    max_thinking_steps: -1 for no maximum.
   """
 
   max_tokens: int | np.ndarray
@@ -46,6 +48,7 @@ class Limits:
   min_thinking_tokens: int | np.ndarray = 0
   num_waits: int | np.ndarray = 0
   truncate: bool | np.ndarray = False
+  max_thinking_steps: int | np.ndarray = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Sampler:
       which wait for the longest.
     cache_dtype, weights_dtype: of the cache, and of the decode loop's
       matrices: "compute", or "int8" with scales.
+    steering: hook, policy and the like, of all calls.
   """
 
   ids: thinking_lib.ThinkingIds
@@ -72,6 +76,7 @@ class Sampler:
   slots: int = 0
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
+  steering: steering_lib.Steering = steering_lib.NONE
 
   def generate(
       self, model: Transformer, prompts: Sequence[Sequence[int]],
@@ -103,23 +108,17 @@ class Sampler:
         contradict each other.
     """
     rows = len(prompts) * group_size
+    asked = self.make_requests(
+        prompts, limits, prompt_id=prompt_id, group_size=group_size,
+        first_sample=first_sample, seed=seed, stage=stage, step=step)
     if 0 < self.slots < rows:
       if on_chunk:
         raise ValueError("on_chunk sees all rows at once, and with slots="
                          f"{self.slots} there are never {rows}. Use an Engine.")
-      budgets = self._budgets(limits, rows)
-      self._check(prompts, budgets)
-      return self._refill(model, [
-          requests.Request(
-              prompt=tuple(prompts[row // group_size]), params=self.params,
-              **vars(limits_of), seed=int(np.uint32(seed)), stage=stage,
-              step=step, prompt_id=int(prompt_id[row // group_size]),
-              sample_id=first_sample + row % group_size,
-              script=None if script is None else script[row])
-          for row, limits_of in enumerate(_by_row(budgets))])
-    device = self.inputs(
-        prompts, limits, prompt_id=prompt_id, group_size=group_size,
-        first_sample=first_sample)
+      return self._refill(model, asked if script is None else [
+          dataclasses.replace(request, script=row)
+          for request, row in zip(asked, script, strict=True)])
+    device = self.inputs(asked, group_size=group_size)
     device["rows"] = self.rows(device, row_keys(
         seed=np.uint32(seed), stage=stage, step=step,
         prompt_id=device["prompt_id"], sample_id=device["sample_id"]))
@@ -130,8 +129,8 @@ class Sampler:
         prompts=[list(p) for p in prompts for _ in range(group_size)],
         finish_reason=take(state.finish_reason).astype(np.int8),
         think_end=take(state.think_end).astype(np.int8),
-        think_lengths=take(state.thinking), answer_lengths=take(state.answer),
-        wait_count=take(state.wait_count),
+        think_lengths=take(state.thinking), think_steps=take(state.steps),
+        answer_lengths=take(state.answer), wait_count=take(state.wait_count),
         prompt_id=np.repeat(
             np.asarray(prompt_id, np.int32), group_size),
         sample_id=np.tile(np.arange(
@@ -159,7 +158,10 @@ class Sampler:
         slots=-(-self.slots // parts) * parts, max_slots=most,
         min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
         prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK),
-        cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype))
+        cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype,
+        max_ids=max(engine.Settings.max_ids, *(
+            len(request.wait_order) for request in asked)),
+        hook=self.steering.hook, policy=self.steering.policy))
     numbers = [queue.submit(request) for request in asked]
     done = {found.id: found for found in queue.results()}
     failed = [found.error for found in done.values() if found.error]
@@ -175,6 +177,7 @@ class Sampler:
         device["in_thinking"], device["done"], self.tables,
         device["budgets"], group_size=group_size, slots=slots,
         cache_dtype=self.cache_dtype)
+    carry = dataclasses.replace(carry, hook=device["hook"])
     model, blocks = decode.unstacked(
         model, weights_dtype=self.weights_dtype)
     recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
@@ -187,7 +190,8 @@ class Sampler:
       carry, record = decode.decode(
           model, blocks, carry, device["rows"],
           script_window(script, total, begin, self.chunk), np.int32(total),
-          self.tables, steps=self.chunk)
+          self.tables, steps=self.chunk, hook=self.steering.hook,
+          policy=self.steering.policy)
       record, done, state = sharding.fetch(
           (record, carry.state.done, carry.state))
       recorder.add(record)
@@ -203,18 +207,35 @@ class Sampler:
         _check_numbers(state)
         return recorder, state
 
-  def _budgets(self, limits: Limits, rows: int) -> budget.Budgets:
-    def fill(value, dtype) -> Any:  # NumPy here; on the mesh later.
-      return np.broadcast_to(np.asarray(value, dtype), (rows,))
+  def make_requests(
+      self, prompts: Sequence[Sequence[int]], limits: Limits, *,
+      prompt_id: Sequence[int], group_size: int = 1, first_sample: int = 0,
+      seed: int = 0, stage: str = "", step: int = 0,
+  ) -> list[requests.Request]:
+    """One for each completion, in order of prompt, then sample.
 
-    return budget.Budgets(
-        max_thinking_tokens=fill(limits.max_thinking_tokens, np.int32),
-        min_thinking_tokens=fill(limits.min_thinking_tokens, np.int32),
-        num_waits=fill(limits.num_waits, np.int32),
-        max_tokens=fill(limits.max_tokens, np.int32),
-        truncate=fill(limits.truncate, bool))
+    Raises:
+      ValueError: as `generate`.
+    """
+    self._check(prompts)
+    rows = len(prompts) * group_size
+    names = [field.name for field in dataclasses.fields(Limits)]
+    columns = [np.broadcast_to(getattr(limits, name), (rows,)).tolist()
+               for name in names]
+    asked = []
+    for row, values in enumerate(zip(*columns, strict=True)):
+      request = requests.Request(
+          prompt=tuple(prompts[row // group_size]), params=self.params,
+          **dict(zip(names, values, strict=True)), seed=int(np.uint32(seed)),
+          stage=stage, step=step, prompt_id=int(prompt_id[row // group_size]),
+          sample_id=first_sample + row % group_size)
+      problem = requests.budget_problem(request, self.tables)
+      if problem:
+        raise ValueError(problem)
+      asked.append(self.steering.of(request, len(self.tables.waits)))
+    return asked
 
-  def _check(self, prompts, budgets: budget.Budgets) -> None:
+  def _check(self, prompts: Sequence[Sequence[int]]) -> None:
     for i, prompt in enumerate(prompts):
       if not 1 <= len(prompt) <= self.max_prompt_tokens:
         raise ValueError(
@@ -224,30 +245,22 @@ class Sampler:
         raise ValueError(
             f"Prompt {i} has a token id outside of 0 to "
             f"{self.tables.vocab_size - 1}. Is it of another tokenizer?")
-    for row in _by_row(budgets):
-      problem = requests.budget_problem(row, self.tables)
-      if problem:
-        raise ValueError(problem)
 
   def inputs(
-      self, prompts: Sequence[Sequence[int]], limits: Limits, *,
-      prompt_id: Sequence[int], group_size: int = 1, first_sample: int = 0,
+      self, asked: Sequence[requests.Request], *, group_size: int,
       put: Callable[..., Any] = sharding.put,
   ) -> dict[str, Any]:
     """What a generation reads, filled up to what the mesh divides.
 
     Args:
+      asked: of `make_requests`.
       put: what makes device arrays; `sharding.abstract` for their shapes.
 
     Returns:
       By name, as `decode` calls them, and the ids that `row_keys` takes.
-
-    Raises:
-      ValueError: as `generate`.
     """
-    rows, width = len(prompts) * group_size, self.max_prompt_tokens
-    budgets = self._budgets(limits, rows)
-    self._check(prompts, budgets)
+    prompts = [request.prompt for request in asked[::group_size]]
+    rows, width = len(asked), self.max_prompt_tokens
     # Whole prompts per part of the mesh, so that fanning out stays local.
     parts = sharding.axis_size("rows")
     # And two rows at least: of an array of one element jax 0.11 forgets the
@@ -261,37 +274,60 @@ class Sampler:
       tokens[row, width - len(prompt):] = prompt
       segment_ids[row, width - len(prompt):] = 1
     lengths = np.repeat(segment_ids.sum(1, dtype=np.int32), group_size)
-    thinks = [requests.in_thinking(tuple(prompt), self.tables)
-              for prompt in prompts]
-    expand = lambda x: np.repeat(
-        np.pad(np.asarray(x), (0, extra)), group_size)
-    samples = np.arange(
-        first_sample, first_sample + group_size, dtype=np.int32)
-    by_row = lambda x: put(x, "rows")
+    thinks = [requests.in_thinking(prompt, self.tables) for prompt in prompts]
+    extra *= group_size
+    def by_row(values: Any, dtype: Any = np.int32) -> Any:
+      values = np.asarray(values, dtype)
+      rest = [(0, 0)] * (values.ndim - 1)
+      return put(np.pad(values, ((0, extra), *rest)), "rows",
+                 *(None for _ in rest))
+
     return {
         "tokens": put(tokens, "rows", "slots"),
         "segment_ids": put(segment_ids, "rows", "slots"),
-        "in_thinking": by_row(expand(thinks)),
-        "done": by_row(lengths == 0),
-        "prompt_lengths": by_row(lengths),
+        "in_thinking": by_row(np.repeat(thinks, group_size), bool),
+        "done": put(lengths == 0, "rows"),
+        "prompt_lengths": put(lengths, "rows"),
         "budgets": jax.tree.map(
-            lambda x: by_row(np.pad(x, (0, extra * group_size))), budgets),
+            lambda x: by_row(x, x.dtype), self._budgets(asked)),
         "params": jax.tree.map(
-            by_row, choice.RowParams.of([self.params] * lengths.size)),
-        "prompt_id": by_row(expand(prompt_id).astype(np.int32)),
-        "sample_id": by_row(np.tile(samples, padded))}
+            lambda x: put(x, "rows"),
+            choice.RowParams.of([self.params] * lengths.size)),
+        "hook": self._hook_state(asked, extra, put),
+        "prompt_id": by_row([request.prompt_id for request in asked]),
+        "sample_id": by_row([request.sample_id for request in asked])}
+
+  def _budgets(self, asked: Sequence[requests.Request]) -> budget.Budgets:
+    """[B] each; what no row can ask for here is left out of the program."""
+    most = max(len(request.wait_order) for request in asked)
+    budgets, *_ = requests.columns(asked, most)
+    unused: dict[str, Any] = {"stop_ids": None}
+    if not most:
+      unused["wait_order"] = None
+    if not self.steering.suppress:
+      unused["suppress"] = None
+    if not self.tables.step:
+      unused["max_thinking_steps"] = None
+    return dataclasses.replace(budgets, **unused)
+
+  def _hook_state(
+      self, asked: Sequence[requests.Request], extra: int,
+      put: Callable[..., Any],
+  ) -> Any:
+    """The hook's, of all rows and of those that fill them up."""
+    hook = self.steering.hook
+    if hook is None:
+      return None
+    rows = [hook.init(request.prompt, request.hook) for request in asked]
+    rows += [hook.init((0,), None)] * extra
+    return jax.tree.map(
+        lambda *x: put(np.stack(x), "rows", *(None for _ in np.shape(x[0]))),
+        *rows)
 
   def rows(self, inputs: dict[str, Any], keys: Any) -> decode.Rows:
     """What `decode` takes of `inputs`, with the rows' keys."""
     return decode.Rows(inputs["prompt_lengths"], keys, inputs["budgets"],
                        inputs["params"])
-
-
-def _by_row(budgets: budget.Budgets) -> list[Limits]:
-  names = [field.name for field in dataclasses.fields(Limits)]
-  columns = [getattr(budgets, name).tolist() for name in names]
-  return [Limits(**dict(zip(names, row, strict=True)))
-          for row in zip(*columns, strict=True)]
 
 
 def script_window(

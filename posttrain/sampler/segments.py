@@ -79,6 +79,7 @@ def record(
       "finish_reason": rollouts.finish_name(row),
       "think_end": THINK_ENDS[int(rollouts.think_end[row])],
       "think_length": int(rollouts.think_lengths[row]),
+      "think_steps": int(rollouts.think_steps[row]),
       "answer_length": int(rollouts.answer_lengths[row]),
       "length": len(tokens),
       "wait_count": int(rollouts.wait_count[row])}

@@ -71,7 +71,9 @@ class Slots:
         run(("done",), _done, tables, budgets, zeros),
         hook and jax.tree.map(
             lambda x: _repeated(np.asarray(x), rows=slots),
-            hook.init((0,), None)))
+            hook.init((0,), None)),
+        run(("earlier",), _no_earlier, rows.hidden, tables)
+        if tables.recalled else None)
 
   @property
   def size(self) -> int:
@@ -112,7 +114,9 @@ class Slots:
         hook_state = self._run(
             ("hook",), _set_row, hook_state,
             self._hook.init(request.prompt, request.hook), np.int32(slot))
-    self.carry = decode.Carry(placed.cache, placed.hidden, state, hook_state)
+    self.carry = dataclasses.replace(
+        self.carry, cache=placed.cache, hidden=placed.hidden, state=state,
+        hook=hook_state)
 
   def decode(
       self, model: Transformer, blocks: list[Block], script: np.ndarray,
@@ -157,6 +161,9 @@ def _begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
 def _done(tables, budgets, zeros):
   zeros = _by_row(zeros)
   return budget.init(tables, _by_row(budgets), zeros > 0, zeros, zeros == 0)
+
+
+_no_earlier = jax.jit(decode.no_earlier)
 
 
 @jax.jit

@@ -34,6 +34,7 @@ HELP = """\
 def run(
     config: config_dict.ConfigDict, *, workdir: str | None = None,
     stage: str = "", params: choice.SamplingParams, limits: sampler.Limits,
+    steering: Mapping[str, Any] = sampling.PLAIN,
     seed: int = 0, cache_dtype: str = "compute",
     weights_dtype: str = "compute", lines: Iterable[str] | None = None,
     stream: TextIO | None = None,
@@ -43,6 +44,7 @@ def run(
   Args:
     config, workdir, stage: whose weights, as in `sample.run`.
     params, limits: to begin with.
+    steering: as `sampling.make_steering` takes it.
     seed: with the turn's number, what a draw depends on.
     cache_dtype, weights_dtype: see `sampler.Sampler`.
     lines: what is said; read from the terminal by default.
@@ -64,11 +66,16 @@ def run(
       raise ValueError(
           'chat_template="plain" has no turns. Use a model with a chat '
           "template, or set chat_template to a Jinja file.")
-    talk = Chat(
-        renderer, thinking.resolve(
-            thinking.Thinking(**config.thinking), renderer.tokenizer), params,
-        limits, seed, stream or sys.stdout,
-        dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype))
+    ids = thinking.resolve(
+        thinking.Thinking(**config.thinking), renderer.tokenizer)
+    # Once: it looks at every token of the vocabulary.
+    tables = sampling.make_tables(
+        renderer.tokenizer, ids, steering["suppress"])
+    talk = Chat(renderer, sampler.Sampler(
+        ids=ids, tables=tables, params=params, max_prompt_tokens=0,
+        chunk=CHUNK, cache_dtype=cache_dtype, weights_dtype=weights_dtype,
+        steering=sampling.make_steering(steering, tables.vocab_size)),
+                limits, seed, stream or sys.stdout)
     for line in lines if lines is not None else typed():
       if not talk.hear(model, line.strip()):
         break
@@ -92,16 +99,14 @@ class Chat:
   """
 
   def __init__(
-      self, renderer: render.ChatRenderer, ids: thinking.ThinkingIds,
-      params: choice.SamplingParams, limits: sampler.Limits, seed: int,
-      stream: TextIO, dtypes: Mapping[str, Any],
+      self, renderer: render.ChatRenderer, how: sampler.Sampler,
+      limits: sampler.Limits, seed: int, stream: TextIO,
   ):
+    """How turns are drawn; the room for the prompt is each turn's own."""
     self.messages: list[dict[str, str]] = []
-    self._renderer, self._ids = renderer, ids
-    # Once: it looks at every token of the vocabulary.
-    self._tables = sampling.make_tables(renderer.tokenizer, ids)
-    self._params, self._limits, self._seed = params, limits, seed
-    self._stream, self._dtypes = stream, dtypes
+    self._renderer, self._how = renderer, how
+    self._limits, self._seed = limits, seed
+    self._stream = stream
     self._console = console_lib.Console(stream=stream)
     self._turns = 0
 
@@ -134,8 +139,9 @@ class Chat:
       return "forgotten"
     try:
       if name == "temperature":
-        self._params = dataclasses.replace(
-            self._params, temperature=float(value))
+        self._how = dataclasses.replace(
+            self._how, params=dataclasses.replace(
+                self._how.params, temperature=float(value)))
         return f"temperature {float(value):g}"
       if name in limits:
         field, least = limits[name]
@@ -156,14 +162,12 @@ class Chat:
     slots = 64
     while slots < len(prompt):
       slots *= 2  # Few sizes, as each is compiled.
-    how = sampler.Sampler(
-        ids=self._ids, tables=self._tables, params=self._params,
-        max_prompt_tokens=slots, chunk=CHUNK, **self._dtypes)
-    opened = requests.in_thinking(tuple(prompt), self._tables)
+    how = dataclasses.replace(self._how, max_prompt_tokens=slots)
+    opened = requests.in_thinking(tuple(prompt), how.tables)
     drawn = how.generate(
         model, [prompt], self._limits, seed=self._seed, stage="chat",
         prompt_id=[self._turns], on_chunk=Live(
-            tokenizer, self._ids, self._stream, in_thinking=opened))
+            tokenizer, how.ids, self._stream, in_thinking=opened))
     self._turns += 1
     self._console.line("")
     self._console.line(
@@ -171,6 +175,6 @@ class Chat:
         f"thinking, {drawn.wait_count[0]} waits, {drawn.finish_name(0)}", "dim")
     tokens = drawn.completion(0)
     parts = thinking.split(
-        tokens, drawn.provenance[0, :len(tokens)], self._ids,
+        tokens, drawn.provenance[0, :len(tokens)], how.ids,
         in_thinking=opened)
     return segments.completion_text(tokenizer, tokens[parts.answer]).strip()

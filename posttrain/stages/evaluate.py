@@ -24,6 +24,8 @@ from posttrain.sampler.rollouts import FINISH_REASONS, Rollouts
 from posttrain.stages import sampling, training
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading, scoring
+from posttrain.text import instructions
+from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import metrics as metrics_lib
 from posttrain.train import preemption
 
@@ -100,7 +102,12 @@ class Evaluation:
     scoring.check_ids(self.problems)
     scoring.check_gold(section.reward, self.reward, self.problems)
     self.cluster = clusters(self.problems)
-    self.cells = summary.cells(section.max_thinking_tokens, section.num_waits)
+    self.cells = cells_of(section)
+    for cell in self.cells:
+      if cell.asked:
+        tokenizer_lib.check_known(
+            context.renderer.tokenizer, instruction(section, cell),
+            "The instruction")
     self.sampler = sampling.make_sampler(context, section.rollout)
 
   def evaluate(self, name: str, model: Transformer) -> dict[str, Any]:
@@ -150,12 +157,16 @@ class Evaluation:
 
   def _decoding(self) -> dict[str, Any]:
     """What a figure has to be quoted with."""
+    rollout = self.section.rollout
+    steering = config_lib.jsonable(training.pick(
+        rollout, "suppress hook hook_args policy wait_order"))
     return training.pick(
-        self.section.rollout, "temperature top_k top_p min_p max_tokens "
-        "truncate") | {
-            "seed": self.context.config.seed,
-            "task": self.section.problems.task,
-            "split": self.section.problems.split}
+        rollout, "temperature top_k top_p min_p max_tokens truncate") | {
+            name: value for name, value in steering.items()
+            if value and value != "cycle"} | {
+                "seed": self.context.config.seed,
+                "task": self.section.problems.task,
+                "split": self.section.problems.split}
 
   def _answer(
       self, model: Transformer, cell: summary.Cell, samples: int,
@@ -165,8 +176,8 @@ class Evaluation:
     limits = sampler_lib.Limits(
         max_tokens=rollout.max_tokens,
         max_thinking_tokens=cell.max_thinking_tokens,
-        num_waits=cell.num_waits,
-        truncate=rollout.truncate and cell.max_thinking_tokens >= 0)
+        max_thinking_steps=cell.max_thinking_steps, num_waits=cell.num_waits,
+        truncate=rollout.truncate and cell.forced)
     size = len(self.problems) if rollout.refill else batch_size(
         self.section, samples)
     batches, records = [], []
@@ -177,7 +188,7 @@ class Evaluation:
                                       - len(part)))]
       rollouts = self.sampler.generate(
           model,
-          [self.context.renderer.prompt_tokens(row) for row in filled],
+          [self._prompt(row, cell) for row in filled],
           limits, prompt_id=[row["id"] for row in filled],
           group_size=samples, seed=self.context.config.seed,
           stage=self.context.name)
@@ -185,6 +196,13 @@ class Evaluation:
       batches.append(scored)
       records += rows
     return _join(batches), records
+
+  def _prompt(self, row: Mapping[str, Any], cell: summary.Cell) -> list[int]:
+    if cell.asked:
+      row = instructions.ask(
+          row, instruction(self.section, cell),
+          self.context.config.thinking.start)
+    return self.context.renderer.prompt_tokens(row)
 
   def _score(
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
@@ -216,8 +234,24 @@ class Evaluation:
         answers=grid(answers, object),
         tokens=grid((r["length"] for r in records), int),
         thinking_tokens=grid((r["think_length"] for r in records), int),
+        thinking_steps=grid((r["think_steps"] for r in records), int),
         finish=grid((FINISH_REASONS[int(f)] for f in
                      rollouts.finish_reason[:rows]), object)), records
+
+
+def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
+  """The free cell first."""
+  asked = section.instructions
+  return summary.cells(
+      section.max_thinking_tokens, section.num_waits) + summary.asking_cells(
+          asked.tokens, asked.steps, asked.classes, forced=asked.forced)
+
+
+def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:
+  """What the prompts of a cell ask for."""
+  key = {"tokens": "token_text", "steps": "step_text", "short": "short_text",
+         "long": "long_text"}[cell.asked]
+  return instructions.with_amount(section.instructions[key], cell.amount)
 
 
 def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
@@ -226,8 +260,7 @@ def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
   return {
       cell.name: max(samples, section.majority.max_samples)
       if cell == summary.Cell() else samples
-      for cell in summary.cells(
-          section.max_thinking_tokens, section.num_waits)}
+      for cell in cells_of(section)}
 
 
 def batch_size(section: config_dict.ConfigDict, samples: int) -> int:

@@ -377,7 +377,7 @@ def make_limits(section: config_dict.ConfigDict) -> sampler.Limits:
   """The budgets of a rollout."""
   return sampler.Limits(**training.pick(
       section.rollout, "max_tokens max_thinking_tokens "
-      "min_thinking_tokens num_waits truncate"))
+      "min_thinking_tokens num_waits truncate max_thinking_steps"))
 
 
 def make_collector(context: StageContext) -> rollout.Collector:

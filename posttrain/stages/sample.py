@@ -7,7 +7,6 @@ trained stage of a workdir, or on what a config starts with.
 import contextlib
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from posttrain.sampler import (
 )
 from posttrain.stages import loaded, sampling
 from posttrain.stages.live import Live
-from posttrain.text import thinking
+from posttrain.text import instructions, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import console as console_lib
 
@@ -43,6 +42,7 @@ def run(
     config: config_dict.ConfigDict, rows: Sequence[Mapping[str, Any]], *,
     workdir: str | None = None, stage: str = "", output: str | None = None,
     params: choice.SamplingParams, limits: sampler.Limits,
+    steering: Mapping[str, Any] = sampling.PLAIN, ask: str = "",
     num_samples: int = 1, seed: int = 0, cache_dtype: str = "compute",
     weights_dtype: str = "compute", stream: TextIO | None = None,
 ) -> list[dict[str, Any]]:
@@ -57,17 +57,20 @@ def run(
     output: a JSONL file for the completions, written as they finish. What an
       interrupted run has left there is not drawn again.
     params, limits: how to sample, and how far.
+    steering: as `sampling.make_steering` takes it.
+    ask: an instruction to put behind each prompt.
     num_samples: per prompt.
     seed: with the prompt's number and the sample's, what a draw depends on.
     cache_dtype, weights_dtype: see `sampler.Sampler`.
     stream: where to print; standard output by default.
 
   Returns:
-    One record per completion: text, tokens, logprobs, provenance and ends.
+    One record per completion: text, tokens, logprobs, provenance and ends; of
+    a prompt that cannot run, an error.
 
   Raises:
-    ValueError: no such weights, a prompt or a budget that does not fit, or a
-      tokenizer or chat template other than the one trained with.
+    ValueError: no such weights, no prompt that can run, a tokenizer or chat
+      template other than the one trained with, or nothing that steers so.
   """
   first = jax.process_index() == 0
   stream = stream or sys.stdout
@@ -75,39 +78,52 @@ def run(
     renderer, model = loaded.load(config, workdir, stage)
     ids = thinking.resolve(
         thinking.Thinking(**config.thinking), renderer.tokenizer)
+    tables = sampling.make_tables(
+        renderer.tokenizer, ids, steering["suppress"])
+    dtypes: dict[str, Any] = dict(
+        cache_dtype=cache_dtype, weights_dtype=weights_dtype)
+    how = sampler.Sampler(
+        ids=ids, tables=tables, params=params, chunk=CHUNK,
+        max_prompt_tokens=0, **dtypes,
+        steering=sampling.make_steering(steering, tables.vocab_size))
+    if ask:
+      tokenizer_lib.check_known(renderer.tokenizer, ask, "The instruction")
+      rows = [instructions.ask(row, ask, config.thinking.start)
+              for row in rows]
     prompts = [renderer.prompt_tokens(row) for row in rows]
-    dtypes = dict(cache_dtype=cache_dtype, weights_dtype=weights_dtype)
     settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
-        "seed": seed} | dtypes
-    asked = [
-        requests.Request(
-            prompt=tuple(prompt), params=params,
-            **dataclasses.asdict(limits), seed=seed, stage="sample",
-            prompt_id=i, sample_id=sample)
-        for i, prompt in enumerate(prompts) for sample in range(num_samples)]
-    if len(asked) == 1:
+        "seed": seed} | dtypes | sampling.with_sources(steering)
+    if len(rows) * num_samples == 1:
       records = [_live(
-          renderer.tokenizer, ids, model, asked[0], stream, dtypes)]
+          renderer.tokenizer, how, model, prompts[0], limits, seed, stream)]
       if output and first:
         _write(output, records, settings)
       return records
-    queue = _Queue(renderer.tokenizer, ids, output, settings, dtypes)
+    asked = [
+        how.steering.of(requests.Request(
+            prompt=tuple(prompt), params=params,
+            **dataclasses.asdict(limits), seed=seed, stage="sample",
+            prompt_id=i, sample_id=sample), len(tables.waits))
+        for i, prompt in enumerate(prompts) for sample in range(num_samples)]
+    queue = _Queue(renderer.tokenizer, how, output, settings)
     for record in queue.records(model, asked):
       if first:
         _show(record, stream, f"{queue.finished} of {len(asked)}")
-  return queue.ordered()
+  records = queue.ordered()
+  if all("error" in record for record in records):
+    raise ValueError(f"Every prompt failed. The first: {records[0]['error']}")
+  return records
 
 
 class _Queue:
   """Many completions, through an engine; those in the file are there."""
 
   def __init__(
-      self, tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
+      self, tokenizer: tokenizer_lib.Tokenizer, how: sampler.Sampler,
       output: str | None, settings: Mapping[str, Any],
-      dtypes: Mapping[str, Any],
   ):
-    self._tokenizer, self._ids = tokenizer, ids
-    self._output, self._settings, self._dtypes = output, settings, dtypes
+    self._tokenizer, self._how = tokenizer, how
+    self._output, self._settings = output, settings
     self._records: dict[tuple[int, int], dict[str, Any]] = {}
 
   @property
@@ -131,7 +147,7 @@ class _Queue:
             else contextlib.nullcontext()) as file:
         for done in self._drawn(model, todo):
           self._records[done.request.prompt_id, done.request.sample_id] = (
-              record := _record(self._tokenizer, done, self._ids))
+              record := _record(self._tokenizer, done, self._how.ids))
           if file:
             print(_line(record, self._settings), file=file, flush=True)
           yield record
@@ -141,19 +157,19 @@ class _Queue:
   def _drawn(
       self, model: Transformer, todo: Sequence[requests.Request],
   ) -> Iterator[requests.Completion]:
-    tables = sampling.make_tables(self._tokenizer, self._ids)
+    tables, steering = self._how.tables, self._how.steering
     parts = sharding.axis_size("rows")
     slots = min(BATCH_ROWS, len(todo))
     queue = engine.Engine(model, tables, engine.Settings(
         slots=-(-slots // parts) * parts, chunk=CHUNK, max_slots=max(
             requests.most_slots(request, tables) for request in todo),
-        **self._dtypes))
+        max_ids=max(len(request.wait_order) for request in todo),
+        hook=steering.hook, policy=steering.policy,
+        cache_dtype=self._how.cache_dtype,
+        weights_dtype=self._how.weights_dtype))
     for request in todo:
       queue.submit(request)
-    for done in queue.results():
-      if done.error:
-        raise ValueError(f"Prompt {done.request.prompt_id}: {done.error}")
-      yield done
+    yield from queue.results()
 
   def _resume(self, asked: Sequence[requests.Request]) -> None:
     """Takes what an interrupted run has left in the file.
@@ -172,6 +188,8 @@ class _Queue:
         record = json.loads(line)
       except json.JSONDecodeError:  # Left in the middle of a line.
         continue
+      if "error" in record:
+        continue
       key = record["prompt_id"], record["sample_id"]
       if (record.pop("settings", None) != self._settings
           or wanted.get(key) != record["prompt"]):
@@ -182,24 +200,18 @@ class _Queue:
 
 
 def _live(
-    tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
-    model: Transformer, request: requests.Request, stream: TextIO,
-    dtypes: Mapping[str, Any],
+    tokenizer: tokenizer_lib.Tokenizer, how: sampler.Sampler,
+    model: Transformer, prompt: Sequence[int], limits: sampler.Limits,
+    seed: int, stream: TextIO,
 ) -> dict[str, Any]:
   """One completion, printed while it is drawn."""
   first = jax.process_index() == 0
-  how = sampling.of_tokenizer(
-      tokenizer, ids, request.params,
-      max_prompt_tokens=-(-len(request.prompt) // 64) * 64, chunk=CHUNK,
-      **dtypes)
-  live = Live(tokenizer, ids, stream)
+  how = dataclasses.replace(
+      how, max_prompt_tokens=-(-len(prompt) // 64) * 64)
   drawn = how.generate(
-      model, [request.prompt], sampler.Limits(**{
-          field.name: getattr(request, field.name)
-          for field in dataclasses.fields(sampler.Limits)}),
-      seed=request.seed, prompt_id=[request.prompt_id], stage=request.stage,
-      on_chunk=live if first else None)
-  [record] = _records(tokenizer, drawn, ids)
+      model, [prompt], limits, seed=seed, prompt_id=[0], stage="sample",
+      on_chunk=Live(tokenizer, how.ids, stream) if first else None)
+  [record] = _records(tokenizer, drawn, how.ids)
   if first:
     console = console_lib.Console(stream=stream)
     console.line("")
@@ -227,9 +239,7 @@ def _records(
   return [
       segments.record(tokenizer, drawn, row, ids) | {
           "tokens": drawn.completion(row),
-          "logprobs": [
-              None if math.isnan(x) else x
-              for x in drawn.logprobs[row, :length].tolist()],
+          "logprobs": drawn.logprobs[row, :length].tolist(),
           "provenance": drawn.provenance[row, :length].tolist()}
       for row, length in enumerate(drawn.lengths)]
 
@@ -238,12 +248,21 @@ def _record(
     tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
     ids: thinking.ThinkingIds,
 ) -> dict[str, Any]:
+  if done.error:  # Its own; the others have their completions.
+    return {"prompt_id": done.request.prompt_id,
+            "sample_id": done.request.sample_id,
+            "prompt": tokenizer.decode(list(done.request.prompt)),
+            "error": done.error}
   [record] = _records(tokenizer, rollouts.of_completions([done]), ids)
   return record
 
 
 def _show(record: Mapping[str, Any], stream: TextIO, progress: str) -> None:
-  console_lib.Console(stream=stream).sample(
-      f"prompt {record['prompt_id']}, sample {record['sample_id']} "
-      f"({progress})", record["segments"], prompt=record["prompt"],
+  console = console_lib.Console(stream=stream)
+  name = (f"prompt {record['prompt_id']}, sample {record['sample_id']} "
+          f"({progress})")
+  if "error" in record:
+    return console.line(f"{name}: {record['error']}", "red")
+  return console.sample(
+      name, record["segments"], prompt=record["prompt"],
       facts={key: record[key] for key in FACTS})

@@ -1,13 +1,28 @@
 """From strings and settings to a sampler."""
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
-from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler import (
+  budget_tables,
+  choice,
+  hooks,
+  sampler,
+  steering,
+)
 from posttrain.stages.context import StageContext
+from posttrain.tasks import loading
 from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
+
+# Of `make_steering`: what the flags of a verb have by default.
+PLAIN: Mapping[str, Any] = {
+    "suppress": (), "wait_order": "cycle", "hook": "", "hook_args": {},
+    "policy": ""}
 
 
 def make_sampler(
@@ -15,7 +30,9 @@ def make_sampler(
 ) -> sampler.Sampler:
   """The sampler of a stage."""
   ids = context.thinking_ids
-  return of_tables(ids, make_tables(context.renderer.tokenizer, ids), rollout)
+  tables = make_tables(
+      context.renderer.tokenizer, ids, rollout.get("suppress", ()))
+  return of_tables(ids, tables, rollout)
 
 
 def of_tables(
@@ -32,27 +49,62 @@ def of_tables(
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
       slots=rollout.slots if "slots" in rollout
-      else rollout.batch_rows if rollout.refill else 0)
+      else rollout.batch_rows if rollout.refill else 0,
+      steering=make_steering(rollout, tables.vocab_size))
 
 
-def of_tokenizer(
-    tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
-    params: choice.SamplingParams, **fields: Any,
-) -> sampler.Sampler:
-  """A sampler whose budgets are counted in a tokenizer's tokens.
+def make_steering(
+    settings: Mapping[str, Any], vocab_size: int,
+) -> steering.Steering:
+  """What a section, or the flags of a verb, name beside the budgets.
 
   Args:
-    **fields: others of `Sampler`.
+    settings: `wait_order` and `policy`, and where they are allowed
+      `suppress`, `hook` and `hook_args`.
+
+  Raises:
+    ValueError: a function is not there, or makes no hook.
   """
-  return sampler.Sampler(
-      ids=ids, tables=make_tables(tokenizer, ids), params=params,
-      **fields)
+  name, hook = settings.get("hook"), None
+  if name:
+    hook = loading.load_function(name)(vocab_size)
+    if not isinstance(hook, hooks.Hook):
+      raise ValueError(
+          f"{name} returned a {type(hook).__name__}, and a hook is needed: "
+          "function(vocab_size) -> posttrain.sampler.hooks.Hook.")
+  args = settings.get("hook_args")
+  return steering.Steering(
+      suppress=bool(settings.get("suppress")),
+      draw_waits=settings["wait_order"] == "draw", hook=hook,
+      argument=dict(args) if args else None,
+      policy=loading.load_function(settings["policy"])
+      if settings["policy"] else None)
+
+
+def with_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """What steered, for the record: with hashes of the functions' sources."""
+  names = [settings[key] for key in ("hook", "policy") if settings[key]]
+  return {
+      **settings, "suppress": list(settings["suppress"]),
+      "sources": {name: loading.source_hash(name) for name in names}}
 
 
 def make_tables(
     tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
+    suppress: Sequence[str] = (),
 ) -> budget_tables.BudgetTables:
-  """What budgets are counted and forced by, in a tokenizer's tokens."""
+  """What budgets are counted and forced by, in a tokenizer's tokens.
+
+  Args:
+    suppress: words that are not sampled while a row thinks; tokens of the
+      delimiters stay.
+  """
+  reflections = None
+  if suppress:
+    reflections = tokenizer_lib.spellings(tokenizer, suppress)
+    # Such as "</think>" of a word "think": the thinking has to end.
+    reflections &= ~np.isin(np.arange(tokenizer.vocab_size), list(
+        itertools.chain(*ids.delimiters)))
   return budget_tables.BudgetTables.build(
       ids, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer),
-      tokenizer.vocab_size)
+      tokenizer.vocab_size, reflections)

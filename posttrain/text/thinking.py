@@ -26,6 +26,7 @@ class Thinking:
     final_answer: forced after `end` when a maximum closed the thinking.
     wait_text: replaces a delimiter and lets the model go on.
     more_wait_texts: a row's waits take these and that one in turn.
+    step: ends a step of the thinking; empty: steps are not counted.
   """
 
   start: str = ""
@@ -35,11 +36,15 @@ class Thinking:
   final_answer: str = ""
   wait_text: str = ""
   more_wait_texts: tuple[str, ...] = ()
+  step: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ThinkingIds:
-  """`Thinking` as token ids; `delimiters` has `end` first."""
+  """`Thinking` as token ids; `delimiters` has `end` first.
+
+  `step_tokens` have the text of `step` in theirs.
+  """
 
   start: tuple[int, ...] = ()
   end: tuple[int, ...] = ()
@@ -48,6 +53,8 @@ class ThinkingIds:
   final_answer: tuple[int, ...] = ()
   wait: tuple[int, ...] = ()
   more_waits: tuple[tuple[int, ...], ...] = ()
+  step: tuple[int, ...] = ()
+  step_tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,12 @@ def resolve(
       final_answer=encode("final_answer", thinking.final_answer),
       wait=encode("wait_text", thinking.wait_text),
       more_waits=tuple(encode("more_wait_texts", text)
-                       for text in thinking.more_wait_texts))
+                       for text in thinking.more_wait_texts),
+      step=encode("step", thinking.step),
+      step_tokens=tuple(
+          i for i in range(tokenizer.vocab_size)
+          if thinking.step in tokenizer.token_text(i)) if thinking.step
+      else ())
 
 
 def split(

@@ -14,6 +14,7 @@ No BOS or EOS is ever added here; `posttrain.text.render` does that once.
 """
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -110,6 +111,39 @@ def newline_ends(tokenizer: Tokenizer) -> np.ndarray:
   return np.array([
       tokenizer.token_text(i).endswith("\n")
       for i in range(tokenizer.vocab_size)], bool)
+
+
+def check_known(tokenizer: Tokenizer, text: str, name: str) -> None:
+  """Raises ValueError where the vocabulary cannot spell a text of this name."""
+  if tokenizer.unk_id is not None and (
+      tokenizer.unk_id in tokenizer.encode(text)):
+    raise ValueError(
+        f"{name} {text!r} has words that this vocabulary does not know. "
+        "Change it, or use a model that can read it.")
+
+
+def spellings(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
+  """[vocab_size] bool: the token is one of the words.
+
+  Case does not count, nor do spaces and punctuation around it: " Wait," is
+  "wait", and "await" is not. (NoWait, https://arxiv.org/abs/2506.08343, takes
+  every token with the word in it, and leaves those like "await" out by hand.)
+  Control tokens are no words.
+
+  Raises:
+    ValueError: no token is this word.
+  """
+  plain = lambda text: re.sub(r"^\W+|\W+$", "", text).casefold()
+  controls = {*tokenizer.controls.values(), *tokenizer.stop_ids}
+  texts = [None if i in controls else plain(tokenizer.token_text(i))
+           for i in range(tokenizer.vocab_size)]
+  wanted = {plain(word): word for word in words}
+  for text, word in wanted.items():
+    if not text or text not in texts:
+      raise ValueError(
+          f"suppress: no token of this vocabulary is the word {word!r}, and "
+          "only words of one token can be left out. Take it off the list.")
+  return np.array([text in wanted for text in texts], bool)
 
 
 def _load_sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:

@@ -15,6 +15,7 @@ from posttrain import config as config_lib
 from posttrain import main as main_lib
 from posttrain import workdir as workdir_lib
 from posttrain.sampler import choice, sampler
+from posttrain.stages import sampling
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")
@@ -141,6 +142,18 @@ def test_no_arguments_print_the_verbs(capsys):
       "--max-thinking-tokens=2"], "is above --max-thinking-tokens=2"),
     (["sample", "--model=tiny", "--prompt=a", "--num-waits=1",
       "--config.thinking.end="], "--config.thinking.end=TEXT"),
+    (["sample", "--model=tiny", "--prompt=a", "--max-thinking-steps=1"],
+     "--config.thinking.step=TEXT"),
+    (["sample", "--model=tiny", "--prompt=a", "--wait-order=draw",
+      "--num-waits=1"], "--wait-order=draw has no effect without"),
+    (["sample", "--model=tiny", "--prompt=a", '--hook-args={"a": 1}'],
+     "--hook-args has no effect without --hook"),
+    (["sample", "--model=tiny", "--prompt=a", "--hook-args=[1]"],
+     "[1] is no object"),
+    (["sample", "--model=tiny", "--prompt=a", "--ask-tokens=9",
+      "--ask-length=long"], "not allowed with argument --ask-tokens"),
+    (["chat", "--model=tiny", "--policy=posttrain.sampler.hooks:no"],
+     "has no function 'no'"),
 ])
 def test_a_mistake_is_named_with_its_remedy(argv, message, capsys, calls):
   status, error = run(*argv, capsys=capsys)
@@ -199,7 +212,12 @@ def test_sample_hands_over_every_flag(calls):
       "--num-samples=2", "--max-tokens=9", "--temperature=0.5", "--top-k=3",
       "--top-p=0.9", "--min-p=0.1", "--max-thinking-tokens=8",
       "--min-thinking-tokens=1", "--num-waits=2", "--seed=4",
-      "--cache-dtype=int8", "--weights-dtype=int8"]) == 0
+      "--cache-dtype=int8", "--weights-dtype=int8",
+      "--max-thinking-steps=3", "--config.thinking.step=.",
+      "--config.thinking.more_wait_texts=Hmm", "--wait-order=draw",
+      "--suppress=wait,hmm", "--hook=posttrain.sampler.hooks:token_bias",
+      '--hook-args={"7": -1.5}', "--ask-tokens=64",
+      "--policy=posttrain.sampler.hooks:token_bias"]) == 0
   [(name, (config, rows), flags)] = calls
   assert name == "sample"
   assert config.model == "smollm2-135m"
@@ -208,11 +226,15 @@ def test_sample_hands_over_every_flag(calls):
   assert flags == dict(
       workdir=None, stage="", output=None, num_samples=2, seed=4,
       cache_dtype="int8", weights_dtype="int8",
+      ask="Think for up to 64 tokens.", steering=dict(
+          suppress=("wait", "hmm"), wait_order="draw",
+          hook="posttrain.sampler.hooks:token_bias", hook_args={"7": -1.5},
+          policy="posttrain.sampler.hooks:token_bias"),
       params=choice.SamplingParams(
           temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
       limits=sampler.Limits(
           max_tokens=9, max_thinking_tokens=8, min_thinking_tokens=1,
-          num_waits=2))
+          num_waits=2, max_thinking_steps=3))
 
 
 def test_chat_hands_over_how_to_draw(calls):
@@ -223,6 +245,7 @@ def test_chat_hands_over_how_to_draw(calls):
   assert flags == dict(
       workdir=None, stage="", seed=4, cache_dtype="compute",
       weights_dtype="compute",
+      steering=sampling.PLAIN,
       params=choice.SamplingParams(temperature=0.5),
       limits=sampler.Limits(max_tokens=256))
 

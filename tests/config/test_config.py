@@ -310,6 +310,36 @@ def test_a_key_without_effect_in_a_source():
      "are cold_start, reason."),
     (["profile.steps=2", "stages=measure"],
      "profile.steps: set, but it has no effect: no stage here trains."),
+    (["reason.rollout.max_thinking_steps=2"],
+     "reason.rollout.max_thinking_steps: set, but thinking.step is empty"),
+    (["reason.rollout.num_waits=1", "reason.rollout.wait_order=draw"],
+     "reason.rollout.wait_order: set to 'draw', but there is one text"),
+    (["thinking.more_wait_texts=a", "reason.rollout.wait_order=draw"],
+     "reason.rollout.wait_order: set to 'draw', but it has no effect unless"),
+    (["thinking.more_wait_texts=a", "measure.num_waits=",
+      "measure.rollout.wait_order=draw"],
+     "measure.rollout.wait_order: set to 'draw', but it has no effect unless"),
+    (["reason.rollout.suppress=wait"], "reason.rollout.suppress: not allowed "
+     "here: the policy ratio would be against another distribution"),
+    (["measure.rollout.hook_args={'a': 1}"],
+     "measure.rollout.hook_args: set to {'a': 1}, but it has no effect unless "
+     "measure.rollout.hook is set"),
+    (["measure.instructions.steps=4"],
+     "measure.instructions.steps: set, but thinking.step is empty"),
+    (["measure.instructions.tokens=4,4"],
+     "measure.instructions.tokens: a value is there twice"),
+    (["measure.instructions.tokens=4",
+      "measure.instructions.token_text=Think."],
+     "measure.instructions.token_text: found 'Think.', needed a text with"),
+    (["measure.instructions.tokens=97", "measure.instructions.forced=true"],
+     "measure.instructions.tokens: 97 is more than rollout.max_tokens=96."),
+    (["measure.instructions.forced=true"],
+     "measure.instructions.forced: set, but it has no effect unless"),
+    (["measure.instructions.step_text={n}"],
+     "measure.instructions.step_text: set to '{n}', but it has no effect "
+     "unless measure.instructions.steps is set"),
+    (["measure.instructions.classes=short", "measure.instructions.long_text=a"],
+     "measure.instructions.long_text: set, but it has no effect: the class"),
 ])
 def test_a_condition_between_keys(assignments, expected):
   assert problem(*assignments).startswith(expected)

@@ -1,16 +1,13 @@
 """The code of docs/sampler.md is run."""
 
-import dataclasses
 import pathlib
 import re
 import types
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from posttrain.sampler import hooks
 from posttrain.sampler.requests import Request
+from posttrain.stages import sampling
 from tests import meshes
 from tests.model import build
 from tests.sampler import engine_scene as scene
@@ -34,14 +31,16 @@ def test_the_engine_of_the_page_answers(capsys):
       "eos", "budget", "length", "stop"}
 
 
-def test_the_hook_and_the_policy_of_the_page_do_what_they_say():
-  names = {"hooks": hooks, "np": np, "jnp": jnp, "dataclasses": dataclasses}
-  exec(HOOK, names)
-  exec(POLICY, names)
+def test_the_hook_and_the_policy_of_the_page_do_what_they_say(tmp_path):
+  """From a file, by name, as a config has them."""
+  file = tmp_path / "my_hooks.py"
+  file.write_text(HOOK + POLICY)
+  named = sampling.make_steering(
+      dict(sampling.PLAIN, hook=f"{file}:no_repeats",
+           policy=f"{file}:patience"), scene.V)
   with jax.set_mesh(meshes.one()):
     busy = scene.make_engine(
-        max_slots=256, hook=names["no_repeats"](scene.V),
-        policy=names["patience"])
+        max_slots=256, hook=named.hook, policy=named.policy)
     found = scene.take(busy, [Request(
         prompt=(12, 3), max_tokens=200, num_waits=2, prompt_id=i)
                               for i in range(8)])

@@ -21,6 +21,7 @@ def make_scored(seed, questions=5, samples=3, most=9):
       correct=answers == right, answers=answers,
       tokens=rng.integers(1, 20, shape),
       thinking_tokens=rng.integers(0, most + 1, shape),
+      thinking_steps=rng.integers(0, 4, shape),
       finish=rng.choice(["eos", "budget", "length"], shape).astype(object))
 
 
@@ -135,3 +136,61 @@ def test_majority_baseline_spends_every_samples_tokens():
     assert row["accuracy"] == pytest.approx(np.mean([
         over_subsets(vote, k, a, c) for a, c in zip(
             scored.answers, scored.correct, strict=True)]))
+
+
+# s1's tables 12 to 14: what was asked for, mean thinking tokens, accuracy.
+ASKED = {
+    "tokens": [(1024, 7939, 26.7), (2048, 7158, 30.0), (4096, 8263, 33.3),
+               (8192, 7108, 33.3), (16384, 7500, 40.0)],
+    "tokens_forced": [(1024, 1024, 3.3), (2048, 2048, 30.0),
+                      (4096, 4031, 33.3), (8192, 5664, 33.3),
+                      (16384, 6330, 40.0)],
+    "steps": [(16, 7252, 33.3), (32, 6277, 23.3), (64, 5396, 33.3),
+              (128, 5552, 36.7), (256, 7551, 33.3)],
+    "steps_forced": [(16, 1517, 23.3), (32, 2963, 23.3), (64, 4636, 33.3),
+                     (128, 5409, 36.7), (256, 7551, 33.3)],
+    "classes": [(0, 8033, 30.0), (1, 9651, 36.7)]}
+# Table 3: Control (%), Scaling (points per doubling), Performance (%).
+TABLE = {
+    "tokens": (40, -24, 40.0), "tokens_forced": (100, 13, 40.0),
+    "steps": (60, 3, 36.7), "steps_forced": (100, 6, 36.7),
+    "classes": (50, 25, 36.7)}
+
+
+def test_what_was_asked_for_is_told_as_s1_tells_it():
+  cells = summary.asking_cells(
+      [a for a, *_ in ASKED["tokens"]], [a for a, *_ in ASKED["steps"]],
+      ["short", "long"], forced=True)
+  rows = [row for name in ASKED for row in ASKED[name]]
+  assert len({cell.name for cell in cells}) == len(cells) == len(rows)
+  ordered = {name: [] for name in ASKED}
+  figures = [dict(name="free", asked="", mean_thinking_tokens=6109)]
+  for cell in cells:
+    name = (cell.asked if cell.amount else "classes") + (
+        "_forced" * cell.forced)
+    amount, tokens, percent = ASKED[name][len(ordered[name])]
+    assert cell.amount in (amount, 0)
+    ordered[name].append(cell)
+    figures.append(dict(
+        vars(cell), name=cell.name, mean_thinking_tokens=tokens,
+        accuracy=round(percent * 0.3) / 30, control=0.5))  # Of 30 questions.
+  found = summary.asking_figures(figures)
+  assert {name: (
+      round(100 * f["control_per_run"]),
+      round(100 * f["scaling_per_doubling"]),
+      round(100 * f["performance"], 1))
+          for name, f in found.items()} == TABLE
+  assert found["tokens"]["control_per_sample"] == 0.5
+  assert "control_per_sample" not in found["classes"]
+
+
+def test_control_counts_what_was_asked_for():
+  scored = make_scored(3)
+  counted = lambda cell: summary.cell_figures(
+      cell, scored, (1,), votes=False)["control"]
+  assert counted(summary.Cell(asked="tokens", amount=4)) == (
+      scored.thinking_tokens <= 4).mean()
+  assert counted(summary.Cell(asked="steps", amount=1)) == (
+      scored.thinking_steps <= 1).mean()
+  assert "control" not in summary.cell_figures(
+      summary.Cell(asked="long"), scored, (1,), votes=False)

@@ -27,13 +27,15 @@ class Strings:
   stop_ids: tuple = ()
   ends_newline: frozenset = frozenset()
   reflections: tuple = ()
+  step: tuple = ()
+  step_tokens: tuple = ()  # End a step too.
   vocab_size: int = 8
 
   def tables(self):
-    flags = np.isin(np.arange(self.vocab_size), list(self.ends_newline))
+    flags = lambda ids: np.isin(np.arange(self.vocab_size), list(ids))
     return budget.BudgetTables.build(
-        self, self.stop_ids, flags, self.vocab_size, np.isin(
-            np.arange(self.vocab_size), list(self.reflections)))
+        self, self.stop_ids, flags(self.ends_newline), self.vocab_size,
+        flags(self.reflections))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Limits:
   truncate: bool = False
   order: tuple = ()  # Of the wait texts; () for all in turn.
   suppress: bool = False
+  steps: int = -1
 
 
 @dataclasses.dataclass
@@ -60,6 +63,7 @@ class Row:
   thinking: int = 0
   answer: int = 0
   waits: int = 0
+  steps: int = 0
   # Index in the completion -> ids that its last choice there had to leave out.
   bans: dict = dataclasses.field(default_factory=dict, compare=False)
 
@@ -130,7 +134,8 @@ def think(row, best, add, check, force, prompt, strings, limits):
   fresh = []  # Sampled since thinking began or a wait.
   after_wait = False
   while True:
-    if 0 <= limits.maximum <= row.thinking:
+    if (0 <= limits.maximum <= row.thinking
+        or 0 <= limits.steps <= row.steps):
       if limits.truncate:
         return "length"
       begun = max(n for n in range(len(strings.end))
@@ -162,6 +167,9 @@ def think(row, best, add, check, force, prompt, strings, limits):
       if token in strings.stop_ids:
         return "eos"
       row.thinking += 1
+      if strings.step:
+        row.steps += ends_in(fresh, strings.step) or (
+            token in strings.step_tokens)
       check()
       continue
 

@@ -61,7 +61,8 @@ def limits_of(limits: Limits, row: int) -> forcing.Limits:
       maximum=value(limits.max_thinking_tokens),
       minimum=value(limits.min_thinking_tokens),
       waits=value(limits.num_waits), tokens=value(limits.max_tokens),
-      truncate=value(limits.truncate))
+      truncate=value(limits.truncate),
+      steps=value(limits.max_thinking_steps))
 
 
 def in_thinking(prompt, strings: forcing.Strings) -> bool:
@@ -86,7 +87,8 @@ def as_row(rollouts: Rollouts, row: int) -> forcing.Row:
       closed=CLOSED[int(rollouts.think_end[row])],
       thinking=int(rollouts.think_lengths[row]),
       answer=int(rollouts.answer_lengths[row]),
-      waits=int(rollouts.wait_count[row]))
+      waits=int(rollouts.wait_count[row]),
+      steps=int(rollouts.think_steps[row]))
 
 
 def retell(rollouts: Rollouts, row: int, strings, limits) -> forcing.Row:

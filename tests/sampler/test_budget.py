@@ -41,7 +41,7 @@ def budgets_of(limits):
       wait_order=sharding.put(np.array(
           [(*row.order, -1, -1)[:2] for row in limits], np.int32),
           "batch", None),
-      suppress=column("suppress", bool))
+      suppress=column("suppress", bool), max_thinking_steps=column("steps"))
 
 
 start_rows = jax.jit(budget.init)
@@ -79,6 +79,7 @@ def drive(model, prompts, in_thinking, strings, limits, answer=True):
     row.closed = CLOSED[int(before.think_end[i])]
     row.thinking = int(before.thinking[i])
     row.answer = int(before.answer[i])
+    row.steps = int(before.steps[i])
     row.waits = int(before.wait_count[i])
   return records
 
@@ -215,7 +216,7 @@ def random_strings(seed):
         delimiters=tuple(word(1, 3) for _ in range(rng.integers(0, 3))),
         newline=word(0, 1), final_answer=word(0, 2), wait=word(0, 3),
         more_waits=tuple(word(0, 2) for _ in range(rng.integers(0, 3))),
-        reflections=word(0, 2),
+        reflections=word(0, 2), step=word(0, 2), step_tokens=word(0, 1),
         stop_ids=word(1, 1), ends_newline=frozenset(word(1, 2)))
     try:
       strings.tables()
@@ -263,7 +264,8 @@ rows_of_limits = st.lists(
         Limits, maximum=st.integers(-1, 9), minimum=st.integers(0, 5),
         waits=st.integers(0, 3), tokens=st.integers(1, 30),
         truncate=st.booleans(), suppress=st.booleans(),
-        order=st.sampled_from([(), (0,), (0, 0)])),
+        order=st.sampled_from([(), (0,), (0, 0)]),
+        steps=st.integers(-1, 2)),
     min_size=ROWS, max_size=ROWS)
 
 
@@ -282,6 +284,8 @@ def test_the_machine_follows_the_rules(index, limits, seed):
         functools.partial(model, i), prompts[i], in_thinking[i], strings,
         limits[i])
     assert limits[i].maximum < 0 or row.thinking <= limits[i].maximum
+    assert limits[i].steps < 0 or row.steps <= limits[i].steps or (
+        not strings.step)
     assert len(row.tokens) <= limits[i].tokens
     if row.closed == "natural":
       assert row.thinking >= limits[i].minimum

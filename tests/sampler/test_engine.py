@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from posttrain.sampler import decode, engine, prefill, rollouts
 from posttrain.sampler.requests import Request
@@ -74,9 +76,8 @@ def test_results_are_numpy():
     assert done.tokens == told.tokens
     assert done.finish_reason == told.finish
     assert (done.think_length, done.wait_count) == (told.thinking, told.waits)
-    known = ~np.isnan(done.logprobs)
     np.testing.assert_allclose(
-        done.logprobs[known], logprobs[known], rtol=0, atol=5e-5)
+        done.logprobs, logprobs, rtol=0, atol=5e-5)
     ties += near
   assert ties <= 1
 
@@ -163,11 +164,21 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
         prefix=prefix) for i, prompt in enumerate(prompts)
             for sample in range(6)]
 
-  plain, shared = scene.make_engine(), scene.make_engine()
+  # Of a chunk of 32 the 21 tokens fill none: nothing is shared unasked.
+  plain, shared = scene.make_engine(prefill_chunk=32), scene.make_engine()
   one, other = scene.take(plain, group(0)), scene.take(shared, group(21))
   assert plain.stats.prompt_tokens == 6 * sum(map(len, prompts))
   assert plain.stats.prefilled_tokens == sum(map(len, prompts))
   assert shared.stats.prefilled_tokens == 21 + 5 + 9 + 30
+  # Found by itself: two whole chunks of 8. Then there is nothing in common.
+  finds = scene.make_engine()
+  found = scene.take(finds, group(0))
+  assert finds.stats.prefilled_tokens == 16 + sum(map(len, prompts)) - 3 * 16
+  assert sum(map(scene.flips, one, found)) <= 1
+  before = finds.stats.prefilled_tokens
+  scene.take(finds, [Request(prompt=(12 + i, *system), max_tokens=2)
+                     for i in range(3)])
+  assert finds.stats.prefilled_tokens == before + 3 * 22
   # A branch of a search: what was written so far is a prefix too.
   branch = prompts[0] + tuple(one[0].tokens[:4])
   scene.take(shared, [Request(prompt=branch, max_tokens=3, prefix=21)])
@@ -177,6 +188,21 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
     told, logprobs, _ = scene.redrawn(done)
     assert told.tokens == done.tokens
     np.testing.assert_allclose(done.logprobs, logprobs, rtol=0, atol=5e-5)
+
+
+@hypothesis.given(st.lists(st.lists(
+    st.integers(0, 1), min_size=1, max_size=9).map(tuple), min_size=1))
+def test_what_a_queue_shares_is_what_all_of_it_begins_with(prompts):
+  shared = prefill.Shared(2)
+  for i, prompt in enumerate(prompts):
+    shared.add(prompt, first=i == 0)
+  for prompt in prompts:
+    n = shared.of(prompt)
+    others = {other for other in prompts if other != prompt}
+    holds = lambda n: n < len(prompt) and all(
+        other[:n] == prompt[:n] for other in others)
+    assert n == max((m for m in range(0, 10, 2) if holds(m)), default=0) * (
+        len(others) > 0)
 
 
 def test_prompts_that_wait_too_long_are_prefilled_again():
@@ -230,7 +256,7 @@ def test_logprobs_are_the_training_programs(option):
     bans = numpy_sampler.retell(
         rollouts.of_completions([done]), 0, scene.STRINGS,
         scene.limits_of(done.request)).bans
-    for i in np.flatnonzero(~np.isnan(done.logprobs)):
+    for i in range(len(done.tokens)):
       left = row[len(done.request.prompt) + i - 1].copy()
       if done.provenance[i] == 1:
         left[list(bans[i])] = -np.inf
@@ -255,6 +281,7 @@ BAD = [
     (dict(max_thinking_tokens=2, min_thinking_tokens=3),
      "min_thinking_tokens is above max_thinking_tokens: 3 and 2"),
     (dict(max_thinking_tokens=8), "leaves no room for an answer"),
+    (dict(max_thinking_steps=1), r"thinking\.step is empty"),
     (dict(seed=-1), "seed is -1"),
 ]
 

@@ -214,10 +214,12 @@ def test_a_repetition_penalty_is_that_of_its_definition():
   busy = scene.make_engine(
       scene.UNUSED, hook=hooks.repetition_penalty(scene.V))
   asked = [dataclasses.replace(
-      PLAIN, prompt_id=i, hook=[None, 1.8, 0.6][i % 3]) for i in range(15)]
+      PLAIN, prompt_id=i, hook=[
+          None, {"penalty": 1.8}, {"penalty": 0.6}][i % 3])
+           for i in range(15)]
   for request, done in zip(asked, scene.take(busy, asked), strict=True):
     logits = full_logits(done)
-    penalty = request.hook or 1.0
+    penalty = request.hook["penalty"] if request.hook else 1.0
     for step, row in enumerate(logits):
       for token in {*request.prompt, *done.tokens[:step]}:
         row[token] *= 1 / penalty if row[token] > 0 else penalty

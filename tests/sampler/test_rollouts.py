@@ -82,8 +82,9 @@ def test_names_and_masks():
       prompts=[[1]], tokens=np.array([[5, 6, 0]]), logprobs=np.zeros((1, 3)),
       provenance=provenance, lengths=np.array([2]),
       finish_reason=np.array([budget.BUDGET]), think_end=zeros,
-      think_lengths=zeros, answer_lengths=zeros, wait_count=zeros,
-      prompt_id=zeros, sample_id=zeros, raw=np.array([[5, -1]]))
+      think_lengths=zeros, think_steps=zeros, answer_lengths=zeros,
+      wait_count=zeros, prompt_id=zeros, sample_id=zeros,
+      raw=np.array([[5, -1]]))
   assert record.completion(0) == [5, 6]
   assert record.finish_name(0) == "budget"
   np.testing.assert_array_equal(record.loss_mask, [[True, False, False]])

@@ -64,18 +64,20 @@ def test_a_record_holds_the_rollouts_facts():
       provenance=np.array([[0] * 6, [1, 2, 2, 1, 1, 1]]),
       lengths=np.array([0, 6]), finish_reason=np.array([1, budget.EOS]),
       think_end=np.array([0, budget.NATURAL]),
-      think_lengths=np.array([0, 3]), answer_lengths=np.array([0, 1]),
+      think_lengths=np.array([0, 3]), think_steps=np.array([0, 1]),
+      answer_lengths=np.array([0, 1]),
       wait_count=np.array([0, 1]), prompt_id=np.array([1, 40]),
       sample_id=np.array([0, 2]), raw=np.zeros((2, 0)), experts=None)
   assert set(one) == {field.name for field in dataclasses.fields(Rollouts)}
   record = segments.record(WORDS, Rollouts(**one), 1, IDS)
   assert {name: record[name] for name in (
       "prompt_id", "sample_id", "prompt", "completion", "finish_reason",
-      "think_end", "think_length", "answer_length", "length", "wait_count",
+      "think_end", "think_length", "think_steps", "answer_length", "length",
+      "wait_count",
   )} == dict(
       prompt_id=40, sample_id=2, prompt="c <think>",
       completion="a wait hm </think> b", finish_reason="eos",
-      think_end="natural", think_length=3, answer_length=1, length=6,
-      wait_count=1)
+      think_end="natural", think_length=3, think_steps=1, answer_length=1,
+      length=6, wait_count=1)
   assert [name for _, name in record["segments"]] == [
       "sampled", "wait", "sampled"]

@@ -123,6 +123,42 @@ def test_an_interrupted_batch_goes_on(config, tmp_path):
     run(config, rows, num_samples=2, output=str(output), seed=1)
 
 
+def test_a_prompt_that_cannot_run_errs_alone(config, tmp_path):
+  """And is tried again with the same command."""
+  rows = [{"prompt": "6 5 2 2 : 1 <think>"}, {"prompt": ""}]
+  output = tmp_path / "out.jsonl"
+  for _ in range(2):
+    [good, bad], text = run(config, rows, output=str(output))
+    assert good["length"] > 0 and "error" not in good
+    assert bad == dict(prompt_id=1, sample_id=0, prompt="",
+                       error="The prompt has no tokens.")
+    assert "prompt 1, sample 0" in text and "no tokens" in text
+    assert [json.loads(line).get("error") for line in output.open()] == [
+        None, bad["error"]]
+  with pytest.raises(ValueError, match="Every prompt failed"):
+    run(config, [rows[1]] * 2)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_prompts_ask_and_completions_are_steered(config, several, tmp_path):
+  """A line as it streams, and a batch: asked, hooked, suppressed."""
+  one = {"prompt": "6 5 2 2 : 1 <think>"}
+  told = dict(suppress=("6", "5"), wait_order="cycle", policy="",
+              hook="posttrain.sampler.hooks:token_bias", hook_args={"0": 0.0})
+  output = tmp_path / "out.jsonl"
+  records, _ = run(config, [one] * (1 + several), steering=told,
+                   ask="3 3", output=str(output))
+  for record in records:
+    assert " ".join(record["prompt"].split()) == "6 5 2 2 : 1 3 3 <think>"
+    thought = record["completion"].partition("</think>")[0].split()
+    assert not {"5", "6"} & set(thought) and record["think_length"] > 2
+  settings = json.loads(output.open().readline())["settings"]
+  assert settings["suppress"] == ["6", "5"] and settings["hook"] in (
+      settings["sources"])
+  with pytest.raises(ValueError, match=r"has words that this vocabulary"):
+    run(config, [one], ask="Think for up to 64 tokens.")
+
+
 @pytest.mark.parametrize("stage, what", [
     ("", "finished training stage"), ("reason", "stage 'reason'")])
 def test_weights_that_are_not_there(config, tmp_path, stage, what):

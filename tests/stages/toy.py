@@ -12,6 +12,11 @@ def corpus():
   yield " ".join(NUMBERS + WORDS)
 
 
+def asking_corpus():
+  """With words for an instruction and its amounts."""
+  yield " ".join([*NUMBERS, *WORDS, "ask tokens steps short long 1 2 5"])
+
+
 def problems(split, *, count=24, thinks=False):
   """Prompts of one to three words; an id is unique across the splits."""
   first = {"train": 0, "validation": 1000, "test": 2000}[split]

@@ -41,6 +41,7 @@ def make_rollouts(rng) -> Rollouts:
       logprobs=np.where(provenance == 1, rng.normal(size=shape), 0),
       provenance=provenance.astype(np.int8), lengths=lengths,
       finish_reason=zeros, think_end=zeros, think_lengths=zeros,
+      think_steps=zeros,
       answer_lengths=zeros, wait_count=zeros, prompt_id=zeros,
       sample_id=zeros, raw=np.zeros((rows, 0)))
 

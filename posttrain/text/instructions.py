@@ -1,0 +1,64 @@
+"""Prompts that ask for an amount of thinking: s1's conditional control.
+
+The texts are those of s1's tasks (https://arxiv.org/abs/2501.19393, appendix
+E). Asking is all they do; budgets enforce. A model that was not trained on
+them may get worse by them, as s1's did (its table 14).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TEXTS = {
+    "tokens": "Think for up to {n} tokens.",
+    "steps": "Think for up to {n} steps.",
+    "short": "Answer after a short amount of thinking. Do not spend excessive "
+    "time double-checking your work.",
+    "long": "Answer after a long amount of thinking. If you feel like you are "
+    "finished early, spend the extra time trying to double-check your work "
+    "until you are absolutely sure that you have the correct answer.",
+}
+CLASSES = ("short", "long")
+
+
+def with_amount(text: str, amount: int) -> str:
+  """A text with its `{n}` filled in."""
+  return text.replace("{n}", str(amount))
+
+
+def ask(
+    row: Mapping[str, Any], text: str, think_start: str = "",
+) -> dict[str, Any]:
+  """The row of data with the text behind its question, a blank line between.
+
+  Args:
+    row: with a `prompt` or `messages`, see `posttrain.text.render`.
+    text: what to ask for.
+    think_start: opens a thinking; a bare prompt that ends in it still does.
+
+  Raises:
+    ValueError: no message of the user's is text.
+  """
+  key = "messages" if "messages" in row else "prompt"
+  value = row[key]
+  if isinstance(value, str):
+    opened = value.rstrip()
+    if not think_start or not opened.endswith(think_start):
+      return {**row, key: f"{value}\n\n{text}"}
+    body = opened.removesuffix(think_start)
+    question = body.rstrip()
+    rest = value[len(question):]
+    return {**row, key: f"{question}\n\n{text}{rest}"}
+  return {**row, key: _ask_last(value, text)}
+
+
+def _ask_last(messages: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
+  """Behind the last message of the user."""
+  for i in range(len(messages) - 1, -1, -1):
+    message = messages[i]
+    if message.get("role") == "user" and isinstance(
+        message.get("content"), str):
+      asked = {**message, "content": f"{message['content']}\n\n{text}"}
+      return [*messages[:i], asked, *messages[i + 1:]]
+  raise ValueError(
+      "an instruction goes behind the user's message, and there is none with "
+      f"text among {len(messages)}.")
