@@ -30,14 +30,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--json", help="file for the lines")
   parser.add_argument("--work", choices=shapes.WORKS, action="append",
                       help="only this one; may be repeated")
-  parser.add_argument("--peers", action="store_true",
-                      help="the other systems too, where there is a target")
+  parser.add_argument("--peers", nargs="*", choices=sorted(systems.PEERS),
+                      help="these too, or all, where there is a target")
   parser.add_argument("--rows", type=int, default=8, help="of an SFT step")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--environments", default=environments.DIRECTORY,
                       help="folder of the peers' environments")
   parser.add_argument("--lock", action="append", default=[],
-                      help="file to lock in each round; may be repeated")
+                      help="file to lock meanwhile; may be repeated")
   return parser.parse_args(argv)
 
 
@@ -57,6 +57,14 @@ def machine() -> str:
           f"cores, load {load}, Python {platform.python_version()}, {versions}")
 
 
+def _peers(arguments: argparse.Namespace, work: str) -> list[str]:
+  if arguments.peers is None:
+    return []
+  wanted = arguments.peers or systems.PEERS
+  return [name for name in systems.peers_of(arguments.size, work)
+          if name in wanted]
+
+
 def measure(
     arguments: argparse.Namespace, work: str,
 ) -> tuple[list[dict], dict]:
@@ -65,7 +73,7 @@ def measure(
   command = lambda python, module: turns.command_of(
       python, module, size, work, shape)
   commands = {systems.OURS: command(turns.OURS, "benchmarks.ours")}
-  for name in systems.peers_of(size, work) if arguments.peers else ():
+  for name in _peers(arguments, work):
     peer = systems.PEERS[name]
     commands[name] = command(environments.python(
         peer.environment, arguments.environments), peer.module)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--size", choices=sorted(shapes.SIZES), default="10m")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--lock", action="append", default=[],
-                      help="file to lock in each round; may be repeated")
+                      help="file to lock meanwhile; may be repeated")
 
 
 def seconds(run: Callable[[], int], tokens: int) -> dict[str, float]:
@@ -43,9 +43,9 @@ def take(
   for run in sides.values():
     run()
   taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-  for number in range(repeats):
-    order = list(sides) if number % 2 else list(sides)[::-1]
-    with turns.locked(locks):
+  with turns.locked(locks):
+    for number in range(repeats):
+      order = list(sides) if number % 2 else list(sides)[::-1]
       for name in order:
         taken[name].append(seconds(sides[name], tokens))
   return {

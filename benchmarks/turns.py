@@ -94,7 +94,7 @@ def take(
   Args:
     commands: how each system's process is started.
     machine: how that of `benchmarks.machine` is.
-    locks: files that are locked during a round, for whoever else honours them.
+    locks: files to lock while they take turns; see `locked`.
 
   Returns:
     By system; and the round of the machine whose limit is the median.
@@ -113,13 +113,13 @@ def take(
       workers[name].turn(ask=False)  # Compiles and warms up, one by one.
     bench = start("machine", machine)
     bench.turn()
+    stack.enter_context(locked(locks))
     for number in range(repeats):
       # No system is always the one behind the same other.
       order = list(commands) if number % 2 else list(commands)[::-1]
-      with locked(locks):
-        for name in order:
-          rounds[name].append(workers[name].turn())
-        rates.append(bench.turn())
+      for name in order:
+        rounds[name].append(workers[name].turn())
+      rates.append(bench.turn())
   rates.sort(key=lambda found: found["seconds"])
   return ({name: Taken(tuple(found)) for name, found in rounds.items()},
           rates[len(rates) // 2])
@@ -127,7 +127,10 @@ def take(
 
 @contextlib.contextmanager
 def locked(paths: Sequence[str]) -> Iterator[None]:
-  """Holds files that other programs of a shared machine also lock."""
+  """Holds files that the other programs of a shared machine lock, too.
+
+  Compilation and warm-up come before it: they need no quiet.
+  """
   if not paths:
     yield
     return
