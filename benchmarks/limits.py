@@ -141,9 +141,12 @@ def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
       * memory.BYTES[config.dtype]
       + config.vocab_size * config.embed * FLOAT32)
   cache = memory.cache_bytes(config, rows=rows, slots=context + 1)
-  return Work(
-      forward(config, rows=rows, queries=1, keys=context + 1, logits=rows),
-      weights + cache)
+  products = forward(config, rows=rows, queries=1, keys=context + 1,
+                     logits=rows)
+  # Attention of one query is a matrix by a vector: traffic, which the cache's
+  # bytes are, and no arithmetic to speak of.
+  return Work({product: count for product, count in products.items()
+               if product.batch == 1}, weights + cache)
 
 
 def of(config: ModelConfig, shape: Shape) -> tuple[Work, ...]:

@@ -26,14 +26,16 @@ from posttrain.train import state as state_lib
 
 LOSS_CHUNK = 128  # Positions whose logits exist at once.
 GRPO_ROWS = 16  # Of a microbatch.
+DEVICES = 2  # Without an accelerator; as in the quickstart.
 
 
 def model_config(size: Size) -> ModelConfig:
-  """Layers unrolled, which is what a CPU wants."""
+  """As `docs/performance.md` advises for a CPU."""
   return ModelConfig(
       vocab_size=size.vocab_size, embed=size.embed, mlp=size.mlp,
       layers=size.layers, heads=size.heads, kv_heads=size.kv_heads,
-      head_dim=size.head_dim, unroll=size.layers)
+      head_dim=size.head_dim, unroll=size.layers, attention="blocks",
+      gradients="in_layout")
 
 
 def random_model(config: ModelConfig) -> transformer.Transformer:
@@ -149,7 +151,7 @@ WORKS: dict[str, Callable[[ModelConfig, Shape], Callable[[int], int]]] = {
 def main() -> None:
   size, work, shape = serve.arguments(__doc__, shapes.WORKS)
   turns: Any = serve.Turns(shape.tokens)
-  distributed.initialize(cpu_devices=1)  # Which uses all cores.
+  distributed.initialize(cpu_devices=DEVICES)
   with jax.set_mesh(sharding.make_mesh()):
     run = WORKS[work](model_config(size), shape)
     number = 0
