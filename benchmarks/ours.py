@@ -26,7 +26,9 @@ from posttrain.train import state as state_lib
 
 LOSS_CHUNK = 128  # Positions whose logits exist at once.
 GRPO_ROWS = 16  # Of a microbatch.
-DEVICES = 2  # Without an accelerator; as in the quickstart.
+# Without an accelerator, of two cores. A step of training keeps both busy on
+# one device; the small products of decoding do not.
+DEVICES = {"sft": 1, "generate": 2, "grpo": 2}
 
 
 def model_config(size: Size) -> ModelConfig:
@@ -151,7 +153,7 @@ WORKS: dict[str, Callable[[ModelConfig, Shape], Callable[[int], int]]] = {
 def main() -> None:
   size, work, shape = serve.arguments(__doc__, shapes.WORKS)
   turns: Any = serve.Turns(shape.tokens)
-  distributed.initialize(cpu_devices=DEVICES)
+  distributed.initialize(cpu_devices=DEVICES[work])
   with jax.set_mesh(sharding.make_mesh()):
     run = WORKS[work](model_config(size), shape)
     number = 0

@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # of small ones a step touches hundreds of thousands for the first time. Nothing
 # is looked up on a network.
 SETTINGS = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0",
     "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
