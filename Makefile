@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark clean help
+.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark benchmark-peers clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make parity           the same against transformers and peft, on torch"
 	@echo "make check            ruff and mypy"
 	@echo "make benchmark        tokens per second, and shares of the machine's limit"
+	@echo "make benchmark-peers  beside transformers, torch, TRL and Tunix, in their own environments"
 
 # An environment of another Python than PYTHON=... names is made anew.
 VERSION := import sys; print(*sys.version_info[:2])
@@ -110,8 +111,13 @@ types: $(STAMP)
 
 check: lint types
 
+SIZE ?= 10m
+
 benchmark: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --size=$(SIZE)
+
+benchmark-peers: $(STAMP)
+	$(BIN)/python -m benchmarks --size=$(SIZE) --peers
 
 clean:
-	rm -rf $(VENV) $(SKYPILOT)
+	rm -rf $(VENV) $(SKYPILOT) .venv-peers

@@ -1,1 +1,1 @@
-"""Tokens per second, and as shares of what this machine can do at best."""
+"""Our works and our peers', timed in turns, and as shares of the limit."""

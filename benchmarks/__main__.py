@@ -1,109 +1,108 @@
-"""`python -m benchmarks`: JSON lines of speed, and of its share of the limit.
+"""`python -m benchmarks`: tokens per second, beside others' and the limit.
 
-  python -m benchmarks  # The shapes of the quickstart.
-  python -m benchmarks --preset=smollm2-135m --dtype=bfloat16 --groups=4
-  python -m benchmarks --only=generation --group-size=64
+  python -m benchmarks --size=10m --json=speed.jsonl
+  python -m benchmarks --size=10m --peers --work=sft  # Makes environments.
 
-The first line is the machine. Each further line is one benchmark: the median
-of `--repeats` runs after a warm-up, and `share_of_limit`, the least time that
-its FLOPs and bytes need at the matrix-multiply rate and the memory bandwidth
-that were measured right before it, over the time it took.
+A line of JSON for each system and work, and one table of ratios. Medians of
+`--repeats` runs after a warm-up; systems take turns; process CPU seconds are
+those of all threads. `share_of_limit` is the least time that the work's matrix
+products and bytes need, at the rates of those very products and the memory
+bandwidth measured in the same rounds, over the wall-clock time.
 """
 
 import argparse
-import dataclasses
+import datetime
 import json
 import os
-import statistics
-from collections.abc import Iterator
+import pathlib
+import platform
+from importlib import metadata
 
-import jax
-
-from benchmarks import machine, runs
-from posttrain import distributed, sharding
-from posttrain.model.config import DTYPES, ModelConfig
-from posttrain.model.presets import PRESETS
-
-# Of a preset whose vocabulary is that of the tokenizer.
-SMALL_VOCABULARY = 128
+from benchmarks import shapes, systems, table, turns
+from benchmarks.peers import environments
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
       prog="python -m benchmarks", description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-  parser.add_argument("--dtype", default="float32", choices=DTYPES)
-  parser.add_argument("--unroll", type=int, default=0,
-                      help="layers per scan iteration; 0: all of them")
-  parser.add_argument("--cpu-devices", type=int, default=2,
-                      help="without an accelerator; 2 as in the quickstart")
+  parser.add_argument("--size", choices=sorted(shapes.SIZES), default="10m")
+  parser.add_argument("--json", help="file for the lines")
+  parser.add_argument("--work", choices=shapes.WORKS, action="append",
+                      help="only this one; may be repeated")
+  parser.add_argument("--peers", nargs="*", choices=sorted(systems.PEERS),
+                      help="these too, or all, where there is a target")
+  parser.add_argument("--rows", type=int, default=8, help="of an SFT step")
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--only", choices=sorted(runs.BENCHMARKS))
-  for field in dataclasses.fields(runs.Shapes):
-    parser.add_argument(
-        f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+  parser.add_argument("--environments", default=environments.DIRECTORY,
+                      help="folder of the peers' environments")
+  parser.add_argument("--lock", action="append", default=[],
+                      help="file to lock meanwhile; may be repeated")
   return parser.parse_args(argv)
 
 
-def model_config(arguments: argparse.Namespace) -> ModelConfig:
-  preset = PRESETS[arguments.preset]
-  return dataclasses.replace(
-      preset, dtype=arguments.dtype,
-      vocab_size=preset.vocab_size or SMALL_VOCABULARY,
-      unroll=arguments.unroll or preset.layers)
+def machine() -> str:
+  """One line: when and where."""
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    names = [line.split(":", 1)[1].strip()
+             for line in info.read_text().splitlines()
+             if line.startswith("model name")]
+    cpu = names[0] if names else cpu
+  versions = ", ".join(
+      f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
+  load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+  return (f"{datetime.datetime.now():%Y-%m-%d %H:%M}, {cpu}, {os.cpu_count()} "
+          f"cores, load {load}, Python {platform.python_version()}, {versions}")
 
 
-def describe(config: ModelConfig) -> dict:
-  """The machine, the model and the versions."""
-  devices = jax.devices()
-  return {
-      "benchmark": "machine", "platform": devices[0].platform,
-      "device": devices[0].device_kind, "devices": len(devices),
-      "cores": len(os.sched_getaffinity(0))
-      if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-      "jax": jax.__version__, "parameters": config.num_parameters,
-      "dtype": config.dtype}
+def _peers(arguments: argparse.Namespace, work: str) -> list[str]:
+  if arguments.peers is None:
+    return []
+  wanted = arguments.peers or systems.PEERS
+  return [name for name in systems.peers_of(arguments.size, work)
+          if name in wanted]
 
 
 def measure(
-    name: str, config: ModelConfig, shapes: runs.Shapes, repeats: int,
-) -> dict:
-  """One line: the machine's rates, then the benchmark against them."""
-  rates = machine.measure(config.dtype, repeats=repeats)
-  timed = runs.BENCHMARKS[name](config, shapes)
-  seconds = machine.seconds_of(timed.run, repeats)
-  median = statistics.median(seconds)
-  limit = sum(work.seconds(*rates.values()) for work in timed.work)
-  return {
-      "benchmark": name, "tokens_per_sec": timed.tokens / median,
-      "share_of_limit": limit / median, "seconds": median,
-      "fastest": min(seconds), "slowest": max(seconds), "repeats": repeats,
-      "tokens": timed.tokens, "limit_seconds": limit,
-      "flops": sum(work.flops for work in timed.work),
-      "bytes": sum(work.bytes for work in timed.work), **rates}
-
-
-def lines(arguments: argparse.Namespace) -> Iterator[dict]:
-  """The records that are printed, one after the other."""
-  config = model_config(arguments)
-  shapes = runs.Shapes(**{
-      field.name: getattr(arguments, field.name)
-      for field in dataclasses.fields(runs.Shapes)})
-  with jax.set_mesh(sharding.make_mesh()):
-    yield (describe(config) | dataclasses.asdict(shapes)
-           | machine.measure(config.dtype, repeats=arguments.repeats))
-    for name in runs.BENCHMARKS:
-      if arguments.only in (None, name):
-        yield measure(name, config, shapes, arguments.repeats)
+    arguments: argparse.Namespace, work: str,
+) -> tuple[list[dict], dict]:
+  """The lines of one work, ours first, and the machine's rates."""
+  size, shape = arguments.size, shapes.shape_of(work, rows=arguments.rows)
+  command = lambda python, module: turns.command_of(
+      python, module, size, work, shape)
+  commands = {systems.OURS: command(turns.OURS, "benchmarks.ours")}
+  for name in _peers(arguments, work):
+    peer = systems.PEERS[name]
+    commands[name] = command(environments.python(
+        peer.environment, arguments.environments), peer.module)
+  taken, rates = turns.take(
+      commands, command(turns.OURS, "benchmarks.machine"),
+      repeats=arguments.repeats, locks=arguments.lock)
+  return [{
+      "system": name, "work": work, "size": size,
+      "tokens_per_cpu_s": shape.tokens / found.median("cpu"),
+      "tokens_per_s": shape.tokens / found.median("wall"),
+      "share_of_limit": rates["seconds"] / found.median("wall"),
+      "peak_rss_mb": found.peak_rss_mb, "shape": str(shape)}
+      for name, found in taken.items()], rates
 
 
 def main(argv: list[str] | None = None) -> None:
   arguments = parse(argv)
-  distributed.initialize(cpu_devices=arguments.cpu_devices)
-  for line in lines(arguments):
-    if jax.process_index() == 0:
-      print(json.dumps(line), flush=True)
+  print(machine())
+  lines = []
+  for work in arguments.work or shapes.WORKS:
+    found, rates = measure(arguments, work)
+    print(f"{work}: the machine did {rates['flops_per_sec'] / 1e9:.0f} GFLOP/s "
+          f"of its products and {rates['bytes_per_sec'] / 1e9:.1f} GB/s; "
+          f"limit {rates['seconds']:.3f} s.", flush=True)
+    lines += found
+    if arguments.json:  # After each work: a run takes long.
+      pathlib.Path(arguments.json).write_text(
+          "".join(json.dumps(line) + "\n" for line in lines))
+  print(table.of(lines))
 
 
 if __name__ == "__main__":

@@ -1,77 +1,165 @@
-"""Work that cannot be avoided, in FLOPs and bytes, from shapes alone.
+"""Work that cannot be avoided: its matrix products and bytes, from shapes.
 
-FLOPs are those of `posttrain.train.flops`: what the mathematics needs. So a
-share of the limit tells how much is lost to anything.
+A multiply-add is two FLOPs. Counted is what the mathematics needs: causal
+attention, true vocabulary, a backward pass of two products for each of the
+forward's; not what the program computes beyond that (masked scores, softmax,
+norms, padding, recomputation). Each product is held against the rate of its
+own shape on this machine. So a share of the limit tells how much is lost to
+anything else.
 
-  N: parameters  L: layers  D: embed  V: vocabulary  K: kv heads  H: head_dim
+  L: layers  D: embed  F: mlp  V: vocabulary  N: heads  K: kv heads
+  H: head_dim
 """
 
 import dataclasses
+from collections.abc import Mapping
 
+from benchmarks.shapes import Shape
 from posttrain.model.config import ModelConfig
-from posttrain.train import flops, memory
+from posttrain.train import memory
 
 FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-  """FLOPs and bytes to and from memory."""
+class Product:
+  """[batch, m, k] by [batch, k, n]."""
 
-  flops: float
+  batch: int
+  m: int
+  k: int
+  n: int
+
+  @property
+  def flops(self) -> int:
+    return 2 * self.batch * self.m * self.k * self.n
+
+  @property
+  def backward(self) -> tuple["Product", "Product"]:
+    """Those that give the gradients of both factors."""
+    return (Product(self.batch, self.m, self.n, self.k),
+            Product(self.batch, self.k, self.m, self.n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Products, how often each (a part of one is a fraction), and bytes."""
+
+  products: Mapping[Product, float]
   bytes: float
 
   def __add__(self, other: "Work") -> "Work":
-    return Work(self.flops + other.flops, self.bytes + other.bytes)
+    return Work(_added(self.products, other.products),
+                self.bytes + other.bytes)
 
   def __mul__(self, times: float) -> "Work":
-    return Work(self.flops * times, self.bytes * times)
+    return Work({product: times * count
+                 for product, count in self.products.items()},
+                self.bytes * times)
 
-  def seconds(self, flops_per_sec: float, bytes_per_sec: float) -> float:
+  @property
+  def flops(self) -> float:
+    return sum(count * product.flops
+               for product, count in self.products.items())
+
+  def seconds(
+      self, flops_per_sec: Mapping[Product, float], bytes_per_sec: float,
+  ) -> float:
     """The least time: arithmetic and traffic overlap at best."""
-    return max(self.flops / flops_per_sec, self.bytes / bytes_per_sec)
+    arithmetic = sum(
+        count * product.flops / flops_per_sec[product]
+        for product, count in self.products.items())
+    return max(arithmetic, self.bytes / bytes_per_sec)
 
 
-def update(
-    config: ModelConfig, *, segments: int, length: int, times_forward: int = 3,
-) -> Work:
-  """A pass over packed examples, and the optimizer's if there is one.
+def _added(one: Mapping, other: Mapping) -> dict:
+  return {product: one.get(product, 0) + other.get(product, 0)
+          for product in one | other}
+
+
+def forward(
+    config: ModelConfig, *, rows: int, queries: int, keys: int,
+    seen: float = 1.0, logits: int,
+) -> dict[Product, float]:
+  """The products of one forward pass of a dense model.
+
+  Args:
+    rows: sequences.
+    queries, keys: of each.
+    seen: the share of the keys that a query attends to, on the average.
+    logits: tokens whose logits are computed.
+  """
+  tokens, products = rows * queries, {}
+  batch, group = rows * config.kv_heads, queries * config.groups
+  heads = config.heads * config.head_dim
+  kv_heads = config.kv_heads * config.head_dim
+  matrix = lambda k, n: Product(1, tokens, k, n)
+  for product, count in (
+      (matrix(config.embed, heads), 1), (matrix(config.embed, kv_heads), 2),
+      (matrix(heads, config.embed), 1), (matrix(config.embed, config.mlp), 2),
+      (matrix(config.mlp, config.embed), 1),
+      (Product(batch, group, config.head_dim, keys), seen),
+      (Product(batch, group, keys, config.head_dim), seen)):
+    products = _added(products, {product: config.layers * count})
+  return _added(products, {
+      Product(1, logits, config.embed, config.vocab_size): 1})
+
+
+def update(config: ModelConfig, *, rows: int, length: int) -> Work:
+  """Forward and backward over causal rows, and AdamW.
 
   Bytes: parameters are read forward and backward; gradients are written and
   read; AdamW reads and writes the parameters and two moments. Activations are
   left out, as they may stay in caches.
-
-  Args:
-    segments, length: examples, and tokens of each.
-    times_forward: 3 with a backward pass and an update, 1 for logprobs alone.
   """
-  count = flops.forward if times_forward == 1 else flops.update
-  tokens = segments * length
-  work = count(config, tokens, (length + 1) / 2, logits=tokens)
-  accesses = 1 if times_forward == 1 else 2 + 2 + 3 + 3
-  return Work(work, accesses * FLOAT32 * memory.parameters(config))
+  products = forward(
+      config, rows=rows, queries=length, keys=length,
+      seen=(length + 1) / 2 / length, logits=rows * length)
+  for product, count in dict(products).items():
+    for gradient in product.backward:
+      products = _added(products, {gradient: count})
+  return Work(products, (2 + 2 + 3 + 3) * FLOAT32 * memory.parameters(config))
 
 
 def prefill(config: ModelConfig, *, prompts: int, length: int) -> Work:
   """Each prompt once; the cache is written."""
-  work = flops.forward(
-      config, prompts * length, (length + 1) / 2, logits=prompts)
   cache = memory.cache_bytes(config, rows=prompts, slots=length)
-  return Work(work, FLOAT32 * memory.parameters(config) + cache)
+  return Work(
+      forward(config, rows=prompts, queries=length, keys=length,
+              seen=(length + 1) / 2 / length, logits=prompts),
+      FLOAT32 * memory.parameters(config) + cache)
 
 
 def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
   """One token for each row, over a cache of `context` earlier tokens.
 
   Bytes: layers in the compute dtype and the float32 head are read once for
-  all rows, the cache is read once and has one slot written. Of experts, as
-  many as the rows can choose at most.
+  all rows, the cache is read once and has one slot written.
   """
-  work = flops.forward(config, rows, context + 1, logits=rows)
-  size = memory.BYTES[config.dtype]
-  experts = min(config.num_experts, rows * config.experts_per_token)
   weights = (
-      config.layers * memory.layer_parameters(config, experts) * size
+      config.layers * memory.layer_parameters(config)
+      * memory.BYTES[config.dtype]
       + config.vocab_size * config.embed * FLOAT32)
   cache = memory.cache_bytes(config, rows=rows, slots=context + 1)
-  return Work(work, weights + cache)
+  products = forward(config, rows=rows, queries=1, keys=context + 1,
+                     logits=rows)
+  # Attention of one query is a matrix by a vector: traffic, which the cache's
+  # bytes are, and no arithmetic to speak of.
+  return Work({product: count for product, count in products.items()
+               if product.batch == 1}, weights + cache)
+
+
+def of(config: ModelConfig, shape: Shape) -> tuple[Work, ...]:
+  """The parts of a work, which follow one another."""
+  if shape.rows:
+    return (update(config, rows=shape.rows, length=shape.length),)
+  rows = shape.prompts * shape.samples
+  # The first token comes from the prefill's logits; the last is not fed. All
+  # steps as the middle one: few shapes to measure, and the sum is the same.
+  middle = shape.prompt + shape.new // 2 - 1
+  parts = (
+      prefill(config, prompts=shape.prompts, length=shape.prompt),
+      decode_step(config, rows=rows, context=middle) * (shape.new - 1))
+  if shape.samples == 1:
+    return parts
+  return *parts, update(config, rows=rows, length=shape.prompt + shape.new)

@@ -1,78 +1,106 @@
-"""What this machine does at best: matrix multiplication and memory traffic.
+"""What this machine does at best: the very products of a work, and traffic.
 
-Measured over all devices at once, in the same run as what is compared with
-them, since a shared machine is not the same from one minute to the next.
+  python -m benchmarks.machine --size=10m --work=sft
+
+A process of its own that `benchmarks.serve` talks to, so that its arrays are
+in nobody's peak of memory: a shared machine is not the same from one minute to
+the next, and it is asked again in every round.
 """
 
+import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain import sharding
+from benchmarks import limits, ours, serve, shapes
+from benchmarks.limits import Product
 
-MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
-LONG_ENOUGH = 0.02  # Seconds of a product; a larger one is no faster then.
-# Per device: far beyond any cache, and long against a kernel's launch.
-TRAFFIC_BYTES = {"cpu": 2**28}
+# Of operands that are different in turn, and of the time of one measurement.
+OPERAND_BYTES = 2**26
+SECONDS = 0.02
+TRAFFIC_BYTES = {"cpu": 2**28}  # Far beyond any cache.
 ACCELERATOR_BYTES = 2**30
 
 
-def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
-  """Wall-clock seconds of `run`, which is called once before to warm up."""
+def seconds_of(run: Callable[[], Any], repeats: int) -> float:
+  """Median of the wall-clock seconds, after a call that warms up."""
   jax.block_until_ready(run())
   seconds = []
   for _ in range(repeats):
     start = time.perf_counter()
     jax.block_until_ready(run())
     seconds.append(time.perf_counter() - start)
-  return seconds
+  return statistics.median(seconds)
 
 
-def random(shape: tuple[int, ...], dtype: str) -> jax.Array:
-  """One part per device; values that no algebra can simplify."""
-  values = np.random.default_rng(0).standard_normal(shape, np.float32)
-  return sharding.put(
-      values, "batch", *(None,) * (len(shape) - 1)).astype(dtype)
+def copies(product: Product) -> int:
+  """So many that a call's own cost is small; each has weights of its own."""
+  size = 4 * product.batch * product.k * product.n
+  return int(max(1, min(64, OPERAND_BYTES // size,
+                        SECONDS * 1e11 // product.flops)))
 
 
-def matmul_rate(dtype: str, repeats: int) -> float:
-  """FLOPs per second of the best size of square product."""
-  devices = jax.device_count()
-  best = 0.0
-  for size in MATMUL_SIZES:
-    a = random((devices, size, size), dtype)
-    product = jax.jit(lambda a: jnp.einsum("nij,njk->nik", a, a))
-    seconds = statistics.median(seconds_of(lambda: product(a), repeats))
-    best = max(best, 2 * devices * size**3 / seconds)
-    if seconds > LONG_ENOUGH:
-      break
-  return best
+class Products:
+  """Programs that do one product many times, compiled once."""
+
+  def __init__(self, products: Iterable[Product], dtype: str):
+    self._runs = {product: self._run(product, dtype) for product in products}
+
+  def _run(self, product: Product, dtype: str) -> Callable[[], Any]:
+    draw = np.random.default_rng(0).standard_normal
+    shape = lambda *last: (product.batch, *last)[product.batch == 1:]
+    left = jnp.asarray(draw(shape(product.m, product.k), np.float32), dtype)
+    rights = [
+        jnp.asarray(draw(shape(product.k, product.n), np.float32), dtype)
+        for _ in range(copies(product))]
+    multiply = jax.jit(lambda left, rights: [left @ x for x in rights])
+    return lambda: multiply(left, rights)
+
+  def rates(self, repeats: int) -> dict[Product, float]:
+    """FLOPs per second of each."""
+    return {product: copies(product) * product.flops / seconds_of(run, repeats)
+            for product, run in self._runs.items()}
 
 
 def bandwidth(repeats: int) -> float:
   """Bytes per second of the best of a copy, a sum and a matrix by a vector."""
-  devices, width = jax.device_count(), 4096
+  width = 4096
   size = TRAFFIC_BYTES.get(jax.default_backend(), ACCELERATOR_BYTES)
-  rows = size // (4 * width)
-  x = random((devices, rows, width), "float32")
+  x = jnp.asarray(np.random.default_rng(0).standard_normal(
+      (size // (4 * width), width), np.float32))
   vector = jnp.ones(width)
   read = x.size * 4
   tries = {
       "copy": (jax.jit(lambda x: x + 1), 2 * read),
-      "sum": (jax.jit(lambda x: jnp.sum(x, axis=2)), read),
-      "matvec": (jax.jit(lambda x: jnp.einsum("nij,j->ni", x, vector)), read)}
-  return max(
-      moved / statistics.median(seconds_of(lambda: function(x), repeats))
-      for function, moved in tries.values())
+      "sum": (jax.jit(lambda x: jnp.sum(x, axis=1)), read),
+      "matvec": (jax.jit(lambda x: x @ vector), read)}
+  return max(moved / seconds_of(lambda: function(x), repeats)
+             for function, moved in tries.values())
 
 
-def measure(dtype: str, *, repeats: int = 5) -> dict[str, float]:
-  """Both rates; the mesh is set by the caller, all of it on "fsdp"."""
-  return {
-      "matmul_flops_per_sec": matmul_rate(dtype, repeats),
-      "memory_bytes_per_sec": bandwidth(repeats)}
+def main() -> None:
+  size, _, shape = serve.arguments(__doc__, shapes.WORKS)
+  config = ours.model_config(size)
+  works = limits.of(config, shape)
+  found = Products(
+      {product for work in works for product in work.products}, config.dtype)
+  for _ in sys.stdin:
+    rates, moved = found.rates(repeats=3), bandwidth(repeats=3)
+    flops = sum(work.flops for work in works)
+    print(json.dumps({
+        "seconds": sum(work.seconds(rates, moved) for work in works),
+        "flops": flops, "bytes_per_sec": moved,
+        "flops_per_sec": flops / sum(
+            count * product.flops / rates[product]
+            for work in works for product, count in work.products.items()),
+    }), flush=True)
+
+
+if __name__ == "__main__":
+  main()

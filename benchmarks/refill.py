@@ -9,20 +9,14 @@ on the wall and in process CPU seconds.
 """
 
 import argparse
-import dataclasses
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from benchmarks.__main__ import SMALL_VOCABULARY, describe
+from benchmarks import ours, shapes, sides
 from posttrain import distributed, sharding
-from posttrain.model import transformer
-from posttrain.model.presets import PRESETS
-from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler import choice, sampler
 from posttrain.sampler.engine import Engine, Settings
 from posttrain.sampler.requests import Request
 from posttrain.text import thinking
@@ -32,13 +26,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
       prog="python -m benchmarks.refill", description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-  parser.add_argument("--requests", type=int, default=512)
+  sides.add_arguments(parser)
+  parser.add_argument("--requests", type=int, default=256)
   parser.add_argument("--rows", type=int, default=32)
   parser.add_argument("--prompt", type=int, default=16)
-  parser.add_argument("--mean", type=float, default=64)
+  parser.add_argument("--mean", type=float, default=48)
   parser.add_argument("--tail", type=float, default=8)
-  parser.add_argument("--repeats", type=int, default=5)
   return parser.parse_args(argv)
 
 
@@ -106,61 +99,37 @@ class Refilling:
     return self._engine.occupancy
 
 
-def seconds(run: Callable[[], int], tokens: int) -> dict[str, float]:
-  """Of the wall, and of all cores."""
-  wall, cpu = time.perf_counter(), time.process_time()
-  found = run()
-  if found != tokens:
-    raise RuntimeError(f"{found} tokens were drawn, and {tokens} asked for.")
-  return {"wall": time.perf_counter() - wall,
-          "cpu": time.process_time() - cpu}
-
-
-def measure(arguments: argparse.Namespace) -> dict:
-  preset = PRESETS[arguments.preset]
-  config = dataclasses.replace(
-      preset, vocab_size=preset.vocab_size or SMALL_VOCABULARY,
-      unroll=preset.layers)
+def measure(model, arguments: argparse.Namespace) -> dict:
+  """Both ways of drawing the same lengths."""
+  config = model.config
   lengths = lognormal_lengths(
       arguments.requests, arguments.mean, arguments.tail)
-  prompts = np.random.default_rng(1).integers(
-      0, config.vocab_size, (len(lengths), arguments.prompt)).tolist()
-  tables = budget_tables.BudgetTables.build(  # Nothing stops a row early.
-      thinking.ThinkingIds(), (), np.zeros(config.vocab_size, bool),
-      config.vocab_size)
-  model = transformer.init(config, 0)
-  sides = {side.__name__.lower(): side(
-      model, tables, prompts, lengths, arguments.rows)
-           for side in (Waiting, Refilling)}
+  prompts = shapes.tokens(len(lengths), arguments.prompt, config.vocab_size)
+  tables = sides.tables(config, thinking.ThinkingIds())
+  given = model, tables, prompts, lengths, arguments.rows
+  waiting, refilling = Waiting(*given), Refilling(*given)
+  ways = {"waiting": waiting, "refilling": refilling}
   total = int(lengths.sum())
-  taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-  for repeat in range(arguments.repeats + 1):
-    for name, side in sides.items():
-      spent = seconds(side, total)
-      if repeat:  # The first compiles.
-        taken[name].append(spent)
-  median = lambda name, clock: statistics.median(
-      times[clock] for times in taken[name])
-  refilling = sides["refilling"]
-  assert isinstance(refilling, Refilling)
-  return describe(config) | {
-      "benchmark": "refill", "requests": len(lengths), "rows": arguments.rows,
-      "tokens": total, "longest_to_mean": lengths.max() / lengths.mean(),
+  found = sides.take(
+      dict(ways), total, repeats=arguments.repeats, locks=arguments.lock)
+  return {
+      "benchmark": "refill", "size": arguments.size,
+      "requests": len(lengths), "rows": arguments.rows, "tokens": total,
+      "longest_to_mean": lengths.max() / lengths.mean(),
       "occupancy": refilling.occupancy,
-      **{f"{name}_tokens_per_{clock}_sec": total / median(name, clock)
-         for name in sides for clock in ("wall", "cpu")},
-      **{f"{name}_steps": side.steps for name, side in sides.items()},
-      **{f"ratio_{clock}": median("waiting", clock) / median(
-          "refilling", clock) for clock in ("wall", "cpu")}}
+      **{f"{name}_steps": way.steps for name, way in ways.items()},
+      **{f"{name}_tokens_per_{clock}_sec": total / found[name][clock]
+         for name in ways for clock in ("wall", "cpu")},
+      **{f"ratio_{clock}": found["waiting"][clock] / found[
+          "refilling"][clock] for clock in ("wall", "cpu")}}
 
 
 def main(argv: list[str] | None = None) -> None:
   arguments = parse(argv)
   distributed.initialize(cpu_devices=1)
   with jax.set_mesh(sharding.make_mesh()):
-    line = measure(arguments)
-  if jax.process_index() == 0:
-    print(json.dumps(line), flush=True)
+    model = ours.random_model(ours.model_config(shapes.SIZES[arguments.size]))
+    print(json.dumps(measure(model, arguments)), flush=True)
 
 
 if __name__ == "__main__":

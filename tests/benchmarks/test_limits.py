@@ -1,19 +1,17 @@
-"""FLOPs against XLA's own count, bytes against real arrays, lines as JSON."""
+"""FLOPs against XLA's own count, bytes against real arrays."""
 
 import dataclasses
-import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import __main__ as command
-from benchmarks import limits, runs
+from benchmarks import limits
+from benchmarks.limits import Product
+from benchmarks.shapes import Shape, shape_of
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.presets import PRESETS
-from posttrain.train import flops
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vocab_size=512, embed=256, mlp=1024,
@@ -30,18 +28,32 @@ def xla_flops(function, *args):
   return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
+def flops(products):
+  return limits.Work(products, 0.0).flops
+
+
 @pytest.mark.parametrize("tied, length", [(True, 32), (False, 128)])
 def test_forward_flops_are_those_that_xla_counts(tied, length):
-  """The program computes all T x T scores: the context is then T."""
+  """The program computes all T x T scores: all keys are seen then."""
   config = dataclasses.replace(CONFIG, tied_embeddings=tied)
   tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
   counted = xla_flops(
       lambda model, x: model.logits(model(x, x, x)),
       transformer.abstract(config), tokens)
-  ours = flops.forward(
-      config, 4 * length, length, logits=4 * length)
+  ours = flops(limits.forward(
+      config, rows=4, queries=length, keys=length, logits=4 * length))
   # XLA also counts what is not a product: softmax, norms, rotations.
   assert ours == pytest.approx(counted, rel=0.05) and ours < counted
+
+
+def test_the_backward_products_are_those_of_a_gradient():
+  """XLA counts both of them, of a product with shapes that all differ."""
+  product = Product(batch=3, m=16, k=32, n=8)
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in ((3, 16, 32), (3, 32, 8), (3, 16, 8))]
+  counted = xla_flops(
+      lambda x, y, dz: jax.vjp(jnp.matmul, x, y)[1](dz), *arrays)
+  assert sum(p.flops for p in product.backward) == counted
 
 
 def test_a_decode_step_reads_the_cache_and_the_weights_once():
@@ -57,84 +69,36 @@ def test_a_decode_step_reads_the_cache_and_the_weights_once():
 
 
 def test_an_update_is_three_forward_passes_over_causal_attention():
-  update = limits.update(CONFIG, segments=5, length=9)
-  # 1 + 2 + ... + 9 = 45 keys for 9 queries.
-  forward = flops.forward(CONFIG, 45, 5.0, logits=45)
-  assert update.flops == 3 * forward
-  assert limits.update(
-      CONFIG, segments=5, length=9, times_forward=1).flops == forward
+  update = limits.update(CONFIG, rows=5, length=9)
+  # 1 + 2 + ... + 9 = 45 keys for 9 queries, one token at a time.
+  forward = sum(flops(limits.forward(
+      CONFIG, rows=5, queries=1, keys=keys, logits=5)) for keys in range(1, 10))
+  assert update.flops == pytest.approx(3 * forward)
+
+
+def test_the_middle_step_stands_for_all():
+  """Contexts grow by one each step: their mean is the middle one's."""
+  shape = Shape(prompts=3, prompt=4, samples=1, new=6)
+  _, decode = limits.of(CONFIG, shape)
+  steps = [limits.decode_step(CONFIG, rows=3, context=4 + fed)
+           for fed in range(5)]
+  assert decode.flops == pytest.approx(sum(step.flops for step in steps))
+  assert decode.bytes == pytest.approx(sum(step.bytes for step in steps))
+
+
+def test_a_grpo_step_prefills_a_prompt_once_and_learns_from_each_sample():
+  shape = shape_of("grpo")
+  prefill, decode, update = limits.of(CONFIG, shape)
+  assert prefill.flops == limits.prefill(CONFIG, prompts=8, length=64).flops
+  assert decode.flops == pytest.approx(127 * limits.decode_step(
+      CONFIG, rows=64, context=127).flops)
+  assert update.flops == limits.update(CONFIG, rows=64, length=192).flops
 
 
 def test_the_limit_is_the_slower_of_arithmetic_and_traffic():
-  work = limits.Work(flops=100.0, bytes=10.0) + limits.Work(0.0, 10.0) * 2
-  assert work.seconds(flops_per_sec=10.0, bytes_per_sec=1.0) == 30.0
-  assert work.seconds(flops_per_sec=1.0, bytes_per_sec=1.0) == 100.0
-
-
-SMALL = runs.Shapes(
-    rows=1, length=32, segment=16, groups=2, group_size=2, prompt=4,
-    completion=4, minibatches=2, microbatch_rows=2, loss_chunk=16)
-
-
-MINIATURE = dataclasses.replace(
-    CONFIG, embed=32, mlp=32, head_dim=8, layers=1, unroll=1, vocab_size=64)
-
-
-@pytest.mark.parametrize("name, tokens", [
-    pytest.param("sft", 32, marks=pytest.mark.slow),
-    pytest.param("grpo_step", 16, marks=pytest.mark.slow)])
-def test_steps_run_again_and_again(name, tokens):
-  timed = runs.BENCHMARKS[name](MINIATURE, SMALL)
-  assert timed.tokens == tokens
-  for _ in range(2):  # Donated buffers are replaced.
-    metrics = jax.device_get(timed.run())
-    assert metrics["denominator"] > 0
-
-
-def test_generation_does_all_of_its_work():
-  """No row ends early: as many tokens as are counted."""
-  timed = runs.generation(MINIATURE, SMALL)
-  rollouts = timed.run()
-  assert rollouts.lengths.tolist() == [SMALL.completion] * 4
-  assert timed.tokens == rollouts.lengths.sum()
-
-
-def test_the_lines_are_json_with_shares(monkeypatch):
-  rates = {"matmul_flops_per_sec": 1e12, "memory_bytes_per_sec": 1e11}
-  monkeypatch.setattr(command.machine, "measure", lambda *a, **k: rates)
-  monkeypatch.setattr(
-      command.machine, "seconds_of", lambda run, repeats: [4.0, 2.0, 9.0])
-  work = (limits.Work(1e12, 1.0), limits.Work(1.0, 5e10))  # 1 s and 0.5 s.
-  monkeypatch.setitem(
-      runs.BENCHMARKS, "sft",
-      lambda config, shapes: runs.Timed(lambda: None, 100 * shapes.rows, work))
-  lines = command.lines(command.parse(["--only=sft", "--rows=2"]))
-  machine, sft = (json.loads(json.dumps(line)) for line in lines)
-  assert machine["benchmark"] == "machine" and machine["rows"] == 2
-  assert machine["parameters"] > 600_000
-  assert sft["benchmark"] == "sft" and sft["seconds"] == 4.0
-  assert sft["tokens_per_sec"] == 200 / 4.0
-  assert sft["share_of_limit"] == pytest.approx(1.5 / 4.0)
-
-
-def test_the_machine_is_measured(monkeypatch):
-  """Given times: 0.01 s for the first size, 0.05 s for all that follows."""
-  monkeypatch.setattr(
-      command.machine, "TRAFFIC_BYTES", {jax.default_backend(): 2**20})
-  monkeypatch.setattr(command.machine, "MATMUL_SIZES", (64, 128, 256))
-  seconds = itertools.chain([0.01], itertools.repeat(0.05))
-  monkeypatch.setattr(
-      command.machine, "seconds_of",
-      lambda run, repeats: [next(seconds)] * repeats)
-  devices = jax.device_count()
-  rates = command.machine.measure("float32", repeats=3)
-  # The third size is not tried; a copy moves its array twice.
-  assert rates == {
-      "matmul_flops_per_sec": pytest.approx(2 * devices * 128**3 / 0.05),
-      "memory_bytes_per_sec": pytest.approx(2 * devices * 2**20 / 0.05)}
-
-
-def test_runs_are_warmed_up_and_all_timed():
-  calls = []
-  seconds = command.machine.seconds_of(lambda: calls.append(1), repeats=4)
-  assert len(seconds) == 4 and len(calls) == 5
+  slow, fast = Product(1, 1, 5, 1), Product(1, 2, 5, 1)  # 10 and 20 FLOPs.
+  work = limits.Work({slow: 2.0}, 10.0) + limits.Work({fast: 3.0}, 5.0) * 2
+  assert work.flops == 2 * 10 + 6 * 20 and work.bytes == 20
+  rates = {slow: 10.0, fast: 40.0}
+  assert work.seconds(rates, 100.0) == 2 * 1 + 6 * 0.5
+  assert work.seconds(rates, 1.0) == 20

@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-from benchmarks import refill
+from benchmarks import ours, refill
 from tests import meshes
+from tests.benchmarks.test_works import MINIATURE
 
 
 @pytest.mark.parametrize("count, mean, tail", [(256, 48, 5), (512, 64, 8)])
@@ -22,7 +23,8 @@ def test_a_tail_that_so_few_lengths_do_not_have_is_an_error():
 
 def test_refilling_takes_fewer_steps_for_the_same_tokens():
   with jax.set_mesh(meshes.one()):
-    line = refill.measure(refill.parse([
+    model = ours.random_model(ours.model_config(MINIATURE))
+    line = refill.measure(model, refill.parse([
         "--requests=12", "--rows=3", "--prompt=4", "--mean=8", "--tail=2.5",
         "--repeats=1"]))
   assert line["refilling_steps"] < line["waiting_steps"]

@@ -1,0 +1,166 @@
+"""Our works: the programs of the stages, on the shapes of `shapes`.
+
+  python -m benchmarks.ours --size=10m --work=sft
+
+Text and files are left out; nothing stops a row early.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import serve, shapes
+from benchmarks.shapes import Shape, Size
+from posttrain import distributed, sharding
+from posttrain.model import transformer
+from posttrain.model.config import ModelConfig
+from posttrain.objectives import advantages as advantages_lib
+from posttrain.objectives import policy as policy_objective
+from posttrain.sampler import budget_tables, choice, rollouts, sampler
+from posttrain.stages import sft as sft_stage
+from posttrain.text import thinking
+from posttrain.train import microbatches, optimizer, policy, step
+from posttrain.train import state as state_lib
+
+LOSS_CHUNK = 128  # Positions whose logits exist at once.
+GRPO_ROWS = 16  # Of a microbatch.
+# Without an accelerator, of two cores. A step of training keeps both busy on
+# one device; the small products of decoding do not.
+DEVICES = {"sft": 1, "generate": 2, "grpo": 2}
+
+
+def model_config(size: Size) -> ModelConfig:
+  """As `docs/performance.md` advises for a CPU."""
+  return ModelConfig(
+      vocab_size=size.vocab_size, embed=size.embed, mlp=size.mlp,
+      layers=size.layers, heads=size.heads, kv_heads=size.kv_heads,
+      head_dim=size.head_dim, unroll=size.layers, attention="blocks",
+      gradients="in_layout")
+
+
+def random_model(config: ModelConfig) -> transformer.Transformer:
+  """Norms are one, all else normal: what the peers start from."""
+  draw = np.random.default_rng(0).standard_normal
+  def fill(x: jax.Array) -> jax.Array:
+    if (x == 1).all():  # A norm.
+      return x
+    values = shapes.INIT_STD * draw(x.shape, np.float32)
+    return jax.device_put(values, x.sharding)
+
+  return jax.tree.map(fill, transformer.init(config, 0))
+
+
+def _trainer(config: ModelConfig, loss: step.Loss):
+  """A fresh state and the compiled update."""
+  adamw = optimizer.make_optimizer(
+      beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+  schedule = optimizer.make_schedule(
+      schedule="constant", learning_rate=shapes.LEARNING_RATE, warmup_steps=0,
+      num_steps=1, final_learning_rate=0.0)
+  state = state_lib.create(random_model(config), adamw)
+  return state, step.compile_update(loss, adamw, schedule)
+
+
+def sft(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
+  """One update on full rows, each of them one example."""
+  tokens = np.array(shapes.tokens(
+      shape.rows, shape.length, config.vocab_size), np.int32)
+  positions = np.tile(np.arange(shape.length, dtype=np.int32),
+                      (shape.rows, 1))
+  batch = microbatches.stack({
+      "tokens": tokens, "positions": positions,
+      "segment_ids": np.ones_like(tokens), "loss_mask": positions > 0}, 1)
+  state, update = _trainer(
+      config, lambda model, batch: sft_stage.cross_entropy(
+          model, batch, chunk=LOSS_CHUNK))
+
+  def run(number: int) -> int:
+    nonlocal state
+    state, metrics = jax.block_until_ready(update(state, batch, 1))
+    return int(metrics["denominator"]) + shape.rows  # First tokens: no loss.
+
+  return run
+
+
+class Generator:
+  """Samples completions of one length for every prompt."""
+
+  def __init__(self, config: ModelConfig, shape: Shape):
+    self._shape = shape
+    tables = budget_tables.BudgetTables.build(
+        thinking.ThinkingIds(), (), np.zeros(config.vocab_size, bool),
+        config.vocab_size)
+    self._sampler = sampler.Sampler(
+        ids=thinking.ThinkingIds(), tables=tables,
+        params=choice.SamplingParams(temperature=1.0),
+        max_prompt_tokens=shape.prompt, chunk=shape.new)
+    self._prompts = shapes.tokens(
+        shape.prompts, shape.prompt, config.vocab_size)
+
+  def __call__(
+      self, model: transformer.Transformer, seed: int) -> rollouts.Rollouts:
+    return self._sampler.generate(
+        model, self._prompts, sampler.Limits(self._shape.new),
+        prompt_id=range(self._shape.prompts),
+        group_size=self._shape.samples, seed=seed, stage="benchmark")
+
+
+def generate(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
+  """Prompts to completions, which are on the host in the end."""
+  model, generator = random_model(config), Generator(config, shape)
+  return lambda number: int(generator(model, number).lengths.sum())
+
+
+def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
+  """Rollouts, their rewards and advantages, and one update on them."""
+  loss = policy.PolicyLoss(
+      function=policy_objective.policy_loss, temperature=1.0,
+      chunk=LOSS_CHUNK, clip_low=0.2, clip_high=0.2)
+  state, update = _trainer(config, loss)
+  generator = Generator(config, shape)
+  count = shape.prompts * shape.samples
+  packing = policy.Shapes(
+      length=shape.prompt + shape.new, rows=GRPO_ROWS, num_minibatches=1,
+      completions=count)
+  ones = np.ones(count, np.float32)
+
+  def run(number: int) -> int:
+    nonlocal state
+    drawn = generator(state.model, number)
+    rewards = np.array([
+        shapes.rule_reward(row[:length]) for row, length in zip(
+            drawn.tokens.tolist(), drawn.lengths, strict=True)])
+    experience = policy.pack_experience(drawn, {
+        "advantages": advantages_lib.group_advantages(
+            rewards, drawn.prompt_id),
+        "token_weights": ones, "token_shares": ones},
+        [np.arange(count)], packing)
+    arrays, used = policy.minibatch(experience, 0)
+    arrays.pop("old_logprobs", None)  # The ratio is against itself.
+    state, metrics = jax.block_until_ready(
+        update(state, arrays, np.int32(used)))
+    return int(metrics["denominator"])
+
+  return run
+
+
+WORKS: dict[str, Callable[[ModelConfig, Shape], Callable[[int], int]]] = {
+    "generate": generate, "sft": sft, "grpo": grpo}
+
+
+def main() -> None:
+  size, work, shape = serve.arguments(__doc__, shapes.WORKS)
+  turns: Any = serve.Turns(shape.tokens)
+  distributed.initialize(cpu_devices=DEVICES[work])
+  with jax.set_mesh(sharding.make_mesh()):
+    run = WORKS[work](model_config(size), shape)
+    number = 0
+    while turns.begin():
+      turns.end(run(number))
+      number += 1
+
+
+if __name__ == "__main__":
+  main()
