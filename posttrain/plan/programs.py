@@ -153,7 +153,7 @@ def _grpo(
   yield from _sampling(
       setup, name, model, section.rollout,
       groups=section.num_groups, group_size=section.group_size,
-      limits=grpo.make_limits(section), beside=beside("policy"))
+      limits=sampling.make_limits(section.rollout), beside=beside("policy"))
 
   shapes, updates = grpo.make_shapes(section), grpo.num_updates(section)
   experience = policy.empty_experience(shapes, _experts(model))

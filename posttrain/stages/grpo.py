@@ -24,7 +24,6 @@ from posttrain.config import schema
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import policy as policy_lib
-from posttrain.sampler import sampler
 from posttrain.stages import rollout, sampling, training
 from posttrain.stages.context import StageContext
 from posttrain.stages.monitor import Monitor
@@ -373,13 +372,6 @@ def make_loss(
       kl_estimator=loss.kl_estimator)
 
 
-def make_limits(section: config_dict.ConfigDict) -> sampler.Limits:
-  """The budgets of a rollout."""
-  return sampler.Limits(**training.pick(
-      section.rollout, "max_tokens max_thinking_tokens "
-      "min_thinking_tokens num_waits truncate max_thinking_steps"))
-
-
 def make_collector(context: StageContext) -> rollout.Collector:
   """The task, the rewards and the sampler that the section names."""
   section = context.section
@@ -394,7 +386,7 @@ def make_collector(context: StageContext) -> rollout.Collector:
         f"{', '.join(section.rewards)}. Metrics are named by it; rename one.")
   return rollout.Collector(
       sampler=sampling.make_sampler(context, section.rollout),
-      limits=make_limits(section),
+      limits=sampling.make_limits(section.rollout),
       renderer=context.renderer, problems=problems, rewards=rewards,
       weights=section.reward_weights or (1.0,) * len(rewards),
       num_groups=section.num_groups, group_size=section.group_size,

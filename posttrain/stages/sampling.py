@@ -53,6 +53,13 @@ def of_tables(
       steering=make_steering(rollout, tables.vocab_size))
 
 
+def make_limits(rollout: config_dict.ConfigDict) -> sampler.Limits:
+  """The budgets of GRPO's completions, all of which have the same."""
+  return sampler.Limits(**{name: rollout[name] for name in (
+      "max_tokens", "max_thinking_tokens", "min_thinking_tokens", "num_waits",
+      "truncate", "max_thinking_steps")})
+
+
 def make_steering(
     settings: Mapping[str, Any], vocab_size: int,
 ) -> steering.Steering:

@@ -12,6 +12,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.stages.context import StageContext
 from posttrain.train import (
   checkpoints,
+  damage,
   health,
   memory,
   optimizer,
@@ -158,7 +159,7 @@ def _newest(
   while True:
     try:
       return saver.restore(wanted)
-    except checkpoints.DamagedError as error:
+    except damage.DamagedError as error:
       steps = saver.steps()
       if context.section.checkpoint.on_damaged == "error" or len(steps) == 1:
         raise

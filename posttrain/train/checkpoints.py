@@ -14,12 +14,11 @@ fingerprint of every array is computed on the devices when saving, and again
 after restoring: a damaged file is an error, never a slightly wrong model.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,14 +28,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from posttrain import sharding
-from posttrain.train import fingerprint
-from posttrain.workdir import StorageError
+from posttrain.train import damage, fingerprint
 
 Tree = Mapping[str, Any]  # Nested dict with string keys; leaves are arrays.
-
-
-class DamagedError(StorageError):
-  """A checkpoint that is there cannot be read; every host raises it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +139,7 @@ class Checkpoints:
             "extras_crc32": zlib.crc32(body.encode())})}
     if rollouts is not None:
       items["rollouts"] = ocp.args.PyTreeSave({"npz": _pack(rollouts)})
-    with _errors_name(self._directory / str(step), "written"):
+    with damage.errors_name(self._directory / str(step), "written"):
       self._manager.save(
           step, args=ocp.args.Composite(**items), force=True,
           metrics=ranking)
@@ -171,7 +165,7 @@ class Checkpoints:
     Raises:
       StorageError: it could not be written.
     """
-    with _errors_name(self._directory, "written"):
+    with damage.errors_name(self._directory, "written"):
       self._manager.wait_until_finished()
 
   def set_aside(self, step: int) -> epath.Path:
@@ -187,7 +181,7 @@ class Checkpoints:
     return target
 
   def close(self) -> None:
-    with _errors_name(self._directory, "written"):
+    with damage.errors_name(self._directory, "written"):
       self._manager.close()
 
   def __enter__(self) -> "Checkpoints":
@@ -229,11 +223,11 @@ def restore(
   # Orbax's handlers, and not its manager: that would wait for the other hosts
   # after reading, and for ever if one of them had found damage.
   handler = ocp.PyTreeCheckpointHandler()
-  with _on_every_host(path):
+  with damage.on_every_host(path):
     saved = _flatten(handler.metadata(path / "state").tree)
   _check_structure(path / "state", saved, _flatten(abstract))
   rollouts = None
-  with _on_every_host(path):
+  with damage.on_every_host(path):
     tree = handler.restore(path / "state", args=ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True,
         restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
@@ -253,7 +247,7 @@ def read_extras(
   """The JSON part alone, without touching a device; raises as `restore`."""
   directory = _absolute(directory)
   path = directory / str(find_step(directory, step))
-  with _errors_name(path / "extras", "read"):
+  with damage.errors_name(path / "extras", "read"):
     return _read_extras(path)[0]
 
 
@@ -362,7 +356,7 @@ def _check_fingerprints(
 ) -> None:
   bad = [name for name in found if found[name] != expected.get(name)]
   if bad:
-    raise _damaged(path, f"array {bad[0]!r} is not what was saved "
+    raise damage.damaged(path, f"array {bad[0]!r} is not what was saved "
                    f"({len(bad)} of {len(found)} arrays differ)")
 
 
@@ -373,44 +367,6 @@ def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
   if zlib.crc32(body.encode()) != found["extras_crc32"]:
     raise ValueError(f"{path / 'extras'}: its checksum differs")
   return json.loads(body), found["fingerprints"]
-
-
-def _damaged(path: epath.Path, what: str) -> DamagedError:
-  return DamagedError(
-      f"Checkpoint {path} could not be read: {what}. A file in it is damaged "
-      "or missing. Move that step's directory away, and the run goes on from "
-      "the checkpoint before it, or starts anew. With the stage's "
-      "checkpoint.on_damaged=previous it does so by itself.")
-
-
-@contextlib.contextmanager
-def _on_every_host(path: epath.Path) -> Iterator[None]:
-  """`_errors_name` of reading, on all hosts if it is on one.
-
-  Each host reads its own files, and what one does next all have to do.
-  """
-  error: DamagedError | None = None
-  try:
-    with _errors_name(path, "read"):
-      yield
-  except DamagedError as found:
-    error = found
-  if sharding.on_any_host(error is not None):
-    raise error or _damaged(path, "another host found it so, and says why")
-
-
-@contextlib.contextmanager
-def _errors_name(path: epath.Path, verb: str) -> Iterator[None]:
-  """Turns whatever a storage layer raises into an error with the path."""
-  try:
-    yield
-  except Exception as error:  # Tensorstore's errors have no common type.
-    what = f"{type(error).__name__}: {str(error)[:500]}"
-    if verb == "read":
-      raise _damaged(path, what) from error
-    raise StorageError(
-        f"Checkpoint {path} could not be written: {what}. Is the disk full? "
-        "Earlier checkpoints are untouched.") from error
 
 
 def _pack(rollouts: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ Counted is what the mathematics needs: causal attention within a segment and a
 window, the true vocabulary, experts that are chosen, a backward pass of twice
 the forward; not what a program computes beyond that (masked scores, padding,
 recomputation). This is the count of the model-FLOPs utilisation (MFU) in the
-metrics, and of `benchmarks`.
+metrics.
 """
 
 from collections.abc import Mapping

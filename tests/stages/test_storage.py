@@ -12,6 +12,7 @@ import pytest
 
 from posttrain import main, pipeline, workdir
 from posttrain.train import checkpoints
+from posttrain.train.damage import DamagedError
 from tests import meshes
 from tests.stages import sft_run
 from tests.stages.test_sft import leave_at, repeatable, rows_of
@@ -66,7 +67,7 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(
       workdir.StorageError,
       match=f"{path}.* could not be written: .*Is the disk full") as error:
     run(path)
-  assert not isinstance(error.value, checkpoints.DamagedError)
+  assert not isinstance(error.value, DamagedError)
   folder = path / "cold_start/checkpoints"
   assert checkpoints.find_step(folder) == 4
   run(path)
@@ -95,7 +96,7 @@ def test_a_damaged_checkpoint(whole, interrupted, how, capsys):
   path = interrupted
   damage(path, 12, how)
   with pytest.raises(
-      checkpoints.DamagedError, match=r"checkpoints/12 could not be read.*"
+      DamagedError, match=r"checkpoints/12 could not be read.*"
       "on_damaged=previous"):
     run(path)
   run(path, ["cold_start.checkpoint.on_damaged=previous"])
@@ -109,7 +110,7 @@ def test_a_damaged_checkpoint(whole, interrupted, how, capsys):
 def test_nothing_good_is_left(interrupted):
   for step in (8, 12):
     damage(interrupted, step, "cut")
-  with pytest.raises(checkpoints.DamagedError, match="checkpoints/8 could not"):
+  with pytest.raises(DamagedError, match="checkpoints/8 could not"):
     run(interrupted, ["cold_start.checkpoint.on_damaged=previous"])
   assert not (interrupted / "cold_start/done.json").exists()
 

@@ -291,6 +291,7 @@ HOST = textwrap.dedent("""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     from posttrain import sharding
     from posttrain.train import checkpoints
+    from posttrain.train.damage import DamagedError
     with jax.set_mesh(sharding.make_mesh(fsdp=4, tensor=2)):
       w = np.arange(128, dtype=np.float32).reshape(16, 8)
       tree = {"w": sharding.put(w, "embed", "mlp"),
@@ -309,7 +310,7 @@ HOST = textwrap.dedent("""
         assert sharding.on_any_host(index == 1)  # And all have waited.
         try:
           saver.restore(checkpoints.abstract(tree))
-        except checkpoints.DamagedError as error:
+        except DamagedError as error:
           assert ("another host" in str(error)) == (index == 0), error
         else:
           raise AssertionError("a damaged checkpoint was read")
