@@ -149,6 +149,13 @@ esac
   assert cloud.calls(" delete ")
 
 
+def wait_until(holds):
+  deadline = time.monotonic() + 60
+  while not holds():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
 def test_a_run_under_way_is_followed_and_stopped(cloud, capfd):
   """The same command finds it; --stop saves, and 75 is then the status."""
   cloud.checkout()
@@ -157,9 +164,7 @@ trap 'echo saved; exit 75' TERM
 touch "$CLOUD/ready-$WORKER_NAME"
 while true; do sleep 0.02; done
 """)
-  def started():
-    while not all((cloud.path / f"ready-0-{i}").exists() for i in (0, 1)):
-      time.sleep(0.02)
+  ready = [cloud.path / f"ready-0-{i}" for i in (0, 1)]
   argv = [*FLAGS, *QUICK, "--keep", *COMMAND]
   statuses = []
   both = []
@@ -167,9 +172,8 @@ while true; do sleep 0.02; done
     both.append(threading.Thread(
         target=lambda: statuses.append(tpu_vm.run(argv)), daemon=True))
     both[-1].start()
-    started()
-  while len(cloud.calls("worker.sh log")) < 2:
-    time.sleep(0.02)
+    wait_until(lambda: all(file.exists() for file in ready))
+  wait_until(lambda: len(cloud.calls("worker.sh log")) >= 2)
   assert tpu_vm.run([*FLAGS, "--stop"]) == 0
   for thread in both:
     thread.join(120)
