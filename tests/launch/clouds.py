@@ -98,6 +98,8 @@ class Cloud:
       executable(path / "bin" / name, text)
     monkeypatch.setenv("PATH", f"{path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("CLOUD", str(path))
+    # `make test PYTHON=...` sets it, and the workers' Python is the one here.
+    monkeypatch.delenv("PYTHON", raising=False)
     monkeypatch.setenv("POSTTRAIN_RESTART_SECONDS", "0")
     monkeypatch.chdir(ROOT)  # Where configs are.
     self._monkeypatch = monkeypatch

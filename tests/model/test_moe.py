@@ -142,7 +142,7 @@ def test_the_gradient_of_a_published_size_has_its_layout():
   config = dataclasses.replace(
       PRESETS["qwen3-30b-a3b"], dtype="bfloat16", remat="full", moe="grouped")
   mesh = jax.sharding.AbstractMesh(
-      (8, 8, 4), sharding.MESH_AXES,
+      (8, 8, 4), ("fsdp", "expert", "tensor"),
       axis_types=(jax.sharding.AxisType.Explicit,) * 3)
   with jax.sharding.use_abstract_mesh(mesh):
     model = transformer.abstract(config)

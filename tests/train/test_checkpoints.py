@@ -293,7 +293,8 @@ HOST = textwrap.dedent("""
     from posttrain.train import checkpoints
     from posttrain.train.damage import DamagedError
     with jax.set_mesh(sharding.make_mesh(fsdp=4, tensor=2)):
-      w = np.arange(128, dtype=np.float32).reshape(16, 8)
+      # Large enough to be in files of its own, and not in an index.
+      w = np.arange(4096, dtype=np.float32).reshape(64, 64)
       tree = {"w": sharding.put(w, "embed", "mlp"),
               "step": sharding.put(np.int32(4))}
       with checkpoints.Checkpoints(directory, keep=2) as saver:
@@ -341,8 +342,8 @@ def test_two_processes_save_and_restore_and_one_reads_it(tmp_path, free_port):
     assert json.loads(out.splitlines()[-1]) == {"ok": index}
   with jax.set_mesh(meshes.one()):
     wanted = {"w": jax.ShapeDtypeStruct(
-        (16, 8), np.float32,
-        sharding=sharding.put(np.zeros((16, 8)), "embed", None).sharding)}
+        (64, 64), np.float32,
+        sharding=sharding.put(np.zeros((64, 64)), "embed", None).sharding)}
     found = checkpoints.restore(tmp_path / "c", wanted)
   np.testing.assert_array_equal(
-      found.tree["w"], np.arange(128, dtype=np.float32).reshape(16, 8))
+      found.tree["w"], np.arange(4096, dtype=np.float32).reshape(64, 64))

@@ -175,11 +175,12 @@ def test_a_skipped_update_counts_and_changes_nothing_else():
       other, _ = plain(other, batch, np.int32(2))
       assert metrics["spike"] == 0
     # Another program, which rounds otherwise.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6),
+    jax.tree.map(functools.partial(
+        np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
                  now.trained, other.trained)
     assert np.isfinite(now.losses).all()
-    # Any loss above the median is one now.
-    high = dataclasses.replace(now, losses=now.losses - 1)
+    # Any loss is one now: the last ones were far below.
+    high = dataclasses.replace(now, losses=now.losses - 10)
     broken = make_rows()
     broken["tokens"][0, 0] = 86
     for before, batch, spike in (
