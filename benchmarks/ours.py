@@ -52,28 +52,33 @@ def random_model(config: ModelConfig) -> transformer.Transformer:
   return jax.tree.map(fill, transformer.init(config, 0))
 
 
-def _trainer(config: ModelConfig, loss: step.Loss):
-  """A fresh state and the compiled update."""
+def trainer(model: transformer.Transformer, loss: step.Loss):
+  """A fresh state, which consumes the model, and the compiled update."""
   adamw = optimizer.make_optimizer(
       beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
   schedule = optimizer.make_schedule(
       schedule="constant", learning_rate=shapes.LEARNING_RATE, warmup_steps=0,
       num_steps=1, final_learning_rate=0.0)
-  state = state_lib.create(random_model(config), adamw)
+  state = state_lib.create(model, adamw)
   return state, step.compile_update(loss, adamw, schedule)
 
 
-def sft(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
-  """One update on full rows, each of them one example."""
+def full_rows(shape: Shape, vocab_size: int) -> dict[str, jax.Array]:
+  """A batch of one microbatch, each row of it one example."""
   tokens = np.array(shapes.tokens(
-      shape.rows, shape.length, config.vocab_size), np.int32)
+      shape.rows, shape.length, vocab_size), np.int32)
   positions = np.tile(np.arange(shape.length, dtype=np.int32),
                       (shape.rows, 1))
-  batch = microbatches.stack({
+  return microbatches.stack({
       "tokens": tokens, "positions": positions,
       "segment_ids": np.ones_like(tokens), "loss_mask": positions > 0}, 1)
-  state, update = _trainer(
-      config, lambda model, batch: sft_stage.cross_entropy(
+
+
+def sft(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
+  """One update."""
+  batch = full_rows(shape, config.vocab_size)
+  state, update = trainer(
+      random_model(config), lambda model, batch: sft_stage.cross_entropy(
           model, batch, chunk=LOSS_CHUNK))
 
   def run(number: int) -> int:
@@ -118,7 +123,7 @@ def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   loss = policy.PolicyLoss(
       function=policy_objective.policy_loss, temperature=1.0,
       chunk=LOSS_CHUNK, clip_low=0.2, clip_high=0.2)
-  state, update = _trainer(config, loss)
+  state, update = trainer(random_model(config), loss)
   generator = Generator(config, shape)
   count = shape.prompts * shape.samples
   packing = policy.Shapes(

@@ -1,4 +1,4 @@
-"""What the chips of TPU slices can do.
+"""What the chips of TPU slices can do, and how fast GPUs multiply.
 
 Rates and links are those that Google Cloud publishes per chip
 (https://docs.cloud.google.com/tpu/docs/v5p and its neighbours). The memory is
@@ -71,6 +71,12 @@ CHIPS = {chip.name: chip for chip in (
     _chip("tpu7x", "TPU7x", teraflops=2307, usable_gib=94.75, hbm_gbps=7380,
           ici_gbps=1200, dcn_gbits=100, sizes=_CUBES, per_chip=2),
 )}
+
+# bfloat16 FLOPs per second without sparsity, from NVIDIA's data sheets, by
+# what JAX calls the device. For utilisation alone: no slice is planned of them.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 def find(kind: str) -> Chip | None:

@@ -38,7 +38,8 @@ def find() -> Machine:
   kind, count = jax.devices()[0].device_kind, jax.device_count()
   chip = chips.find(kind)
   if chip is None:
-    return Machine(kind, count, None)
+    flops = chips.GPUS.get(kind)
+    return Machine(kind, count, flops and count * flops)
   return Machine(kind, count / chip.per_chip, count * chip.flops)
 
 

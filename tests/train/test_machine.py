@@ -21,8 +21,9 @@ def devices(monkeypatch, kind, count, stats=None):
     ("TPU v5 lite", 8, 8, 8 * 197e12),
     ("TPU v5p", 4, 4, 4 * 459e12),
     ("TPU7x", 8, 4, 4 * 2307e12),  # Two devices to a chip.
+    ("NVIDIA H100 80GB HBM3", 2, 2, 2 * 989e12),
 ])
-def test_the_peak_of_a_slice(monkeypatch, kind, count, num_chips, peak):
+def test_the_peak_of_all_devices(monkeypatch, kind, count, num_chips, peak):
   devices(monkeypatch, kind, count)
   found = machine.find()
   assert (found.chips, found.peak) == (num_chips, pytest.approx(peak))
