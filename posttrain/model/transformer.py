@@ -28,6 +28,7 @@ from posttrain.model import (
     splash,
 )
 from posttrain.model import cache as kv
+from posttrain.model import head as head_lib
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
     Block,
@@ -286,13 +287,16 @@ class Transformer(nnx.Module):
     rounded head is the largest source of their disagreement (ScaleRL,
     arXiv 2510.13786).
     """
+    return self.finished(head_lib.product(hidden, self.head_table()))
+
+  def head_table(self) -> jax.Array:
+    """[D, V], gathered over what splits it at rest."""
     if self.config.tied_embeddings:
-      table = gather_fsdp(self.embedding[...]).T
-    else:
-      table = gather_fsdp(self.head[...])
-    logits = jnp.einsum(
-        "...d,dv->...v", hidden.astype(jnp.float32),
-        table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+      return gather_fsdp(self.embedding[...]).T
+    return gather_fsdp(self.head[...])
+
+  def finished(self, logits: jax.Array) -> jax.Array:
+    """Soft-capped; ids beyond the vocabulary at -1e30."""
     logits = attention.soft_cap(logits, self.config.final_softcap)
     if self.config.padded_vocab_size == self.config.vocab_size:
       return logits

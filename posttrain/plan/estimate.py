@@ -18,11 +18,11 @@ from posttrain.plan.topology import Topology
 from posttrain.stages import footprint, grpo
 from posttrain.train import memory
 
-HIGHEST_PASSES = 6  # Of the float32 head.
-# Forward passes that a step makes of a layer and of the head, a backward pass
-# being two; the head is always computed again.
+# Forward passes that a step makes of a layer, a backward pass being two.
 _LAYER_PASSES = {"none": 3.0, "dots": 3.0, "full": 4.0}
-_HEAD_PASSES = 4.0
+# Products of the matrix unit for one of the head: forward, and in a step, which
+# computes the head again, in all. See `model.head`.
+_HEAD_PASSES = {"float32": (6.0, 24.0), "bfloat16": (3.0, 8.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +156,11 @@ def _microbatch(
   layer = memory.layer_parameters(model)
   active = memory.layer_parameters(model, model.experts_per_token)
   layer_passes = _LAYER_PASSES[model.remat] if training else 1.0
-  head_passes = _HEAD_PASSES if training else 1.0
+  head_passes = _HEAD_PASSES[model.dtype][training]
   attention = 4 * tokens * length * model.heads * model.head_dim
   head = 2 * tokens * model.padded_vocab_size * model.embed
   flops = (layer_passes * model.layers * (2 * tokens * active + attention)
-           + head_passes * HIGHEST_PASSES * head) / tensor
+           + head_passes * head) / tensor
   # Weights are gathered forward and backward, and gradients scattered.
   weights = model.layers * layer * size / tensor
   gathers = 3 if training else 1

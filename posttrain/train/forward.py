@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain import sharding
+from posttrain.model import head as head_lib
 from posttrain.model import moe
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import logprobs as logprobs_lib
@@ -30,11 +31,14 @@ def token_logprobs(
   tokens = batch["tokens"]
   hidden, traffic = model.routed(
       tokens, batch["positions"], batch["segment_ids"])
+  whole = model.gathered(model.head_name)
+  head: logprobs_lib.Head = whole
+  if hidden.dtype == jnp.bfloat16:
+    head = head_lib.InParts(whole, head_lib.parts_of(whole.head_table()))
   compute = (_by_part if sharding.splits_length(tokens)
              else logprobs_lib.token_logprobs)
   logprobs, entropy = compute(
-      model.gathered(model.head_name), hidden, tokens, chunk=chunk,
-      temperature=temperature)
+      head, hidden, tokens, chunk=chunk, temperature=temperature)
   assert entropy is not None  # As asked for.
   return logprobs, entropy, traffic
 

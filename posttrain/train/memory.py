@@ -202,6 +202,9 @@ def _training(
           LOGIT_BUFFERS * FLOAT32 * chunk * config.padded_vocab_size // tensor),
       # The head is whole for all chunks, and so is its gradient.
       "gathered weights": gathered + 2 * table * FLOAT32 if parts > 1 else 0,
+      # Three parts, which take the place of a gathered float32 head.
+      "head in parts": 0 if config.dtype == "float32" else table * (
+          3 * size - (FLOAT32 if parts > 1 else 0)),
   }
 
 
