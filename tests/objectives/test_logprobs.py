@@ -11,6 +11,7 @@ import pytest
 
 from posttrain import sharding
 from posttrain.objectives import logprobs
+from tests import meshes
 
 B, T, D, V, PADDED = 8, 10, 16, 60, 64
 
@@ -77,7 +78,7 @@ def test_chunks_equal_a_full_log_softmax(shape, chunk, temperature):
 
   (_, want), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
       head, hidden)
-  mesh = sharding.make_mesh(*shape, devices=jax.devices()[:shape[0] * shape[1]])
+  mesh = meshes.mesh(*shape)
   layouts, *got = chunked(mesh, chunk=chunk, temperature=temperature)
   assert layouts == [
       f"float32[{B}@fsdp,{T}]", f"float32[{B}@fsdp,{T}]",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from posttrain import sharding
 from posttrain.sampler import budget
+from tests import meshes
 from tests.sampler import forcing
 from tests.sampler.forcing import Limits, Strings
 
@@ -322,8 +323,7 @@ def test_the_loop_is_one_program_on_any_mesh(shape):
             for m in (-1, 0, 3, 8) for w in (0, 2)]
   # Ids 3 to 5 are what the delimiters are made of.
   table[:, 3:6] += 1.5
-  devices = jax.devices()[:shape[0] * shape[1]]
-  with jax.set_mesh(sharding.make_mesh(*shape, devices=devices)):
+  with jax.set_mesh(meshes.mesh(*shape)):
     put = lambda x, dtype=np.int32: sharding.put(np.array(x, dtype), "batch")
     _, state, *steps = loop(
         strings.tables(), budgets_of(limits), put([True] * 8, bool),
