@@ -8,7 +8,7 @@ layout can be checked without the devices it is meant for.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,8 @@ RULES: dict[str, tuple[str, ...]] = {
 
 def make_mesh(
     fsdp: int = -1, tensor: int = 1, devices=None, *, data: int = 1,
-    expert: int = 1, context: int = 1,
+    expert: int = 1, context: int = 1, in_order: bool = False,
+    section: str = "mesh",
 ) -> jax.sharding.Mesh:
   """An Explicit mesh over `devices` (all of them by default).
 
@@ -61,6 +62,9 @@ def make_mesh(
   Args:
     fsdp, tensor, data, expert, context: sizes; at most one is -1, "the
       remaining devices".
+    in_order: take the devices as they come, and not as the torus has them:
+      for those that are no whole torus.
+    section: of the config, for messages.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or the
@@ -75,7 +79,7 @@ def make_mesh(
   if len(wildcards) == 1 and fixed > 0 and len(devices) % fixed == 0:
     sizes[wildcards[0]] = len(devices) // fixed
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-    found = [f"mesh.{name}={size}" for name, size in asked.items()
+    found = [f"{section}.{name}={size}" for name, size in asked.items()
              if name in ALWAYS or size != 1]
     raise ValueError(
         f"{', '.join(found[:-1])} and {found[-1]} do not multiply to the "
@@ -83,15 +87,64 @@ def make_mesh(
         '"all remaining devices".')
   sizes = {name: size for name, size in sizes.items()
            if name in ALWAYS or size > 1}
+  grid = (np.array(devices).reshape(tuple(sizes.values())) if in_order
+          else _grid(sizes, devices))
   return jax.sharding.Mesh(
-      _grid(sizes, devices), tuple(sizes),
+      grid, tuple(sizes),
       axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def mesh_of(sizes: Mapping[str, Any], devices=None) -> jax.sharding.Mesh:
-  """`make_mesh` of a config's section `mesh`."""
-  return make_mesh(
-      devices=devices, **{name: sizes[name] for name in MESH_AXES})
+  """The mesh that trains, of a config's section `mesh`: all devices, or a part.
+  """
+  return roles_of(sizes, devices)[0]
+
+
+def roles_of(
+    sizes: Mapping[str, Any], devices=None,
+) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+  """The mesh that trains and that which samples, of a section `mesh`.
+
+  One and the same if the roles are shared. If they are split, every process
+  has devices of both: the first `sampling.devices` of its own sample.
+
+  Raises:
+    ValueError: a process has no device left to train with, or as `make_mesh`.
+  """
+  make = lambda sizes, **more: make_mesh(
+      **{name: sizes[name] for name in MESH_AXES if name in sizes}, **more)
+  if sizes["roles"] == "shared":
+    mesh = make(sizes, devices=devices)
+    return mesh, mesh
+  sampling, training = split_devices(
+      jax.devices() if devices is None else devices,
+      sizes["sampling"]["devices"])
+  # A part is no torus, so there is no order that the links prefer.
+  return (make(sizes, devices=training, in_order=True),
+          make(sizes["sampling"], devices=sampling, in_order=True,
+               section="mesh.sampling"))
+
+
+def split_devices(devices: Iterable[Any], count: int) -> tuple[list, list]:
+  """The first `count` devices of each process, and the others.
+
+  Raises:
+    ValueError: a process has no more than `count`.
+  """
+  of_process: dict[int, list] = {}
+  for device in sorted(devices, key=lambda d: (d.process_index, d.id)):
+    of_process.setdefault(device.process_index, []).append(device)
+  for process, own in of_process.items():
+    if len(own) <= count:
+      raise ValueError(
+          f"mesh.sampling.devices={count} leaves process {process} no device "
+          f"to train with: it has {len(own)}. Set it to {len(own) - 1} or "
+          'less, or mesh.roles="shared".')
+  first, rest = [], []
+  for own in of_process.values():
+    first += own[:count]
+    rest += own[count:]
+  return first, rest
 
 
 class MeshSizes(NamedTuple):
@@ -177,6 +230,25 @@ def axis_size(axis: str) -> int:
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   """Reshards `x`, inside or outside `jit`."""
   return jax.sharding.reshard(x, spec(*axes))
+
+
+def whole(x: jax.Array) -> jax.Array:
+  """All of it on every device of the current mesh."""
+  return jax.sharding.reshard(x, P())
+
+
+def on_mesh(
+    like: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh,
+) -> jax.ShapeDtypeStruct:
+  """Abstract arrays, made for a mesh like this one, on its devices."""
+  return jax.ShapeDtypeStruct(
+      like.shape, like.dtype,
+      sharding=NamedSharding(mesh, like.sharding.spec))
+
+
+def alone(device: Any):
+  """A mesh of one device: for what is done with its own arrays only."""
+  return jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",)))
 
 
 def gather_fsdp(w: jax.Array) -> jax.Array:
@@ -316,8 +388,31 @@ def of_first_host(array: np.ndarray) -> np.ndarray:
   """
   if jax.process_count() == 1:
     return array
-  with waiting():
+  with waiting(), _all_devices():
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def of_all_hosts(array: np.ndarray) -> np.ndarray:
+  """Every process's array, on every host, along a new first axis."""
+  with _all_devices():
+    return np.asarray(multihost_utils.process_allgather(array))
+
+
+def _all_devices():
+  """The mesh may be of a part of them, and all processes are to meet."""
+  return jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), ("devices",)))
+
+
+def settle(tree: Any) -> None:
+  """Waits for arrays where programs on different devices cannot overlap.
+
+  Processes on CPUs send the messages of all programs over one connection each
+  (gloo), and those of two programs at once get mixed up. Accelerators have a
+  queue for each device.
+  """
+  if jax.process_count() > 1 and platform() == "cpu":
+    with waiting():
+      jax.block_until_ready(tree)
 
 
 def on_any_host(flag: bool) -> bool:
@@ -325,4 +420,4 @@ def on_any_host(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   with waiting():
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return bool(of_all_hosts(np.array(flag)).any())

@@ -167,14 +167,28 @@ def check_init(config: Mapping) -> Iterator[str]:
 
 
 def check_mesh(config: Mapping) -> Iterator[str]:
-  rest = [f"mesh.{name}" for name, size in config["mesh"].items()
-          if size == -1]
-  if len(rest) > 1:
-    yield f"{rest[0]}: -1 beside {rest[1]}=-1; set one of them to a number."
-  for name, size in config["mesh"].items():
-    if size == 0:
-      yield (f"mesh.{name}: found a size of 0; -1 means all devices that "
-             "remain.")
+  mesh = config["mesh"]
+  for path, section in ("mesh", mesh), ("mesh.sampling", mesh["sampling"]):
+    sizes = {f"{path}.{name}": size for name, size in section.items()
+             if isinstance(size, int)}
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+      yield f"{rest[0]}: -1 beside {rest[1]}=-1; set one of them to a number."
+    for name, size in sizes.items():
+      if size == 0:
+        yield (f"{name}: found a size of 0; -1 means all devices that "
+               "remain.")
+
+
+def check_roles(config: Mapping) -> Iterator[str]:
+  split = config["mesh"]["roles"] == "split"
+  if split and not any(
+      config.get(name, {}).get("kind") == "grpo" for name in config["stages"]):
+    yield ("mesh.roles: 'split' has no effect without a stage of kind grpo, "
+           "which samples and trains.")
+  if split and "optimizer" in config["compute"]["offload"]:
+    yield ("compute.offload: 'optimizer' makes room for sampling, which has "
+           "devices of its own where mesh.roles='split'.")
 
 
 def check_frozen(config: Mapping) -> Iterator[str]:
@@ -282,6 +296,23 @@ def check_groups(config, name: str, stage: Mapping) -> Iterator[str]:
            f"rollout.max_prompt_tokens + rollout.max_tokens = {longest}.")
 
 
+def check_staleness(config, name: str, stage: Mapping) -> Iterator[str]:
+  if not stage["staleness"]:
+    return
+  if _at(config, "mesh.roles") != "split":
+    yield (f"staleness: set to {stage['staleness']}, and nothing can be drawn "
+           "while the same devices train. Set mesh.roles='split', or 0.")
+  if _at(stage, "loss.behaviour_correction") == "none":
+    yield (f"staleness: set to {stage['staleness']}, and rollouts of an older "
+           "policy need loss.behaviour_correction='truncate' or 'mask'.")
+  updates = stage["num_minibatches"] * stage["num_epochs"]
+  every = _at(stage, "checkpoint.every")
+  if every % updates:
+    yield (f"checkpoint.every: {every} is not a multiple of the {updates} "
+           "updates of a batch of rollouts, which with staleness are under "
+           "way at once.")
+
+
 def check_rewards(config, name: str, stage: Mapping) -> Iterator[str]:
   rewards, weights = stage["rewards"], stage["reward_weights"]
   if not rewards:
@@ -335,6 +366,7 @@ CHECKS = {  # And the names of what they read.
     check_model: ("model", "model_overrides", "compute", "init"),
     check_init: ("init", "tokenizer", "model"),
     check_mesh: ("mesh",),
+    check_roles: ("mesh", "compute", "stages"),
     check_frozen: ("compute",),
     check_offload: ("compute",),
     check_expert_axis: ("mesh", "model", "model_overrides"),
@@ -346,7 +378,7 @@ STAGE_CHECKS = {
             check_sft_rows, check_sources, check_whole_blocks,
             tracing.check_steps),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
-             check_groups, check_rewards, check_reference,
+             check_groups, check_staleness, check_rewards, check_reference,
              *sampling_checks.GRPO, check_weights_dtype, check_whole_blocks,
              tracing.check_steps),
     "evaluate": (check_checkpoints, *sampling_checks.EVALUATE,

@@ -11,6 +11,8 @@ from posttrain.model.config import (
     QUANTIZED,
 )
 
+_SPLIT = Needs("mesh.roles", "==", "split")
+
 MESH = Section(
     "Devices per axis; -1, once at most: all that remain.",
     fsdp=Key(int, -1, "Splits the batch and the parameters at rest.",
@@ -30,6 +32,18 @@ MESH = Section(
         "shared between. Two on two cores train a small model faster "
         "than one, whose small operations use a single core.",
         "[1, inf)"),
+    roles=Key(
+        str, "shared", "Whether a GRPO stage samples on the devices that it "
+        "trains on, or on a part of each host's that does nothing else; the "
+        "sizes above are then those of the rest. See docs/pods.md.",
+        choices=("shared", "split")),
+    sampling=Section(
+        "The devices that sample, where they are a part of their own.",
+        devices=Key(int, 1, "Of each host, its first ones.", "[1, inf)",
+                    needs=_SPLIT),
+        **{name: Key(int, size, f"As mesh.{name}.", "[-1, inf)", needs=_SPLIT)
+           for name, size in dict(fsdp=-1, tensor=1, expert=1, data=1).items()},
+    ),
 )
 
 COMPUTE = Section(

@@ -17,6 +17,7 @@ from posttrain.config.keys import (
 )
 from posttrain.model.config import SAMPLING_DTYPES
 
+CORRECTIONS = ("none", "truncate", "mask")
 ADAPTER_OFF = "adapter_off"  # As a reference.
 
 
@@ -254,7 +255,23 @@ GRPO = Section(
         kl_in=Key(
             str, "loss", "Where it is added.", choices=("loss", "reward"),
             needs=Needs("loss.kl_coef", ">", 0)),
+        behaviour_correction=Key(
+            str, "none", "For what another policy, or another program, drew: "
+            "each token's loss is multiplied by the ratio of the trainer's "
+            "old probability to the sampler's, cut off at a cap (truncated "
+            "importance sampling), or left out where the ratio is above the "
+            "cap or below a floor (IcePop).", choices=CORRECTIONS),
+        behaviour_cap=Key(
+            float, 2.0, "Of that ratio.", "[1, inf)",
+            needs=Needs("loss.behaviour_correction", "!=", "none")),
+        behaviour_floor=Key(
+            float, 0.5, "Of that ratio, where tokens are left out.", "[0, 1]",
+            needs=Needs("loss.behaviour_correction", "==", "mask")),
     ),
+    staleness=Key(
+        int, 0, "Batches of rollouts that are drawn ahead, while others are "
+        "learned from: batch b is by the policy before the updates of batch "
+        "b - staleness. Needs devices that only sample.", "[0, inf)"),
     reference=Key(
         str, "", 'An earlier stage, "init" or a checkpoint\'s directory; "": '
         "the weights that this stage starts from; \"adapter_off\": the "

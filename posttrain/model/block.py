@@ -251,9 +251,10 @@ class Block(nnx.Module):
       block = block.with_channels()
 
     def ready(path, w):
+      # Norms are float32 in training too, and small.
       stored = jnp.issubdtype(w.dtype, jnp.integer) or any(
           name in jax.tree_util.keystr(path)
-          for name in (quantized.SCALE, quantized.CHANNELS))
+          for name in (quantized.SCALE, quantized.CHANNELS, "_norm"))
       return gather_fsdp(w if stored else w.astype(self.config.dtype))
 
     return jax.tree_util.tree_map_with_path(ready, block)

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.plan.topology import Topology
-from posttrain.stages import footprint, grpo
+from posttrain.stages import footprint, grpo_parts
 from posttrain.train import memory
 
 # Forward passes that a step makes of a layer, a backward pass being two.
@@ -199,7 +199,7 @@ def _rollout_step(
   count = -(-completions // rows)
   part = lambda training: count * _microbatch(
       model, topology, rows, section.sequence_length, mesh, training)
-  several = grpo.num_updates(section) > 1
+  several = grpo_parts.num_updates(section) > 1
   passes = several + (section.loss.kl_coef > 0)
   chip, rollout = topology.chip, section.rollout
   weights = model.layers * memory.layer_parameters(

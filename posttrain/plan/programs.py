@@ -25,7 +25,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.plan.setup import Setup
 from posttrain.sampler import decode
 from posttrain.sampler import sampler as sampler_lib
-from posttrain.stages import evaluate, grpo, sampling, sft, training
+from posttrain.stages import evaluate, grpo_parts, sampling, sft, training
 from posttrain.train import microbatches, partition, policy
 from posttrain.train import state as state_lib
 
@@ -137,7 +137,8 @@ def _grpo(
     setup: Setup, name: str, section: config_dict.ConfigDict,
     model: Transformer, paths: Collection[str], fresh: bool,
 ) -> Iterator[Program]:
-  loss = grpo.make_loss(section, loss_chunk=setup.config.compute.loss_chunk)
+  loss = grpo_parts.make_loss(
+      section, loss_chunk=setup.config.compute.loss_chunk)
   optimizer, update = training.make_update(section, loss)
   state = abstract_state(model, optimizer, paths, section)
   models, own = {"policy": model}, {"policy": model}
@@ -155,7 +156,8 @@ def _grpo(
       groups=section.num_groups, group_size=section.group_size,
       limits=sampling.make_limits(section.rollout), beside=beside("policy"))
 
-  shapes, updates = grpo.make_shapes(section), grpo.num_updates(section)
+  shapes = grpo_parts.make_shapes(section)
+  updates = grpo_parts.num_updates(section)
   experience = policy.empty_experience(shapes, _experts(model))
   count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
   for kind, whose, calls in _logprobs(section, updates):

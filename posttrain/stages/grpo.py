@@ -17,17 +17,15 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
-from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.config import schema
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import policy as policy_lib
-from posttrain.stages import rollout, sampling, training
+from posttrain.stages import draws, grpo_parts, rollout, training
 from posttrain.stages.context import StageContext
 from posttrain.stages.monitor import Monitor
-from posttrain.tasks import loading
 from posttrain.train import (
   checkpoints,
   flops,
@@ -88,13 +86,14 @@ def run(
         last = learner.step == section.num_steps
         if training.due(learner.step, section.log_every, last):
           context.console.table(f"{context.name} step {learner.step}", row)
-        leaving = preemption.requested() and not last
+        leaving = (
+            preemption.requested() and learner.may_stop and not last)
         if leaving or training.due(
             learner.step, section.checkpoint.every, last):
           with monitor.saving(learner.step):
             training.save(
                 context, saver, learner.state, learner.step, learner.extras(),
-                rollouts=learner.experience, metrics=None if leaving else row)
+                rollouts=learner.in_flight(), metrics=None if leaving else row)
         if leaving:
           with monitor.span("checkpoint"):
             training.leave(context, saver, learner.step)
@@ -102,6 +101,23 @@ def run(
       saver.wait()
   context.workdir.finish(context.name, {"step": section.num_steps})
   return learner.state.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+  """An update that the devices have been given.
+
+  Attributes:
+    index: within the batch of rollouts.
+    sums: on the devices; None where there was nothing to learn from.
+    seconds: that it took to send.
+    flops: of the model.
+  """
+
+  index: int
+  sums: dict[str, Any] | None
+  seconds: float
+  flops: float
 
 
 class Learner:
@@ -117,10 +133,12 @@ class Learner:
     self.context, self.section = context, section
     self.offload = context.config.compute.offload
     offload.check(self.offload)
-    self.updates = num_updates(section)
-    self.collector = make_collector(context)
-    self.shapes = make_shapes(section)
-    self.loss = make_loss(
+    self.updates = grpo_parts.num_updates(section)
+    self.collector = grpo_parts.make_collector(context)
+    self.draws = draws.Draws(
+        context, self.collector, start.config, self.updates)
+    self.shapes = grpo_parts.make_shapes(section)
+    self.loss = grpo_parts.make_loss(
         section, loss_chunk=context.config.compute.loss_chunk)
     model, trained = training.prepare(context, start)
     fresh = start.config.lora != model.config.lora
@@ -129,8 +147,9 @@ class Learner:
     self.state = state_lib.create(
         model, optimizer, trained, training.spike_rule(section))
     self.experience: policy.Arrays | None = None
+    self.sent: list[Sent] = []
     self.rollout_metrics: dict[str, float] = {}
-    self.seconds: dict[str, float] = {}
+    self.prepare_seconds = 0.0
     self.flops: dict[str, float] = {}
     self.health = health.RolloutHealth(section.health.patience)
     self.step_health = training.step_health(context)
@@ -139,7 +158,10 @@ class Learner:
   def restore(self, found: checkpoints.Restored) -> None:
     """Takes over what a checkpoint held, rollouts in flight included."""
     self.step = found.step
-    self.experience = found.rollouts
+    if self.draws.staleness:
+      self.draws.restore(found.rollouts, self.step // self.updates)
+    else:
+      self.experience = found.rollouts
     self.rollout_metrics = found.extras["rollout_metrics"]
     self.health.set_state(found.extras["health"])
     self.step_health.set_state(found.extras["health"])
@@ -148,13 +170,23 @@ class Learner:
     return {"rollout_metrics": self.rollout_metrics, "health": (
         self.health.get_state() | self.step_health.get_state())}
 
+  def in_flight(self) -> policy.Arrays | None:
+    """Rollouts that a checkpoint has to hold."""
+    return (self.draws.to_arrays() if self.experience is None
+            else self.experience)
+
+  @property
+  def may_stop(self) -> bool:
+    """No update is under way whose batch could not be learned from again."""
+    return not self.sent
+
   def collect(self) -> None:
     """Samples, scores and packs the next batch of rollouts."""
     section, model = self.section, self.state.model
     batch = self.step // self.updates
     if "optimizer" in self.offload:  # Until there is something to learn from.
       self._move_optimizer(offload.to_host)
-    collected = self.collector.collect(model, step=self.step, batch=batch)
+    collected = self.draws.take(model, batch)
     started = time.monotonic()
     names = list(self.collector.rewards)
     divergence = self._kl_in_reward(collected)
@@ -171,12 +203,11 @@ class Learner:
           self.loss)
     self._move_optimizer(offload.to_devices)
     self.experience = experience
-    self.rollout_metrics = divergence | rollout.metrics(
+    self.rollout_metrics = divergence | self.draws.metrics() | rollout.metrics(
         collected, advantages, names)
-    self.flops = {"rollout": flops.of_rollouts(
-        model.config, collected.rollouts)}
-    self.seconds = collected.seconds | {
-        "prepare": time.monotonic() - started}
+    if self.draws.staleness:
+      self.rollout_metrics["staleness"] = float(self.draws.behind(batch))
+    self.prepare_seconds = time.monotonic() - started
     self._show_and_save(collected, advantages, names)
     self.health.update(
         self.step,
@@ -188,31 +219,55 @@ class Learner:
         self.state, opt_state=to(self.state.opt_state))
 
   def update(self) -> dict[str, float]:
-    """One optimizer update; returns its row of metrics."""
-    assert self.experience is not None
-    started = time.monotonic()
+    """One optimizer update; returns its row of metrics.
+
+    With rollouts that may be stale the devices are given all updates of the
+    batch at once, and while they work others draw: in this order on every
+    host, so that no two can wait for each other.
+    """
     index = self.step % self.updates
-    first = index == 0
-    arrays, used = policy.minibatch(
-        self.experience, index % self.section.num_minibatches)
+    if not self.sent:
+      stop = self.updates if self.draws.staleness else index + 1
+      self.sent = [self._send(number) for number in range(index, stop)]
+      if self.draws.staleness:
+        sharding.settle(self.state)
+        self.draws.draw_ahead(self.step // self.updates)
+    return self._finish(self.sent.pop(0))
+
+  def _send(self, index: int) -> Sent:
+    """Starts an update, whose state is the next one's."""
+    assert self.experience is not None
+    started, part = time.monotonic(), index % self.section.num_minibatches
+    arrays, used = policy.minibatch(self.experience, part)
     # The first update's ratio is against itself, see the module's text.
-    arrays = arrays if not first else {
+    arrays = arrays if index else {
         name: x for name, x in arrays.items() if name != "old_logprobs"}
-    values: dict[str, float] = {"skipped_updates": 1.0}
-    self.flops["learn"] = flops.of_batch(
+    work = flops.of_batch(
         self.state.model.config, {
-            name: self.experience[name][index % self.section.num_minibatches]
+            name: self.experience[name][part]
             for name in ("positions", "segment_ids")},
         trained=training.trained_share(self.state))
+    sums = None
     if used:
       self.state, sums = self._update(self.state, arrays, np.int32(used))
-      values = self._values(sharding.fetch(sums), first)
     else:
       self.state = state_lib.skip(self.state)
+    return Sent(index, sums, time.monotonic() - started, work)
+
+  def _finish(self, sent: Sent) -> dict[str, float]:
+    """Waits for an update; its row of metrics."""
+    started, first = time.monotonic(), sent.index == 0
+    values: dict[str, float] = {"skipped_updates": 1.0}
+    if sent.sums is not None:
+      values = self._values(sharding.fetch(sent.sums), first)
     self.step += 1
     if self.step % self.updates == 0:
       self.experience = None
-    return values | self.rollout_metrics | self._timing(started, first)
+    self.flops = {"learn": sent.flops}
+    if first:
+      self.flops["rollout"] = self.draws.flops
+    learn = sent.seconds + time.monotonic() - started
+    return values | self.rollout_metrics | self._timing(learn, first)
 
   def _values(self, sums, first: bool) -> dict[str, float]:
     """Metrics of an update; stops the run if it was not made."""
@@ -228,12 +283,12 @@ class Learner:
     if first and sums["ratio_deviation_max"] != 0:
       raise AssertionError("The first ratio of a batch of rollouts is not 1.")
     return kept | {"skipped_updates": 0.0} | policy.metrics_of_sums(
-        sums, first=first)
+        sums, fresh=first and not self.draws.staleness)
 
-  def _timing(self, started: float, first: bool) -> dict[str, float]:
-    seconds = {"learn": time.monotonic() - started}
+  def _timing(self, learn: float, first: bool) -> dict[str, float]:
+    seconds = {"learn": learn}
     if first:
-      seconds |= self.seconds
+      seconds |= self.draws.seconds | {"prepare": self.prepare_seconds}
     total = sum(seconds.values())
     timing = {f"time/{name}": value for name, value in seconds.items()}
     timing["time/step"] = total
@@ -249,7 +304,7 @@ class Learner:
     Sampling is one forward pass; passes for old and reference logprobs are
     no part of the model FLOPs.
     """
-    work, self.flops = self.flops, {}
+    work = self.flops
     rates = monitor.rates(
         flops=sum(work.values()), seconds=row["time/step"],
         tokens=row["num_tokens"] if "perf/tokens_per_sec" in row else None)
@@ -342,58 +397,3 @@ class Learner:
               "reward": row["reward"], "advantage": row["advantage"],
               "finish": row["finish_reason"],
               "thinking tokens": row["think_length"]})
-
-
-def num_updates(section: config_dict.ConfigDict) -> int:
-  """Optimizer updates from one batch of rollouts."""
-  return section.num_minibatches * section.num_epochs
-
-
-def make_shapes(section: config_dict.ConfigDict) -> policy.Shapes:
-  """How completions are packed, on the current mesh."""
-  return policy.Shapes(
-      length=section.sequence_length,
-      rows=_round_up(section.rows_per_microbatch),
-      num_minibatches=section.num_minibatches,
-      completions=-(-section.num_groups // section.num_minibatches)
-      * section.group_size)
-
-
-def make_loss(
-    section: config_dict.ConfigDict, *, loss_chunk: int,
-) -> policy.PolicyLoss:
-  """The loss that the section names."""
-  loss = section.loss
-  return policy.PolicyLoss(
-      function=loading.load_function(loss.function),
-      temperature=section.rollout.temperature, chunk=loss_chunk,
-      clip_low=loss.clip_low, clip_high=loss.clip_high,
-      kl_coef=loss.kl_coef if loss.kl_in == "loss" else 0.0,
-      kl_estimator=loss.kl_estimator)
-
-
-def make_collector(context: StageContext) -> rollout.Collector:
-  """The task, the rewards and the sampler that the section names."""
-  section = context.section
-  problems = loading.load_function(section.problems.task)(
-      section.problems.split, **section.problems.args)
-  rewards = {
-      name.rpartition(":")[2]: loading.load_function(name)
-      for name in section.rewards}
-  if len(rewards) < len(section.rewards):
-    raise ValueError(
-        f"{context.name}.rewards has two functions of one name: "
-        f"{', '.join(section.rewards)}. Metrics are named by it; rename one.")
-  return rollout.Collector(
-      sampler=sampling.make_sampler(context, section.rollout),
-      limits=sampling.make_limits(section.rollout),
-      renderer=context.renderer, problems=problems, rewards=rewards,
-      weights=section.reward_weights or (1.0,) * len(rewards),
-      num_groups=section.num_groups, group_size=section.group_size,
-      seed=context.config.seed, stage=context.name)
-
-
-def _round_up(rows: int) -> int:
-  """To what the mesh divides; the added rows are padding."""
-  parts = sharding.axis_size("batch")
-  return -(-rows // parts) * parts

@@ -72,8 +72,7 @@ class Collector:
       batch: batches of rollouts drawn so far.
     """
     started = time.monotonic()
-    chosen = [self.problems[i] for i in prompts_lib.problems_of_batch(
-        len(self.problems), self.num_groups, batch=batch, seed=self.seed)]
+    chosen = self.problems_of(batch)
     name, verifier = next(iter(self.rewards.items()))
     scoring.check_ids(chosen)
     scoring.check_gold(name, verifier, chosen)
@@ -93,10 +92,18 @@ class Collector:
         scoring.score(self.rewards, problems, texts))
     return Collected(
         rollouts=rollouts, problems=problems, scores=scores,
-        rewards=advantages_lib.combine_rewards(
-            scores, np.asarray(self.weights)),
+        rewards=self.rewards_of(scores),
         seconds={"rollout": sampled - started,
                  "reward": time.monotonic() - sampled})
+
+  def problems_of(self, batch: int) -> list[Mapping[str, Any]]:
+    """[num_groups] rows of the task."""
+    return [self.problems[i] for i in prompts_lib.problems_of_batch(
+        len(self.problems), self.num_groups, batch=batch, seed=self.seed)]
+
+  def rewards_of(self, scores: np.ndarray) -> np.ndarray:
+    """[B, K] scores -> [B] float64."""
+    return advantages_lib.combine_rewards(scores, np.asarray(self.weights))
 
 
 def metrics(

@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed  # The store has no public name.
-from jax.experimental import multihost_utils
 
 from posttrain import sharding
 
@@ -148,7 +147,7 @@ class Hosts:
     own = max(
         wall - apart - (sharding.waited() - self._waited),
         self._stalled - self._was_stalled)
-    found = multihost_utils.process_allgather(np.array([own], np.float32))
+    found = sharding.of_all_hosts(np.array([own], np.float32))
     times = np.asarray(found, np.float64).ravel()
     for process, seconds, median in slow_hosts(times, wall):
       self._warn(
@@ -206,6 +205,6 @@ def _names() -> dict[int, str]:
   name = np.zeros(64, np.uint8)
   text = socket.gethostname().encode()[:64]
   name[:len(text)] = np.frombuffer(text, np.uint8)
-  found = np.asarray(multihost_utils.process_allgather(name))
+  found = sharding.of_all_hosts(name)
   return {i: row[row > 0].astype(np.uint8).tobytes().decode(errors="replace")
           for i, row in enumerate(found)}

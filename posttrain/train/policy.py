@@ -20,7 +20,7 @@ import numpy as np
 from posttrain import sharding
 from posttrain.data import pack
 from posttrain.model.transformer import Transformer
-from posttrain.objectives import kl
+from posttrain.objectives import behaviour, kl
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.train import forward
 
@@ -166,7 +166,9 @@ def minibatch(
 class PolicyLoss:
   """The static part of the loss; hashable, so that `jit` can key on it.
 
-  `function` has the signature of `objectives.policy.policy_loss`.
+  `function` has the signature of `objectives.policy.policy_loss`. `correction`,
+  `cap` and `floor` are of `objectives.behaviour`, whose factors go into its
+  `token_weights`.
   """
 
   function: Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -176,6 +178,9 @@ class PolicyLoss:
   clip_high: float
   kl_coef: float = 0.0
   kl_estimator: str = "k3"
+  correction: str = "none"
+  cap: float = 2.0
+  floor: float = 0.0
 
   def logprobs(self, model: Transformer, batch: dict[str, jax.Array]):
     """Logprobs and entropies [R, T] of one microbatch, and its traffic."""
@@ -190,15 +195,22 @@ class PolicyLoss:
     """
     logprobs, entropy, traffic = self.logprobs(model, batch)
     old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+    token_weights = batch["token_weights"]
+    importance: dict[str, jax.Array] = {}
+    if self.correction != "none":
+      factors, importance = behaviour.correction(
+          old, batch["sampler_logprobs"], batch["loss_mask"],
+          kind=self.correction, cap=self.cap, floor=self.floor)
+      token_weights = token_weights * factors
     numerator, denominator, sums = self.function(
         logprobs, old, batch["advantages"], batch["loss_mask"],
         clip_low=self.clip_low, clip_high=self.clip_high,
         ref_logprobs=batch.get("ref_logprobs"), kl_coef=self.kl_coef,
-        kl_estimator=self.kl_estimator, token_weights=batch["token_weights"],
+        kl_estimator=self.kl_estimator, token_weights=token_weights,
         token_shares=batch["token_shares"])
     routers = {} if traffic is None else traffic.sums() | _agreement(
         traffic.choice, batch["sampler_experts"])
-    return numerator, denominator, sums | _diagnostics(
+    return numerator, denominator, sums | importance | _diagnostics(
         logprobs, old, entropy, batch) | routers
 
 
@@ -242,17 +254,18 @@ def _agreement(
 DIAGNOSTICS = (
     "loss", "grad_norm", "learning_rate", "numerator", "denominator", "tokens",
     "entropy", "ratio_deviation_max", "difference", "difference_max",
-    "difference_k3", "difference_within", "experts_equal", "experts_compared")
+    "difference_k3", "difference_within", "experts_equal", "experts_compared",
+    "importance_max", "importance_inverse_max")
 
 
 def metrics_of_sums(
-    sums: dict[str, float], *, first: bool) -> dict[str, float]:
+    sums: dict[str, float], *, fresh: bool) -> dict[str, float]:
   """Means over the sampled tokens, under the names that users know.
 
   Args:
     sums: of an update; those that the loss function adds are averaged too.
-    first: the update is the first of its rollouts, when the sampler's
-      logprobs and the trainer's are of the same weights.
+    fresh: the sampler's logprobs and the trainer's are of the same weights:
+      the update is the first of rollouts that are not stale.
   """
   tokens = max(sums["tokens"], 1)
   mean = lambda name: sums[name] / tokens
@@ -263,13 +276,17 @@ def metrics_of_sums(
          if name.startswith("router/")},
       **{_user_name(name): mean(name) for name in sums
          if name not in DIAGNOSTICS and not name.startswith("router/")}}
-  if first:
+  if "importance_max" in sums:
+    metrics |= {"importance/max": sums["importance_max"],
+                "importance/min": 1 / sums["importance_inverse_max"]
+                if sums["importance_inverse_max"] else 1.0}
+  if fresh:
     metrics |= {
         "sampling/logp_difference/mean": mean("difference"),
         "sampling/logp_difference/max": sums["difference_max"],
         "sampling/mismatch_kl": mean("difference_k3"),
         "sampling/ratio_within_0.999_1.002": mean("difference_within")}
-  if first and sums.get("experts_compared"):
+  if fresh and sums.get("experts_compared"):
     metrics["router/agreement"] = (
         sums["experts_equal"] / sums["experts_compared"])
   return metrics

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 EXIT_STATUS = 75
 
 _received = False
+_reached = False
 _calls = 0
 
 
@@ -54,10 +55,11 @@ def requested() -> bool:
   """Whether to save and leave now. Every host calls this at every step.
 
   The count of the calls, rather than the step, is what hosts agree on: it
-  goes on rising when the next stage starts at step 0.
+  goes on rising when the next stage starts at step 0. Once true, it stays so.
   """
-  global _calls
+  global _calls, _reached
   _calls += 1
   if not jax.distributed.is_initialized():
     return _received
-  return multihost_utils.reached_preemption_sync_point(_calls)
+  _reached |= multihost_utils.reached_preemption_sync_point(_calls)
+  return _reached

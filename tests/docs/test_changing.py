@@ -17,7 +17,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import main, pipeline, sharding
 from posttrain import workdir as workdir_lib
-from posttrain.stages import grpo, rollout
+from posttrain.stages import grpo_parts, rollout
 from posttrain.tasks import loading, signs
 from posttrain.train import metrics
 from tests import meshes
@@ -126,7 +126,7 @@ def first_rollouts(workdir):
   """Drawn again, which gives the same: advantages and logprobs in the loss."""
   with jax.set_mesh(sharding.make_mesh()):
     again = pipeline.set_up(workdir.config(), str(workdir.path))
-    collected = grpo.make_collector(again.context("reason")).collect(
+    collected = grpo_parts.make_collector(again.context("reason")).collect(
         again.weights_of("init"), step=0, batch=0)
   advantages, rows = rollout.advantages_and_rows(
       collected, std="population", eps=1e-6)

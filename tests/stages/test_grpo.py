@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from posttrain.sampler import budget
-from posttrain.stages import grpo, rollout
+from posttrain.stages import grpo, grpo_parts, rollout
 from posttrain.train import health, metrics, offload, policy, preemption
 from tests import meshes, one_by_one, pipeline_run
 
@@ -429,7 +429,7 @@ def test_problems_of_one_id_are_no_group(tmp_path):
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(
         tmp_path, ["reason.problems.task=tests.stages.toy:nameless"])
-    collector = grpo.make_collector(run.context("reason"))
+    collector = grpo_parts.make_collector(run.context("reason"))
     with pytest.raises(ValueError, match="Two problems of the task have id=0"):
       collector.collect(None, step=0, batch=0)  # No model is asked.
 

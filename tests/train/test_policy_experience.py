@@ -189,7 +189,7 @@ def test_nothing_but_sampled_tokens_has_an_influence():
   _, sums = results[0]
   assert sums["tokens"] == ROLLOUTS.loss_mask[MINIBATCHES[0]].sum()
   means = policy.metrics_of_sums(
-      {name: float(x) for name, x in sums.items()}, first=True)
+      {name: float(x) for name, x in sums.items()}, fresh=True)
   assert means["sampling/logp_difference/max"] == sums["difference_max"]
   assert means["entropy"] == pytest.approx(sums["entropy"] / sums["tokens"])
 

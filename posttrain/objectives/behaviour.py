@@ -1,0 +1,51 @@
+"""What another policy drew, weighed for this one.
+
+The sampler's logprobs are of the policy that drew (the behaviour policy): an
+older version, or the same one in a program that rounds otherwise. Each token's
+loss is multiplied by how much likelier the trainer's old policy is to draw it.
+
+  B: rows    T: length
+
+References: truncated importance sampling, Ionides 2008, and for language models
+https://fengyao.notion.site/off-policy-rl; masking, IcePop (Ling team, 2025).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from posttrain.objectives import kl
+
+
+def correction(
+    old_logprobs: jax.Array, sampler_logprobs: jax.Array,
+    loss_mask: jax.Array, *, kind: str, cap: float, floor: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Factors of the tokens' losses, without a gradient.
+
+  Args:
+    old_logprobs, sampler_logprobs: [B, T] float32, of the trainer before the
+      updates on these rollouts, and of the policy that drew.
+    loss_mask: [B, T] bool.
+    kind: "truncate": min(ratio, cap); "mask": the ratio where it lies within
+      [floor, cap], and 0 elsewhere.
+
+  Returns:
+    [B, T] float32, and sums over the tokens in the loss: "importance/ratio",
+    and "importance/clipped", those that were cut off or left out; maxima
+    "importance_max" and "importance_inverse_max".
+  """
+  difference = jax.lax.stop_gradient(jnp.where(
+      loss_mask, old_logprobs - sampler_logprobs, 0))
+  ratio = jnp.exp(jnp.clip(difference, -kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO))
+  over = ratio > cap
+  if kind == "truncate":
+    factors = jnp.minimum(ratio, cap)
+  else:
+    over |= ratio < floor
+    factors = jnp.where(over, 0.0, ratio)
+  masked = lambda x: jnp.where(loss_mask, x, 0)
+  return factors, {
+      "importance/ratio": jnp.sum(masked(ratio)),
+      "importance/clipped": jnp.sum(masked(over), dtype=jnp.float32),
+      "importance_max": jnp.max(masked(ratio)),
+      "importance_inverse_max": jnp.max(masked(1 / ratio))}

@@ -1,0 +1,138 @@
+"""Batches of rollouts in their order, each by a version of the policy.
+
+Batch b is drawn by the policy as it is before the updates of batch
+max(0, b - staleness): a function of b alone, however often a run is resumed.
+With no staleness a batch is drawn when it is needed. With some, and devices
+that only sample, one is drawn while another is learned from.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain import sharding
+from posttrain.model.config import ModelConfig
+from posttrain.model.transformer import Transformer
+from posttrain.sampler import rollouts as rollouts_lib
+from posttrain.stages import rollout, training
+from posttrain.stages.context import StageContext
+from posttrain.train import flops, partition, weight_sync
+
+Arrays = dict[str, np.ndarray]
+
+
+class Draws:
+  """What the policy draws, and what waits to be learned from.
+
+  Attributes:
+    collector: how a batch is drawn and scored.
+    staleness: batches of rollouts.
+    seconds, flops: of what was drawn last.
+  """
+
+  def __init__(
+      self, context: StageContext, collector: rollout.Collector,
+      start: ModelConfig, updates: int):
+    """
+    Args:
+      start: of the model that the stage starts from.
+      updates: from one batch.
+    """
+    section = context.section
+    self.collector, self.staleness = collector, section.staleness
+    self._updates, self._total = updates, section.num_steps // updates
+    self._drawn: list[rollout.Collected] = []
+    self._policy: Transformer | None = None
+    self.seconds: dict[str, float] = {}
+    self.flops = 0.0
+    self._sampling: jax.sharding.Mesh | None = None
+    self._sync: weight_sync.WeightSync | None = None
+    if context.config.mesh.roles == "split":
+      _, self._sampling = sharding.roles_of(context.config.mesh)
+      with jax.set_mesh(self._sampling):
+        like, _ = partition.abstract(
+            start, training.plan(section, context.config.compute))
+      self._sync = weight_sync.WeightSync(
+          weight_sync.sampler_dtypes(
+              like, weights_dtype=section.rollout.weights_dtype),
+          self._sampling)
+
+  def take(self, model: Transformer, batch: int) -> rollout.Collected:
+    """The batch to learn from now; `model` is the policy before its updates.
+    """
+    self.seconds = {}
+    policy = model
+    if self._sync is not None:
+      policy = self._sync(model)
+      self.seconds["weight_sync"] = self._sync.seconds
+    # Of the first batches, which no earlier policy could draw.
+    while len(self._drawn) < min(max(self.staleness, 1), self._total - batch):
+      self._drawn.append(self._draw(policy, batch + len(self._drawn)))
+    self._policy = policy if self.staleness else None
+    return self._drawn.pop(0)
+
+  def draw_ahead(self, batch: int) -> None:
+    """Draws with the policy of the last `take`, which was of `batch`."""
+    if self._policy is not None and batch + self.staleness < self._total:
+      self._drawn.append(self._draw(self._policy, batch + self.staleness))
+    self._policy = None
+
+  def behind(self, batch: int) -> int:
+    """Batches that were learned from since the policy that drew this one."""
+    return min(batch, self.staleness)
+
+  def metrics(self) -> dict[str, float]:
+    """Of the last `take`."""
+    return {} if self._sync is None else {
+        "perf/weight_sync_bytes": float(self._sync.bytes)}
+
+  def _draw(self, policy: Transformer, batch: int) -> rollout.Collected:
+    with (contextlib.nullcontext() if self._sampling is None
+          else jax.set_mesh(self._sampling)):
+      found = self.collector.collect(
+          policy, step=batch * self._updates, batch=batch)
+    self.flops = flops.of_rollouts(policy.config, found.rollouts)
+    for name, value in found.seconds.items():
+      self.seconds[name] = self.seconds.get(name, 0.0) + value
+    return found
+
+  def to_arrays(self) -> Arrays | None:
+    """What waits, for a checkpoint; None if nothing does."""
+    return {
+        f"waiting_{n}_{name}": x for n, drawn in enumerate(self._drawn)
+        for name, x in _to_arrays(drawn).items()} or None
+
+  def restore(self, arrays: Arrays | None, batch: int) -> None:
+    """What waited when the next batch to learn from was `batch`."""
+    waiting: dict[int, Arrays] = {}
+    for key, x in (arrays or {}).items():
+      _, n, name = key.split("_", 2)
+      waiting.setdefault(int(n), {})[name] = x
+    self._drawn = [
+        self._from_arrays(waiting[n], batch + n) for n in sorted(waiting)]
+
+  def _from_arrays(self, arrays: Arrays, batch: int) -> rollout.Collected:
+    chosen = self.collector.problems_of(batch)
+    scores = arrays["scores"]
+    fields: dict[str, Any] = {
+        name: x for name, x in arrays.items() if name != "scores"}
+    per_group = lambda rows: [
+        row for row in rows for _ in range(self.collector.group_size)]
+    return rollout.Collected(
+        rollouts=rollouts_lib.Rollouts(
+            prompts=per_group(map(
+                self.collector.renderer.prompt_tokens, chosen)), **fields),
+        problems=per_group(chosen), scores=scores,
+        rewards=self.collector.rewards_of(scores), seconds={})
+
+
+def _to_arrays(drawn: rollout.Collected) -> Arrays:
+  """Problems and prompts follow from the batch's number."""
+  names = [field.name for field in dataclasses.fields(drawn.rollouts)]
+  return {"scores": drawn.scores} | {
+      name: value for name in names
+      if isinstance(value := getattr(drawn.rollouts, name), np.ndarray)}
+
