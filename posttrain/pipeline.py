@@ -162,7 +162,8 @@ def run_stage(
   """
   context, section = pipeline.context(name), pipeline.config[name]
   pipeline.console.heading(f"{name} ({section.kind})")
-  pipeline.console.line(footprint.of_stage(context, pipeline.model).line())
+  for role, estimate in footprint.of_stage(context, pipeline.model).items():
+    pipeline.console.line(f"{role}: " * bool(role) + estimate.line())
   if section.kind == "evaluate":
     evaluate_stage.run(context, pipeline.weights_of, again=again)
     return model

@@ -94,6 +94,11 @@ def _programs(
 ) -> tuple[setup_lib.Setup, jax.sharding.Mesh, list[programs.Program]]:
   """What there is to compile; all that a user can have wrong shows here."""
   devices = topology_lib.devices(topology)
+  if config.mesh.roles == "split":
+    raise PlanError(
+        "mesh.roles='split' is not planned yet. Plan each part by itself, with "
+        "mesh.roles='shared' and a --topology of as many chips: the updates "
+        "with --only=update, the sampler with the sizes of mesh.sampling.")
   try:
     setup = setup_lib.set_up(config)
     mesh = sharding.mesh_of(config.mesh, devices)

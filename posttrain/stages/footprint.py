@@ -4,6 +4,7 @@ From its section and the model's shape alone: where weights do not fit, it is
 said before they are made.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -18,11 +19,27 @@ from posttrain.stages.context import StageContext
 from posttrain.train import memory, partition
 
 
-def of_stage(context: StageContext, model: ModelConfig) -> memory.Estimate:
-  """The estimate for the stage of `context`, on the current mesh."""
+def of_stage(
+    context: StageContext, model: ModelConfig) -> dict[str, memory.Estimate]:
+  """The estimate for the stage of `context`, on the current mesh.
+
+  Returns:
+    One, without a name; of split roles one for each, of whose devices it is.
+  """
   section, compute = context.section, context.config.compute
-  return of_section(
-      section, compute, *held(section, compute, model), sharding.mesh_sizes())
+  whole, weights = held(section, compute, model)
+  here = sharding.mesh_sizes()
+  both = of_section(section, compute, whole, weights, here)
+  if context.config.mesh.roles == "shared" or section.kind != "grpo":
+    return {"": both}
+  _, sampling = sharding.roles_of(context.config.mesh)
+  with jax.set_mesh(sampling):
+    there = sharding.mesh_sizes()
+  only = of_section(section, compute, whole, weights, there)
+  copy = {"parameters": only.persistent["parameters"]}
+  return {
+      "training": dataclasses.replace(both, sampling={}),
+      "sampling": memory.Estimate(copy, {}, only.sampling)}
 
 
 def of_section(

@@ -38,6 +38,12 @@ def test_wrong_flags(flags, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_split_roles_are_refused(capsys):
+  flags = "--topology=v5e:2x2", "--config.mesh.roles=split"
+  assert plan(*flags) == 2
+  assert "Plan each part by itself" in capsys.readouterr().err
+
+
 def test_the_environment_comes_before_jax():
   """Nothing that the command needs for it imports JAX."""
   code = ("import sys; from posttrain import main; from posttrain.plan import "

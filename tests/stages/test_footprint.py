@@ -8,6 +8,7 @@ from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.model.presets import PRESETS
 from posttrain.stages import footprint
+from posttrain.train import memory
 from tests import meshes, pipeline_run
 
 
@@ -51,3 +52,18 @@ def test_a_cache_of_a_chunk_doubles_until_it_holds_the_completion(
   """As tests/sampler/test_sampler.py counts the sampler's own programs."""
   assert footprint.cache_slots(config_dict.ConfigDict(dict(
       max_prompt_tokens=100, chunk=8, max_tokens=max_tokens))) == 100 + slots
+
+
+def test_devices_that_only_sample_have_a_line_of_their_own(tmp_path):
+  """Nothing of an update there, and no cache where updates are made."""
+  changes = ["mesh.roles=split", "mesh.sampling.devices=4",
+             "mesh.sampling.tensor=2", "mesh.fsdp=2", "mesh.tensor=2"]
+  run = pipeline_run.make_pipeline(tmp_path, changes)
+  with jax.set_mesh(sharding.mesh_of(run.config.mesh)):
+    found = footprint.of_stage(run.context("reason"), run.model)
+  assert not found["training"].sampling and found["training"].training
+  assert not found["sampling"].training
+  assert list(found["sampling"].persistent) == ["parameters"]
+  for estimate in found.values():
+    assert estimate.persistent["parameters"] == (
+        memory.FLOAT32 * memory.parameters(run.model) // 4)
