@@ -24,7 +24,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posttrain.sharding import lengthwise, mesh_axes, spec
+from posttrain.sharding import lengthwise, mesh_axes, platform, spec
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -161,7 +161,8 @@ def form_of(name: str) -> str:
   """What "auto" stands for here: the ragged product pays on a TPU."""
   if name != "auto":
     return name
-  return "grouped" if jax.default_backend() == "tpu" else "dense"
+  here = platform() or jax.default_backend()  # Or those of a plan.
+  return "grouped" if here == "tpu" else "dense"
 
 
 def feed_forward(
@@ -181,6 +182,7 @@ def feed_forward(
   """
   routing, weights = route(x, router, chosen=chosen, normalize=normalize)
   shards, slices = mesh_axes("experts"), mesh_axes("mlp")
+  compute = FORMS[form_of(form)]
 
   def on_device(x, choice, weights, gate, up, down):
     first = 0
@@ -190,7 +192,7 @@ def feed_forward(
       x, choice, weights = gather(x), gather(choice), gather(weights)
       first = jax.lax.axis_index(shards) * gate.shape[0]
     flat = lambda x: x.reshape(-1, x.shape[-1])
-    out = FORMS[form_of(form)](
+    out = compute(
         flat(x), flat(choice) - first, flat(weights), gate, up, down,
         activation).reshape(x.shape)
     out = jax.lax.psum(out, slices)

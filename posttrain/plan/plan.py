@@ -100,9 +100,9 @@ def _programs(
         "mesh.roles='shared' and a --topology of as many chips: the updates "
         "with --only=update, the sampler with the sizes of mesh.sampling.")
   try:
-    setup = setup_lib.set_up(config)
     mesh = sharding.mesh_of(config.mesh, devices)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):  # What "auto" stands for depends on the devices.
+      setup = setup_lib.set_up(config)
       found = list(programs.of_config(setup))
   except ValueError as error:
     raise PlanError(str(error)) from error
