@@ -63,14 +63,14 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(
   with pytest.raises(SystemExit):
     run(path)
   monkeypatch.undo()
-  with no_file_above(40_000), pytest.raises(
+  with no_file_above(12_000), pytest.raises(
       workdir.StorageError,
       match=f"{path}.* could not be written: .*Is the disk full") as error:
     run(path)
   assert not isinstance(error.value, DamagedError)
   folder = path / "cold_start/checkpoints"
-  # How arrays share files, and so which is too large first, varies.
-  assert checkpoints.find_step(folder) in (4, 8)
+  # How arrays share files varies, but one of 16 KiB is in none below the limit.
+  assert checkpoints.find_step(folder) == 4
   run(path)
   assert_same(path, whole)
 
