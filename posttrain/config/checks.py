@@ -268,6 +268,12 @@ def check_whole_blocks(config, name: str, stage: Mapping) -> Iterator[str]:
              "compute.attention='splash' takes whole blocks.")
 
 
+def check_shared_prompts(config, name: str, stage: Mapping) -> Iterator[str]:
+  if stage["share_prompts"] and config["compute"]["attention"] == "splash":
+    yield ("share_prompts: compute.attention='splash' knows no shared prompts. "
+           "Use compute.attention='blocks', or share_prompts=False.")
+
+
 def check_sft_rows(config, name: str, stage: Mapping) -> Iterator[str]:
   yield from _divides(stage, "num_microbatches", "rows")
 
@@ -379,6 +385,7 @@ STAGE_CHECKS = {
             tracing.check_steps),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
              check_groups, check_staleness, check_rewards, check_reference,
+             check_shared_prompts,
              *sampling_checks.GRPO, check_weights_dtype, check_whole_blocks,
              tracing.check_steps),
     "evaluate": (check_checkpoints, *sampling_checks.EVALUATE,

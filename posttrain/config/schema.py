@@ -181,6 +181,9 @@ GRPO = Section(
     rows_per_microbatch=Key(
         int, REQUIRED, "Packed rows per forward pass of the learner, over all "
         "devices.", "[1, inf)"),
+    share_prompts=Key(
+        bool, False, "In the learner's rows, completions of one prompt lie "
+        "behind one copy of it; not with compute.attention='splash'."),
     **parts.weights(),
     **parts.optimizer("constant"),
     problems=_problems("train"),

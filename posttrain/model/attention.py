@@ -77,11 +77,28 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 def causal_mask(
     positions: jax.Array, segment_ids: jax.Array,
+    prefix_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """[B, T, T] bool: same segment, not padding, not later."""
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  """[B, T, T] bool: same segment or the query's prefix, not padding or later.
+  """
+  same = same_segment(
+      segment_ids[:, :, None], segment_ids[:, None, :],
+      None if prefix_ids is None else prefix_ids[:, :, None])
   earlier = positions[:, None, :] <= positions[:, :, None]
   return same & earlier & (segment_ids > 0)[:, :, None]
+
+
+def same_segment(
+    queries: jax.Array, keys: jax.Array, prefixes: jax.Array | None,
+) -> jax.Array:
+  """Whether a key is of the query's segment, or of that which it goes on from.
+
+  Args:
+    queries, keys: segment ids, of shapes that broadcast.
+    prefixes: the segment that each query sees beside its own, or None.
+  """
+  own = queries == keys
+  return own if prefixes is None else own | (prefixes == keys)
 
 
 def attend(

@@ -5,8 +5,9 @@ pass computes the probabilities again from their normaliser (arXiv 2307.08691).
 Pairs of blocks that cannot see each other, because they are later, of other
 segments or out of the window, are not visited.
 
-Within a segment, later columns hold later positions, as packing and prompts
-have it; other than `attention.attend` this does not take any mask.
+Within a segment, later columns hold later positions, and a prefix comes before
+what goes on from it, as packing and prompts have it; other than
+`attention.attend` this does not take any mask.
 
   B: batch  T: length  K: kv heads  G: query heads per kv head  H: head_dim
   N: blocks of C tokens  R: the rows of one kv head in a block, G * C
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from posttrain.model.attention import MASKED, soft_cap
+from posttrain.model.attention import MASKED, same_segment, soft_cap
 from posttrain.sharding import per_shard
 
 # The name that what a backward pass reads goes by in `jax.checkpoint`.
@@ -38,6 +39,7 @@ class Blocks(NamedTuple):
 
   positions: jax.Array  # [N, B, C]
   segment_ids: jax.Array  # [N, B, C]
+  prefix_ids: jax.Array | None  # [N, B, C]
   window: jax.Array  # Scalar.
   pairs: jax.Array
   visits: jax.Array
@@ -45,7 +47,8 @@ class Blocks(NamedTuple):
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array, window: jax.Array, *, block: int, scale: float,
+    segment_ids: jax.Array, window: jax.Array,
+    prefix_ids: jax.Array | None = None, *, block: int, scale: float,
     softcap: float = 0.0,
 ) -> jax.Array:
   """Causal attention within equal segment ids, of each device's own part.
@@ -55,6 +58,7 @@ def attend(
       heads alone.
     positions, segment_ids: [B, T] int32; segment 0 is padding.
     window: scalar int32: keys that a query sees, its own included.
+    prefix_ids: [B, T] int32, see `attention.same_segment`; None: no prefixes.
     block: tokens of one (C). T need not be a multiple.
     scale: of the scores.
     softcap: scores become cap * tanh(score / cap); 0: they do not.
@@ -65,16 +69,16 @@ def attend(
   static = _Static(min(block, q.shape[1]), scale, softcap)
   return per_shard(
       functools.partial(_attend, static), q, k, v, positions, segment_ids,
-      window)
+      window, *(() if prefix_ids is None else (prefix_ids,)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, positions, segment_ids, window):
-  return _forward(static, q, k, v, positions, segment_ids, window)[0]
+def _attend(static, q, k, v, *seen):
+  return _forward(static, q, k, v, *seen)[0]
 
 
-def _forward(static, q, k, v, positions, segment_ids, window):
-  blocks = visited(positions, segment_ids, window, block=static.block)
+def _forward(static, q, k, v, *seen):
+  blocks = visited(*seen, block=static.block)
   out, normaliser = _out(static, q, k, v, blocks)
   out, normaliser = (checkpoint_name(x, SAVED) for x in (
       _join(out, q), normaliser))
@@ -107,12 +111,13 @@ def _join(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def visited(
-    positions: jax.Array, segment_ids: jax.Array, window: jax.Array, *,
-    block: int,
+    positions: jax.Array, segment_ids: jax.Array, window: jax.Array,
+    prefix_ids: jax.Array | None = None, *, block: int,
 ) -> Blocks:
   """The pairs that may see each other, in the order of the queries."""
-  positions, segment_ids = (
-      _cut(block, jnp.asarray(x)) for x in (positions, segment_ids))
+  cut = lambda x: _cut(block, jnp.asarray(x))
+  positions, segment_ids = cut(positions), cut(segment_ids)
+  prefix_ids = None if prefix_ids is None else cut(prefix_ids)
   pairs = np.array([
       (i, j) for i in range(len(positions)) for j in range(i + 1)], np.int32)
   real = segment_ids > 0
@@ -120,14 +125,20 @@ def visited(
   least = lambda x: jnp.where(real, x, most).min(-1)  # [N, B]
   largest = lambda x: jnp.where(real, x, -1).max(-1)
   queries, keys = pairs.T
-  meet = (least(segment_ids)[queries] <= largest(segment_ids)[keys]) & (
-      least(segment_ids)[keys] <= largest(segment_ids)[queries])
+
+  def overlap(ids):
+    return (least(ids)[queries] <= largest(segment_ids)[keys]) & (
+        least(segment_ids)[keys] <= largest(ids)[queries])
+
   # Of two blocks with several segments this says yes too often, never no.
+  meet = overlap(segment_ids)
+  if prefix_ids is not None:
+    meet |= overlap(prefix_ids)
   near = least(positions)[queries] - largest(positions)[keys] < window
   visible = (meet & near).any(-1)
   order = jnp.argsort(~visible, stable=True)
   return Blocks(
-      positions, segment_ids, window, jnp.asarray(pairs)[order],
+      positions, segment_ids, prefix_ids, window, jnp.asarray(pairs)[order],
       jnp.minimum(visible.sum(dtype=jnp.int32), len(pairs)))
 
 
@@ -135,7 +146,9 @@ def _mask(blocks: Blocks, i: jax.Array, j: jax.Array) -> jax.Array:
   """[B, C, C] bool: queries of block i, keys of block j."""
   segment, position = blocks.segment_ids[i], blocks.positions[i]
   distance = position[:, :, None] - blocks.positions[j][:, None]
-  same = segment[:, :, None] == blocks.segment_ids[j][:, None]
+  same = same_segment(
+      segment[:, :, None], blocks.segment_ids[j][:, None],
+      None if blocks.prefix_ids is None else blocks.prefix_ids[i][:, :, None])
   return same & (segment > 0)[:, :, None] & (distance >= 0) & (
       distance < blocks.window)
 
@@ -217,7 +230,8 @@ def _backward(static, residuals, cotangent):
   dq, dk, dv = _over_pairs(
       blocks, step, (zeros(q_t), zeros(k), zeros(v)))
   return (_join(turn(dq) * static.scale, shape_q), _join(dk, shape_k),
-          _join(dv, shape_k), None, None, None)
+          _join(dv, shape_k), None, None, None,
+          *(() if blocks.prefix_ids is None else (None,)))
 
 
 def _masked_turned(mask: jax.Array, x: jax.Array) -> jax.Array:

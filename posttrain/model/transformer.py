@@ -142,6 +142,7 @@ class Transformer(nnx.Module):
 
   def attend_whole(
       self, q, k, v, view: View, positions: jax.Array, segment_ids: jax.Array,
+      prefix_ids: jax.Array | None,
   ) -> jax.Array:
     """A whole sequence, as `config.attention` says."""
     c = self.config
@@ -152,7 +153,11 @@ class Transformer(nnx.Module):
         softcap=c.attention_softcap)
     if c.attention == "blocks":
       return blocked.attend(
-          q, k, v, positions, segment_ids, view.window, **options)
+          q, k, v, positions, segment_ids, view.window, prefix_ids, **options)
+    if prefix_ids is not None:
+      raise ValueError(
+          f"compute.attention={c.attention!r} knows no shared prompts. Use "
+          "'blocks' or 'reference', or share_prompts=False.")
     # The kernel's window is part of its program.
     within = lambda window: lambda *arrays: splash.attend(
         *arrays, window=window, **options)
@@ -177,10 +182,16 @@ class Transformer(nnx.Module):
 
   def routed(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+      prefix_ids: jax.Array | None = None,
   ) -> tuple[jax.Array, moe.Traffic | None]:
-    """As `__call__`, and what the routers did; None without experts."""
+    """As `__call__`, and what the routers did; None without experts.
+
+    Args:
+      prefix_ids: [B, T] int32, the segment that each token sees beside its
+        own and that comes before it in the row; None: there are none.
+    """
     hidden, _, traffic = self._scan(
-        tokens, positions, segment_ids, lambda k, v: None)
+        tokens, positions, segment_ids, lambda k, v: None, prefix_ids)
     return hidden, traffic
 
   def prefill(
@@ -311,18 +322,20 @@ class Transformer(nnx.Module):
   def _scan(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
       keep: Callable[[jax.Array, jax.Array], Any],
+      prefix_ids: jax.Array | None = None,
   ):
     """Hidden states, what `keep` gives of all layers' k and v, and routing.
     """
     config = self.config
     # Each query looks at the whole row.
-    keys, whole_ids = map(whole_length, (positions, segment_ids))
-    mask = causal_mask(keys, whole_ids) if (
+    keys, whole_ids, prefixes = jax.tree.map(
+        whole_length, (positions, segment_ids, prefix_ids))
+    mask = causal_mask(keys, whole_ids, prefixes) if (
         config.attention == "reference") else None
 
     def attend_fn(q, k, v, view):
       with_all = lambda q, k, v: self.attend_whole(
-          q, k, v, view, keys, whole_ids)
+          q, k, v, view, keys, whole_ids, prefixes)
       return context.over_length(with_all, q, k, v), keep(k, v)
 
     kinds = tuple(dict.fromkeys(config.layer_kinds))

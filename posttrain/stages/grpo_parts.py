@@ -21,7 +21,8 @@ def make_shapes(section: config_dict.ConfigDict) -> policy.Shapes:
       rows=_round_up(section.rows_per_microbatch),
       num_minibatches=section.num_minibatches,
       completions=-(-section.num_groups // section.num_minibatches)
-      * section.group_size)
+      * section.group_size,
+      share_prompts=section.share_prompts)
 
 
 def make_loss(

@@ -25,12 +25,14 @@ def token_logprobs(
   """Logprobs and entropies [R, T], and what the routers did.
 
   Args:
-    batch: `tokens`, `positions` and `segment_ids` [R, T], laid out alike.
+    batch: `tokens`, `positions`, `segment_ids` and, if prompts are shared,
+      `prefix_ids`: [R, T], laid out alike.
     chunk, temperature: see `objectives.logprobs.token_logprobs`.
   """
   tokens = batch["tokens"]
   hidden, traffic = model.routed(
-      tokens, batch["positions"], batch["segment_ids"])
+      tokens, batch["positions"], batch["segment_ids"],
+      batch.get("prefix_ids"))
   whole = model.gathered(model.head_name)
   head: logprobs_lib.Head = whole
   if hidden.dtype == jnp.bfloat16:

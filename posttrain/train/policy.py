@@ -1,9 +1,9 @@
 """Rollouts -> packed experience -> the arrays and the loss of an update.
 
 A minibatch is a set of completions, each behind its prompt, packed into rows
-and cut into microbatches. All minibatches of a batch of rollouts have one
-shape, and say how many of their microbatches are in use, so that the learner
-is compiled once.
+and cut into microbatches; or several behind one prompt, see `shared_prompts`.
+All minibatches of a batch of rollouts have one shape, and say how many of their
+microbatches are in use, so that the learner is compiled once.
 
   U: minibatches  M: microbatches  R: rows of one  T: length of a row
 """
@@ -22,7 +22,7 @@ from posttrain.data import pack
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import behaviour, kl
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.train import forward
+from posttrain.train import forward, shared_prompts
 
 Arrays = dict[str, np.ndarray]
 
@@ -36,12 +36,14 @@ class Shapes:
     rows: R, over all devices.
     num_minibatches: U.
     completions: per minibatch at most; its rows are never more.
+    share_prompts: completions of one prompt lie behind one copy of it.
   """
 
   length: int
   rows: int
   num_minibatches: int
   completions: int
+  share_prompts: bool = False
 
   @property
   def microbatches(self) -> int:
@@ -62,15 +64,20 @@ def pack_experience(
     minibatches: row indices of each; U of them, some may be empty.
 
   Returns:
-    [U, M, R, T] arrays named in `COLUMNS`; `num_microbatches` [U] int32; and
-    `sampler_experts` [U, M, R, T, L, k] if the rollouts have experts.
+    [U, M, R, T] arrays named in `COLUMNS`; `prefix_ids` likewise if prompts are
+    shared; `num_microbatches` [U] int32; and `sampler_experts`
+    [U, M, R, T, L, k] if the rollouts have experts.
   """
   experts = rollouts.experts
-  columns = _columns(None if experts is None else experts[0, :0])
-  packed = [
-      _pack([_example(rollouts, per_completion, row) for row in rows], shapes,
-            columns)
-      for rows in minibatches]
+  columns = _columns(shapes, None if experts is None else experts[0, :0])
+
+  def examples(rows):
+    alone = [_example(rollouts, per_completion, row) for row in rows]
+    return shared_prompts.merge(
+        alone, [rollouts.prompts[row] for row in rows],
+        length=shapes.length) if shapes.share_prompts else alone
+
+  packed = [_pack(examples(rows), shapes, columns) for rows in minibatches]
   return {
       name: np.stack([arrays[name] for arrays in packed])
       for name in packed[0]}
@@ -108,13 +115,15 @@ def empty_experience(
     experts: [0, L, k] of a model that has them, see `Rollouts.experts`.
   """
   return {name: x[None] for name, x in _pack(
-      [], shapes, _columns(experts)).items()}
+      [], shapes, _columns(shapes, experts)).items()}
 
 
-def _columns(experts: np.ndarray | None) -> Arrays:
+def _columns(shapes: Shapes, experts: np.ndarray | None) -> Arrays:
   """Of each column, an array of no tokens."""
   columns: Arrays = {
       name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
+  if shapes.share_prompts:
+    columns["prefix_ids"] = np.zeros(0, np.int32)
   return columns if experts is None else columns | {"sampler_experts": experts}
 
 
@@ -135,6 +144,8 @@ def _pack(
   used = 0
   if examples:
     packed, placement = pack.pack_rows(examples, length=shapes.length)
+    if shapes.share_prompts:
+      packed = shared_prompts.separate(packed)
     used = int(placement.row.max()) + 1
     for name, array in packed.items():
       arrays[name][:used] = array

@@ -352,6 +352,8 @@ def test_splash_takes_whole_blocks():
       "cold_start.sequence_length: 200 is no multiple of compute.attention_"
       "block=128")
   assert any(x.startswith("reason.rollout.max_prompt_tokens: ") for x in found)
+  found = problems("compute.attention=splash", "reason.share_prompts=True")
+  assert any(x.startswith("reason.share_prompts: ") for x in found)
   found = problems("compute.attention=splash", "compute.attention_block=64")
   assert found[0].startswith(
       "model: compute.attention_block=64 must be a multiple of 128")

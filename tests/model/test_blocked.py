@@ -39,6 +39,20 @@ def packed(lengths, rows, total):
   return positions, segment_ids
 
 
+def with_members(lengths, rows, total):
+  """The same, each segment cut in a prefix and up to three that go on from it.
+
+  Returns:
+    Positions, segment ids and prefix ids.
+  """
+  positions, segment_ids = packed(lengths, rows, total)
+  part = np.minimum(positions // 3, 3)
+  # A member begins where the prefix ended, whatever lies between them.
+  positions = np.where(part > 0, positions - 3 * (part - 1), positions)
+  prefix_ids = 4 * segment_ids
+  return positions, prefix_ids + part * (segment_ids > 0), prefix_ids
+
+
 @functools.cache
 def arrays(case):
   """q, k, v and a cotangent; the two ways of attention with gradients."""
@@ -51,19 +65,20 @@ def arrays(case):
   inputs = draw(kv, groups), draw(kv), draw(kv), draw(kv, groups)
   options = dict(scale=width**-0.5, softcap=cap)
 
-  def over_mask(q, k, v, positions, segment_ids, window):
+  def over_mask(q, k, v, positions, segment_ids, window, prefix_ids=None):
     distance = positions[:, :, None] - positions[:, None]
-    mask = attention.causal_mask(positions, segment_ids)
+    mask = attention.causal_mask(positions, segment_ids, prefix_ids)
     return attention.attend(q, k, v, mask & (distance < window), **options)
 
   in_blocks = functools.partial(blocked.attend, block=block, **options)
 
   def both(attend):
-    def run(q, k, v, cotangent, positions, segment_ids, window):
+    def run(q, k, v, cotangent, positions, segment_ids, window, *prefix):
       real = sharding.shard(
           segment_ids > 0, "batch", "length")[:, :, None, None, None]
       out, pull = jax.vjp(
-          lambda *x: attend(*x, positions, segment_ids, window), q, k, v)
+          lambda *x: attend(*x, positions, segment_ids, window, *prefix),
+          q, k, v)
       return jnp.where(real, out, 0), pull(jnp.where(real, cotangent, 0))
     return jax.jit(run)
 
@@ -72,14 +87,14 @@ def arrays(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=12),
-       window=st.sampled_from([ANY, 1, 3, 9]))
+       window=st.sampled_from([ANY, 1, 3, 9]), members=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_blocks_are_the_whole(case, lengths, window):
+def test_blocks_are_the_whole(case, lengths, window, members):
   with jax.set_mesh(meshes.one()):
     inputs, over_mask, in_blocks = arrays(case)
-    rows = packed(lengths, *case[:2])
-    want, got = (
-        f(*inputs, *rows, np.int32(window)) for f in (over_mask, in_blocks))
+    *rows, = (with_members if members else packed)(lengths, *case[:2])
+    rows.insert(2, np.int32(window))
+    want, got = (f(*inputs, *rows) for f in (over_mask, in_blocks))
   for a, b in zip(*map(jax.tree.leaves, (want, got)), strict=True):
     a, b = (np.asarray(x, np.float32) for x in (a, b))
     np.testing.assert_allclose(
@@ -112,6 +127,16 @@ def test_only_pairs_that_can_see_each_other_are_visited():
   assert count([32, 32], window=5) == 8 + 7
   assert count([32, 32], window=6) == 8 + 7 + 6
   assert count([]) == 0
+
+
+def test_a_prefix_is_visited_by_those_that_go_on_from_it():
+  """Three blocks of prompt, two completions of two: 6 + 2 (3 x 2 + 3)."""
+  segment_ids = np.repeat([3, 4, 5], [12, 8, 8])[None]
+  positions = np.concatenate(
+      [np.arange(12), 12 + np.arange(8), 12 + np.arange(8)])[None]
+  prefix_ids = np.full_like(segment_ids, 3)
+  assert blocked.visited(
+      positions, segment_ids, np.int32(ANY), prefix_ids, block=4).visits == 24
 
 
 @jax.jit

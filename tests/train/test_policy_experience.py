@@ -34,9 +34,12 @@ def make_rollouts(rng) -> Rollouts:
   provenance[7] *= 0
   provenance[7, :2] = 2  # All forced: no token of it is in the loss.
   zeros = np.zeros(rows, np.int32)
+  prompts = [rng.integers(CONFIG.vocab_size, size=n).tolist()
+             for n in rng.integers(1, 9, rows)]
+  prompts[1], prompts[3] = prompts[0], prompts[0]
+  prompts[7] = prompts[6]
   return Rollouts(
-      prompts=[rng.integers(CONFIG.vocab_size, size=n).tolist()
-               for n in rng.integers(1, 9, rows)],
+      prompts=prompts,
       tokens=np.where(inside, rng.integers(CONFIG.vocab_size, size=shape), 0),
       logprobs=np.where(provenance == 1, rng.normal(size=shape), 0),
       provenance=provenance.astype(np.int8), lengths=lengths,
@@ -128,14 +131,15 @@ def looped(index: int, aggregation: str):
 # What is tested.
 
 
-def pack(rows: int, aggregation: str) -> policy.Arrays:
+def pack(
+    rows: int, aggregation: str, share_prompts: bool = False) -> policy.Arrays:
   weights, shares = policy_lib.aggregation_weights(
       aggregation, ROLLOUTS.loss_mask.sum(1), max_tokens=MAX_TOKENS)
   return policy.pack_experience(
       ROLLOUTS, {"advantages": ADVANTAGES, "token_weights": weights,
                  "token_shares": shares}, MINIBATCHES,
       policy.Shapes(length=LENGTH, rows=rows, num_minibatches=2,
-                    completions=7))
+                    completions=7, share_prompts=share_prompts))
 
 
 def with_logprobs(experience, old, reference):
@@ -147,14 +151,15 @@ def with_logprobs(experience, old, reference):
 accumulate = jax.jit(functools.partial(step.accumulate, LOSS))
 
 
-@pytest.mark.parametrize("layout, rows", [
-    ((1, 1), 2), ((4, 2), 8),
-    pytest.param((1, 1), 8, marks=pytest.mark.slow)])
-def test_packed_and_cut_is_the_loop(layout, rows):
+@pytest.mark.parametrize("layout, rows, share_prompts", [
+    ((1, 1), 2, False), ((4, 2), 8, False), ((1, 1), 2, True),
+    pytest.param((1, 1), 8, False, marks=pytest.mark.slow)])
+def test_packed_and_cut_is_the_loop(layout, rows, share_prompts):
   with jax.set_mesh(meshes.mesh(*layout)):
     model, old, reference = models()
     for aggregation in policy_lib.AGGREGATIONS:
-      experience = with_logprobs(pack(rows, aggregation), old, reference)
+      experience = with_logprobs(
+          pack(rows, aggregation, share_prompts), old, reference)
       for index in (0, 1):
         arrays, used = policy.minibatch(experience, index)
         grads, sums = accumulate(model, arrays, np.int32(used))
