@@ -376,6 +376,26 @@ def test_a_reward_that_can_be_learned_is_learned(tmp_path, slots):
              for row in rows if not row["skipped_updates"])
 
 
+@pytest.mark.parametrize("attention", ["blocks", "reference"])
+def test_sharing_prompts_changes_no_update(tmp_path, attention):
+  """Fewer tokens are computed; every metric is what it is apart."""
+  found, rows = [], []
+  for share in (False, True):
+    with jax.set_mesh(meshes.one()):
+      learner = pipeline_run.make_learner(tmp_path / str(share), [
+          f"reason.share_prompts={share}", "reason.group_size=8",
+          "reason.num_groups=2", "reason.rows_per_microbatch=2",
+          "reason.sequence_length=96", f"compute.attention={attention}"])
+      learner.collect()
+      rows.append((learner.experience["segment_ids"] > 0).sum())
+      found.append(learner.update())
+  apart, shared = found
+  assert rows[1] < rows[0]  # Prompts are short here.
+  for name in apart:
+    if not name.startswith(("time/", "perf/")):
+      assert shared[name] == pytest.approx(apart[name], rel=1e-4, abs=2e-6)
+
+
 def test_rewards_that_differ_in_scope_and_weight(tmp_path, kept):
   """One does not apply to every problem; both are logged by their names."""
   with jax.set_mesh(meshes.one()):
