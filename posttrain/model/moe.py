@@ -24,9 +24,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from posttrain.model import grouped_kernel
 from posttrain.sharding import lengthwise, mesh_axes, platform, spec
 
 Activation = Callable[[jax.Array], jax.Array]
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -124,15 +126,27 @@ def dense(
   return jnp.einsum("enf,efd->nd", hidden * share[..., None], down)
 
 
+def ragged(
+    rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+  """XLA's product of each group's rows, see `grouped_kernel.product`."""
+  return jax.lax.ragged_dot(rows, matrices, group_sizes=sizes)
+
+
 def grouped(
     x: jax.Array, choice: jax.Array, weights: jax.Array, gate: jax.Array,
     up: jax.Array, down: jax.Array, activation: Activation,
+    product: Product = ragged,
 ) -> jax.Array:
   """As `dense`, with each expert on its own tokens only.
 
   The N * k pairs of a token and an expert are sorted by expert, those of
   experts elsewhere last. There is room for all of them, and only the rows of
   this device's experts are computed.
+
+  Args:
+    x, choice, weights, gate, up, down, activation: see `dense`.
+    product: of rows [M, D], sorted by expert, with each one's matrix
+      [E, D, F]; and the rows of each expert, [E] int32.
   """
   experts, pairs = gate.shape[0], choice.size
   here = (choice >= 0) & (choice < experts)
@@ -147,14 +161,15 @@ def grouped(
       unique_indices=True, mode="promise_in_bounds")
   rows = permute(jnp.repeat(x, choice.shape[1], axis=0), order)
   rows = jnp.where(inside, rows, 0)
-  product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  hidden = activation(product(rows, gate)) * product(rows, up)
-  out = jnp.where(inside, product(hidden, down), 0)
+  hidden = activation(product(rows, gate, sizes)) * product(rows, up, sizes)
+  out = jnp.where(inside, product(hidden, down, sizes), 0)
   out = permute(out, jnp.argsort(order)).reshape(*choice.shape, -1)
   return jnp.einsum("nkd,nk->nd", out, weights)
 
 
 FORMS = {"dense": dense, "grouped": grouped}
+# How "grouped" multiplies on a platform, where that is not XLA's own way.
+PRODUCTS: dict[str | None, Product] = {"tpu": grouped_kernel.product}
 
 
 def form_of(name: str) -> str:
@@ -183,6 +198,9 @@ def feed_forward(
   routing, weights = route(x, router, chosen=chosen, normalize=normalize)
   shards, slices = mesh_axes("experts"), mesh_axes("mlp")
   compute = FORMS[form_of(form)]
+  kernel = PRODUCTS.get(platform()) if compute is grouped else None
+  if kernel:
+    compute = functools.partial(grouped, product=kernel)
 
   def on_device(x, choice, weights, gate, up, down):
     first = 0
@@ -204,4 +222,5 @@ def feed_forward(
       on_device, in_specs=(
           rows, rows, rows, *[spec("experts", None, "mlp")] * 2,
           spec("experts", "mlp", None)),
-      out_specs=rows)(x, routing.choice, weights, gate, up, down), routing
+      out_specs=rows, check_vma=kernel is None)(
+          x, routing.choice, weights, gate, up, down), routing

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain import sharding
-from posttrain.model import moe, transformer
+from posttrain.model import grouped_kernel, moe, transformer
 from posttrain.model.presets import PRESETS
 from tests import meshes
 from tests.model import build, numpy_transformer, test_transformer
@@ -79,7 +81,13 @@ def test_experts_elsewhere_add_nothing(form):
         rtol=0, atol=2e-4)
 
 
-def test_both_forms_have_one_gradient():
+KERNEL = functools.partial(grouped_kernel.product, interpret=True)
+
+
+@pytest.mark.parametrize("grouped_form", [
+    moe.grouped, functools.partial(moe.grouped, product=KERNEL)],
+    ids=["ragged", "kernel"])
+def test_both_forms_have_one_gradient(grouped_form):
   """Of every input, on a device that holds experts 2 to 5 of eight."""
   x, choice, weights, *matrices = inputs()
   floats = (x, weights, *(w[2:6] for w in matrices))
@@ -87,10 +95,11 @@ def test_both_forms_have_one_gradient():
 
   def loss(floats, form):
     x, weights, *matrices = floats
-    out = moe.FORMS[form](x, choice - 2, weights, *matrices, jax.nn.silu)
+    out = form(x, choice - 2, weights, *matrices, jax.nn.silu)
     return jnp.sum(out * probe)
 
-  dense, grouped = (jax.grad(loss)(floats, form) for form in moe.FORMS)
+  dense, grouped = (
+      jax.grad(loss)(floats, form) for form in (moe.dense, grouped_form))
   assert all(np.abs(g).max() > 0.1 for g in dense)
   build.assert_same_leaves(grouped, dense, tolerance=1e-5)
 
@@ -119,6 +128,45 @@ def test_a_mesh_and_a_form_change_neither_loss_nor_gradient(form, shape):
   want_loss, want = loss_and_gradient("dense", (1, 1, 1))
   assert loss == pytest.approx(want_loss, rel=1e-6)
   build.assert_same_leaves(grads, want, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_the_kernels_gradient_on_a_mesh(shape, monkeypatch):
+  used = []
+
+  def kernel(*arrays):
+    used.append(arrays)
+    return KERNEL(*arrays)
+
+  monkeypatch.setitem(moe.PRODUCTS, "cpu", kernel)
+  jax.clear_caches()  # Of the same model without.
+  loss, grads = loss_and_gradient.__wrapped__("grouped", shape)
+  jax.clear_caches()
+  assert used
+  want_loss, want = loss_and_gradient("dense", (1, 1, 1))
+  assert loss == pytest.approx(want_loss, rel=1e-6)
+  build.assert_same_leaves(grads, want, tolerance=1e-5)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6),
+       st.integers(0, 30))
+@settings(max_examples=20, deadline=None)
+def test_a_group_s_matrix_has_its_own_rows_gradient(sizes, behind):
+  """Empty groups, one that fills several tiles, rows of no group (NaN)."""
+  rng = np.random.default_rng(sum(sizes))
+  sizes = np.array(sizes, np.int32) * 8
+  rows, cotangent = (
+      rng.normal(size=(sizes.sum() + 1 + behind, n)).astype(np.float32)
+      for n in (5, 7))
+  rows[sizes.sum():], cotangent[sizes.sum():] = np.nan, np.nan
+  found = grouped_kernel._of_matrices(rows, cotangent, sizes, interpret=True)
+  ends = np.cumsum(sizes)
+  for group, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+    of = slice(end - size, end)
+    np.testing.assert_allclose(
+        found[group], rows[of].T.astype(np.float64) @ cotangent[of],
+        rtol=0, atol=1e-4)
 
 
 def test_experts_are_split_over_their_axis_and_stay_there():
