@@ -15,7 +15,8 @@ import jax
 from posttrain.plan import collectives as collectives_lib
 from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
-from posttrain.plan.programs import Program, shard_bytes
+from posttrain.plan.abstract import shard_bytes
+from posttrain.plan.program import Program
 from posttrain.train.chips import GIB, Chip
 
 
