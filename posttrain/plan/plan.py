@@ -202,7 +202,7 @@ def _compiler(
   return measure.Compiler(
       topology.chip, collectives.Layout(
           mesh.axis_names, (across // topology.num_slices, *others),
-          topology.num_slices), shapes)
+          topology.num_slices), shapes, setup.model.num_experts)
 
 
 def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:

@@ -52,7 +52,8 @@ def summary(plan: Plan) -> list[str]:
 def tables(plan: Plan) -> list[Table]:
   """All figures."""
   return [
-      _memory(plan.results), *_roles(plan), _work(plan.results),
+      _memory(plan.results), *_roles(plan),
+      _work(plan.results, plan.setup.model.num_experts),
       _collectives(plan.results), _times(plan), _padding(plan),
       *_transposes(plan.results)]
 
@@ -120,7 +121,7 @@ def _memory(results: Sequence[Result]) -> Table:
                 for r in results if r.same_as)))
 
 
-def _work(results: Sequence[Result]) -> Table:
+def _work(results: Sequence[Result], experts: int) -> Table:
   rows: list[tuple[str, ...]] = []
   uncounted: set[str] = set()
   for result in results:
@@ -138,7 +139,11 @@ def _work(results: Sequence[Result]) -> Table:
       "two", "a decode program is counted with all steps of its chunk",
       "HBM bytes: operands and results of what is not fused, with tiles' "
       f"padding, in-place updates at their own size; attention kernels are "
-      f"counted as causal, {kernels.VISIBLE:.0%} of the pairs"]
+      f"counted as causal, {kernels.VISIBLE:.0%} of the pairs",
+      *(["products by expert are kernels, counted as 2 x rows x in x out of a "
+         "device's share of the experts, as if the router were balanced; "
+         "gradients of the experts' weights are not, and are among the dots"]
+        if experts else [])]
   if uncounted:
     notes.append("kernels that are in no figure: " + ", ".join(
         sorted(uncounted)))
@@ -148,7 +153,7 @@ def _work(results: Sequence[Result]) -> Table:
         "the config; of GRPO's packing it is the most there can be")
   return Table(
       "Work of one run, per device", (
-          "program", "dot TFLOP (HLO)", "attention kernels TFLOP (modelled)",
+          "program", "dot TFLOP (HLO)", "kernels TFLOP (modelled)",
           "HBM (HLO)", "transposes beside weight gradients (HLO)",
           "compiled in (measured)"), rows, tuple(notes))
 

@@ -85,7 +85,8 @@ def of_stage(
   section = setup.config[stage]
   like = _wanted(setup, section, sampling)
   arrays = [
-      Array(name, sent, arrived, name in paths) for (name, sent), arrived in zip(
+      Array(name, sent, arrived, name in paths)
+      for (name, sent), arrived in zip(
           weight_sync.named(model), jax.tree.leaves(like), strict=True)]
   here = jax.sharding.get_mesh()
   count = lambda mesh: len(mesh.devices.flat) // len(
