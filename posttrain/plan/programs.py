@@ -10,7 +10,7 @@ arrays, and are asked for shapes in place of arrays (`sharding.abstract`).
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from posttrain.plan.setup import Setup
 from posttrain.sampler import decode
 from posttrain.stages import evaluate, grpo_parts, sampling, sft, training
 from posttrain.train import microbatches, partition, policy
+from posttrain.train import state as state_lib
 
 
 def of_config(
@@ -91,6 +92,7 @@ def _grpo(
     model: Transformer, paths: Collection[str], fresh: bool,
     sampling: jax.sharding.Mesh | None,
 ) -> Iterator[Program]:
+  """A batch of rollouts, logprobs where they are needed, and updates."""
   loss = grpo_parts.make_loss(
       section, loss_chunk=setup.config.compute.loss_chunk)
   optimizer, update = training.make_update(section, loss)
@@ -107,10 +109,24 @@ def _grpo(
       if key not in running}
   yield from _draws(
       setup, name, section, model, paths, beside("policy"), sampling)
+  yield from _learning(name, section, models, state, loss, update, beside)
 
+
+def _learning(
+    name: str, section: config_dict.ConfigDict,
+    models: dict[str, Transformer], state: state_lib.TrainState, loss: Any,
+    update: Any, beside: Callable[..., dict[str, Any]],
+) -> Iterator[Program]:
+  """What `Learner` runs on the devices that train.
+
+  Args:
+    models: "policy", and "reference" if there is one.
+    beside: what is on the devices but for what is named.
+  """
   shapes = grpo_parts.make_shapes(section)
   updates = grpo_parts.num_updates(section)
-  experience = policy.empty_experience(shapes, _experts(model))
+  experience = policy.empty_experience(
+      shapes, _experts(models["policy"]))
   count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
   for kind, whose, calls in _logprobs(section, updates):
     batch = _arrays(experience)

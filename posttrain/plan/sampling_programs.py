@@ -41,19 +41,20 @@ def of_rollout(
     detail: of the names.
     steps: the stage has steps, of each of which the call is a part.
   """
-  sampler = sampling.of_tables(setup.thinking_ids, setup.tables, rollout)
+  sampler = sampling.of_tables(
+      setup.thinking_ids, setup.tables_of(rollout), rollout)
   asked = sampler.make_requests(
       [[0]] * groups, limits, prompt_id=[0] * groups, group_size=group_size)
   named = functools.partial(_named, stage, detail, steps)
   if sampler.refills(len(asked)):
     yield from engine_programs.of_engine(
-        named, model, setup.tables, sampler.engine_settings(asked),
+        named, model, sampler.tables, sampler.engine_settings(asked),
         prompts=engine_programs.Prompts(
             groups, group_size, sampler.max_prompt_tokens),
         tokens=rollout.max_tokens, beside=beside)
   else:
     yield from _waiting(
-        named, setup, stage, model, sampler, asked, group_size, beside,
+        named, stage, model, sampler, asked, group_size, beside,
         end=sampler.max_prompt_tokens + rollout.max_tokens)
 
 
@@ -70,17 +71,16 @@ def _named(
 
 
 def _waiting(
-    named: Callable[..., Program], setup: Setup, stage: str,
-    model: Transformer, sampler: sampler_lib.Sampler,
-    asked: Sequence[Request], group_size: int, beside: dict[str, Any], *,
-    end: int,
+    named: Callable[..., Program], stage: str, model: Transformer,
+    sampler: sampler_lib.Sampler, asked: Sequence[Request], group_size: int,
+    beside: dict[str, Any], *, end: int,
 ) -> Iterator[Program]:
   """Prefill, then a chunk of decoding for each size of the cache."""
   inputs = sampler.inputs(
       asked, group_size=group_size, put=sharding.abstract)
   prompts = [inputs[key] for key in (
       "tokens", "segment_ids", "in_thinking", "done")]
-  fixed = setup.tables, inputs["budgets"]
+  fixed = sampler.tables, inputs["budgets"]
   whole, blocks, kept = abstract.unstacked(
       model, sampler.weights_dtype)
   looping = beside | kept
@@ -103,7 +103,7 @@ def _waiting(
     chunks = math.ceil((min(slots, end) - used) / sampler.chunk)
     yield named("decode", functools.partial(
         decode.decode.lower, whole, blocks, carry, rows, script,
-        np.int32(len(inputs["done"])), setup.tables, steps=sampler.chunk,
+        np.int32(len(inputs["done"])), sampler.tables, steps=sampler.chunk,
         hook=sampler.steering.hook, policy=sampler.steering.policy),
         (whole, blocks, carry, rows, script), looping, chunks, f"S={slots}")
     used += chunks * sampler.chunk

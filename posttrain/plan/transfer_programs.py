@@ -116,7 +116,18 @@ def programs(
     beside: abstract arrays that are on the training devices besides the
       policy.
   """
-  stage, arrays = transfer.stage, transfer.arrays
+  yield from _gathers(transfer.stage, transfer.arrays, beside)
+  trained = [x for x in transfer.arrays if x.trained]
+  if len(trained) < len(transfer.arrays):
+    yield from _fingerprints(
+        transfer, transfer.arrays, beside, calls=0, detail="first")
+  yield from _fingerprints(transfer, trained, beside, calls=1)
+
+
+def _gathers(
+    stage: str, arrays: list[Array], beside: dict[str, Any],
+) -> Iterator[Program]:
+  """A program for all arrays that are alike, once for each of their slabs."""
   alike: dict[tuple, list[Array]] = {}
   for array in arrays:
     alike.setdefault(array.gather, []).append(array)
@@ -131,21 +142,22 @@ def programs(
                 "policy": [y.sent for y in arrays if y != same[0]]},
         float(slabs * sum(y.trained for y in same)),
         detail=same[0].name)
-  for first in (True, False):
-    moved = [x for x in arrays if x.trained or first]
-    if first and len(moved) == sum(x.trained for x in arrays):
-      continue  # The same as of later batches.
-    calls, detail = float(not first), "first" if first else ""
-    cast = [x.cast for x in moved]
-    rest = [x.sent for x in arrays
-            if x not in moved or x.sent.dtype != x.arrived.dtype]
-    yield Program(
-        stage, "fingerprints_sent", functools.partial(
-            fingerprint.fingerprints.lower, cast), (cast,),
-        beside | {"policy": rest}, calls, detail=detail)
-    arrived = [x.arrived for x in moved]
-    yield Program(
-        stage, "fingerprints_arrived", functools.partial(
-            fingerprint.fingerprints.lower, arrived), (arrived,),
-        {"policy": [x.arrived for x in arrays if x not in moved]}, calls,
-        detail=detail, role=SAMPLING)
+
+
+def _fingerprints(
+    transfer: Transfer, moved: list[Array], beside: dict[str, Any], *,
+    calls: float, detail: str = "",
+) -> Iterator[Program]:
+  """Of what was sent, in the sampler's dtypes, and of what arrived."""
+  cast, arrived = [x.cast for x in moved], [x.arrived for x in moved]
+  rest = [x.sent for x in transfer.arrays
+          if x not in moved or x.sent.dtype != x.arrived.dtype]
+  yield Program(
+      transfer.stage, "fingerprints_sent", functools.partial(
+          fingerprint.fingerprints.lower, cast), (cast,),
+      beside | {"policy": rest}, calls, detail=detail)
+  yield Program(
+      transfer.stage, "fingerprints_arrived", functools.partial(
+          fingerprint.fingerprints.lower, arrived), (arrived,),
+      {"policy": [x.arrived for x in transfer.arrays if x not in moved]},
+      calls, detail=detail, role=SAMPLING)

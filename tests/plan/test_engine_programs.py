@@ -150,8 +150,7 @@ def test_slots_for_all_rows_are_no_engine():
   assert "reason/grow[S=20 to 24]" in names and "reason/begin" not in names
 
 
-def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
-  """Waits need slots beyond the longest completion."""
+def evaluation(**rollout):
   config = config_lib.read_file(str(GOLDEN))
   config.stages = ("measure",)
   config.measure = dict(
@@ -159,13 +158,29 @@ def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
           task="posttrain.tasks.signs:problems", args=dict(count=100)),
       reward="posttrain.tasks.signs:reward", num_waits=(2,),
       rollout=dict(max_prompt_tokens=16, max_tokens=32, chunk=16,
-                   batch_rows=8, refill=True))
+                   batch_rows=8, **rollout))
   config.thinking = dict(newline="", wait_text="<think>")
   found = setup.set_up(config_lib.resolve(config))
   with jax.set_mesh(meshes.one()):
-    names = [program.name for program in programs.of_config(found)]
-    assert not any(
-        program.calls for program in programs.of_config(found))
+    return list(programs.of_config(found))
+
+
+def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
+  """Waits need slots beyond the longest completion."""
+  found = evaluation(refill=True)
+  assert not any(program.calls for program in found)
+  names = [program.name for program in found]
   # One token for the delimiter, of each wait and of the end.
   assert "measure/decode[waits=0 S=49]" in names
   assert "measure/decode[waits=2 S=51]" in names
+
+
+@pytest.mark.parametrize("refill", [False, True])
+def test_words_that_are_suppressed_are_in_the_program(refill):
+  texts = []
+  for words in ((), ("0",)):
+    decode = [program for program in evaluation(
+        refill=refill, suppress=words) if program.kind == "decode"][-1]
+    with jax.set_mesh(meshes.one()):
+      texts.append(decode.lower().as_text())
+  assert len(texts[1]) > len(texts[0])
