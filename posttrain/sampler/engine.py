@@ -124,7 +124,7 @@ class Engine:
     """
     number = next(self._numbers)
     error = requests.problem(
-        request, self.tables, max_slots=self._sizes[-1],
+        request, self.tables, max_slots=self.settings.max_slots,
         max_ids=self.settings.max_ids, can_decode=self._text is not None)
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from posttrain.sampler import decode, hooks
 
+# A TPU keeps bfloat16 in tiles of 16 slots, and int8 in tiles of 32. Where the
+# last is not whole, the compiler copies the cache beside itself for a chunk.
+TILE = 32
 COUNTS = decode.Recorded(counts=True)
 
 
@@ -19,7 +22,7 @@ class Settings:
     slots: B, requests decoded together.
     max_slots: S at most: prompt and completion of the longest request.
     min_slots: S to begin with; it doubles, up to `max_slots`, when a row
-      needs more.
+      needs more. On a TPU choose a multiple of 32, see `TILE`.
     chunk: N, tokens between two looks of the host at most.
     refill: the host looks as soon as this share of the slots waits to be
       refilled.
@@ -61,8 +64,9 @@ class Settings:
 
   @property
   def sizes(self) -> list[int]:
-    """What S may be, the smallest first."""
-    return [min(size, self.max_slots)
+    """What S may be, the smallest first; the last in whole tiles."""
+    last = -(-self.max_slots // TILE) * TILE
+    return [min(size, last)
             for size in doublings(self.min_slots, self.max_slots)]
 
 

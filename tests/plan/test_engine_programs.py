@@ -157,8 +157,8 @@ def evaluation(**rollout):
       kind="evaluate", problems=dict(
           task="posttrain.tasks.signs:problems", args=dict(count=100)),
       reward="posttrain.tasks.signs:reward", num_waits=(2,),
-      rollout=dict(max_prompt_tokens=16, max_tokens=32, chunk=16,
-                   batch_rows=8, **rollout))
+      rollout=dict(max_prompt_tokens=16, chunk=16,
+                   batch_rows=8, **{"max_tokens": 32, **rollout}))
   config.thinking = dict(newline="", wait_text="<think>")
   found = setup.set_up(config_lib.resolve(config))
   with jax.set_mesh(meshes.one()):
@@ -167,12 +167,13 @@ def evaluation(**rollout):
 
 def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
   """Waits need slots beyond the longest completion."""
-  found = evaluation(refill=True)
+  # Of 64 slots the prompt has 16 and the completion 47, its end takes one.
+  found = evaluation(refill=True, max_tokens=47)
   assert not any(program.calls for program in found)
   names = [program.name for program in found]
   # One token for the delimiter, of each wait and of the end.
-  assert "measure/decode[waits=0 S=49]" in names
-  assert "measure/decode[waits=2 S=51]" in names
+  assert "measure/decode[waits=0 S=64]" in names
+  assert "measure/decode[waits=2 S=96]" in names
 
 
 @pytest.mark.parametrize("refill", [False, True])

@@ -144,7 +144,7 @@ def test_a_role_is_compiled_on_its_own_devices(tmp_path):
   assert "training on fsdp=2, tensor=1; sampling on fsdp=1, tensor=2" in output
   found = json.loads((tmp_path / "plan.json").read_text())["programs"]
   assert [each["name"] for each in found] == [
-      "reason/decode[S=32]", "reason/decode[S=49]"]
+      "reason/decode[S=32]", "reason/decode[S=64]"]
   for each in found:
     assert {(c["axis"], c["group_size"]) for c in each["collectives"]} == {
         ("tensor", 2)}
