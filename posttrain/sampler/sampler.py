@@ -158,8 +158,7 @@ class Sampler:
     most = self.max_prompt_tokens + max(
         requests.most_slots(r, self.tables) - len(r.prompt) for r in asked)
     return engine.Settings(
-        slots=-(-self.slots // parts) * parts,
-        max_slots=most,
+        slots=-(-self.slots // parts) * parts, max_slots=most,
         min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
         prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK),
         cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype,
