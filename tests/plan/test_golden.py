@@ -184,7 +184,8 @@ def by_hand(model, *, rows, length, remat, layers=2):
   weights = again * weights + 3 * model["embed"] * model["mlp"]
   # Scores and values; computed again unless everything is kept.
   pairs = (3 if remat == "none" else 4) * 2 * length * width
-  head = 4 * model["embed"] * -(-model["vocab_size"] // 128) * 128
+  # In parts of bfloat16: three products forward, three again, two backward.
+  head = 8 * model["embed"] * -(-model["vocab_size"] // 128) * 128
   return 2 * tokens * (layers * (weights + pairs) + head)
 
 
