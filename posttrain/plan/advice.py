@@ -23,16 +23,23 @@ def advise(
   The estimates are `train.memory`'s, scaled by how far it was off for this
   program: never down, as it may have been another stage's.
   """
-  lines = [
-      f"{result.name} needs {result.memory.total / GIB:.2f} GiB of "
-      f"{result.memory.available / GIB:.2f} on {topology}."]
+  lines = needs_and_keys(result, stages.config, topology)
   estimated = estimate.peak_bytes(stages, stages.model.remat, mesh)
   scale = max(1.0, result.memory.total / estimated)
   room = topology.chip.hbm_bytes / scale
-  lines += _keys(result, stages.config)
   if result.program.kind in ("update", "later_update"):
     lines += _remat(stages, topology, mesh, room)
   return lines + _topology(stages, topology, room)
+
+
+def needs_and_keys(
+    result: Result, config: config_dict.ConfigDict, topology: Topology,
+) -> list[str]:
+  """Two lines, which need no estimate."""
+  return [
+      f"{result.name} needs {result.memory.total / GIB:.2f} GiB of "
+      f"{result.memory.available / GIB:.2f} on {topology}.",
+      *_keys(result, config)]
 
 
 def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
@@ -59,7 +66,10 @@ def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
     now.append(
         f"{stage}.rollout.batch_rows={section.rollout.batch_rows} (fewer)"
         if section.kind == "evaluate" else
-        f"{stage}.num_groups={section.num_groups} (fewer)")
+        f"{stage}.rollout.slots={section.rollout.slots} (fewer)"
+        if section.rollout.slots else
+        f"{stage}.num_groups={section.num_groups} (fewer; or slots that are "
+        f"refilled, {stage}.rollout.slots)")
     now.append(f"{stage}.rollout.max_tokens={section.rollout.max_tokens} "
                "(fewer)")
     if compute.dtype == "float32":

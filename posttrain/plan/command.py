@@ -14,6 +14,7 @@ from posttrain.plan import (
   sweep,
   topology,
 )
+from posttrain.plan.environment import PlanError
 from posttrain.train import console as console_lib
 from posttrain.workdir import replace_file
 
@@ -32,8 +33,12 @@ def run(
     only, sweeping, compile_best: as the flags of these names.
 
   Raises:
-    PlanError: the config does not go with the topology.
+    PlanError: the config does not go with the topology, or cannot be swept.
   """
+  if sweeping and config.mesh.roles == "split":
+    raise PlanError(
+        "--sweep estimates roles that share their devices. Leave it out, or "
+        "set mesh.roles='shared'.")
   console = console_lib.Console()
   found = plan.make(
       config, where, only=only, report=lambda result: console.line(

@@ -1,4 +1,4 @@
-"""FLOPs of attention kernels, by hand: HLO shows only that they are called."""
+"""FLOPs of kernels, by hand: HLO shows only that they are called."""
 
 import math
 
@@ -8,6 +8,8 @@ from posttrain.plan.hlo import Computation, Instruction
 # scores and values; then scores, dv, dp and dk; then scores, dp and dq.
 _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 DECODE = "decode_attention"  # `model.decode_kernel`.
+# XLA's own, of `jax.lax.ragged_dot`: the product, and where its groups begin.
+RAGGED, RAGGED_INDEX = "ragged-dot", "ragged-dot-metadata"
 # Of all pairs of positions, a causal mask shows half.
 VISIBLE = 0.5
 
@@ -17,13 +19,19 @@ def is_kernel(instruction: Instruction) -> bool:
       "custom_call_target") == '"tpu_custom_call"'
 
 
-def flops(computation: Computation, instruction: Instruction) -> int | None:
-  """Of an attention kernel, modelled; 0 of what is no kernel.
+def flops(
+    computation: Computation, instruction: Instruction, experts: int = 0,
+) -> int | None:
+  """Of a kernel, modelled; 0 of what is none.
 
   None where the kernel is of another kind. Counts [.., N, T, H] queries
   against [.., K, S, H] keys, the first two operands of floating point, as
   causal; and the sampler's [B, K, G, H] queries against all S slots, as if
-  none were left out.
+  none were left out. Of a product of [N, in] rows by group with [E, in, out]
+  weights, rows of this device's E experts, as if the router were balanced.
+
+  Args:
+    experts: of the model, on all devices together.
   """
   if not is_kernel(instruction):
     return 0
@@ -32,12 +40,30 @@ def flops(computation: Computation, instruction: Instruction) -> int | None:
         dims for name in instruction.operands
         if len(dims := computation[name].array.dims) == 4][:2]
     return 2 * 2 * math.prod(queries) * keys[2]
+  if instruction.name.startswith(RAGGED_INDEX):
+    return 0
+  if instruction.name.startswith(RAGGED) and experts:
+    return _ragged(computation, instruction, experts)
   parts = instruction.name.split("_")
   products = [count for name, count in _PRODUCTS.items() if name in parts]
-  arrays = [computation[name].array for name in instruction.operands]
-  floats = [array.dims for array in arrays if array.dtype in ("bf16", "f32")]
+  floats = _floats(computation, instruction)
   if "splash" not in parts or not products or len(floats) < 2:
     return None
   queries, keys = floats[:2]
   return int(
       2 * products[0] * math.prod(queries) * keys[-2] * VISIBLE)
+
+
+def _ragged(
+    computation: Computation, instruction: Instruction, experts: int) -> int:
+  """There is room for the tokens of all experts that tokens come from."""
+  rows, weights = _floats(computation, instruction)
+  return 2 * rows[0] * math.prod(weights) // experts
+
+
+def _floats(
+    computation: Computation, instruction: Instruction,
+) -> list[tuple[int, ...]]:
+  """Dimensions of the operands of floating point."""
+  arrays = [computation[name].array for name in instruction.operands]
+  return [array.dims for array in arrays if array.dtype in ("bf16", "f32")]

@@ -15,7 +15,8 @@ import jax
 from posttrain.plan import collectives as collectives_lib
 from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
-from posttrain.plan.programs import Program, shard_bytes
+from posttrain.plan.abstract import shard_bytes
+from posttrain.plan.program import Program
 from posttrain.train.chips import GIB, Chip
 
 
@@ -57,7 +58,8 @@ class Counts:
   Attributes:
     dot_flops: of matrix products, loops multiplied out.
     passes_flops: the same, times the passes that each takes.
-    kernel_flops: of attention kernels, counted by hand from their shapes.
+    kernel_flops: of attention and of products by expert, counted by hand
+      from their shapes.
     uncounted: kernels of other kinds, which are in no figure.
     hbm_bytes: between memory and core, with the padding of tiles.
   """
@@ -103,10 +105,12 @@ class Compiler:
 
   def __init__(
       self, chip: Chip, layout: collectives_lib.Layout,
-      weights: Collection[tuple[int, ...]]):
+      weights: Collection[tuple[int, ...]], experts: int = 0):
     """Args:
       weights: shapes of weight gradients, see `transposes.beside_gradients`.
+      experts: of the model.
     """
+    self._experts = experts
     self._chip, self._layout, self._weights = chip, layout, weights
     self._seen: dict[int, Result] = {}
 
@@ -146,7 +150,7 @@ class Compiler:
     stats = compiled.memory_analysis()
     counts = count(
         compiled.as_text(), self._layout, self._weights,
-        program.unknown_trips)
+        program.unknown_trips, experts=self._experts)
     return Result(
         program, dataclasses.replace(
             memory, padded_arguments=stats.argument_size_in_bytes,
@@ -166,7 +170,8 @@ def _again(first: Result, program: Program, memory: Memory) -> Result:
 
 def count(
     text: str, layout: collectives_lib.Layout,
-    weights: Collection[tuple[int, ...]], unknown_trips: int | None,
+    weights: Collection[tuple[int, ...]], unknown_trips: int | None, *,
+    experts: int = 0,
 ) -> Counts:
   """What the HLO text of a compiled program does on one device."""
   module = hlo.parse(text)
@@ -179,7 +184,7 @@ def count(
     if flops:
       dot_flops += flops
       passes_flops += flops * dots.passes(computation, instruction)
-    of_kernel = kernels.flops(computation, instruction)
+    of_kernel = kernels.flops(computation, instruction, experts)
     if of_kernel is None:
       uncounted.append(instruction.name)
     kernel_flops += visit.times * (of_kernel or 0)

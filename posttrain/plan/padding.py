@@ -1,10 +1,12 @@
 """Padding for the lengths in the data, where the data is on this machine."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.plan.program import SAMPLING, TRAINING
 from posttrain.plan.setup import Setup
 from posttrain.stages import sft
 from posttrain.tasks import loading
@@ -29,12 +31,15 @@ class Padding:
 
 
 def of_config(
-    setup: Setup, mesh: sharding.MeshSizes) -> list[Padding]:
-  """Of every training stage, with the rows that a mesh adds."""
-  found = []
+    setup: Setup, meshes: Mapping[str, sharding.MeshSizes],
+) -> list[Padding]:
+  """Of every training stage, with the rows that the mesh of a role adds."""
+  found, training = [], meshes[TRAINING]
+  sampling = meshes.get(SAMPLING, training)
   for name in setup.config.stages:
     section = setup.config[name]
-    measures = {"sft": (_rows, mesh.batch), "grpo": (_prompts, mesh.rows)}
+    measures = {"sft": (_rows, training.batch),
+                "grpo": (_prompts, sampling.rows)}
     if section.kind not in measures:
       continue
     measure, parts = measures[section.kind]

@@ -2,24 +2,28 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
-from posttrain.plan import advice as advice_lib
 from posttrain.plan import (
+  abstract,
   collectives,
   estimate,
   measure,
   padding,
   programs,
+  transfer_programs,
   transposes,
 )
+from posttrain.plan import advice as advice_lib
 from posttrain.plan import setup as setup_lib
 from posttrain.plan import topology as topology_lib
 from posttrain.plan.environment import PlanError
+from posttrain.plan.program import SAMPLING, TRAINING, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +31,14 @@ class Plan:
   """What is known of a config on a slice.
 
   Attributes:
-    mesh: size of each axis.
+    mesh: size of each axis, of the devices that train.
     results: of every program that was asked for.
     padding: per training stage.
     advice: where something does not fit.
     only: what the names of the programs had to have in them.
+    sampling_mesh: of the devices that only sample; None if the roles are
+      shared.
+    transfers: of weights between the two, by stage.
   """
 
   topology: topology_lib.Topology
@@ -41,21 +48,51 @@ class Plan:
   padding: list[padding.Padding]
   advice: list[str]
   only: str = ""
+  sampling_mesh: dict[str, int] | None = None
+  transfers: Sequence[transfer_programs.Transfer] = ()
 
   @property
   def fits(self) -> bool:
     return all(result.fits for result in self.results)
 
   def step_seconds(self, stage: str) -> float | None:
-    """Bound of one step of a stage; None if a part of it has none."""
+    """Bound of one step of a stage; None if a part of it has none.
+
+    Of roles that overlap it is that of the slower one.
+    """
+    roles = [self.role_seconds(stage, role) for role in self.roles]
+    known = [seconds for seconds in roles if seconds is not None]
+    if not known or len(known) < len(self._stepping(stage)):
+      return None
+    return max(known) if self.overlaps(stage) else sum(known)
+
+  def role_seconds(self, stage: str, role: str) -> float | None:
+    """The same of the programs of one role; None too if it has none."""
     total, found = 0.0, False
     for result in self.results:
-      if result.program.stage == stage and result.program.calls:
+      program = result.program
+      if (program.stage, program.role) == (stage, role) and program.calls:
         if result.times is None:
           return None
-        total += result.program.calls * result.times.bound
+        total += program.calls * result.times.bound
         found = True
     return total if found else None
+
+  def _stepping(self, stage: str) -> set[str]:
+    """Roles that have a part in a step of a stage."""
+    return {result.program.role for result in self.results
+            if result.program.stage == stage and result.program.calls}
+
+  def overlaps(self, stage: str) -> bool:
+    """Batches are drawn while others are learned from."""
+    return self.sampling_mesh is not None and bool(
+        self.setup.config[stage].get("staleness"))
+
+  @property
+  def roles(self) -> dict[str, dict[str, int]]:
+    """The mesh of each."""
+    return {TRAINING: self.mesh} | (
+        {SAMPLING: self.sampling_mesh} if self.sampling_mesh else {})
 
 
 def make(
@@ -74,43 +111,85 @@ def make(
     PlanError: the config does not go with the topology, or `only` names no
       program.
   """
-  setup, mesh, wanted = _programs(config, topology, only)
-  with jax.set_mesh(mesh):
-    compiler = _compiler(topology, mesh, setup)
-    results = []
-    for program in wanted:
-      results.append(compiler.measure(program))
-      report(results[-1])
-    sizes = sharding.mesh_sizes()
+  setup, meshes, wanted = _programs(config, topology, only)
+  compilers = {role: _compiler(topology, mesh, setup)
+               for role, mesh in meshes.items()}
+  results = []
+  for program in wanted:
+    with jax.set_mesh(meshes[program.role]):
+      results.append(compilers[program.role].measure(program))
+    report(results[-1])
+  sampling = meshes.get(SAMPLING)
   return Plan(
-      topology, dict(mesh.shape), setup, results,
-      padding.of_config(setup, sizes) if with_padding else [],
-      _advice(results, setup, topology, mesh), only)
+      topology, dict(meshes[TRAINING].shape), setup, results,
+      padding.of_config(setup, {
+          role: _sizes(mesh) for role, mesh in meshes.items()})
+      if with_padding else [],
+      _advice(results, setup, topology, meshes), only,
+      dict(sampling.shape) if sampling else None,
+      _transfers(setup, meshes))
+
+
+Meshes = dict[str, jax.sharding.Mesh]  # By role.
 
 
 def _programs(
     config: config_dict.ConfigDict, topology: topology_lib.Topology,
     only: str,
-) -> tuple[setup_lib.Setup, jax.sharding.Mesh, list[programs.Program]]:
+) -> tuple[setup_lib.Setup, Meshes, list[Program]]:
   """What there is to compile; all that a user can have wrong shows here."""
   devices = topology_lib.devices(topology)
-  if config.mesh.roles == "split":
-    raise PlanError(
-        "mesh.roles='split' is not planned yet. Plan each part by itself, with "
-        "mesh.roles='shared' and a --topology of as many chips: the updates "
-        "with --only=update, the sampler with the sizes of mesh.sampling.")
   try:
-    mesh = sharding.mesh_of(config.mesh, devices)
-    with jax.set_mesh(mesh):  # What "auto" stands for depends on the devices.
+    meshes = _meshes(config, devices, topology.num_slices)
+    # What "auto" stands for depends on the devices.
+    with jax.set_mesh(meshes[TRAINING]):
       setup = setup_lib.set_up(config)
-      found = list(programs.of_config(setup))
+      found = list(programs.of_config(setup, meshes.get(SAMPLING)))
   except ValueError as error:
     raise PlanError(str(error)) from error
   wanted = [program for program in found if only in program.name]
   if not wanted:
     names = ", ".join(program.name for program in found)
     raise PlanError(f"--only={only} is in no program's name, of {names}.")
-  return setup, mesh, wanted
+  return setup, meshes, wanted
+
+
+def _meshes(
+    config: config_dict.ConfigDict, devices: Sequence[Any], slices: int,
+) -> Meshes:
+  """Of each role, on the devices that it has.
+
+  libtpu compiles for a part of a slice's devices as for all of them.
+  """
+  training, sampling = sharding.roles_of(config.mesh, devices)
+  if config.mesh.roles == "shared":
+    return {TRAINING: training}
+  for mesh, section in ((training, "mesh"), (sampling, "mesh.sampling")):
+    if mesh.devices.shape[0] % slices:
+      raise PlanError(
+          f"The first axis of {section}, {mesh.axis_names[0]}="
+          f"{mesh.devices.shape[0]}, cannot be split over {slices} slices. "
+          f"Set {section}.data or {section}.{mesh.axis_names[0]} to a "
+          f"multiple of {slices}.")
+  return {TRAINING: training, SAMPLING: sampling}
+
+
+def _sizes(mesh: jax.sharding.Mesh) -> sharding.MeshSizes:
+  with jax.set_mesh(mesh):
+    return sharding.mesh_sizes()
+
+
+def _transfers(
+    setup: setup_lib.Setup, meshes: Meshes,
+) -> list[transfer_programs.Transfer]:
+  """Of every stage that samples on other devices than it trains on."""
+  if SAMPLING not in meshes:
+    return []
+  with jax.set_mesh(meshes[TRAINING]):
+    return [transfer_programs.of_stage(
+        setup, name, *abstract.trained(setup, name), meshes[SAMPLING])[0]
+        for name in setup.config.stages
+        if setup.config[name].kind == "grpo"]
 
 
 def _compiler(
@@ -118,10 +197,12 @@ def _compiler(
     setup: setup_lib.Setup,
 ) -> measure.Compiler:
   across, *others = mesh.devices.shape
+  with jax.set_mesh(mesh):
+    shapes = gradient_shapes(setup)
   return measure.Compiler(
       topology.chip, collectives.Layout(
           mesh.axis_names, (across // topology.num_slices, *others),
-          topology.num_slices), gradient_shapes(setup))
+          topology.num_slices), shapes, setup.model.num_experts)
 
 
 def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:
@@ -130,7 +211,7 @@ def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:
   Each dimension whole or split, for all layers or for one.
   """
   found = set()
-  for weight in jax.tree.leaves(programs.abstract_model(setup)):
+  for weight in jax.tree.leaves(abstract.model_of(setup)):
     choices = [{whole, part} for whole, part in zip(
         weight.shape, weight.sharding.shard_shape(weight.shape), strict=True)]
     for dims in itertools.product(*choices):
@@ -142,7 +223,7 @@ def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:
 
 def _advice(
     results: list[measure.Result], setup: setup_lib.Setup,
-    topology: topology_lib.Topology, mesh: jax.sharding.Mesh,
+    topology: topology_lib.Topology, meshes: Meshes,
 ) -> list[str]:
   """For the worst program of each kind."""
   worst: dict[str, measure.Result] = {}
@@ -153,8 +234,12 @@ def _advice(
       worst[kind] = result
   if not worst:
     return []
+  if SAMPLING in meshes:
+    return [line for result in worst.values() for line in (
+        *advice_lib.needs_and_keys(result, setup.config, topology),
+        "No other policy or slice is looked for: estimates are of roles that "
+        "share their devices.")]
   stages = estimate.of_config(setup.config, setup.model)
-  with jax.set_mesh(mesh):
-    sizes = sharding.mesh_sizes()
   return [line for result in worst.values()
-          for line in advice_lib.advise(result, stages, topology, sizes)]
+          for line in advice_lib.advise(
+              result, stages, topology, _sizes(meshes[TRAINING]))]

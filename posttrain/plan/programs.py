@@ -9,7 +9,7 @@ arrays, and are asked for shapes in place of arrays (`sharding.abstract`).
 
 import dataclasses
 import functools
-import math
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -20,58 +20,27 @@ from ml_collections import config_dict
 from posttrain import sharding, weights
 from posttrain.config import schema
 from posttrain.data import batches
-from posttrain.model import lora, transformer
+from posttrain.model import lora
 from posttrain.model.transformer import Transformer
+from posttrain.plan import abstract, sampling_programs, transfer_programs
+from posttrain.plan.program import SAMPLING, Program
 from posttrain.plan.setup import Setup
 from posttrain.sampler import decode
-from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import evaluate, grpo_parts, sampling, sft, training
 from posttrain.train import microbatches, partition, policy
 from posttrain.train import state as state_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """One compiled program of a stage.
+def of_config(
+    setup: Setup, sampling: jax.sharding.Mesh | None = None,
+) -> Iterator[Program]:
+  """The programs of all stages, in order.
 
-  Attributes:
-    stage, kind: its name is `stage/kind`, with `detail` where there are
-      several of a kind.
-    lower: traces it, on the current mesh.
-    arguments: abstract arrays, as they lie on the mesh.
-    beside: abstract arrays that are on the devices while it runs.
-    calls: runs in one step of its stage: of an SFT update, or of a batch of
-      rollouts with all its updates; 0 where the stage has no steps.
-    unknown_trips: bound of the loop over microbatches, which is an argument.
-    waiting: abstract arrays that are in the hosts' memory meanwhile.
+  Args:
+    sampling: the mesh of the programs whose role is to sample, if it has
+      devices of its own. All others are on the current mesh.
   """
-
-  stage: str
-  kind: str
-  lower: Callable[[], jax.stages.Lowered]
-  arguments: Any
-  beside: dict[str, Any] = dataclasses.field(default_factory=dict)
-  calls: float = 0.0
-  unknown_trips: int | None = None
-  detail: str = ""
-  waiting: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-  @property
-  def name(self) -> str:
-    return f"{self.stage}/{self.kind}" + (
-        f"[{self.detail}]" if self.detail else "")
-
-
-def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's part of abstract or real arrays."""
-  return sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(tree))
-
-
-def of_config(setup: Setup) -> Iterator[Program]:
-  """The programs of all stages, in order, each on the current mesh."""
-  model, trained = abstract_model(setup), False
+  model, trained = abstract.model_of(setup), False
   for name in setup.config.stages:
     section = setup.config[name]
     if section.kind == "evaluate":
@@ -79,14 +48,14 @@ def of_config(setup: Setup) -> Iterator[Program]:
       yield from _evaluate(setup, name, section, model,
                            {"trained weights": model} if trained else {})
       continue
-    whole, paths = partition.abstract(
-        setup.model, training.plan(section, setup.config.compute))
-    fresh = whole.config.lora != model.config.lora
-    model, trained = weights.on_mesh(whole), True
+    before, trained = model.config.lora, True
+    model, paths = abstract.trained(setup, name)
+    fresh = model.config.lora != before
     if section.kind == "sft":
       yield from _sft(setup, name, section, model, paths)
     else:
-      for program in _grpo(setup, name, section, model, paths, fresh):
+      for program in _grpo(
+          setup, name, section, model, paths, fresh, sampling):
         yield _offloaded(program, setup.config.compute.offload)
 
 
@@ -98,28 +67,13 @@ def _offloaded(program: Program, names: Collection[str]) -> Program:
       program, beside=part(False), waiting=part(True))
 
 
-def abstract_model(setup: Setup) -> Transformer:
-  """Parameters in float32, as the current mesh would hold them."""
-  return weights.on_mesh(transformer.abstract(setup.model))
-
-
-def abstract_state(
-    model: Transformer, optimizer: Any, paths: Collection[str],
-    section: config_dict.ConfigDict,
-) -> state_lib.TrainState:
-  """What an update moves, as the current mesh would hold it."""
-  return weights.on_mesh(jax.eval_shape(
-      lambda model: state_lib.create(
-          model, optimizer, paths, training.spike_rule(section)), model))
-
-
 def _sft(
     setup: Setup, name: str, section: config_dict.ConfigDict,
     model: Transformer, paths: Collection[str],
 ) -> Iterator[Program]:
   optimizer, update, sums = sft.make_programs(
       section, loss_chunk=setup.config.compute.loss_chunk)
-  state = abstract_state(model, optimizer, paths, section)
+  state = abstract.state_of(model, optimizer, paths, section)
   count = section.num_microbatches
   batch = microbatches.stack(
       batches.empty(**training.pick(section, "rows sequence_length")), count,
@@ -136,11 +90,13 @@ def _sft(
 def _grpo(
     setup: Setup, name: str, section: config_dict.ConfigDict,
     model: Transformer, paths: Collection[str], fresh: bool,
+    sampling: jax.sharding.Mesh | None,
 ) -> Iterator[Program]:
+  """A batch of rollouts, logprobs where they are needed, and updates."""
   loss = grpo_parts.make_loss(
       section, loss_chunk=setup.config.compute.loss_chunk)
   optimizer, update = training.make_update(section, loss)
-  state = abstract_state(model, optimizer, paths, section)
+  state = abstract.state_of(model, optimizer, paths, section)
   models, own = {"policy": model}, {"policy": model}
   if section.loss.kl_coef:
     models["reference"], shared = _reference(setup, section, model, fresh)
@@ -151,14 +107,26 @@ def _grpo(
   beside = lambda *running: {
       key: tree for key, tree in (*own.items(), ("optimizer", state.opt_state))
       if key not in running}
-  yield from _sampling(
-      setup, name, model, section.rollout,
-      groups=section.num_groups, group_size=section.group_size,
-      limits=sampling.make_limits(section.rollout), beside=beside("policy"))
+  yield from _draws(
+      setup, name, section, model, paths, beside("policy"), sampling)
+  yield from _learning(name, section, models, state, loss, update, beside)
 
+
+def _learning(
+    name: str, section: config_dict.ConfigDict,
+    models: dict[str, Transformer], state: state_lib.TrainState, loss: Any,
+    update: Any, beside: Callable[..., dict[str, Any]],
+) -> Iterator[Program]:
+  """What `Learner` runs on the devices that train.
+
+  Args:
+    models: "policy", and "reference" if there is one.
+    beside: what is on the devices but for what is named.
+  """
   shapes = grpo_parts.make_shapes(section)
   updates = grpo_parts.num_updates(section)
-  experience = policy.empty_experience(shapes, _experts(model))
+  experience = policy.empty_experience(
+      shapes, _experts(models["policy"]))
   count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
   for kind, whose, calls in _logprobs(section, updates):
     batch = _arrays(experience)
@@ -183,6 +151,29 @@ def _grpo(
           unknown_trips=count)
 
 
+def _draws(
+    setup: Setup, name: str, section: config_dict.ConfigDict,
+    model: Transformer, paths: Collection[str], beside: dict[str, Any],
+    mesh: jax.sharding.Mesh | None,
+) -> Iterator[Program]:
+  """A batch of rollouts, on devices of its own if there is a `mesh` of them.
+  """
+  draw = functools.partial(
+      sampling_programs.of_rollout, setup, name, rollout=section.rollout,
+      groups=section.num_groups, group_size=section.group_size,
+      limits=sampling.make_limits(section.rollout))
+  if mesh is None:
+    yield from draw(model=model, beside=beside)
+    return
+  transfer, like = transfer_programs.of_stage(setup, name, model, paths, mesh)
+  moves = transfer_programs.programs(transfer, beside)
+  with jax.set_mesh(mesh):  # Not around a `yield`, which would leak it.
+    drawn = list(draw(model=like, beside={}))
+  yield from moves
+  for program in drawn:
+    yield dataclasses.replace(program, role=SAMPLING)
+
+
 def _reference(
     setup: Setup, section: config_dict.ConfigDict, model: Transformer,
     fresh: bool,
@@ -194,7 +185,7 @@ def _reference(
   dtype = setup.config.compute.frozen_dtype
   shared = section.reference in ("", schema.ADAPTER_OFF)
   if not shared:
-    model = abstract_model(setup)
+    model = abstract.model_of(setup)
   elif fresh or section.reference == schema.ADAPTER_OFF:
     model = lora.without(model)
   return weights.on_mesh(jax.eval_shape(
@@ -228,104 +219,23 @@ def _evaluate(
     setup: Setup, name: str, section: config_dict.ConfigDict,
     model: Transformer, beside: dict[str, Any],
 ) -> Iterator[Program]:
-  sizes = sorted(set(evaluate.samples_of_cells(section).values()))
-  for samples in sizes:
+  """A cell of each shape: of samples, and of waits where they count."""
+  rollout, count = section.rollout, section.problems.count
+  samples_of = evaluate.samples_of_cells(section)
+  waits = rollout.refill or rollout.wait_order == "draw"
+  found: dict[tuple[int, int], Any] = {}
+  for cell in evaluate.cells_of(section):
+    found.setdefault(
+        (samples_of[cell.name], cell.num_waits if waits else 0), cell)
+  several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
+  for (samples, _), cell in found.items():
     groups = evaluate.batch_size(section, samples)
-    count = section.problems.count
-    yield from _sampling(
-        setup, name, model, section.rollout,
+    if rollout.refill:  # All, of which there are enough for its slots.
+      groups = count or groups + 1
+    detail = itertools.compress(
+        (f"G={samples}", f"waits={cell.num_waits}"), several)
+    yield from sampling_programs.of_rollout(
+        setup, name, model, rollout,
         groups=min(groups, count) if count else groups, group_size=samples,
-        limits=sampler_lib.Limits(max_tokens=section.rollout.max_tokens),
-        beside=beside, detail=f"G={samples}" if len(sizes) > 1 else "",
-        steps=False)
-
-
-def _sampling(
-    setup: Setup, stage: str, model: Transformer,
-    rollout: config_dict.ConfigDict, *, groups: int, group_size: int,
-    limits: sampler_lib.Limits, beside: dict[str, Any], detail: str = "",
-    steps: bool = True,
-) -> Iterator[Program]:
-  """Prefill, then a chunk of decoding for each size of the cache.
-
-  Calls are for completions that all run to their maximum.
-
-  Raises:
-    ValueError: the section refills its rows.
-  """
-  if rollout.get("slots") or rollout.get("refill"):
-    key = "slots=0" if rollout.get("slots") else "refill=False"
-    raise ValueError(
-        f"{stage} refills its rows, and the programs of an engine are not "
-        f"planned yet. Plan it with {stage}.rollout.{key}.")
-  sampler = sampling.of_tables(setup.thinking_ids, setup.tables, rollout)
-  inputs = sampler.inputs(
-      sampler.make_requests(
-          [[0]] * groups, limits, prompt_id=[0] * groups,
-          group_size=group_size),
-      group_size=group_size, put=sharding.abstract)
-  prompts = [inputs[key] for key in (
-      "tokens", "segment_ids", "in_thinking", "done")]
-  fixed = setup.tables, inputs["budgets"]
-
-  # A cache of any size has the layout that prefill would give it.
-  whole, blocks = weights.on_mesh(decode.unstacked.eval_shape(
-      model, weights_dtype=sampler.weights_dtype))
-  kept = [w for w, ready in zip(
-      jax.tree.leaves(model), jax.tree.leaves(whole), strict=True)
-          if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
-  looping = beside | ({"tables at rest": kept} if kept else {})
-  carry_of = lambda slots: dataclasses.replace(
-      weights.on_mesh(decode.prefill.eval_shape(
-          model, *prompts, *fixed, group_size=group_size, slots=slots,
-          cache_dtype=sampler.cache_dtype)), hook=inputs["hook"])
-  rows, script = _draws(stage, sampler, inputs)
-  first = sampler.first_slots
-  yield Program(
-      stage, "prefill", functools.partial(
-          decode.prefill.lower, model, *prompts, *fixed,
-          group_size=group_size, slots=first,
-          cache_dtype=sampler.cache_dtype),
-      (model, prompts, inputs["budgets"]), beside, float(steps),
-      detail=detail)
-  yield Program(
-      stage, "unstack", functools.partial(
-          decode.unstacked.lower, model,
-          weights_dtype=sampler.weights_dtype),
-      (model,), {"carry": carry_of(first), **beside}, float(steps),
-      detail=detail)
-  slots, used, carry = first, sampler.max_prompt_tokens, carry_of(first)
-  end = sampler.max_prompt_tokens + rollout.max_tokens
-  while used < end:
-    chunks = math.ceil((min(slots, end) - used) / sampler.chunk)
-    sized = f"{detail + ' ' if detail else ''}S={slots}"
-    yield Program(
-        stage, "decode", functools.partial(
-            decode.decode.lower, whole, blocks, carry, rows, script,
-            np.int32(len(inputs["done"])), setup.tables,
-            steps=sampler.chunk, hook=sampler.steering.hook,
-            policy=sampler.steering.policy),
-        (whole, blocks, carry, rows, script), looping,
-        float(steps * chunks), detail=sized)
-    used += chunks * sampler.chunk
-    if used < end:
-      slots = sampler.next_slots(slots)
-      yield Program(
-          stage, "grow", functools.partial(
-              decode.resize.lower, carry, slots=slots),
-          (carry,), {"model": whole, "layers": blocks, **looping}, float(steps),
-          detail=f"{sized} to {slots}")
-      carry = carry_of(slots)
-
-
-def _draws(
-    stage: str, sampler: sampler_lib.Sampler, inputs: dict[str, Any],
-) -> tuple[Any, Any]:
-  """What `decode` takes beside the weights and the carry."""
-  keys = jax.eval_shape(
-      lambda prompt, sample: sampler_lib.row_keys(
-          seed=np.uint32(0), stage=stage, step=0, prompt_id=prompt,
-          sample_id=sample), inputs["prompt_id"], inputs["sample_id"])
-  script = sampler_lib.script_window(
-      None, len(inputs["done"]), 0, sampler.chunk, put=sharding.abstract)
-  return sampler.rows(inputs, weights.on_mesh(keys)), script
+        limits=evaluate.limits_of(section, cell), beside=beside,
+        detail=" ".join(detail), steps=False)

@@ -9,13 +9,14 @@ Every column says where its figures come from:
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.plan import kernels, roofline
+from posttrain.plan.abstract import shard_bytes
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
-from posttrain.plan.programs import shard_bytes
 from posttrain.train.memory import format_bytes
 
 NONE = "-"
@@ -31,14 +32,17 @@ class Table:
 
 def summary(plan: Plan) -> list[str]:
   """The first lines."""
-  mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
   chip, model = plan.topology.chip, plan.setup.model
   some = f" (of the programs with {plan.only} in their name)" if (
       plan.only) else ""
   return [
       f"{plan.topology}: {plan.topology.num_chips} chips, "
       f"{plan.topology.num_devices} devices with "
-      f"{format_bytes(chip.hbm_bytes)} each; mesh {mesh}",
+      f"{format_bytes(chip.hbm_bytes)} each; " + "; ".join(
+          f"{role}{_mesh(sizes)}" for role, sizes in zip(
+              ["mesh "] if len(plan.roles) == 1 else [
+                  f"{role} on " for role in plan.roles],
+              plan.roles.values(), strict=True)),
       f"{plan.setup.config.model}: {model.num_parameters:,} parameters, "
       f"{model.dtype}, remat {model.remat}",
       *plan.setup.notes,
@@ -48,8 +52,46 @@ def summary(plan: Plan) -> list[str]:
 def tables(plan: Plan) -> list[Table]:
   """All figures."""
   return [
-      _memory(plan.results), _work(plan.results), _collectives(plan.results),
-      _times(plan), _padding(plan), *_transposes(plan.results)]
+      _memory(plan.results), *_roles(plan),
+      _work(plan.results, plan.setup.model.num_experts),
+      _collectives(plan.results), _times(plan), _padding(plan),
+      *_transposes(plan.results)]
+
+
+def _mesh(sizes: Mapping[str, int]) -> str:
+  return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _roles(plan: Plan) -> list[Table]:
+  """What each needs, and what goes from one to the other."""
+  if len(plan.roles) == 1:
+    return []
+  rows = []
+  for role, sizes in plan.roles.items():
+    own = [r for r in plan.results if r.program.role == role]
+    if own:
+      worst = max(own, key=lambda result: result.memory.total)
+      rows.append((
+          role, str(math.prod(sizes.values())), _mesh(sizes),
+          format_bytes(worst.memory.total),
+          format_bytes(worst.memory.available), worst.name))
+  moved = [(
+      each.stage, *map(format_bytes, (
+          each.received(), each.sent(), each.received(first=True),
+          each.sent(first=True)))) for each in plan.transfers]
+  return [
+      Table("Roles", ("role", "devices", "mesh", "most that a device needs",
+                      "available", "for"), rows),
+      Table("Weights to the devices that sample (modelled)", (
+          "stage", "each receives (shapes)", "one sends at most",
+          "each receives first", "one sends first"), moved, (
+              "before each batch of rollouts, and what is frozen with the "
+              "first; by device",
+              "gathers on the devices that train and fingerprints on both are "
+              "programs; copies between devices have no bound here, as no "
+              "rate of them is published",
+              "casts, cuts and joins of single arrays are not compiled: at "
+              "most one array is there twice for them"))]
 
 
 def _memory(results: Sequence[Result]) -> Table:
@@ -79,7 +121,7 @@ def _memory(results: Sequence[Result]) -> Table:
                 for r in results if r.same_as)))
 
 
-def _work(results: Sequence[Result]) -> Table:
+def _work(results: Sequence[Result], experts: int) -> Table:
   rows: list[tuple[str, ...]] = []
   uncounted: set[str] = set()
   for result in results:
@@ -97,7 +139,11 @@ def _work(results: Sequence[Result]) -> Table:
       "two", "a decode program is counted with all steps of its chunk",
       "HBM bytes: operands and results of what is not fused, with tiles' "
       f"padding, in-place updates at their own size; attention kernels are "
-      f"counted as causal, {kernels.VISIBLE:.0%} of the pairs"]
+      f"counted as causal, {kernels.VISIBLE:.0%} of the pairs",
+      *(["products by expert are kernels, counted as 2 x rows x in x out of a "
+         "device's share of the experts, as if the router were balanced; "
+         "gradients of the experts' weights are not, and are among the dots"]
+        if experts else [])]
   if uncounted:
     notes.append("kernels that are in no figure: " + ", ".join(
         sorted(uncounted)))
@@ -107,7 +153,7 @@ def _work(results: Sequence[Result]) -> Table:
         "the config; of GRPO's packing it is the most there can be")
   return Table(
       "Work of one run, per device", (
-          "program", "dot TFLOP (HLO)", "attention kernels TFLOP (modelled)",
+          "program", "dot TFLOP (HLO)", "kernels TFLOP (modelled)",
           "HBM (HLO)", "transposes beside weight gradients (HLO)",
           "compiled in (measured)"), rows, tuple(notes))
 
@@ -146,12 +192,26 @@ def _times(plan: Plan) -> Table:
       notes.append(
           f"{stage}: one {what} takes at least {seconds(total)} (modelled)"
           + (", if all completions run to their maximum"
-             if kind == "grpo" else ""))
+             if kind == "grpo" else "") + _overlap(plan, stage))
+  notes += dict.fromkeys(
+      f"{result.program.stage}: {result.program.note}"
+      for result in plan.results if result.program.note)
   return Table(
       "Roofline (modelled)", (
           "program", "matrix unit", "memory", "ICI", "DCN", "bound",
           "limited by", "calls a step"), rows,
       (*notes, *(f"assumed: {text}" for text in roofline.ASSUMPTIONS)))
+
+
+def _overlap(plan: Plan, stage: str) -> str:
+  """How the times of two roles make a step's."""
+  times = {role: plan.role_seconds(stage, role) for role in plan.roles}
+  known = [f"{role} {seconds(value)}" for role, value in times.items()
+           if value is not None]
+  if len(known) < 2:
+    return ""
+  how = "at once, so the longer" if plan.overlaps(stage) else "in turn"
+  return f": {' and '.join(known)}, {how}"
 
 
 def _padding(plan: Plan) -> Table:
@@ -220,9 +280,15 @@ def all_figures(plan: Plan) -> dict[str, Any]:
             "seconds": dataclasses.asdict(result.times)
             if result.times else None,
             "calls_per_step": result.program.calls,
+            "role": result.program.role,
             "assumptions": list(roofline.ASSUMPTIONS)}}
   return found | {
-      "mesh": plan.mesh, "notes": list(plan.setup.notes),
+      "mesh": plan.mesh, "sampling_mesh": plan.sampling_mesh,
+      "transfers": [{
+          "stage": each.stage, "received": each.received(),
+          "sent": each.sent(), "received_first": each.received(first=True),
+          "sent_first": each.sent(first=True)} for each in plan.transfers],
+       "notes": list(plan.setup.notes),
       "padding": [dataclasses.asdict(each) for each in plan.padding],
       "advice": plan.advice, "modelled": {"step_s": {
           stage: plan.step_seconds(stage)

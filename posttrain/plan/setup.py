@@ -31,6 +31,17 @@ class Setup:
   tokenizer: tokenizer_lib.Tokenizer | None
   notes: tuple[str, ...] = ()
 
+  def tables_of(
+      self, rollout: config_dict.ConfigDict) -> budget_tables.BudgetTables:
+    """The tables of a section, which may suppress words of reflection."""
+    words = rollout.get("suppress", ())
+    if not words:
+      return self.tables
+    if self.tokenizer is None:  # Which tokens they are is data.
+      return dataclasses.replace(
+          self.tables, reflections=np.zeros(self.tables.vocab_size, bool))
+    return sampling.make_tables(self.tokenizer, self.thinking_ids, words)
+
 
 def set_up(config: config_dict.ConfigDict) -> Setup:
   """The shapes of a config; a tokenizer that is not here is made up for.

@@ -25,60 +25,17 @@ from posttrain import sharding
 from posttrain.model.block import Block
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
-    budget,
-    decode,
-    hooks,
-    prefill,
-    requests,
-    rollouts,
+  budget,
+  decode,
+  prefill,
+  requests,
+  rollouts,
 )
 from posttrain.sampler import live as live_lib
 from posttrain.sampler import slots as slots_lib
+from posttrain.sampler.engine_settings import Settings, doublings, fitting
 from posttrain.sampler.requests import Completion, Request
 from posttrain.sampler.stop_strings import Decode
-
-COUNTS = decode.Recorded(counts=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """Shapes and programs of an engine; another one compiles anew.
-
-  Attributes:
-    slots: B, requests decoded together.
-    max_slots: S at most: prompt and completion of the longest request.
-    min_slots: S to begin with; it doubles, up to `max_slots`, when a row
-      needs more.
-    chunk: N, tokens between two looks of the host at most.
-    refill: the host looks as soon as this share of the slots waits to be
-      refilled.
-    prefill_rows: prompts prefilled together; more than one helps where a
-      chunk of one does not fill the chip, and costs where one alone is new.
-    prefill_chunk: tokens of a prompt fed at once.
-    prefixes: shared prefixes kept on the device.
-    max_ids: stop ids, banned ids and wait texts in order that a request may
-      have.
-    cache_dtype, weights_dtype: of the cache, and of the decode loop's
-      matrices: "compute", or "int8" with scales.
-    recorded: what a completion holds besides tokens and logprobs.
-    hook: changes the logits of every step, see `hooks`.
-    policy: changes the budgets of every step, see `decode.Policy`.
-  """
-
-  slots: int
-  max_slots: int
-  min_slots: int = 64
-  chunk: int = 32
-  refill: float = 0.125
-  prefill_rows: int = 1
-  prefill_chunk: int = 64
-  prefixes: int = 8
-  max_ids: int = 4
-  cache_dtype: str = "compute"
-  weights_dtype: str = "compute"
-  recorded: decode.Recorded = COUNTS
-  hook: hooks.Hook | None = None
-  policy: decode.Policy | None = None
 
 
 @dataclasses.dataclass
@@ -143,14 +100,10 @@ class Engine:
     self._pending: deque[tuple[int, Request]] = deque()
     self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
     self._shared = prefill.Shared(settings.prefill_chunk)
-    # Two rows at least, of which one may never be filled: of an array of one
-    # element jax 0.11 forgets the sharding.
-    self._live: list[live_lib.Live | None] = [None] * max(2, settings.slots)
+    self._live: list[live_lib.Live | None] = [None] * settings.rows
     self._ready: deque[Completion] = deque()
     self._aborted: set[int] = set()
-    self._sizes = [
-        min(size, settings.max_slots)
-        for size in _doublings(settings.min_slots, settings.max_slots)]
+    self._sizes = settings.sizes
     run = slots_lib.Programs(lambda line: log(
         f"{line} ({len(run.seconds)} of at most {self.most_programs})"))
     self.stats = Stats(programs=run.seconds)
@@ -171,7 +124,7 @@ class Engine:
     """
     number = next(self._numbers)
     error = requests.problem(
-        request, self.tables, max_slots=self._sizes[-1],
+        request, self.tables, max_slots=self.settings.max_slots,
         max_ids=self.settings.max_ids, can_decode=self._text is not None)
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
@@ -227,7 +180,7 @@ class Engine:
     """A bound on `stats.programs`, whatever the requests."""
     sizes = len(self._sizes)
     # Prefill's caches reach one doubling further, as chunks are whole.
-    prefills = len(_doublings(
+    prefills = len(doublings(
         self.settings.prefill_chunk, 2 * self._sizes[-1]))
     decodes, resizes = sizes, 2 * (sizes - 1)
     empties = 1 + 2 * prefills  # Slots; a batch of prompts; a prefix alone.
@@ -327,14 +280,8 @@ class Engine:
     """Grows or shrinks the ring to what the live rows need for a chunk."""
     needed = max(
         row.needed(self.settings.chunk) for row in self._live if row)
-    at = self._sizes.index(self._slots.size)
-    while self._sizes[at] < needed:
-      at += 1
-      self._slots.resize(self._sizes[at])
-    # Not at once: the next request may need the room again.
-    while at and needed <= self._sizes[at] // 4:
-      at -= 1
-      self._slots.resize(self._sizes[at])
+    for size in fitting(self._sizes, self._slots.size, needed):
+      self._slots.resize(size)
 
   def _collect(self, record: dict[str, np.ndarray], state) -> None:
     """The chunk's tokens to their rows; rows that ended to `_ready`."""
@@ -382,11 +329,3 @@ class Engine:
         return done.tokens
     waits = any(number == waiting for waiting, _ in self._pending)
     return [] if waits else None
-
-
-def _doublings(first: int, last: int) -> list[int]:
-  """From `first`, doubled until one is `last` or more."""
-  sizes = [first]
-  while sizes[-1] < last:
-    sizes.append(sizes[-1] * 2)
-  return sizes

@@ -51,7 +51,8 @@ def empty(config: ModelConfig, index: jax.Array, *, rows: int, slots: int,
           "rows", "act_embed")))
 
 
-@functools.partial(jax.jit, donate_argnames="rows")
+# A part of the model is not read, see `decode.unstacked`.
+@functools.partial(jax.jit, donate_argnames="rows", keep_unused=True)
 def feed(
     model: Transformer, blocks: list[Block], rows: Rows, tokens: jax.Array,
     positions: jax.Array,

@@ -111,7 +111,7 @@ class Sampler:
     asked = self.make_requests(
         prompts, limits, prompt_id=prompt_id, group_size=group_size,
         first_sample=first_sample, seed=seed, stage=stage, step=step)
-    if 0 < self.slots < rows:
+    if self.refills(rows):
       if on_chunk:
         raise ValueError("on_chunk sees all rows at once, and with slots="
                          f"{self.slots} there are never {rows}. Use an Engine.")
@@ -146,22 +146,31 @@ class Sampler:
     """Twice the completion's: few programs, little idle attention."""
     return 2 * slots - self.max_prompt_tokens
 
-  def _refill(
-      self, model: Transformer, asked: list[requests.Request],
-  ) -> Rollouts:
-    """The same rows through fewer slots."""
+  def refills(self, rows: int) -> bool:
+    """Whether so many rows go through fewer slots."""
+    return 0 < self.slots < rows
+
+  def engine_settings(
+      self, asked: Sequence[requests.Request]) -> engine.Settings:
+    """Of the engine that these requests go through, on the current mesh."""
     parts = sharding.axis_size("rows")
     # As if each had the longest prompt: others compile nothing anew.
     most = self.max_prompt_tokens + max(
         requests.most_slots(r, self.tables) - len(r.prompt) for r in asked)
-    queue = engine.Engine(model, self.tables, engine.Settings(
+    return engine.Settings(
         slots=-(-self.slots // parts) * parts, max_slots=most,
         min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
         prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK),
         cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype,
         max_ids=max(engine.Settings.max_ids, *(
             len(request.wait_order) for request in asked)),
-        hook=self.steering.hook, policy=self.steering.policy))
+        hook=self.steering.hook, policy=self.steering.policy)
+
+  def _refill(
+      self, model: Transformer, asked: list[requests.Request],
+  ) -> Rollouts:
+    """The same rows through fewer slots."""
+    queue = engine.Engine(model, self.tables, self.engine_settings(asked))
     numbers = [queue.submit(request) for request in asked]
     done = {found.id: found for found in queue.results()}
     failed = [found.error for found in done.values() if found.error]

@@ -68,11 +68,11 @@ class Slots:
     zeros = np.zeros(slots, np.int32)
     self.carry = decode.Carry(
         rows.cache, rows.hidden,
-        run(("done",), _done, tables, budgets, zeros),
+        run(("done",), done, tables, budgets, zeros),
         hook and jax.tree.map(
-            lambda x: _repeated(np.asarray(x), rows=slots),
+            lambda x: repeated(np.asarray(x), rows=slots),
             hook.init((0,), None)),
-        run(("earlier",), _no_earlier, rows.hidden, tables)
+        run(("earlier",), no_earlier, rows.hidden, tables)
         if tables.recalled else None)
 
   @property
@@ -97,22 +97,16 @@ class Slots:
       place: puts their prompts there.
     """
     placed = place(prefill.Rows(self.carry.cache, self.carry.hidden))
-    budgets, params, banned_ids, keys = requests.columns(asked, self._max_ids)
-    prompts = [request.prompt if request else (0,) for request in asked]
-    lengths: Any = np.array([len(p) for p in prompts], np.int32)
     self._rows, state = self._run(
-        ("begin",), _begin, self.carry.state, self.tables, keys,
-        (lengths, budgets, params, banned_ids),
-        np.array([requests.in_thinking(p, self.tables) for p in prompts]),
-        np.array([p[-1] for p in prompts], np.int32),
-        np.isin(np.arange(self.count), slots))
+        ("begin",), begin, self.carry.state, self.tables,
+        *begin_arguments(asked, slots, self.tables, self._max_ids))
     hook_state = self.carry.hook
     if self._hook is not None:
       for slot in slots:
         request = asked[slot]
         assert request is not None
         hook_state = self._run(
-            ("hook",), _set_row, hook_state,
+            ("hook",), set_row, hook_state,
             self._hook.init(request.prompt, request.hook), np.int32(slot))
     self.carry = dataclasses.replace(
         self.carry, cache=placed.cache, hidden=placed.hidden, state=state,
@@ -138,6 +132,21 @@ class Slots:
     self.carry = dataclasses.replace(self.carry, state=state)
 
 
+def begin_arguments(
+    asked: Sequence[Request | None], slots: Sequence[int],
+    tables: budget.BudgetTables, max_ids: int,
+) -> tuple[Any, ...]:
+  """What `begin` takes behind the tables, as NumPy; see `Slots.begin`."""
+  budgets, params, banned_ids, keys = requests.columns(asked, max_ids)
+  prompts = [request.prompt if request else (0,) for request in asked]
+  lengths = np.array([len(p) for p in prompts], np.int32)
+  return (
+      keys, (lengths, budgets, params, banned_ids),
+      np.array([requests.in_thinking(p, tables) for p in prompts]),
+      np.array([p[-1] for p in prompts], np.int32),
+      np.isin(np.arange(len(asked)), slots))
+
+
 def _by_row(tree: Any) -> Any:
   return jax.tree.map(
       lambda x: shard(
@@ -145,7 +154,7 @@ def _by_row(tree: Any) -> Any:
 
 
 @jax.jit
-def _begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
+def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
   """`decode.Rows`, and the budgets' state with new rows at their beginning."""
   lengths, budgets, params, banned_ids = _by_row(columns)
   rows = decode.Rows(
@@ -158,12 +167,13 @@ def _begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
 
 
 @jax.jit
-def _done(tables, budgets, zeros):
+def done(tables, budgets, zeros):
+  """The budgets' state of slots that are all idle."""
   zeros = _by_row(zeros)
   return budget.init(tables, _by_row(budgets), zeros > 0, zeros, zeros == 0)
 
 
-_no_earlier = jax.jit(decode.no_earlier)
+no_earlier = jax.jit(decode.no_earlier)
 
 
 @jax.jit
@@ -172,12 +182,14 @@ def _end(state, rows, reason):
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def _repeated(x, *, rows: int):
+def repeated(x, *, rows: int):
+  """[rows, ...] of one row's state of a hook."""
   return _by_row(jnp.broadcast_to(x, (rows, *x.shape)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _set_row(state, new, slot):
+def set_row(state, new, slot):
+  """A hook's state with another row in `slot`."""
   return jax.tree.map(
       lambda x, row: x.at[slot].set(
           row, out_sharding=spec("rows", *(None for _ in x.shape[1:]))),

@@ -173,11 +173,7 @@ class Evaluation:
   ) -> tuple[summary.Scored, list[dict[str, Any]]]:
     """Asks every problem `samples` times under the budgets of one cell."""
     rollout = self.section.rollout
-    limits = sampler_lib.Limits(
-        max_tokens=rollout.max_tokens,
-        max_thinking_tokens=cell.max_thinking_tokens,
-        max_thinking_steps=cell.max_thinking_steps, num_waits=cell.num_waits,
-        truncate=rollout.truncate and cell.forced)
+    limits = limits_of(self.section, cell)
     size = len(self.problems) if rollout.refill else batch_size(
         self.section, samples)
     batches, records = [], []
@@ -245,6 +241,17 @@ def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
   return summary.cells(
       section.max_thinking_tokens, section.num_waits) + summary.asking_cells(
           asked.tokens, asked.steps, asked.classes, forced=asked.forced)
+
+
+def limits_of(
+    section: config_dict.ConfigDict, cell: summary.Cell) -> sampler_lib.Limits:
+  """The budgets of a cell's completions."""
+  rollout = section.rollout
+  return sampler_lib.Limits(
+      max_tokens=rollout.max_tokens,
+      max_thinking_tokens=cell.max_thinking_tokens,
+      max_thinking_steps=cell.max_thinking_steps, num_waits=cell.num_waits,
+      truncate=rollout.truncate and cell.forced)
 
 
 def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:

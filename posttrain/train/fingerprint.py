@@ -19,13 +19,14 @@ def of(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
   Args:
     arrays: global arrays of any shape; all on the same devices.
   """
-  values = jax.device_get(_fingerprints(list(arrays.values())))
+  values = jax.device_get(fingerprints(list(arrays.values())))
   return {
       name: int(value) for name, value in zip(arrays, values, strict=True)}
 
 
 @jax.jit
-def _fingerprints(arrays: list[jax.Array]) -> list[jax.Array]:
+def fingerprints(arrays: list[jax.Array]) -> list[jax.Array]:
+  """The compiled part of `of`."""
   return [_fingerprint(x) for x in arrays]
 
 

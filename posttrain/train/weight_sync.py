@@ -54,9 +54,9 @@ class WeightSync:
       WeightSyncError: a fingerprint differs.
     """
     started = time.monotonic()
-    wanted = dict(_named(self._like))
+    wanted = dict(named(self._like))
     sent, arrived = {}, {}
-    for name, x in _named(model):
+    for name, x in named(model):
       held = self._held.get(name)
       if held is None or held[0] is not x:  # What is frozen stays the same.
         sent[name], arrived[name] = x, moved(x, wanted[name])
@@ -115,11 +115,11 @@ def moved(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     x: of any layout, on the current mesh.
     like: what it is to be; its sharding is of devices of the same processes.
   """
-  axis, size = _slab(x, like.dtype)
+  axis, size = slab(x, like.dtype)
   indices = like.sharding.addressable_devices_indices_map(x.shape)
   parts: dict[Any, list[jax.Array]] = {device: [] for device in indices}
   for start in range(0, x.shape[axis] if x.ndim else 1, size):
-    whole = _gathered(x, start, size=size, axis=axis, dtype=like.dtype)
+    whole = gathered(x, start, size=size, axis=axis, dtype=like.dtype)
     copies = whole.addressable_shards
     for n, (device, index) in enumerate(indices.items()):
       part = _within(index, axis, start, size) if x.ndim else ()
@@ -142,7 +142,8 @@ def _joined(parts: list[jax.Array], axis: int, device: Any) -> jax.Array:
     return jnp.concatenate(parts, axis)
 
 
-def _slab(x: jax.Array, dtype: Any) -> tuple[int, int]:
+def slab(
+    x: jax.Array | jax.ShapeDtypeStruct, dtype: Any) -> tuple[int, int]:
   """An axis that is not split, and a divisor of its length; or all of it."""
   split = jax.typeof(x).sharding.spec
   free = [n for n, names in enumerate(split) if names is None and x.shape[n]]
@@ -169,7 +170,7 @@ def _within(
 
 
 @functools.partial(jax.jit, static_argnames=("size", "axis", "dtype"))
-def _gathered(
+def gathered(
     x: jax.Array, start: jax.Array, *, size: int, axis: int, dtype: Any,
 ) -> jax.Array:
   """A slab, whole on every device."""
@@ -184,6 +185,7 @@ def _cast(
   return {name: x.astype(dtypes[name]) for name, x in arrays.items()}
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
+def named(tree: Any) -> list[tuple[str, Any]]:
+  """Every array with its path, in order."""
   return [(path_name(path), x)
           for path, x in jax.tree.leaves_with_path(tree)]

@@ -38,10 +38,17 @@ def test_wrong_flags(flags, message, capsys):
   assert message in capsys.readouterr().err
 
 
-def test_split_roles_are_refused(capsys):
-  flags = "--topology=v5e:2x2", "--config.mesh.roles=split"
-  assert plan(*flags) == 2
-  assert "Plan each part by itself" in capsys.readouterr().err
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("flags, message", [
+    (("--sweep",), "set mesh.roles='shared'"),
+    (("--config.mesh.sampling.devices=4",), "leaves process 0 no device"),
+    (("--num_slices=2", "--config.mesh.data=-1", "--config.mesh.fsdp=1",
+      "--config.mesh.sampling.fsdp=1", "--config.mesh.sampling.tensor=2"),
+     "mesh.sampling.fsdp to a multiple of 2")])
+def test_split_roles_that_cannot_be_planned(flags, message, capsys):
+  assert plan("--topology=v5e:2x2", "--config.mesh.roles=split", *flags) == 2
+  assert message in capsys.readouterr().err
 
 
 def test_the_environment_comes_before_jax():

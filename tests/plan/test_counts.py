@@ -7,6 +7,8 @@
               mesh.tensor=2
   splash      forward and backward of splash attention, [2, 4, 1024, 128]
               queries against 2 heads of keys
+  ragged      gradients of the sum of squares of jax.lax.ragged_dot, bfloat16
+              [1024, 256] rows with [8, 256, 384] weights, on one v5e
 """
 
 import lzma
@@ -157,6 +159,21 @@ ENTRY %main (blocks: s32[2,1], q: bf16[2,3,4,128], k: s8[2,3,40,128], scale: f32
 """, collectives.Layout(("fsdp", "tensor"), (1, 1)), set(), None)  # noqa: E501
   assert counts.kernel_flops == 2 * 2 * (2 * 3 * 4) * 40 * 128
   assert not counts.uncounted
+
+
+def test_products_by_expert_are_counted_by_hand():
+  """Two kernels: the product and its rows' gradient, each row by one expert.
+
+  The gradient of the weights is none. XLA makes it a dense product of all rows
+  with each of the eight experts, masked.
+  """
+  one = 2 * 1024 * 256 * 384
+  for experts, share in ((8, 1), (32, 1 / 4)):  # All here; a fourth of them.
+    counts = measure.count(
+        recorded("ragged"), collectives.Layout(("fsdp", "tensor"), (1, 1)),
+        set(), None, experts=experts)
+    assert counts.kernel_flops == 2 * one * share
+    assert counts.dot_flops == 8 * one and not counts.uncounted
 
 
 def test_another_kernel_is_named():

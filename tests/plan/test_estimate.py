@@ -10,7 +10,8 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import presets, transformer
-from posttrain.plan import advice, estimate, measure, programs, sweep, topology
+from posttrain.plan import advice, estimate, measure, sweep, topology
+from posttrain.plan import program as program_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
 MODEL = dataclasses.replace(presets.PRESETS["llama3.2-1b"], dtype="bfloat16")
@@ -99,7 +100,7 @@ def test_the_ranking_has_what_fits_first(stages):
 
 
 def result(kind, needed, beside=0):
-  program = programs.Program("cold_start", kind, lambda: None, ())
+  program = program_lib.Program("cold_start", kind, lambda: None, ())
   return measure.Result(program, measure.Memory(
       arguments=0, padded_arguments=None, temporaries=None, peak=needed,
       beside={"reference": beside} if beside else {},

@@ -129,6 +129,52 @@ def test_a_program_that_is_too_large_is_advised(tmp_path):
   assert "remat" in output and "slice" in output
 
 
+ROLES = (
+    "--topology=v5e:2x2", "--config.mesh.roles=split",
+    "--config.mesh.fsdp=2", "--config.mesh.tensor=1",
+    "--config.mesh.sampling.devices=2", "--config.mesh.sampling.tensor=2",
+    "--config.mesh.sampling.fsdp=1", "--config.reason.rollout.slots=8")
+
+
+def test_a_role_is_compiled_on_its_own_devices(tmp_path):
+  """Two of four chips, where slots are refilled."""
+  status, output = plan(
+      *ROLES, "--only=reason/decode", f"--json={tmp_path}/plan.json")
+  assert status == 0, output
+  assert "training on fsdp=2, tensor=1; sampling on fsdp=1, tensor=2" in output
+  found = json.loads((tmp_path / "plan.json").read_text())["programs"]
+  assert [each["name"] for each in found] == [
+      "reason/decode[S=32]", "reason/decode[S=64]"]
+  for each in found:
+    assert {(c["axis"], c["group_size"]) for c in each["collectives"]} == {
+        ("tensor", 2)}
+
+
+@pytest.mark.slow
+def test_every_program_of_split_roles_compiles(tmp_path):
+  status, output = plan(
+      *ROLES, "--only=reason/", f"--html={tmp_path}/plan.html")
+  assert status == 0, output
+  [figures] = re.findall(
+      r'id="plan">(.*?)</script>', (tmp_path / "plan.html").read_text(), re.S)
+  figures = json.loads(figures)
+  [moved] = figures["transfers"]
+  # Matrices in bfloat16, halved; the norms and the table stay float32.
+  matrices = LAYERS * 2 * (256 * 64 * 2 * (4 + 2) + 3 * 256 * 512) // 2
+  assert moved["received"] == moved["received_first"] == (
+      matrices + 4 * (512 * 256 // 2 + (2 * LAYERS + 1) * 256))
+  roles = {each["name"]: each["modelled"]["role"]
+           for each in figures["programs"]}
+  assert {name for name, role in roles.items() if role == "training"} == {
+      name for name in roles if name.startswith((
+          "reason/gather", "reason/fingerprints_sent", "reason/ref_logprobs",
+          "reason/update"))}
+  for each in figures["programs"]:
+    beside = each["measured"]["memory"]["beside"]
+    assert ("optimizer" in beside) == (
+        roles[each["name"]] == "training" and "update" not in each["name"])
+
+
 def by_hand(model, *, rows, length, remat, layers=2):
   """FLOPs of one microbatch, forward and backward, over all devices."""
   tokens, width = rows * length, model["heads"] * model["head_dim"]
@@ -138,7 +184,8 @@ def by_hand(model, *, rows, length, remat, layers=2):
   weights = again * weights + 3 * model["embed"] * model["mlp"]
   # Scores and values; computed again unless everything is kept.
   pairs = (3 if remat == "none" else 4) * 2 * length * width
-  head = 4 * model["embed"] * -(-model["vocab_size"] // 128) * 128
+  # In parts of bfloat16: three products forward, three again, two backward.
+  head = 8 * model["embed"] * -(-model["vocab_size"] // 128) * 128
   return 2 * tokens * (layers * (weights + pairs) + head)
 
 

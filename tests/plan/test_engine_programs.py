@@ -1,0 +1,187 @@
+"""Oracle: what a real engine calls, on eight devices of a CPU."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from posttrain import config as config_lib
+from posttrain import sharding
+from posttrain.model import transformer
+from posttrain.plan import abstract, programs, sampling_programs, setup
+from posttrain.sampler import hooks
+from posttrain.sampler import sampler as sampler_lib
+from posttrain.sampler import slots as slots_lib
+from posttrain.stages import sampling
+from tests import meshes
+
+GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
+LIMITS = sampler_lib.Limits(max_tokens=20)
+
+
+def small_setup(**rollout):
+  config = config_lib.read_file(str(GOLDEN))
+  config.model_overrides.update(layers=2, embed=64, mlp=96, head_dim=16)
+  config.mesh.update(fsdp=4, tensor=2)
+  config.compute.update(dtype="float32", remat="none")
+  config.reason.rollout.update(max_tokens=20, chunk=4, **rollout)
+  return setup.set_up(config_lib.resolve(config))
+
+
+def planned(found, groups, group_size):
+  """Name -> its program, of one call of the sampler."""
+  rollout = found.config.reason.rollout
+  model = abstract.model_of(found)
+  return {program.name: program for program in sampling_programs.of_rollout(
+      found, "reason", model, rollout, groups=groups, group_size=group_size,
+      limits=LIMITS, beside={})}
+
+
+@contextlib.contextmanager
+def watched(monkeypatch):
+  """Calls and bytes of arguments by the name that the plan gives a program."""
+  calls, held = collections.Counter(), collections.defaultdict(set)
+  original = slots_lib.Programs.__call__
+
+  def call(self, key, function, *args, **kwargs):
+    kind, *numbers = key
+    if kind == "place":
+      _, size, _, source = numbers
+      # A batch of prompts takes from a prefix, the slots from a batch.
+      kind = "prefix" if args[0].hidden.shape[0] == 4 else "place"
+      detail = f"[S={source} to {size}]"
+    else:
+      detail = {"empty": "[rows={} S={}]", "prefill": "[rows={} S={}]",
+                "resize": "[S={} to {}]", "decode": "[S={}]"}.get(
+                    kind, "").format(*numbers)
+    name = f"reason/{kind}{detail}"
+    calls[name] += 1
+    held[name].add(abstract.shard_bytes([
+        x for x in jax.tree.leaves((args, kwargs))
+        if isinstance(x, jax.Array)]))
+    return original(self, key, function, *args, **kwargs)
+
+  monkeypatch.setattr(slots_lib.Programs, "__call__", call)
+  yield calls, held
+
+
+def generate(found, prompts, group_size, script=None):
+  sampler = sampling.of_tables(
+      found.thinking_ids, found.tables, found.config.reason.rollout)
+  model = transformer.Transformer(found.model, jax.random.key(0))
+  return sampler.generate(
+      model, prompts, LIMITS, prompt_id=range(len(prompts)),
+      group_size=group_size, seed=0, stage="reason", script=script)
+
+
+# Of groups that do and do not divide the slots, and of single samples.
+@pytest.mark.parametrize("groups, group_size, slots", [
+    (4, 4, 8), (7, 3, 8), (13, 1, 8)])
+def test_calls_are_those_of_the_longest_rows(
+    groups, group_size, slots, monkeypatch):
+  meshes.eight()  # Or skips.
+  monkeypatch.setattr(sampler_lib, "PREFILL_CHUNK", 8)
+  found = small_setup(slots=slots)
+  prompts = [[3 + n] * 16 for n in range(groups)]
+  script = np.full((groups * group_size, 24), 7, np.int32)  # No end of text.
+  with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
+    expected = planned(found, groups, group_size)
+    rollouts = generate(found, prompts, group_size, script)
+  assert (rollouts.lengths == 20).all()
+  calls, held = real
+  assert expected.pop("reason/unstack").calls == 1  # Not by the engine's run.
+  assert calls == {
+      name: program.calls for name, program in expected.items()
+      if program.calls}
+  for name, sizes in held.items():
+    assert sizes == {abstract.shard_bytes(expected[name].arguments)}, name
+  # Others are for shorter rows and for prompts that share a beginning.
+  assert {re.sub(r"\W.*", "", name.split("/")[1])
+          for name in set(expected) - set(calls)} <= {
+              "empty", "prefill", "place", "prefix", "resize"}
+
+
+def test_no_program_runs_that_was_not_planned(monkeypatch):
+  """Prompts of any length, a prefix that they share, and rows that end."""
+  meshes.eight()
+  monkeypatch.setattr(sampler_lib, "PREFILL_CHUNK", 4)
+  found = small_setup(slots=8)
+  rng = np.random.default_rng(0)
+  lengths = (16, 5, 9, 13, 6, 7, 16, 11, 10)
+  prompts = [[5, 6, 7, 8, *rng.integers(9, 30, n - 4)] for n in lengths]
+  with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
+    expected = planned(found, len(prompts), 2)
+    script = np.full((2 * len(prompts), 24), 7, np.int32)
+    for row, end in enumerate(rng.integers(1, 24, len(script))):
+      script[row, end] = found.tokenizer.stop_ids[0]
+    rollouts = generate(found, prompts, 2, script)
+  calls, _ = real
+  assert len(set(rollouts.lengths.tolist())) > 5
+  assert any(name.startswith("reason/prefix") for name in calls)
+  assert set(calls) <= set(expected)
+
+
+def test_a_hook_is_planned(monkeypatch):
+  meshes.eight()
+  found = small_setup(slots=8)
+  steering = sampling.make_steering
+  hook = hooks.repetition_penalty(found.tables.vocab_size)
+  monkeypatch.setattr(sampling, "make_steering", lambda *args: (
+      dataclasses.replace(steering(*args), hook=hook)))
+  with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
+    expected = planned(found, 3, 4)
+    generate(found, [[n] * 16 for n in (4, 5, 6)], 4,
+             np.full((12, 24), 7, np.int32))
+  calls, held = real
+  assert calls["reason/hook"] == expected["reason/hook"].calls == 12
+  for name, sizes in held.items():
+    assert sizes == {abstract.shard_bytes(expected[name].arguments)}, name
+
+
+def test_slots_for_all_rows_are_no_engine():
+  found = small_setup(slots=16)
+  with jax.set_mesh(meshes.one()):
+    names = set(planned(found, 4, 4))
+  assert "reason/grow[S=20 to 24]" in names and "reason/begin" not in names
+
+
+def evaluation(**rollout):
+  config = config_lib.read_file(str(GOLDEN))
+  config.stages = ("measure",)
+  config.measure = dict(
+      kind="evaluate", problems=dict(
+          task="posttrain.tasks.signs:problems", args=dict(count=100)),
+      reward="posttrain.tasks.signs:reward", num_waits=(2,),
+      rollout=dict(max_prompt_tokens=16, chunk=16,
+                   batch_rows=8, **{"max_tokens": 32, **rollout}))
+  config.thinking = dict(newline="", wait_text="<think>")
+  found = setup.set_up(config_lib.resolve(config))
+  with jax.set_mesh(meshes.one()):
+    return list(programs.of_config(found))
+
+
+def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
+  """Waits need slots beyond the longest completion."""
+  # Of 64 slots the prompt has 16 and the completion 47, its end takes one.
+  found = evaluation(refill=True, max_tokens=47)
+  assert not any(program.calls for program in found)
+  names = [program.name for program in found]
+  # One token for the delimiter, of each wait and of the end.
+  assert "measure/decode[waits=0 S=64]" in names
+  assert "measure/decode[waits=2 S=96]" in names
+
+
+@pytest.mark.parametrize("refill", [False, True])
+def test_words_that_are_suppressed_are_in_the_program(refill):
+  texts = []
+  for words in ((), ("0",)):
+    decode = [program for program in evaluation(
+        refill=refill, suppress=words) if program.kind == "decode"][-1]
+    with jax.set_mesh(meshes.one()):
+      texts.append(decode.lower().as_text())
+  assert len(texts[1]) > len(texts[0])
