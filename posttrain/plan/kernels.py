@@ -10,6 +10,7 @@ _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 DECODE = "decode_attention"  # `model.decode_kernel`.
 # XLA's own, of `jax.lax.ragged_dot`: the product, and where its groups begin.
 RAGGED, RAGGED_INDEX = "ragged-dot", "ragged-dot-metadata"
+RAGGED_GRADIENT = "tgmm"  # `model.grouped_kernel`: of the matrices.
 # Of all pairs of positions, a causal mask shows half.
 VISIBLE = 0.5
 
@@ -28,7 +29,8 @@ def flops(
   against [.., K, S, H] keys, the first two operands of floating point, as
   causal; and the sampler's [B, K, G, H] queries against all S slots, as if
   none were left out. Of a product of [N, in] rows by group with [E, in, out]
-  weights, rows of this device's E experts, as if the router were balanced.
+  weights, or of the gradient of these, rows of this device's E experts, as if
+  the router were balanced.
 
   Args:
     experts: of the model, on all devices together.
@@ -43,8 +45,12 @@ def flops(
   if instruction.name.startswith(RAGGED_INDEX):
     return 0
   if instruction.name.startswith(RAGGED) and experts:
-    return _ragged(computation, instruction, experts)
+    rows, weights = _floats(computation, instruction)
+    return _ragged(rows[0], weights, experts)
   parts = instruction.name.split("_")
+  if RAGGED_GRADIENT in parts and experts:
+    rows, _ = _floats(computation, instruction)
+    return _ragged(rows[0], instruction.array.dims, experts)
   products = [count for name, count in _PRODUCTS.items() if name in parts]
   floats = _floats(computation, instruction)
   if "splash" not in parts or not products or len(floats) < 2:
@@ -54,11 +60,9 @@ def flops(
       2 * products[0] * math.prod(queries) * keys[-2] * VISIBLE)
 
 
-def _ragged(
-    computation: Computation, instruction: Instruction, experts: int) -> int:
+def _ragged(rows: int, weights: tuple[int, ...], experts: int) -> int:
   """There is room for the tokens of all experts that tokens come from."""
-  rows, weights = _floats(computation, instruction)
-  return 2 * rows[0] * math.prod(weights) // experts
+  return 2 * rows * math.prod(weights) // experts
 
 
 def _floats(

@@ -9,6 +9,7 @@
               queries against 2 heads of keys
   ragged      gradients of the sum of squares of jax.lax.ragged_dot, bfloat16
               [1024, 256] rows with [8, 256, 384] weights, on one v5e
+  grouped     the same of model.grouped_kernel.product
 """
 
 import lzma
@@ -161,19 +162,21 @@ ENTRY %main (blocks: s32[2,1], q: bf16[2,3,4,128], k: s8[2,3,40,128], scale: f32
   assert not counts.uncounted
 
 
-def test_products_by_expert_are_counted_by_hand():
-  """Two kernels: the product and its rows' gradient, each row by one expert.
+@pytest.mark.parametrize("name, num_kernels, num_dense", [
+    ("ragged", 2, 8), ("grouped", 3, 0)])
+def test_products_by_expert_are_counted_by_hand(name, num_kernels, num_dense):
+  """The product and two gradients, each row by one expert.
 
-  The gradient of the weights is none. XLA makes it a dense product of all rows
-  with each of the eight experts, masked.
+  That of the weights is none of XLA's kernels. It makes it a dense product of
+  all rows with each of the eight experts, masked.
   """
   one = 2 * 1024 * 256 * 384
   for experts, share in ((8, 1), (32, 1 / 4)):  # All here; a fourth of them.
     counts = measure.count(
-        recorded("ragged"), collectives.Layout(("fsdp", "tensor"), (1, 1)),
+        recorded(name), collectives.Layout(("fsdp", "tensor"), (1, 1)),
         set(), None, experts=experts)
-    assert counts.kernel_flops == 2 * one * share
-    assert counts.dot_flops == 8 * one and not counts.uncounted
+    assert counts.kernel_flops == num_kernels * one * share
+    assert counts.dot_flops == num_dense * one and not counts.uncounted
 
 
 def test_another_kernel_is_named():
