@@ -13,7 +13,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding, weights
 from posttrain.model import presets, transformer
-from posttrain.plan import programs
+from posttrain.plan import abstract
 from posttrain.stages import footprint
 from posttrain.train import checkpoints, memory, optimizer, state
 from tests import meshes
@@ -174,7 +174,7 @@ def test_the_plans_bytes_are_those_of_real_shards(name, dtype):
     real = state.create(model, made)
     planned = weights.on_mesh(
         jax.eval_shape(lambda model: state.create(model, made), model))
-    assert programs.shard_bytes(planned) == sum(
+    assert abstract.shard_bytes(planned) == sum(
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real))
 
 
