@@ -2,9 +2,10 @@
 
   python -m tests.stages.hosts_run train --config=tests/stages/sft_run.py ...
 
-With STOP=step:seconds the second process stands still for so long before it
-reads the batch of that step (a SIGSTOP, which another process ends again); with
-KILL=step it is killed there; with HANG=step:seconds its main thread sleeps.
+With STOP=step:seconds the second process, or that of WHICH, stands still for so
+long before it reads the batch of that step (a SIGSTOP, which another process
+ends again); with KILL=step it is killed there; with HANG=step:seconds its main
+thread sleeps.
 """
 
 import itertools
@@ -38,7 +39,7 @@ def misbehave(step: int, act) -> None:
 
 if __name__ == "__main__":
   hosts.PULSE, hosts.SILENT, hosts.STUCK = 0.5, 3.0, 3.0
-  if os.environ["POSTTRAIN_PROCESS_ID"] == "1":
+  if os.environ["POSTTRAIN_PROCESS_ID"] == os.environ.get("WHICH", "1"):
     if "STOP" in os.environ:
       at, seconds = os.environ["STOP"].split(":")
       misbehave(int(at), lambda: stand_still(seconds))

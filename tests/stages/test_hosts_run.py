@@ -59,3 +59,21 @@ def test_a_host_that_is_killed_is_named(tmp_path):
   assert result.returncode == 137, result.stderr
   assert "process 1 ended with status 137" in result.stderr
   assert f"{SECOND} has not been heard of for 3 s" in result.stdout
+
+
+def test_the_coordinator_is_killed_and_the_same_command_goes_on(tmp_path):
+  """No number differs from those of a run that nobody touched."""
+  left, whole = tmp_path / "left", tmp_path / "whole"
+  result = launch(left, KILL="7", WHICH="0")
+  assert result.returncode == 137, result.stderr
+  assert "process 0 ended with status 137" in result.stderr
+  assert "the coordinator is process 0 (" in result.stderr
+  for path in (left, whole):
+    result = launch(path)
+    assert result.returncode == 0, result.stderr
+  rows, wanted = ([
+      {name: value for name, value in row.items()
+       if not name.startswith(("time/", "perf/"))}
+      for row in metrics.read(path / "metrics.jsonl")]
+      for path in (left, whole))
+  assert len(rows) == 12 and rows == wanted
