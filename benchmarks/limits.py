@@ -106,15 +106,36 @@ def forward(
 
 
 def update(config: ModelConfig, *, rows: int, length: int) -> Work:
-  """Forward and backward over causal rows, and AdamW.
+  """An update on causal rows, all of whose tokens are in the loss."""
+  return _with_backward(config, forward(
+      config, rows=rows, queries=length, keys=length,
+      seen=(length + 1) / 2 / length, logits=rows * length))
+
+
+def group_update(
+    config: ModelConfig, *, prompts: int, samples: int, prompt: int, new: int,
+) -> Work:
+  """An update on the completions of prompts, each prompt computed once.
+
+  The first token of each completion is predicted by the prompt; the last one
+  predicts nothing.
+  """
+  rows, fed = prompts * samples, new - 1
+  return _with_backward(config, _added(
+      forward(config, rows=prompts, queries=prompt, keys=prompt,
+              seen=(prompt + 1) / 2 / prompt, logits=prompts),
+      forward(config, rows=rows, queries=fed, keys=prompt + fed,
+              seen=(prompt + (fed + 1) / 2) / (prompt + fed),
+              logits=rows * fed)))
+
+
+def _with_backward(config: ModelConfig, products: Mapping) -> Work:
+  """Forward and backward, and AdamW.
 
   Bytes: parameters are read forward and backward; gradients are written and
   read; AdamW reads and writes the parameters and two moments. Activations are
   left out, as they may stay in caches.
   """
-  products = forward(
-      config, rows=rows, queries=length, keys=length,
-      seen=(length + 1) / 2 / length, logits=rows * length)
   for product, count in dict(products).items():
     for gradient in product.backward:
       products = _added(products, {gradient: count})
@@ -162,4 +183,6 @@ def of(config: ModelConfig, shape: Shape) -> tuple[Work, ...]:
       decode_step(config, rows=rows, context=middle) * (shape.new - 1))
   if shape.samples == 1:
     return parts
-  return *parts, update(config, rows=rows, length=shape.prompt + shape.new)
+  return *parts, group_update(
+      config, prompts=shape.prompts, samples=shape.samples,
+      prompt=shape.prompt, new=shape.new)

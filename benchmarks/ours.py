@@ -25,7 +25,7 @@ from posttrain.train import microbatches, optimizer, policy, step
 from posttrain.train import state as state_lib
 
 LOSS_CHUNK = 128  # Positions whose logits exist at once.
-GRPO_ROWS = 16  # Of a microbatch.
+GRPO_ROWS = 2  # Of a microbatch; each holds a group behind its prompt.
 # Without an accelerator, of two cores. A step of training keeps both busy on
 # one device; the small products of decoding do not.
 DEVICES = {"sft": 1, "generate": 2, "grpo": 2}
@@ -127,8 +127,11 @@ def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   generator = Generator(config, shape)
   count = shape.prompts * shape.samples
   packing = policy.Shapes(
-      length=shape.prompt + shape.new, rows=GRPO_ROWS, num_minibatches=1,
-      completions=count)
+      # As `shared_prompts` lays it out: each completion behind the prompt's
+      # last token.
+      length=shape.prompt - 1 + shape.samples * (shape.new + 1),
+      rows=GRPO_ROWS, num_minibatches=1, completions=count,
+      share_prompts=True)
   ones = np.ones(count, np.float32)
 
   def run(number: int) -> int:

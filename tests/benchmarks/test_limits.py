@@ -92,7 +92,15 @@ def test_a_grpo_step_prefills_a_prompt_once_and_learns_from_each_sample():
   assert prefill.flops == limits.prefill(CONFIG, prompts=8, length=64).flops
   assert decode.flops == pytest.approx(127 * limits.decode_step(
       CONFIG, rows=64, context=127).flops)
-  assert update.flops == limits.update(CONFIG, rows=64, length=192).flops
+  # Every prompt once, and of each completion all but the last token.
+  fed, c = 8 * 64 + 64 * 127, CONFIG
+  heads = 2 * (c.heads + c.kv_heads) * c.head_dim
+  matrices = c.layers * fed * c.embed * (heads + 3 * c.mlp)
+  head = (8 + 64 * 127) * c.embed * c.vocab_size
+  seen = 8 * sum(range(1, 65)) + 64 * sum(range(65, 192))
+  attention = c.layers * 2 * seen * c.heads * c.head_dim
+  assert update.flops == pytest.approx(
+      3 * 2 * (matrices + head + attention))
 
 
 def test_the_limit_is_the_slower_of_arithmetic_and_traffic():
