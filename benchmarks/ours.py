@@ -118,6 +118,14 @@ def generate(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   return lambda number: int(generator(model, number).lengths.sum())
 
 
+def group_length(prompt: int, samples: int, new: int) -> int:
+  """Tokens of a row that holds a group, as `train.shared_prompts` lays it out.
+
+  The prompt's last token is there for each sample, before its completion.
+  """
+  return prompt - 1 + samples * (1 + new)
+
+
 def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   """Rollouts, their rewards and advantages, and one update on them."""
   loss = policy.PolicyLoss(
@@ -127,9 +135,7 @@ def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   generator = Generator(config, shape)
   count = shape.prompts * shape.samples
   packing = policy.Shapes(
-      # As `shared_prompts` lays it out: each completion behind the prompt's
-      # last token.
-      length=shape.prompt - 1 + shape.samples * (shape.new + 1),
+      length=group_length(shape.prompt, shape.samples, shape.new),
       rows=GRPO_ROWS, num_minibatches=1, completions=count,
       share_prompts=True)
   ones = np.ones(count, np.float32)

@@ -89,7 +89,7 @@ def compare(arguments: argparse.Namespace, prompt: int) -> dict:
   apart, tokens_apart = make_side(
       update, state, drawn, length=prompt + new, share=False)
   shared, tokens_shared = make_side(
-      update, state, drawn, length=prompt - 1 + samples * (new + 1),
+      update, state, drawn, length=ours.group_length(prompt, samples, new),
       share=True)
   found = sides.take(
       {"apart": apart, "shared": shared}, groups * samples * new,
