@@ -149,8 +149,8 @@ def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
     experience = policy.pack_experience(drawn, {
         "advantages": advantages_lib.group_advantages(
             rewards, drawn.prompt_id),
-        "token_weights": ones, "token_shares": ones},
-        [np.arange(count)], packing)
+        "token_weights": ones},
+        [np.arange(count)], [drawn.lengths.sum()], packing)
     arrays, used = policy.minibatch(experience, 0)
     arrays.pop("old_logprobs", None)  # The ratio is against itself.
     state, metrics = jax.block_until_ready(

@@ -63,8 +63,8 @@ def make_side(
   ones = np.ones(count, np.float32)
   experience = policy.pack_experience(
       drawn, {"advantages": np.random.default_rng(0).normal(size=count).astype(
-          np.float32), "token_weights": ones, "token_shares": ones},
-      [np.arange(count)], policy.Shapes(
+          np.float32), "token_weights": ones},
+      [np.arange(count)], [drawn.lengths.sum()], policy.Shapes(
           length=length, rows=max(1, MICROBATCH_TOKENS // length),
           num_minibatches=1, completions=count, share_prompts=share))
   arrays, used = policy.minibatch(experience, 0)

@@ -302,15 +302,40 @@ def check_groups(config, name: str, stage: Mapping) -> Iterator[str]:
            f"rollout.max_prompt_tokens + rollout.max_tokens = {longest}.")
 
 
+def check_kl(config, name: str, stage: Mapping) -> Iterator[str]:
+  loss = stage["loss"]
+  estimator, place = loss["kl_estimator"], loss["kl_in"]
+  if not loss["kl_coef"]:
+    return
+  if place == "loss" and estimator == "k1":
+    yield ("loss.kl_estimator: 'k1' in the loss has an expected gradient of "
+           "zero, so it would hold nothing to the reference. Use 'k2' or "
+           "'k3', or loss.kl_in='reward'.")
+  if place == "reward" and estimator != "k1":
+    yield (f"loss.kl_estimator: {estimator!r} in the reward does not have the "
+           "gradient of the KL; 'k1' does. Use 'k1', or loss.kl_in='loss'.")
+
+
+def check_correction(config, name: str, stage: Mapping) -> Iterator[str]:
+  """The sampler's policy is another one than the trainer's."""
+  if stage["loss"]["behaviour_correction"] != "none":
+    return
+  if stage["staleness"]:
+    yield (f"staleness: set to {stage['staleness']}, and rollouts of an older "
+           "policy need loss.behaviour_correction='truncate' or 'mask'.")
+  for key in ("cache_dtype", "weights_dtype"):
+    if stage["rollout"][key] == "int8":
+      yield (f"rollout.{key}: 'int8' samples from another distribution than "
+             "the trainer's, and needs loss.behaviour_correction='truncate' "
+             "or 'mask'.")
+
+
 def check_staleness(config, name: str, stage: Mapping) -> Iterator[str]:
   if not stage["staleness"]:
     return
   if _at(config, "mesh.roles") != "split":
     yield (f"staleness: set to {stage['staleness']}, and nothing can be drawn "
            "while the same devices train. Set mesh.roles='split', or 0.")
-  if _at(stage, "loss.behaviour_correction") == "none":
-    yield (f"staleness: set to {stage['staleness']}, and rollouts of an older "
-           "policy need loss.behaviour_correction='truncate' or 'mask'.")
   updates = stage["num_minibatches"] * stage["num_epochs"]
   every = _at(stage, "checkpoint.every")
   if every % updates:
@@ -384,8 +409,8 @@ STAGE_CHECKS = {
             check_sft_rows, check_sources, check_whole_blocks,
             tracing.check_steps),
     "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
-             check_groups, check_staleness, check_rewards, check_reference,
-             check_shared_prompts,
+             check_groups, check_kl, check_correction, check_staleness,
+             check_rewards, check_reference, check_shared_prompts,
              *sampling_checks.GRPO, check_weights_dtype, check_whole_blocks,
              tracing.check_steps),
     "evaluate": (check_checkpoints, *sampling_checks.EVALUATE,

@@ -239,11 +239,13 @@ GRPO = Section(
         clip_high=Key(float, 0.2, "The ratio is kept below 1 + clip_high.",
                       "(0, inf)"),
         aggregation=Key(
-            str, "token_mean", "Mean over all tokens of the batch, mean of "
-            "each completion's mean, or a sum over a constant (Dr. GRPO).",
+            str, "token_mean", "Mean over all tokens of the minibatch, mean of "
+            "each completion's mean, or a sum over a constant (Dr. GRPO): "
+            "over all its completions, those without a signal too.",
             choices=("token_mean", "sequence_mean", "constant")),
         advantage_std=Key(
-            str, "population", "What centred rewards are divided by.",
+            str, "population", "What centred rewards are divided by: their "
+            "standard deviation in the group, or nothing.",
             choices=("population", "sample", "none")),
         advantage_eps=Key(
             float, 1e-6, "Added to that standard deviation.", "[0, inf)",
@@ -252,15 +254,20 @@ GRPO = Section(
             float, 0.0, "Weight of the KL to the reference; 0: no reference "
             "is held.", "[0, inf)"),
         kl_estimator=Key(
-            str, "k3", "k1: log ratio; k2: half its square; k3: unbiased and "
-            "positive.", choices=("k1", "k2", "k3"),
+            str, "k3", "k1: log ratio, for the reward; k2: half its square; "
+            "k3: unbiased and positive, as in GRPO. The loss takes k2 or k3: "
+            "the expected gradient of k1 there is zero.",
+            choices=("k1", "k2", "k3"),
             needs=Needs("loss.kl_coef", ">", 0)),
         kl_in=Key(
-            str, "loss", "Where it is added.", choices=("loss", "reward"),
+            str, "loss", "The loss, per token; or the reward, where each "
+            "completion's sum, centred in its group and not divided by any "
+            "deviation, comes off its advantage.", choices=("loss", "reward"),
             needs=Needs("loss.kl_coef", ">", 0)),
         behaviour_correction=Key(
             str, "none", "For what another policy, or another program, drew: "
-            "each token's loss is multiplied by the ratio of the trainer's "
+            "each token's policy term is multiplied by the ratio of the "
+            "trainer's "
             "old probability to the sampler's, cut off at a cap (truncated "
             "importance sampling), or left out where the ratio is above the "
             "cap or below a floor (IcePop).", choices=CORRECTIONS),

@@ -14,14 +14,14 @@ every host; `sharding.put` gives each host its rows.
 
 import functools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from posttrain.data import examples as examples_lib
-from posttrain.data import pack
+from posttrain.data import pack, streams
 from posttrain.data import sources as sources_lib
 from posttrain.text import render as render_lib
 
@@ -111,9 +111,9 @@ class EvalBatches:
 
 def make_batches(
     sources: Sequence[Mapping[str, Any]], renderer: render_lib.Renderer, *,
-    sequence_length: int, rows: int, seed: int, on_overlong: str = "error",
-    on_no_target: str = "error", on_malformed: str = "error",
-    packing: bool = True, shuffle: bool = True,
+    sequence_length: int, rows: int, seed: int, stage: str,
+    on_overlong: str = "error", on_no_target: str = "error",
+    on_malformed: str = "error", packing: bool = True, shuffle: bool = True,
 ) -> Batches:
   """The endless batches of a training stage.
 
@@ -122,7 +122,7 @@ def make_batches(
     renderer: rows -> tokens and loss mask.
     sequence_length: T, tokens per packed row.
     rows: packed rows of the global batch.
-    seed: of the order.
+    seed, stage: of the order.
     on_overlong: "error", "drop" or "truncate", which keeps EOS.
     on_no_target: "error" or "drop".
     on_malformed: "error" or "skip".
@@ -145,14 +145,15 @@ def make_batches(
   for index, part in enumerate(examples):
     dataset = grain.MapDataset.source(part)
     if shuffle:
-      dataset = _EpochShuffle(dataset, seed=(seed, index))
+      dataset = _EpochShuffle(dataset, functools.partial(
+          streams.stream, seed, stage, "examples", index))
     parts.append(dataset.repeat())
   weights = [source.weight for source in parsed]
   stream = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
   return Batches(
       stream, rows=rows, sequence_length=sequence_length, packing=packing,
       examples=examples,
-      setting=[weights, rows, sequence_length, seed, packing, shuffle])
+      setting=[weights, rows, sequence_length, seed, stage, packing, shuffle])
 
 
 def eval_batches(
@@ -196,12 +197,13 @@ class _EpochShuffle(grain.MapDataset):
   seed up by epoch, so that seed 1 repeats the orders of seed 0.
   """
 
-  def __init__(self, parent: grain.MapDataset, *, seed: tuple[int, ...]):
+  def __init__(
+      self, parent: grain.MapDataset,
+      stream: Callable[[int], np.random.Generator]):
     super().__init__(parent)
     # Two: an example of the last epoch may still wait for room.
     self._order = functools.lru_cache(maxsize=2)(
-        lambda epoch: np.random.default_rng(
-            (*seed, epoch)).permutation(len(parent)))
+        lambda epoch: stream(epoch).permutation(len(parent)))
 
   def __len__(self) -> int:
     return len(self._parent)

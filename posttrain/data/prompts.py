@@ -1,10 +1,12 @@
-"""Which problems a batch of rollouts asks: a function of seed and batch."""
+"""Which problems a batch of rollouts asks: a function of its number."""
 
 import numpy as np
 
+from posttrain.data import streams
+
 
 def problems_of_batch(
-    num_problems: int, num_groups: int, *, batch: int, seed: int,
+    num_problems: int, num_groups: int, *, batch: int, seed: int, stage: str,
 ) -> np.ndarray:
   """Indices [num_groups] of distinct problems.
 
@@ -13,6 +15,7 @@ def problems_of_batch(
 
   Args:
     batch: 0, 1, ...: nothing else has to be remembered for a resume.
+    stage: two stages on one task ask in different orders.
 
   Raises:
     ValueError: there are fewer problems than a batch needs.
@@ -23,5 +26,6 @@ def problems_of_batch(
         f"The task has {num_problems} problems, and a batch needs "
         f"{num_groups} different ones. Lower num_groups.")
   epoch, index = divmod(batch, per_epoch)
-  order = np.random.default_rng((seed, epoch)).permutation(num_problems)
+  order = streams.stream(
+      seed, stage, "problems", epoch).permutation(num_problems)
   return order[index * num_groups:(index + 1) * num_groups]

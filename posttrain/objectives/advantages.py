@@ -1,7 +1,9 @@
 """Rewards -> advantages, on the host in NumPy.
 
 Row `i` belongs to the group `prompt_id[i]`. Rows of a group need not be
-neighbours, and groups need not be of one size.
+neighbours, and groups need not be of one size. A reward of NaN is that of a
+completion which could not be scored: it leaves its group, counts in no mean,
+and has an advantage of zero.
 
   B: completions    K: reward functions
 
@@ -44,13 +46,23 @@ def combine_rewards(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def informative(rewards: np.ndarray, prompt_id: np.ndarray) -> np.ndarray:
-  """[B] bool, the row's group has more than one reward: it teaches."""
+  """[B] bool, the row has a reward, and its group more than one value."""
   _, group = np.unique(prompt_id, return_inverse=True)
   least = np.full(group.max(initial=-1) + 1, np.inf)
   most = -least
-  np.minimum.at(least, group, rewards)
-  np.maximum.at(most, group, rewards)
-  return (most > least)[group]
+  np.fmin.at(least, group, rewards)
+  np.fmax.at(most, group, rewards)
+  return (most > least)[group] & ~np.isnan(rewards)
+
+
+def centred(values: np.ndarray, prompt_id: np.ndarray) -> np.ndarray:
+  """Subtracts each group's mean from [B] values; NaN becomes 0."""
+  _, group = np.unique(prompt_id, return_inverse=True)
+  known = ~np.isnan(values)
+  sums = np.bincount(group[known], values[known], minlength=group.max() + 1)
+  sizes = np.bincount(group[known], minlength=len(sums))
+  mean = sums / np.maximum(sizes, 1)
+  return np.where(known, values - mean[group], 0)
 
 
 def group_advantages(
@@ -86,13 +98,14 @@ def group_advantages(
         f"{(size < 2).sum()} of {size.size} prompts have a single completion, "
         "and an advantage needs two or more. Raise group_size.")
   rewards = np.asarray(rewards, np.float64)
-  centred = rewards - (np.bincount(group, rewards) / size)[group]
   # Rounding leaves a remainder where rewards agree; eps would not hide it.
-  centred = np.where(informative(rewards, prompt_id), centred, 0)
+  result = np.where(
+      informative(rewards, prompt_id), centred(rewards, prompt_id), 0)
   if std != "none":
-    members = size - 1 if std == "sample" else size
-    deviation = np.sqrt(np.bincount(group, centred**2) / members)
+    members = np.bincount(group, ~np.isnan(rewards)) - (std == "sample")
+    deviation = np.sqrt(
+        np.bincount(group, result**2) / np.maximum(members, 1))
     # Where the deviation is zero so is the numerator, whatever eps is.
     scale = np.where(deviation > 0, deviation + eps, 1)
-    centred = centred / scale[group]
-  return centred.astype(np.float32)
+    result = result / scale[group]
+  return result.astype(np.float32)

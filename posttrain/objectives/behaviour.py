@@ -2,7 +2,9 @@
 
 The sampler's logprobs are of the policy that drew (the behaviour policy): an
 older version, or the same one in a program that rounds otherwise. Each token's
-loss is multiplied by how much likelier the trainer's old policy is to draw it.
+policy term is multiplied by how much likelier the trainer's old policy is to
+draw it. The KL to the reference is not: TRL 1.16 adds it after the product, so
+that a token that is left out, or weighed down, keeps its pull to the reference.
 
   B: rows    T: length
 
@@ -20,7 +22,7 @@ def correction(
     old_logprobs: jax.Array, sampler_logprobs: jax.Array,
     loss_mask: jax.Array, *, kind: str, cap: float, floor: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Factors of the tokens' losses, without a gradient.
+  """Factors of the tokens' policy terms, without a gradient.
 
   Args:
     old_logprobs, sampler_logprobs: [B, T] float32, of the trainer before the

@@ -16,10 +16,8 @@ from posttrain.objectives import kl, masked
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
 
-def aggregation_weights(
-    aggregation: str, lengths: np.ndarray, *, max_tokens: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """What each token of a completion adds to numerator and denominator.
+def aggregation_weights(aggregation: str, lengths: np.ndarray) -> np.ndarray:
+  """Weights of a completion's tokens in the numerator.
 
   | aggregation   | loss of a batch                                       |
   |---------------|-------------------------------------------------------|
@@ -27,16 +25,12 @@ def aggregation_weights(
   | sequence_mean | mean over completions of the mean over tokens (GRPO)  |
   | constant      | sum over tokens / (completions x max_tokens) (Dr.GRPO)|
 
-  Both are per token, so that they survive packing and microbatches. A
-  completion without a token in the loss adds nothing to either.
-
   Args:
     aggregation: one of `AGGREGATIONS`.
     lengths: [N] int, tokens of each completion that are in the loss.
-    max_tokens: the longest completion possible; "constant" only.
 
   Returns:
-    weights, shares: [N] float32, for each token of a completion.
+    [N] float32, for each token of a completion.
 
   Raises:
     ValueError: `aggregation` is another word.
@@ -45,13 +39,27 @@ def aggregation_weights(
     raise ValueError(
         f"loss.aggregation is {aggregation!r} and must be one of "
         f"{', '.join(AGGREGATIONS)}.")
-  ones = np.ones(lengths.shape, np.float32)
-  inverse = (ones / np.maximum(lengths, 1)).astype(np.float32)
+  if aggregation != "sequence_mean":
+    return np.ones(lengths.shape, np.float32)
+  return (1 / np.maximum(lengths, 1)).astype(np.float32)
+
+
+def aggregation_denominator(
+    aggregation: str, lengths: np.ndarray, *, max_tokens: int) -> float:
+  """Denominator of the loss over all completions of a minibatch.
+
+  It counts completions whose advantage is zero, and completions without a
+  token in the loss, as the formulas do (and TRL 1.16): a batch of which half
+  teaches nothing moves the weights half as far.
+
+  Args:
+    aggregation, lengths: as in `aggregation_weights`, of every completion.
+    max_tokens: the longest completion possible; "constant" only.
+  """
   if aggregation == "token_mean":
-    return ones, ones
-  if aggregation == "sequence_mean":
-    return inverse, inverse
-  return ones, max_tokens * inverse
+    return float(np.sum(lengths))
+  return float(len(lengths) * (
+      max_tokens if aggregation == "constant" else 1))
 
 
 def policy_loss(
@@ -60,6 +68,7 @@ def policy_loss(
     ref_logprobs: jax.Array | None = None, kl_coef: float = 0.0,
     kl_estimator: str = "k3", token_weights: jax.Array | None = None,
     token_shares: jax.Array | None = None,
+    importance_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Clipped policy-gradient loss, summed over the sampled tokens.
 
@@ -72,8 +81,13 @@ def policy_loss(
     ref_logprobs: [B, T] float32, under the reference; needed for a KL term.
     kl_coef: weight of the KL term in the loss; 0 only measures it.
     kl_estimator: "k1", "k2" or "k3", see `kl`.
-    token_weights, token_shares: [B, T] float32, see `aggregation_weights`;
-      None for the token mean.
+    token_weights: [B, T] float32, see `aggregation_weights`.
+    token_shares: [B, T] float32, each token's part of the denominator, which
+      may be of more completions than these (`aggregation_denominator`). None
+      for both is the mean over these tokens.
+    importance_weights: [B, T] float32, see `behaviour`. They multiply the
+      policy term only, as in TRL: a token that they leave out is still held
+      to the reference.
 
   Returns:
     Numerator and denominator, scalars, and a dict of sums over the tokens in
@@ -97,6 +111,8 @@ def policy_loss(
       jnp.clip(log_ratio, -kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO))  # [B, T]
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   loss = -jnp.minimum(ratio * advantages, clipped * advantages)
+  if importance_weights is not None:
+    loss = importance_weights * loss
   # Counted where the clip takes effect: the minimum takes the other branch
   # where the advantage pulls the ratio back.
   low = (ratio < 1 - clip_low) & (advantages < 0)

@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ml_collections import config_dict
-
 from posttrain import sharding
 from posttrain.plan.program import SAMPLING, TRAINING
 from posttrain.plan.setup import Setup
@@ -51,7 +49,7 @@ def of_config(
     renderer = render.make_renderer(
         setup.tokenizer, setup.config.chat_template)
     try:
-      share, text = measure(setup, section, renderer, parts)
+      share, text = measure(setup, name, renderer, parts)
       found.append(Padding(name, what, share, text))
     except (ValueError, OSError) as error:
       found.append(Padding(name, what, None, f"unknown: {error}"))
@@ -63,11 +61,12 @@ def of_config(
 
 
 def _rows(
-    setup: Setup, section: config_dict.ConfigDict, renderer: render.Renderer,
-    parts: int,
+    setup: Setup, name: str, renderer: render.Renderer, parts: int,
 ) -> tuple[float, str]:
   """Packs the real data, as the stage would."""
-  batches, _ = sft.read_data(section, renderer, seed=setup.config.seed)
+  section = setup.config[name]
+  batches, _ = sft.read_data(
+      section, renderer, seed=setup.config.seed, stage=name)
   share = batches.report["padding_share"]
   multiple = section.num_microbatches * parts
   rows = -(-section.rows // multiple) * multiple
@@ -78,10 +77,10 @@ def _rows(
 
 
 def _prompts(
-    setup: Setup, section: config_dict.ConfigDict, renderer: render.Renderer,
-    parts: int,
+    setup: Setup, name: str, renderer: render.Renderer, parts: int,
 ) -> tuple[float, str]:
   """The task's first prompts against the room for them."""
+  section = setup.config[name]
   problems = loading.load_function(section.problems.task)(
       section.problems.split, **section.problems.args)
   count = min(len(problems), SAMPLED_PROMPTS)

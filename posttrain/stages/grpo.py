@@ -3,11 +3,18 @@
 One batch of rollouts gives `num_minibatches * num_epochs` optimizer updates;
 `step` counts updates. The old logprobs of the ratio come from the training
 program: those of the first update are its own (the ratio is exactly 1), the
-others are computed once, before it. Groups whose rewards are all equal are
-reported and left out; an update that has nothing left to learn from is
-counted, and moves nothing.
+others are computed once, before it. The loss is a mean over all completions of
+a minibatch. Where it has no term but the policy's, completions of groups whose
+rewards are all equal have no gradient: they count in the denominator, and their
+forward pass is saved. An update of a minibatch of nothing else is counted, and
+moves nothing.
 
-Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
+A KL in the reward is not the paper's: it is taken off the advantage, centred in
+its group and never divided by the standard deviation of the rewards, so that
+`kl_coef` weighs it alike in every group.
+
+References: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1; the KL
+in the reward, https://arxiv.org/abs/1909.08593, section 2.
 """
 
 import dataclasses
@@ -20,8 +27,10 @@ import numpy as np
 
 from posttrain import sharding
 from posttrain.config import schema
+from posttrain.data import streams
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
+from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_lib
 from posttrain.stages import draws, grpo_parts, rollout, training
 from posttrain.stages.context import StageContext
@@ -189,10 +198,15 @@ class Learner:
     collected = self.draws.take(model, batch)
     started = time.monotonic()
     names = list(self.collector.rewards)
-    divergence = self._kl_in_reward(collected)
-    advantages, rows = rollout.advantages_and_rows(
-        collected, std=section.loss.advantage_std,
+    rewards, groups = collected.rewards, collected.rollouts.prompt_id
+    rows = np.flatnonzero(
+        ~np.isnan(rewards) if grpo_parts.needs_all(section, self.loss)
+        else advantages_lib.informative(rewards, groups))
+    advantages = advantages_lib.group_advantages(
+        rewards, groups, std=section.loss.advantage_std,
         eps=section.loss.advantage_eps)
+    penalty, divergence = self._kl_in_reward(collected, rows)
+    advantages -= penalty
     experience = self._pack(collected, advantages, rows, batch)
     if self.updates > 1:
       experience = policy.add_logprobs(
@@ -314,40 +328,51 @@ class Learner:
       rates |= monitor.compare_hosts()
     return rates
 
-  def _kl_in_reward(self, collected: rollout.Collected) -> dict[str, float]:
-    """Takes the KL to the reference off each reward; its mean per token."""
-    loss = self.section.loss
+  def _kl_in_reward(
+      self, collected: rollout.Collected, rows: np.ndarray,
+  ) -> tuple[np.ndarray, dict[str, float]]:
+    """What comes off the advantages [B]; and the KL, a mean per token."""
+    loss, rewards = self.section.loss, collected.rewards
     if not loss.kl_coef or loss.kl_in == "loss":
-      return {}
-    rows = np.arange(len(collected.rewards))
+      return np.zeros(len(rewards), np.float32), {}
     everything = self._pack(
-        collected, np.zeros(len(rows), np.float32), rows, batch=0)
+        collected, np.zeros(len(rewards), np.float32), rows, batch=0)
     estimate = policy.divergences(
         everything, self.state.model, offload.to_devices(self.reference),
-        self.loss, loss.kl_estimator, len(rows))
-    collected.rewards[:] -= loss.kl_coef * estimate
-    tokens = collected.rollouts.loss_mask.sum()
-    return {"kl": float(estimate.sum() / max(tokens, 1))}
+        self.loss, loss.kl_estimator, len(rewards))
+    penalty = loss.kl_coef * advantages_lib.centred(
+        np.where(np.isnan(rewards), np.nan, estimate),
+        collected.rollouts.prompt_id)
+    tokens = collected.rollouts.loss_mask[rows].sum()
+    return penalty.astype(np.float32), {
+        "kl": float(estimate[rows].sum() / max(tokens, 1))}
 
   def _pack(self, collected, advantages, rows, batch: int) -> policy.Arrays:
-    """Packs `rows`; whole groups go to one minibatch, drawn by the seed."""
-    section = self.section
-    token_weights, token_shares = policy_lib.aggregation_weights(
-        section.loss.aggregation, collected.rollouts.loss_mask.sum(1),
-        max_tokens=section.rollout.max_tokens)
-    rng = np.random.default_rng((self.context.config.seed, batch))
-    order = rng.permutation(section.num_groups)
-    group = np.arange(len(collected.rewards)) // section.group_size
+    """Packs `rows`; whole groups go to one minibatch, drawn by the seed.
+
+    The denominator of each minibatch is of all its completions that have a
+    reward, also of those that are not among `rows`.
+    """
+    section, lengths = self.section, collected.rollouts.loss_mask.sum(1)
+    order = streams.stream(
+        self.context.config.seed, self.context.name, "minibatches",
+        batch).permutation(section.num_groups)
     minibatch_of = np.empty(section.num_groups, int)
     minibatch_of[order] = np.arange(
         section.num_groups) % section.num_minibatches
-    minibatches = [
-        rows[minibatch_of[group[rows]] == index]
-        for index in range(section.num_minibatches)]
+    minibatch_of = np.repeat(minibatch_of, section.group_size)  # [B]
+    scored = ~np.isnan(collected.rewards)
+    numbers = range(section.num_minibatches)
     return policy.pack_experience(
         collected.rollouts, {
-            "advantages": advantages, "token_weights": token_weights,
-            "token_shares": token_shares}, minibatches, self.shapes)
+            "advantages": advantages,
+            "token_weights": policy_lib.aggregation_weights(
+                section.loss.aggregation, lengths)},
+        [rows[minibatch_of[rows] == index] for index in numbers],
+        [policy_lib.aggregation_denominator(
+            section.loss.aggregation, lengths[scored & (minibatch_of == index)],
+            max_tokens=section.rollout.max_tokens) for index in numbers],
+        self.shapes)
 
   def _make_reference(
       self, model: Transformer, trained: Collection[str], fresh: bool,

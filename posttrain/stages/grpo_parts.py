@@ -1,8 +1,14 @@
 """What a GRPO section names: shapes, the loss, what draws and scores."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.config import schema
+from posttrain.objectives import policy as policy_objective
 from posttrain.stages import rollout, sampling
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading
@@ -28,16 +34,63 @@ def make_shapes(section: config_dict.ConfigDict) -> policy.Shapes:
 def make_loss(
     section: config_dict.ConfigDict, *, loss_chunk: int,
 ) -> policy.PolicyLoss:
-  """The loss that the section names."""
-  loss = section.loss
+  """The loss that the section names.
+
+  Raises:
+    ValueError: it wants what there is not, or does not use what the section
+      sets.
+  """
+  loss, function = section.loss, loading.load_function(section.loss.function)
+  check_loss(loss, function)
   return policy.PolicyLoss(
-      function=loading.load_function(loss.function),
+      function=function,
       temperature=section.rollout.temperature, chunk=loss_chunk,
       clip_low=loss.clip_low, clip_high=loss.clip_high,
       kl_coef=loss.kl_coef if loss.kl_in == "loss" else 0.0,
       kl_estimator=loss.kl_estimator,
       correction=loss.behaviour_correction, cap=loss.behaviour_cap,
       floor=loss.behaviour_floor)
+
+
+def check_loss(
+    loss: config_dict.ConfigDict, function: Callable[..., Any]) -> None:
+  """Raises ValueError where a key has no effect under the loss function."""
+  missing = [
+      name for n, (name, p) in enumerate(
+          inspect.signature(function).parameters.items())
+      if n > 3 and name not in policy.KEYWORDS and p.default is p.empty
+      and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+  if missing:
+    raise ValueError(
+        f"loss.function={loss.function} needs {', '.join(missing)}; a loss is "
+        f"given four arrays and {', '.join(policy.KEYWORDS)}.")
+  of = lambda name: schema.GRPO.keys["loss"].keys[name].default
+  keys = {
+      "clip_low": ("clip_low", loss.clip_low != of("clip_low")),
+      "clip_high": ("clip_high", loss.clip_high != of("clip_high")),
+      "kl_coef": ("ref_logprobs", loss.kl_coef and loss.kl_in == "loss"),
+      "aggregation": (
+          "token_weights", loss.aggregation != of("aggregation")),
+      "behaviour_correction": (
+          "importance_weights", loss.behaviour_correction != "none")}
+  for key, (keyword, is_set) in keys.items():
+    if is_set and not policy.takes(function, keyword):
+      raise ValueError(
+          f"loss.{key} is {loss[key]!r} and has no effect: "
+          f"loss.function={loss.function} does not take {keyword}. Leave the "
+          "key out, or use the argument.")
+
+
+def needs_all(
+    section: config_dict.ConfigDict, loss: policy.PolicyLoss) -> bool:
+  """Whether completions of groups without a signal move the weights too.
+
+  They do by a KL to the reference and by the balance of a router; and a loss
+  of one's own may do with them what it likes.
+  """
+  return bool(
+      section.loss.kl_coef or section.router_aux_coef
+      or loss.function is not policy_objective.policy_loss)
 
 
 def make_collector(context: StageContext) -> rollout.Collector:

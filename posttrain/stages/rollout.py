@@ -29,7 +29,7 @@ class Collected:
     rollouts: B completions.
     problems: [B], the problem of each.
     scores: [B, K] float32, per reward function, NaN where not applicable.
-    rewards: [B] float64, weighted sums.
+    rewards: [B] float64, weighted sums; nothing is taken off them.
     seconds: of "rollout" and "reward".
   """
 
@@ -99,7 +99,8 @@ class Collector:
   def problems_of(self, batch: int) -> list[Mapping[str, Any]]:
     """[num_groups] rows of the task."""
     return [self.problems[i] for i in prompts_lib.problems_of_batch(
-        len(self.problems), self.num_groups, batch=batch, seed=self.seed)]
+        len(self.problems), self.num_groups, batch=batch,
+        seed=self.seed, stage=self.stage)]
 
   def rewards_of(self, scores: np.ndarray) -> np.ndarray:
     """[B, K] scores -> [B] float64."""
@@ -110,18 +111,9 @@ def metrics(
     collected: Collected, advantages: np.ndarray, names: Sequence[str],
 ) -> dict[str, float]:
   """What a batch of rollouts says, under the names that users know."""
-  rollouts, rewards = collected.rollouts, collected.rewards
-  lengths = rollouts.lengths
+  rollouts, lengths = collected.rollouts, collected.rollouts.lengths
   ended = lengths[rollouts.finish_reason != budget.LENGTH]
-  group = np.unique(rollouts.prompt_id, return_inverse=True)[1]
-  spread = np.array([np.ptp(rewards[group == g])
-                     for g in range(group.max() + 1)])
-  level = np.array([rewards[group == g].mean()
-                    for g in range(group.max() + 1)])
-  result = {
-      "reward": rewards.mean(), "reward_std": rewards.std(),
-      "frac_reward_zero_std": np.mean(spread == 0),
-      "frac_groups_solved": np.mean((spread == 0) & (level > 0)),
+  result = _reward_metrics(collected.rewards, rollouts.prompt_id) | {
       "advantages/abs_mean": np.abs(advantages).mean(),
       "completions/mean_length": lengths.mean(),
       "completions/min_length": lengths.min(),
@@ -142,6 +134,24 @@ def metrics(
   return {name: float(value) for name, value in result.items()}
 
 
+def _reward_metrics(
+    rewards: np.ndarray, prompt_id: np.ndarray) -> dict[str, Any]:
+  """Means over what was scored, and shares of groups."""
+  known = ~np.isnan(rewards)
+  if not known.any():
+    return {"frac_reward_zero_std": 1.0, "frac_groups_solved": 0.0}
+  _, first, group = np.unique(
+      prompt_id, return_index=True, return_inverse=True)
+  silent = np.bincount(
+      group, advantages_lib.informative(rewards, prompt_id)) == 0
+  best = np.full(len(first), -np.inf)
+  np.maximum.at(best, group[known], rewards[known])
+  return {
+      "reward": rewards[known].mean(), "reward_std": rewards[known].std(),
+      "frac_reward_zero_std": silent.mean(),
+      "frac_groups_solved": np.mean(silent & (best > 0))}
+
+
 def records(
     collected: Collected, advantages: np.ndarray, names: Sequence[str],
     collector: Collector, step: int,
@@ -159,14 +169,3 @@ def records(
         "rewards": scores, "reward": float(collected.rewards[row]),
         "advantage": float(advantages[row])})
   return rows
-
-
-def advantages_and_rows(
-    collected: Collected, *, std: str, eps: float,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Advantages [B], and the indices of the rows that carry a signal."""
-  rewards, prompt_id = collected.rewards, collected.rollouts.prompt_id
-  advantages = advantages_lib.group_advantages(
-      rewards, prompt_id, std=std, eps=eps)
-  informative = advantages_lib.informative(rewards, prompt_id)
-  return advantages, np.flatnonzero(informative)

@@ -62,7 +62,8 @@ def run(context: StageContext, model: Transformer) -> Transformer:
   with Monitor(context) as monitor, training.open_checkpoints(
       context) as saver:
     batches, held_out = read_data(
-        section, context.renderer, seed=context.config.seed)
+        section, context.renderer, seed=context.config.seed,
+        stage=context.name)
     model, trained = training.prepare(context, model)
     describe(context, batches, held_out)
     optimizer, update, sums = make_programs(
@@ -129,13 +130,14 @@ def make_programs(
 
 def read_data(
     section: config_dict.ConfigDict, renderer: render.Renderer, *, seed: int,
+    stage: str,
 ) -> tuple[batches_lib.Batches, batches_lib.EvalBatches | None]:
   """The training stream, and the held-out data if the config names any."""
   data = section.data
   handling = "on_overlong on_no_target on_malformed packing"
   shape = training.pick(section, "sequence_length rows")
   batches = batches_lib.make_batches(
-      data.sources, renderer, seed=seed,
+      data.sources, renderer, seed=seed, stage=stage,
       **shape, **training.pick(data, handling), shuffle=data.shuffle)
   if not section.eval_data.sources:
     return batches, None

@@ -93,6 +93,9 @@ class StepHealth:
 
 
 def _what_is_wrong(values: Mapping[str, Any]) -> str:
+  if "denominator" in values and not values["denominator"] > 0:
+    return (f"has a loss with a denominator of {values['denominator']}, and "
+            "a positive one is needed: see loss.function")
   bad = [f"{name}={float(values[name])}" for name in ("loss", "grad_norm")
          if name in values and not np.isfinite(values[name])]
   if bad:

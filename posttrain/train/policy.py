@@ -10,6 +10,7 @@ microbatches are in use, so that the learner is compiled once.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,15 +54,19 @@ class Shapes:
 
 def pack_experience(
     rollouts: Rollouts, per_completion: Mapping[str, np.ndarray],
-    minibatches: Sequence[np.ndarray], shapes: Shapes,
+    minibatches: Sequence[np.ndarray], denominators: Sequence[float],
+    shapes: Shapes,
 ) -> Arrays:
   """Completions with what their loss needs, as [U, M, R, T] arrays.
 
   Args:
     rollouts: B completions.
     per_completion: [B] float32 each: `advantages`, and the `token_weights`
-      and `token_shares` of its tokens (`policy.aggregation_weights`).
+      of its tokens (`policy.aggregation_weights`).
     minibatches: row indices of each; U of them, some may be empty.
+    denominators: of each minibatch's loss, which may count completions that
+      are not packed, since they cannot move the weights. The packed tokens
+      share it equally, as `token_shares`.
 
   Returns:
     [U, M, R, T] arrays named in `COLUMNS`; `prefix_ids` likewise if prompts are
@@ -71,13 +76,21 @@ def pack_experience(
   experts = rollouts.experts
   columns = _columns(shapes, None if experts is None else experts[0, :0])
 
-  def examples(rows):
-    alone = [_example(rollouts, per_completion, row) for row in rows]
+  def examples(rows, denominator):
+    tokens = rollouts.loss_mask[rows].sum()
+    if not tokens:  # Nothing that a loss could be of.
+      return []
+    share = np.full(len(rollouts.lengths), denominator / tokens, np.float32)
+    alone = [_example(
+        rollouts, {**per_completion, "token_shares": share}, row)
+             for row in rows]
     return shared_prompts.merge(
         alone, [rollouts.prompts[row] for row in rows],
         length=shapes.length) if shapes.share_prompts else alone
 
-  packed = [_pack(examples(rows), shapes, columns) for rows in minibatches]
+  packed = [_pack(examples(rows, denominator), shapes, columns)
+            for rows, denominator in zip(
+                minibatches, denominators, strict=True)]
   return {
       name: np.stack([arrays[name] for arrays in packed])
       for name in packed[0]}
@@ -173,13 +186,26 @@ def minibatch(
           experience["num_microbatches"][index])
 
 
+# What the trainer has for a loss, beside the arrays that each is given.
+KEYWORDS = (
+    "clip_low", "clip_high", "ref_logprobs", "kl_coef", "kl_estimator",
+    "token_weights", "token_shares", "importance_weights")
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+  """Whether it can be given a keyword, by name or as one of any."""
+  parameters = inspect.signature(function).parameters
+  return name in parameters or any(
+      p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
   """The static part of the loss; hashable, so that `jit` can key on it.
 
-  `function` has the signature of `objectives.policy.policy_loss`. `correction`,
-  `cap` and `floor` are of `objectives.behaviour`, whose factors go into its
-  `token_weights`.
+  `function` has the signature of `objectives.policy.policy_loss`, or takes some
+  of its keywords, the `accepted`. `correction`, `cap` and `floor` are of
+  `objectives.behaviour`, whose factors are its `importance_weights`.
   """
 
   function: Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -192,6 +218,11 @@ class PolicyLoss:
   correction: str = "none"
   cap: float = 2.0
   floor: float = 0.0
+
+  @property
+  def accepted(self) -> tuple[str, ...]:
+    """Those of `KEYWORDS` that the function takes."""
+    return tuple(name for name in KEYWORDS if takes(self.function, name))
 
   def logprobs(self, model: Transformer, batch: dict[str, jax.Array]):
     """Logprobs and entropies [R, T] of one microbatch, and its traffic."""
@@ -206,19 +237,19 @@ class PolicyLoss:
     """
     logprobs, entropy, traffic = self.logprobs(model, batch)
     old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
-    token_weights = batch["token_weights"]
-    importance: dict[str, jax.Array] = {}
+    weights, importance = None, {}
     if self.correction != "none":
-      factors, importance = behaviour.correction(
+      weights, importance = behaviour.correction(
           old, batch["sampler_logprobs"], batch["loss_mask"],
           kind=self.correction, cap=self.cap, floor=self.floor)
-      token_weights = token_weights * factors
-    numerator, denominator, sums = self.function(
-        logprobs, old, batch["advantages"], batch["loss_mask"],
+    keywords = dict(
         clip_low=self.clip_low, clip_high=self.clip_high,
         ref_logprobs=batch.get("ref_logprobs"), kl_coef=self.kl_coef,
-        kl_estimator=self.kl_estimator, token_weights=token_weights,
-        token_shares=batch["token_shares"])
+        kl_estimator=self.kl_estimator, token_weights=batch["token_weights"],
+        token_shares=batch["token_shares"], importance_weights=weights)
+    numerator, denominator, sums = self.function(
+        logprobs, old, batch["advantages"], batch["loss_mask"],
+        **{name: keywords[name] for name in self.accepted})
     routers = {} if traffic is None else traffic.sums() | _agreement(
         traffic.choice, batch["sampler_experts"])
     return numerator, denominator, sums | importance | _diagnostics(

@@ -94,8 +94,14 @@ def accumulate(
 
 
 def divisor(sums: dict[str, jax.Array]) -> jax.Array:
-  """What the summed numerator is divided by; a float32 scalar."""
-  return jnp.maximum(sums["denominator"], 1).astype(jnp.float32)
+  """Divisor of the summed numerator; a float32 scalar.
+
+  It is NaN unless positive, so that the update is not made: a loss with
+  nothing in its denominator is a mistake, and 1 in its place would be an
+  arbitrary step.
+  """
+  denominator = jnp.asarray(sums["denominator"], jnp.float32)
+  return jnp.where(denominator > 0, denominator, jnp.nan)
 
 
 def update(

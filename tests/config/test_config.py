@@ -297,7 +297,8 @@ def test_a_key_without_effect_in_a_source():
     (["model_overrides.decode_attention=kernel"],
      "model_overrides.decode_attention: no such key. The nearest key is "
      "compute.decode_attention."),
-    (["model=qwen3-30b-a3b", "reason.rollout.weights_dtype=int8"],
+    (["model=qwen3-30b-a3b", "reason.rollout.weights_dtype=int8",
+      "reason.loss.behaviour_correction=mask"],
      "reason.rollout.weights_dtype: 'int8' does not quantise experts yet"),
     (["profile.steps=8,2"],
      "profile.steps: found (8, 2), needed the first and the last step to"),

@@ -35,7 +35,7 @@ def sources(tmp_path_factory):
 
 def make(sources, **options):
   return batches.make_batches(sources, RENDERER, **(
-      dict(sequence_length=16, rows=4, seed=0) | options))
+      dict(sequence_length=16, rows=4, seed=0, stage="a") | options))
 
 
 def segments(batch):
@@ -105,6 +105,7 @@ def test_batches_are_a_function_of_data_config_and_seed(sources):
       for iterator in [make(sources, **options)] for _ in range(4)]
   assert texts() == texts()
   assert texts(seed=1) != texts(seed=0)
+  assert texts(stage="b") != texts(stage="a")
   # Seed 1 must not be what seed 0 is an epoch later.
   second_epoch = make(sources[:1], rows=1, packing=False, seed=0)
   for _ in range(30):
@@ -116,7 +117,8 @@ def test_batches_are_a_function_of_data_config_and_seed(sources):
 
 def test_a_state_of_other_data_is_refused(sources):
   state = make(sources).get_state()
-  for changed in (dict(seed=1), dict(rows=2), dict(packing=False)):
+  for changed in (dict(seed=1), dict(stage="b"), dict(rows=2),
+                  dict(packing=False)):
     with pytest.raises(ValueError, match="other data"):
       make(sources, **changed).set_state(state)
   with pytest.raises(ValueError, match="other data"):

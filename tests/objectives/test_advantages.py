@@ -87,3 +87,29 @@ def test_a_row_without_a_reward_is_an_error():
         np.array([[1, 1], [np.nan, np.nan]]), np.ones(2))
   with pytest.raises(ValueError, match=r"function 1 .*row 0"):
     advantages.combine_rewards(np.array([[1, np.inf]]), np.ones(2))
+
+
+@pytest.mark.parametrize("std", advantages.STANDARD_DEVIATIONS)
+def test_what_could_not_be_scored_leaves_its_group(std):
+  """The others' advantages are those of a group without it."""
+  rng = np.random.default_rng(0)
+  rewards = rng.normal(size=12)
+  prompt_id = rng.permutation(np.repeat([7, 3, 5], 4))
+  unscored = np.zeros(12, bool)
+  unscored[[1, 4]] = True
+  # One group keeps a single member, which has nothing to differ from.
+  unscored[np.flatnonzero(prompt_id == 5)[:3]] = True
+  got = advantages.group_advantages(
+      np.where(unscored, np.nan, rewards), prompt_id, std=std)
+  rest = ~unscored & (prompt_id != 5)
+  np.testing.assert_allclose(got[rest], advantages.group_advantages(
+      rewards[rest], prompt_id[rest], std=std), rtol=1e-6)
+  assert (got[~rest] == 0).all()
+  np.testing.assert_array_equal(advantages.informative(
+      np.where(unscored, np.nan, rewards), prompt_id), rest)
+
+
+def test_centred_values_are_off_their_groups_mean():
+  values = np.array([1.0, 3.0, np.nan, 10.0])
+  np.testing.assert_array_equal(
+      advantages.centred(values, np.array([2, 2, 2, 8])), [-1, 1, 0, 0])

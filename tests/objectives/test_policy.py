@@ -20,6 +20,17 @@ def batch(seed=0, rows=4, length=6):
   return logprobs, old, ref, advantages, rng.random((rows, length)) < 0.7
 
 
+def aggregated(aggregation, mask, max_tokens):
+  """The columns of a loss over all rows of the mask."""
+  lengths = mask.sum(1)
+  weights = policy.aggregation_weights(aggregation, lengths)
+  denominator = policy.aggregation_denominator(
+      aggregation, lengths, max_tokens=max_tokens)
+  return dict(
+      token_weights=jnp.broadcast_to(weights[:, None], mask.shape),
+      token_shares=jnp.full(mask.shape, denominator / lengths.sum()))
+
+
 def loop(logprobs, old, ref, advantages, mask, low, high, coef, aggregation,
          max_tokens):
   """DeepSeekMath eq. 3, with k3; the means as each paper takes them."""
@@ -45,13 +56,9 @@ def loop(logprobs, old, ref, advantages, mask, low, high, coef, aggregation,
 @pytest.mark.parametrize("aggregation", policy.AGGREGATIONS)
 def test_loss_matches_a_loop_from_the_papers(aggregation):
   logprobs, old, ref, advantages, mask = batch()
-  weights, shares = policy.aggregation_weights(
-      aggregation, mask.sum(1), max_tokens=10)
   num, den, _ = policy.policy_loss(
       logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.28,
-      ref_logprobs=ref, kl_coef=0.05,
-      token_weights=jnp.broadcast_to(weights[:, None], mask.shape),
-      token_shares=jnp.broadcast_to(shares[:, None], mask.shape))
+      ref_logprobs=ref, kl_coef=0.05, **aggregated(aggregation, mask, 10))
   want = loop(logprobs, old, ref, advantages, mask, 0.2, 0.28, 0.05,
               aggregation, 10)
   np.testing.assert_allclose(num / den, want, rtol=1e-5)
@@ -92,20 +99,18 @@ def test_clip_worked_values(ratio, advantage, column, value):
 def test_aggregation_worked_values(aggregation, loss, weight):
   lengths = np.array([2, 4])
   mask = np.arange(4) < lengths[:, None]
-  weights, shares = policy.aggregation_weights(
-      aggregation, lengths, max_tokens=8)
-  column = lambda x: jnp.broadcast_to(x[:, None], mask.shape)
+  columns = aggregated(aggregation, mask, 8)
   zeros = jnp.zeros(mask.shape)
   num, den, _ = policy.policy_loss(
       zeros, zeros, jnp.array([1.0, -1.0]), mask, clip_low=0.2, clip_high=0.2,
-      token_weights=column(weights), token_shares=column(shares))
+      **columns)
   np.testing.assert_allclose(
       num / den,
       oracles.VALUES["loss agg lens [2,4] adv [+1,-1] ratio 1, Lmax=8"][loss],
       atol=1e-7)
   np.testing.assert_allclose(
-      weights / den, oracles.VALUES["per-token weights same case"][weight],
-      rtol=1e-6)
+      columns["token_weights"][:, 0] / den,
+      oracles.VALUES["per-token weights same case"][weight], rtol=1e-6)
 
 
 def test_on_policy_gradient_is_reinforce():
@@ -125,13 +130,11 @@ def test_on_policy_gradient_is_reinforce():
 @pytest.mark.parametrize("aggregation", policy.AGGREGATIONS)
 def test_microbatches_add_up(aggregation):
   logprobs, old, ref, advantages, mask = batch()
-  weights, shares = (jnp.broadcast_to(x[:, None], mask.shape)
-                     for x in policy.aggregation_weights(
-                         aggregation, mask.sum(1), max_tokens=10))
+  columns = aggregated(aggregation, mask, 10)
   part = lambda rows: jax.tree.leaves(policy.policy_loss(
       logprobs[rows], old[rows], advantages[rows], mask[rows], clip_low=0.2,
       clip_high=0.2, ref_logprobs=ref[rows], kl_coef=0.1,
-      token_weights=weights[rows], token_shares=shares[rows]))
+      **{name: x[rows] for name, x in columns.items()}))
   whole = part(slice(0, 4))
   for one, two, both in zip(
       part(slice(0, 1)), part(slice(1, 4)), whole, strict=True):
@@ -172,6 +175,24 @@ def test_measuring_the_kl_changes_no_gradient():
       jax.grad(run)(logprobs), jax.grad(run)(logprobs, ref_logprobs=ref))
 
 
+def test_importance_weights_leave_the_kl_alone():
+  """As TRL: the product comes before the KL is added."""
+  logprobs, old, ref, advantages, mask = batch()
+  rng = np.random.default_rng(1)
+  factors = np.where(rng.random(mask.shape) < 0.5, 0, rng.random(mask.shape))
+  run = lambda x, **options: policy.policy_loss(
+      x, old, advantages, mask, clip_low=0.2, clip_high=0.2, **options)[0]
+  grad = lambda **options: jax.grad(lambda x: run(x, **options))(logprobs)
+  policy_term = grad()
+  kl_term = grad(ref_logprobs=ref, kl_coef=0.3) - policy_term
+  found = grad(
+      ref_logprobs=ref, kl_coef=0.3, importance_weights=jnp.array(factors))
+  np.testing.assert_allclose(
+      found, factors * policy_term + kl_term, rtol=1e-5, atol=1e-6)
+  left_out = mask & (factors == 0)
+  assert left_out.any() and np.all(np.abs(found[left_out]) > 1e-4)
+
+
 def test_a_kl_term_needs_a_reference():
   logprobs, old, _, advantages, mask = batch()
   with pytest.raises(ValueError, match=r"loss.kl_coef"):
@@ -181,7 +202,7 @@ def test_a_kl_term_needs_a_reference():
 
 def test_an_unknown_aggregation_is_an_error():
   with pytest.raises(ValueError, match=r"loss.aggregation is 'mean'"):
-    policy.aggregation_weights("mean", np.ones(2, int), max_tokens=4)
+    policy.aggregation_weights("mean", np.ones(2, int))
 
 
 def test_cross_entropy_is_a_masked_mean():

@@ -10,8 +10,11 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from posttrain.data import streams
+from posttrain.objectives import policy as policy_lib
 from posttrain.sampler import budget
 from posttrain.stages import grpo, grpo_parts, rollout
 from posttrain.train import health, metrics, offload, policy, preemption
@@ -161,42 +164,50 @@ def groups_of(batch):
           for p in set(batch.rollouts.prompt_id.tolist())}
 
 
-def test_groups_with_a_signal_are_learned_from_whole(taken):
-  batch, experience = taken.batch, taken.experience
-  minibatch_of = {}
-  for index in range(2):
-    used = experience["loss_mask"][index]
-    for row in np.unique(experience["completion"][index][used]):
-      assert row not in minibatch_of
-      minibatch_of[int(row)] = index
-  spread = {p: np.ptp(batch.rewards[rows])
-            for p, rows in groups_of(batch).items()}
-  assert len(spread) == 4 and any(spread.values())
-  for p, rows in groups_of(batch).items():
+def advantages_of(batch):
+  """[B] float64, the paper's, one group at a time."""
+  advantages = np.zeros(len(batch.rewards))
+  for rows in groups_of(batch).values():
+    rewards = batch.scores[rows, 0].astype(np.float64)
+    if np.ptp(rewards):
+      advantages[rows] = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+  return advantages
+
+
+def packed_rows(experience, index):
+  used = experience["loss_mask"][index]
+  return np.unique(experience["completion"][index][used])
+
+
+def test_with_a_kl_every_completion_is_learned_from_once(taken):
+  """Groups whole, and those without a signal too: the KL is theirs as well."""
+  minibatches = [packed_rows(taken.experience, index) for index in range(2)]
+  assert sorted(np.concatenate(minibatches)) == list(range(16))
+  for rows in groups_of(taken.batch).values():
     assert len(rows) == 4
-    found = {minibatch_of.get(int(row)) for row in rows}
-    assert len(found) == 1
-    assert (found == {None}) == (spread[p] == 0)
-  assert taken.rows[0]["frac_reward_zero_std"] == np.mean(
-      [s == 0 for s in spread.values()])
+    assert sum(bool(np.isin(rows, m).all()) for m in minibatches) == 1
+  silent = [np.ptp(taken.batch.scores[rows, 0]) == 0
+            for rows in groups_of(taken.batch).values()]
+  assert 0 < sum(silent) < 4
+  assert taken.rows[0]["frac_reward_zero_std"] == np.mean(silent)
 
 
 def test_advantages_are_those_of_the_paper(taken):
-  for rows in groups_of(taken.batch).values():
-    rewards = taken.batch.rewards[rows]
-    for row in rows:
-      found = taken.column("advantages", row)
-      if np.ptp(rewards):
-        wanted = (taken.batch.rewards[row] - rewards.mean()) / (
-            rewards.std() + 1e-6)
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
-      else:
-        assert found.size == 0
+  wanted = advantages_of(taken.batch)
+  for row in range(16):
+    np.testing.assert_allclose(
+        taken.column("advantages", row), wanted[row], rtol=1e-6)
 
 
 def learned_rows(taken, index):
-  used = taken.experience["loss_mask"][index]
-  return np.unique(taken.experience["completion"][index][used])
+  """All completions of a minibatch's groups, wherever they were packed."""
+  [first, *_] = packed_rows(taken.experience, index)
+  found = packed_rows(taken.experience, index)
+  rows = np.concatenate([
+      rows for rows in groups_of(taken.batch).values()
+      if np.isin(rows, found).any()])
+  assert first in rows and len(rows) == 8
+  return rows
 
 
 @pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs"])
@@ -299,7 +310,7 @@ def test_the_loss_is_the_formula(taken, update):
     ratio = np.exp(now - taken.logprobs(taken.models[0], row))
     d = taken.logprobs(taken.reference, row) - now
     kl = np.exp(d) - 1 - d
-    advantage = taken.column("advantages", row).astype(float)
+    advantage = advantages_of(taken.batch)[row]
     surrogate = np.minimum(
         ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
     sums["loss"] += np.sum(0.3 * kl - surrogate)
@@ -318,25 +329,34 @@ def test_the_loss_is_the_formula(taken, update):
   assert found["kl"] > 0.01
 
 
-@pytest.mark.parametrize("estimator, formula", [
-    ("k1", lambda d: -d), ("k2", lambda d: d**2 / 2),
-    ("k3", lambda d: np.exp(d) - 1 - d)])
-def test_kl_in_the_reward_comes_off_each_completions(
-    taken, tmp_path, kept, estimator, formula):
+def test_kl_in_the_reward_comes_off_each_completions_advantage(
+    taken, tmp_path, kept):
+  """Centred in the group; the rewards' deviation scales the rewards alone."""
   with jax.set_mesh(meshes.one()):
     learner = pipeline_run.make_learner(tmp_path, [
         *ALL, "reason.loss.kl_in=reward", "reason.reference=/elsewhere",
-        f"reason.loss.kl_estimator={estimator}"], lambda _: taken.reference)
+        "reason.loss.kl_estimator=k1"], lambda _: taken.reference)
     learner.collect()
     [batch] = kept
     sums = np.array([
-        formula(taken.logprobs(taken.reference, row)
-                - taken.logprobs(taken.models[0], row)).sum()
-        for row in range(16)])
+        (taken.logprobs(taken.models[0], row)
+         - taken.logprobs(taken.reference, row)).sum() for row in range(16)])
   np.testing.assert_array_equal(
       batch.rollouts.tokens, taken.batch.rollouts.tokens)
-  np.testing.assert_allclose(
-      batch.rewards, batch.scores[:, 0] - 0.3 * sums, rtol=1e-4, atol=1e-4)
+  wanted = advantages_of(batch)
+  for rows in groups_of(batch).values():
+    wanted[rows] -= 0.3 * (sums[rows] - sums[rows].mean())
+  for row in range(16):
+    at = learner.experience["loss_mask"] & (
+        learner.experience["completion"] == row)
+    np.testing.assert_allclose(
+        learner.experience["advantages"][at], wanted[row], rtol=1e-4,
+        atol=1e-4)
+  # What is reported, and what health looks at, is of the rewards themselves.
+  np.testing.assert_array_equal(batch.rewards, batch.scores[:, 0])
+  assert learner.rollout_metrics["frac_reward_zero_std"] == np.mean([
+      np.ptp(batch.scores[rows, 0]) == 0
+      for rows in groups_of(batch).values()])
   assert "ref_logprobs" not in learner.experience
   assert learner.loss.kl_coef == 0
   assert learner.rollout_metrics["kl"] == pytest.approx(
@@ -348,6 +368,73 @@ def test_kl_in_the_reward_comes_off_each_completions(
 
 
 # From here on a run without KL and budgets, one update per batch.
+
+
+@pytest.mark.parametrize("kl_in, estimator", [
+    ("loss", "k3"), ("reward", "k1")])
+def test_groups_without_a_signal_are_pulled_to_the_reference(
+    taken, tmp_path, kl_in, estimator):
+  """All rewards equal: the update is that of the KL alone, and is made."""
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        "reason.rewards=tests.stages.toy:constant", "reason.loss.kl_coef=1",
+        f"reason.loss.kl_in={kl_in}", "reason.reference=/elsewhere",
+        f"reason.loss.kl_estimator={estimator}"], lambda _: taken.reference)
+    learner.collect()
+    row = learner.update()
+  assert row["skipped_updates"] == 0 and row["frac_reward_zero_std"] == 1
+  assert row["grad_norm"] > 0.1 and row["kl"] > 0.01
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize(
+    "aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_the_gradient_is_of_the_whole_batch(
+    tmp_path, kept, aggregation, minibatches):
+  """A mean over all completions, also where half of the groups are silent."""
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        f"reason.loss.aggregation={aggregation}",
+        f"reason.num_minibatches={minibatches}", "reason.max_grad_norm=1e9"])
+    model = copy(learner.state.model)
+    learner.collect()
+    [batch] = kept
+    row = learner.update()
+    silent = [np.ptp(batch.scores[rows, 0]) == 0
+              for rows in groups_of(batch).values()]
+    assert 0 < sum(silent) < 4
+    # A silent group is packed nowhere: which minibatch it is of is drawn.
+    order = streams.stream(0, "reason", "minibatches", 0).permutation(4)
+    rows = np.concatenate(
+        [np.arange(4) + 4 * g for g in order[::minibatches]])
+    wanted = looped_gradient(model, batch, rows, aggregation)
+  assert row["grad_norm"] == pytest.approx(wanted, rel=2e-5)
+
+
+def looped_gradient(model, batch, rows, aggregation):
+  """Norm of REINFORCE's gradient, one completion at a time, as a mean."""
+  rollouts, advantages = batch.rollouts, advantages_of(batch)
+  lengths = rollouts.loss_mask.sum(1)[rows]
+  denominator = {"token_mean": lengths.sum(), "sequence_mean": len(rows),
+                 "constant": len(rows) * pipeline_run.ROLLOUT["max_tokens"]}[
+                     aggregation]
+
+  @jax.jit
+  def gradient(model, tokens, weights):
+    return jax.grad(lambda model: -jnp.sum(
+        weights * one_by_one.logprobs(model, tokens, 1.0)))(model)
+
+  total = jax.tree.map(jnp.zeros_like, model)
+  for row in rows:
+    at = len(rollouts.prompts[row]) + np.flatnonzero(rollouts.loss_mask[row])
+    weights = np.zeros(LENGTH, np.float32)
+    weights[at] = advantages[row] / denominator / (
+        len(at) if aggregation == "sequence_mean" else 1)
+    total = jax.tree.map(jnp.add, total, gradient(
+        model, one_by_one.row_of(
+            rollouts.prompts[row] + rollouts.completion(row), LENGTH),
+        weights))
+  return float(optax.global_norm(total))
 
 
 def test_without_a_kl_no_reference_is_held(tmp_path):
@@ -571,3 +658,75 @@ def test_saved_rollouts_are_readable_and_complete(tmp_path, kept):
     assert {name for _, name in row["segments"]} <= {
         "sampled", "forced", "wait"}
   assert any(name == "wait" for row in rows for _, name in row["segments"])
+
+
+# A loss of one's own.
+
+
+def half(logprobs, old_logprobs, advantages, loss_mask, *, token_shares):
+  """The mean over tokens, as twice as small a fraction."""
+  numerator, denominator, _ = policy_lib.policy_loss(
+      logprobs, old_logprobs, advantages, loss_mask, clip_low=0.2,
+      clip_high=0.2, token_shares=token_shares)
+  return numerator * 1e-6, denominator * 1e-6, {}
+
+
+def empty(logprobs, old_logprobs, advantages, loss_mask):
+  return jnp.sum(logprobs * loss_mask), 0 * jnp.sum(loss_mask), {}
+
+
+def greedy(logprobs, old_logprobs, advantages, loss_mask, *, values):
+  raise AssertionError("It is never called.")
+
+
+def updated(tmp_path, *changes):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, changes)
+    learner.collect()
+    return learner.update()
+
+
+def test_a_denominator_below_one_is_divided_by(tmp_path):
+  own = "reason.loss.function=tests.stages.test_grpo:half"
+  ours, theirs = updated(tmp_path / "a"), updated(tmp_path / "b", own)
+  for name in ("loss", "grad_norm"):
+    assert theirs[name] == pytest.approx(ours[name], rel=1e-4)
+
+
+def test_a_denominator_of_zero_stops_the_run(tmp_path):
+  with pytest.raises(health.HealthError, match=r"see loss\.function"):
+    updated(tmp_path, "reason.loss.function=tests.stages.test_grpo:empty")
+
+
+@pytest.mark.parametrize("function, change, message", [
+    ("half", "clip_low=0.1", r"loss\.clip_low is 0\.1 .* not take clip_low"),
+    ("half", "aggregation=constant", r"not take token_weights"),
+    ("half", "kl_coef=0.1", r"not take ref_logprobs"),
+    ("half", "behaviour_correction=mask", r"not take importance_weights"),
+    ("greedy", "clip_low=0.2", r"needs values; a loss is given four arrays")])
+def test_a_key_that_a_loss_does_not_use_is_refused(
+    tmp_path, function, change, message):
+  with jax.set_mesh(meshes.one()), pytest.raises(ValueError, match=message):
+    pipeline_run.make_learner(tmp_path, [
+        f"reason.loss.function=tests.stages.test_grpo:{function}",
+        f"reason.loss.{change}"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    (["loss.kl_estimator=k1"], "expected gradient of zero"),
+    (["loss.kl_in=reward"], r"Use 'k1', or loss\.kl_in='loss'"),
+    (["loss.kl_in=reward", "loss.kl_estimator=k2"], "Use 'k1'")])
+def test_useless_estimators_are_refused(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    pipeline_run.make_pipeline(tmp_path, [
+        "reason.loss.kl_coef=0.1", *(f"reason.{c}" for c in changes)])
+
+
+@pytest.mark.parametrize("key", ["cache_dtype", "weights_dtype"])
+def test_an_int8_sampler_needs_a_correction(tmp_path, key):
+  """As stale rollouts do: it draws from another distribution."""
+  int8 = f"reason.rollout.{key}=int8"
+  with pytest.raises(ValueError, match=f"rollout.{key}: 'int8' samples from"):
+    pipeline_run.make_pipeline(tmp_path, [int8])
+  pipeline_run.make_pipeline(
+      tmp_path, [int8, "reason.loss.behaviour_correction=truncate"])

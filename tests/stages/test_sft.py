@@ -68,7 +68,8 @@ def test_the_first_example_is_shown_with_what_is_in_the_loss(
   with jax.set_mesh(meshes.one()):
     context = sft_run.make_context(tmp_path)
     batches, held_out = sft.read_data(
-        context.section, context.renderer, seed=context.config.seed)
+        context.section, context.renderer, seed=context.config.seed,
+        stage=context.name)
     sft.describe(context, batches, held_out)
   tokens, mask = batches.first_example
   decode = context.renderer.tokenizer.decode

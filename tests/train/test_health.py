@@ -78,3 +78,10 @@ def test_two_conditions_in_turn_are_no_streak():
 def test_patience_is_at_least_one():
   with pytest.raises(ValueError, match=r"health\.patience is 0"):
     health.RolloutHealth(patience=0)
+
+
+@pytest.mark.parametrize("denominator", [0.0, -1.0, np.nan])
+def test_a_loss_without_a_denominator_is_named(tmp_path, denominator):
+  values = {"loss": np.nan, "grad_norm": np.nan, "denominator": denominator}
+  with pytest.raises(health.HealthError, match=r"see loss\.function"):
+    health.StepHealth(tmp_path).update(1, values, BATCH)

@@ -101,7 +101,7 @@ def token_weights(rows, aggregation: str) -> dict[int, np.ndarray]:
   """What each token counts, straight from the definitions."""
   sampled = {row: np.flatnonzero(ROLLOUTS.loss_mask[row]) for row in rows}
   total = sum(len(tokens) for tokens in sampled.values())
-  answers = sum(len(tokens) > 0 for tokens in sampled.values())
+  answers = len(sampled)  # One has no token in the loss, and still counts.
   weights = {}
   for row, tokens in sampled.items():
     weights[row] = np.zeros(LENGTH, np.float32)
@@ -133,11 +133,14 @@ def looped(index: int, aggregation: str):
 
 def pack(
     rows: int, aggregation: str, share_prompts: bool = False) -> policy.Arrays:
-  weights, shares = policy_lib.aggregation_weights(
-      aggregation, ROLLOUTS.loss_mask.sum(1), max_tokens=MAX_TOKENS)
+  lengths = ROLLOUTS.loss_mask.sum(1)
   return policy.pack_experience(
-      ROLLOUTS, {"advantages": ADVANTAGES, "token_weights": weights,
-                 "token_shares": shares}, MINIBATCHES,
+      ROLLOUTS, {"advantages": ADVANTAGES,
+                 "token_weights": policy_lib.aggregation_weights(
+                     aggregation, lengths)},
+      MINIBATCHES, [policy_lib.aggregation_denominator(
+          aggregation, lengths[rows_of], max_tokens=MAX_TOKENS)
+                    for rows_of in MINIBATCHES],
       policy.Shapes(length=LENGTH, rows=rows, num_minibatches=2,
                     completions=7, share_prompts=share_prompts))
 

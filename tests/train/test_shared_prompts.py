@@ -83,9 +83,8 @@ def packed(share: bool, config) -> policy.Arrays:
         np.int8))
   ones = np.ones(len(rollouts.lengths), np.float32)
   return policy.pack_experience(
-      rollouts, dict.fromkeys(
-          ("advantages", "token_weights", "token_shares"), ones),
-      alone.MINIBATCHES, policy.Shapes(
+      rollouts, dict.fromkeys(("advantages", "token_weights"), ones),
+      alone.MINIBATCHES, [1.0, 1.0], policy.Shapes(
           length=alone.LENGTH, rows=sharding.axis_size("batch") * 2,
           num_minibatches=2, completions=7, share_prompts=share))
 
