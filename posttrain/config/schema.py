@@ -17,6 +17,7 @@ from posttrain.config.keys import (
 )
 from posttrain.model.config import SAMPLING_DTYPES
 
+CLIP, AGGREGATION = 0.2, "token_mean"  # Where the config has none.
 CORRECTIONS = ("none", "truncate", "mask")
 ADAPTER_OFF = "adapter_off"  # As a reference.
 
@@ -234,12 +235,12 @@ GRPO = Section(
             str, "posttrain.objectives.policy:policy_loss",
             "What turns logprobs and advantages into a numerator, a "
             "denominator and sums; see docs/changing.md.", function=True),
-        clip_low=Key(float, 0.2, "The ratio is kept above 1 - clip_low.",
+        clip_low=Key(float, CLIP, "The ratio is kept above 1 - clip_low.",
                      "(0, 1]"),
-        clip_high=Key(float, 0.2, "The ratio is kept below 1 + clip_high.",
+        clip_high=Key(float, CLIP, "The ratio is kept below 1 + clip_high.",
                       "(0, inf)"),
         aggregation=Key(
-            str, "token_mean", "Mean over all tokens of the minibatch, mean of "
+            str, AGGREGATION, "Mean over all tokens of the minibatch, mean of "
             "each completion's mean, or a sum over a constant (Dr. GRPO): "
             "over all its completions, those without a signal too.",
             choices=("token_mean", "sequence_mean", "constant")),

@@ -64,13 +64,12 @@ def check_loss(
     raise ValueError(
         f"loss.function={loss.function} needs {', '.join(missing)}; a loss is "
         f"given four arrays and {', '.join(policy.KEYWORDS)}.")
-  of = lambda name: schema.GRPO.keys["loss"].keys[name].default
   keys = {
-      "clip_low": ("clip_low", loss.clip_low != of("clip_low")),
-      "clip_high": ("clip_high", loss.clip_high != of("clip_high")),
+      "clip_low": ("clip_low", loss.clip_low != schema.CLIP),
+      "clip_high": ("clip_high", loss.clip_high != schema.CLIP),
       "kl_coef": ("ref_logprobs", loss.kl_coef and loss.kl_in == "loss"),
       "aggregation": (
-          "token_weights", loss.aggregation != of("aggregation")),
+          "token_weights", loss.aggregation != schema.AGGREGATION),
       "behaviour_correction": (
           "importance_weights", loss.behaviour_correction != "none")}
   for key, (keyword, is_set) in keys.items():

@@ -237,7 +237,8 @@ class PolicyLoss:
     """
     logprobs, entropy, traffic = self.logprobs(model, batch)
     old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
-    weights, importance = None, {}
+    weights: jax.Array | None = None
+    importance: dict[str, jax.Array] = {}
     if self.correction != "none":
       weights, importance = behaviour.correction(
           old, batch["sampler_logprobs"], batch["loss_mask"],

@@ -17,7 +17,8 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import main, pipeline, sharding
 from posttrain import workdir as workdir_lib
-from posttrain.stages import grpo_parts, rollout
+from posttrain.objectives.advantages import group_advantages
+from posttrain.stages import grpo_parts
 from posttrain.tasks import loading, signs
 from posttrain.train import metrics
 from tests import meshes
@@ -128,11 +129,11 @@ def first_rollouts(workdir):
     again = pipeline.set_up(workdir.config(), str(workdir.path))
     collected = grpo_parts.make_collector(again.context("reason")).collect(
         again.weights_of("init"), step=0, batch=0)
-  advantages, rows = rollout.advantages_and_rows(
-      collected, std="population", eps=1e-6)
-  mask = collected.rollouts.loss_mask[rows]
-  return (np.broadcast_to(advantages[rows, None], mask.shape)[mask],
-          collected.rollouts.logprobs[rows][mask].astype(np.float64))
+  advantages = group_advantages(
+      collected.rewards, collected.rollouts.prompt_id)
+  mask = collected.rollouts.loss_mask
+  return (np.broadcast_to(advantages[:, None], mask.shape)[mask],
+          collected.rollouts.logprobs[mask].astype(np.float64))
 
 
 def test_the_loss_is_the_users(run):
