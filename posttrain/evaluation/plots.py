@@ -5,7 +5,7 @@ the star is thinking as long as the model likes, squares on a dashed line are
 forced waits, triangles are prompts that ask for an amount (filled ones are
 forced to it as well), the dotted line is a majority vote that spends as many
 tokens.
-Error bars are one standard error.
+Error bars are one standard error; there is none where it is undefined.
 """
 
 import os
@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import axes, container, figure
+
+from posttrain.evaluation import statistics
 
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 
@@ -56,6 +58,10 @@ def scaling_figure(results: Sequence[Mapping[str, Any]]) -> figure.Figure:
     ax.set_ylabel("accuracy")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
+    remarks = statistics.cautions(
+        cell for result in results for cell in result["cells"])
+    if remarks:
+      ax.set_title("\n".join(remarks), fontsize=8, wrap=True)
     if ax.get_legend_handles_labels()[0]:
       ax.legend(frameon=False, fontsize=9)
     return drawn
@@ -102,7 +108,7 @@ def _points(
     ax: axes.Axes, cells: Sequence[Mapping[str, Any]], colour: str, style: str,
     label: str, *, size: float = 4.5,
 ) -> container.ErrorbarContainer:
-  # A cell of one question has no standard error.
+  # A cell of one question or of one cluster has no standard error.
   errors = [np.nan if cell["standard_error"] is None
             else cell["standard_error"] for cell in cells]
   return ax.errorbar(

@@ -12,12 +12,13 @@ https://arxiv.org/abs/2411.00640; votes, https://arxiv.org/abs/2203.11171.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Z = 1.959963984540054  # 95 % of a normal distribution, two-sided.
+ENOUGH_CLUSTERS = 10  # With fewer, their own variance is hardly known.
 
 
 class Estimate(NamedTuple):
@@ -38,12 +39,14 @@ def estimate(
   Args:
     scores: [Q].
     cluster: [Q], equal for related questions (those of one passage, or
-      of one multiset of numbers); None where all are independent.
+      of one multiset of numbers); None where each is a cluster of its own.
 
   Returns:
-    The error is sqrt(sum (s - mean)^2 / (Q (Q - 1))), and within a cluster
-    the cross products are added (Miller 2024, equation 4). It is NaN for a
-    single score.
+    The error is cluster-robust: with r the sum of s - mean over each of the C
+    clusters, sqrt(sum r^2 / Q^2 * C / (C - 1)) (Miller 2024, equation 4, with
+    the correction for few clusters). Where each question is a cluster, that
+    is sqrt(sum (s - mean)^2 / (Q (Q - 1))). It is NaN for a single cluster,
+    whose r is 0 whatever the scores are.
 
   Raises:
     ValueError: no scores.
@@ -53,16 +56,39 @@ def estimate(
   if n == 0:
     raise ValueError("There are no scores to average.")
   mean = scores.mean()
-  if n == 1:
-    return Estimate(float(mean), math.nan, 1)
-  centred = scores - mean
-  variance = np.sum(centred**2) / (n * (n - 1))
+  residuals = scores - mean
   if cluster is not None:
     _, group = np.unique(cluster, return_inverse=True)
-    cross = np.bincount(group, centred)**2 - np.bincount(group, centred**2)
-    variance += cross.sum() / n**2
-  # Cross products may be negative, and rounding then passes zero.
-  return Estimate(float(mean), math.sqrt(max(variance, 0.0)), n)
+    residuals = np.bincount(group, residuals)
+  clusters = residuals.size
+  if clusters == 1:
+    return Estimate(float(mean), math.nan, n)
+  variance = np.sum(residuals**2) / n**2 * clusters / (clusters - 1)
+  return Estimate(float(mean), math.sqrt(variance), n)
+
+
+def caution(num_clusters: int | None) -> str:
+  """A remark on standard errors of so few clusters, or "".
+
+  Args:
+    num_clusters: None where questions are independent.
+  """
+  if num_clusters is None or num_clusters >= ENOUGH_CLUSTERS:
+    return ""
+  if num_clusters == 1:
+    return ("All questions are of one cluster, so the standard error is "
+            "undefined (n/a).")
+  freedom = num_clusters - 1
+  return (f"The questions are of {num_clusters} clusters, fewer than "
+          f"{ENOUGH_CLUSTERS}: standard errors are rough, and an interval "
+          f"needs Student's t with {freedom} degree{'s' * (freedom > 1)} of "
+          "freedom.")
+
+
+def cautions(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The remarks on cells as they are saved, each once."""
+  said = (caution(cell.get("num_clusters")) for cell in cells)
+  return list(dict.fromkeys(filter(None, said)))
 
 
 def paired_difference(
@@ -73,7 +99,7 @@ def paired_difference(
 
   Args:
     scores, baseline: [Q], of the same questions in the same order.
-    cluster: as in `estimate`.
+    cluster: as in `estimate`; the error is NaN for a single one.
 
   Raises:
     ValueError: the two differ in length, or are empty.

@@ -7,6 +7,7 @@ random bits: what differs between two cells is the budget alone.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,14 +108,21 @@ def accuracy(
       less than so many independent ones; None where there are none such.
 
   Returns:
-    `n`, `accuracy`, `standard_error` (None of one question), and
-    `num_clusters` if there are clusters.
+    `n`, `accuracy`, `standard_error` (None where it is undefined: of one
+    question or of one cluster), and `num_clusters` if there are clusters.
   """
   found = statistics.estimate(np.asarray(scores), cluster)
   clusters = {} if cluster is None else {
       "num_clusters": len(np.unique(cluster))}
   return {"n": found.n, "accuracy": found.mean,
-          "standard_error": found.error if found.n > 1 else None} | clusters
+          "standard_error": None if math.isnan(found.error) else found.error,
+          } | clusters
+
+
+def in_clusters(figures: Mapping[str, Any]) -> str:
+  """`" in 25 clusters"` behind a cell's n; "" where there are none."""
+  count = figures.get("num_clusters")
+  return "" if count is None else f" in {count} cluster{'s' * (count != 1)}"
 
 
 def cell_figures(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.evaluation import statistics
+from posttrain.evaluation import statistics, summary
 from posttrain.report import markup, svg
 from posttrain.report.read import Run
 
@@ -87,6 +87,9 @@ def _section(name: str, group: Sequence[Result]) -> markup.Html:
   return markup.join([
       markup.tag("h3", f"{name} ", markup.tag("small", "evaluate")),
       markup.tag("p", _decoding(group), attributes={"class": "caption"}),
+      *(markup.tag("p", remark, attributes={"class": "caption"})
+        for remark in statistics.cautions(
+            cell for result in group for cell in result.cells)),
       headline(group), scaling_plot(group), s1_table(group),
       flips_table(group),
       markup.details("All cells", cells_table(group), is_open=True)])
@@ -135,10 +138,8 @@ def headline(group: Sequence[Result]) -> markup.Html:
 
 def _uncertainty(cell: Cell) -> str:
   error = cell.get("standard_error")
-  clusters = (f" in {cell['num_clusters']} clusters"
-              if "num_clusters" in cell else "")
-  return f"n {cell['n']:,}{clusters}" + (
-      "" if error is None else f", standard error {markup.percent(error)}")
+  return (f"n {cell['n']:,}{summary.in_clusters(cell)}, standard error "
+          + ("n/a" if error is None else markup.percent(error)))
 
 
 def paired_change(before: Result, after: Result) -> str:
@@ -156,8 +157,8 @@ def paired_change(before: Result, after: Result) -> str:
               for side in scores)
   difference = statistics.paired_difference(
       new, old, None if None in cluster.values() else alike)
-  return (f"{100 * difference.mean:+.1f} ± {100 * difference.error:.1f} points "
-          f"on {before.data['checkpoint']}, paired")
+  return (f"{100 * difference.mean:+.1f} ± {markup.points(difference.error)} "
+          f"points on {before.data['checkpoint']}, paired")
 
 
 def _free_scores(result: Result) -> dict[int, float]:

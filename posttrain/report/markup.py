@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -108,6 +109,12 @@ def number(value: float | None) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-  """Percent with its standard error, if there is one."""
-  return percent(value) + (
-      "" if error is None else f" ± {100 * error:.1f}")
+  """Percent with its standard error, which may be undefined."""
+  return f"{percent(value)} ± {points(error)}"
+
+
+def points(error: float | None) -> str:
+  """Percentage points of a standard error; "n/a" where it is undefined."""
+  if error is None or math.isnan(error):
+    return "n/a"
+  return f"{100 * error:.1f}"

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain import workdir as workdir_lib
-from posttrain.evaluation import plots, summary
+from posttrain.evaluation import plots, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler import segments
@@ -102,6 +102,10 @@ class Evaluation:
     scoring.check_ids(self.problems)
     scoring.check_gold(section.reward, self.reward, self.problems)
     self.cluster = clusters(self.problems)
+    if self.cluster is not None:
+      remark = statistics.caution(len(np.unique(self.cluster)))
+      if remark:
+        context.console.warning(f"{context.name}: {remark}")
     self.cells = cells_of(section)
     for cell in self.cells:
       if cell.asked:
@@ -306,9 +310,9 @@ def _join(parts: Sequence[summary.Scored]) -> summary.Scored:
 def _line(name: str, figures: Mapping[str, Any]) -> str:
   error = figures["standard_error"]
   return (
-      f"  {name} {figures['name']}: accuracy {figures['accuracy']:.3f}"
-      + (f" +- {error:.3f}" if error is not None else "")
-      + f" (n {figures['n']}), thinking "
+      f"  {name} {figures['name']}: accuracy {figures['accuracy']:.3f} +- "
+      + ("n/a" if error is None else f"{error:.3f}")
+      + f" (n {figures['n']}{summary.in_clusters(figures)}), thinking "
       f"{figures['mean_thinking_tokens']:.1f} tokens")
 
 

@@ -40,6 +40,22 @@ def test_error_bars_are_one_standard_error():
   np.testing.assert_allclose([low[1], high[1]], [0.18, 0.22])
 
 
+def titles(figure):
+  return [axes.get_title() for axes in figure.axes]
+
+
+def test_errors_that_are_rough_or_undefined_are_said():
+  of = lambda clusters, error: {"checkpoint": "sft", "cells": [
+      cell(-1, 0, 46.0, 0.38, error) | {"num_clusters": clusters}]}
+  assert titles(plots.scaling_figure([of(10, 0.1)])) == [""]
+  (title,) = titles(plots.scaling_figure([of(3, 0.1), of(3, 0.2)]))
+  assert title.count("3 clusters") == 1
+  figure = plots.scaling_figure([of(1, None)])
+  assert "undefined" in titles(figure)[0]
+  (bars,) = figure.axes[0].containers[0].lines[2]
+  assert not bars.get_segments()[0].size  # No bar is drawn.
+
+
 def test_the_majority_vote_is_drawn_where_there_is_one():
   votes = [{"samples": k, "mean_tokens": 46.0 * k, "accuracy": 0.3 + 0.1 * k}
            for k in (1, 2)]

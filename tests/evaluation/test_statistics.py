@@ -168,24 +168,79 @@ def test_wilson_solves_its_quadratic():
 
 
 def loop_clustered_error(scores, cluster):
-  """Miller 2024, equation 4, one pair at a time."""
-  n, mean = len(scores), np.mean(scores)
-  variance = np.var(scores, ddof=1) / n
-  for i, j in itertools.permutations(range(n), 2):
-    if cluster[i] == cluster[j]:
-      variance += (scores[i] - mean) * (scores[j] - mean) / n**2
-  return math.sqrt(variance)
+  """The residuals' sums one cluster at a time, and C / (C - 1)."""
+  mean = sum(map(float, scores)) / len(scores)
+  sums = {}
+  for score, name in zip(scores, cluster, strict=True):
+    sums[name] = sums.get(name, 0.0) + float(score) - mean
+  variance = sum(value**2 for value in sums.values()) / len(scores)**2
+  return math.sqrt(variance * len(sums) / (len(sums) - 1))
 
 
-def test_clustered_error():
-  rng = np.random.default_rng(0)
-  cluster = rng.integers(5, size=40)
-  scores = (rng.normal(size=5)[cluster] + rng.normal(size=40)) > 0
-  found = statistics.estimate(scores, cluster)
-  assert found.error == pytest.approx(loop_clustered_error(scores, cluster))
-  assert found.error > statistics.estimate(scores).error
+@pytest.mark.parametrize("key, clusters", [
+    ("3 clusters x 4, s=[1,1,1,0|0,0,0,1|1,1,0,0]", 3),
+    ("fully correlated [1,1,1,1|0,0,0,0|1,1,1,1]", 3),
+    ("one cluster [1,1,1,0]", 1)])
+def test_clustered_error_worked_values(key, clusters):
+  scores = np.array([int(s) for s in re.findall(r"\d", key[key.index("["):])])
+  found = statistics.estimate(
+      scores, np.repeat(np.arange(clusters), scores.size // clusters))
+  wanted = ORACLES["clustered SE"][key]
+  assert found == pytest.approx(
+      (wanted["mean"], float(wanted["error"]), scores.size), abs=1e-6,
+      nan_ok=True)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(st.tuples(
+    st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=20))
+def test_clustered_error(rows):
+  cluster, scores = np.array(rows).T
+  found = statistics.estimate(scores / 3, cluster)
+  if len(set(cluster.tolist())) == 1:
+    assert math.isnan(found.error)
+  else:
+    assert found.error == pytest.approx(
+        loop_clustered_error(scores / 3, cluster), abs=1e-9)
+
+
+def test_clusters_of_one_question_are_no_clusters():
+  scores = np.random.default_rng(0).random(40)
   alone = statistics.estimate(scores, np.arange(40))
   assert alone == pytest.approx(statistics.estimate(scores))
+
+
+def test_a_clustered_error_covers_the_truth():
+  """Over many draws of five clusters the mean of its square is the variance.
+
+  Within a tenth: without C / (C - 1) it would be a fifth too small.
+  """
+  rng = np.random.default_rng(1)
+  cluster = np.repeat(np.arange(5), 8)
+  found = [statistics.estimate(
+      rng.normal(size=5)[cluster] + rng.normal(size=40), cluster)
+           for _ in range(4000)]
+  variance = np.var([each.mean for each in found])
+  assert np.mean([each.error**2 for each in found]) == pytest.approx(
+      variance, rel=0.1)
+
+
+def test_a_paired_difference_is_clustered_too():
+  rng = np.random.default_rng(3)
+  scores, baseline = rng.random((2, 30)) < [[0.7], [0.4]]
+  cluster = rng.integers(4, size=30)
+  found = statistics.paired_difference(scores, baseline, cluster)
+  assert found.error == pytest.approx(loop_clustered_error(
+      scores.astype(float) - baseline, cluster))
+  assert math.isnan(statistics.paired_difference(
+      scores, baseline, np.zeros(30)).error)
+
+
+def test_few_clusters_are_said():
+  assert statistics.caution(None) == statistics.caution(10) == ""
+  assert "9 clusters" in statistics.caution(9)
+  assert "8 degrees of freedom" in statistics.caution(9)
+  assert "undefined" in statistics.caution(1)
 
 
 def test_paired_difference_uses_the_pairing():

@@ -1,6 +1,7 @@
 """Figures of made-up outcomes, against sums written out by hand."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -77,12 +78,18 @@ def test_figures_of_a_cell(seed):
 def test_like_questions_count_as_fewer():
   scores, cluster = [1, 1, 0, 0, 1, 0], np.array(["a", "a", "b", "b", "c", "d"])
   found = summary.accuracy(scores, cluster)
-  # Every pair of unlike questions is left out of the plain variance of a sum.
-  plain = sum((s - 0.5)**2 for s in scores) / (6 * 5)
-  cross = 4 * 0.25 / 6**2
-  assert found["standard_error"] == pytest.approx(math.sqrt(plain + cross))
+  # The residuals are 1 in a, -1 in b, 0.5 in c and -0.5 in d.
+  variance = (1 + 1 + 0.25 + 0.25) / 6**2 * 4 / 3
+  assert found["standard_error"] == pytest.approx(math.sqrt(variance))
   assert found["n"] == 6 and found["num_clusters"] == 4
   assert "num_clusters" not in summary.accuracy(scores, None)
+
+
+def test_one_cluster_has_no_error():
+  found = summary.accuracy([1] * 6 + [0] * 4, np.zeros(10))
+  assert found == {
+      "n": 10, "accuracy": 0.6, "standard_error": None, "num_clusters": 1}
+  assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_a_free_cell_has_no_control_and_no_votes_no_majority():

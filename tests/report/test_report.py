@@ -110,6 +110,45 @@ def test_the_evaluation_has_n_and_standard_errors(one):
   assert "+39.0 ± 4.9 points on warm_up, paired" in one.text
 
 
+def clustered(tmp_path, clusters, error):
+  """The page of two checkpoints whose questions are of so many clusters."""
+  path = synthetic.write(tmp_path / "run")
+  (path / "measure" / "eval" / "init.json").unlink()
+  for name, level in (("warm_up", 0.1), ("reason", 0.35)):
+    data = synthetic.evaluation(name, level, 0.16)
+    for cell in data["cells"]:
+      cell |= dict(standard_error=error, num_clusters=clusters)
+    for record in data["records"]:
+      record["cluster"] = record["id"] % clusters
+    synthetic.write_json(path / "measure" / "eval" / f"{name}.json", data)
+  return path, Page(report.build([path]))
+
+
+def test_one_cluster_has_no_standard_error(tmp_path):
+  path, page = clustered(tmp_path, 1, None)
+  assert "reason free 100 76.0% ± n/a" in page.text
+  assert "n 100 in 1 cluster, standard error n/a" in page.text
+  assert "+25.0 ± n/a points on warm_up, paired" in page.text
+  assert "reason, free: 76.0% ± n/a (n 100), 48.0 thinking" in page.text
+  assert page.text.count("the standard error is undefined (n/a).") == 1
+  assert "nan" not in page.text.lower().split()
+  assert "76.0% ± n/a (n 100)" in report.figures([path])
+
+
+def test_few_clusters_are_said(tmp_path):
+  _, page = clustered(tmp_path, 4, 0.1)
+  # 25 questions of 100 more are right: those with id % 100 in 51 to 75.
+  means = [sum(i % 4 == c for i in range(51, 76)) for c in range(4)]
+  error = (4 / 3 * sum((m - 25 / 4)**2 for m in means))**.5
+  assert f"+25.0 ± {error:.1f} points on warm_up, paired" in page.text
+  assert "n 100 in 4 clusters, standard error 10.0%" in page.text
+  assert page.text.count("of 4 clusters, fewer than 10") == 1
+
+
+def test_enough_clusters_need_no_remark(tmp_path):
+  assert "fewer than" not in clustered(tmp_path, 10, 0.1)[1].text
+
+
 def test_the_scaling_plot_has_a_mark_for_each_cell(one):
   for checkpoint in ("init", "warm_up", "reason"):
     told = [t for t in one.texts if t.startswith(f"{checkpoint}, ")]
@@ -215,7 +254,8 @@ def test_results_without_waits_maxima_or_errors(tmp_path):
     file.unlink()
   synthetic.write_json(path / "measure" / "eval" / "reason.json", data)
   page = Page(report.build([path]))
-  assert "reason free 100 76.0%" in page.text
+  assert "reason free 100 76.0% ± n/a" in page.text
+  assert "n 100, standard error n/a" in page.text
   assert "no Control, Scaling and Performance" in page.text
   assert "No forced waits were measured" in page.text
 

@@ -258,6 +258,29 @@ def test_problems_of_one_id_are_an_error(tmp_path):
       evaluate.Evaluation(run.context("measure"))
 
 
+@pytest.mark.parametrize("task, said", [
+    ("kindred", "warning: measure: The questions are of 3 clusters, fewer "
+     "than 10"), ("problems", "")])
+def test_few_clusters_are_warned_about_at_the_start(
+    tmp_path, capsys, task, said):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, [
+        *MEASURE, f"measure.problems.task=tests.stages.toy:{task}"])
+    evaluate.Evaluation(run.context("measure"))
+  out = capsys.readouterr().out
+  assert said in out and ("clusters" in out) == bool(said)
+
+
+@pytest.mark.parametrize("figures, said", [
+    (dict(standard_error=0.125), "0.500 +- 0.125 (n 6)"),
+    (dict(standard_error=None), "0.500 +- n/a (n 6)"),
+    (dict(standard_error=0.25, num_clusters=3),
+     "0.500 +- 0.250 (n 6 in 3 clusters)")])
+def test_an_error_is_said_with_its_clusters(figures, said):
+  assert said in evaluate._line("init", figures | dict(
+      name="free", accuracy=0.5, n=6, mean_thinking_tokens=1.0))
+
+
 def test_clusters_are_those_of_the_task():
   rows = [dict(id=i, cluster=c) for i, c in enumerate("aab")]
   assert evaluate.clusters(rows).tolist() == ["a", "a", "b"]

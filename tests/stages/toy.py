@@ -35,6 +35,12 @@ def nameless(split, *, count=24, thinks=False):
           for row in problems(split, count=count, thinks=thinks)]
 
 
+def kindred(split, *, count=24, thinks=False):
+  """Problems of three clusters."""
+  return [row | dict(cluster=row["word"])
+          for row in problems(split, count=count, thinks=thinks)]
+
+
 def demonstrations(split, *, count=24):
   return [row | dict(completion=f"{row['word']} net ping")
           for row in problems(split, count=count)]
