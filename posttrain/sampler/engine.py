@@ -258,7 +258,7 @@ class Engine:
          for _, request in taken])
     for slot, (number, request) in zip(free, taken, strict=True):
       self._live[slot] = live_lib.Live(
-          number, request, self.tables, self._text)
+          number, request, self.tables, self._text, self.settings.recorded)
     self._fit()
     prompts = [self._prefill.get(request.prompt) for _, request in taken]
     self._slots.begin(

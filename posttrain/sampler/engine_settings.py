@@ -11,7 +11,6 @@ from posttrain.sampler import decode, hooks
 # A TPU keeps bfloat16 in tiles of 16 slots, and int8 in tiles of 32. Where the
 # last is not whole, the compiler copies the cache beside itself for a chunk.
 TILE = 32
-COUNTS = decode.Recorded(counts=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Settings:
       have.
     cache_dtype, weights_dtype: of the cache, and of the decode loop's
       matrices: "compute", or "int8" with scales.
-    recorded: what a completion holds besides tokens and logprobs.
+    recorded: what a completion holds besides tokens and logprobs. Counts are
+      always recorded.
     hook: changes the logits of every step, see `hooks`.
     policy: changes the budgets of every step, see `decode.Policy`.
   """
@@ -50,9 +50,14 @@ class Settings:
   max_ids: int = 4
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
-  recorded: decode.Recorded = COUNTS
+  recorded: decode.Recorded = decode.PLAIN
   hook: hooks.Hook | None = None
   policy: decode.Policy | None = None
+
+  def __post_init__(self):
+    # A row that a stop string cuts has the counts of its last token.
+    object.__setattr__(self, "recorded", dataclasses.replace(
+        self.recorded, counts=True))
 
   @property
   def rows(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.sampler import requests, rollouts
+from posttrain.sampler import decode, requests, rollouts
 from posttrain.sampler.budget_tables import BudgetTables
 from posttrain.sampler.requests import Completion, Request
 from posttrain.sampler.stop_strings import Decode, Matcher
@@ -25,10 +25,11 @@ class Live:
 
   def __init__(
       self, number: int, request: Request, tables: BudgetTables,
-      text: Decode | None,
+      text: Decode | None, recorded: decode.Recorded,
   ):
     self.number, self.request = number, request
     self.steps = 0
+    self._recorded = recorded
     self._most = requests.most_slots(request, tables)
     # Earlier tokens of a delimiter may still be taken back.
     self._held = tables.recalled
@@ -102,9 +103,20 @@ class Live:
         finish_reason=reason, error=NOT_FINITE if reason == "error" else "",
         think_end=rollouts.THINK_ENDS[think_end], think_length=thinking,
         think_steps=steps, answer_length=answer, wait_count=waits,
-        surplus=self._surplus,
-        model_logprobs=columns.get("model_logprob"),
-        top_tokens=columns.get("top_tokens"),
-        top_logprobs=columns.get("top_logprobs"),
-        experts=columns.get("experts"),
-        raw=np.concatenate(self._raw) if self._raw else np.zeros(0, np.int32))
+        surplus=self._surplus, experts=columns.get("experts"),
+        raw=np.concatenate(self._raw) if self._raw else np.zeros(0, np.int32),
+        **self._asked_for())
+
+  def _asked_for(self) -> dict[str, np.ndarray]:
+    """What is recorded beside tokens; a row that never stepped has it empty."""
+    def column(name: str, dtype: Any, *last: int) -> np.ndarray:
+      values = self._row.columns.get(name, [])
+      return np.array(values, dtype).reshape(len(values), *last)
+
+    found, count = {}, self._recorded.top_logprobs
+    if self._recorded.model_logprobs:
+      found["model_logprobs"] = column("model_logprob", np.float32)
+    if count:
+      found |= {"top_tokens": column("top_tokens", np.int32, count),
+                "top_logprobs": column("top_logprobs", np.float32, count)}
+    return found

@@ -116,9 +116,11 @@ class Completion:
 
 def drawn_waits(request: Request, count: int, texts: int) -> tuple[int, ...]:
   """A `wait_order` drawn from `texts` wait texts by the request's ids."""
+  # As 32 bits, which is how `choice.row_keys` takes an id below 0.
+  ids = (request.step, request.prompt_id, request.sample_id)
   rng = np.random.default_rng([
-      request.seed, choice.stage_number(request.stage), request.step,
-      request.prompt_id, request.sample_id])
+      request.seed, choice.stage_number(request.stage),
+      *(number % 2**32 for number in ids)])
   return tuple(rng.integers(0, texts, count).tolist())
 
 

@@ -36,7 +36,8 @@ class Live:
     tokens, provenance = recorder.tokens[0], recorder.provenance[0]
     end = len(tokens) - self._held
     if done[0]:
-      end = len(tokens) - (tokens[-1] in self._tokenizer.stop_ids)
+      stopped = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
+      end = len(tokens) - stopped
     if end <= 0:
       return
     thought = slice(0, 0)

@@ -78,8 +78,7 @@ def test_a_delimiter_split_over_the_end_of_a_cache(waits):
   request = Request(prompt=prompt, max_tokens=50, num_waits=waits,
                     script=script)
   looks = []
-  grows = scene.make_engine(recorded=decode.Recorded(
-      counts=True, model_logprobs=True))
+  grows = scene.make_engine(recorded=decode.Recorded(model_logprobs=True))
   number = grows.submit(request)
   while grows.busy:
     grows.look()

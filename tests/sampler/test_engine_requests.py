@@ -152,7 +152,7 @@ def assert_distribution(done, logits=None, **sampling):
 def test_logprobs_of_the_model_and_of_the_top_tokens():
   sampling = dict(temperature=0.7, top_k=9)
   busy = scene.make_engine(scene.UNUSED, recorded=decode.Recorded(
-      counts=True, model_logprobs=True, top_logprobs=3))
+      model_logprobs=True, top_logprobs=3))
   [done] = scene.take(busy, [dataclasses.replace(
       PLAIN, params=choice.SamplingParams(**sampling))])
   logits = full_logits(done)

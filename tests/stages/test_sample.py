@@ -68,6 +68,15 @@ def test_forced_tokens_and_waits_are_marked():
   assert stream.getvalue() == 'Hi[wait: Wa]![forced: "]'
 
 
+def test_a_completion_of_no_token_prints_nothing():
+  """As one that a maximum of 0 truncates, or whose logits are not finite."""
+  stream = io.StringIO()
+  live = sample.Live(Bytes(), IDS, stream, in_thinking=True)
+  live(recorder([]), np.array([False]))
+  live(recorder([]), np.array([True]))
+  assert stream.getvalue() == ""
+
+
 @pytest.fixture
 def config(monkeypatch):
   one = meshes.one()
@@ -82,6 +91,15 @@ def run(config, rows, **kwargs):
       params=choice.SamplingParams(temperature=1.0),
       limits=Limits(max_tokens=12, max_thinking_tokens=5), **kwargs)
   return records, stream.getvalue()
+
+
+def test_a_thinking_that_is_cut_at_once_is_a_record(config):
+  [record] = sample.run(
+      config, [{"prompt": "6 5 2 2 : 1 <think>"}], stream=io.StringIO(),
+      params=choice.SamplingParams(), limits=Limits(
+          max_tokens=12, max_thinking_tokens=0, truncate=True))
+  assert record["tokens"] == [] and record["completion"] == ""
+  assert record["finish_reason"] == "length" and record["segments"] == []
 
 
 def test_completions_are_printed_written_and_returned(config, tmp_path):
