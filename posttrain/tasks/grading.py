@@ -23,6 +23,11 @@ NUMBER = re.compile(
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
     r"|(?<![0-9])\.[0-9]+)")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # Or what is escaped.
+# Characters of what is in a box. MATH's longest answer has 53; what a looping
+# policy puts there is no answer, and keeps busy whoever compares it.
+LONGEST = 2_000
+LINE = re.compile(rf"[^$\n]{{0,{LONGEST + 1}}}")
 
 
 class Grade(NamedTuple):
@@ -61,12 +66,14 @@ def grade_number(answer: str | None, gold: str) -> Grade:
 
 def first_number(text: str) -> str | None:
   """The first number of a text in canonical form, or None."""
-  return next(iter(_numbers(text)), None)
+  number = NUMBER.search(_with_minus(text))
+  return canonical_number(number[0]) if number else None
 
 
 def last_number(text: str) -> str | None:
   """The last number of a text in canonical form, or None."""
-  return next(reversed(_numbers(text)), None)
+  numbers = NUMBER.findall(_with_minus(text))
+  return canonical_number(numbers[-1]) if numbers else None
 
 
 def canonical_number(text: str) -> str | None:
@@ -76,11 +83,13 @@ def canonical_number(text: str) -> str | None:
   text is anything but a number, whose sign, dollar sign, percent sign,
   thousands commas and final dot are allowed.
   """
-  text = re.sub(r"[$,%\s]", "", text.replace("\N{MINUS SIGN}", "-"))
-  match = re.fullmatch(r"([+-]?)([0-9]*)\.?([0-9]*)", text)
+  text = re.sub(r"[$,%\s]", "", _with_minus(text))
+  # One way only to read the digits: two runs of them side by side would be
+  # tried at every length.
+  match = re.fullmatch(r"([+-]?)([0-9]*)(?:\.([0-9]*))?", text)
   if match is None or not (match[2] or match[3]):
     return None
-  whole, part = match[2].lstrip("0") or "0", match[3].rstrip("0")
+  whole, part = match[2].lstrip("0") or "0", (match[3] or "").rstrip("0")
   value = f"{whole}.{part}" if part else whole
   return f"-{value}" if match[1] == "-" and value != "0" else value
 
@@ -89,30 +98,44 @@ def last_boxed(text: str) -> str | None:
   r"""The content of the last `\boxed{}` or `\fbox{}` whose braces balance.
 
   `\boxed x` without braces is read up to the next dollar sign or line end.
+  Empty boxes, and those of more than `LONGEST` characters, are passed over.
+  The time is linear in the length of the text.
   """
-  for match in reversed(list(BOX.finditer(text))):
-    start = match.end()
+  boxes = list(BOX.finditer(text))
+  if not boxes:
+    return None
+  ends = _partners(text, boxes[0].end())
+  for box in reversed(boxes):
+    start = box.end()
     if text[start:start + 1] == "{":
-      content = _braced(text, start)
-    elif match[0][-1].isspace():
-      content = re.split(r"[$\n]", text[start:], maxsplit=1)[0]
+      begin, end = start + 1, ends.get(start, -1)
+    elif box[0][-1].isspace():
+      line = LINE.match(text, start)
+      assert line is not None  # It may be empty.
+      begin, end = line.span()
     else:
       continue  # Another command, such as \boxedstyle.
-    if content is not None and content.strip():
-      return content.strip()
+    if 0 < end - begin <= LONGEST and (content := text[begin:end].strip()):
+      return content
   return None
 
 
-def _numbers(text: str) -> list[str | None]:
-  found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-  return [canonical_number(number) for number in found]
+def _with_minus(text: str) -> str:
+  return text.replace("\N{MINUS SIGN}", "-")
 
 
-def _braced(text: str, start: int) -> str | None:
-  """What stands between the brace at `start` and its partner."""
-  depth = 0
-  for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-    depth += {"{": 1, "}": -1}.get(match[0], 0)
-    if depth == 0 and match[0] == "}":
-      return text[start + 1:start + match.start()]
-  return None
+def _partners(text: str, start: int) -> dict[int, int]:
+  """Where each brace that opens at or behind `start` closes, if it does.
+
+  An escaped brace is none. Read from another place than `start`, pairs of
+  backslashes might part otherwise, but not behind a brace that opens a box,
+  which no backslash precedes.
+  """
+  partners: dict[int, int] = {}
+  opened: list[int] = []
+  for found in BRACE.finditer(text, start):
+    if found[0] == "{":
+      opened.append(found.start())
+    elif found[0] == "}" and opened:
+      partners[opened.pop()] = found.start()
+  return partners
