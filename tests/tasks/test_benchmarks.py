@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.tasks import gsm8k, math500
+from posttrain.tasks import gsm8k, math500, symbolic
 
 JANET = ("Natalia sold 48/2 = <<48/2=24>>24 clips.\n"
          "In all 48+24 = <<48+24=72>>72 clips.\n#### 1,072")
@@ -120,6 +120,13 @@ def test_every_gsm8k_gold_scores_one(split, size):
       row["prompt"], row["gold"], answer=row["answer"]) != 1.0]
   assert not wrong
   assert not any("<<" in row["gold"] for row in rows)
+
+
+def test_no_math500_gold_is_a_time_of_day():
+  """So none is compared otherwise than by math-verify."""
+  rows = math500.problems("test", path=real_folder("math500"))
+  assert not [row["answer"] for row in rows
+              if symbolic.time_of_day(row["answer"])]
 
 
 def test_every_math500_gold_scores_one():

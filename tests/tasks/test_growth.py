@@ -12,19 +12,19 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from posttrain.tasks import grading, gsm8k, math500, signs, sums
+from posttrain.tasks import grading, gsm8k, math500, signs, sums, symbolic
 
 LENGTH = 60_000  # Characters.
 FUNCTIONS = (
     grading.last_boxed, grading.first_number, grading.last_number,
     grading.canonical_number, gsm8k.extract, math500.extract, signs.extract,
-    sums.extract)
+    sums.extract, symbolic.time_of_day)
 UNITS = (
     r"\boxed{", r"\boxed{ ", r"\boxed{{", r"\boxed{}", r"\boxed ", r"\boxed $",
     "\\boxed\n", r"\boxed", r"\boxed}{", r"\fbox{x}", r"\boxed{\{", "{", "}",
     "\\", r"\\", r"\left", r"\frac", "1", "1,", ",111", "1,111", "1.", ".1",
     "-", "-1", "$", "$-", "%", " ", "\n", "####", "#### ", "1 + ", "1 +",
-    "<think>", "</think>", "\N{MINUS SIGN}", "7-")
+    "<think>", "</think>", r"\text", "4:30 p.m. ", "\N{MINUS SIGN}", "7-")
 AROUND = (("", "x"), (r"\boxed{", "}"), (r"\boxed{", "x}"), ("#### -", ""),
           ("", "y" * 3000))
 

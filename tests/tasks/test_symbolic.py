@@ -28,6 +28,31 @@ def test_equivalence(gold, answer, status):
   assert symbolic.compare(gold, answer, seconds=60).status == status
 
 
+CLOCK = r"4:30 \text{ p.m.}"
+
+
+@pytest.mark.parametrize("answer, status", [
+    (CLOCK, "ok"), ("4:30 p.m.", "ok"), ("4:30 PM", "ok"), ("04:30pm", "ok"),
+    (r"4\!:\!30\,\text{p.m.}", "ok"), (r"\text{4:30 p.m.}", "ok"),
+    (r"$4:30~\mathrm{p.m.}$", "ok"), (r"4:30 \textrm{ p.m}", "ok"),
+    ("4:30", "ok"),  # As math-verify has it.
+    ("3:30 p.m.", "wrong"), (r"4:30 \text{ a.m.}", "wrong"),
+    ("4:03 p.m.", "wrong"), ("16:30", "wrong"), ("4:30 p.m. or so", "wrong")])
+def test_times_of_day_have_many_spellings(answer, status):
+  for gold in (CLOCK, "4:30 p.m."):
+    found = symbolic.compare(gold, answer, seconds=60).status
+    # What math-verify cannot parse scores 0 as well.
+    assert found == status or (found, status) == ("unparseable", "wrong")
+  symbolic.require_parseable("4:30 p.m.")
+
+
+@pytest.mark.parametrize("gold, answer, status", [
+    (r"\frac{4}{30}", "4:30 p.m.", "unparseable"), ("4:30", "4:30", "ok"),
+    ("1:2", "0.5", "ok"), ("pm", "mp", "ok"), ("4:30am", "30", "wrong")])
+def test_what_is_no_time_of_day_is_compared_as_before(gold, answer, status):
+  assert symbolic.compare(gold, answer, seconds=60).status == status
+
+
 @pytest.mark.parametrize("gold", ["", " ", r"\frac{", "}{"])
 def test_an_unreadable_gold_is_an_error(gold):
   with pytest.raises(ValueError, match="cannot parse the gold answer"):
