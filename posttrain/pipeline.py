@@ -17,7 +17,7 @@ from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import footprint
+from posttrain.stages import footprint, sampling
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
@@ -125,8 +125,7 @@ def set_up(
   return Pipeline(
       config=config, workdir=workdir, model=model,
       renderer=render.make_renderer(tokenizer, config.chat_template),
-      thinking_ids=thinking.resolve(
-          thinking.Thinking(**config.thinking), tokenizer),
+      thinking_ids=sampling.thinking_ids(config, tokenizer, console),
       console=console)
 
 

@@ -66,8 +66,9 @@ def run(
       raise ValueError(
           'chat_template="plain" has no turns. Use a model with a chat '
           "template, or set chat_template to a Jinja file.")
-    ids = thinking.resolve(
-        thinking.Thinking(**config.thinking), renderer.tokenizer)
+    ids = sampling.thinking_ids(
+        config, renderer.tokenizer,
+        console_lib.Console(stream=stream or sys.stdout))
     # Once: it looks at every token of the vocabulary.
     tables = sampling.make_tables(
         renderer.tokenizer, ids, steering["suppress"])

@@ -76,8 +76,9 @@ def run(
   stream = stream or sys.stdout
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
     renderer, model = loaded.load(config, workdir, stage)
-    ids = thinking.resolve(
-        thinking.Thinking(**config.thinking), renderer.tokenizer)
+    ids = sampling.thinking_ids(
+        config, renderer.tokenizer,
+        console_lib.Console(stream=stream, quiet=not first))
     tables = sampling.make_tables(
         renderer.tokenizer, ids, steering["suppress"])
     dtypes: dict[str, Any] = dict(

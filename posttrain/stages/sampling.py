@@ -16,13 +16,31 @@ from posttrain.sampler import (
 )
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading
-from posttrain.text import thinking
+from posttrain.text import boundaries, thinking
 from posttrain.text import tokenizer as tokenizer_lib
+from posttrain.train import console as console_lib
 
 # Of `make_steering`: what the flags of a verb have by default.
 PLAIN: Mapping[str, Any] = {
     "suppress": (), "wait_order": "cycle", "hook": "", "hook_args": {},
     "policy": ""}
+
+
+def thinking_ids(
+    config: config_dict.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
+    console: console_lib.Console,
+) -> thinking.ThinkingIds:
+  """The thinking strings as token ids; warns where they are not always seen.
+
+  Raises:
+    ValueError: as `thinking.resolve`.
+  """
+  strings = thinking.Thinking(**config.thinking)
+  ids = thinking.resolve(strings, tokenizer)
+  told = boundaries.warning(strings, tokenizer)
+  if told:
+    console.warning(told)
+  return ids
 
 
 def make_sampler(
