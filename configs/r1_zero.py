@@ -91,10 +91,10 @@ def problems(split, *, path, count=0):
           for row in gsm8k.problems(split, path=path, count=count)]
 
 
-def follows_format(prompt, completion, **columns):
+def follows_format(prompt, completion, *, full_text, **columns):
   """1 for one thinking section and then one answer, with nothing around."""
-  del prompt, columns
-  text = completion.strip()
+  del prompt, completion, columns
+  text = full_text.strip()
   tags = ("<think>", "</think>", "<answer>", "</answer>")
   places = [text.find(tag) for tag in tags]
   return float(

@@ -14,11 +14,17 @@ Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
 import os
+import pickle
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import numpy as np
 
-from posttrain import roll_call
+from posttrain import roll_call, sharding
+
+T = TypeVar("T")
 
 COORDINATOR = "POSTTRAIN_COORDINATOR"
 NUM_PROCESSES = "POSTTRAIN_NUM_PROCESSES"
@@ -103,6 +109,62 @@ def spare_threads(cpu_devices: int) -> None:
   if cpu_devices > 1:
     threads = (os.cpu_count() or 1) + 2 * cpu_devices
     os.environ.setdefault("PJRT_NPROC", str(threads))
+
+
+def on_first_host(function: Callable[[], T]) -> T:
+  """Calls a function on process 0 alone; every host has what came of it.
+
+  For what a host finds out by itself: a judge that is asked once rather than
+  once a host, a grader that may be late on one of them. Every host has to
+  call it, and the others wait meanwhile.
+
+  Args:
+    function: needs no other host. What it returns is pickled.
+
+  Raises:
+    Exception: what it raised there, on every host, so that none is left
+      behind in a collective. An exception of a user's class is a RuntimeError
+      on the others.
+  """
+  if jax.process_count() == 1:
+    return function()
+  outcome, error = b"", None
+  if jax.process_index() == 0:
+    # The others wait for it, and so it is not told from them as a slow host.
+    with sharding.waiting():
+      try:
+        outcome = pickle.dumps((function(), None))
+      except Exception as raised:
+        error, outcome = raised, pickle.dumps((None, _portable(raised)))
+  outcome = _from_first_host(outcome)
+  if error is not None:
+    raise error
+  found, failure = pickle.loads(outcome)
+  if failure is not None:
+    raise failure
+  return found
+
+
+def _portable(error: Exception) -> Exception:
+  """What another host can unpickle, with the same text."""
+  try:
+    if type(error).__module__.partition(".")[0] in ("builtins", "posttrain"):
+      copy = pickle.loads(pickle.dumps(error))
+      if type(copy) is type(error) and str(copy) == str(error):
+        return copy
+  except Exception:  # Its class takes other arguments than it keeps.
+    pass
+  return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _from_first_host(content: bytes) -> bytes:
+  """Process 0's bytes, on every host."""
+  size = int(sharding.of_first_host(np.array(len(content), np.int32)))
+  # Few lengths, as each is compiled.
+  buffer = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
+  if content:
+    buffer[:size] = np.frombuffer(content, np.uint8)
+  return sharding.of_first_host(buffer)[:size].tobytes()
 
 
 def _integer(name: str, default: str | None = None) -> int:

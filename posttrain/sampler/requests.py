@@ -11,6 +11,7 @@ import numpy as np
 
 from posttrain.sampler import budget, choice
 from posttrain.sampler.budget_tables import BudgetTables
+from posttrain.text import thinking
 
 PLAIN = choice.SamplingParams()
 
@@ -212,18 +213,7 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
 
 def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
   """The prompt opens a thinking section and does not close it."""
-  if not tables.used:
-    return False
-  if not tables.start:
-    return True
-  opened = _last_index(prompt, tables.start)
-  return opened >= 0 and opened > _last_index(prompt, tables.end)
-
-
-def _last_index(tokens: tuple[int, ...], part: tuple[int, ...]) -> int:
-  """The last index where `part` occurs, or -1."""
-  return next((i for i in range(len(tokens) - len(part), -1, -1)
-               if tokens[i:i + len(part)] == part), -1)
+  return thinking.opens(prompt, start=tables.start, end=tables.end)
 
 
 def columns(

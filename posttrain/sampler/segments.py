@@ -6,21 +6,49 @@ from typing import Any
 
 from posttrain.sampler import budget
 from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
+from posttrain.text import thinking
 from posttrain.text.thinking import ThinkingIds
 from posttrain.text.tokenizer import Tokenizer
 
 
 def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-  """The text that rewards see: delimiters visible, without the final stop."""
+  """The text: delimiters visible, without the final stop."""
   tokens = list(tokens)
   if tokens and tokens[-1] in tokenizer.stop_ids:
     tokens = tokens[:-1]
   return tokenizer.decode(tokens)
 
 
+def split(
+    rollouts: Rollouts, row: int, ids: ThinkingIds) -> thinking.Split:
+  """Cuts a completion where the sampler's own record has its thinking end.
+
+  A section that the prompt opened is one too. Thinking that never ended has
+  no answer; without thinking the whole completion is the answer.
+  """
+  tokens = rollouts.completion(row)
+  whole, nothing = slice(0, len(tokens)), slice(len(tokens), len(tokens))
+  begin = 0
+  if not thinking.opens(
+      rollouts.prompts[row], start=ids.start, end=ids.end):
+    begin = thinking.find(tokens, ids.start) if ids.end else -1
+    if begin < 0:
+      return thinking.Split(slice(0, 0), whole, False)
+    begin += len(ids.start)
+  if rollouts.think_end[row] == budget.OPEN:
+    return thinking.Split(slice(begin, len(tokens)), nothing, False)
+  stop = begin + int(rollouts.think_lengths[row])
+  # Behind a newline, if the closing was forced; cut off, at the last token.
+  end = thinking.find(tokens, ids.end, stop)
+  if end < 0:
+    return thinking.Split(slice(begin, stop), nothing, False)
+  return thinking.Split(
+      slice(begin, stop), slice(end + len(ids.end), len(tokens)), True)
+
+
 def segments(
     tokenizer: Tokenizer, tokens: Sequence[int], provenance: Sequence[int],
-    ids: ThinkingIds, thinking: slice = slice(0, 0),
+    ids: ThinkingIds, thought: slice = slice(0, 0),
 ) -> list[tuple[str, str]]:
   """Runs of (text, "sampled" | "thinking" | "forced" | "wait").
 
@@ -32,7 +60,7 @@ def segments(
   names: list[str] = []
   for start, stop, code in _runs(list(provenance)):
     if code != budget.FORCED:
-      inside = range(len(tokens))[thinking]
+      inside = range(len(tokens))[thought]
       names += ["thinking" if i in inside else "sampled"
                 for i in range(start, stop)]
       continue
@@ -67,14 +95,19 @@ def _runs(values: list) -> list[tuple[int, int, Any]]:
 def record(
     tokenizer: Tokenizer, rollouts: Rollouts, row: int, ids: ThinkingIds,
 ) -> dict[str, Any]:
-  """One completion as JSON-able facts, for the saved samples."""
+  """One completion as JSON-able facts, for the saved samples.
+
+  `answer_text` is what rewards are given as `completion`.
+  """
   tokens = rollouts.completion(row)
   provenance = rollouts.provenance[row, :len(tokens)].tolist()
+  answer = tokens[split(rollouts, row, ids).answer]
   return {
       "prompt_id": int(rollouts.prompt_id[row]),
       "sample_id": int(rollouts.sample_id[row]),
       "prompt": tokenizer.decode(rollouts.prompts[row]),
       "completion": completion_text(tokenizer, tokens),
+      "answer_text": completion_text(tokenizer, answer),
       "segments": segments(tokenizer, tokens, provenance, ids),
       "finish_reason": rollouts.finish_name(row),
       "think_end": THINK_ENDS[int(rollouts.think_end[row])],

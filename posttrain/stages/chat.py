@@ -174,8 +174,6 @@ class Chat:
     self._console.line(
         f"{drawn.lengths[0]} tokens, {drawn.think_lengths[0]} of them "
         f"thinking, {drawn.wait_count[0]} waits, {drawn.finish_name(0)}", "dim")
-    tokens = drawn.completion(0)
-    parts = thinking.split(
-        tokens, drawn.provenance[0, :len(tokens)], how.ids,
-        in_thinking=opened)
-    return segments.completion_text(tokenizer, tokens[parts.answer]).strip()
+    answer = segments.split(drawn, 0, how.ids).answer
+    return segments.completion_text(
+        tokenizer, drawn.completion(0)[answer]).strip()

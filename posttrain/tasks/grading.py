@@ -1,5 +1,6 @@
-r"""What a completion answers, and whether that is a given number.
+r"""What an answer says, and whether that is a given number.
 
+An answer is what follows the thinking, as `posttrain.tasks.scoring` has it.
 Text in, text out: no model, no process. `posttrain.tasks.symbolic` judges
 answers that are formulas.
 
@@ -16,7 +17,6 @@ broken grader:
 import re
 from typing import NamedTuple
 
-START, END = "<think>", "</think>"
 # A minus is a sign only where no operand precedes it: 7-3 ends in 3.
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])-)?\$?"
@@ -35,17 +35,6 @@ class Grade(NamedTuple):
   score: float
   status: str
   parsed: str | None
-
-
-def answer_part(completion: str) -> str:
-  """What follows the last `</think>`.
-
-  All of the text where nothing was thought; none of it where thinking began
-  and did not end. (A `<think>` at the end of the *prompt* is not seen here: a
-  completion that never closes it is read whole.)
-  """
-  _, end, answer = completion.rpartition(END)
-  return "" if not end and START in completion else answer
 
 
 def grade_number(answer: str | None, gold: str) -> Grade:

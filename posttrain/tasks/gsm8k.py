@@ -74,11 +74,11 @@ def extract(completion: str) -> str | None:
   """The first number behind the last `####`, else the last number.
 
   Commas, dollar and percent signs and a final dot do not matter, and 18.00
-  is 18. Thinking does not count.
+  is 18.
   """
-  text = grading.answer_part(completion)
-  _, mark, final = text.rpartition(MARK)
-  return grading.first_number(final) if mark else grading.last_number(text)
+  _, mark, final = completion.rpartition(MARK)
+  return (grading.first_number(final) if mark
+          else grading.last_number(completion))
 
 
 def _row(

@@ -1,74 +1,259 @@
-"""Plain reward functions -> an array of scores.
+"""Plain reward functions -> scores, each with a status.
 
-A reward is `def reward(prompt, completion, **columns) -> float | None`; None
-means that it does not apply to this problem. The first reward of a list is
-the verifier: it must give 1 to every problem's `gold`.
+A reward is `def reward(prompt, completion, **columns) -> float | None`. It is
+given the answer alone as `completion`: what follows the thinking, "" where the
+thinking never ended, and all of the text where there is no thinking. If it
+names them as parameters it is also given
+
+  thinking       the text of the thinking section, without its delimiters
+  full_text      the whole completion, thinking and delimiters included
+  num_tokens     of the whole completion
+  finish_reason  why it ended: "eos", "budget", "length", ...
+
+None means that the reward does not apply. A `Score`, or a grader's `Grade`,
+says that it could not be judged (`timeout`, `error`); such a completion leaves
+its group and is counted. An exception is a failure of the run. The first
+reward of a list is the verifier: it must give 1 to every problem's `gold`,
+which is an answer.
 """
 
+import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Reward = Callable[..., float | None]
+from posttrain.tasks import exits
+from posttrain.tasks.grading import Grade
+
+STATUSES = ("ok", "not_applicable", "timeout", "error")
+OK, NOT_APPLICABLE, TIMEOUT, ERROR = range(len(STATUSES))
+UNSCORED = (TIMEOUT, ERROR)
+LARGEST = float(np.finfo(np.float32).max)  # Of a reward.
+
+
+class Score(NamedTuple):
+  """What a reward may return in place of a number.
+
+  Attributes:
+    value: None where the status is not "ok".
+    status: one of `STATUSES`.
+    reason: of a time-out or an error, for people.
+  """
+
+  value: float | None
+  status: str = "ok"
+  reason: str = ""
+
+
+Reward = Callable[..., float | None | Score | Grade]
+
+
+class Completion(NamedTuple):
+  """What rewards may look at; see the module's text."""
+
+  answer: str
+  thinking: str = ""
+  full_text: str = ""
+  num_tokens: int = 0
+  finish_reason: str = "eos"
+
+
+OFFERED = Completion._fields[1:]
+
+
+class Scores(NamedTuple):
+  """What K rewards say of B completions.
+
+  Attributes:
+    values: [B, K] float32, NaN where the status is not "ok".
+    statuses: [B, K] int8, indices into `STATUSES`.
+    reasons: for each that was not judged: row, column and why.
+  """
+
+  values: np.ndarray
+  statuses: np.ndarray
+  reasons: list[tuple[int, int, str]]
+
+
+def scored(statuses: np.ndarray) -> np.ndarray:
+  """[B] bool of [B, K] statuses: one reward applies, and none has failed."""
+  return (~np.isin(statuses, UNSCORED)).all(axis=1) & (
+      statuses == OK).any(axis=1)
 
 
 def score(
     rewards: Mapping[str, Reward], problems: Sequence[Mapping[str, Any]],
-    completions: Sequence[str],
-) -> np.ndarray:
+    completions: Sequence[Completion],
+) -> Scores:
   """Calls every reward on every completion.
 
   Args:
     rewards: by name.
     problems: [B], the problem of each completion; a reward is given all of
       its columns.
-    completions: [B] texts.
-
-  Returns:
-    [B, K] float32, NaN where a reward does not apply.
+    completions: [B].
 
   Raises:
-    ValueError: a reward fails or returns something that is no finite number;
-      names the reward and the problem.
+    ValueError: a reward fails, tries to leave, or returns something that is
+      no finite number; names the reward, the problem and the value.
   """
-  scores = np.full((len(completions), len(rewards)), np.nan, np.float32)
-  for b, (problem, text) in enumerate(zip(problems, completions, strict=True)):
+  shape = len(completions), len(rewards)
+  values = np.full(shape, np.nan, np.float32)
+  statuses = np.zeros(shape, np.int8)
+  reasons = []
+  for b, (problem, completion) in enumerate(
+      zip(problems, completions, strict=True)):
     for k, (name, reward) in enumerate(rewards.items()):
-      value = _call(name, reward, problem, text)
-      if value is not None:
-        scores[b, k] = value
-  return scores
+      found = _call(name, reward, problem, completion)
+      statuses[b, k] = STATUSES.index(found.status)
+      if found.value is not None:
+        values[b, k] = found.value
+      if statuses[b, k] in UNSCORED:
+        reasons.append((b, k, found.reason))
+  return Scores(values, statuses, reasons)
 
 
-def brevity(prompt: str, completion: str, **columns: Any) -> float:
-  """1 / (1 + words). The `:debug` configs add it to their verifier.
+def extract(
+    name: str, function: Callable[[str], str | None],
+    problems: Sequence[Mapping[str, Any]], completions: Sequence[Completion],
+) -> list[str | None]:
+  """The answers in one spelling, for votes.
+
+  Raises:
+    ValueError: the function fails, or returns neither a text nor None.
+  """
+  found = []
+  for problem, completion in zip(problems, completions, strict=True):
+    where = f"The extractor {name}"
+    value = _guarded(where, problem, lambda: function(completion.answer))
+    if not (value is None or isinstance(value, str)):
+      raise ValueError(
+          f"{where} returned {shown(value)} on problem {problem.get('id')}; a "
+          "text or None is needed.")
+    found.append(value)
+  return found
+
+
+def brevity(
+    prompt: str, completion: str, *, full_text: str, **columns: Any) -> float:
+  """1 / (1 + words), thinking included. `:debug` configs add it to a verifier.
 
   A model that is never right would leave every group without a signal, and
   the learner would not run.
   """
-  del prompt, columns
-  return 1 / (1 + len(completion.split()))
+  del prompt, completion, columns
+  return 1 / (1 + len(full_text.split()))
 
 
-def _call(name, reward, problem, completion) -> float | None:
+def judged(grade: Grade) -> float | Score:
+  """A grade as a reward: its number, or that there is none."""
+  return grade.score if grade.status not in STATUSES[TIMEOUT:] else Score(
+      None, grade.status, f"comparing {shown(grade.parsed)}")
+
+
+def arguments(
+    reward: Reward, problem: Mapping[str, Any], completion: Completion,
+) -> dict[str, Any]:
+  """What a reward is called with."""
   columns = {key: value for key, value in problem.items()
              if key not in ("prompt", "completion")}
+  columns |= {name: getattr(completion, name) for name in _named(reward)}
+  return dict(prompt=problem.get("prompt", ""), completion=completion.answer,
+              **columns)
+
+
+def shown(value: Any) -> str:
+  """`repr`, short, of whatever code has returned."""
   try:
-    value = reward(
-        prompt=problem.get("prompt", ""), completion=completion, **columns)
-  except Exception as error:
+    return _repr.repr(value)
+  except Exception:  # Such as an integer of 5,000 digits.
+    return f"<{type(value).__name__}>"
+
+
+class _Repr(reprlib.Repr):
+
+  def repr_int(self, x: int, level: int) -> str:
+    if abs(x) >= 10**40:
+      return f"<an int of {x.bit_length()} bits>"
+    return repr(x)
+
+
+_repr = _Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def _named(reward: Reward) -> tuple[str, ...]:
+  """The parts of a completion that a reward has as parameters."""
+  try:
+    parameters = inspect.signature(reward).parameters
+  except (TypeError, ValueError):  # Not written in Python.
+    return ()
+  return tuple(name for name in OFFERED if name in parameters)
+
+
+def _guarded(
+    where: str, problem: Mapping[str, Any], call: Callable[[], Any]) -> Any:
+  """Calls code of a task, which may not end the run by itself."""
+  try:
+    with exits.raised():
+      return call()
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # SystemExit and the like are among them.
+    said = " ".join(str(error).split())[:500]
+    kind = "" if isinstance(error, exits.Left) else f"{type(error).__name__}: "
     raise ValueError(
-        f"The reward {name} failed on problem {problem.get('id')} with "
-        f"{type(error).__name__}: {error}") from error
+        f"{where} failed on problem {problem.get('id')} with {kind}{said}"
+    ) from error
+
+
+def _call(
+    name: str, reward: Reward, problem: Mapping[str, Any],
+    completion: Completion,
+) -> Score:
+  where = f"The reward {name}"
+  found = _guarded(where, problem, lambda: reward(
+      **arguments(reward, problem, completion)))
+  if isinstance(found, Grade):
+    found = judged(found)
+  if isinstance(found, Score):
+    if found.status not in STATUSES:
+      raise ValueError(
+          f"{where} returned the status {shown(found.status)} on problem "
+          f"{problem.get('id')}; one of {', '.join(STATUSES)} is needed.")
+    if found.status != "ok":
+      return found._replace(value=None)
+    found = found.value
+    if found is None:
+      raise ValueError(
+          f"{where} returned the status ok without a value on problem "
+          f"{problem.get('id')}.")
+  if found is None:
+    return Score(None, "not_applicable")
+  value = _number(found)
   if value is None:
-    return None
-  if not isinstance(value, (bool, int, float, np.number)) or not np.isfinite(
-      value):
     raise ValueError(
-        f"The reward {name} returned {value!r} on problem "
-        f"{problem.get('id')}; a finite number or None is needed.")
-  return float(value)
+        f"{where} returned {shown(found)} on problem {problem.get('id')}; a "
+        f"finite number (of at most {LARGEST:.2g}, as rewards are float32) or "
+        "None is needed.")
+  return Score(value)
+
+
+def _number(value: Any) -> float | None:
+  """As a float; None of what is no number, or too large a one."""
+  if not isinstance(value, (
+      bool, int, float, np.bool_, np.integer, np.floating)):
+    return None
+  try:
+    number = float(value)
+  except OverflowError:  # 10**400.
+    return None
+  return number if abs(number) <= LARGEST else None
+
+
+# What is looked at in all problems, before the first step.
 
 
 def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
@@ -82,27 +267,78 @@ def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(value, bool) or not (
         isinstance(value, (int, np.integer)) and -2**31 <= value < 2**31):
       raise ValueError(
-          f"Problem {number} of the task has id={value!r}, and a whole number "
-          "of at most 31 bits is needed.")
+          f"Problem {number} of the task has id={shown(value)}, and a whole "
+          "number of at most 31 bits is needed.")
     if value in seen:
       raise ValueError(
           f"Two problems of the task have id={value}. Give each its own.")
     seen.add(value)
 
 
-def check_gold(
-    name: str, verifier: Reward, problems: Sequence[Mapping[str, Any]],
+def check_arguments(
+    name: str, reward: Reward, problems: Sequence[Mapping[str, Any]],
 ) -> None:
-  """Raises ValueError where a problem's own `gold` does not score 1."""
+  """Raises ValueError where a reward does not take a problem's columns.
+
+  It is not called.
+  """
+  try:
+    signature = inspect.signature(reward)
+  except (TypeError, ValueError):  # Not written in Python.
+    return
+  fine = set()
   for problem in problems:
-    if "gold" not in problem:
+    columns = frozenset(problem)
+    if columns in fine:
+      continue
+    twice = columns.intersection(_named(reward))
+    if twice:
       raise ValueError(
-          f"Problem {problem.get('id')} has no column gold, with which the "
-          f"verifier {name} is checked. Add a completion that scores 1.")
-    value = _call(name, verifier, problem, problem["gold"])
-    if value != 1:
+          f"The reward {name} asks for {', '.join(sorted(twice))} of the "
+          f"completion, and problem {problem.get('id')} has a column of that "
+          "name. Rename the column.")
+    try:
+      signature.bind(**arguments(reward, problem, Completion("")))
+    except TypeError as error:
       raise ValueError(
-          f"The verifier {name} gives {value} to problem "
-          f"{problem.get('id')}'s own gold answer {problem['gold'][-80:]!r}, "
-          "where 1 is needed. Mend the problem or the verifier: a policy "
-          "cannot be taught by a verifier that rejects the right answer.")
+          f"The reward {name} does not take the columns of problem "
+          f"{problem.get('id')} ({', '.join(sorted(columns))}): {error}. Give "
+          "the problem what is missing, or let the reward take **columns."
+      ) from error
+    fine.add(columns)
+
+
+def check_gold(
+    name: str, verifier: Reward, problems: Sequence[Mapping[str, Any]], *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+  """Raises ValueError where a problem's own `gold` does not score 1.
+
+  Args:
+    progress: is told how many are through.
+  """
+  for done, problem in enumerate(problems):
+    progress(done)
+    if not isinstance(problem.get("gold"), str):
+      raise ValueError(
+          f"Problem {problem.get('id')} has no text as its column gold, with "
+          f"which the verifier {name} is checked. Add an answer that scores "
+          "1.")
+    gold = problem["gold"]
+    completion = Completion(gold, full_text=gold)
+    found = _call(name, verifier, problem, completion)
+    if STATUSES.index(found.status) in UNSCORED:  # The machine may be busy.
+      found = _call(name, verifier, problem, completion)
+    shown_gold = f"problem {problem.get('id')}'s own gold answer {gold[-80:]!r}"
+    if STATUSES.index(found.status) in UNSCORED:
+      raise ValueError(
+          f"The verifier {name} could not judge {shown_gold}, twice: "
+          f"{found.status}, {found.reason or 'no reason given'}. A right "
+          "answer could not be rewarded. Give the verifier more time or a "
+          "machine that is less busy, or leave the problem out.")
+    if found.value != 1:
+      raise ValueError(
+          f"The verifier {name} gives {found.value} to {shown_gold}, where 1 "
+          "is needed. Mend the problem (gold is the answer alone, without "
+          "thinking) or the verifier: a policy cannot be taught by a verifier "
+          "that rejects the right answer.")

@@ -3,6 +3,7 @@
   prompt      6 5 2 2 : 1 <think>
   completion  6 + 5 = 11 + 2 = 13 - 2 = 11 vs 1 NO Wait
               6 - 5 = 1 + 2 = 3 - 2 = 1 vs 1 OK </think> 6 - 5 + 2 - 2
+  answer      6 - 5 + 2 - 2
 
 Everything is words between single spaces, a whole number (-7 too) being one
 word, so that a word-level tokenizer has under a hundred tokens. An attempt
@@ -53,8 +54,8 @@ def problems(
     terms: how many numbers a problem has.
 
   Returns:
-    Rows of `id`, `prompt`, `gold` (a right completion), `numbers`, `target`
-    and `cluster`: problems of one multiset of numbers are alike.
+    Rows of `id`, `prompt`, `gold` (a right answer), `numbers`, `target` and
+    `cluster`: problems of one multiset of numbers are alike.
 
   Raises:
     ValueError: an unknown split, an empty range, or a `count` above what the
@@ -131,7 +132,10 @@ def reward(
 ) -> float:
   """1 if the answer keeps the numbers in order and reaches the target.
 
-  Everything else, a completion without an answer included, is 0.
+  Everything else, no answer included, is 0.
+
+  Args:
+    completion: what follows the thinking.
   """
   del prompt, columns
   answer = extract(completion)
@@ -144,15 +148,14 @@ def reward(
 
 
 def extract(completion: str) -> str | None:
-  """The expression that follows the first `</think>`, or None.
+  """The expression that an answer is, or None.
 
-  None too where anything but the end of the text follows it, so that a
-  completion that goes on does not pass. Two expressions of one value are two
+  None too where anything but the end of the text follows it, so that an
+  answer that goes on does not pass. Two expressions of one value are two
   answers: a vote counts them apart.
   """
-  _, end, answer = completion.partition(END)
-  answer = " ".join(answer.strip().removesuffix(EOS).split())
-  return answer if end and EXPRESSION.fullmatch(answer) else None
+  answer = " ".join(completion.strip().removesuffix(EOS).split())
+  return answer if EXPRESSION.fullmatch(answer) else None
 
 
 def constant_baseline(
@@ -232,8 +235,7 @@ def _row(
   index = index * ((len(numbers) - 1) * high + 1) + subtracted
   return dict(
       id=index, prompt=_prompt(numbers, target),
-      gold=_completion(numbers, [signs], target, signs),
-      numbers=list(numbers), target=target,
+      gold=_expression(numbers, signs), numbers=list(numbers), target=target,
       cluster=" ".join(map(str, sorted(numbers))))
 
 

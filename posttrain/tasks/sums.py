@@ -69,8 +69,8 @@ def reward(
 
 
 def extract(completion: str) -> str | None:
-  """The last number after thinking, in canonical form, or None."""
-  return grading.last_number(grading.answer_part(completion))
+  """The last number, in canonical form, or None."""
+  return grading.last_number(completion)
 
 
 def _indices(size: int, rng: random.Random) -> Iterator[int]:

@@ -11,7 +11,6 @@ is late; the next question starts another.
 import atexit
 import contextlib
 import faulthandler
-import functools
 import json
 import os
 import re
@@ -57,7 +56,9 @@ def compare(gold: str, answer: str, *, seconds: float = 5.0) -> Verdict:
   verdict = _ask(dict(
       gold=_spelled(gold), answer=answer, seconds=seconds))
   if verdict.status == "gold":
-    raise ValueError(_GOLD.format(gold=gold))
+    raise ValueError(
+        f"math-verify cannot parse the gold answer {gold!r}, so nothing can be "
+        "compared to it. Correct the answer column.")
   return verdict
 
 
@@ -78,27 +79,6 @@ def _spelled(gold: str) -> str:
     return gold
   hours, minutes, half = time_read
   return rf"{hours}:{minutes:02d} \text{{ {half}.m.}}"
-
-
-@functools.lru_cache(maxsize=10_000)
-def require_parseable(gold: str, *, seconds: float = 30.0) -> None:
-  """Raises ValueError for a gold answer that no answer could be compared to.
-
-  Raises:
-    RuntimeError: the worker does not start.
-  """
-  asked = _spelled(gold)
-  verdict = _ask(dict(gold=asked, answer=asked, seconds=seconds))
-  if verdict.status == "gold":
-    raise ValueError(_GOLD.format(gold=gold))
-  if verdict.status != "ok":
-    raise ValueError(
-        f"The gold answer {gold!r} is not found equal to itself "
-        f"({verdict.status}: {verdict.reason}). Correct the answer column.")
-
-
-_GOLD = ("math-verify cannot parse the gold answer {gold!r}, so nothing can be "
-         "compared to it. Correct the answer column.")
 
 
 class _Worker:

@@ -140,6 +140,18 @@ def split(
   return Split(slice(start, end), answer, True)
 
 
+def opens(
+    prompt: Sequence[int], *, start: Sequence[int], end: Sequence[int],
+) -> bool:
+  """Whether a prompt opens a thinking section and does not close it."""
+  if not end:
+    return False
+  if not start:
+    return True
+  opened = _find_last(prompt, start)
+  return opened >= 0 and opened > _find_last(prompt, end)
+
+
 def find(
     tokens: Sequence[int], part: Sequence[int], begin: int = 0) -> int:
   """The first index from `begin` where `part` occurs, or -1."""
@@ -148,6 +160,13 @@ def find(
     if list(tokens[i:i + len(part)]) == part:
       return i
   return -1
+
+
+def _find_last(tokens: Sequence[int], part: Sequence[int]) -> int:
+  """The last index where `part` occurs, or -1."""
+  tokens, part = list(tokens), list(part)
+  return next((i for i in range(len(tokens) - len(part), -1, -1)
+               if tokens[i:i + len(part)] == part), -1)
 
 
 def _encode(

@@ -64,6 +64,9 @@ class Row:
   answer: int = 0
   waits: int = 0
   steps: int = 0
+  # Where the thinking begins, and what follows its delimiter; None: nowhere.
+  think_at: int | None = dataclasses.field(default=None, compare=False)
+  answer_at: int | None = dataclasses.field(default=None, compare=False)
   # Index in the completion -> ids that its last choice there had to leave out.
   bans: dict = dataclasses.field(default_factory=dict, compare=False)
 
@@ -113,9 +116,10 @@ def write(row, model, prompt, in_thinking, strings, limits):
       if token in strings.stop_ids:
         return "eos"
       if ends_in(row.tokens, strings.start):
-        row.answer = 0
+        row.answer, row.think_at = 0, len(row.tokens)
       check()
   if thinks:
+    row.think_at = len(row.tokens)
     outcome = think(row, best, add, check, force, prompt, strings, limits)
     if outcome:
       return outcome
@@ -145,7 +149,9 @@ def think(row, best, add, check, force, prompt, strings, limits):
       last = (prompt + row.tokens)[-1]
       if begun == 0 and last not in strings.ends_newline:
         force(strings.newline)
-      force(strings.end[begun:] + strings.final_answer)
+      force(strings.end[begun:])
+      row.answer_at = len(row.tokens)
+      force(strings.final_answer)
       return None
 
     banned = set(strings.reflections if limits.suppress else ())
@@ -195,4 +201,5 @@ def think(row, best, add, check, force, prompt, strings, limits):
     else:
       del row.tokens[-len(delimiter):], row.sources[-len(delimiter):]
       force(strings.end)
+    row.answer_at = len(row.tokens)
     return None

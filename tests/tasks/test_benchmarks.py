@@ -7,9 +7,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from posttrain.tasks import gsm8k, math500, symbolic
+from posttrain.tasks import gsm8k, math500, scoring, symbolic
 
 JANET = ("Natalia sold 48/2 = <<48/2=24>>24 clips.\n"
          "In all 48+24 = <<48+24=72>>72 clips.\n#### 1,072")
@@ -47,8 +48,7 @@ def test_gsm8k_rows(tmp_path):
     ("so 5 of them.\n#### 1072\n\nDo you want 3 more?", 1),
     ("The answer is 1072.", 1), ("1072 or 1073", 0), ("#### 107", 0),
     ("#### unknown 1072", 1), ("#### unknown, of 5", 0), ("1072\n####", 0),
-    ("", 0), ("1072 </think> none", 0), ("3 </think> 1072", 1),
-    ("<think> 1072", 0)])
+    ("", 0)])
 def test_gsm8k_reward(completion, score):
   assert gsm8k.reward("", completion, answer="1072", id=0) == score
 
@@ -56,9 +56,22 @@ def test_gsm8k_reward(completion, score):
 def test_math500_reward():
   reward = lambda text: math500.reward("", text, answer=r"\frac{1}{2}", level=1)
   assert reward(r"It is $\boxed{\dfrac{2}{4}}$.") == 1.0
-  assert reward(r"\boxed{3}</think> It is \boxed{0.5}") == 1.0
-  assert reward(r"\boxed{0.5}</think> It is \boxed{3}") == 0.0
+  assert reward(r"\boxed{3}, no: \boxed{0.5}") == 1.0
+  assert reward(r"\boxed{0.5}, no: \boxed{3}") == 0.0
   assert reward("It is 0.5.") == 0.0
+
+
+@pytest.mark.parametrize("status", ["timeout", "error"])
+def test_math500_says_what_it_could_not_judge(monkeypatch, status):
+  """It was a silent 0; a real late worker is in test_symbolic.py."""
+  monkeypatch.setattr(symbolic, "compare", lambda *args, **kwargs:
+                      symbolic.Verdict(status, "more than 5 s"))
+  found = scoring.score(
+      {"math": math500.reward}, [dict(id=3, answer="7")],
+      [scoring.Completion(r"\boxed{9^{9^9}}")])
+  assert scoring.STATUSES[found.statuses[0, 0]] == status
+  assert np.isnan(found.values[0, 0])
+  assert found.reasons[0][:2] == (0, 0) and "9^{9^9}" in found.reasons[0][2]
 
 
 def test_math500_votes_are_spelled_one_way():
@@ -77,8 +90,10 @@ def test_math500_checks_gold_answers(tmp_path):
   assert math500.problems("test", path=path, count=1)[0] == dict(
       id=0, prompt="p\n\n" + math500.INSTRUCTION, gold=r"\boxed{5}",
       answer="5", subject=None, level=2)
-  with pytest.raises(ValueError, match=r"test\.jsonl, line 2: .*gold answer"):
-    math500.problems("test", path=path)
+  rows = math500.problems("test", path=path)
+  with pytest.raises(ValueError, match=(
+      r"failed on problem 1 with ValueError: .*cannot parse the gold answer")):
+    scoring.check_gold("math500:reward", math500.reward, rows)
 
 
 @pytest.mark.parametrize("rows, message", [

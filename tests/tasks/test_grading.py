@@ -56,13 +56,6 @@ def test_grades_of_numbers():
     grading.grade_number("5", "1,000")
 
 
-@pytest.mark.parametrize("completion, part", [
-    ("5", "5"), ("a </think> b", " b"), ("<think> a </think> b", " b"),
-    ("<think> 5", ""), ("a </think> b </think> c", " c")])
-def test_answer_part(completion, part):
-  assert grading.answer_part(completion) == part
-
-
 @pytest.mark.parametrize("text, content", [
     (r"so \boxed{5}.", "5"),
     (r"\boxed{1} then \boxed{2}", "2"),

@@ -84,31 +84,30 @@ def test_reward_agrees_with_eval_on_every_answer():
         words += [sign, str(number)]
       answer = " ".join(words)
       right = float(eval(answer) == row["target"])
-      assert score(row, f"x NO </think> {answer}") == right
-      assert score(row, f"x OK </think> {answer} </s>") == right
-      assert score(row, f"x OK </think>{answer}</s>") == right
-      for wrong in (answer, f"</think> {answer} Wait", f"</think> {answer} + 0",
-                    f"</think> 0 + {answer}", f"</think> {answer} </think>",
-                    f"</think> OK {answer}", f"</think> {answer} </s> 1"):
+      assert score(row, f" {answer}") == right
+      assert score(row, f" {answer} </s>") == right
+      assert score(row, f"{answer}</s>") == right
+      for wrong in (f"{answer} Wait", f"{answer} + 0", f"0 + {answer}",
+                    f"{answer} </think>", f"OK {answer}",
+                    f"x OK </think> {answer}", f"{answer} </s> 1"):
         assert score(row, wrong) == 0.0
 
 
 @pytest.mark.parametrize("completion", [
-    "", "</think>", "1 + 2 + 3 + 4", "</think> </s>", "</think> 1 +",
-    "</think> 1 + + 2", "</think> -1 + 2", "</think> 1 2", "</think> Wait"])
+    "", "</think>", " </s>", "1 +", "1 + + 2", "-1 + 2", "1 2", "Wait"])
 def test_what_is_no_answer(completion):
   assert signs.extract(completion) is None
 
 
 def test_extract_is_canonical():
-  assert signs.extract("6 NO </think>  6 -  5 </s>") == "6 - 5"
+  assert signs.extract("  6 -  5 </s>") == "6 - 5"
 
 
 def test_numbers_out_of_order_do_not_count():
   row = dict(prompt="1 2 3 : 6 <think>", numbers=[1, 2, 3], target=6)
-  assert score(row, "</think> 1 + 2 + 3") == 1.0
-  assert score(row, "</think> 3 + 2 + 1") == 0.0
-  assert score(row, "</think> 1 + 5") == 0.0
+  assert score(row, "1 + 2 + 3") == 1.0
+  assert score(row, "3 + 2 + 1") == 0.0
+  assert score(row, "1 + 5") == 0.0
 
 
 def parse(completion):
@@ -207,7 +206,7 @@ def test_the_constant_baseline_is_what_its_answers_score():
   answers = [" ".join(itertools.chain(*zip(
       map(str, row["numbers"]), [*found["answer"].split(), ""], strict=True)))
              for row in rows]
-  scores = [score(row, f"</think> {answer}")
+  scores = [score(row, answer)
             for row, answer in zip(rows, answers, strict=True)]
   assert found["correct"] == [value == 1 for value in scores]
   assert 0.05 < sum(scores) / 512 < 0.2

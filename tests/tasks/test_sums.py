@@ -23,7 +23,7 @@ def test_gold_and_answer(args):
     assert sums.reward(**{**row, "completion": "It is 2."}) == (
         row["answer"] == "2")
     assert sums.reward(**{**row, "completion": "I do not know"}) == 0.0
-    part = f"{row['answer']} <think> {row['answer']} </think> It is 1"
+    part = f"{row['answer']} or 1"
     assert sums.reward(**{**row, "completion": part}) == 0.0
 
 

@@ -56,8 +56,6 @@ def test_what_is_no_time_of_day_is_compared_as_before(gold, answer, status):
 @pytest.mark.parametrize("gold", ["", " ", r"\frac{", "}{"])
 def test_an_unreadable_gold_is_an_error(gold):
   with pytest.raises(ValueError, match="cannot parse the gold answer"):
-    symbolic.require_parseable(gold)
-  with pytest.raises(ValueError, match="cannot parse the gold answer"):
     symbolic.compare(gold, "7", seconds=60)
 
 

@@ -1,0 +1,94 @@
+"""Keeps the code of tasks and rewards from ending a run that is unfinished.
+
+A launcher takes status 0 for finished. `sys.exit(0)` is an exception, which
+can be caught; `os._exit(0)` is not, so that function is replaced while a run
+is on. It is a plain attribute of a module: the replacement is also what a
+task's `from os import _exit` gets, since a run imports tasks later.
+
+Not caught is what leaves without Python: `exit` called through ctypes or by a
+C extension, `posix._exit`, and `os.exec...` of another program. A process that
+is killed, by itself or by another, has a status of its own that is not 0.
+Processes that a task forks may end as they like.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+_called = threading.local()
+
+
+class Left(BaseException):
+  """Code that was called has tried to end the process.
+
+  No `except Exception` of its own shall hide that.
+  """
+
+
+class Unfinished(RuntimeError):
+  """A run has been ended, by code that it called, before it had finished."""
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+  """Turns `os._exit` of this thread into `Left`, around a call."""
+  with _replaced():
+    before = getattr(_called, "depth", 0)
+    _called.depth = before + 1
+    try:
+      yield
+    finally:
+      _called.depth = before
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+  """Turns status 0 of an unfinished run into a failure, around the run.
+
+  Raises:
+    Unfinished: by `sys.exit(0)`. After `os._exit(0)` the process ends with
+      status 1 at once, as it may be called on any thread.
+  """
+  with _replaced():
+    try:
+      yield
+    except SystemExit as error:
+      if error.code:
+        raise
+      raise Unfinished(
+          f"sys.exit({'' if error.code is None else error.code}) was called "
+          "before the run had finished. Its traceback (set "
+          "POSTTRAIN_TRACEBACK=1) says by whom.") from error
+
+
+@contextlib.contextmanager
+def _replaced() -> Iterator[None]:
+  """Puts `_exit_of` in the place of `os._exit`; nested, once."""
+  real = os._exit
+  if getattr(real, "of_posttrain", False):
+    yield
+    return
+  os._exit = _exit_of(real)
+  try:
+    yield
+  finally:
+    os._exit = real
+
+
+def _exit_of(real: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
+  owner = os.getpid()
+
+  def leave(status: int) -> NoReturn:
+    if os.getpid() != owner:  # A child that was forked.
+      real(status)
+    if getattr(_called, "depth", 0):
+      raise Left(f"os._exit({status})")
+    if status == 0:
+      os.write(2, b"posttrain: os._exit(0) was called before the run had "
+               b"finished.\n")
+    real(status or 1)
+
+  leave.of_posttrain = True  # type: ignore[attr-defined]
+  return leave
