@@ -13,6 +13,7 @@ environment, which `launch/` sets:
 Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
+import itertools
 import os
 import pickle
 import re
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import numpy as np
+from jax._src import distributed as store  # The store has no public name.
 
 from posttrain import roll_call, sharding
 
@@ -30,6 +31,11 @@ COORDINATOR = "POSTTRAIN_COORDINATOR"
 NUM_PROCESSES = "POSTTRAIN_NUM_PROCESSES"
 PROCESS_ID = "POSTTRAIN_PROCESS_ID"
 START_SECONDS = "POSTTRAIN_START_SECONDS"
+
+STORE = "posttrain/first_host/"
+PART = 1 << 20  # Bytes of a message, of which gRPC takes 4 MiB.
+WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
+_calls = itertools.count()  # The same on every host, as each calls alike.
 
 
 def initialize(*, cpu_devices: int = 1) -> None:
@@ -116,7 +122,8 @@ def on_first_host(function: Callable[[], T]) -> T:
 
   For what a host finds out by itself: a judge that is asked once rather than
   once a host, a grader that may be late on one of them. Every host has to
-  call it, and the others wait meanwhile.
+  call it, and the others wait meanwhile, for as long as it takes: in the
+  coordinator's store, as a collective on CPUs gives up after 30 s.
 
   Args:
     function: needs no other host. What it returns is pickled.
@@ -128,21 +135,21 @@ def on_first_host(function: Callable[[], T]) -> T:
   """
   if jax.process_count() == 1:
     return function()
-  outcome, error = b"", None
-  if jax.process_index() == 0:
-    # The others wait for it, and so it is not told from them as a slow host.
-    with sharding.waiting():
-      try:
-        outcome = pickle.dumps((function(), None))
-      except Exception as raised:
-        error, outcome = raised, pickle.dumps((None, _portable(raised)))
-  outcome = _from_first_host(outcome)
-  if error is not None:
-    raise error
-  found, failure = pickle.loads(outcome)
-  if failure is not None:
-    raise failure
-  return found
+  # Process 0 waits too: it is not to be told from the others as a slow host.
+  with sharding.waiting():
+    if jax.process_index() != 0:
+      found, failure = pickle.loads(_exchange(None))
+      if failure is not None:
+        raise failure
+      return found
+    try:
+      found = function()
+      outcome = pickle.dumps((found, None))
+    except Exception as error:
+      _exchange(pickle.dumps((None, _portable(error))))
+      raise
+    _exchange(outcome)
+    return found
 
 
 def _portable(error: Exception) -> Exception:
@@ -157,14 +164,24 @@ def _portable(error: Exception) -> Exception:
   return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _from_first_host(content: bytes) -> bytes:
-  """Process 0's bytes, on every host."""
-  size = int(sharding.of_first_host(np.array(len(content), np.int32)))
-  # Few lengths, as each is compiled.
-  buffer = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
-  if content:
-    buffer[:size] = np.frombuffer(content, np.uint8)
-  return sharding.of_first_host(buffer)[:size].tobytes()
+def _exchange(content: bytes | None) -> bytes:
+  """Process 0's bytes, through the coordinator's store, on every host."""
+  client, key = store.global_state.client, f"{STORE}{next(_calls)}"
+  assert client is not None
+  if content is not None:
+    parts = [content[i:i + PART] for i in range(0, len(content), PART)]
+    for number, part in enumerate(parts):
+      client.key_value_set_bytes(f"{key}/{number}", part)
+    client.key_value_set_bytes(f"{key}/count", str(len(parts)).encode())
+  else:
+    read = lambda name: client.blocking_key_value_get_bytes(
+        f"{key}/{name}", WAIT_MILLISECONDS)
+    content = b"".join(
+        read(number) for number in range(int(read("count"))))
+  client.wait_at_barrier(key, WAIT_MILLISECONDS)  # All have read it.
+  if jax.process_index() == 0:
+    client.key_value_delete(f"{key}/")
+  return content
 
 
 def _integer(name: str, default: str | None = None) -> int:

@@ -5,6 +5,7 @@ workdir again. Both may be started any number of times.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,12 +13,12 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
-from posttrain import sharding, weights
+from posttrain import distributed, sharding, weights
 from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import footprint, sampling
+from posttrain.stages import footprint, grpo_parts, sampling
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
@@ -26,6 +27,8 @@ from posttrain.text import render, thinking
 from posttrain.train import console as console_lib
 from posttrain.train import machine
 
+# Before the first step of the first stage.
+CHECKS = {"grpo": grpo_parts.check, "evaluate": evaluate_stage.check}
 TRAINING = {"sft": sft_stage.run, "grpo": grpo_stage.run}
 
 
@@ -137,6 +140,8 @@ def train(config: config_dict.ConfigDict, path: str) -> None:
       pipeline.console.line(
           "perf/mfu is left out: the peak of a device of the kind "
           f"{machine.find().kind!r} is not known")
+    check_problems(pipeline, [
+        name for name in config.stages if not pipeline.finished(name)])
     model: Transformer | None = None
     for name in config.stages:
       if pipeline.finished(name):
@@ -147,6 +152,19 @@ def train(config: config_dict.ConfigDict, path: str) -> None:
     pipeline.console.line(
         f"All {len(config.stages)} stages have finished. `posttrain report "
         f"--workdir={path}` makes the page.")
+
+
+def check_problems(pipeline: Pipeline, names: Sequence[str]) -> None:
+  """Looks at the problems of these stages, on process 0.
+
+  Raises:
+    ValueError: one could not be asked or scored, on every host.
+  """
+  for name in names:
+    check = CHECKS.get(pipeline.config[name].kind)
+    if check:
+      context = pipeline.context(name)
+      distributed.on_first_host(functools.partial(check, context))
 
 
 def run_stage(
@@ -183,5 +201,6 @@ def evaluate(config: config_dict.ConfigDict, path: str) -> None:
     stages = [n for n in config.stages if config[n].kind == "evaluate"]
     pipeline = set_up(
         config, path, may_differ=("stages", "profile", *stages))
+    check_problems(pipeline, stages)
     for name in stages:
       run_stage(pipeline, name, None, again=True)

@@ -18,7 +18,7 @@ from posttrain.model import config as model_config
 from posttrain.model import presets
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "==": operator.eq,
     "!=": operator.ne,
 }
 

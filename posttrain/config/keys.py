@@ -17,7 +17,7 @@ class Needs:
   """A condition on another key: `path` is relative to the stage or the top."""
 
   path: str
-  operator: str  # ">", ">=", "!=", "==" or "in".
+  operator: str  # ">", ">=", "<", "!=", "==" or "in".
   value: Any
 
   def __str__(self) -> str:

@@ -292,7 +292,14 @@ GRPO = Section(
     health=parts.health(
         patience=Key(
             int, 20, "Batches in a row without any signal, or with every "
-            "completion clipped.", "[1, inf)")),
+            "completion clipped.", "[1, inf)"),
+        max_unscored=Key(
+            float, 0.25, "Share of a batch's completions that may have no "
+            "score, as a reward timed out or failed on them, or none applies. "
+            "1: any.", "[0, 1]"),
+        unscored_patience=Key(
+            int, 3, "Batches in a row with more than that, before the run "
+            "stops.", "[1, inf)", needs=Needs("health.max_unscored", "<", 1))),
     checkpoint=parts.checkpoint(),
     log_every=_METRIC_EVERY,
     save_rollouts_every=Key(

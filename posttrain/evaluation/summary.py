@@ -87,6 +87,7 @@ class Scored:
     tokens, thinking_tokens: int, of the completion and of its thinking.
     thinking_steps: int, of its thinking.
     finish: names of the reasons, str.
+    unscored: bool, the verifier timed out or failed; counted as wrong.
   """
 
   correct: np.ndarray
@@ -95,6 +96,7 @@ class Scored:
   thinking_tokens: np.ndarray
   thinking_steps: np.ndarray
   finish: np.ndarray
+  unscored: np.ndarray
 
 
 def accuracy(
@@ -143,6 +145,7 @@ def cell_figures(
       "max_thinking_steps": cell.max_thinking_steps, "asked": cell.asked,
       "amount": cell.amount, "samples": samples,
       **accuracy(scored.correct.mean(axis=1), cluster),
+      "unscored": int(scored.unscored.sum()),
       "mean_thinking_tokens": float(scored.thinking_tokens.mean()),
       "median_thinking_tokens": float(np.median(scored.thinking_tokens)),
       "p95_thinking_tokens": float(np.quantile(scored.thinking_tokens, 0.95)),

@@ -116,23 +116,24 @@ class Draws:
 
   def _from_arrays(self, arrays: Arrays, batch: int) -> rollout.Collected:
     chosen = self.collector.problems_of(batch)
-    scores = arrays["scores"]
+    scores, statuses = arrays["scores"], arrays["statuses"]
     fields: dict[str, Any] = {
-        name: x for name, x in arrays.items() if name != "scores"}
+        name: x for name, x in arrays.items()
+        if name not in ("scores", "statuses")}
     per_group = lambda rows: [
         row for row in rows for _ in range(self.collector.group_size)]
     return rollout.Collected(
         rollouts=rollouts_lib.Rollouts(
             prompts=per_group(map(
                 self.collector.renderer.prompt_tokens, chosen)), **fields),
-        problems=per_group(chosen), scores=scores,
-        rewards=self.collector.rewards_of(scores), seconds={})
+        problems=per_group(chosen), scores=scores, statuses=statuses,
+        rewards=self.collector.rewards_of(scores, statuses), seconds={})
 
 
 def _to_arrays(drawn: rollout.Collected) -> Arrays:
   """Problems and prompts follow from the batch's number."""
   names = [field.name for field in dataclasses.fields(drawn.rollouts)]
-  return {"scores": drawn.scores} | {
+  return {"scores": drawn.scores, "statuses": drawn.statuses} | {
       name: value for name in names
       if isinstance(value := getattr(drawn.rollouts, name), np.ndarray)}
 

@@ -14,13 +14,14 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
-from posttrain import sharding
+from posttrain import distributed, sharding
 from posttrain import workdir as workdir_lib
 from posttrain.evaluation import plots, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler import segments
 from posttrain.sampler.rollouts import FINISH_REASONS, Rollouts
+from posttrain.stages import problems as problems_lib
 from posttrain.stages import sampling, training
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading, scoring
@@ -88,37 +89,25 @@ class Evaluation:
   def __init__(self, context: StageContext):
     section = context.section
     self.context, self.section = context, section
-    problems = loading.load_function(section.problems.task)(
-        section.problems.split, **section.problems.args)
-    count = section.problems.count or len(problems)
-    if count > len(problems):
-      raise ValueError(
-          f"{context.name}.problems.count={count}, and the "
-          f"{section.problems.split} split has {len(problems)} problems.")
-    self.problems = [problems[i] for i in range(count)]
+    self.problems = problems_lib.load(context, section.problems.count)
     self.reward = loading.load_function(section.reward)
     self.extract = (
         loading.load_function(section.extract) if section.extract else None)
-    scoring.check_ids(self.problems)
-    scoring.check_gold(section.reward, self.reward, self.problems)
     self.cluster = clusters(self.problems)
     if self.cluster is not None:
       remark = statistics.caution(len(np.unique(self.cluster)))
       if remark:
         context.console.warning(f"{context.name}: {remark}")
     self.cells = cells_of(section)
-    for cell in self.cells:
-      if cell.asked:
-        tokenizer_lib.check_known(
-            context.renderer.tokenizer, instruction(section, cell),
-            "The instruction")
     self.sampler = sampling.make_sampler(context, section.rollout)
 
   def evaluate(self, name: str, model: Transformer) -> dict[str, Any]:
     """All cells of one checkpoint: figures and records.
 
     A verifier that returns None (not applicable) has not said 1: the record
-    has it as null, and it is not correct.
+    has it as null, and it is not correct. Nor is what it could not judge: n
+    stays that of all problems, so that cells and checkpoints are compared on
+    the same ones, and `unscored` says how many such there are.
     """
     scored, figures, records = {}, [], []
     samples_of = samples_of_cells(self.section)
@@ -188,7 +177,7 @@ class Evaluation:
                                       - len(part)))]
       rollouts = self.sampler.generate(
           model,
-          [self._prompt(row, cell) for row in filled],
+          [prompt_of(self.context, row, cell) for row in filled],
           limits, prompt_id=[row["id"] for row in filled],
           group_size=samples, seed=self.context.config.seed,
           stage=self.context.name)
@@ -196,13 +185,6 @@ class Evaluation:
       batches.append(scored)
       records += rows
     return _join(batches), records
-
-  def _prompt(self, row: Mapping[str, Any], cell: summary.Cell) -> list[int]:
-    if cell.asked:
-      row = instructions.ask(
-          row, instruction(self.section, cell),
-          self.context.config.thinking.start)
-    return self.context.renderer.prompt_tokens(row)
 
   def _score(
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
@@ -215,13 +197,19 @@ class Evaluation:
         self.context.renderer.tokenizer, rollouts, row,
         self.context.thinking_ids) for row in range(rows)]
     repeated = [row for row in problems for _ in range(samples)]
-    texts = [record["completion"] for record in records]
-    values = scoring.score(
-        {self.section.reward: self.reward}, repeated, texts)[:, 0]
-    answers = [self.extract(text) if self.extract else None for text in texts]
-    for record, value, answer in zip(records, values, answers, strict=True):
+    scores, answers = distributed.on_first_host(
+        lambda: self._judge(rollouts, repeated))
+    if scores.reasons:
+      unscored = problems_lib.describe_unscored(
+          scores, repeated, [self.section.reward])
+      self.context.console.warning(
+          f"{self.context.name}, {cell.name}: {unscored}. They count as wrong.")
+    values, codes = scores.values[:, 0], scores.statuses[:, 0]
+    for record, value, code, answer in zip(
+        records, values, codes, answers, strict=True):
       record |= {"id": record["prompt_id"], "cell": cell.name,
                  "reward": None if np.isnan(value) else float(value),
+                 "status": scoring.STATUSES[code],
                  "correct": bool(value == 1),
                  "answer": answer}
     if self.cluster is not None:
@@ -231,12 +219,62 @@ class Evaluation:
         list(values), dtype).reshape(len(problems), samples)
     return summary.Scored(
         correct=grid((r["correct"] for r in records), bool),
+        unscored=grid(np.isin(codes, scoring.UNSCORED), bool),
         answers=grid(answers, object),
         tokens=grid((r["length"] for r in records), int),
         thinking_tokens=grid((r["think_length"] for r in records), int),
         thinking_steps=grid((r["think_steps"] for r in records), int),
         finish=grid((FINISH_REASONS[int(f)] for f in
                      rollouts.finish_reason[:rows]), object)), records
+
+
+  def _judge(
+      self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
+  ) -> tuple[scoring.Scores, list[str | None]]:
+    """Runs the task's code, on one host."""
+    texts = problems_lib.completions(
+        self.context.renderer.tokenizer, self.context.thinking_ids, rollouts,
+        len(problems))
+    scores = scoring.score(
+        {self.section.reward: self.reward}, problems, texts)
+    return scores, scoring.extract(
+        self.section.extract, self.extract, problems, texts
+    ) if self.extract else [None] * len(texts)
+
+
+def check(context: StageContext) -> None:
+  """Looks at problems and budgets before the first stage; on one host.
+
+  Raises:
+    ValueError: there are too few problems, one is not fit to be asked, or
+      the budgets of a cell contradict each other.
+  """
+  section = context.section
+  rows = problems_lib.load(context, section.problems.count)
+  clusters(rows)
+  cells = cells_of(section)
+  for cell in cells:
+    if cell.asked:
+      tokenizer_lib.check_known(
+          context.renderer.tokenizer, instruction(section, cell),
+          "The instruction")
+  problems_lib.check_budgets(
+      context, [limits_of(section, cell) for cell in cells])
+  # Of all cells that ask for nothing the prompts are alike.
+  kinds = [summary.Cell(), *(cell for cell in cells if cell.asked)]
+  problems_lib.check(
+      context, rows, {section.reward: loading.load_function(section.reward)},
+      lambda row: [prompt_of(context, row, cell) for cell in kinds])
+
+
+def prompt_of(
+    context: StageContext, row: Mapping[str, Any], cell: summary.Cell,
+) -> list[int]:
+  """A problem as it is asked in a cell."""
+  if cell.asked:
+    row = instructions.ask(
+        row, instruction(context.section, cell), context.config.thinking.start)
+  return context.renderer.prompt_tokens(row)
 
 
 def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
@@ -312,7 +350,9 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
   return (
       f"  {name} {figures['name']}: accuracy {figures['accuracy']:.3f} +- "
       + ("n/a" if error is None else f"{error:.3f}")
-      + f" (n {figures['n']}{summary.in_clusters(figures)}), thinking "
+      + f" (n {figures['n']}{summary.in_clusters(figures)}"
+      + (f", {figures['unscored']} of {figures['n'] * figures['samples']} not "
+         "scored" if figures["unscored"] else "") + "), thinking "
       f"{figures['mean_thinking_tokens']:.1f} tokens")
 
 
@@ -327,5 +367,6 @@ def log(context: StageContext, results: Mapping[str, Mapping]) -> None:
         prefix = f"eval/{label(name)}/{cell['name']}"
         row |= {f"{prefix}/accuracy": cell["accuracy"],
                 f"{prefix}/mean_thinking_tokens":
-                cell["mean_thinking_tokens"]}
+                cell["mean_thinking_tokens"],
+                f"{prefix}/unscored": cell["unscored"]}
       writer.write(step, row)

@@ -161,6 +161,8 @@ class Learner:
     self.prepare_seconds = 0.0
     self.flops: dict[str, float] = {}
     self.health = health.RolloutHealth(section.health.patience)
+    self.scoring_health = health.ScoringHealth(
+        section.health.max_unscored, section.health.unscored_patience)
     self.step_health = training.step_health(context)
     self.step = 0
 
@@ -173,11 +175,13 @@ class Learner:
       self.experience = found.rollouts
     self.rollout_metrics = found.extras["rollout_metrics"]
     self.health.set_state(found.extras["health"])
+    self.scoring_health.set_state(found.extras["health"])
     self.step_health.set_state(found.extras["health"])
 
   def extras(self) -> dict[str, Any]:
     return {"rollout_metrics": self.rollout_metrics, "health": (
-        self.health.get_state() | self.step_health.get_state())}
+        self.health.get_state() | self.scoring_health.get_state()
+        | self.step_health.get_state())}
 
   def in_flight(self) -> policy.Arrays | None:
     """Rollouts that a checkpoint has to hold."""
@@ -227,6 +231,8 @@ class Learner:
         self.step,
         clipped_ratio=self.rollout_metrics["completions/clipped_ratio"],
         frac_reward_zero_std=self.rollout_metrics["frac_reward_zero_std"])
+    self.scoring_health.update(
+        self.step, self.rollout_metrics["frac_unscored"])
 
   def _move_optimizer(self, to: Callable[[Any], Any]) -> None:
     self.state = dataclasses.replace(

@@ -9,9 +9,9 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.config import schema
 from posttrain.objectives import policy as policy_objective
-from posttrain.stages import rollout, sampling
+from posttrain.stages import problems, rollout, sampling
 from posttrain.stages.context import StageContext
-from posttrain.tasks import loading
+from posttrain.tasks import loading, scoring
 from posttrain.train import policy
 
 
@@ -94,23 +94,50 @@ def needs_all(
 
 def make_collector(context: StageContext) -> rollout.Collector:
   """The task, the rewards and the sampler that the section names."""
-  section = context.section
-  problems = loading.load_function(section.problems.task)(
-      section.problems.split, **section.problems.args)
-  rewards = {
-      name.rpartition(":")[2]: loading.load_function(name)
-      for name in section.rewards}
-  if len(rewards) < len(section.rewards):
-    raise ValueError(
-        f"{context.name}.rewards has two functions of one name: "
-        f"{', '.join(section.rewards)}. Metrics are named by it; rename one.")
+  section, rewards = context.section, rewards_of(context)
   return rollout.Collector(
       sampler=sampling.make_sampler(context, section.rollout),
       limits=sampling.make_limits(section.rollout),
-      renderer=context.renderer, problems=problems, rewards=rewards,
+      renderer=context.renderer, problems=problems.load(context),
+      rewards=rewards, warn=context.console.warning,
       weights=section.reward_weights or (1.0,) * len(rewards),
       num_groups=section.num_groups, group_size=section.group_size,
       seed=context.config.seed, stage=context.name)
+
+
+def rewards_of(context: StageContext) -> dict[str, scoring.Reward]:
+  """By the name that metrics have, the verifier first.
+
+  Raises:
+    ValueError: two have one name.
+  """
+  names = context.section.rewards
+  rewards = {name.rpartition(":")[2]: loading.load_function(name)
+             for name in names}
+  if len(rewards) < len(names):
+    raise ValueError(
+        f"{context.name}.rewards has two functions of one name: "
+        f"{', '.join(names)}. Metrics are named by it; rename one.")
+  return rewards
+
+
+def check(context: StageContext) -> None:
+  """Looks at problems and budgets before the first stage; on one host.
+
+  Raises:
+    ValueError: there are too few problems, one is not fit to be asked, or
+      the budgets contradict each other.
+  """
+  rows = problems.load(context)
+  if len(rows) < context.section.num_groups:
+    raise ValueError(
+        f"{context.name}.num_groups={context.section.num_groups} different "
+        f"problems are needed for a batch, and the task has {len(rows)}. Lower "
+        "num_groups.")
+  problems.check_budgets(
+      context, [sampling.make_limits(context.section.rollout)])
+  problems.check(context, rows, rewards_of(context), lambda row: [
+      context.renderer.prompt_tokens(row)])
 
 
 def _round_up(rows: int) -> int:

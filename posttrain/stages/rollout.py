@@ -5,18 +5,19 @@ Runs the same on every host; only what the model does is spread over them.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from posttrain import sharding
+from posttrain import distributed
 from posttrain.data import prompts as prompts_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.sampler import budget, segments
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.sampler.sampler import Limits, Sampler
+from posttrain.stages import problems as problems_lib
 from posttrain.tasks import scoring
 from posttrain.text.render import Renderer
 
@@ -28,16 +29,24 @@ class Collected:
   Attributes:
     rollouts: B completions.
     problems: [B], the problem of each.
-    scores: [B, K] float32, per reward function, NaN where not applicable.
-    rewards: [B] float64, weighted sums; nothing is taken off them.
+    scores: [B, K] float32, per reward function, NaN where there is none.
+    statuses: [B, K] int8, of `scoring.STATUSES`.
+    rewards: [B] float64, weighted sums, nothing taken off them; NaN of a
+      completion that is not `scored`.
     seconds: of "rollout" and "reward".
   """
 
   rollouts: Rollouts
   problems: list[Mapping[str, Any]]
   scores: np.ndarray
+  statuses: np.ndarray
   rewards: np.ndarray
   seconds: dict[str, float]
+
+  @property
+  def scored(self) -> np.ndarray:
+    """[B] bool, false where no reward applied, or one could not judge."""
+    return scoring.scored(self.statuses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Collector:
     rewards: functions by name, the verifier first; `weights`: one each.
     num_groups, group_size: prompts, and completions of each.
     seed, stage: with the step, what the draws depend on.
+    warn: takes a line for a person.
   """
 
   sampler: Sampler
@@ -63,6 +73,7 @@ class Collector:
   group_size: int
   seed: int
   stage: str
+  warn: Callable[[str], None] = lambda text: None
 
   def collect(self, model: Transformer, *, step: int, batch: int) -> Collected:
     """Draws `num_groups` x `group_size` completions and scores them.
@@ -73,9 +84,6 @@ class Collector:
     """
     started = time.monotonic()
     chosen = self.problems_of(batch)
-    name, verifier = next(iter(self.rewards.items()))
-    scoring.check_ids(chosen)
-    scoring.check_gold(name, verifier, chosen)
     rollouts = self.sampler.generate(
         model, [self.renderer.prompt_tokens(row) for row in chosen],
         self.limits, prompt_id=[row["id"] for row in chosen],
@@ -83,16 +91,18 @@ class Collector:
         step=step)
     sampled = time.monotonic()
     problems = [row for row in chosen for _ in range(self.group_size)]
-    texts = [
-        segments.completion_text(
-            self.renderer.tokenizer, rollouts.completion(row))
-        for row in range(len(problems))]
-    # Hosts that disagree, on a grader's time-out say, would learn apart.
-    scores = sharding.of_first_host(
-        scoring.score(self.rewards, problems, texts))
+    scores = distributed.on_first_host(lambda: scoring.score(
+        self.rewards, problems, problems_lib.completions(
+            self.renderer.tokenizer, self.sampler.ids, rollouts,
+            len(problems))))
+    unscored = problems_lib.describe_unscored(
+        scores, problems, list(self.rewards))
+    if unscored:
+      self.warn(f"{self.stage} step {step}: {unscored}")
     return Collected(
-        rollouts=rollouts, problems=problems, scores=scores,
-        rewards=self.rewards_of(scores),
+        rollouts=rollouts, problems=problems, scores=scores.values,
+        statuses=scores.statuses,
+        rewards=self.rewards_of(scores.values, scores.statuses),
         seconds={"rollout": sampled - started,
                  "reward": time.monotonic() - sampled})
 
@@ -102,9 +112,14 @@ class Collector:
         len(self.problems), self.num_groups, batch=batch,
         seed=self.seed, stage=self.stage)]
 
-  def rewards_of(self, scores: np.ndarray) -> np.ndarray:
-    """[B, K] scores -> [B] float64."""
-    return advantages_lib.combine_rewards(scores, np.asarray(self.weights))
+  def rewards_of(
+      self, scores: np.ndarray, statuses: np.ndarray) -> np.ndarray:
+    """[B, K] scores -> [B] float64, NaN where a completion has no score."""
+    scored = scoring.scored(statuses)
+    rewards = np.full(len(scores), np.nan)
+    rewards[scored] = advantages_lib.combine_rewards(
+        scores[scored], np.asarray(self.weights))
+    return rewards
 
 
 def metrics(
@@ -123,7 +138,8 @@ def metrics(
       "think/mean_length": rollouts.think_lengths.mean(),
       "think/forced_end_frac": np.mean(rollouts.think_end == budget.CLOSED),
       "think/wait_count": rollouts.wait_count.mean(),
-      "num_tokens": lengths.sum()}
+      "num_tokens": lengths.sum(),
+      "frac_unscored": 1 - collected.scored.mean()}
   if len(ended):
     result["completions/mean_terminated_length"] = ended.mean()
   for k, name in enumerate(names):
@@ -131,6 +147,9 @@ def metrics(
     if len(applicable):
       result[f"rewards/{name}/mean"] = applicable.mean()
       result[f"rewards/{name}/std"] = applicable.std()
+    for status in ("timeout", "error"):
+      result[f"rewards/{name}/{status}s"] = np.sum(
+          collected.statuses[:, k] == scoring.STATUSES.index(status))
   return {name: float(value) for name, value in result.items()}
 
 
@@ -166,6 +185,10 @@ def records(
         "step": step, **segments.record(
             collector.renderer.tokenizer, collected.rollouts, row,
             collector.sampler.ids),
-        "rewards": scores, "reward": float(collected.rewards[row]),
+        "rewards": scores, "statuses": {
+            name: scoring.STATUSES[code] for name, code in zip(
+                names, collected.statuses[row], strict=True)},
+        "reward": float(collected.rewards[row])
+        if collected.scored[row] else None,
         "advantage": float(advantages[row])})
   return rows

@@ -70,7 +70,7 @@ def _replaced() -> Iterator[None]:
   if getattr(real, "of_posttrain", False):
     yield
     return
-  os._exit = _exit_of(real)
+  os._exit = _exit_of(real)  # type: ignore[assignment]
   try:
     yield
   finally:

@@ -47,7 +47,7 @@ class Score(NamedTuple):
   reason: str = ""
 
 
-Reward = Callable[..., float | None | Score | Grade]
+Reward = Callable[..., float | Score | Grade | None]
 
 
 class Completion(NamedTuple):

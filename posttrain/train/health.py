@@ -105,6 +105,47 @@ def _what_is_wrong(values: Mapping[str, Any]) -> str:
   return ""
 
 
+class ScoringHealth:
+  """Stops when rewards could not judge too many completions, several times.
+
+  A few graders that are late cost a few completions; a judge that is gone
+  leaves nothing to learn from, and its answers may be missing for a reason
+  that has to do with what they would have been.
+  """
+
+  def __init__(self, max_unscored: float, patience: int):
+    """
+    Args:
+      max_unscored: share of a batch; `health.max_unscored`.
+      patience: batches in a row; `health.unscored_patience`.
+    """
+    self._most, self._patience = max_unscored, patience
+    self._unscored = Streak()
+
+  def update(self, step: int, share: float) -> None:
+    """Takes the share of one batch of rollouts without a score.
+
+    Raises:
+      HealthError: it has been above the maximum for `patience` batches.
+    """
+    length = self._unscored.update(share > self._most)
+    if length >= self._patience:
+      raise HealthError(
+          f"Step {step}: {100 * share:.3g}% of the completions could not be "
+          f"scored, and more than {100 * self._most:.3g}% in each of the last "
+          f"{length} batches (health.max_unscored={self._most:g}, "
+          f"health.unscored_patience={self._patience}). `rewards/*/timeouts` "
+          "and `rewards/*/errors` say which reward could not judge, the "
+          "warnings above why; mend it, or raise health.max_unscored.")
+
+  def get_state(self) -> dict[str, int]:
+    """For the checkpoint, so that a resumed run stops at the same step."""
+    return {"unscored": self._unscored.length}
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    self._unscored = Streak(state["unscored"])
+
+
 class RolloutHealth:
   """Stops when rollouts have carried no signal for `patience` steps.
 

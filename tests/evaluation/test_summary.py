@@ -23,7 +23,8 @@ def make_scored(seed, questions=5, samples=3, most=9):
       tokens=rng.integers(1, 20, shape),
       thinking_tokens=rng.integers(0, most + 1, shape),
       thinking_steps=rng.integers(0, 4, shape),
-      finish=rng.choice(["eos", "budget", "length"], shape).astype(object))
+      finish=rng.choice(["eos", "budget", "length"], shape).astype(object),
+      unscored=rng.random(shape) < 0.2)
 
 
 def test_cells_are_each_there_once_the_free_one_first():

@@ -18,7 +18,9 @@ class Odd(Exception):
 
 
 def scores():
-  return [str(jax.process_index()), np.full((3, 2), os.getpid()), "x" * 5000]
+  """More than one message of the store."""
+  return [
+      str(jax.process_index()), np.full((3, 2), os.getpid()), "x" * 5_000_000]
 
 
 def fail(error):

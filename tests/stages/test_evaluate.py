@@ -57,15 +57,28 @@ def test_every_problem_is_in_every_cell_and_no_other(result, cells):
   assert result["decoding"]["temperature"] == 1
 
 
+def answer_of(row):
+  """Words behind the delimiter, as the parts of the text are marked.
+
+  The prompt opens the thinking, so that what never closes it has no answer;
+  what is forced is the delimiter, or a part of it that the row had room for.
+  """
+  words = [word.removesuffix("</s>") for text, _ in row["segments"]
+           for word in text.split() if word != "</s>"]
+  return words[words.index("</think>") + 1:] if "</think>" in words else []
+
+
 def test_records_are_graded_as_their_text_says(result):
   nulls = 0
   problems = {p["id"]: p for p in toy.problems("test", thinks=True)}
   for row in result["records"]:
-    problem, words = problems[row["id"]], row["completion"].split()
+    problem, words = problems[row["id"]], answer_of(row)
     assert row["prompt"].split() == problem["prompt"].split()
     wanted = None if "net" in words else float(problem["word"] in words)
     assert row["reward"] == wanted
     assert row["correct"] == (wanted == 1)
+    assert row["status"] == ("not_applicable" if wanted is None else "ok")
+    assert row["answer_text"].split() == words
     assert row["answer"] == (words[-1] if words else None)
     nulls += wanted is None
   assert nulls
@@ -247,7 +260,7 @@ def test_more_problems_than_there_are_is_an_error(tmp_path):
     run = pipeline_run.make_pipeline(
         tmp_path, [*MEASURE, "measure.problems.count=25"])
     with pytest.raises(ValueError, match="split has 24 problems"):
-      evaluate.Evaluation(run.context("measure"))
+      evaluate.check(run.context("measure"))
 
 
 def test_problems_of_one_id_are_an_error(tmp_path):
@@ -255,7 +268,7 @@ def test_problems_of_one_id_are_an_error(tmp_path):
     run = pipeline_run.make_pipeline(tmp_path, [
         *MEASURE, "measure.problems.task=tests.stages.toy:nameless"])
     with pytest.raises(ValueError, match="Two problems of the task have id=0"):
-      evaluate.Evaluation(run.context("measure"))
+      evaluate.check(run.context("measure"))
 
 
 @pytest.mark.parametrize("task, said", [

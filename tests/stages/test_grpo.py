@@ -16,7 +16,7 @@ import pytest
 from posttrain.data import streams
 from posttrain.objectives import policy as policy_lib
 from posttrain.sampler import budget
-from posttrain.stages import grpo, grpo_parts, rollout
+from posttrain.stages import draws, grpo, grpo_parts, rollout
 from posttrain.train import health, metrics, offload, policy, preemption
 from tests import meshes, one_by_one, pipeline_run
 
@@ -502,7 +502,68 @@ def test_rewards_that_differ_in_scope_and_weight(tmp_path, kept):
       batch.scores[applies, 1].mean())
 
 
+def answer_of(text):
+  """Its words; a thinking section is one that the model has opened."""
+  words = text.replace("</s>", "").split()
+  if "<think>" not in words:
+    return words
+  thought = words[words.index("<think>") + 1:]
+  return thought[thought.index("</think>") + 1:] if (
+      "</think>" in thought) else []
+
+
+def test_what_could_not_be_judged_is_no_zero(tmp_path, kept, capsys):
+  """It is counted, told, written down, and kept for a resume."""
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        "reason.rewards=tests.stages.toy:late,tests.stages.toy:brevity",
+        "reason.num_groups=8"])
+    learner.collect()
+  [batch] = kept
+  tokenizer = learner.context.renderer.tokenizer
+  said = ["pong" in answer_of(tokenizer.decode(batch.rollouts.completion(row)))
+          for row in range(len(batch.rewards))]
+  assert 0 < sum(said) < len(said)
+  np.testing.assert_array_equal(np.isnan(batch.rewards), said)
+  np.testing.assert_array_equal(np.isnan(batch.scores[:, 0]), said)
+  np.testing.assert_array_equal(batch.scored, np.logical_not(said))
+  found = learner.rollout_metrics
+  assert found["rewards/late/timeouts"] == sum(said)
+  assert found["rewards/late/errors"] == found["rewards/brevity/errors"] == 0
+  assert found["frac_unscored"] == pytest.approx(np.mean(said))
+  assert found["reward"] == pytest.approx(np.nanmean(batch.rewards))
+  assert found["reward_std"] == pytest.approx(np.nanstd(batch.rewards))
+  text = " ".join(capsys.readouterr().out.split())
+  first = batch.problems[said.index(True)]
+  assert (f"{sum(said)} of 32 completions have no score (late: timeout "
+          f"{sum(said)}); the first is of problem {first['id']}: of "
+          f"{first['word']}") in text
+  lines = (tmp_path / "reason/rollouts/step_000000.jsonl").read_text()
+  for row, line in enumerate(lines.splitlines()):
+    record = json.loads(line)
+    assert record["statuses"]["late"] == ("timeout" if said[row] else "ok")
+    assert (record["reward"] is None) == said[row]
+    assert record["advantage"] == 0 or not said[row]
+  saved = draws._to_arrays(batch)
+  again = learner.draws._from_arrays(saved, 0)
+  np.testing.assert_array_equal(again.statuses, batch.statuses)
+  np.testing.assert_array_equal(again.rewards, batch.rewards)
+
+
 # Health.
+
+
+def test_a_scorer_that_is_broken_stops_the_run(tmp_path):
+  with jax.set_mesh(meshes.one()), pytest.raises(
+      health.HealthError, match=(
+          r"Step 1: 100% of the completions could not be scored, and more than "
+          r"50% in each of the last 2 batches \(health\.max_unscored=0\.5")):
+    pipeline_run.train(tmp_path, [
+        "reason.rewards=tests.stages.toy:reward,tests.stages.toy:broken",
+        "reason.health.max_unscored=0.5", "reason.health.unscored_patience=2"])
+  [row] = metrics.read(tmp_path / "metrics.jsonl")
+  assert row["frac_unscored"] == 1 and row["rewards/broken/errors"] == 16
+  assert row["skipped_updates"] == 1  # And no row has moved the weights.
 
 
 def test_nothing_to_learn_from_stops_with_advice(tmp_path):
@@ -525,20 +586,39 @@ def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
         "reason.rollout.min_thinking_tokens=10"])
 
 
-def test_a_gold_answer_that_its_verifier_rejects_stops_the_run(tmp_path):
-  with jax.set_mesh(meshes.one()), pytest.raises(
-      ValueError, match=r"refuses gives 0\.0 to problem 3's own gold"):
-    pipeline_run.train(tmp_path, [
-        "reason.rewards=tests.stages.toy:refuses", "reason.num_groups=24"])
+@pytest.mark.parametrize("changes, message", [
+    (["reason.rewards=tests.stages.toy:refuses"],
+     r"reason\.problems: The verifier refuses gives 0\.0 to problem 3's own"),
+    (["reason.rollout.max_prompt_tokens=2"],
+     r"reason\.problems: the prompt of problem 2 has 3 tokens, and rollout\."
+     r"max_prompt_tokens allows 1 to 2; of 24 problems 8 do not fit"),
+    (["reason.problems.args.count=3"],
+     r"reason\.num_groups=4 different problems are needed .* the task has 3"),
+    (["reason.rewards=tests.stages.toy:reward,tests.stages.toy:needs_author"],
+     r"needs_author does not take the columns of problem 0 .*'author'"),
+    (["reason.rollout.max_thinking_tokens=9"],
+     r"reason: rollout\.max_tokens=10 leaves no room for an answer"),
+    (["measure.rollout.max_prompt_tokens=1"],
+     r"measure\.problems: the prompt of problem 2000 has 2 tokens"),
+    (["measure.max_thinking_tokens=9"],
+     r"measure: rollout\.max_tokens=10 leaves no room for an answer"),
+    (["measure.reward=tests.stages.toy:needs_author"],
+     r"measure\.problems: .* columns of problem 2000"),
+])
+def test_what_is_wrong_with_a_problem_is_found_before_the_first_step(
+    tmp_path, changes, message):
+  """Of the first stage, which would have trained for hours; of any problem."""
+  with jax.set_mesh(meshes.one()), pytest.raises(ValueError, match=message):
+    pipeline_run.train(tmp_path, [*pipeline_run.ALL, *changes])
+  assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_problems_of_one_id_are_no_group(tmp_path):
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(
         tmp_path, ["reason.problems.task=tests.stages.toy:nameless"])
-    collector = grpo_parts.make_collector(run.context("reason"))
     with pytest.raises(ValueError, match="Two problems of the task have id=0"):
-      collector.collect(None, step=0, batch=0)  # No model is asked.
+      grpo_parts.check(run.context("reason"))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):

@@ -4,6 +4,8 @@ The rewards are about what was said, never about being right: what is tested
 is what becomes of them.
 """
 
+from posttrain.tasks import scoring
+
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 WORDS = ["ping", "pong", "ball", "net", "wait", "yes", "no"]
 
@@ -23,7 +25,7 @@ def problems(split, *, count=24, thinks=False):
   suffix = " <think>" if thinks else ""
   return [
       dict(id=first + i, word=WORDS[i % 3],
-           gold=("</think> " if thinks else "") + f"{WORDS[i % 3]} ping",
+           gold=f"{WORDS[i % 3]} ping",
            prompt=" ".join(NUMBERS[(i + j) % 8] for j in range(1 + i % 3))
            + suffix)
       for i in range(count)]
@@ -46,16 +48,16 @@ def demonstrations(split, *, count=24):
           for row in problems(split, count=count)]
 
 
-def reward(prompt, completion, **columns):
-  """1 where the completion says ping."""
-  del prompt, columns
-  return float("ping" in completion.split())
+def reward(prompt, completion, *, full_text, **columns):
+  """1 where the completion says ping, thinking or not."""
+  del prompt, completion, columns
+  return float("ping" in full_text.split())
 
 
-def brevity(prompt, completion, *, word, **columns):
+def brevity(prompt, completion, *, word, full_text, **columns):
   """0 to 1, more for fewer words; applies to two problems of three."""
-  del prompt, columns
-  return None if word == "ball" else 1 / (1 + len(completion.split()))
+  del prompt, completion, columns
+  return None if word == "ball" else 1 / (1 + len(full_text.split()))
 
 
 def constant(prompt, completion, **columns):
@@ -67,6 +69,24 @@ def constant(prompt, completion, **columns):
 def refuses(prompt, completion, *, gold, **columns):
   """A verifier with a fault: it rejects the gold of one problem."""
   return float(columns["id"] != 3)
+
+
+def late(prompt, completion, *, word, **columns):
+  """1 where the answer says ping; never judges what says pong."""
+  words = completion.split()
+  if "pong" in words and columns["gold"] != completion:
+    return scoring.Score(None, "timeout", f"of {word}")
+  return float("ping" in words)
+
+
+def broken(prompt, completion, **columns):
+  """Judges nothing."""
+  return scoring.Score(None, "error", "the judge is gone")
+
+
+def needs_author(prompt, completion, *, author, **columns):
+  """Asks for a column that no problem has."""
+  raise AssertionError
 
 
 def picky(prompt, completion, *, word, **columns):

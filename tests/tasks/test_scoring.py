@@ -87,12 +87,13 @@ def test_a_conversation_has_an_empty_prompt_and_its_messages():
     ([1.0], r"\[1.0\]"), (10**400, "an int of 1329 bits"),
     pytest.param(10**6000, "an int of 19932 bits", id="huge"),
     (1e300, r"1e\+300"),
-    (-1e39, r"-1e\+39"), (1j, "1j"), (np.complex64(1), r"np.complex64\(1\+0j\)"),
+    (-1e39, r"-1e\+39"), (1j, "1j"),
+    (np.complex64(1), r"np.complex64\(1\+0j\)"),
     ({1: 2}, "{1: 2}"), ("long" * 1000, "'longlong.{1,100}longlong'"),
     (Score(1e300), r"1e\+300"), (Score("1"), "'1'")])
 def test_what_is_no_finite_number_is_an_error(value, shown):
-  with pytest.raises(ValueError, match=(
-      rf"^The reward odd returned .?{shown}.? on problem 7; a finite")) as error:
+  message = rf"^The reward odd returned .?{shown}.? on problem 7; a finite"
+  with pytest.raises(ValueError, match=message) as error:
     score(lambda **columns: value)
   assert len(str(error.value)) < 300
 
@@ -187,7 +188,7 @@ def test_a_gold_that_could_not_be_judged_is_asked_again():
   scoring.check_gold("late", lambda **columns: next(late), PROBLEMS)
   with pytest.raises(ValueError, match=(
       "The verifier late could not judge problem 7's own gold answer 'yes', "
-      "twice: timeout, 5 s.*machine that is less busy")):
+      r"twice: timeout, 5 s.*machine that is less busy")):
     scoring.check_gold(
         "late", lambda **columns: Score(None, "timeout", "5 s"), PROBLEMS)
 
@@ -204,7 +205,7 @@ def test_a_reward_takes_the_columns_of_all_problems():
     scoring.check_arguments("needs", needs, rows)
   def few(prompt, completion, wanted):
     raise AssertionError
-  with pytest.raises(ValueError, match="few does not take .* problem 7"):
+  with pytest.raises(ValueError, match=r"few does not take .* problem 7"):
     scoring.check_arguments("few", few, PROBLEMS)
 
 

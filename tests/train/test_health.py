@@ -85,3 +85,19 @@ def test_a_loss_without_a_denominator_is_named(tmp_path, denominator):
   values = {"loss": np.nan, "grad_norm": np.nan, "denominator": denominator}
   with pytest.raises(health.HealthError, match=r"see loss\.function"):
     health.StepHealth(tmp_path).update(1, values, BATCH)
+
+
+def test_completions_without_a_score_are_bounded():
+  """Above the share, and so many times in a row; a resume counts on."""
+  rules = health.ScoringHealth(0.25, 3)
+  for share in (1.0, 0.3, 0.25, 1.0, 0.26):
+    rules.update(1, share)
+  resumed = health.ScoringHealth(0.25, 3)
+  resumed.set_state(rules.get_state())
+  for each in (rules, resumed):
+    with pytest.raises(health.HealthError, match=(
+        r"Step 9: 50% of the completions could not be scored, and more than "
+        r"25% in each of the last 3 batches .*raise health\.max_unscored")):
+      each.update(9, 0.5)
+  for _ in range(9):
+    health.ScoringHealth(1.0, 1).update(1, 1.0)

@@ -1,0 +1,175 @@
+"""A stage's problems: loaded, looked at before the first step, and scored.
+
+Rewards and graders run on process 0 alone, once; the other hosts are told
+scores, statuses and errors (`distributed.on_first_host`).
+"""
+
+import collections
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.sampler import sampler as sampler_lib
+from posttrain.sampler import segments
+from posttrain.sampler.rollouts import Rollouts
+from posttrain.stages import sampling
+from posttrain.stages.context import StageContext
+from posttrain.tasks import loading, scoring
+from posttrain.text.thinking import ThinkingIds
+from posttrain.text.tokenizer import Tokenizer
+
+Problem = Mapping[str, Any]
+EVERY = 10.0  # Seconds between lines of a check that takes long.
+
+
+def load(context: StageContext, count: int = 0) -> list[Problem]:
+  """The first `count` problems that the section names; 0: all.
+
+  Raises:
+    ValueError: the task gives something else, or fewer.
+  """
+  section = context.section.problems
+  found = loading.load_function(section.task)(section.split, **section.args)
+  try:
+    size = len(found)
+  except TypeError as error:
+    raise ValueError(
+        f"{context.name}.problems.task: {section.task} returned a "
+        f"{type(found).__name__}, and a list of problems is needed.") from error
+  if count > size:
+    raise ValueError(
+        f"{context.name}.problems.count={count}, and the {section.split} split "
+        f"has {size} problems.")
+  rows = [found[i] for i in range(count or size)]
+  for number, row in enumerate(rows):
+    if not isinstance(row, Mapping):
+      raise ValueError(
+          f"{context.name}.problems.task: problem {number} of {section.task} "
+          f"is a {type(row).__name__}, and a dict is needed.")
+  if not rows:
+    raise ValueError(
+        f"{context.name}.problems: the {section.split} split of "
+        f"{section.task} has no problems.")
+  return rows
+
+
+def check(
+    context: StageContext, rows: Sequence[Problem],
+    rewards: Mapping[str, scoring.Reward],
+    prompts_of: Callable[[Problem], Iterable[Sequence[int]]],
+) -> None:
+  """Looks at all problems: ids, prompts, the rewards' arguments, golds.
+
+  Args:
+    rewards: by name, the verifier first.
+    prompts_of: the prompts that a problem is asked with.
+
+  Raises:
+    ValueError: one is not fit to be asked; names the stage and the problem.
+  """
+  told = Told(context, len(rows))
+  try:
+    scoring.check_ids(rows)
+    for name, reward in rewards.items():
+      scoring.check_arguments(name, reward, rows)
+    check_prompts(
+        rows, prompts_of, most=context.section.rollout.max_prompt_tokens,
+        progress=told.of("prompts"))
+    name, verifier = next(iter(rewards.items()))
+    scoring.check_gold(name, verifier, rows, progress=told.of("gold answers"))
+  except ValueError as error:
+    raise ValueError(f"{context.name}.problems: {error}") from error
+
+
+def check_budgets(
+    context: StageContext, of_calls: Iterable[sampler_lib.Limits]) -> None:
+  """Raises ValueError where the stage's sampler would refuse its budgets."""
+  sampler = sampling.make_sampler(context, context.section.rollout)
+  for limits in of_calls:
+    try:
+      sampler.make_requests([[0]], limits, prompt_id=[0])
+    except ValueError as error:
+      raise ValueError(f"{context.name}: {error}") from error
+
+
+def check_prompts(
+    rows: Sequence[Problem],
+    prompts_of: Callable[[Problem], Iterable[Sequence[int]]], *, most: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+  """Raises ValueError where a prompt is not of 1 to `most` tokens."""
+  longest, wrong = 0, []
+  for done, row in enumerate(rows):
+    progress(done)
+    try:
+      lengths = [len(prompt) for prompt in prompts_of(row)]
+    except ValueError as error:
+      raise ValueError(f"problem {row['id']}: {error}") from error
+    longest = max(longest, *lengths)
+    if not all(1 <= length <= most for length in lengths):
+      wrong.append((row["id"], max(lengths)))
+  if wrong:
+    number, length = wrong[0]
+    raise ValueError(
+        f"the prompt of problem {number} has {length} tokens, and "
+        f"rollout.max_prompt_tokens allows 1 to {most}; of {len(rows)} "
+        f"problems {len(wrong)} do not fit, and the longest has {longest} "
+        "tokens. Raise rollout.max_prompt_tokens, or leave them out.")
+
+
+class Told:
+  """Says how far a check is, where it takes long."""
+
+  def __init__(self, context: StageContext, size: int):
+    self._context, self._size = context, size
+    self._last = time.monotonic()
+
+  def of(self, what: str) -> Callable[[int], None]:
+    def progress(done: int) -> None:
+      now = time.monotonic()
+      if now - self._last >= EVERY:
+        self._last = now
+        self._context.console.line(
+            f"{self._context.name}: {done:,} of {self._size:,} {what} checked")
+    return progress
+
+
+def completions(
+    tokenizer: Tokenizer, ids: ThinkingIds, rollouts: Rollouts, rows: int,
+) -> list[scoring.Completion]:
+  """Texts of the first `rows` completions, cut by the sampler's record."""
+  found = []
+  for row in range(rows):
+    tokens = rollouts.completion(row)
+    text = lambda part, of=tokens: segments.completion_text(
+        tokenizer, of[part])
+    parts = segments.split(rollouts, row, ids)
+    found.append(scoring.Completion(
+        answer=text(parts.answer), thinking=text(parts.thinking),
+        full_text=text(slice(None)), num_tokens=len(tokens),
+        finish_reason=rollouts.finish_name(row)))
+  return found
+
+
+def describe_unscored(
+    scores: scoring.Scores, problems: Sequence[Problem],
+    names: Sequence[str],
+) -> str:
+  """One line for a person; "" where all have a score."""
+  silent = int(
+      (scores.statuses == scoring.NOT_APPLICABLE).all(axis=1).sum())
+  if not scores.reasons:
+    return (f"no reward applies to {silent} of {len(problems)} completions"
+            if silent else "")
+  counts = collections.Counter(
+      f"{names[k]}: {scoring.STATUSES[scores.statuses[b, k]]}"
+      for b, k, _ in scores.reasons)
+  row, _, reason = scores.reasons[0]
+  told = ", ".join(f"{name} {count}" for name, count in counts.items())
+  lost = int((~scoring.scored(scores.statuses)).sum())
+  return (f"{lost} of {len(problems)} completions have no score ({told}"
+          + f", no reward applies: {silent}" * (silent > 0)
+          + f"); the first is of problem {problems[row]['id']}"
+          + (f": {' '.join(reason.split())[:200]}" if reason else ""))
