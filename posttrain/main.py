@@ -22,7 +22,7 @@ from posttrain import config as config_lib
 from posttrain import roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
 from posttrain.plan import environment
-from posttrain.tasks import loading
+from posttrain.tasks import exits, loading
 from posttrain.text import instructions
 from posttrain.train import health
 
@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if argv else USAGE_ERROR
   try:
     verb, arguments = arguments_lib.parse(argv)
-    return VERBS[verb](arguments)
+    with exits.refused():
+      return VERBS[verb](arguments)
   except (CommandError, config_lib.ConfigError, environment.PlanError,
           workdir_lib.WorkdirError) as error:
     print(f"posttrain: {error}", file=sys.stderr)
     return USAGE_ERROR
-  except (health.HealthError, roll_call.StartError,
+  except (health.HealthError, roll_call.StartError, exits.Unfinished,
           workdir_lib.StorageError) as error:  # The advice is all that helps.
     return _failed(str(error))
   except OSError as error:

@@ -84,6 +84,9 @@ GRPO = (
     Chart("Groups without signal", {"frac_reward_zero_std": "all equal",
                                     "frac_groups_solved": "all right"},
           unit="share"),
+    Chart("Completions without a score", {"frac_unscored": "no score"},
+          unit="share", optional=True, caption="A reward timed out or failed "
+          "on them, or none applies; they leave their group."),
     Chart("Entropy", {"entropy": "entropy"}, caption="On sampled tokens."),
     Chart("KL to the reference", {"kl": "kl"}),
     Chart("Clipped ratios", {"clip_ratio/low_mean": "low",

@@ -78,7 +78,7 @@ def figures(runs: Sequence[Run]) -> str:
   return "".join(
       f"{name}  {result.label}, {describe(cell)}: "
       f"{markup.with_error(cell['accuracy'], cell.get('standard_error'))} "
-      f"(n {cell['n']:,})\n"
+      f"(n {cell['n']:,}{_unscored(cell)})\n"
       for name, group in results(runs).items()
       for result in group for cell in result.cells)
 
@@ -138,8 +138,15 @@ def headline(group: Sequence[Result]) -> markup.Html:
 
 def _uncertainty(cell: Cell) -> str:
   error = cell.get("standard_error")
-  return (f"n {cell['n']:,}{summary.in_clusters(cell)}, standard error "
+  return (f"n {cell['n']:,}{summary.in_clusters(cell)}{_unscored(cell)}, "
+          "standard error "
           + ("n/a" if error is None else markup.percent(error)))
+
+
+def _unscored(cell: Cell) -> str:
+  """Completions that count as wrong, as nothing could judge them."""
+  count = cell.get("unscored")
+  return f", {count:,} not scored" if count else ""
 
 
 def paired_change(before: Result, after: Result) -> str:
@@ -232,7 +239,8 @@ def _mark(result: Result, cell: Cell, x: svg.Axis, y: svg.Axis) -> str:
   at, height = x(cell["mean_thinking_tokens"]), y(cell["accuracy"])
   error = cell.get("standard_error")
   told = (f"{result.label}, {describe(cell)}: "
-          f"{markup.with_error(cell['accuracy'], error)} (n {cell['n']}), "
+          f"{markup.with_error(cell['accuracy'], error)} (n {cell['n']}"
+          f"{_unscored(cell)}), "
           f"{cell['mean_thinking_tokens']:.1f} thinking tokens")
   parts = []
   if error:
@@ -334,7 +342,8 @@ def cells_table(group: Sequence[Result]) -> markup.Html:
   votes = [(name, k) for name in keys for k in keys[name]]
   header = ["model", "budget", "n", "accuracy", "thinking tokens", "median",
             "p95", "all tokens", "control",
-            *(name.replace("k", k) for name, k in votes), "cut", "no answer"]
+            *(name.replace("k", k) for name, k in votes), "cut", "no answer",
+            "not scored"]
   rows = []
   for result, cell in itertools.chain.from_iterable(
       ((result, cell) for cell in result.cells) for result in group):
@@ -349,5 +358,7 @@ def cells_table(group: Sequence[Result]) -> markup.Html:
         markup.percent(cell.get("control")),
         *(markup.percent(cell.get(name, {}).get(k)) for name, k in votes),
         markup.percent(cell.get("finish", {}).get("length")),
-        markup.percent(cell.get("no_answer"))])
+        markup.percent(cell.get("no_answer")),
+        markup.percent(cell["unscored"] / (cell["n"] * samples))
+        if "unscored" in cell else markup.NONE])
   return markup.table(header, rows, words=2)

@@ -14,7 +14,8 @@ MAX_ROWS = 64  # Of one source: one rollout file, or one cell of a checkpoint.
 MAX_CHARACTERS = 300_000  # Of one source.
 FACTS = (
     "finish_reason", "think_end", "think_length", "answer_length", "length",
-    "wait_count", "reward", "advantage", "answer")
+    "wait_count", "reward", "status", "advantage", "answer")
+UNSCORED = ("timeout", "error")
 
 
 def sources(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -50,12 +51,15 @@ def _source(
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
   """`good` is null where nothing says whether the completion is right."""
-  good = row.get("correct")
+  good = None if row.get("status") in UNSCORED else row.get("correct")
   if good is None and row.get("reward") is not None:
     good = row["reward"] > 0
   facts = {name: _short(row[name]) for name in FACTS if name in row}
   facts |= {f"reward {name}": _short(value)
             for name, value in row.get("rewards", {}).items()}
+  facts |= {f"reward {name}": status
+            for name, status in row.get("statuses", {}).items()
+            if status in UNSCORED}
   return {
       "prompt": row["prompt"], "segments": row["segments"], "good": good,
       "id": f"prompt {row['prompt_id']}, sample {row['sample_id']}",

@@ -17,7 +17,7 @@ from posttrain import sharding
 from posttrain.sampler import choice, requests, sampler, segments
 from posttrain.stages import loaded, sampling
 from posttrain.stages.live import Live
-from posttrain.text import render, thinking
+from posttrain.text import render
 from posttrain.train import console as console_lib
 
 CHUNK = 8  # Tokens between two looks: what is read is seen early.

@@ -90,7 +90,7 @@ def run(
         row |= learner.rates(monitor, row)
         writer.write(learner.step, row)
         progress.update(
-            learner.step, reward=row["reward"],
+            learner.step, reward=row.get("reward", float("nan")),
             length=row["completions/mean_length"])
         last = learner.step == section.num_steps
         if training.due(learner.step, section.log_every, last):
@@ -425,6 +425,7 @@ class Learner:
       context.console.sample(
           f"{context.name} step {self.step}", row["segments"],
           prompt=row["prompt"], facts={
-              "reward": row["reward"], "advantage": row["advantage"],
+              "reward": "no score" if row["reward"] is None
+              else row["reward"], "advantage": row["advantage"],
               "finish": row["finish_reason"],
               "thinking tokens": row["think_length"]})

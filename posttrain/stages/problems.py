@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler import segments
 from posttrain.sampler.rollouts import Rollouts

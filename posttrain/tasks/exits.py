@@ -14,6 +14,7 @@ Processes that a task forks may end as they like.
 import contextlib
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -57,10 +58,10 @@ def refused() -> Iterator[None]:
     except SystemExit as error:
       if error.code:
         raise
+      by = traceback.extract_tb(error.__traceback__)[-1]
       raise Unfinished(
-          f"sys.exit({'' if error.code is None else error.code}) was called "
-          "before the run had finished. Its traceback (set "
-          "POSTTRAIN_TRACEBACK=1) says by whom.") from error
+          f"{by.filename}, line {by.lineno}, has left with status 0 (a "
+          "SystemExit) before the run had finished.") from error
 
 
 @contextlib.contextmanager

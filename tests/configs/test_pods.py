@@ -87,4 +87,4 @@ def test_s1s_format(tmp_path):
     ("", 0)])
 def test_r1_zeros_format(text, score):
   reward = loading.load_function("configs/r1_zero.py:follows_format")
-  assert reward("", text, answer="4") == score
+  assert reward("", "4", full_text=text, answer="4") == score

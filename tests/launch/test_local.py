@@ -44,6 +44,25 @@ def test_two_processes_of_four_devices_reduce_one_array():
   assert "[1] " + line.format(1) in result.stderr
 
 
+def test_what_process_0_finds_out_is_told_to_all():
+  """Results and errors; the function is not called on the other at all."""
+  result = launch("--processes=2", "--module=tests.launch.first_host")
+  assert result.returncode == 0, result.stderr
+  mine, its = (
+      [line.partition(": ")[2] for line in text.splitlines()
+       if line.removeprefix("[1] ").startswith(f"process {number}: ")]
+      for number, text in ((0, result.stdout), (1, result.stderr)))
+  mine, its = ([text.replace(f"process {n}: ", "") for text in lines]
+               for n, lines in ((0, mine), (1, its)))
+  errors = ["ValueError: no gold", "WorkdirError: in use",
+            "OSError: [Errno 28] No space left"]
+  assert mine == ["0 (3, 2) True 5000000 own True", *errors[:2], "Odd: ab",
+                  errors[2], "called 4 times", "0 goes on"]
+  assert its == ["0 (3, 2) True 5000000 own False", *errors[:2],
+                 "RuntimeError: Odd: ab", errors[2], "called 0 times",
+                 "0 goes on"]
+
+
 def test_dry_run_prints_runnable_commands(monkeypatch):
   monkeypatch.setenv(
       "XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")

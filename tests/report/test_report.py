@@ -260,6 +260,32 @@ def test_results_without_waits_maxima_or_errors(tmp_path):
   assert "No forced waits were measured" in page.text
 
 
+def test_what_could_not_be_judged_is_shown_as_that(tmp_path):
+  """Beside the accuracy, in which it is wrong; in the samples, as neither."""
+  path = synthetic.write(tmp_path / "run")
+  data = synthetic.evaluation("reason", 0.35, 0.16)
+  data["cells"][0]["unscored"] = 7
+  data["records"][0] |= {
+      "status": "timeout", "reward": None, "correct": False}
+  synthetic.write_json(path / "measure" / "eval" / "reason.json", data)
+  file = path / "reason/rollouts/step_000000.jsonl"
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  rows[0] |= {"reward": None, "rewards": {"score": None},
+              "statuses": {"score": "error"}}
+  synthetic.write_lines(file, rows)
+  page = Page(report.build([path]))
+  assert "n 100, 7 not scored, standard error 4.3%" in page.text
+  assert any(text.startswith("reason, free: 76.0% ± 4.3 (n 100, 7 not scored)")
+             for text in page.texts)
+  assert "1.0% 7.0% reason at most 8" in page.text  # No answer, not scored.
+  assert "free: 76.0% ± 4.3 (n 100, 7 not scored)\n" in report.figures([path])
+  shown = {source["label"]: source["rows"] for source in page.samples()}
+  first = shown["reason, step 0"][0]
+  assert first["good"] is None and first["facts"]["reward score"] == "error"
+  assert [row["good"] for row in shown["measure, reason, free"]
+          if row["facts"].get("status") == "timeout"] == [None]
+
+
 def test_a_model_that_does_not_think_has_no_curve(tmp_path):
   path = synthetic.write(tmp_path / "run")
   data = synthetic.evaluation("reason", 0.35, 0.16)

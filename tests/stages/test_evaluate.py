@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -209,6 +210,35 @@ def test_what_is_left_in_the_workdir(workdir, result):
   done = json.loads((workdir / "measure/done.json").read_text())
   assert done["init"]["free"] == result["cells"][0]["accuracy"]
   assert (workdir / "measure/eval/curve.png").stat().st_size > 1000
+
+
+def test_what_could_not_be_judged_is_counted_and_told(tmp_path, capsys):
+  """It counts as wrong, so that n is the same in every cell."""
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, [
+        *MEASURE, "measure.reward=tests.stages.toy:late",
+        "measure.num_waits=", "measure.max_thinking_tokens=2"])
+    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+  result = json.loads((tmp_path / "measure/eval/init.json").read_text())
+  [row] = metrics.read(tmp_path / "metrics.jsonl")
+  told = " ".join(capsys.readouterr().out.split())
+  total = 0
+  for figures in result["cells"]:
+    rows = [r for r in result["records"] if r["cell"] == figures["name"]]
+    late = ["pong" in answer_of(r) for r in rows]
+    right = [not slow and "ping" in answer_of(r)
+             for r, slow in zip(rows, late, strict=True)]
+    assert [r["status"] == "timeout" for r in rows] == late
+    assert [r["correct"] for r in rows] == right
+    assert [r["reward"] is None for r in rows] == late
+    assert figures["unscored"] == sum(late) and figures["n"] == 6
+    assert figures["accuracy"] == pytest.approx(np.mean(right))
+    assert row[f"eval/init/{figures['name']}/unscored"] == sum(late)
+    # Of each batch.
+    assert sum(late) == sum(map(int, re.findall(
+        rf"{figures['name']}: (\d+) of \d+ completions have no score", told)))
+    total += sum(late)
+  assert total and "They count as wrong" in told
 
 
 @pytest.mark.parametrize("refill", [

@@ -4,6 +4,8 @@ The rewards are about what was said, never about being right: what is tested
 is what becomes of them.
 """
 
+import os
+
 from posttrain.tasks import scoring
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
@@ -84,6 +86,29 @@ def broken(prompt, completion, **columns):
   return scoring.Score(None, "error", "the judge is gone")
 
 
+def of_process(prompt, completion, **columns):
+  """1 on process 0; on another it must not be called at all."""
+  import jax
+  if jax.process_index():
+    raise RuntimeError("called on process 1")
+  return 1.0
+
+
+def fails(prompt, completion, *, gold, **columns):
+  """On every answer but the gold ones, on process 0."""
+  import jax
+  if completion != gold and jax.process_index() == 0:
+    raise RuntimeError("the judge has hung up")
+  return 1.0
+
+
+def leaves(prompt, completion, *, gold, **columns):
+  """As if the run had finished."""
+  if completion != gold:
+    os._exit(0)
+  return 1.0
+
+
 def needs_author(prompt, completion, *, author, **columns):
   """Asks for a column that no problem has."""
   raise AssertionError
@@ -100,3 +125,8 @@ def extract(completion):
   """The last word."""
   words = completion.split()
   return words[-1] if words else None
+
+
+def whole(completion):
+  """All of it, be it nothing."""
+  return f"<{completion}>"

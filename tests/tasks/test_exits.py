@@ -1,0 +1,60 @@
+"""Real processes that task code tries to end with status 0."""
+
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import os, sys, threading
+from posttrain.tasks import exits, scoring
+
+try:
+  with exits.refused():
+{body}
+except exits.Unfinished as error:
+  print(error, file=sys.stderr)
+  sys.exit(9)
+except ValueError as error:
+  print(error, file=sys.stderr)
+  sys.exit(8)
+print("finished")
+"""
+
+
+def run(body):
+  indented = "\n".join(f"    {line}" for line in body.splitlines())
+  return subprocess.run(
+      [sys.executable, "-c", RUN.format(body=indented)], text=True,
+      capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("body, status, said", [
+    ("sys.exit(0)", 9, "left with status 0 (a SystemExit) before the run"),
+    ("sys.exit()", 9, "left with status 0 (a SystemExit) before the run"),
+    ("sys.exit(75)", 75, ""), ("sys.exit('why')", 1, "why"),
+    ("os._exit(0)", 1, "os._exit(0) was called before the run had finished"),
+    ("os._exit(5)", 5, ""),
+    ("from os import _exit\n_exit(0)", 1, "os._exit(0) was called"),
+    ("thread = threading.Thread(target=os._exit, args=(0,))\n"
+     "thread.start(); thread.join()", 1, "os._exit(0) was called"),
+    ("from os import _exit\n"
+     "scoring.score({'r': lambda **c: _exit(0)}, [dict(id=7)], "
+     "[scoring.Completion('')])", 8, "failed on problem 7 with os._exit(0)"),
+    ("child = os.fork()\nif not child:\n  os._exit(0)\n"
+     "assert os.waitpid(child, 0)[1] == 0", 0, ""),
+])
+def test_an_unfinished_run_does_not_end_with_status_0(body, status, said):
+  result = run(body)
+  assert result.returncode == status, result.stderr
+  assert said in result.stderr
+  assert ("finished" in result.stdout.splitlines()) == (status == 0)
+
+
+def test_behind_the_run_it_is_pythons_own_again():
+  result = run("pass")
+  assert (result.returncode, result.stdout) == (0, "finished\n")
+  result = subprocess.run(
+      [sys.executable, "-c", "import os\nfrom posttrain.tasks import exits\n"
+       "with exits.refused(): pass\nos._exit(0)"], timeout=60)
+  assert result.returncode == 0
