@@ -318,10 +318,13 @@ def test_few_clusters_are_warned_about_at_the_start(
     (dict(standard_error=0.125), "0.500 +- 0.125 (n 6)"),
     (dict(standard_error=None), "0.500 +- n/a (n 6)"),
     (dict(standard_error=0.25, num_clusters=3),
-     "0.500 +- 0.250 (n 6 in 3 clusters)")])
+     "0.500 +- 0.250 (n 6 in 3 clusters)"),
+    (dict(standard_error=0.125, unscored=3),
+     "0.500 +- 0.125 (n 6, 3 of 12 not scored)")])
 def test_an_error_is_said_with_its_clusters(figures, said):
-  assert said in evaluate._line("init", figures | dict(
-      name="free", accuracy=0.5, n=6, mean_thinking_tokens=1.0))
+  assert said in evaluate._line("init", dict(
+      name="free", accuracy=0.5, n=6, samples=2, unscored=0,
+      mean_thinking_tokens=1.0) | figures)
 
 
 def test_clusters_are_those_of_the_task():
