@@ -29,6 +29,15 @@ def check_rollout_budgets(config, name: str, stage: Mapping) -> Iterator[str]:
   yield from _draws_waits(config, rollout, rollout["num_waits"])
 
 
+def check_slots(config, name: str, stage: Mapping) -> Iterator[str]:
+  slots = stage["rollout"]["slots"]
+  completions = stage["num_groups"] * stage["group_size"]
+  if slots >= completions:
+    yield (f"rollout.slots: {slots} is not below the num_groups x group_size "
+           f"= {completions} completions of a batch, so no place would be "
+           "refilled. Use fewer, or 0 for all of them at once.")
+
+
 def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
   room = stage["rollout"]["max_tokens"]
   for budget in stage["max_thinking_tokens"]:
@@ -108,5 +117,5 @@ def _thinks(config: Mapping, path: str) -> Iterator[str]:
     yield f"{path}: set, but thinking.end is empty; set thinking.end."
 
 
-GRPO = (check_rollout_budgets,)
+GRPO = (check_rollout_budgets, check_slots)
 EVALUATE = (check_cells, check_samples, check_instructions)

@@ -215,9 +215,9 @@ GRPO = Section(
             needs=Needs("rollout.max_thinking_tokens", ">=", 0)),
         chunk=_CHUNK,
         slots=Key(
-            int, 0, "Completions decoded together, each place refilled when "
-            "its completion ends; 0: all of a batch, which then waits for "
-            "its longest.", "[0, inf)"),
+            int, 0, "Completions decoded together, fewer than a batch has, "
+            "each place refilled when its completion ends; 0: all of a "
+            "batch, which then waits for its longest.", "[0, inf)"),
         **_DTYPES,
         **parts.steering(),
         **{name: Refused(

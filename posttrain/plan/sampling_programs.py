@@ -46,7 +46,7 @@ def of_rollout(
   asked = sampler.make_requests(
       [[0]] * groups, limits, prompt_id=[0] * groups, group_size=group_size)
   named = functools.partial(_named, stage, detail, steps)
-  if sampler.refills(len(asked)):
+  if sampler.slots:
     yield from engine_programs.of_engine(
         named, model, sampler.tables, sampler.engine_settings(asked),
         prompts=engine_programs.Prompts(

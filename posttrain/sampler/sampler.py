@@ -61,8 +61,8 @@ class Sampler:
     params: temperature and truncation.
     max_prompt_tokens: slots of a prompt (T); a longer prompt is an error.
     chunk: tokens between two looks of the host.
-    slots: rows decoded together, refilled as they end; 0: all of a call,
-      which wait for the longest.
+    slots: rows that an engine decodes together, refilled as they end; 0: all
+      of a call, which wait for the longest.
     cache_dtype, weights_dtype: of the cache, and of the decode loop's
       matrices: "compute", or "int8" with scales.
     steering: hook, policy and the like, of all calls.
@@ -111,10 +111,10 @@ class Sampler:
     asked = self.make_requests(
         prompts, limits, prompt_id=prompt_id, group_size=group_size,
         first_sample=first_sample, seed=seed, stage=stage, step=step)
-    if self.refills(rows):
+    if self.slots:
       if on_chunk:
         raise ValueError("on_chunk sees all rows at once, and with slots="
-                         f"{self.slots} there are never {rows}. Use an Engine.")
+                         f"{self.slots} they come and go. Use an Engine.")
       return self._refill(model, asked if script is None else [
           dataclasses.replace(request, script=row)
           for request, row in zip(asked, script, strict=True)])
@@ -146,10 +146,6 @@ class Sampler:
     """Twice the completion's: few programs, little idle attention."""
     return 2 * slots - self.max_prompt_tokens
 
-  def refills(self, rows: int) -> bool:
-    """Whether so many rows go through fewer slots."""
-    return 0 < self.slots < rows
-
   def engine_settings(
       self, asked: Sequence[requests.Request]) -> engine.Settings:
     """Of the engine that these requests go through, on the current mesh."""
@@ -169,7 +165,7 @@ class Sampler:
   def _refill(
       self, model: Transformer, asked: list[requests.Request],
   ) -> Rollouts:
-    """The same rows through fewer slots."""
+    """The same rows through an engine's slots, however many there are."""
     queue = engine.Engine(model, self.tables, self.engine_settings(asked))
     numbers = [queue.submit(request) for request in asked]
     done = {found.id: found for found in queue.results()}

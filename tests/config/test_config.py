@@ -311,6 +311,10 @@ def test_a_key_without_effect_in_a_source():
      "are cold_start, reason."),
     (["profile.steps=2", "stages=measure"],
      "profile.steps: set, but it has no effect: no stage here trains."),
+    (["reason.rollout.slots=32"],
+     "reason.rollout.slots: 32 is not below the num_groups x group_size = 32 "
+     "completions of a batch, so no place would be refilled. Use fewer, or 0"),
+    (["reason.rollout.slots=33"], "reason.rollout.slots: 33 is not below"),
     (["reason.rollout.max_thinking_steps=2"],
      "reason.rollout.max_thinking_steps: set, but thinking.step is empty"),
     (["reason.rollout.num_waits=1", "reason.rollout.wait_order=draw"],

@@ -143,19 +143,13 @@ def test_a_hook_is_planned(monkeypatch):
     assert sizes == {abstract.shard_bytes(expected[name].arguments)}, name
 
 
-def test_slots_for_all_rows_are_no_engine():
-  found = small_setup(slots=16)
-  with jax.set_mesh(meshes.one()):
-    names = set(planned(found, 4, 4))
-  assert "reason/grow[S=20 to 24]" in names and "reason/begin" not in names
-
-
-def evaluation(**rollout):
+def evaluation(count=0, **rollout):
   config = config_lib.read_file(str(GOLDEN))
   config.stages = ("measure",)
   config.measure = dict(
       kind="evaluate", problems=dict(
-          task="posttrain.tasks.signs:problems", args=dict(count=100)),
+          task="posttrain.tasks.signs:problems", args=dict(count=100),
+          count=count),
       reward="posttrain.tasks.signs:reward", num_waits=(2,),
       rollout=dict(max_prompt_tokens=16, chunk=16,
                    batch_rows=8, **{"max_tokens": 32, **rollout}))
@@ -174,6 +168,14 @@ def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
   # One token for the delimiter, of each wait and of the end.
   assert "measure/decode[waits=0 S=64]" in names
   assert "measure/decode[waits=2 S=96]" in names
+
+
+@pytest.mark.parametrize("count", [3, 8, 9])
+def test_few_problems_go_through_the_engine_too(count):
+  """Of eight slots, which are what the memory estimate counts."""
+  names = {program.name.partition("[")[0]
+           for program in evaluation(count=count, refill=True)}
+  assert "measure/begin" in names and "measure/grow" not in names
 
 
 @pytest.mark.parametrize("refill", [False, True])

@@ -283,6 +283,19 @@ def test_refilled_calls_with_other_prompts_compile_nothing():
     assert count() == before
 
 
+def test_fewer_rows_than_slots_are_drawn_by_the_engine_too(monkeypatch):
+  """No other program than the one whose memory was estimated."""
+  mesh, model, _, _ = scene("tied", (1, 1))
+  run = lambda sampler: sampler.generate(
+      model, [[6], [7, 8]], Limits(max_tokens=9), prompt_id=[0, 1], seed=0,
+      stage="x")
+  with jax.set_mesh(mesh):
+    wanted = run(FREE)
+    monkeypatch.setattr(decode, "prefill", None)  # Of rows that wait.
+    found = run(dataclasses.replace(FREE, slots=3))
+  assert found.tokens.tolist() == wanted.tokens.tolist()
+
+
 def test_the_host_may_stop_rows():
   mesh, model, _, _ = scene("tied", (1, 1))
   calls = []
