@@ -5,6 +5,7 @@ a path inside the stage.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from posttrain.text.instructions import CLASSES, TEXTS
 
@@ -27,6 +28,9 @@ def check_rollout_budgets(config, name: str, stage: Mapping) -> Iterator[str]:
                        "rollout.min_thinking_tokens" if low > 0 else
                        "rollout.num_waits")
   yield from _draws_waits(config, rollout, rollout["num_waits"])
+  yield from _truncates(rollout, high >= 0 or (
+      rollout["max_thinking_steps"] >= 0), "rollout.max_thinking_tokens or "
+      "rollout.max_thinking_steps")
 
 
 def check_slots(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -54,6 +58,10 @@ def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
     yield from _thinks(config, "rollout.suppress")
   yield from _draws_waits(
       config, stage["rollout"], max(stage["num_waits"], default=0))
+  yield from _truncates(
+      stage["rollout"], stage["max_thinking_tokens"]
+      or stage["instructions"]["forced"], "max_thinking_tokens or "
+      "instructions.forced")
 
 
 def check_instructions(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -104,6 +112,15 @@ def _draws_waits(
   if not num_waits:
     yield ("rollout.wait_order: set to 'draw', but it has no effect unless "
            "there are waits; set num_waits.")
+
+
+def _truncates(
+    rollout: Mapping, maximum: Any, keys: str,
+) -> Iterator[str]:
+  """A policy may set a maximum too."""
+  if rollout["truncate"] and not (maximum or rollout["policy"]):
+    yield ("rollout.truncate: set, but it has no effect without a maximum of "
+           f"thinking; set {keys}.")
 
 
 def _counts_steps(config: Mapping, path: str) -> Iterator[str]:

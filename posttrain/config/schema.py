@@ -67,6 +67,9 @@ _PROMPT_TOKENS = Key(
     "[1, inf)")
 _MAX_TOKENS = Key(
     int, REQUIRED, "Room for the completion, thinking included.", "[1, inf)")
+_TRUNCATE = Key(
+    bool, False, "At a maximum of thinking tokens or steps the completion "
+    "stops, unclosed.")
 _CHUNK = Key(
     int, 32, "Tokens decoded per device call; changes no token.", "[1, inf)")
 _DTYPES = dict(
@@ -210,9 +213,7 @@ GRPO = Section(
         max_thinking_steps=Key(
             int, -1, "The thinking is closed behind so many steps; -1: no "
             "maximum.", "[-1, inf)"),
-        truncate=Key(
-            bool, False, "At the maximum the completion stops, unclosed.",
-            needs=Needs("rollout.max_thinking_tokens", ">=", 0)),
+        truncate=_TRUNCATE,
         chunk=_CHUNK,
         slots=Key(
             int, 0, "Completions decoded together, fewer than a batch has, "
@@ -356,9 +357,7 @@ EVALUATE = Section(
         min_p=Key(float, 0.0, "Least probability kept, relative to the "
                   "likeliest token's.", "[0, 1]",
                   needs=Needs("rollout.temperature", ">", 0)),
-        truncate=Key(
-            bool, False, "At the maximum the completion stops, unclosed.",
-            needs=Needs("max_thinking_tokens", "!=", ())),
+        truncate=_TRUNCATE,
         batch_rows=Key(int, 64, "Completions decoded together.", "[1, inf)"),
         refill=Key(
             bool, False, "The place of a completion that ends is refilled; "

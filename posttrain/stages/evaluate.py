@@ -293,7 +293,7 @@ def limits_of(
       max_tokens=rollout.max_tokens,
       max_thinking_tokens=cell.max_thinking_tokens,
       max_thinking_steps=cell.max_thinking_steps, num_waits=cell.num_waits,
-      truncate=rollout.truncate and cell.forced)
+      truncate=rollout.truncate)
 
 
 def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:

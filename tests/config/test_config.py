@@ -163,8 +163,6 @@ def test_a_source_that_is_not_there_cannot_be_set():
     ("reason.loss.kl_estimator=k1", "reason.loss.kl_coef > 0; found 0.0"),
     ("reason.reference=init", "reason.loss.kl_coef > 0"),
     ("reason.final_learning_rate=1e-5", "reason.schedule != 'constant'"),
-    ("reason.rollout.truncate=true",
-     "reason.rollout.max_thinking_tokens >= 0; found -1"),
     ("cold_start.eval_every=5", "cold_start.eval_data.sources is set"),
     ("cold_start.checkpoint.best_mode=min",
      "cold_start.checkpoint.keep_best > 0"),
@@ -181,6 +179,35 @@ def test_a_source_that_is_not_there_cannot_be_set():
 ])
 def test_a_key_without_effect_is_an_error(assignment, condition):
   assert f"no effect unless {condition}" in problem(assignment)
+
+
+@pytest.mark.parametrize("assignments", [
+    ["reason.rollout.truncate=true", "reason.rollout.max_thinking_tokens=8"],
+    ["reason.rollout.truncate=true", "thinking.step=a",
+     "reason.rollout.max_thinking_steps=2"],
+    ["reason.rollout.truncate=true", "reason.rollout.policy=a:b"],
+    ["measure.rollout.truncate=true"],
+    ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
+     "measure.instructions.tokens=4", "measure.instructions.forced=true"],
+    ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
+     "thinking.step=a", "measure.instructions.steps=4",
+     "measure.instructions.forced=true"],
+    ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
+     "measure.rollout.policy=a:b"],
+])
+def test_truncate_is_allowed_wherever_there_is_a_maximum(assignments):
+  assert not problems(*assignments)
+
+
+@pytest.mark.parametrize("assignments", [
+    ["reason.rollout.truncate=true"],
+    ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
+     "measure.instructions.tokens=4"],
+])
+def test_truncate_without_any_maximum_is_refused(assignments):
+  found = problem(*assignments)
+  assert found.startswith(assignments[0].replace("=true", ": set, but"))
+  assert "maximum of thinking" in found
 
 
 def test_offload_of_what_is_not_there_has_no_effect():

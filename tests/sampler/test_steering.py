@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from posttrain.sampler import hooks, requests
+from posttrain.sampler.rollouts import THINK_ENDS
 from posttrain.sampler.sampler import Limits
 from posttrain.sampler.steering import NONE, Steering
 from tests import meshes
@@ -31,6 +32,13 @@ def half(budgets, state):
   return dataclasses.replace(
       budgets, max_thinking_tokens=budgets.max_thinking_tokens // 2,
       max_tokens=budgets.max_tokens + 50)
+
+
+def five(budgets, state):
+  """Thinking tokens at most."""
+  del state
+  return dataclasses.replace(
+      budgets, max_thinking_tokens=budgets.max_thinking_tokens * 0 + 5)
 
 
 ALL = Steering(
@@ -133,3 +141,21 @@ def test_no_row_exceeds_the_policys_maximum_or_its_own_of_steps(limits, drawn):
 def test_steps_need_what_ends_one():
   with pytest.raises(ValueError, match=r"thinking\.step is empty"):
     run(Limits(max_tokens=9, max_thinking_steps=1), strings=scene.STRINGS)
+
+
+@pytest.mark.parametrize("maximum, steering", [
+    (dict(max_thinking_steps=2), NONE), ({}, Steering(policy=five))],
+    ids=["steps", "policy"])
+def test_truncation_needs_no_maximum_of_tokens(maximum, steering):
+  """A row ends at that of steps, or of a policy, and nothing is closed."""
+  cut = run(Limits(max_tokens=50, truncate=True, **maximum), 0, steering)
+  names = [THINK_ENDS[end] for end in cut.think_end]
+  assert "budget" not in names
+  rows = [row for row in range(ROWS) if names[row] == "open"
+          and cut.lengths[row] < 50 and cut.finish_name(row) == "length"]
+  assert len(rows) > ROWS / 4
+  for row in rows:
+    tokens, forced = thought(cut, row)
+    assert not forced and tokens == cut.completion(row)
+    steps = sum(token in STRINGS.step_tokens for token in tokens)
+    assert steps == 2 if maximum else len(tokens) == 5
