@@ -44,11 +44,12 @@ def check_slots(config, name: str, stage: Mapping) -> Iterator[str]:
 
 def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
   room = stage["rollout"]["max_tokens"]
-  for budget in stage["max_thinking_tokens"]:
-    if budget > room:
-      yield (f"max_thinking_tokens: {budget} is more than "
-             f"rollout.max_tokens={room}.")
-  for key in ("max_thinking_tokens", "num_waits", "pass_at", "checkpoints"):
+  for key in ("max_thinking_tokens", "wait_max_thinking_tokens"):
+    for budget in stage[key]:
+      if budget > room:
+        yield (f"{key}: {budget} is more than rollout.max_tokens={room}.")
+  for key in ("max_thinking_tokens", "num_waits", "wait_max_thinking_tokens",
+              "pass_at", "checkpoints"):
     if len(set(stage[key])) < len(stage[key]):
       yield f"{key}: a value is there twice in {stage[key]}."
   for key in ("max_thinking_tokens", "num_waits"):
@@ -60,6 +61,7 @@ def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
       config, stage["rollout"], max(stage["num_waits"], default=0))
   yield from _truncates(
       stage["rollout"], stage["max_thinking_tokens"]
+      or max(stage["wait_max_thinking_tokens"], default=-1) >= 0
       or stage["instructions"]["forced"], "max_thinking_tokens or "
       "instructions.forced")
 

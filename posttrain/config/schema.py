@@ -339,6 +339,12 @@ EVALUATE = Section(
     num_waits=Key(
         tuple[int, ...], (), "Numbers of forced waits, each a cell.",
         "[0, inf)"),
+    wait_max_thinking_tokens=Key(
+        tuple[int, ...], (), "Budgets of the cells of waits, each with every "
+        "number of waits; -1: no maximum, so that a row may use up its tokens "
+        "without an answer; unset: the largest of max_thinking_tokens, or no "
+        "maximum without any.", "[-1, inf)",
+        needs=Needs("num_waits", "!=", ())),
     instructions=parts.instructions(),
     majority=Section(
         "The majority-vote baseline at equal tokens.",

@@ -2,10 +2,10 @@
 
 One colour per checkpoint. Circles on a line are the maxima of thinking tokens,
 the star is thinking as long as the model likes, squares on a dashed line are
-forced waits, triangles are prompts that ask for an amount (filled ones are
-forced to it as well), the dotted line is a majority vote that spends as many
-tokens.
-Error bars are one standard error; there is none where it is undefined.
+forced waits (one line for each maximum that they have), triangles are prompts
+that ask for an amount (filled ones are forced to it as well), the dotted line
+is a majority vote that spends as many tokens. Error bars are one standard
+error; there is none where it is undefined.
 """
 
 import os
@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib import axes, container, figure
 
-from posttrain.evaluation import statistics
+from posttrain.evaluation import statistics, summary
 
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 
@@ -74,17 +74,17 @@ def draw_checkpoint(
   name = result["checkpoint"]
   cells = [c for c in result["cells"] if not c.get("asked")]
   by_tokens = lambda cell: cell["mean_thinking_tokens"]
-  by_waits = lambda cell: cell["num_waits"]
   maxima = sorted(
-      (c for c in cells if c["max_thinking_tokens"] >= 0), key=by_tokens)
-  unbounded = [c for c in cells if c["max_thinking_tokens"] < 0]
-  free = [c for c in unbounded if not c["num_waits"]]
-  waits = sorted((c for c in unbounded if c["num_waits"]), key=by_waits)
+      (c for c in cells if c["max_thinking_tokens"] >= 0
+       and not c["num_waits"]), key=by_tokens)
+  free = [c for c in cells
+          if c["max_thinking_tokens"] < 0 and not c["num_waits"]]
   if maxima:
     _points(ax, maxima, colour, "o-", f"{name}: maximum")
-  if waits:
-    _points(ax, [*free, *waits], colour, "s--", f"{name}: forced waits")
-    for cell in waits:
+  for maximum, series in summary.waits_by_maximum(cells).items():
+    _points(ax, series, colour, "s--", f"{name}: forced waits"
+            + f", at most {maximum}" * (maximum >= 0))
+    for cell in filter(lambda cell: cell["num_waits"], series):
       ax.annotate(
           f"{cell['num_waits']}", (by_tokens(cell), cell["accuracy"]),
           xytext=(6, -9), textcoords="offset points", color=colour, fontsize=8)

@@ -45,17 +45,26 @@ class Cell:
     if self.asked:
       return (f"ask_{self.asked}" + f"_{self.amount}" * (self.amount > 0)
               + "_forced" * self.forced)
-    if self.max_thinking_tokens >= 0:
-      return f"max_{self.max_thinking_tokens}"
-    return f"waits_{self.num_waits}" if self.num_waits else "free"
+    parts = [f"waits_{self.num_waits}"] * (self.num_waits > 0) + [
+        f"max_{self.max_thinking_tokens}"] * (self.max_thinking_tokens >= 0)
+    return "_".join(parts) or "free"
 
 
 def cells(
     max_thinking_tokens: Sequence[int], num_waits: Sequence[int],
+    wait_maxima: Sequence[int] = (),
 ) -> list[Cell]:
-  """The free cell, one per maximum, one per number of waits; each once."""
+  """The free cell, one per maximum, and those of waits; each once.
+
+  Args:
+    wait_maxima: of the cells of waits, every number with every maximum. By
+      default the largest of all maxima: a row that waits until its tokens
+      are used up would have no answer.
+  """
+  wait_maxima = wait_maxima or (max(max_thinking_tokens, default=-1),)
   found = [Cell(), *(Cell(max_thinking_tokens=m) for m in max_thinking_tokens),
-           *(Cell(num_waits=w) for w in num_waits)]
+           *(Cell(max_thinking_tokens=m, num_waits=w)
+             for m in wait_maxima for w in num_waits)]
   return list(dict.fromkeys(found))
 
 
@@ -177,15 +186,11 @@ def s1_figures(
 
   Scaling is in accuracy (1 = 100 points); a curve of one point has none.
   """
-  curve = [f for f in figures
-           if f["max_thinking_tokens"] >= 0 and not f["asked"]]
-  waits = sorted((c for c in scored if not (c.forced or c.asked)),
-                 key=lambda cell: cell.num_waits)
-  flips = scaling.flips_per_wait([scored[c].correct.ravel() for c in waits])
+  curve = [f for f in figures if f["max_thinking_tokens"] >= 0
+           and not (f["num_waits"] or f["asked"])]
+  maxima = dict.fromkeys(c.max_thinking_tokens for c in scored if c.num_waits)
   summary: dict[str, Any] = {
-      "flips": [
-          {"from_waits": a.num_waits, "to_waits": b.num_waits, **f._asdict()}
-          for a, b, f in zip(waits, waits[1:], flips, strict=False)]}
+      "flips": [flip for maximum in maxima for flip in _flips(scored, maximum)]}
   if curve:
     summary |= _over(curve) | {
         "control_per_sample": _mean_control(curve),
@@ -193,6 +198,33 @@ def s1_figures(
             *_columns(curve, "mean_thinking_tokens", "max_thinking_tokens"))}
   asking = asking_figures(figures)
   return summary | ({"asking": asking} if asking else {})
+
+
+def _flips(
+    scored: Mapping[Cell, Scored], maximum: int) -> list[dict[str, Any]]:
+  """From each number of waits to the next, under one maximum."""
+  waits = sorted((c for c in scored if c.max_thinking_tokens == maximum
+                  and c.max_thinking_steps < 0 and not c.asked),
+                 key=lambda cell: cell.num_waits)
+  flips = scaling.flips_per_wait([scored[c].correct.ravel() for c in waits])
+  return [{"max_thinking_tokens": maximum, "from_waits": a.num_waits,
+           "to_waits": b.num_waits, **flip._asdict()}
+          for a, b, flip in zip(waits, waits[1:], flips, strict=False)]
+
+
+def waits_by_maximum(
+    figures: Sequence[Mapping[str, Any]],
+) -> dict[int, list[Mapping[str, Any]]]:
+  """Cells that ask for nothing, by the maximum of those with waits.
+
+  Each series begins with the cell without waits, if there is one.
+  """
+  plain = [cell for cell in figures if not cell.get("asked")]
+  maxima = dict.fromkeys(
+      cell["max_thinking_tokens"] for cell in plain if cell["num_waits"])
+  return {maximum: sorted(
+      (cell for cell in plain if cell["max_thinking_tokens"] == maximum),
+      key=lambda cell: cell["num_waits"]) for maximum in maxima}
 
 
 def asking_figures(

@@ -217,18 +217,19 @@ def _draw_result(result: Result, x: svg.Axis, y: svg.Axis) -> markup.Html:
   asking = [c for c in result.cells if c.get("asked")]
   plain = [c for c in result.cells if not c.get("asked")]
   bounded = sorted(
-      (c for c in plain if c["max_thinking_tokens"] >= 0),
+      (c for c in plain
+       if c["max_thinking_tokens"] >= 0 and not c["num_waits"]),
       key=lambda c: c["mean_thinking_tokens"])
-  unbounded = sorted(
-      (c for c in plain if c["max_thinking_tokens"] < 0),
-      key=lambda c: c["num_waits"])
+  others = [c for c in plain if c not in bounded]
+  waits = summary.waits_by_maximum(plain).values()
   votes = [(x(v["mean_tokens"]), y(v["accuracy"])) for v in _votes(result)]
   parts = [
       f'<path class="line" d="{svg.path(map(place, bounded))}"/>',
-      f'<path class="line waits" d="{svg.path(map(place, unbounded))}"/>',
+      *(f'<path class="line waits" d="{svg.path(map(place, series))}"/>'
+        for series in waits),
       f'<path class="line votes" d="{svg.path(votes)}"/>' if votes else ""]
   parts += [_mark(result, cell, x, y) for cell in (
-      *bounded, *unbounded, *asking)]
+      *bounded, *others, *asking)]
   return markup.Html(
       f'<g class="series {svg.colour_class(result.colour)}">'
       f'{"".join(parts)}</g>')
@@ -252,13 +253,13 @@ def _mark(result: Result, cell: Cell, x: svg.Axis, y: svg.Axis) -> str:
   if cell.get("asked"):
     parts.append(
         f'<path class="mark" d="M{at} {height - 6}l6 11h-12Z"/>')
-  elif cell["max_thinking_tokens"] >= 0:
-    parts.append(f'<circle class="mark" cx="{at}" cy="{height}" r="4.5"/>')
   elif cell["num_waits"]:
     parts.append(
         f'<rect class="mark" x="{at - 4}" y="{height - 4}" width="8" '
         f'height="8"/><text class="tick" x="{at + 8}" y="{height + 14}">'
         f'{cell["num_waits"]}</text>')
+  elif cell["max_thinking_tokens"] >= 0:
+    parts.append(f'<circle class="mark" cx="{at}" cy="{height}" r="4.5"/>')
   else:
     parts.append(
         f'<path class="mark" d="M{at} {height - 7}l6 7l-6 7l-6 -7Z"/>')
@@ -273,10 +274,10 @@ def describe(cell: Cell) -> str:
     forced = max(cell["max_thinking_tokens"], cell["max_thinking_steps"]) >= 0
     return (f"asked for {amount}{cell['asked']}"
             + " thinking" * (not cell["amount"]) + " and forced" * forced)
-  if cell["max_thinking_tokens"] >= 0:
-    return f"at most {cell['max_thinking_tokens']:,} thinking tokens"
-  waits = cell["num_waits"]
-  return f"{waits} forced wait{'s' * (waits > 1)}" if waits else "free"
+  waits, maximum = cell["num_waits"], cell["max_thinking_tokens"]
+  parts = [f"{waits} forced wait{'s' * (waits > 1)}"] * (waits > 0) + [
+      f"at most {maximum:,} thinking tokens"] * (maximum >= 0)
+  return ", ".join(parts) or "free"
 
 
 def s1_table(group: Sequence[Result]) -> markup.Html:
@@ -286,10 +287,10 @@ def s1_table(group: Sequence[Result]) -> markup.Html:
       markup.NONE if value is None else f"{100 * value:+.1f} points")
   rows = []
   for result in group:
-    summary = result.data.get("summary", {})
-    families = {"maximum": summary} if "performance" in summary else {}
+    found = result.data.get("summary", {})
+    families = {"maximum": found} if "performance" in found else {}
     families |= {f"asked for {name.replace('_', ', ')}": family
-                 for name, family in summary.get("asking", {}).items()}
+                 for name, family in found.get("asking", {}).items()}
     rows += [[
         result.label, name, markup.percent(family.get("control_per_run"), 0),
         markup.percent(family.get("control_per_sample"), 1),
@@ -314,8 +315,10 @@ def flips_table(group: Sequence[Result]) -> markup.Html:
     for flip in result.data.get("summary", {}).get("flips", ()):
       gained, lost, n = (
           flip["wrong_to_correct"], flip["correct_to_wrong"], flip["n"])
+      maximum = flip.get("max_thinking_tokens", -1)  # Not in older results.
       rows.append([
-          result.label, f"{flip['from_waits']} → {flip['to_waits']}",
+          result.label, f"{flip['from_waits']} → {flip['to_waits']}"
+          + f", at most {maximum:,}" * (maximum >= 0),
           _bar(lost, n, "lost"), _bar(gained, n, "gained"),
           f"{100 * (gained - lost) / n:+.1f} points", f"{n:,}"])
   if not rows:

@@ -281,7 +281,8 @@ def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
   """The free cell first."""
   asked = section.instructions
   return summary.cells(
-      section.max_thinking_tokens, section.num_waits) + summary.asking_cells(
+      section.max_thinking_tokens, section.num_waits,
+      section.wait_max_thinking_tokens) + summary.asking_cells(
           asked.tokens, asked.steps, asked.classes, forced=asked.forced)
 
 

@@ -194,6 +194,8 @@ def test_a_key_without_effect_is_an_error(assignment, condition):
      "measure.instructions.forced=true"],
     ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
      "measure.rollout.policy=a:b"],
+    ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
+     "measure.wait_max_thinking_tokens=9"],
 ])
 def test_truncate_is_allowed_wherever_there_is_a_maximum(assignments):
   assert not problems(*assignments)
@@ -303,6 +305,13 @@ def test_a_key_without_effect_in_a_source():
     (["measure.max_thinking_tokens=8,97"],
      "measure.max_thinking_tokens: 97 is more than rollout.max_tokens=96."),
     (["measure.num_waits=1,1"], "measure.num_waits: a value is there twice"),
+    (["measure.wait_max_thinking_tokens=97,-1"],
+     "measure.wait_max_thinking_tokens: 97 is more than rollout.max_tokens=96"),
+    (["measure.wait_max_thinking_tokens=9,9"],
+     "measure.wait_max_thinking_tokens: a value is there twice"),
+    (["measure.num_waits=", "measure.wait_max_thinking_tokens=9"],
+     "measure.wait_max_thinking_tokens: set to (9,), but it has no effect "
+     "unless measure.num_waits is set"),
     (["measure.pass_at=1,2"], "measure.pass_at: 2 needs as many samples"),
     (["measure.samples_per_problem=4", "measure.rollout.temperature=0"],
      "measure.samples_per_problem: set to 4, but it has no effect unless "

@@ -33,6 +33,18 @@ def test_each_series_in_its_order():
       "sft: free": [[46.0, 0.38]]}
 
 
+def test_waits_under_a_maximum_are_a_series_of_their_own():
+  data = result()
+  data["cells"] += [cell(64, 2, 60.0, 0.45), cell(64, 1, 55.0, 0.4),
+                    cell(32, 1, 30.0, 0.3)]
+  found = lines(plots.scaling_figure([data]))
+  assert found["sft: maximum"] == [[15.5, 0.2], [40.0, 0.37]]
+  assert found["sft: forced waits"] == [[46.0, 0.38], [70.0, 0.5], [90.0, 0.6]]
+  assert found["sft: forced waits, at most 64"] == [
+      [40.0, 0.37], [55.0, 0.4], [60.0, 0.45]]
+  assert found["sft: forced waits, at most 32"] == [[30.0, 0.3]]
+
+
 def test_error_bars_are_one_standard_error():
   figure = plots.scaling_figure([result()])
   container = figure.axes[0].containers[0]

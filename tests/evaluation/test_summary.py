@@ -28,10 +28,22 @@ def make_scored(seed, questions=5, samples=3, most=9):
 
 
 def test_cells_are_each_there_once_the_free_one_first():
-  assert summary.cells((2, 4), (0, 1, 2)) == [FREE, MAX2, MAX4, WAIT1, WAIT2]
+  assert summary.cells((2, 4), (0, 1, 2), (-1,)) == [
+      FREE, MAX2, MAX4, WAIT1, WAIT2]
+  assert summary.cells((), (2, 0)) == [FREE, WAIT2]
   assert summary.cells((), ()) == [FREE]
   assert [cell.name for cell in (FREE, summary.Cell(0), WAIT2)] == [
       "free", "max_0", "waits_2"]
+
+
+def test_waits_have_the_largest_maximum_unless_others_are_named():
+  """And each number of waits is there with each maximum."""
+  of = lambda maximum, waits: summary.Cell(maximum, num_waits=waits)
+  assert summary.cells((2, 4), (0, 1, 2)) == [
+      FREE, MAX2, MAX4, of(4, 1), of(4, 2)]
+  assert summary.cells((2, 4), (0, 1), (-1, 4, 3)) == [
+      FREE, MAX2, MAX4, WAIT1, of(4, 1), of(3, 0), of(3, 1)]
+  assert of(4, 2).name == "waits_2_max_4"
 
 
 def vote(answers, correct):
@@ -202,3 +214,23 @@ def test_control_counts_what_was_asked_for():
       scored.thinking_steps <= 1).mean()
   assert "control" not in summary.cell_figures(
       summary.Cell(asked="long"), scored, (1,), votes=False)
+
+
+def test_flips_are_between_waits_under_one_maximum():
+  """A maximum of the waits alone has no cell without waits to begin with."""
+  settings = [(-1, 0), (4, 0), (-1, 1), (4, 1), (4, 3), (2, 1), (2, 2)]
+  scored = {summary.Cell(maximum, num_waits=waits): make_scored(i, most=5)
+            for i, (maximum, waits) in enumerate(settings)}
+  figures = [summary.cell_figures(c, s, (1,), votes=False)
+             for c, s in scored.items()]
+  found = summary.s1_figures(figures, scored)
+  assert [(f["max_thinking_tokens"], f["from_waits"], f["to_waits"])
+          for f in found["flips"]] == [
+              (-1, 0, 1), (4, 0, 1), (4, 1, 3), (2, 1, 2)]
+  flip, before, after = found["flips"][2], *(
+      scored[summary.Cell(4, num_waits=n)].correct for n in (1, 3))
+  assert flip["correct_to_wrong"] == (before & ~after).sum()
+  assert flip["wrong_to_correct"] == (after & ~before).sum()
+  # The curve is of the maxima without waits: one point here.
+  assert found["performance"] == figures[1]["accuracy"]
+  assert found["scaling_per_doubling"] is None

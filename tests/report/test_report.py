@@ -286,6 +286,29 @@ def test_what_could_not_be_judged_is_shown_as_that(tmp_path):
           if row["facts"].get("status") == "timeout"] == [None]
 
 
+def test_waits_under_a_maximum_are_told_with_it(tmp_path):
+  path = synthetic.write(tmp_path / "run")
+  data = synthetic.evaluation("reason", 0.35, 0.16)
+  wait = next(c for c in data["cells"] if c["name"] == "waits_2")
+  data["cells"].append(
+      wait | {"name": "waits_2_max_64", "max_thinking_tokens": 64})
+  data["summary"]["flips"].append({
+      "max_thinking_tokens": 64, "from_waits": 0, "to_waits": 2,
+      "correct_to_wrong": 1, "wrong_to_correct": 2, "n": 100})
+  for file in (path / "measure" / "eval").glob("*.json"):
+    file.unlink()
+  synthetic.write_json(path / "measure" / "eval" / "reason.json", data)
+  page = Page(report.build([path]))
+  assert ("reason, 2 forced waits, at most 64 thinking tokens: 89.0% ± 3.1 "
+          "(n 100), 84.0 thinking tokens" in page.texts)
+  assert "reason 2 forced waits, at most 64 thinking tokens 100" in page.text
+  assert "0 → 2, at most 64 1 2 +1.0 points 100" in page.text
+  # From the maximum alone to the waits under it; and the waits without one.
+  dashed = [a["d"] for name, a in page.elements
+            if a.get("class") == "line waits"]
+  assert sorted(path.count("L") + path.count("M") for path in dashed) == [2, 4]
+
+
 def test_a_model_that_does_not_think_has_no_curve(tmp_path):
   path = synthetic.write(tmp_path / "run")
   data = synthetic.evaluation("reason", 0.35, 0.16)
