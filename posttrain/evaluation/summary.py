@@ -15,6 +15,7 @@ import numpy as np
 
 from posttrain.evaluation import scaling, statistics
 
+UNSCORED = ("timeout", "error")  # Statuses of what nothing could judge.
 TOKENS_PER_STEP = 100  # By which s1 holds a mean to a budget of steps.
 
 
@@ -106,6 +107,20 @@ class Scored:
   thinking_steps: np.ndarray
   finish: np.ndarray
   unscored: np.ndarray
+
+
+def scored(
+    records: Sequence[Mapping[str, Any]], questions: int) -> Scored:
+  """The completions of a cell from their records, by question, then sample."""
+  column = lambda name, dtype: np.array(
+      [record[name] for record in records], dtype).reshape(questions, -1)
+  return Scored(
+      correct=column("correct", bool), answers=column("answer", object),
+      tokens=column("length", int),
+      thinking_tokens=column("think_length", int),
+      thinking_steps=column("think_steps", int),
+      finish=column("finish_reason", object),
+      unscored=np.isin(column("status", object), UNSCORED))
 
 
 def accuracy(

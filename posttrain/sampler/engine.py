@@ -65,6 +65,10 @@ class Stats:
     return self.row_steps / max(self.steps * slots, 1)
 
 
+def nothing() -> None:
+  """Does nothing, before a chunk."""
+
+
 class Engine:
   """A queue of requests before the slots of one compiled loop.
 
@@ -75,6 +79,7 @@ class Engine:
       self, model: Transformer, tables: budget.BudgetTables,
       settings: Settings, *, text: Decode | None = None,
       log: Callable[[str], None] = lambda line: None,
+      before_chunk: Callable[[], None] = nothing,
   ):
     """An engine without requests.
 
@@ -84,6 +89,8 @@ class Engine:
       settings: shapes.
       text: tokens to text, for stop strings.
       log: is told of every program that is compiled.
+      before_chunk: called before each look. What it raises leaves the engine
+        as it was.
 
     Raises:
       ValueError: the mesh does not divide the slots.
@@ -95,7 +102,7 @@ class Engine:
           f"mesh. Use a multiple of {parts}.")
     self.tables, self.settings = tables, settings
     self.model, self._blocks = self._unstacked(model)
-    self._text = text
+    self._text, self._before_chunk = text, before_chunk
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
     self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
@@ -208,6 +215,7 @@ class Engine:
 
   def look(self) -> None:
     """Admits what fits, decodes a chunk, and collects what is finished."""
+    self._before_chunk()
     self._abort()
     self._admit()
     if not any(self._live):

@@ -66,6 +66,8 @@ class Sampler:
     cache_dtype, weights_dtype: of the cache, and of the decode loop's
       matrices: "compute", or "int8" with scales.
     steering: hook, policy and the like, of all calls.
+    before_chunk: called before each chunk, on every host alike. What it
+      raises ends the call, and all that was drawn in it is dropped.
   """
 
   ids: thinking_lib.ThinkingIds
@@ -77,6 +79,7 @@ class Sampler:
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
   steering: steering_lib.Steering = steering_lib.NONE
+  before_chunk: Callable[[], None] = engine.nothing
 
   def generate(
       self, model: Transformer, prompts: Sequence[Sequence[int]],
@@ -166,7 +169,9 @@ class Sampler:
       self, model: Transformer, asked: list[requests.Request],
   ) -> Rollouts:
     """The same rows through an engine's slots, however many there are."""
-    queue = engine.Engine(model, self.tables, self.engine_settings(asked))
+    queue = engine.Engine(
+        model, self.tables, self.engine_settings(asked),
+        before_chunk=self.before_chunk)
     numbers = [queue.submit(request) for request in asked]
     done = {found.id: found for found in queue.results()}
     failed = [found.error for found in done.values() if found.error]
@@ -188,6 +193,7 @@ class Sampler:
     recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
     total = device["done"].shape[0]
     while True:
+      self.before_chunk()
       if used + self.chunk > slots:
         slots = self.next_slots(slots)
         carry = decode.resize(carry, slots=slots)

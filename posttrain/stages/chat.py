@@ -19,6 +19,7 @@ from posttrain.stages import loaded, sampling
 from posttrain.stages.live import Live
 from posttrain.text import render
 from posttrain.train import console as console_lib
+from posttrain.train import preemption
 
 CHUNK = 8  # Tokens between two looks: what is read is seen early.
 HELP = """\
@@ -75,7 +76,8 @@ def run(
     talk = Chat(renderer, sampler.Sampler(
         ids=ids, tables=tables, params=params, max_prompt_tokens=0,
         chunk=CHUNK, cache_dtype=cache_dtype, weights_dtype=weights_dtype,
-        steering=sampling.make_steering(steering, tables.vocab_size)),
+        steering=sampling.make_steering(steering, tables.vocab_size),
+        before_chunk=preemption.leave_if_requested),
                 limits, seed, stream or sys.stdout)
     for line in lines if lines is not None else typed():
       if not talk.hear(model, line.strip()):

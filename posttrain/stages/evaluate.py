@@ -3,9 +3,11 @@
 Every checkpoint answers the same problems in every cell (a budget, or a
 number of forced waits) with the same random bits, and so do the checkpoints
 among each other: differences are paired. One JSON file per checkpoint holds
-the figures and every completion; `curve.png` shows them.
+the figures and every completion; `curve.png` shows them. A cell that is
+finished is kept at once (`kept_cells`).
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,9 +22,9 @@ from posttrain.evaluation import plots, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler import segments
-from posttrain.sampler.rollouts import FINISH_REASONS, Rollouts
+from posttrain.sampler.rollouts import Rollouts
+from posttrain.stages import kept_cells, sampling, training
 from posttrain.stages import problems as problems_lib
-from posttrain.stages import sampling, training
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading, scoring
 from posttrain.text import instructions
@@ -44,23 +46,16 @@ def run(
 
   Raises:
     ValueError: the problems, the verifier or the budgets do not fit.
-    Preempted: SIGTERM came; checkpoints that are through have their result.
+    Preempted: SIGTERM came; cells that are finished are kept.
   """
   evaluation = Evaluation(context)
-  names = checkpoints_of(context)
   results = {}
-  for name in names:
-    file = context.directory / "eval" / f"{label(name)}.json"
-    # One host's view: files of others may show up late on a shared disk.
-    there = bool(sharding.of_first_host(np.array(file.exists())))
-    if again or not there:
-      context.console.line(f"{context.name}: evaluating {name}")
-      result = evaluation.evaluate(label(name), weights_of(name))
-      context.workdir.write_json(file.relative_to(context.workdir.path),
-                                 result)
-      results[name] = result
-    else:
-      results[name] = workdir_lib.read_json(file)
+  try:
+    for name in checkpoints_of(context):
+      results[name] = _result(evaluation, context, name, weights_of, again)
+  except preemption.Preempted:
+    training.stop(context, "the cells that are finished are kept, and the one "
+                  "under way is dropped")
   log(context, results)
   if context.workdir.is_writer:
     plots.scaling_curve(
@@ -68,6 +63,24 @@ def run(
   context.workdir.finish(context.name, {
       name: {cell["name"]: cell["accuracy"] for cell in result["cells"]}
       for name, result in results.items()})
+  evaluation.kept.clear()
+
+
+def _result(
+    evaluation: "Evaluation", context: StageContext, name: str,
+    weights_of: Callable[[str], Transformer], again: bool,
+) -> dict[str, Any]:
+  """One checkpoint's result, evaluated where it is not there."""
+  file = context.directory / "eval" / f"{label(name)}.json"
+  # One host's view: files of others may show up late on a shared disk.
+  there = bool(sharding.of_first_host(np.array(file.exists())))
+  if there and not again:
+    return workdir_lib.read_json(file)
+  context.console.line(f"{context.name}: evaluating {name}")
+  result = evaluation.evaluate(
+      label(name), functools.cache(lambda: weights_of(name)))
+  context.workdir.write_json(file.relative_to(context.workdir.path), result)
+  return result
 
 
 def checkpoints_of(context: StageContext) -> tuple[str, ...]:
@@ -100,31 +113,34 @@ class Evaluation:
         context.console.warning(f"{context.name}: {remark}")
     self.cells = cells_of(section)
     self.sampler = sampling.make_sampler(context, section.rollout)
+    self.kept = kept_cells.KeptCells(context)
 
-  def evaluate(self, name: str, model: Transformer) -> dict[str, Any]:
+  def evaluate(
+      self, name: str, weights: Callable[[], Transformer]) -> dict[str, Any]:
     """All cells of one checkpoint: figures and records.
 
     A verifier that returns None (not applicable) has not said 1: the record
     has it as null, and it is not correct. Nor is what it could not judge: n
     stays that of all problems, so that cells and checkpoints are compared on
     the same ones, and `unscored` says how many such there are.
+
+    Args:
+      name: of the checkpoint, as that of a file.
+      weights: called where a cell is not there yet.
     """
     scored, figures, records = {}, [], []
-    samples_of = samples_of_cells(self.section)
     votes = self.section.majority.max_samples
     samples = self.section.samples_per_problem
-    baseline = []
+    majority: dict[str, Any] = {}
     for cell in self.cells:
-      if preemption.requested():
-        training.stop(
-            self.context, f"evaluations before that of {name} are kept")
-      free = cell == summary.Cell()
-      drawn, rows = self._answer(model, cell, samples_of[cell.name])
-      if free and votes:
-        baseline = summary.majority_baseline(
-            _first(drawn, votes), self.cluster)
-      drawn = _first(drawn, samples)
-      scored[cell] = drawn
+      rows = self._records(name, cell, weights)
+      drawn = summary.scored(rows, len(self.problems))
+      if cell == summary.Cell() and votes:
+        majority = {
+            "baseline": summary.majority_baseline(
+                _first(drawn, votes), self.cluster),
+            "records": [row for row in rows if row["sample_id"] >= samples]}
+      scored[cell] = drawn = _first(drawn, samples)
       figures.append(summary.cell_figures(
           cell, drawn, self.section.pass_at, votes=self.extract is not None,
           cluster=self.cluster))
@@ -134,8 +150,20 @@ class Evaluation:
         "checkpoint": name, "decoding": self._decoding(),
         "section": config_lib.jsonable(self.section), "cells": figures,
         "summary": summary.s1_figures(figures, scored) | {
-            "majority_baseline": baseline} | self._constant(),
-        "records": records}
+            "majority_baseline": majority.get("baseline", [])}
+        | self._constant(),
+        "records": records, "majority_records": majority.get("records", [])}
+
+  def _records(
+      self, name: str, cell: summary.Cell,
+      weights: Callable[[], Transformer]) -> kept_cells.Records:
+    """A cell's completions: kept ones, or drawn and then kept."""
+    found = self.kept.read(name, cell)
+    if found is None:
+      found = self._answer(
+          weights(), cell, samples_of_cells(self.section)[cell.name])
+      self.kept.write(name, cell, found)
+    return found
 
   def _constant(self) -> dict[str, Any]:
     """What the best constant answer scores on the same problems."""
@@ -163,13 +191,17 @@ class Evaluation:
 
   def _answer(
       self, model: Transformer, cell: summary.Cell, samples: int,
-  ) -> tuple[summary.Scored, list[dict[str, Any]]]:
-    """Asks every problem `samples` times under the budgets of one cell."""
+  ) -> kept_cells.Records:
+    """Asks every problem `samples` times under the budgets of one cell.
+
+    Returns:
+      The scored completions in order of problem, then sample.
+    """
     rollout = self.section.rollout
     limits = limits_of(self.section, cell)
     size = len(self.problems) if rollout.refill else batch_size(
         self.section, samples)
-    batches, records = [], []
+    records = []
     for start in range(0, len(self.problems), size):
       part = self.problems[start:start + size]
       # The last batch is filled up, so that it has the shape of the others.
@@ -181,15 +213,13 @@ class Evaluation:
           limits, prompt_id=[row["id"] for row in filled],
           group_size=samples, seed=self.context.config.seed,
           stage=self.context.name)
-      scored, rows = self._score(rollouts, part, cell)
-      batches.append(scored)
-      records += rows
-    return _join(batches), records
+      records += self._score(rollouts, part, cell)
+    return records
 
   def _score(
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
       cell: summary.Cell,
-  ) -> tuple[summary.Scored, list[dict[str, Any]]]:
+  ) -> kept_cells.Records:
     # Without those that filled the batch up.
     samples = int(rollouts.sample_id.max()) + 1
     rows = len(problems) * samples
@@ -215,17 +245,7 @@ class Evaluation:
     if self.cluster is not None:
       for record, problem in zip(records, repeated, strict=True):
         record["cluster"] = problem["cluster"]
-    grid = lambda values, dtype: np.array(
-        list(values), dtype).reshape(len(problems), samples)
-    return summary.Scored(
-        correct=grid((r["correct"] for r in records), bool),
-        unscored=grid(np.isin(codes, scoring.UNSCORED), bool),
-        answers=grid(answers, object),
-        tokens=grid((r["length"] for r in records), int),
-        thinking_tokens=grid((r["think_length"] for r in records), int),
-        thinking_steps=grid((r["think_steps"] for r in records), int),
-        finish=grid((FINISH_REASONS[int(f)] for f in
-                     rollouts.finish_reason[:rows]), object)), records
+    return records
 
 
   def _judge(
@@ -338,12 +358,6 @@ def clusters(problems: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
 def _first(scored: summary.Scored, samples: int) -> summary.Scored:
   return summary.Scored(**{
       name: values[:, :samples] for name, values in vars(scored).items()})
-
-
-def _join(parts: Sequence[summary.Scored]) -> summary.Scored:
-  return summary.Scored(**{
-      name: np.concatenate([getattr(part, name) for part in parts])
-      for name in vars(parts[0])})
 
 
 def _line(name: str, figures: Mapping[str, Any]) -> str:

@@ -20,15 +20,13 @@ in the reward, https://arxiv.org/abs/1909.08593, section 2.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy as np
 
 from posttrain import sharding
-from posttrain.config import schema
 from posttrain.data import streams
-from posttrain.model import lora
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_lib
@@ -40,7 +38,6 @@ from posttrain.train import (
   flops,
   health,
   offload,
-  partition,
   policy,
   preemption,
 )
@@ -83,10 +80,14 @@ def run(
         restored_step=learner.step) as writer, context.console.progress(
             context.name, section.num_steps, start=learner.step) as progress:
       while learner.step < section.num_steps:
-        with monitor.step(learner.step + 1, latest):
-          if learner.experience is None:
-            learner.collect()
-          row = learner.update()
+        try:
+          with monitor.step(learner.step + 1, latest):
+            if learner.experience is None:
+              learner.collect()
+            row = learner.update()
+        except preemption.Preempted as request:
+          request.__traceback__ = None  # Its frames hold the rollout's arrays.
+          leave_rollout(context, monitor, saver, learner)
         row |= learner.rates(monitor, row)
         writer.write(learner.step, row)
         progress.update(
@@ -100,9 +101,7 @@ def run(
         if leaving or training.due(
             learner.step, section.checkpoint.every, last):
           with monitor.saving(learner.step):
-            training.save(
-                context, saver, learner.state, learner.step, learner.extras(),
-                rollouts=learner.in_flight(), metrics=None if leaving else row)
+            learner.save(saver, metrics=None if leaving else row)
         if leaving:
           with monitor.span("checkpoint"):
             training.leave(context, saver, learner.step)
@@ -112,21 +111,29 @@ def run(
   return learner.state.model
 
 
-@dataclasses.dataclass(frozen=True)
-class Sent:
-  """An update that the devices have been given.
+def leave_rollout(
+    context: StageContext, monitor: Monitor, saver: checkpoints.Checkpoints,
+    learner: "Learner",
+) -> NoReturn:
+  """Ends the process where SIGTERM came within a rollout, which is dropped.
 
-  Attributes:
-    index: within the batch of rollouts.
-    sums: on the devices; None where there was nothing to learn from.
-    seconds: that it took to send.
-    flops: of the model.
+  It is drawn again, the same, as random bits go by the ids alone. A batch that
+  was drawn ahead is by a policy that the updates under way have replaced: from
+  the last checkpoint on both are made again.
+
+  Raises:
+    Preempted: the updates made so far are saved.
   """
-
-  index: int
-  sums: dict[str, Any] | None
-  seconds: float
-  flops: float
+  kept = saver.latest_step() or 0
+  if learner.may_stop and learner.step > kept:
+    kept = learner.step
+    with monitor.saving(kept):
+      learner.save(saver)
+  with monitor.span("checkpoint"):
+    saver.wait()
+  training.stop(
+      context, (f"saved at step {kept}" if kept else "nothing to save yet")
+      + "; the rollout under way is dropped, and will be drawn again")
 
 
 class Learner:
@@ -151,12 +158,14 @@ class Learner:
         section, loss_chunk=context.config.compute.loss_chunk)
     model, trained = training.prepare(context, start)
     fresh = start.config.lora != model.config.lora
-    self.reference = self._make_reference(model, trained, fresh, weights_of)
+    self.reference = grpo_parts.make_reference(
+        section, context.config.compute, model, trained, weights_of,
+        fresh=fresh)
     optimizer, self._update = training.make_update(section, self.loss)
     self.state = state_lib.create(
         model, optimizer, trained, training.spike_rule(section))
     self.experience: policy.Arrays | None = None
-    self.sent: list[Sent] = []
+    self.sent: list[grpo_parts.Sent] = []
     self.rollout_metrics: dict[str, float] = {}
     self.prepare_seconds = 0.0
     self.flops: dict[str, float] = {}
@@ -178,15 +187,19 @@ class Learner:
     self.scoring_health.set_state(found.extras["health"])
     self.step_health.set_state(found.extras["health"])
 
-  def extras(self) -> dict[str, Any]:
-    return {"rollout_metrics": self.rollout_metrics, "health": (
-        self.health.get_state() | self.scoring_health.get_state()
-        | self.step_health.get_state())}
-
-  def in_flight(self) -> policy.Arrays | None:
-    """Rollouts that a checkpoint has to hold."""
-    return (self.draws.to_arrays() if self.experience is None
-            else self.experience)
+  def save(
+      self, saver: checkpoints.Checkpoints,
+      metrics: dict[str, float] | None = None,
+  ) -> None:
+    """Saves what `restore` takes over, rollouts in flight included."""
+    self._move_optimizer(offload.to_devices)  # A rollout may have been left.
+    training.save(
+        self.context, saver, self.state, self.step, {
+            "rollout_metrics": self.rollout_metrics, "health": (
+                self.health.get_state() | self.scoring_health.get_state()
+                | self.step_health.get_state())},
+        rollouts=self.draws.to_arrays() if self.experience is None
+        else self.experience, metrics=metrics)
 
   @property
   def may_stop(self) -> bool:
@@ -254,7 +267,7 @@ class Learner:
         self.draws.draw_ahead(self.step // self.updates)
     return self._finish(self.sent.pop(0))
 
-  def _send(self, index: int) -> Sent:
+  def _send(self, index: int) -> grpo_parts.Sent:
     """Starts an update, whose state is the next one's."""
     assert self.experience is not None
     started, part = time.monotonic(), index % self.section.num_minibatches
@@ -272,9 +285,9 @@ class Learner:
       self.state, sums = self._update(self.state, arrays, np.int32(used))
     else:
       self.state = state_lib.skip(self.state)
-    return Sent(index, sums, time.monotonic() - started, work)
+    return grpo_parts.Sent(index, sums, time.monotonic() - started, work)
 
-  def _finish(self, sent: Sent) -> dict[str, float]:
+  def _finish(self, sent: grpo_parts.Sent) -> dict[str, float]:
     """Waits for an update; its row of metrics."""
     started, first = time.monotonic(), sent.index == 0
     values: dict[str, float] = {"skipped_updates": 1.0}
@@ -379,31 +392,6 @@ class Learner:
             section.loss.aggregation, lengths[scored & (minibatch_of == index)],
             max_tokens=section.rollout.max_tokens) for index in numbers],
         self.shapes)
-
-  def _make_reference(
-      self, model: Transformer, trained: Collection[str], fresh: bool,
-      weights_of: Callable[[str], Transformer],
-  ) -> Transformer | None:
-    """What the KL is against; it shares all that the policy does not move.
-
-    What it does not share waits in the hosts' memory if it is to be offloaded.
-
-    Args:
-      fresh: the policy's adapters are new, and so add nothing yet.
-    """
-    name, dtype = (
-        self.section.reference, self.context.config.compute.frozen_dtype)
-    if not self.section.loss.kl_coef:
-      return None
-    if name not in ("", schema.ADAPTER_OFF):
-      reference = partition.at_rest(weights_of(name), (), dtype)
-    else:
-      like = lora.without(model) if (
-          fresh or name == schema.ADAPTER_OFF) else model
-      reference = partition.reference(like, trained, dtype)
-    if "reference" in self.offload:
-      reference = offload.to_host(reference, but=model)
-    return reference
 
   def _show_and_save(self, collected, advantages, names) -> None:
     section, context = self.section, self.context

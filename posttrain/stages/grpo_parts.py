@@ -1,18 +1,39 @@
-"""What a GRPO section names: shapes, the loss, what draws and scores."""
+"""What a GRPO section names: shapes, the loss, what draws and scores, the
+reference."""
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.config import schema
+from posttrain.model import lora
+from posttrain.model.transformer import Transformer
 from posttrain.objectives import policy as policy_objective
 from posttrain.stages import problems, rollout, sampling
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading, scoring
-from posttrain.train import policy
+from posttrain.train import offload, partition, policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+  """An update that the devices have been given.
+
+  Attributes:
+    index: within the batch of rollouts.
+    sums: on the devices; None where there was nothing to learn from.
+    seconds: that it took to send.
+    flops: of the model.
+  """
+
+  index: int
+  sums: dict[str, Any] | None
+  seconds: float
+  flops: float
 
 
 def num_updates(section: config_dict.ConfigDict) -> int:
@@ -138,6 +159,34 @@ def check(context: StageContext) -> None:
       context, [sampling.make_limits(context.section.rollout)])
   problems.check(context, rows, rewards_of(context), lambda row: [
       context.renderer.prompt_tokens(row)])
+
+
+def make_reference(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: Transformer, trained: Collection[str],
+    weights_of: Callable[[str], Transformer], *, fresh: bool,
+) -> Transformer | None:
+  """What the KL is against; it shares all that the policy does not move.
+
+  What it does not share waits in the hosts' memory if it is to be offloaded.
+
+  Args:
+    model, trained: the policy, and the paths that it trains.
+    weights_of: by stage name, "init" or path.
+    fresh: the policy's adapters are new, and so add nothing yet.
+  """
+  name, dtype = section.reference, compute.frozen_dtype
+  if not section.loss.kl_coef:
+    return None
+  if name not in ("", schema.ADAPTER_OFF):
+    reference = partition.at_rest(weights_of(name), (), dtype)
+  else:
+    like = lora.without(model) if (
+        fresh or name == schema.ADAPTER_OFF) else model
+    reference = partition.reference(like, trained, dtype)
+  if "reference" in compute.offload:
+    reference = offload.to_host(reference, but=model)
+  return reference
 
 
 def _round_up(rows: int) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -32,6 +32,7 @@ from posttrain.stages.live import Live
 from posttrain.text import instructions, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import console as console_lib
+from posttrain.train import preemption
 
 BATCH_ROWS = 64  # Completions decoded together.
 CHUNK = 16  # Tokens between two looks; streaming wants few, speed many.
@@ -86,7 +87,8 @@ def run(
     how = sampler.Sampler(
         ids=ids, tables=tables, params=params, chunk=CHUNK,
         max_prompt_tokens=0, **dtypes,
-        steering=sampling.make_steering(steering, tables.vocab_size))
+        steering=sampling.make_steering(steering, tables.vocab_size),
+        before_chunk=preemption.leave_if_requested)
     if ask:
       tokenizer_lib.check_known(renderer.tokenizer, ask, "The instruction")
       rows = [instructions.ask(row, ask, config.thinking.start)
@@ -95,8 +97,9 @@ def run(
     settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
         "seed": seed} | dtypes | sampling.with_sources(steering)
     if len(rows) * num_samples == 1:
-      records = [_live(
-          renderer.tokenizer, how, model, prompts[0], limits, seed, stream)]
+      with _told_at_sigterm(stream, lambda: "the completion is dropped"):
+        records = [_live(
+            renderer.tokenizer, how, model, prompts[0], limits, seed, stream)]
       if output and first:
         _write(output, records, settings)
       return records
@@ -107,13 +110,30 @@ def run(
             prompt_id=i, sample_id=sample), len(tables.waits))
         for i, prompt in enumerate(prompts) for sample in range(num_samples)]
     queue = _Queue(renderer.tokenizer, how, output, settings)
-    for record in queue.records(model, asked):
-      if first:
-        _show(record, stream, f"{queue.finished} of {len(asked)}")
+    kept = lambda: (
+        f"{queue.finished} of {len(asked)} completions are "
+        + (f"in {output}, and the same command goes on" if output else
+           "printed, and none is kept without --output"))
+    with _told_at_sigterm(stream, kept):
+      for record in queue.records(model, asked):
+        if first:
+          _show(record, stream, f"{queue.finished} of {len(asked)}")
   records = queue.ordered()
   if all("error" in record for record in records):
     raise ValueError(f"Every prompt failed. The first: {records[0]['error']}")
   return records
+
+
+@contextlib.contextmanager
+def _told_at_sigterm(
+    stream: TextIO, kept: Callable[[], str]) -> Iterator[None]:
+  """Says what is kept where SIGTERM ends the process between two chunks."""
+  try:
+    yield
+  except preemption.Preempted:
+    if jax.process_index() == 0:
+      console_lib.Console(stream=stream).line(f"\nsample: SIGTERM; {kept()}.")
+    raise
 
 
 class _Queue:
@@ -167,7 +187,8 @@ class _Queue:
         max_ids=max(len(request.wait_order) for request in todo),
         hook=steering.hook, policy=steering.policy,
         cache_dtype=self._how.cache_dtype,
-        weights_dtype=self._how.weights_dtype))
+        weights_dtype=self._how.weights_dtype),
+        before_chunk=self._how.before_chunk)
     for request in todo:
       queue.submit(request)
     yield from queue.results()

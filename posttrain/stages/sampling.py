@@ -19,6 +19,7 @@ from posttrain.tasks import loading
 from posttrain.text import boundaries, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import console as console_lib
+from posttrain.train import preemption
 
 # Of `make_steering`: what the flags of a verb have by default.
 PLAIN: Mapping[str, Any] = {
@@ -68,7 +69,8 @@ def of_tables(
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
       slots=rollout.slots if "slots" in rollout
       else rollout.batch_rows if rollout.refill else 0,
-      steering=make_steering(rollout, tables.vocab_size))
+      steering=make_steering(rollout, tables.vocab_size),
+      before_chunk=preemption.leave_if_requested)
 
 
 def make_limits(rollout: config_dict.ConfigDict) -> sampler.Limits:

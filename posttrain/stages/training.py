@@ -1,6 +1,6 @@
 """What the training stages share: the update, resuming, saving, leaving."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -191,13 +191,13 @@ def save(
 
 def leave(
     context: StageContext, saver: checkpoints.Checkpoints, number: int,
-) -> None:
+) -> NoReturn:
   """Ends the process with the preempted status, once the save is whole."""
   saver.wait()
   stop(context, f"saved at step {number}")
 
 
-def stop(context: StageContext, kept: str) -> None:
+def stop(context: StageContext, kept: str) -> NoReturn:
   """Ends the process with the preempted status; `kept` says what stays."""
   message = (
       f"{context.name}: SIGTERM; {kept}. The same command goes on from there.")

@@ -4,7 +4,10 @@ Cluster schedulers announce an eviction with SIGTERM and grant some seconds.
 A stage asks `requested()` once between two steps, on every host; when it is
 true, the stage saves a checkpoint and raises `Preempted`, which ends the
 process with status 75 (EX_TEMPFAIL of sysexits.h: "try again later"). Any
-other status means finished (0) or failed, and is not worth a restart.
+other status means finished (0) or failed, and is not worth a restart. A rollout
+may last for longer than the seconds that are granted: between two of its chunks
+`leave_if_requested()` raises, and whoever asked for the rollout catches it and
+says what is kept.
 
 With one process a Python signal handler sets a flag. Under `jax.distributed`
 the coordination service catches the signal on whichever host gets it, and
@@ -63,3 +66,9 @@ def requested() -> bool:
     return _received
   _reached |= multihost_utils.reached_preemption_sync_point(_calls)
   return _reached
+
+
+def leave_if_requested() -> None:
+  """Raises `Preempted` where SIGTERM has come; every host calls it alike."""
+  if requested():
+    raise Preempted("SIGTERM within a rollout, which is dropped.")

@@ -9,13 +9,17 @@ import jax
 import numpy as np
 import pytest
 
+from posttrain.evaluation import summary
+from posttrain.sampler import decode
 from posttrain.stages import evaluate
 from posttrain.train import metrics, preemption
 from tests import meshes, pipeline_run
 from tests.stages import toy
 
-MEASURE = ["stages=measure"]
+MEASURE = ["stages=measure", "measure.wait_max_thinking_tokens=-1,5"]
 MAXIMA, WAITS = (0, 2, 5), (0, 1, 2)
+NAMES = ["free", "max_0", "max_2", "max_5", "waits_1", "waits_2",
+         "waits_1_max_5", "waits_2_max_5"]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +55,9 @@ def by_problem(records, name):
 
 def test_every_problem_is_in_every_cell_and_no_other(result, cells):
   wanted = set(itertools.product(range(2000, 2006), range(4)))
-  assert list(cells) == [
-      "free", "max_0", "max_2", "max_5", "waits_1", "waits_2"]
+  assert list(cells) == NAMES
   assert all(set(records) == wanted for _, records in cells.values())
-  assert len(result["records"]) == 6 * len(wanted)
+  assert len(result["records"]) == len(NAMES) * len(wanted)
   assert result["decoding"]["temperature"] == 1
 
 
@@ -163,23 +166,46 @@ def test_no_completion_thinks_longer_than_its_maximum(result, cells):
   assert result["summary"]["control_per_run"] == 1
 
 
-def test_waits_are_as_many_as_asked_for_at_most(cells):
+@pytest.mark.parametrize("maximum", [-1, 5])
+def test_waits_are_as_many_as_asked_for_at_most(cells, maximum):
   for waits in (1, 2):
-    _, records = cells[f"waits_{waits}"]
+    _, records = cells[f"waits_{waits}" + "_max_5" * (maximum > 0)]
     for key, row in records.items():
       assert row["wait_count"] <= waits
       written = sum(name == "wait" for _, name in row["segments"])
       assert written == row["wait_count"]
       if row["think_end"] == "natural":  # It may end only when all are spent.
         assert row["wait_count"] == waits
-      if cells["free"][1][key]["think_end"] == "natural":
+      free = cells["free"][1][key]
+      if free["think_end"] == "natural" and (
+          maximum < 0 or free["think_length"] < maximum):
         assert row["wait_count"] >= 1
   assert any(row["wait_count"] for row in records.values())
 
 
-def test_flips_lead_from_one_accuracy_to_the_next(result, cells):
-  names = ["free", "waits_1", "waits_2"]
-  flips = result["summary"]["flips"]
+def test_waits_under_a_maximum_are_those_without_until_there(cells):
+  """One count over all rounds: the waits are in it."""
+  closed = 0
+  for waits in (1, 2):
+    _, free = cells[f"waits_{waits}"]
+    figures, bounded = cells[f"waits_{waits}_max_5"]
+    assert figures["control"] == 1 and figures["max_thinking_tokens"] == 5
+    for key, row in bounded.items():
+      assert row["think_length"] <= 5
+      if row["think_end"] != "budget":
+        assert row["segments"] == free[key]["segments"]
+      elif row["wait_count"]:
+        closed += 1
+  assert closed
+
+
+@pytest.mark.parametrize("maximum, names", [
+    (-1, ["free", "waits_1", "waits_2"]),
+    (5, ["max_5", "waits_1_max_5", "waits_2_max_5"])])
+def test_flips_lead_from_one_accuracy_to_the_next(
+    result, cells, maximum, names):
+  flips = [f for f in result["summary"]["flips"]
+           if f["max_thinking_tokens"] == maximum]
   assert [(f["from_waits"], f["to_waits"]) for f in flips] == [(0, 1), (1, 2)]
   for flip, a, b in zip(flips, names, names[1:], strict=False):
     before, after = cells[a][1], cells[b][1]
@@ -247,11 +273,11 @@ def test_another_batch_size_asks_the_same(result, tmp_path, refill):
   """One problem at a time, or four completions of any; near ties apart."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [
-        *MEASURE, "measure.rollout.batch_rows=4",
+        "stages=measure", "measure.rollout.batch_rows=4",
         f"measure.rollout.refill={refill}", "measure.num_waits=",
         "measure.max_thinking_tokens=2"])
     evaluation = evaluate.Evaluation(run.context("measure"))
-    again = evaluation.evaluate("init", pipeline_run.start(run))
+    again = evaluation.evaluate("init", lambda: pipeline_run.start(run))
   # As JSON has them: a tuple comes back as a list.
   records = json.loads(json.dumps(again["records"]))
   wanted = [r for r in result["records"] if r["cell"] in ("free", "max_2")]
@@ -259,30 +285,125 @@ def test_another_batch_size_asks_the_same(result, tmp_path, refill):
   assert np.mean(same) > 0.95
 
 
-def test_left_at_sigterm_what_was_evaluated_is_kept(
-    result, tmp_path, monkeypatch):
-  """Two checkpoints of six cells; the signal comes in the second's third."""
+def leave_before_chunk(monkeypatch, number):
+  """As if SIGTERM came before that chunk, counted from 1; one a cell here."""
+  count = itertools.count(1)
+  monkeypatch.setattr(
+      preemption, "requested", lambda: next(count) == number)
+
+
+def counted(monkeypatch):
+  """The chunks that are decoded from here on."""
+  chunks, original = [], decode.decode
+  monkeypatch.setattr(decode, "decode", lambda *args, **kwargs: (
+      chunks.append(1), original(*args, **kwargs))[1])
+  return chunks
+
+
+def test_left_at_sigterm_finished_cells_are_kept(
+    workdir, tmp_path, monkeypatch):
+  """Two checkpoints of eight cells; the signal comes in the second's third.
+
+  A batch of sixteen rows is four problems, so that a cell has two chunks.
+  """
   both = [*MEASURE, "measure.checkpoints=init,/some/where"]
   asked = []
   def weights_of(name):
     asked.append(name)
     return pipeline_run.start(run)
   with jax.set_mesh(meshes.one()):
+    leave_before_chunk(monkeypatch, 16 + 4 + 2)  # Half of the cell is drawn.
     run = pipeline_run.make_pipeline(tmp_path, both)
-    count = itertools.count(1)
-    monkeypatch.setattr(preemption, "requested", lambda: next(count) == 9)
-    with pytest.raises(preemption.Preempted, match="evaluations before that"):
+    with pytest.raises(preemption.Preempted, match="finished are kept"):
       evaluate.run(run.context("measure"), weights_of)
     first = tmp_path / "measure/eval/init.json"
-    assert json.loads(first.read_text())["records"] == result["records"]
+    assert results_of(first) == results_of(workdir / "measure/eval/init.json")
     written = first.stat().st_mtime_ns
+    kept = tmp_path / "measure/eval/cells/some_where"
+    assert [f.name for f in sorted(kept.iterdir())] == [
+        "free.json", "max_0.json"]
     assert not (tmp_path / "measure/done.json").exists()
+    leave_before_chunk(monkeypatch, 0)
+    chunks = counted(monkeypatch)
+    run = pipeline_run.make_pipeline(tmp_path, both)
     evaluate.run(run.context("measure"), weights_of)
+  assert len(chunks) == 6 * 2
   assert asked == ["init", "/some/where", "/some/where"]
   assert first.stat().st_mtime_ns == written
-  second = json.loads(
-      (tmp_path / "measure/eval/some_where.json").read_text())
-  assert second["records"] == result["records"]
+  second = results_of(tmp_path / "measure/eval/some_where.json")
+  assert second == results_of(first) | {"checkpoint": "some_where"}
+  assert not kept.parent.exists()
+
+
+def results_of(file):
+  """Without what differs as another number of checkpoints was asked for."""
+  found = json.loads(file.read_text())
+  found["section"].pop("checkpoints")
+  return found
+
+
+@pytest.mark.parametrize("spoil, chunks, said", [
+    (lambda text: text, 0, "init free: kept from an earlier start"),
+    (lambda text: text[:-9], 2, "is damaged"),
+    (lambda text: text.replace('"seed": 0', '"seed": 1'), 2,
+     "made with other settings"),
+    (lambda text: text.replace('"count": 6', '"count": 5'), 2,
+     "made with other settings")])
+def test_a_kept_cell_of_other_settings_is_evaluated_again(
+    result, tmp_path, monkeypatch, capsys, spoil, chunks, said):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, MEASURE)
+    evaluation = evaluate.Evaluation(run.context("measure"))
+    weights = lambda: pipeline_run.start(run)
+    free = summary.Cell()
+    wanted = evaluation._records("init", free, weights)
+    file = tmp_path / "measure/eval/cells/init/free.json"
+    file.write_text(spoil(file.read_text()))
+    decoded = counted(monkeypatch)
+    found = evaluation._records("init", free, weights)
+  assert len(decoded) == chunks
+  assert said in capsys.readouterr().out
+  # As JSON has them: a tuple comes back as a list.
+  assert json.dumps(found) == json.dumps(wanted)
+
+
+def test_votes_are_saved_and_can_be_graded_again(tmp_path):
+  """Two samples a problem for the figures, and two more for the votes."""
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, [
+        "stages=measure", "measure.samples_per_problem=2",
+        "measure.pass_at=1,2", "measure.num_waits=",
+        "measure.max_thinking_tokens="])
+    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+  found = json.loads((tmp_path / "measure/eval/init.json").read_text())
+  assert {(r["id"], r["sample_id"]) for r in found["majority_records"]} == set(
+      itertools.product(range(2000, 2006), (2, 3)))
+  assert {r["sample_id"] for r in found["records"]} == {0, 1}
+  problems = {p["id"]: p for p in toy.problems("test", thinks=True)}
+  rows = {}
+  for row in found["records"] + found["majority_records"]:
+    words = row["completion"].split()
+    correct = "net" not in words and problems[row["id"]]["word"] in words
+    rows[row["id"], row["sample_id"]] = {
+        "answer": words[-1] if words else None, "correct": correct}
+  baseline = found["summary"]["majority_baseline"]
+  assert [row["samples"] for row in baseline] == [1, 2, 3, 4]
+  assert baseline[0]["accuracy"] == pytest.approx(
+      np.mean([row["correct"] for row in rows.values()]))
+  assert baseline[3]["accuracy"] == pytest.approx(over_subsets(rows, 4, vote))
+  [free] = found["cells"]
+  assert free["samples"] == 2 and free["accuracy"] == pytest.approx(np.mean(
+      [row["correct"] for (_, sample), row in rows.items() if sample < 2]))
+
+
+def test_a_budget_without_room_for_an_answer_is_an_error_at_once(tmp_path):
+  """Closing takes one token here, and the answer one: nine do not fit."""
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(
+        tmp_path, [*MEASURE, "measure.wait_max_thinking_tokens=-1,9"])
+    with pytest.raises(ValueError, match="measure, cell max_9: .*no room for an "
+                       "answer: 9 thinking tokens"):
+      evaluate.Evaluation(run.context("measure"))
 
 
 def test_more_problems_than_there_are_is_an_error(tmp_path):

@@ -5,7 +5,10 @@ of a checkpoint, and (slow) a random time after the start.
 """
 
 import json
+import os
+import pathlib
 import random
+import signal
 import time
 
 import numpy as np
@@ -97,6 +100,43 @@ def check_goodput(whole, killed, starts):
              for record in records]
   print(f"goodput {goodput[0]:.1%} whole, {goodput[1]:.1%} killed")
   assert 0 < goodput[1] < 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_behind_the_cells_that_are_kept(tmp_path):
+  """SIGKILL once so many of its eight cells are there, and SIGTERM later."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+  def start(path):
+    return forked.start(
+        ["train", "--config=tests/pipeline_run.py", "--config.stages=measure",
+         "--config.measure.wait_max_thinking_tokens=-1,5",
+         "--config.measure.rollout.chunk=1",  # So that a cell takes a while.
+         f"--workdir={path}"], f"{path}.log", tmp_path / "compiled")
+
+  def cells():
+    return len(list(killed.glob("measure/eval/cells/init/[!.]*")))
+
+  forked.finish(start(whole), f"{whole}.log")
+  kept = []
+  for count, end in (
+      (random.randint(1, 3), signal.SIGKILL),
+      (random.randint(4, 6), signal.SIGTERM)):
+    process = start(killed)
+    forked.wait_until(process, f"{killed}.log", lambda: cells() >= count)
+    os.kill(process.pid, end)
+    process.join()
+    assert process.exitcode == (75 if end == signal.SIGTERM else -end)
+    kept.append(cells())
+    print(f"signal {end} with {count} cells there, {kept[-1]} kept")
+  assert not (killed / "measure/eval/init.json").exists()
+  forked.finish(start(killed), f"{killed}.log")
+  log = pathlib.Path(f"{killed}.log").read_text()
+  assert "SIGTERM; the cells that are finished are kept" in log
+  assert log.count("kept from an earlier start") == sum(kept)
+  assert (killed / "measure/eval/init.json").read_bytes() == (
+      whole / "measure/eval/init.json").read_bytes()
+  assert cells() == 0
 
 
 def test_two_kills_leave_no_trace(tmp_path):

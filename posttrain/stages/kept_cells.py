@@ -1,0 +1,75 @@
+"""Cells of an evaluation that are finished, kept until all of it is.
+
+  <stage>/eval/cells/<checkpoint>/<cell>.json
+
+A cell may take an hour. One that is finished is written at once, and a restart
+takes its records as they are: figures are made from records alone. A file names
+what it was made with, and is of use to no other settings.
+"""
+
+import shutil
+from typing import Any
+
+from posttrain import config as config_lib
+from posttrain import distributed
+from posttrain import workdir as workdir_lib
+from posttrain.evaluation import summary
+from posttrain.stages.context import StageContext
+from posttrain.tasks import loading
+
+Records = list[dict[str, Any]]
+
+
+class KeptCells:
+  """Those of one evaluate stage; every host makes the same calls."""
+
+  def __init__(self, context: StageContext):
+    section = config_lib.jsonable(context.section)
+    self._context = context
+    self._folder = context.directory / "eval" / "cells"
+    self._made_with = {
+        "seed": context.config.seed, "section": section,
+        "sources": {name: loading.source_hash(name)
+                    for name in config_lib.functions(context.config)}}
+
+  def read(self, checkpoint: str, cell: summary.Cell) -> Records | None:
+    """A cell's records; None where there are none of these settings.
+
+    They are process 0's: files of others may show up late on a shared disk.
+    """
+    return distributed.on_first_host(lambda: self._read(checkpoint, cell))
+
+  def _read(self, checkpoint: str, cell: summary.Cell) -> Records | None:
+    file = self._file(checkpoint, cell)
+    if not file.exists():
+      return None
+    try:
+      found = workdir_lib.read_json(file)
+      records, made_with = found["records"], found["made_with"]
+    except (ValueError, KeyError, TypeError) as error:
+      self._context.console.warning(
+          f"{file} is damaged ({error}); the cell is evaluated again")
+      return None
+    if made_with != self._made_with:
+      self._context.console.line(
+          f"{file} was made with other settings; the cell is evaluated again")
+      return None
+    self._context.console.line(
+        f"  {checkpoint} {cell.name}: kept from an earlier start")
+    return records
+
+  def write(
+      self, checkpoint: str, cell: summary.Cell, records: Records) -> None:
+    """Keeps a cell that is finished."""
+    workdir = self._context.workdir
+    workdir.write_json(
+        self._file(checkpoint, cell).relative_to(workdir.path),
+        {"made_with": self._made_with, "records": records})
+
+  def clear(self) -> None:
+    """Removes all of them, once the results hold what they held."""
+    if self._context.workdir.is_writer and self._folder.exists():
+      shutil.rmtree(self._folder)
+
+  def _file(self, checkpoint: str, cell: summary.Cell):
+    return self._folder / checkpoint / f"{cell.name}.json"
