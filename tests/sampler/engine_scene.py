@@ -35,8 +35,8 @@ def params():
 
 
 def make_engine(strings=STRINGS, settings=SETTINGS, **changes) -> Engine:
-  options = {name: changes.pop(name) for name in ("text", "log")
-             if name in changes}
+  options = {name: changes.pop(name) for name in (
+      "text", "log", "before_chunk") if name in changes}
   return Engine(
       build.load(CONFIG, changes.pop("weights", None) or params()),
       strings.tables(), dataclasses.replace(settings, **changes), **options)

@@ -1,5 +1,6 @@
 """Oracles: the same request alone, the sampler in NumPy, and replays."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -55,6 +56,29 @@ def soak(count: int, slots: int, abort_every: int) -> None:
         f"tokens; occupancy {busy.occupancy:.3f}")
   assert aborted > 0 and flipped <= 1 + tokens / 50_000
   assert busy.occupancy > 0.7
+
+
+def test_an_error_before_a_chunk_leaves_the_engine_as_it_was():
+  """As SIGTERM does; whoever asked may also go on."""
+  rng = np.random.default_rng(3)
+  asked = [scene.random_request(rng, i) for i in range(9)]
+  looks = []
+
+  def before_chunk():
+    looks.append(1)
+    if len(looks) % 3 == 0:
+      raise KeyboardInterrupt
+
+  wanted = scene.take(scene.make_engine(), asked)
+  busy, results = scene.make_engine(before_chunk=before_chunk), {}
+  numbers = [busy.submit(request) for request in asked]
+  while len(results) < len(asked):
+    with contextlib.suppress(KeyboardInterrupt):
+      for done in busy.results():
+        results[done.id] = done
+  assert len(looks) > 6
+  assert len(looks) - busy.stats.looks == len(looks) // 3
+  assert [results[n].tokens for n in numbers] == [w.tokens for w in wanted]
 
 
 def test_every_result_is_that_of_a_run_alone():

@@ -49,7 +49,7 @@ def serve() -> dict:
       if len(results) == 5:
         busy.abort(numbers[-2])
   return {
-      "admitted": admitted,
+      "admitted": admitted, "looks": busy.stats.looks,
       "programs": sorted(map(str, busy.stats.programs)),
       "results": [
           {name: getattr(results[n], name) for name in FACTS}

@@ -401,8 +401,9 @@ def test_a_budget_without_room_for_an_answer_is_an_error_at_once(tmp_path):
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(
         tmp_path, [*MEASURE, "measure.wait_max_thinking_tokens=-1,9"])
-    with pytest.raises(ValueError, match="measure, cell max_9: .*no room for an "
-                       "answer: 9 thinking tokens"):
+    with pytest.raises(
+        ValueError, match=r"measure, cell max_9: .* leaves no room for an "
+        "answer: 9 thinking tokens"):
       evaluate.Evaluation(run.context("measure"))
 
 

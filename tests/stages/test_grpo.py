@@ -672,13 +672,59 @@ def repeatable(path):
 
 def rollouts_of(path):
   return {file.name: file.read_text() for file in sorted(
-      (path / "reason" / "rollouts").iterdir())}
+      (path / "reason" / "rollouts").glob("*"))}
 
 
 def leave_at(monkeypatch, *calls):
-  """As if SIGTERM came before these calls of `requested`, counted from 1."""
+  """As if SIGTERM came before these calls of `requested`, counted from 1.
+
+  Of those between two updates.
+  """
   count = iter(range(1, 1000))
   monkeypatch.setattr(preemption, "requested", lambda: next(count) in calls)
+  monkeypatch.setattr(preemption, "leave_if_requested", lambda: None)
+
+
+def leave_in_chunk(monkeypatch, number):
+  """As if SIGTERM came before that chunk, counted from 1; returns the count."""
+  chunks = []
+  def look():
+    chunks.append(1)
+    if len(chunks) == number:
+      raise preemption.Preempted("in a rollout")
+  monkeypatch.setattr(preemption, "leave_if_requested", look)
+  return chunks
+
+
+def test_left_within_a_rollout_and_resumed_is_bitwise_the_whole_run(
+    tmp_path, monkeypatch, capsys):
+  """In the first batch, of which nothing is kept, and at the end of the next.
+  """
+  whole, left = tmp_path / "whole", tmp_path / "left"
+  changes = [*ALL, "reason.rollout.chunk=3", "reason.checkpoint.every=0",
+             "reason.rollout.slots=6", "compute.offload=optimizer"]
+  with jax.set_mesh(meshes.one()):
+    chunks = leave_in_chunk(monkeypatch, 0)
+    pipeline_run.train(whole, changes)
+    count = len(chunks)
+    assert count > 4
+    leave_in_chunk(monkeypatch, 2)
+    with pytest.raises(preemption.Preempted, match="nothing to save yet"):
+      pipeline_run.train(left, changes)
+    assert not rollouts_of(left)
+    leave_in_chunk(monkeypatch, count)
+    with pytest.raises(preemption.Preempted, match="saved at step 4; "):
+      pipeline_run.train(left, changes)
+    assert list(rollouts_of(left)) == ["step_000000.jsonl"]
+    again = leave_in_chunk(monkeypatch, 0)
+    pipeline_run.train(left, changes)
+  assert len(again) < count
+  assert "resumed from step 4" in capsys.readouterr().out
+  assert repeatable(left) == repeatable(whole)
+  assert rollouts_of(left) == rollouts_of(whole)
+  a, b = (pipeline_run.parameters(path, changes) for path in (whole, left))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def test_left_within_a_batch_and_resumed_is_bitwise_the_whole_run(

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from posttrain.train import metrics
 from tests import pipeline_run
 from tests.stages.test_grpo import repeatable, rollouts_of
 from tests.stages.test_sft_kill import (
@@ -33,11 +34,11 @@ CHANGES = [
     "reason.loss.kl_coef=0.05"]
 
 
-def start(path, **env) -> subprocess.Popen:
+def start(path, changes=CHANGES, **env) -> subprocess.Popen:
   return subprocess.Popen(
       [sys.executable, "-m", "tests.pipeline_run", "train",
        "--config=tests/pipeline_run.py", f"--workdir={path}",
-       *(f"--config.{change}" for change in CHANGES)],
+       *(f"--config.{change}" for change in changes)],
       cwd=ROOT, env=environment(1) | env, stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE, text=True)
 
@@ -88,5 +89,56 @@ def test_kills_and_a_preemption_leave_no_trace(tmp_path):
   assert len(rollouts_of(killed)) == STEPS // 2
   a, b = (pipeline_run.parameters(path, CHANGES) for path in (whole, killed))
   assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+LONG = [  # Thinking that cannot end before: 4,000 tokens of every completion.
+    "reason.num_steps=3", "reason.num_groups=1", "reason.group_size=2",
+    "reason.rows_per_microbatch=2", "reason.problems.args.thinks=True",
+    "reason.rewards=tests.stages.toy:brevity", "reason.checkpoint.every=0",
+    "reason.rollout.min_thinking_tokens=4000",
+    "reason.rollout.max_tokens=4100", "reason.sequence_length=4106",
+    "reason.rollout.chunk=32"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_within_a_long_rollout_is_not_waited_out(
+    tmp_path, free_port, count):
+  """One process, or two of which the second alone gets the signal."""
+  whole, left = tmp_path / "whole", tmp_path / "left"
+
+  def launch(path):
+    return [start(path, LONG, **({} if count == 1 else dict(
+        POSTTRAIN_NUM_PROCESSES=str(count), POSTTRAIN_PROCESS_ID=str(index),
+        POSTTRAIN_COORDINATOR=f"localhost:{free_port}")),
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
+            for index in range(count)]
+
+  def ended(processes, status):
+    for process in processes:
+      _, err = process.communicate(timeout=600)
+      assert process.returncode == status, err[-8000:]
+
+  ended(launch(whole), 0)
+  rollout = metrics.read(whole / "metrics.jsonl")[1]["time/rollout"]
+  processes = launch(left)
+  wait_until(processes[0], lambda: last_step(left) >= 1)
+  time.sleep(rollout / 3)  # Within the second rollout.
+  sent = time.monotonic()
+  processes[-1].send_signal(signal.SIGTERM)
+  ended(processes, 75)
+  took = time.monotonic() - sent
+  print(f"{count} processes: left {took:.1f} s after SIGTERM, of a rollout of "
+        f"{rollout:.1f} s")
+  assert took < rollout / 2
+  assert last_step(left) == 1
+  ended(launch(left), 0)
+  assert repeatable(left) == repeatable(whole)
+  assert rollouts_of(left) == rollouts_of(whole)
+  assert len(rollouts_of(left)) == 3
+  lengths = [row["completions/min_length"] for row in repeatable(whole)]
+  assert min(lengths) > 4000
+  a, b = (pipeline_run.parameters(path, LONG) for path in (whole, left))
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)

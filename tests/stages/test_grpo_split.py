@@ -11,7 +11,7 @@ from posttrain import sharding
 from posttrain.stages import rollout
 from posttrain.train import preemption
 from tests import pipeline_run
-from tests.stages.test_grpo import repeatable, rollouts_of
+from tests.stages.test_grpo import leave_in_chunk, repeatable, rollouts_of
 
 SPLIT = ["mesh.roles=split", "mesh.sampling.devices=4"]
 LEARNS = ["reason.num_steps=8", "reason.num_minibatches=2",
@@ -102,15 +102,45 @@ def test_left_and_resumed_is_bitwise_the_whole_run(
   changes = [*STALE, f"reason.staleness={staleness}"]
   whole, left = tmp_path / "whole", tmp_path / "left"
   pipeline_run.train(whole, changes)
-  requested = preemption.requested
-  for call, step in ((1, 2), (3, 6)):
-    count = iter(range(1, 100))
-    monkeypatch.setattr(
-        preemption, "requested", lambda: next(count) >= call)
-    with pytest.raises(preemption.Preempted, match=f"saved at step {step}"):
-      pipeline_run.train(left, changes)
-  monkeypatch.setattr(preemption, "requested", requested)
+  with monkeypatch.context() as patch:
+    patch.setattr(preemption, "leave_if_requested", lambda: None)
+    for call, step in ((1, 2), (3, 6)):
+      count = iter(range(1, 100))
+      patch.setattr(preemption, "requested", lambda: next(count) >= call)
+      with pytest.raises(preemption.Preempted, match=f"saved at step {step}"):
+        pipeline_run.train(left, changes)
   pipeline_run.train(left, changes)
+  assert repeatable(left) == repeatable(whole)
+  assert rollouts_of(left) == rollouts_of(whole)
+  a, b = (pipeline_run.parameters(path, changes) for path in (whole, left))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_left_while_drawing_ahead_it_goes_back_to_the_last_checkpoint(
+    tmp_path, monkeypatch, staleness):
+  """The policy that drew is gone: its updates and its draw are made again.
+
+  In a draw of the first policy, then in one that waits on a checkpoint.
+  """
+  changes = [*STALE, f"reason.staleness={staleness}",
+             "reason.checkpoint.every=4"]
+  whole, left = tmp_path / "whole", tmp_path / "left"
+  with monkeypatch.context() as patch:
+    chunks = leave_in_chunk(patch, 0)
+    pipeline_run.train(whole, changes)
+    count = len(chunks)
+    leave_in_chunk(patch, 2)
+    with pytest.raises(preemption.Preempted, match="nothing to save yet"):
+      pipeline_run.train(left, changes)
+    # The last draw is of batch 3, beside the updates of batch 3 - staleness.
+    kept = {1: "saved at step 4;", 3: "nothing to save yet"}[staleness]
+    leave_in_chunk(patch, count)
+    with pytest.raises(preemption.Preempted, match=kept):
+      pipeline_run.train(left, changes)
+    leave_in_chunk(patch, 0)
+    pipeline_run.train(left, changes)
   assert repeatable(left) == repeatable(whole)
   assert rollouts_of(left) == rollouts_of(whole)
   a, b = (pipeline_run.parameters(path, changes) for path in (whole, left))

@@ -1,6 +1,7 @@
 """What streams out is what was sampled, and only when it is settled."""
 
 import io
+import itertools
 import json
 import pathlib
 import types
@@ -16,6 +17,7 @@ from posttrain.sampler import choice
 from posttrain.sampler.sampler import Limits
 from posttrain.stages import sample
 from posttrain.text import thinking
+from posttrain.train import preemption
 from tests import meshes
 
 TINY = str(pathlib.Path(__file__).parents[2] / "configs/tiny.py")
@@ -84,8 +86,8 @@ def config(monkeypatch):
   return config_lib.load(TINY + ":debug")
 
 
-def run(config, rows, **kwargs):
-  stream = io.StringIO()
+def run(config, rows, stream=None, **kwargs):
+  stream = stream or io.StringIO()
   records = sample.run(
       config, rows, stream=stream,
       params=choice.SamplingParams(temperature=1.0),
@@ -139,6 +141,30 @@ def test_an_interrupted_batch_goes_on(config, tmp_path):
   assert output.read_text().count("\n") == 10
   with pytest.raises(ValueError, match="other prompts or settings"):
     run(config, rows, num_samples=2, output=str(output), seed=1)
+
+
+def test_left_at_sigterm_the_file_has_what_was_finished(
+    config, tmp_path, monkeypatch):
+  """One after the other, in a chunk each; before the third the signal comes."""
+  rows = [{"prompt": f"6 5 2 {i} : 1 <think>"} for i in range(3)]
+  whole, _ = run(config, rows, output=str(tmp_path / "whole.jsonl"))
+  output, stream = tmp_path / "out.jsonl", io.StringIO()
+  monkeypatch.setattr(sample, "BATCH_ROWS", 1)
+  calls = itertools.count(1)
+  monkeypatch.setattr(preemption, "requested", lambda: next(calls) == 3)
+  with pytest.raises(preemption.Preempted) as left:
+    run(config, rows, output=str(output), stream=stream)
+  assert left.value.code == 75
+  assert len(output.read_text().splitlines()) == 2
+  assert (f"sample: SIGTERM; 2 of 3 completions are in {output}, and the same "
+          "command goes on." in stream.getvalue())
+  monkeypatch.setattr(preemption, "requested", lambda: False)
+  again, _ = run(config, rows, output=str(output))
+  assert [r["tokens"] for r in again] == [r["tokens"] for r in whole]
+  monkeypatch.setattr(preemption, "requested", lambda: True)
+  with pytest.raises(preemption.Preempted):
+    run(config, rows[:1], stream=stream)
+  assert "the completion is dropped." in stream.getvalue()
 
 
 def test_a_prompt_that_cannot_run_errs_alone(config, tmp_path):
