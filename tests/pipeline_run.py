@@ -4,13 +4,16 @@
 
 is `posttrain train`, but with KILL_IN_CHUNK=n in the environment it kills
 itself before the nth chunk that it decodes: within a rollout, where no file
-tells a watcher.
+tells a watcher. With SLOW_CHUNKS=n:seconds a chunk takes so long from the nth
+on.
 """
 
 import itertools
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -93,19 +96,28 @@ def parameters(path, assignments=(), stage="reason") -> dict[str, np.ndarray]:
   return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def kill_in_chunk(number: int) -> None:
-  """SIGKILL to this process before the chunk of that number, from 1."""
+def before_chunks(do: Callable[[int], None]) -> None:
+  """Calls `do` with the number of each chunk, from 1, before it is decoded."""
   chunk, original = itertools.count(1), decode.decode
 
-  def decode_or_die(*args, **kwargs):
-    if next(chunk) == number:
-      os.kill(os.getpid(), signal.SIGKILL)
+  def decode_after(*args, **kwargs):
+    do(next(chunk))
     return original(*args, **kwargs)
 
-  decode.decode = decode_or_die
+  decode.decode = decode_after
+
+
+def misbehave() -> None:
+  """As the environment says."""
+  if "KILL_IN_CHUNK" in os.environ:
+    number = int(os.environ["KILL_IN_CHUNK"])
+    before_chunks(lambda chunk: chunk == number and os.kill(
+        os.getpid(), signal.SIGKILL))
+  if "SLOW_CHUNKS" in os.environ:
+    first, seconds = map(float, os.environ["SLOW_CHUNKS"].split(":"))
+    before_chunks(lambda chunk: time.sleep(seconds * (chunk >= first)))
 
 
 if __name__ == "__main__":
-  if "KILL_IN_CHUNK" in os.environ:
-    kill_in_chunk(int(os.environ["KILL_IN_CHUNK"]))
+  misbehave()
   sys.exit(main.main())

@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 
-from posttrain.train import metrics
 from tests import pipeline_run
 from tests.stages.test_grpo import repeatable, rollouts_of
 from tests.stages.test_sft_kill import (
@@ -93,26 +92,25 @@ def test_kills_and_a_preemption_leave_no_trace(tmp_path):
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-LONG = [  # Thinking that cannot end before: 4,000 tokens of every completion.
-    "reason.num_steps=3", "reason.num_groups=1", "reason.group_size=2",
-    "reason.rows_per_microbatch=2", "reason.problems.args.thinks=True",
-    "reason.rewards=tests.stages.toy:brevity", "reason.checkpoint.every=0",
-    "reason.rollout.min_thinking_tokens=4000",
-    "reason.rollout.max_tokens=4100", "reason.sequence_length=4106",
-    "reason.rollout.chunk=32"]
+LONG = ["reason.num_steps=4", "reason.rollout.chunk=1",
+        "reason.checkpoint.every=0"]  # Ten chunks a batch, one update each.
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_sigterm_within_a_long_rollout_is_not_waited_out(
     tmp_path, free_port, count):
-  """One process, or two of which the second alone gets the signal."""
+  """One process, or two of which the second alone gets the signal.
+
+  From the second rollout on a chunk takes four seconds.
+  """
   whole, left = tmp_path / "whole", tmp_path / "left"
 
-  def launch(path):
-    return [start(path, LONG, **({} if count == 1 else dict(
-        POSTTRAIN_NUM_PROCESSES=str(count), POSTTRAIN_PROCESS_ID=str(index),
-        POSTTRAIN_COORDINATOR=f"localhost:{free_port}")),
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
+  def launch(path, **env):
+    if count > 1:
+      env |= dict(POSTTRAIN_NUM_PROCESSES=str(count),
+                  POSTTRAIN_COORDINATOR=f"localhost:{free_port}")
+    return [start(path, LONG, **env, **(
+        dict(POSTTRAIN_PROCESS_ID=str(index)) if count > 1 else {}))
             for index in range(count)]
 
   def ended(processes, status):
@@ -121,24 +119,23 @@ def test_sigterm_within_a_long_rollout_is_not_waited_out(
       assert process.returncode == status, err[-8000:]
 
   ended(launch(whole), 0)
-  rollout = metrics.read(whole / "metrics.jsonl")[1]["time/rollout"]
-  processes = launch(left)
+  processes = launch(left, SLOW_CHUNKS="11:4")
   wait_until(processes[0], lambda: last_step(left) >= 1)
-  time.sleep(rollout / 3)  # Within the second rollout.
+  time.sleep(6)
+  assert last_step(left) == 1
   sent = time.monotonic()
   processes[-1].send_signal(signal.SIGTERM)
   ended(processes, 75)
   took = time.monotonic() - sent
   print(f"{count} processes: left {took:.1f} s after SIGTERM, of a rollout of "
-        f"{rollout:.1f} s")
-  assert took < rollout / 2
+        "40 s")
+  assert took < 20
   assert last_step(left) == 1
   ended(launch(left), 0)
   assert repeatable(left) == repeatable(whole)
+  assert repeatable(whole)[1]["completions/max_length"] == 10
   assert rollouts_of(left) == rollouts_of(whole)
-  assert len(rollouts_of(left)) == 3
-  lengths = [row["completions/min_length"] for row in repeatable(whole)]
-  assert min(lengths) > 4000
+  assert len(rollouts_of(left)) == 4
   a, b = (pipeline_run.parameters(path, LONG) for path in (whole, left))
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
