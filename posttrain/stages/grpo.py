@@ -18,7 +18,6 @@ in the reward, https://arxiv.org/abs/1909.08593, section 2.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -43,7 +42,6 @@ from posttrain.train import (
 )
 from posttrain.train import metrics as metrics_lib
 from posttrain.train import state as state_lib
-from posttrain.workdir import replace_file
 
 
 def run(
@@ -239,7 +237,8 @@ class Learner:
     if self.draws.staleness:
       self.rollout_metrics["staleness"] = float(self.draws.behind(batch))
     self.prepare_seconds = time.monotonic() - started
-    self._show_and_save(collected, advantages, names)
+    grpo_parts.show_and_save(
+        self.context, self.collector, collected, advantages, self.step)
     self.health.update(
         self.step,
         clipped_ratio=self.rollout_metrics["completions/clipped_ratio"],
@@ -392,28 +391,3 @@ class Learner:
             section.loss.aggregation, lengths[scored & (minibatch_of == index)],
             max_tokens=section.rollout.max_tokens) for index in numbers],
         self.shapes)
-
-  def _show_and_save(self, collected, advantages, names) -> None:
-    section, context = self.section, self.context
-    batch = self.step // self.updates
-    due = lambda every: every and batch % -(-every // self.updates) == 0
-    if not (due(section.save_rollouts_every)
-            or due(section.show_sample_every)):
-      return
-    records = rollout.records(
-        collected, advantages, names, self.collector, self.step)
-    if due(section.save_rollouts_every) and context.workdir.is_writer:
-      text = "".join(
-          json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-      replace_file(
-          context.directory / "rollouts" / f"step_{self.step:06d}.jsonl",
-          text.encode())
-    if due(section.show_sample_every):
-      row = records[0]
-      context.console.sample(
-          f"{context.name} step {self.step}", row["segments"],
-          prompt=row["prompt"], facts={
-              "reward": "no score" if row["reward"] is None
-              else row["reward"], "advantage": row["advantage"],
-              "finish": row["finish_reason"],
-              "thinking tokens": row["think_length"]})

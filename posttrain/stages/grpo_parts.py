@@ -1,11 +1,13 @@
 """What a GRPO section names: shapes, the loss, what draws and scores, the
-reference."""
+reference; and what is shown and saved of a batch."""
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding
@@ -17,6 +19,7 @@ from posttrain.stages import problems, rollout, sampling
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading, scoring
 from posttrain.train import offload, partition, policy
+from posttrain.workdir import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +190,34 @@ def make_reference(
   if "reference" in compute.offload:
     reference = offload.to_host(reference, but=model)
   return reference
+
+
+def show_and_save(
+    context: StageContext, collector: rollout.Collector,
+    collected: rollout.Collected, advantages: np.ndarray, step: int,
+) -> None:
+  """A batch's completions to their file, one to the console, where due."""
+  section, updates = context.section, num_updates(context.section)
+  due = lambda every: every and step // updates % -(-every // updates) == 0
+  if not (due(section.save_rollouts_every) or due(section.show_sample_every)):
+    return
+  records = rollout.records(
+      collected, advantages, list(collector.rewards), collector, step)
+  if due(section.save_rollouts_every) and context.workdir.is_writer:
+    text = "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+    replace_file(
+        context.directory / "rollouts" / f"step_{step:06d}.jsonl",
+        text.encode())
+  if due(section.show_sample_every):
+    row = records[0]
+    context.console.sample(
+        f"{context.name} step {step}", row["segments"],
+        prompt=row["prompt"], facts={
+            "reward": "no score" if row["reward"] is None
+            else row["reward"], "advantage": row["advantage"],
+            "finish": row["finish_reason"],
+            "thinking tokens": row["think_length"]})
 
 
 def _round_up(rows: int) -> int:

@@ -242,7 +242,7 @@ def test_what_could_not_be_judged_is_counted_and_told(tmp_path, capsys):
   """It counts as wrong, so that n is the same in every cell."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [
-        *MEASURE, "measure.reward=tests.stages.toy:late",
+        "stages=measure", "measure.reward=tests.stages.toy:late",
         "measure.num_waits=", "measure.max_thinking_tokens=2"])
     evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
   result = json.loads((tmp_path / "measure/eval/init.json").read_text())
@@ -382,7 +382,7 @@ def test_votes_are_saved_and_can_be_graded_again(tmp_path):
   problems = {p["id"]: p for p in toy.problems("test", thinks=True)}
   rows = {}
   for row in found["records"] + found["majority_records"]:
-    words = row["completion"].split()
+    words = answer_of(row)
     correct = "net" not in words and problems[row["id"]]["word"] in words
     rows[row["id"], row["sample_id"]] = {
         "answer": words[-1] if words else None, "correct": correct}
@@ -402,9 +402,9 @@ def test_a_budget_without_room_for_an_answer_is_an_error_at_once(tmp_path):
     run = pipeline_run.make_pipeline(
         tmp_path, [*MEASURE, "measure.wait_max_thinking_tokens=-1,9"])
     with pytest.raises(
-        ValueError, match=r"measure, cell max_9: .* leaves no room for an "
-        "answer: 9 thinking tokens"):
-      evaluate.Evaluation(run.context("measure"))
+        ValueError, match=r"measure: .* leaves no room for an answer: 9 "
+        "thinking tokens"):
+      evaluate.check(run.context("measure"))
 
 
 def test_more_problems_than_there_are_is_an_error(tmp_path):
