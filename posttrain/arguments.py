@@ -320,21 +320,24 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
   verb, rest = argv[0], list(argv[1:])
   if verb not in parsers:
     raise CommandError(
-        f"there is no verb {verb!r}; the nearest of {', '.join(parsers)} is "
-        f"{keys.nearest(verb, parsers)}.")
+        f"there is no verb {keys.shown(verb)}, needed one of "
+        f"{', '.join(parsers)}"
+        f"{keys.hint(verb, parsers, '; the nearest is {}')}.")
   parser = parsers[verb]
   for text in rest:
     flag = text.partition("=")[0]
     if flag.startswith("--") and flag not in parser.flags() and not (
         flag.startswith("--config.") and "--config.KEY" in parser.flags()):
       raise CommandError(
-          f"there is no flag {flag}; the nearest of posttrain {verb} is "
-          f"{keys.nearest(flag, parser.flags())}.")
+          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}"
+          f"{keys.hint(flag, parser.flags(), '; the nearest is {}')}. "
+          f"See `posttrain {verb} --help`.")
   rest, assignments = _take_assignments(rest)
   arguments, unexpected = parser.parse_known_args(rest)
   if unexpected:
     raise CommandError(
-        f"unexpected {unexpected[0]!r}; write a value as --flag=value.")
+        f"unexpected {keys.shown(unexpected[0])}; write a value as "
+        "--flag=value.")
   arguments.assignments = assignments
   return verb, arguments
 

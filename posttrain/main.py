@@ -19,8 +19,9 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
-from posttrain import roll_call, sampling_arguments
+from posttrain import mistakes, roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
+from posttrain.model import presets
 from posttrain.plan import environment
 from posttrain.tasks import loading
 from posttrain.text import instructions
@@ -51,13 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (health.HealthError, roll_call.StartError,
           workdir_lib.StorageError) as error:  # The advice is all that helps.
     return _failed(str(error))
-  except OSError as error:
-    if error.errno not in DISK:
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in DISK:
+      return _failed(
+          f"{error.filename or 'A file of the run'} could not be written or "
+          f"read: {os.strerror(error.errno)}. Is the disk full or read-only? "
+          "Checkpoints are whole or not there: the same command goes on.")
+    mistake = mistakes.line(error)
+    if mistake is None:
       raise
-    return _failed(
-        f"{error.filename or 'A file of the run'} could not be written or "
-        f"read: {os.strerror(error.errno)}. Is the disk full or read-only? "
-        "Checkpoints are whole or not there: the same command goes on.")
+    print(f"posttrain: {mistake}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 def _failed(message: str) -> int:
@@ -234,8 +239,10 @@ def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:
         _of_model(arguments.model), arguments.assignments, "--model")
   file = pathlib.Path(arguments.workdir, "config.json")
   if not file.exists():
-    raise CommandError(
-        f"{arguments.workdir} holds no run yet; give --config=FILE.")
+    if "stage" not in arguments:  # Of train; others go on from a run.
+      raise CommandError(
+          f"{arguments.workdir} holds no run yet; give --config=FILE.")
+    workdir_lib.open_existing(arguments.workdir)  # Says so.
   return config_lib.from_jsonable(
       workdir_lib.read_json(file), arguments.assignments)
 
@@ -244,6 +251,14 @@ def _of_model(name: str) -> dict[str, Any]:
   """A config that starts from what --model names."""
   path = pathlib.Path(name)
   if not path.exists():
+    if name not in presets.PACKAGED:
+      what = ("is the name of a shape, whose weights are not here"
+              if name in presets.PRESETS else "is no directory and no file")
+      raise CommandError(
+          f"--model={name} {what}. Nothing is downloaded: name the directory "
+          "of a release (config.json, *.safetensors and the tokenizer's "
+          "files), a GGUF file, a directory of posttrain import, or "
+          f"{' or '.join(presets.PACKAGED)}, which comes as a package.")
     return dict(model=name, init=dict(kind="preset"), stages=())
   kind = "directory" if (path / "model.json").exists() else "preset"
   return dict(model="", init=dict(kind=kind, path=name), stages=())

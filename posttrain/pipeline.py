@@ -83,12 +83,14 @@ def check_functions(config: config_dict.ConfigDict) -> None:
   """Finds what the config names, before the first stage rather than its own.
 
   Raises:
-    ConfigError: a function is not there, or a task does not take its `args`.
+    ConfigError: a function is not there, or has no source whose hash is kept,
+      or a task does not take its `args`.
   """
   problems = []
   for name in config_lib.functions(config):
     try:
       loading.load_function(name)
+      loading.source_hash(name)
     except ValueError as error:
       problems.append(str(error))
   for path, section in () if problems else config_lib.tasks(config):

@@ -61,6 +61,8 @@ class Workdir:
           f"--workdir={path} is no directory. Mount the bucket on every host, "
           "for instance with gcsfuse, and name the mounted directory.")
     self.path = pathlib.Path(path)
+    if self.path.is_file():
+      raise WorkdirError(f"--workdir={path} is a file. Name a directory.")
     self.is_writer = is_writer
 
   @property

@@ -33,6 +33,13 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield prefix, values
 
 
+def at(values: Any, path: str) -> Any:
+  """The value at a dotted path through dicts."""
+  for name in path.split("."):
+    values = values[name]
+  return values
+
+
 def stage_section(kind: str) -> keys.Section:
   """The keys of a stage of one kind, `kind` itself first."""
   section = schema.KINDS[kind]
@@ -106,7 +113,7 @@ class Reader:
   ) -> dict[str, Any]:
     if not isinstance(values, Mapping):
       self._problem(prefix[:-1], (
-          f"found {values!r}, needed a section with the keys "
+          f"found {keys.shown(values)}, needed a section with the keys "
           f"{', '.join(section.keys)}."))
       return {}
     for name in values:
@@ -135,14 +142,15 @@ class Reader:
     if not prefix and isinstance(value, Mapping) and "kind" in value:
       kind = value["kind"]
       return self._problem(f"{name}.kind", (
-          f"{kind!r} is no kind of stage; the nearest of "
-          f"{', '.join(schema.KINDS)} is "
-          f"{keys.nearest(str(kind), schema.KINDS)}."))
+          f"{keys.shown(kind)} is no kind of stage, needed one of "
+          f"{', '.join(schema.KINDS)}"
+          f"{keys.hint(str(kind), schema.KINDS, '; the nearest is {}')}."))
     for path, _ in leaves(value, prefix + name):
-      near = keys.nearest(path, keys.paths(self.layout))
+      near = keys.hint(
+          path, keys.paths(self.layout), " The nearest key is {}.")
       what = (f"not allowed here: {refused.reason}" if refused
               else "no such key" + self._used_elsewhere(path))
-      self._problem(path, f"{what}. The nearest key is {near}.")
+      self._problem(path, f"{what}.{near}")
     return None
 
   def _used_elsewhere(self, path: str) -> str:
@@ -161,36 +169,40 @@ class Reader:
   ) -> Any:
     if isinstance(node, keys.Items):
       if not isinstance(value, tuple):
-        self._problem(path, f"found {value!r}, needed a tuple of dicts.")
+        self._problem(path, (
+            f"found {keys.shown(value)}, needed a tuple of dicts."))
         return ()
       return tuple(self._section(node.item, item, f"{path}.{index}.")
                    for index, item in enumerate(value))
     typed = typed_as(value, node.type)
     if typed is None:
       self._problem(path, (
-          f"found {value!r} ({type(value).__name__}), needed "
+          f"found {keys.shown(value)} ({type(value).__name__}), needed "
           f"{keys.type_name(node.type)}."))
       return value
     for item in typed if isinstance(typed, tuple) else (typed,):
       if node.choices and item not in node.choices:
         self._problem(path, (
-            f"found {item!r}, needed one of "
-            f"{', '.join(map(repr, node.choices))}; the nearest is "
-            f"{keys.nearest(item, node.choices)!r}."))
-      if node.bounds and not keys.within(item, node.bounds):
-        self._problem(
-            path, f"found {item!r}, needed a value in {node.bounds}.")
+            f"found {keys.shown(item)}, needed one of "
+            f"{', '.join(map(repr, node.choices))}"
+            f"{keys.hint(item, node.choices, '; the nearest is {!r}')}."))
+      if isinstance(item, (int, float)) and not isinstance(item, bool) and (
+          not keys.within(item, node.bounds)):
+        self._problem(path, (
+            f"found {keys.shown(item)}, needed a value in "
+            f"{keys.allowed(item, node.bounds)}."))
       if node.function and item != node.default and not all(
           item.rpartition(":")[::2]):
         self._problem(path, (
-            f"found {item!r}, needed module:function or file.py:function."))
+            f"found {keys.shown(item)}, needed module:function or "
+            "file.py:function."))
     return typed
 
 
 def typed_as(value: Any, kind: Any) -> Any:
   """The value as its type in the schema, or None where it is not of it."""
   if kind is float:
-    return float(value) if type(value) in (int, float) else None
+    return _as_float(value) if type(value) in (int, float) else None
   if kind is dict:
     return value if isinstance(value, dict) and _is_json(value) else None
   if kind in (int, bool, str):
@@ -199,6 +211,13 @@ def typed_as(value: Any, kind: Any) -> Any:
     return None
   items = tuple(typed_as(item, kind.__args__[0]) for item in value)
   return None if any(item is None for item in items) else items
+
+
+def _as_float(value: int | float) -> float:
+  try:
+    return float(value)
+  except OverflowError:  # An int of more than 308 digits.
+    return math.copysign(math.inf, value)
 
 
 def _is_json(value: Any) -> bool:

@@ -93,7 +93,7 @@ def test_truncated_sampling_in_rollouts_is_refused_with_the_reason():
     ("cold_start.data.on_overlong=trunc", "'trunc'", "one of 'error', 'drop'"),
     ("mesh=4", "'4'", "a section with the keys fsdp, tensor"),
     ("reason.rewards=signs", "'signs'", "module:function"),
-    ("reason.group_size=1", "1", "a value in [2, inf)"),
+    ("reason.group_size=1", "1", "a value in [2, 2147483647]"),
     ("measure.problems.args=3", "3 (int)", "a dict"),
 ])
 def test_a_wrong_type_says_what_was_found_and_needed(
@@ -114,7 +114,7 @@ def test_a_tuple_is_no_float():
 
 
 def test_a_wrong_kind_names_the_nearest():
-  assert "the nearest of sft, grpo, evaluate is grpo" in problems(
+  assert "needed one of sft, grpo, evaluate; the nearest is grpo" in problems(
       "reason.kind=grop")[0]
 
 
@@ -221,7 +221,7 @@ def test_a_key_without_effect_in_a_source():
     (["model_overrides.kv_heads=3"],
      "model: model.heads=4 is not a multiple of model.kv_heads=3."),
     (["model_overrides.kv_heads=0"],
-     "model_overrides.kv_heads: found 0, needed 1 or more."),
+     "model_overrides.kv_heads: found 0, needed a value in [1, 2147483647]."),
     (["model_overrides.layers=two"],
      "model_overrides.layers: found 'two', needed an int."),
     (["compute.unroll=3"], "model: compute.unroll=3 is not within"),
@@ -268,11 +268,11 @@ def test_a_key_without_effect_in_a_source():
     (["reason.rollout.max_thinking_tokens=97"],
      "reason.rollout.max_thinking_tokens: 97 is more than"),
     (["reason.loss.kl_coef=0.1", "reason.reference=measure"],
-     "reason.reference: 'measure' runs later or trains nothing; the nearest "
-     "of init, cold_start is"),
+     "reason.reference: 'measure' runs later or trains nothing, needed one "
+     "of init, cold_start. A directory has"),
     (["measure.checkpoints=raeson"],
-     "measure.checkpoints: 'raeson' is no stage; the nearest of init, "
-     "cold_start, reason is 'reason'."),
+     "measure.checkpoints: 'raeson' is no stage, needed one of init, "
+     "cold_start, reason; the nearest is 'reason'."),
     (["measure.max_thinking_tokens=8,97"],
      "measure.max_thinking_tokens: 97 is more than rollout.max_tokens=96."),
     (["measure.num_waits=1,1"], "measure.num_waits: a value is there twice"),
