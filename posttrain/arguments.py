@@ -236,7 +236,7 @@ def _add_sample(parser: _Parser) -> None:
   add_asking(parser.add_argument_group("what the prompts ask for, one of"))
   sampling = parser.add_argument_group("sampling")
   sampling.add_argument("--num-samples", metavar="N", default=1,
-                        type=number(int, "[1, inf)"), help="per prompt (1)")
+                        type=number(int, keys.SAMPLES), help="per prompt (1)")
   add_sampling(sampling)
   add_thinking(parser.add_argument_group(
       "thinking (the strings are the config's: --config.thinking.end=...)"))
@@ -269,8 +269,8 @@ def _add_export(parser: _Parser) -> None:
       help="of the weights; bfloat16 rounds them and halves their size, and "
       "is what most releases have (float32)")
   parser.add_argument(
-      "--shard-gb", metavar="X", type=number(float, "(0, inf)"), default=5.0,
-      help="largest file of weights, in gigabytes (5)")
+      "--shard-gb", metavar="X", type=number(float, "[0.001, 1e6]"),
+      default=5.0, help="largest file of weights, in gigabytes (5)")
   parser.add_argument(
       "--adapter-of", metavar="BASE", default="", help=(
           "write the adapters of a stage with `lora` alone, as peft reads "
@@ -294,7 +294,7 @@ def _add_plan(parser: _Parser) -> None:
       "--topology", metavar="CHIP:SIZE", required=True,
       help="a slice, its size in chips, such as v5p:4x4x4")
   parser.add_argument(
-      "--num_slices", metavar="N", default=1, type=number(int, "[1, inf)"),
+      "--num_slices", metavar="N", default=1, type=number(int, "[1, 65536]"),
       help="so many slices of it (1)")
   parser.add_argument("--json", metavar="FILE", default="",
                       help="write figures for scripts")

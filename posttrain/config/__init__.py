@@ -16,14 +16,20 @@ from ml_collections import config_dict
 
 from posttrain.config import checks, keys, overrides, reader, schema
 
+MOST_SHOWN = 50  # Problems of one config, in a message.
+
 
 class ConfigError(ValueError):
   """All problems of one config, one per line; also as `problems`."""
 
   def __init__(self, problems: Sequence[str], origin: str):
-    self.problems = tuple(problems)
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    super().__init__("\n  ".join([f"{origin}: {count}", *problems]))
+    self.problems = tuple(dict.fromkeys(problems))
+    count = len(self.problems)
+    lines = [f"{keys.shown(origin)[1:-1]}: {count} problem{'s'[:count - 1]}",
+             *self.problems[:MOST_SHOWN]]
+    if count > MOST_SHOWN:
+      lines.append(f"and {count - MOST_SHOWN} more.")
+    super().__init__("\n  ".join(lines))
 
 
 def load(spec: str, assignments: Sequence[str] = ()) -> config_dict.ConfigDict:
@@ -98,10 +104,10 @@ def read_sweep(spec: str) -> list[list[str]]:
     if not isinstance(run, Mapping) or not all(
         isinstance(path, str) for path in run):
       raise ConfigError([
-          f"get_sweep() gives {run!r} as its run {number}; needed a dict of "
-          "paths and values."], spec)
+          f"get_sweep() gives {keys.shown(run)} as its run {number}; needed "
+          "a dict of paths and values."], spec)
     if run in runs[:number]:
-      raise ConfigError([f"get_sweep() has {run!r} twice."], spec)
+      raise ConfigError([f"get_sweep() has {keys.shown(run)} twice."], spec)
   if not runs:
     raise ConfigError(["get_sweep() has no runs."], spec)
   return [[f"{path}={value if isinstance(value, str) else repr(value)}"

@@ -35,7 +35,7 @@ def check_stages(config: Mapping) -> Iterator[str]:
              + keys.hint(name, sections, " The nearest is {!r}."))
   for name in sorted(set(config["stages"])):
     if config["stages"].count(name) > 1:
-      yield f"stages: {name!r} is named more than once."
+      yield f"stages: {keys.shown(name)} is named more than once."
 
 
 def check_model(config: Mapping) -> Iterator[str]:

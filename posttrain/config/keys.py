@@ -18,6 +18,11 @@ LARGEST_INT = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 OR_ZERO = "0 or "
+# Ranges that flags have too. Beyond them a number only looks like a choice: a
+# temperature that makes logits infinite or a draw blind, more of a thing than
+# a run could compute.
+TEMPERATURES, WAITS, SAMPLES = "[0.001, 1000]", "[0, 10000]", "[1, 65536]"
+
 SIMILAR = 0.6  # Of names, as difflib's own cutoff.
 LONGEST_SHOWN = 120  # Characters of a value in a message.
 

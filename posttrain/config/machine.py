@@ -31,7 +31,7 @@ MESH = Section(
         int, 1, "Without an accelerator: devices that the cores are "
         "shared between. Two on two cores train a small model faster "
         "than one, whose small operations use a single core.",
-        "[1, inf)"),
+        "[1, 256]"),
     roles=Key(
         str, "shared", "Whether a GRPO stage samples on the devices that it "
         "trains on, or on a part of each host's that does nothing else; the "

@@ -31,8 +31,8 @@ def apply(values: Mapping, path: str, text: str) -> dict[str, Any]:
         target.setdefault(key, {})
     else:
       raise ValueError(
-          f"{path}: {'.'.join(names[:position])} is {target!r}, which has no "
-          f"{name!r} to set.")
+          f"{path}: {'.'.join(names[:position])} is {keys.shown(target)}, "
+          f"which has no {keys.shown(name)} to set.")
     if position == len(names) - 1:
       target[key] = _parse(text, node)
     target = target[key]

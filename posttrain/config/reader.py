@@ -140,11 +140,11 @@ class Reader:
       self, refused: keys.Refused | None, name: str, value: Any, prefix: str,
   ) -> None:
     if not prefix and isinstance(value, Mapping) and "kind" in value:
-      kind = value["kind"]
+      kind = keys.shown(value["kind"])
       return self._problem(f"{name}.kind", (
-          f"{keys.shown(kind)} is no kind of stage, needed one of "
+          f"{kind} is no kind of stage, needed one of "
           f"{', '.join(schema.KINDS)}"
-          f"{keys.hint(str(kind), schema.KINDS, '; the nearest is {}')}."))
+          f"{keys.hint(kind[1:-1], schema.KINDS, '; the nearest is {}')}."))
     for path, _ in leaves(value, prefix + name):
       near = keys.hint(
           path, keys.paths(self.layout), " The nearest key is {}.")
@@ -175,6 +175,13 @@ class Reader:
       return tuple(self._section(node.item, item, f"{path}.{index}.")
                    for index, item in enumerate(value))
     typed = typed_as(value, node.type)
+    if typed is None and isinstance(value, dict) and node.type is dict:
+      for inner, found in leaves(value, path):
+        if not _is_json(found):
+          self._problem(inner, (
+              f"found {keys.shown(found)}, needed a finite number, a text, "
+              "True, False, None, or a tuple or dict of such."))
+      return value
     if typed is None:
       self._problem(path, (
           f"found {keys.shown(value)} ({type(value).__name__}), needed "
@@ -191,6 +198,10 @@ class Reader:
         self._problem(path, (
             f"found {keys.shown(item)}, needed a value in "
             f"{keys.allowed(item, node.bounds)}."))
+      if isinstance(item, str) and not _is_text(item):
+        self._problem(path, (
+            f"found {keys.shown(item)}, which has characters that no file or "
+            "name can hold."))
       if node.function and item != node.default and not all(
           item.rpartition(":")[::2]):
         self._problem(path, (
@@ -217,15 +228,23 @@ def _as_float(value: int | float) -> float:
   try:
     return float(value)
   except OverflowError:  # An int of more than 308 digits.
-    return math.copysign(math.inf, value)
+    return math.inf if value > 0 else -math.inf
 
 
 def _is_json(value: Any) -> bool:
   if isinstance(value, dict):
-    return all(isinstance(key, str) and _is_json(item)
+    return all(isinstance(key, str) and _is_text(key) and _is_json(item)
                for key, item in value.items())
   if isinstance(value, tuple):
     return all(map(_is_json, value))
   if isinstance(value, float):
     return math.isfinite(value)
-  return value is None or isinstance(value, (str, int))
+  if isinstance(value, str):
+    return _is_text(value)
+  return value is None or isinstance(value, int)
+
+
+def _is_text(value: str) -> bool:
+  """Half a surrogate pair has no encoding, and a name ends at a NUL."""
+  return "\0" not in value and not any(
+      "\ud800" <= character <= "\udfff" for character in value)

@@ -86,8 +86,8 @@ def test_truncated_sampling_in_rollouts_is_refused_with_the_reason():
     ("seed=1.5", "'1.5' (str)", "an int"),
     ("seed=-1", "-1", "a value in [0, 4294967295]"),
     ("reason.learning_rate=fast", "'fast' (str)", "a float"),
-    ("reason.learning_rate=nan", "nan", "a value in (0, inf)"),
-    ("reason.learning_rate=inf", "inf", "a value in (0, inf)"),
+    ("reason.learning_rate=nan", "nan", "a value in [1e-12, 10]"),
+    ("reason.learning_rate=inf", "inf", "a value in [1e-12, 10]"),
     ("cold_start.data.packing=1", "'1' (str)", "True or False"),
     ("measure.num_waits=0,one", "(0, 'one') (tuple)", "a tuple of ints"),
     ("cold_start.data.on_overlong=trunc", "'trunc'", "one of 'error', 'drop'"),
@@ -102,6 +102,70 @@ def test_a_wrong_type_says_what_was_found_and_needed(
   assert message.startswith(assignment.partition("=")[0] + ": ")
   assert f"found {found}" in message
   assert f"needed {needed}" in message
+
+
+@pytest.mark.parametrize("assignment, found, needed", [
+    ("reason.rollout.temperature=1e-320", "1e-320", "[0.001, 1000]"),
+    ("measure.rollout.temperature=1e-9", "1e-09", "0 or [0.001, 1000]"),
+    ("reason.loss.advantage_eps=1e308", "1e+308", "[0, 1]"),
+    ("reason.loss.advantage_eps=1e-320", "1e-320",
+     "[0, 1], and of 1.18e-38 to 3.4e+38 in size or 0, as float32 has them"),
+    ("reason.reward_weights=inf", "inf", "[-1e6, 1e6]"),
+    ("reason.reward_weights=nan", "nan", "[-1e6, 1e6]"),
+    ("measure.rollout.top_k=9223372036854775808", "9223372036854775808",
+     "[0, 2147483647]"),
+    ("reason.rollout.chunk=9223372036854775808", "9223372036854775808",
+     "[1, 65536]"),
+    ("measure.num_waits=0,2147483648", "2147483648", "[0, 10000]"),
+    ("reason.rollout.num_waits=100000", "100000", "[0, 10000]"),
+    ("mesh.cpu_devices=100000", "100000", "[1, 256]"),
+    ("measure.samples_per_problem=2147483648", "2147483648", "[1, 65536]"),
+    ("measure.majority.max_samples=65537", "65537", "0 or [1, 65536]"),
+    ("reason.num_steps=2147483648", "2147483648", "[1, 2147483647]"),
+    ("mesh.fsdp=-2", "-2", "[-1, 2147483647]"),
+    ("model_overrides.layers=2147483648", "2147483648", "[1, 2147483647]"),
+    ("model_overrides.norm_eps=1e999", "inf", "a finite number"),
+    ("model_overrides.norm_eps=2.0", "2.0", "(0, 1]"),
+    ("model_overrides.rope_theta=1e-320", "1e-320", "(0, inf), and of"),
+    ("model_overrides.embedding_scale=1", "1", "True or False"),
+])
+def test_a_number_out_of_range_names_the_key_and_the_range(
+    assignment, found, needed):
+  message = problem(assignment)
+  assert message.startswith(f"{assignment.partition('=')[0]}: found {found}")
+  assert f"{needed}" in message
+
+
+def test_rewards_that_all_count_nothing():
+  more = "reason.rewards=posttrain.tasks.signs:reward,posttrain.tasks.scoring:"
+  found = problem(f"{more}brevity", "reason.reward_weights=0,0")
+  assert found.startswith("reason.reward_weights: found (0.0, 0.0), and")
+  assert not problems(f"{more}brevity", "reason.reward_weights=0,1")
+
+
+@pytest.mark.parametrize("path", [
+    "seed", "stages", "chat_template", "reason.learning_rate",
+    "reason.group_size", "measure.num_waits", "measure.problems.args",
+    "reason.reward_weights", "reason", "thinking.end", "model", "new",
+    "model_overrides.layers", "model_overrides.rope_theta",
+    "reason.loss.aggregation", "reason.kind", "cold_start.data.sources",
+    "measure.checkpoints", "measure.instructions.classes",
+    "reason.rewards", "cold_start.lora.targets", "profile.stages"])
+def test_a_long_value_is_shortened(path):
+  """Whatever is wrong with it: a screen of digits hides what is said."""
+  for value in (10**5000, 10**400, (10**5000,), {"a": 10**5000}, "x" * 10_000,
+                ("x",) * 10_000, -(10**400)):
+    values = config_lib.jsonable(config_lib.read_file(TINY))
+    *sections, leaf = path.split(".")
+    target = values
+    for name in sections:
+      target = target.setdefault(name, {})
+    target[leaf] = value
+    try:
+      config_lib.resolve(values)
+    except config_lib.ConfigError as error:
+      assert max(map(len, error.problems)) < 1500
+      assert len(str(error)) < 20_000
 
 
 def test_a_tuple_is_no_float():
