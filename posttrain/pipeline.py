@@ -17,7 +17,7 @@ from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import footprint, sampling
+from posttrain.stages import footprint, room, sampling
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
@@ -131,10 +131,26 @@ def set_up(
       console=console)
 
 
+def check_room(pipeline: Pipeline, stages: Sequence[str]) -> None:
+  """Says which stages are too large, before time is spent on the others.
+
+  Raises:
+    ConfigError: one is, and the config does not say to go on all the same.
+  """
+  problems = [problem for name in stages for problem in room.problems(
+      pipeline.context(name), pipeline.model)]
+  if problems and pipeline.config.compute.on_too_large == "error":
+    raise config_lib.ConfigError(problems, "memory")
+  for problem in problems:
+    pipeline.console.warning(problem)
+
+
 def train(config: config_dict.ConfigDict, path: str) -> None:
   """Runs every stage that has not finished."""
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
     pipeline = set_up(config, path, may_differ=("profile",))
+    check_room(pipeline, [
+        name for name in config.stages if not pipeline.finished(name)])
     if machine.find().peak is None:
       pipeline.console.line(
           "perf/mfu is left out: the peak of a device of the kind "
@@ -185,5 +201,6 @@ def evaluate(config: config_dict.ConfigDict, path: str) -> None:
     stages = [n for n in config.stages if config[n].kind == "evaluate"]
     pipeline = set_up(
         config, path, may_differ=("stages", "profile", *stages))
+    check_room(pipeline, stages)
     for name in stages:
       run_stage(pipeline, name, None, again=True)

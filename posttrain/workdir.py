@@ -36,7 +36,8 @@ from posttrain import config as config_lib
 from posttrain.tasks import loading
 
 # What a run may go on with changed: no number depends on it beyond rounding.
-MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: ")
+MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: "
+                        r"|compute\.on_too_large: ")
 
 
 class WorkdirError(ValueError):
