@@ -349,6 +349,9 @@ def _take_assignments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   for word in words:
     if not word.startswith("--config."):
       rest.append(word)
+    elif not word.removeprefix("--config.").partition("=")[0]:
+      raise CommandError(
+          f"{keys.shown(word)[1:-1]} names no key; write --config.KEY=VALUE.")
     elif "=" in word:
       assignments.append(word.removeprefix("--config."))
     else:

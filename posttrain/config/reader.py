@@ -53,7 +53,8 @@ def layout(values: Mapping) -> keys.Section:
   stages = {
       name: stage_section(section["kind"])
       for name, section in values.items()
-      if name not in schema.TOP.keys and isinstance(section, Mapping)
+      if isinstance(name, str) and name not in schema.TOP.keys
+      and isinstance(section, Mapping)
       and section.get("kind") in tuple(schema.KINDS)}
   return keys.Section("", **{**schema.TOP.keys, **stages})
 
@@ -117,6 +118,10 @@ class Reader:
           f"{', '.join(section.keys)}."))
       return {}
     for name in values:
+      if not isinstance(name, str):
+        self._problem(prefix + keys.shown(name), (
+            "found as the name of a key, which is a string."))
+        continue
       node = section.keys.get(name)
       if node is None or isinstance(node, keys.Refused):
         self._unknown(node, name, values[name], prefix)
@@ -176,11 +181,11 @@ class Reader:
                    for index, item in enumerate(value))
     typed = typed_as(value, node.type)
     if typed is None and isinstance(value, dict) and node.type is dict:
-      for inner, found in leaves(value, path):
-        if not _is_json(found):
-          self._problem(inner, (
-              f"found {keys.shown(found)}, needed a finite number, a text, "
-              "True, False, None, or a tuple or dict of such."))
+      wrong = next(((inner, found) for inner, found in leaves(value, path)
+                    if not _is_json(found)), (path, value))
+      self._problem(wrong[0], (
+          f"found {keys.shown(wrong[1])}, needed finite numbers, texts, True, "
+          "False, None, and tuples and dicts of such, with texts as keys."))
       return value
     if typed is None:
       self._problem(path, (
