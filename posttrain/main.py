@@ -335,13 +335,17 @@ def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   path = pathlib.Path(arguments.prompts)
   if not path.is_file():
     raise CommandError(f"--prompts: there is no file {path}.")
+  try:
+    text = path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise CommandError(f"--prompts: {path} is not UTF-8: {error}.") from error
   rows = []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
+  for number, line in enumerate(text.split("\n"), 1):
     if not line.strip():
       continue
     try:
       row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise CommandError(f"{path}, line {number}: {error}.") from error
     if not isinstance(row, dict) or not ({"prompt", "messages"} & set(row)):
       raise CommandError(

@@ -104,7 +104,7 @@ def _object(text: str) -> dict[str, Any]:
   """An argparse type: a JSON object."""
   try:
     value = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise argparse.ArgumentTypeError(
         f"{keys.shown(text)} is no JSON: {error}") from error
   if not isinstance(value, dict):

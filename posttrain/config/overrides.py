@@ -94,5 +94,5 @@ def _tuple(text: str, kind: type) -> Any:
 def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    return text  # No literal, or one too deep for Python's own parser.

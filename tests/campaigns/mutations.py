@@ -32,7 +32,8 @@ TEXTS = ("", "x", "a,b", " ", "1", "1.5", "1e3", "1e999", "None", "True", "()",
          "\n", "\x1b[31m", "\udc80", "a:b", ":", "builtins:len", "os:getcwd",
          f"{TASK}:reward", f"{TASK}:nope", f"{TASK}:corpus", "x.py:f",
          f"{TINY}:get_config", "init", "reason", "cold_start", "</think>",
-         "(?", "blocks/(q|k)")
+         "(?", "blocks/(q|k)", "{[]: 1}", "-" * 9000 + "1", "[" * 5000,
+         '{"a": 1}', "[" * 300 + "]" * 300)
 # What a file can hold and a command line cannot.
 OBJECTS = (None, (), ((),), ({},), {}, {"a": {}}, {1: 2}, {"kind": "sft"},
            {"kind": ()}, {"a": math.nan}, b"x", 1j, "a\0b", "\ud800",

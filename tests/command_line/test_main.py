@@ -280,12 +280,15 @@ def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):
     ('{"prompt": "a"}\n{', "line 2"),
     ('{"question": "a"}', "line 1: needed an object with a prompt"),
     ("\n", "has no rows"),
+    ("[" * 100_000, "line 1: maximum recursion depth"),
+    ('{"prompt": ' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
+    ("\udcff", "is not UTF-8"),
 ])
 def test_a_bad_file_of_prompts(calls, tmp_path, text, message, capsys):
   file = tmp_path / "prompts.jsonl"
-  file.write_text(text)
+  file.write_bytes(text.encode("utf-8", "surrogateescape"))
   status, error = run(
-      "sample", "--model=tiny", f"--prompts={file}", capsys=capsys)
+      "sample", "--model=smollm2-135m", f"--prompts={file}", capsys=capsys)
   assert status == 2
   assert message in error
 
