@@ -331,7 +331,10 @@ def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   if bool(arguments.prompt) == bool(arguments.prompts):
     raise CommandError("give one of --prompt=TEXT and --prompts=FILE.jsonl.")
   if arguments.prompt:
-    return [dict(prompt=text) for text in arguments.prompt]
+    rows = [dict(prompt=text) for text in arguments.prompt]
+    for row in rows:
+      _check_text("--prompt", row)
+    return rows
   path = pathlib.Path(arguments.prompts)
   if not path.is_file():
     raise CommandError(f"--prompts: there is no file {path}.")
@@ -351,7 +354,16 @@ def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
       raise CommandError(
           f"{path}, line {number}: needed an object with a prompt or "
           "messages.")
+    _check_text(f"{path}, line {number}", row)
     rows.append(row)
   if not rows:
     raise CommandError(f"{path} has no rows.")
   return rows
+
+
+def _check_text(where: str, row: dict[str, Any]) -> None:
+  """No tokenizer takes half a surrogate pair."""
+  try:
+    json.dumps(row, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise CommandError(f"{where}: no text: {error}.") from error

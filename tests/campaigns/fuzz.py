@@ -78,7 +78,7 @@ def in_process(
 
 def set_up(
     case: mutations.Case, folder: pathlib.Path, run: pathlib.Path) -> Outcome:
-  """The outcome of a training up to its first stage."""
+  """The outcome of a command up to its first stage; of an export, whole."""
   from posttrain import pipeline  # And JAX.
   with (mock.patch.object(main, "_start"),
         mock.patch.object(pipeline, "run_stage", _accept)):
@@ -249,7 +249,7 @@ def campaign(
   right = []
   for number, case in accepted:
     outcome = Outcome("accepted")
-    if case.verb == "train":
+    if case.verb == "train" or (starts and case.verb in ("eval", "export")):
       outcome = set_up(case, folder / f"set_up{number}", run)
       yield number, case, "set up", outcome
     if outcome.kind == "accepted" and number in smalls:

@@ -119,6 +119,8 @@ def test_no_arguments_print_the_verbs(capsys):
     (["sample", "--model=tiny", "--workdir=x", "--prompt=a"],
      "found --model and --workdir"),
     (["sample", "--model=tiny"], "--prompt=TEXT and --prompts=FILE"),
+    (["sample", "--model=smollm2-135m", "--prompt=\udcff"],
+     "--prompt: no text: 'utf-8' codec can't encode"),
     (["sample", "--model=org/name", "--prompt=a"],
      "--model=org/name is no directory and no file. Nothing is downloaded"),
     (["chat", "--model=qwen3-4b"],
@@ -283,6 +285,7 @@ def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):
     ("[" * 100_000, "line 1: maximum recursion depth"),
     ('{"prompt": ' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
     ("\udcff", "is not UTF-8"),
+    ('{"prompt": "\\ud800"}', "line 1: no text: 'utf-8' codec can't encode"),
 ])
 def test_a_bad_file_of_prompts(calls, tmp_path, text, message, capsys):
   file = tmp_path / "prompts.jsonl"
