@@ -1,6 +1,7 @@
 """The flags of every verb, their help, and errors that name the nearest."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -326,6 +327,10 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
   parser = parsers[verb]
   for text in rest:
     flag = text.partition("=")[0]
+    if re.match("-[^-h0-9.]|-h.", flag):  # -h is the only short one.
+      raise CommandError(
+          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}. "
+          f"See `posttrain {verb} --help`.")
     if flag.startswith("--") and flag not in parser.flags() and not (
         flag.startswith("--config.") and "--config.KEY" in parser.flags()):
       raise CommandError(

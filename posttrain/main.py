@@ -186,6 +186,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def import_(arguments: argparse.Namespace) -> int:
   _check_output(arguments)
+  if not arguments.model:
+    raise CommandError("--model=MODEL is needed.")
   config = _config(arguments)
   if config.init.kind != "preset":
     raise CommandError(

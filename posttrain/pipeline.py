@@ -87,12 +87,12 @@ def check_functions(config: config_dict.ConfigDict) -> None:
       or a task does not take its `args`.
   """
   problems = []
-  for name in config_lib.functions(config):
+  for name, path in config_lib.functions(config).items():
     try:
       loading.load_function(name)
       loading.source_hash(name)
     except ValueError as error:
-      problems.append(str(error))
+      problems.append(f"{path}: {error}")
   for path, section in () if problems else config_lib.tasks(config):
     try:
       loading.check_call(section["task"], section["split"], **section["args"])

@@ -224,8 +224,8 @@ def from_jsonable(
   return assign(data, assignments, "config.json", saved=True)
 
 
-def functions(config: config_dict.ConfigDict) -> list[str]:
-  """Every `module:function` that a resolved config names, once."""
+def functions(config: config_dict.ConfigDict) -> dict[str, str]:
+  """Every `module:function` of a resolved config, and what names it first."""
   return reader.functions(reader.plain(config))
 
 

@@ -34,7 +34,7 @@ def run(read: reader.Reader) -> list[str]:
   for name in read.resolved["stages"]:
     stage = read.resolved.get(name)
     if isinstance(stage, dict) and "kind" in stage and (
-        name not in read.faulty):
+        name not in read.faulty) and name not in schema.TOP.keys:
       for stage_check in stage_checks.CHECKS[stage["kind"]]:
         problems += [f"{name}.{problem}"
                      for problem in stage_check(read.resolved, name, stage)]

@@ -59,22 +59,25 @@ def layout(values: Mapping) -> keys.Section:
   return keys.Section("", **{**schema.TOP.keys, **stages})
 
 
-def functions(values: Mapping) -> list[str]:
-  """Every `module:function` that a resolved config names, once."""
-  found: list[str] = []
-  _functions(layout(values), values, found)
-  return list(dict.fromkeys(found))
+def functions(values: Mapping) -> dict[str, str]:
+  """Every `module:function` of a resolved config, and what names it first."""
+  found: dict[str, str] = {}
+  _functions(layout(values), values, "", found)
+  return found
 
 
-def _functions(node: Any, value: Any, found: list[str]) -> None:
+def _functions(
+    node: Any, value: Any, path: str, found: dict[str, str]) -> None:
   if isinstance(node, keys.Section):
     for name, child in node.keys.items():
-      _functions(child, value.get(name), found)
+      _functions(child, value.get(name), f"{path}.{name}" if path else name,
+                 found)
   elif isinstance(node, keys.Items):
-    for item in value:
-      _functions(node.item, item, found)
+    for index, item in enumerate(value):
+      _functions(node.item, item, f"{path}.{index}", found)
   elif isinstance(node, keys.Key) and node.function and value:
-    found.extend([value] if isinstance(value, str) else value)
+    for name in [value] if isinstance(value, str) else value:
+      found.setdefault(name, path)
 
 
 def tasks(values: Any, path: str = "") -> Iterator[tuple[str, dict]]:

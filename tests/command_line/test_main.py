@@ -98,6 +98,9 @@ def test_no_arguments_print_the_verbs(capsys):
     (["trian"], f"needed one of {', '.join(VERBS)}; the nearest is train"),
     (["train", "--confg=x"], "posttrain train has no flag --confg; the "
      "nearest is --config"),
+    (["plan", "-html"], "posttrain plan has no flag -html. See `posttrain"),
+    (["import", "--model=", "--output=x"], "--model=MODEL is needed."),
+    (["train", "--config.=1"], "--config.=1 names no key; write --config.KEY"),
     (["train", "--wokrdir", "x"], "is --workdir"),
     (["train", "--zzz"], "has no flag --zzz. See `posttrain train --help`."),
     (["frobnicate"], f"needed one of {', '.join(VERBS)}.\n"),

@@ -177,6 +177,20 @@ def test_a_tuple_is_no_float():
     config_lib.resolve(values)
 
 
+def test_a_stage_of_a_name_that_is_taken():
+  assert "stages: 'init' is the name of another key" in problem("stages=init")
+
+
+def test_a_key_is_a_string():
+  values = config_lib.jsonable(config_lib.read_file(TINY))
+  for section in (values, values["reason"], values["model_overrides"]):
+    section[7] = 1
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.resolve(values)
+  assert [line.partition(": ")[0] for line in caught.value.problems] == [
+      "7", "model_overrides", "reason.7"]
+
+
 def test_a_wrong_kind_names_the_nearest():
   assert "needed one of sft, grpo, evaluate; the nearest is grpo" in problems(
       "reason.kind=grop")[0]
