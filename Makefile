@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark benchmark-peers clean help
+.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark benchmark-peers campaign-fuzz clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-skypilot    the launcher's task, read by the real SkyPilot"
 	@echo "make parity           the same against transformers and peft, on torch"
 	@echo "make check            ruff and mypy"
+	@echo "make campaign-fuzz    thousands of mistaken commands; docs/campaigns.md"
 	@echo "make benchmark        tokens per second, and shares of the machine's limit"
 	@echo "make benchmark-peers  beside transformers, torch, TRL and Tunix, in their own environments"
 
@@ -118,6 +119,14 @@ benchmark: $(STAMP)
 
 benchmark-peers: $(STAMP)
 	$(BIN)/python -m benchmarks --size=$(SIZE) --peers
+
+SEED ?= 0
+MUTATIONS ?= 5000
+STARTS ?= 40
+
+campaign-fuzz: $(STAMP)
+	$(BIN)/python -m tests.campaigns.fuzz --seed=$(SEED) \
+	  --mutations=$(MUTATIONS) --starts=$(STARTS)
 
 clean:
 	rm -rf $(VENV) $(SKYPILOT) .venv-peers

@@ -1,6 +1,7 @@
 """The flags of every verb, their help, and errors that name the nearest."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -236,7 +237,7 @@ def _add_sample(parser: _Parser) -> None:
   add_asking(parser.add_argument_group("what the prompts ask for, one of"))
   sampling = parser.add_argument_group("sampling")
   sampling.add_argument("--num-samples", metavar="N", default=1,
-                        type=number(int, "[1, inf)"), help="per prompt (1)")
+                        type=number(int, keys.SAMPLES), help="per prompt (1)")
   add_sampling(sampling)
   add_thinking(parser.add_argument_group(
       "thinking (the strings are the config's: --config.thinking.end=...)"))
@@ -269,8 +270,8 @@ def _add_export(parser: _Parser) -> None:
       help="of the weights; bfloat16 rounds them and halves their size, and "
       "is what most releases have (float32)")
   parser.add_argument(
-      "--shard-gb", metavar="X", type=number(float, "(0, inf)"), default=5.0,
-      help="largest file of weights, in gigabytes (5)")
+      "--shard-gb", metavar="X", type=number(float, "[0.001, 1e6]"),
+      default=5.0, help="largest file of weights, in gigabytes (5)")
   parser.add_argument(
       "--adapter-of", metavar="BASE", default="", help=(
           "write the adapters of a stage with `lora` alone, as peft reads "
@@ -294,7 +295,7 @@ def _add_plan(parser: _Parser) -> None:
       "--topology", metavar="CHIP:SIZE", required=True,
       help="a slice, its size in chips, such as v5p:4x4x4")
   parser.add_argument(
-      "--num_slices", metavar="N", default=1, type=number(int, "[1, inf)"),
+      "--num_slices", metavar="N", default=1, type=number(int, "[1, 65536]"),
       help="so many slices of it (1)")
   parser.add_argument("--json", metavar="FILE", default="",
                       help="write figures for scripts")
@@ -320,21 +321,28 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
   verb, rest = argv[0], list(argv[1:])
   if verb not in parsers:
     raise CommandError(
-        f"there is no verb {verb!r}; the nearest of {', '.join(parsers)} is "
-        f"{keys.nearest(verb, parsers)}.")
+        f"there is no verb {keys.shown(verb)}, needed one of "
+        f"{', '.join(parsers)}"
+        f"{keys.hint(verb, parsers, '; the nearest is {}')}.")
   parser = parsers[verb]
   for text in rest:
     flag = text.partition("=")[0]
+    if re.match("-[^-h0-9.]|-h.", flag):  # -h is the only short one.
+      raise CommandError(
+          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}. "
+          f"See `posttrain {verb} --help`.")
     if flag.startswith("--") and flag not in parser.flags() and not (
         flag.startswith("--config.") and "--config.KEY" in parser.flags()):
       raise CommandError(
-          f"there is no flag {flag}; the nearest of posttrain {verb} is "
-          f"{keys.nearest(flag, parser.flags())}.")
+          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}"
+          f"{keys.hint(flag, parser.flags(), '; the nearest is {}')}. "
+          f"See `posttrain {verb} --help`.")
   rest, assignments = _take_assignments(rest)
   arguments, unexpected = parser.parse_known_args(rest)
   if unexpected:
     raise CommandError(
-        f"unexpected {unexpected[0]!r}; write a value as --flag=value.")
+        f"unexpected {keys.shown(unexpected[0])}; write a value as "
+        "--flag=value.")
   arguments.assignments = assignments
   return verb, arguments
 
@@ -346,6 +354,9 @@ def _take_assignments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   for word in words:
     if not word.startswith("--config."):
       rest.append(word)
+    elif not word.removeprefix("--config.").partition("=")[0]:
+      raise CommandError(
+          f"{keys.shown(word)[1:-1]} names no key; write --config.KEY=VALUE.")
     elif "=" in word:
       assignments.append(word.removeprefix("--config."))
     else:

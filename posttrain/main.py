@@ -19,8 +19,9 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
-from posttrain import roll_call, sampling_arguments
+from posttrain import mistakes, roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
+from posttrain.model import presets
 from posttrain.plan import environment
 from posttrain.tasks import exits, loading
 from posttrain.text import instructions
@@ -52,13 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (health.HealthError, roll_call.StartError, exits.Unfinished,
           workdir_lib.StorageError) as error:  # The advice is all that helps.
     return _failed(str(error))
-  except OSError as error:
-    if error.errno not in DISK:
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in DISK:
+      return _failed(
+          f"{error.filename or 'A file of the run'} could not be written or "
+          f"read: {os.strerror(error.errno)}. Is the disk full or read-only? "
+          "Checkpoints are whole or not there: the same command goes on.")
+    mistake = mistakes.line(error)
+    if mistake is None:
       raise
-    return _failed(
-        f"{error.filename or 'A file of the run'} could not be written or "
-        f"read: {os.strerror(error.errno)}. Is the disk full or read-only? "
-        "Checkpoints are whole or not there: the same command goes on.")
+    print(f"posttrain: {mistake}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 def _failed(message: str) -> int:
@@ -182,6 +187,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 def import_(arguments: argparse.Namespace) -> int:
   _check_output(arguments)
+  if not arguments.model:
+    raise CommandError("--model=MODEL is needed.")
   config = _config(arguments)
   if config.init.kind != "preset":
     raise CommandError(
@@ -235,8 +242,10 @@ def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:
         _of_model(arguments.model), arguments.assignments, "--model")
   file = pathlib.Path(arguments.workdir, "config.json")
   if not file.exists():
-    raise CommandError(
-        f"{arguments.workdir} holds no run yet; give --config=FILE.")
+    if "stage" not in arguments:  # Of train; others go on from a run.
+      raise CommandError(
+          f"{arguments.workdir} holds no run yet; give --config=FILE.")
+    workdir_lib.open_existing(arguments.workdir)  # Says so.
   return config_lib.from_jsonable(
       workdir_lib.read_json(file), arguments.assignments)
 
@@ -245,6 +254,14 @@ def _of_model(name: str) -> dict[str, Any]:
   """A config that starts from what --model names."""
   path = pathlib.Path(name)
   if not path.exists():
+    if name not in presets.PACKAGED:
+      what = ("is the name of a shape, whose weights are not here"
+              if name in presets.PRESETS else "is no directory and no file")
+      raise CommandError(
+          f"--model={name} {what}. Nothing is downloaded: name the directory "
+          "of a release (config.json, *.safetensors and the tokenizer's "
+          "files), a GGUF file, a directory of posttrain import, or "
+          f"{' or '.join(presets.PACKAGED)}, which comes as a package.")
     return dict(model=name, init=dict(kind="preset"), stages=())
   kind = "directory" if (path / "model.json").exists() else "preset"
   return dict(model="", init=dict(kind=kind, path=name), stages=())
@@ -317,23 +334,39 @@ def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   if bool(arguments.prompt) == bool(arguments.prompts):
     raise CommandError("give one of --prompt=TEXT and --prompts=FILE.jsonl.")
   if arguments.prompt:
-    return [dict(prompt=text) for text in arguments.prompt]
+    rows = [dict(prompt=text) for text in arguments.prompt]
+    for row in rows:
+      _check_text("--prompt", row)
+    return rows
   path = pathlib.Path(arguments.prompts)
   if not path.is_file():
     raise CommandError(f"--prompts: there is no file {path}.")
+  try:
+    text = path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise CommandError(f"--prompts: {path} is not UTF-8: {error}.") from error
   rows = []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
+  for number, line in enumerate(text.split("\n"), 1):
     if not line.strip():
       continue
     try:
       row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise CommandError(f"{path}, line {number}: {error}.") from error
     if not isinstance(row, dict) or not ({"prompt", "messages"} & set(row)):
       raise CommandError(
           f"{path}, line {number}: needed an object with a prompt or "
           "messages.")
+    _check_text(f"{path}, line {number}", row)
     rows.append(row)
   if not rows:
     raise CommandError(f"{path} has no rows.")
   return rows
+
+
+def _check_text(where: str, row: dict[str, Any]) -> None:
+  """No tokenizer takes half a surrogate pair."""
+  try:
+    json.dumps(row, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise CommandError(f"{where}: no text: {error}.") from error

@@ -18,7 +18,7 @@ from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import footprint, grpo_parts, sampling
+from posttrain.stages import footprint, grpo_parts, room, sampling
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
@@ -86,14 +86,16 @@ def check_functions(config: config_dict.ConfigDict) -> None:
   """Finds what the config names, before the first stage rather than its own.
 
   Raises:
-    ConfigError: a function is not there, or a task does not take its `args`.
+    ConfigError: a function is not there, or has no source whose hash is kept,
+      or a task does not take its `args`.
   """
   problems = []
-  for name in config_lib.functions(config):
+  for name, path in config_lib.functions(config).items():
     try:
       loading.load_function(name)
+      loading.source_hash(name)
     except ValueError as error:
-      problems.append(str(error))
+      problems.append(f"{path}: {error}")
   for path, section in () if problems else config_lib.tasks(config):
     try:
       loading.check_call(section["task"], section["split"], **section["args"])
@@ -132,10 +134,26 @@ def set_up(
       console=console)
 
 
+def check_room(pipeline: Pipeline, stages: Sequence[str]) -> None:
+  """Says which stages are too large, before time is spent on the others.
+
+  Raises:
+    ConfigError: one is, and the config does not say to go on all the same.
+  """
+  problems = [problem for name in stages for problem in room.problems(
+      pipeline.context(name), pipeline.model)]
+  if problems and pipeline.config.compute.on_too_large == "error":
+    raise config_lib.ConfigError(problems, "memory")
+  for problem in problems:
+    pipeline.console.warning(problem)
+
+
 def train(config: config_dict.ConfigDict, path: str) -> None:
   """Runs every stage that has not finished."""
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
     pipeline = set_up(config, path, may_differ=("profile",))
+    check_room(pipeline, [
+        name for name in config.stages if not pipeline.finished(name)])
     if machine.find().peak is None:
       pipeline.console.line(
           "perf/mfu is left out: the peak of a device of the kind "
@@ -201,6 +219,7 @@ def evaluate(config: config_dict.ConfigDict, path: str) -> None:
     stages = [n for n in config.stages if config[n].kind == "evaluate"]
     pipeline = set_up(
         config, path, may_differ=("stages", "profile", *stages))
+    check_room(pipeline, stages)
     check_problems(pipeline, stages)
     for name in stages:
       run_stage(pipeline, name, None, again=True)

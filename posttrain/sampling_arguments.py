@@ -14,9 +14,14 @@ STEERING = ("suppress", "wait_order", "hook", "hook_args", "policy")
 def number(kind: type, bounds: str):
   """An argparse type: a number within an interval."""
   def parse(text: str) -> int | float:
-    value = kind(text)
+    try:
+      value = kind(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(
+          f"found {keys.shown(text)}, needed {keys.type_name(kind)}") from None
     if not keys.within(value, bounds):
-      raise argparse.ArgumentTypeError(f"{text} is not in {bounds}")
+      raise argparse.ArgumentTypeError(
+          f"{keys.shown(value)} is not in {keys.allowed(value, bounds)}")
     return value
   parse.__name__ = kind.__name__
   return parse
@@ -27,7 +32,7 @@ def add_sampling(group: Any) -> None:
                      type=number(int, "[1, inf)"),
                      help="per completion, thinking included (256)")
   group.add_argument("--temperature", metavar="X", default=0.0,
-                     type=number(float, "[0, inf)"),
+                     type=number(float, f"0 or {keys.TEMPERATURES}"),
                      help="0 takes the likeliest token (0)")
   group.add_argument("--top-k", metavar="N", default=0,
                      type=number(int, "[0, inf)"),
@@ -68,7 +73,7 @@ def add_thinking(group: Any) -> None:
                          "close it behind so many steps, which end in "
                          "thinking.step (-1: no maximum)"))
   group.add_argument("--num-waits", metavar="N", default=0,
-                     type=number(int, "[0, inf)"), help=(
+                     type=number(int, keys.WAITS), help=(
                          "replace its end by thinking.wait_text so many "
                          "times (0)"))
   group.add_argument("--wait-order", choices=("cycle", "draw"),
@@ -99,8 +104,9 @@ def _object(text: str) -> dict[str, Any]:
   """An argparse type: a JSON object."""
   try:
     value = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from error
+  except (ValueError, RecursionError) as error:
+    raise argparse.ArgumentTypeError(
+        f"{keys.shown(text)} is no JSON: {error}") from error
   if not isinstance(value, dict):
-    raise argparse.ArgumentTypeError(f"{text} is no object")
+    raise argparse.ArgumentTypeError(f"{keys.shown(text)} is no object")
   return value

@@ -79,12 +79,7 @@ def make_mesh(
   if len(wildcards) == 1 and fixed > 0 and len(devices) % fixed == 0:
     sizes[wildcards[0]] = len(devices) // fixed
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-    found = [f"{section}.{name}={size}" for name, size in asked.items()
-             if name in ALWAYS or size != 1]
-    raise ValueError(
-        f"{', '.join(found[:-1])} and {found[-1]} do not multiply to the "
-        f"{len(devices)} devices that are here. Set one of them to -1 for "
-        '"all remaining devices".')
+    raise ValueError(_does_not_fit(asked, len(devices), section))
   sizes = {name: size for name, size in sizes.items()
            if name in ALWAYS or size > 1}
   grid = (np.array(devices).reshape(tuple(sizes.values())) if in_order
@@ -92,6 +87,24 @@ def make_mesh(
   return jax.sharding.Mesh(
       grid, tuple(sizes),
       axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def _does_not_fit(
+    asked: Mapping[str, int], count: int, section: str) -> str:
+  """Why sizes do not multiply to so many devices, and what would."""
+  names = [name for name, size in asked.items() if name in ALWAYS or size != 1]
+  found = [f"{section}.{name}={asked[name]}" for name in names]
+  here = f"{count} device{'s' if count > 1 else ''}"
+  text = f"{', '.join(found[:-1])} and {found[-1]} do not fit {here}: "
+  fixed = math.prod(size for size in asked.values() if size != -1)
+  if -1 in asked.values():
+    return text + (f"sizes beside -1 must multiply to a divisor of {count}, "
+                   f"and give {fixed}.")
+  text += f"they multiply to {fixed}. "
+  for name in names:
+    if asked[name] and not count % max(1, fixed // asked[name]):
+      return text + f'Set {section}.{name}=-1 for "all remaining devices".'
+  return text + f"Make them smaller: they must multiply to {count}."
 
 
 def mesh_of(sizes: Mapping[str, Any], devices=None) -> jax.sharding.Mesh:

@@ -157,7 +157,7 @@ def published(config: config_dict.ConfigDict) -> released.Release:
         f"The published files of {config.model} are not found by themselves; "
         f"those of {', '.join(PUBLISHED)} are. Set init.path to their "
         "directory (config.json, *.safetensors and the tokenizer's files) or "
-        "GGUF file, or init.kind.")
+        "GGUF file.")
   return PUBLISHED[config.model]()
 
 

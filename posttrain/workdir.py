@@ -36,7 +36,8 @@ from posttrain import config as config_lib
 from posttrain.tasks import loading
 
 # What a run may go on with changed: no number depends on it beyond rounding.
-MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: ")
+MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: "
+                        r"|compute\.on_too_large: ")
 
 
 class WorkdirError(ValueError):
@@ -61,6 +62,8 @@ class Workdir:
           f"--workdir={path} is no directory. Mount the bucket on every host, "
           "for instance with gcsfuse, and name the mounted directory.")
     self.path = pathlib.Path(path)
+    if self.path.is_file():
+      raise WorkdirError(f"--workdir={path} is a file. Name a directory.")
     self.is_writer = is_writer
 
   @property

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -135,12 +136,22 @@ def test_minus_one_is_what_is_left(sizes, shape):
 
 
 @pytest.mark.parametrize("fsdp,tensor", [
-    (3, 2), (-1, 3), (4, 1), (-1, -1), (0, -1), (16, 1), (-1, 0), (-2, -4)])
+    (3, 2), (-1, 3), (4, 1), (-1, -1), (0, -1), (16, 1), (-1, 0), (3, 5)])
 def test_a_mesh_that_does_not_fit_names_its_keys(fsdp, tensor):
+  """And its advice is followed: what it says to set fits."""
   meshes.eight()
-  message = f"mesh.fsdp={fsdp} and mesh.tensor={tensor} do not multiply"
-  with pytest.raises(ValueError, match=message):
-    sharding.make_mesh(fsdp, tensor, devices=jax.devices()[:8])
+  sizes = dict(fsdp=fsdp, tensor=tensor)
+  message = f"mesh.fsdp={fsdp} and mesh.tensor={tensor} do not fit 8 devices"
+  with pytest.raises(ValueError, match=message) as caught:
+    sharding.make_mesh(**sizes, devices=jax.devices()[:8])
+  advised = re.search(r"Set mesh\.(\w+)=-1", str(caught.value))
+  assert bool(advised) == ((fsdp, tensor) in ((3, 2), (4, 1), (16, 1)))
+  if advised:
+    sharding.make_mesh(
+        **(sizes | {advised[1]: -1}), devices=jax.devices()[:8])
+  elif -1 in (fsdp, tensor):
+    assert "sizes beside -1 must multiply to a divisor of 8" in str(
+        caught.value)
 
 
 @pytest.mark.parametrize("fields,shape,message", [

@@ -8,6 +8,7 @@ before anything compiles and are reported together. Never imports JAX.
 import importlib.util
 import inspect
 import pathlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,20 @@ from ml_collections import config_dict
 
 from posttrain.config import checks, keys, overrides, reader, schema
 
+MOST_SHOWN = 50  # Problems of one config, in a message.
+
 
 class ConfigError(ValueError):
   """All problems of one config, one per line; also as `problems`."""
 
   def __init__(self, problems: Sequence[str], origin: str):
-    self.problems = tuple(problems)
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    super().__init__("\n  ".join([f"{origin}: {count}", *problems]))
+    self.problems = tuple(dict.fromkeys(problems))
+    count = len(self.problems)
+    lines = [f"{keys.shown(origin)[1:-1]}: {count} problem{'s'[:count - 1]}",
+             *self.problems[:MOST_SHOWN]]
+    if count > MOST_SHOWN:
+      lines.append(f"and {count - MOST_SHOWN} more.")
+    super().__init__("\n  ".join(lines))
 
 
 def load(spec: str, assignments: Sequence[str] = ()) -> config_dict.ConfigDict:
@@ -64,8 +71,18 @@ def assign(
 
 
 def read_file(spec: str) -> config_dict.ConfigDict:
-  """What `get_config(arg)` of a config file `FILE[:arg]` returns."""
-  return _call(spec, "get_config")
+  """What `get_config(arg)` of a config file `FILE[:arg]` returns.
+
+  Raises:
+    ConfigError: there is no such file, it does not run, or it returns no
+      config.
+  """
+  config = _call(spec, "get_config")
+  if not isinstance(config, (config_dict.ConfigDict, Mapping)):
+    raise ConfigError([
+        f"get_config() returns {keys.shown(config)}, needed an "
+        "ml_collections.ConfigDict."], spec)
+  return config
 
 
 def read_sweep(spec: str) -> list[list[str]]:
@@ -78,15 +95,19 @@ def read_sweep(spec: str) -> list[list[str]]:
     ConfigError: there is no sweep, a run is there twice, or one has a config
       that is wrong.
   """
-  runs = list(_call(spec, "get_sweep"))
+  runs = _call(spec, "get_sweep")
+  if not isinstance(runs, (list, tuple)):
+    raise ConfigError([
+        f"get_sweep() returns {keys.shown(runs)}, needed dicts of paths and "
+        "values, one by one."], spec)
   for number, run in enumerate(runs):
     if not isinstance(run, Mapping) or not all(
         isinstance(path, str) for path in run):
       raise ConfigError([
-          f"get_sweep() gives {run!r} as its run {number}; needed a dict of "
-          "paths and values."], spec)
+          f"get_sweep() gives {keys.shown(run)} as its run {number}; needed "
+          "a dict of paths and values."], spec)
     if run in runs[:number]:
-      raise ConfigError([f"get_sweep() has {run!r} twice."], spec)
+      raise ConfigError([f"get_sweep() has {keys.shown(run)} twice."], spec)
   if not runs:
     raise ConfigError(["get_sweep() has no runs."], spec)
   return [[f"{path}={value if isinstance(value, str) else repr(value)}"
@@ -100,29 +121,56 @@ def _call(spec: str, function: str) -> Any:
     name, colon, arg = spec.rpartition(":")
   path = pathlib.Path(name)
   if not path.is_file():
-    near = keys.nearest(path.name, (
-        other.name for other in path.parent.glob("*.py")))
-    hint = f" The nearest is {path.parent / near}." if near else ""
-    raise ConfigError([f"there is no file {path}.{hint}"], spec)
+    if path.is_dir():
+      raise ConfigError([f"{path} is a directory; name a file in it."], spec)
+    near = keys.hint(
+        path.name, (other.name for other in path.parent.glob("*.py")),
+        f" The nearest is {path.parent / '{}'}.")
+    raise ConfigError([f"there is no file {path}.{near}"], spec)
   found = getattr(_run(path), function, None)
   if found is None:
     raise ConfigError([f"{path} defines no {function}()."], spec)
+  if not callable(found):
+    raise ConfigError([
+        f"{function} of {path} is {keys.shown(found)}, and a function is "
+        "needed."], spec)
   takes = bool(inspect.signature(found).parameters)
   if colon and not takes and function == "get_config":
     raise ConfigError(
         [f"get_config() takes no argument, so leave out :{arg}."], spec)
   try:
-    return found(arg) if colon and takes else found()
+    result = found(arg) if colon and takes else found()
+    return list(result) if inspect.isgenerator(result) else result
   except ValueError as error:  # What the file says of its argument.
     raise ConfigError([str(error)], spec) from error
+  except Exception as error:
+    raise ConfigError([_fault(path, error)], spec) from error
+
+
+def _fault(path: pathlib.Path, error: Exception) -> str:
+  """Where a config file went wrong: its own last line on the way, and why."""
+  if isinstance(error, SyntaxError):
+    return f"{error.filename}, line {error.lineno}: {error.msg}."
+  own = [line for frame, line in traceback.walk_tb(error.__traceback__)
+         if frame.f_code.co_filename == str(path.absolute())]
+  where = f", line {own[-1]}" if own else ""
+  return f"{path}{where}: {type(error).__name__}: {error}."
 
 
 def _run(path: pathlib.Path) -> Any:
+  """The module of a config file.
+
+  Raises:
+    ConfigError: it is no Python file, or does not run.
+  """
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   if spec is None or spec.loader is None:
     raise ConfigError([f"{path} is no Python file."], str(path))
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ConfigError([_fault(path, error)], str(path)) from error
   return module
 
 
@@ -176,8 +224,8 @@ def from_jsonable(
   return assign(data, assignments, "config.json", saved=True)
 
 
-def functions(config: config_dict.ConfigDict) -> list[str]:
-  """Every `module:function` that a resolved config names, once."""
+def functions(config: config_dict.ConfigDict) -> dict[str, str]:
+  """Every `module:function` of a resolved config, and what names it first."""
   return reader.functions(reader.plain(config))
 
 

@@ -6,10 +6,25 @@ numbered, `cold_start.data.sources.0.path`.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 REQUIRED = object()  # The default of a key that has none.
+
+# Numbers end up in arrays of 32 bits. A larger int has no place there, and a
+# float outside of these becomes 0 or infinity.
+LARGEST_INT = 2**31 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+OR_ZERO = "0 or "
+# Ranges that flags have too. Beyond them a number only looks like a choice: a
+# temperature that makes logits infinite or a draw blind, more of a thing than
+# a run could compute.
+TEMPERATURES, WAITS, SAMPLES = "[0.001, 1000]", "[0, 10000]", "[1, 65536]"
+
+SIMILAR = 0.6  # Of names, as difflib's own cutoff.
+LONGEST_SHOWN = 120  # Characters of a value in a message.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +97,35 @@ def paths(section: Section, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(path: str, known: Iterable[str]) -> str:
-  """The most similar path; its last name counts as much as the whole."""
+  """The most similar path, or "" where none is similar.
+
+  Its last name counts as much as the whole, and must itself be similar: a
+  suggestion of another key misleads.
+  """
+  path = path[:LONGEST_SHOWN]  # Comparing takes quadratic time.
   ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-  leaf = path.rpartition(".")[2]
-  return max(known, default="", key=lambda other: (
-      ratio(path, other) + ratio(leaf, other.rpartition(".")[2])))
+  leaf = lambda path: path.rpartition(".")[2]
+  found = max(known, default="", key=lambda other: (
+      ratio(path, other) + ratio(leaf(path), leaf(other))))
+  return found if ratio(leaf(path), leaf(found)) >= SIMILAR else ""
+
+
+def hint(path: str, known: Iterable[str], text: str) -> str:
+  """`text` with the most similar path in place of {}; "" without one."""
+  found = nearest(path, known)
+  return text.format(found) if found else ""
+
+
+def shown(value: Any) -> str:
+  """A value as it stands in a message: its `repr`, shortened."""
+  try:
+    text = repr(value)
+  except ValueError:  # Python writes no ints of thousands of digits.
+    return f"a {type(value).__name__} with more digits than can be shown"
+  if len(text) <= LONGEST_SHOWN:
+    return text
+  half = LONGEST_SHOWN // 2
+  return f"{text[:half]}...{text[-half:]} ({len(text):,} characters)"
 
 
 def type_name(kind: Any) -> str:
@@ -103,7 +142,35 @@ _TYPE_NAMES = {
 
 
 def within(value: float, bounds: str) -> bool:
-  """Whether a number lies in an interval such as "(0, 1]"; a nan never."""
-  low, high = (float(end) for end in bounds[1:-1].split(","))
-  above = value >= low if bounds[0] == "[" else value > low
-  return above and (value <= high if bounds[-1] == "]" else value < high)
+  """Whether a number lies in an interval such as "(0, 1]"; a nan never.
+
+  It must also be one that an array of 32 bits holds. "0 or [0.1, 1]" is that
+  interval and 0; "" is every such number.
+  """
+  if bounds.startswith(OR_ZERO) and value == 0:
+    return True
+  interval = bounds.removeprefix(OR_ZERO)
+  low, high = (float(end) for end in (
+      interval[1:-1] or "-inf, inf").split(","))
+  above = value >= low if interval[:1] == "[" else value > low
+  below = value <= high if interval[-1:] == "]" else value < high
+  return above and below and _fits(value, high)
+
+
+def _fits(value: float, high: float) -> bool:
+  if isinstance(value, int):
+    return -LARGEST_INT <= value <= max(
+        LARGEST_INT, 0 if math.isinf(high) else high)
+  return value == 0 or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
+
+
+def allowed(value: float, bounds: str) -> str:
+  """The interval with its limits, for a message about a number."""
+  if isinstance(value, int):
+    bounds = bounds or f"[-{LARGEST_INT}, inf)"
+    return bounds.replace("inf)", f"{LARGEST_INT}]")
+  text = bounds or "(-inf, inf)"
+  if math.isfinite(value) and not _fits(value, math.inf):
+    text += (f", and of {SMALLEST_FLOAT:.3g} to {LARGEST_FLOAT:.3g} in size "
+             "or 0, as float32 has them")
+  return text

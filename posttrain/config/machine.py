@@ -31,7 +31,7 @@ MESH = Section(
         int, 1, "Without an accelerator: devices that the cores are "
         "shared between. Two on two cores train a small model faster "
         "than one, whose small operations use a single core.",
-        "[1, inf)"),
+        "[1, 256]"),
     roles=Key(
         str, "shared", "Whether a GRPO stage samples on the devices that it "
         "trains on, or on a part of each host's that does nothing else; the "
@@ -89,6 +89,10 @@ COMPUTE = Section(
         "memory while it is not needed: the reference but for its "
         "logprobs, the optimizer's state while completions are drawn and "
         "scored. No number changes.", choices=("reference", "optimizer")),
+    on_too_large=Key(
+        str, "error", "A stage's memory, as estimated before the first of "
+        "them begins, is more than one and a half times what a device has: "
+        "stop, or warn and go on.", choices=("error", "warn")),
     loss_chunk=Key(
         int, 128, "Positions whose logits exist at one time in a loss.",
         "[1, inf)"),

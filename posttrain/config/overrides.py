@@ -31,8 +31,8 @@ def apply(values: Mapping, path: str, text: str) -> dict[str, Any]:
         target.setdefault(key, {})
     else:
       raise ValueError(
-          f"{path}: {'.'.join(names[:position])} is {target!r}, which has no "
-          f"{name!r} to set.")
+          f"{path}: {'.'.join(names[:position])} is {keys.shown(target)}, "
+          f"which has no {keys.shown(name)} to set.")
     if position == len(names) - 1:
       target[key] = _parse(text, node)
     target = target[key]
@@ -94,5 +94,5 @@ def _tuple(text: str, kind: type) -> Any:
 def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    return text  # No literal, or one too deep for Python's own parser.

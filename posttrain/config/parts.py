@@ -10,7 +10,7 @@ from posttrain.text.instructions import CLASSES, TEXTS
 def optimizer(schedule: str) -> dict[str, Key]:
   decays = Needs("schedule", "!=", "constant")
   return dict(
-      learning_rate=Key(float, REQUIRED, "Peak learning rate.", "(0, inf)"),
+      learning_rate=Key(float, REQUIRED, "Peak learning rate.", "[1e-12, 10]"),
       schedule=Key(
           str, schedule, "What follows the warm-up.",
           choices=("cosine", "linear", "constant")),
@@ -20,7 +20,7 @@ def optimizer(schedule: str) -> dict[str, Key]:
           float, 0.0, "Learning rate at the last step.", "[0, inf)",
           needs=decays),
       weight_decay=Key(
-          float, 0.0, "Decoupled decay; skips norms and biases.", "[0, inf)"),
+          float, 0.0, "Decoupled decay; skips norms and biases.", "[0, 100]"),
       optimizer=Key(
           str, "adamw", "Adafactor keeps the rows' and columns' means of the "
           "squared gradients in place of the squares. Its steps are of AdamW's "
@@ -35,15 +35,15 @@ def optimizer(schedule: str) -> dict[str, Key]:
                 "[0, 1)"),
       beta2=Key(float, 0.999, "Decay of the square; Adafactor's is "
                 "1 - step**-0.8 until that is larger.", "[0, 1)"),
-      eps=Key(float, 1e-8, "Added to the denominator.", "(0, inf)",
+      eps=Key(float, 1e-8, "Added to the denominator.", "[1e-30, 1]",
               needs=Needs("optimizer", "==", "adamw")),
       max_grad_norm=Key(
           float, 1.0, "Global norm to which gradients are clipped.",
-          "(0, inf)"),
+          "[1e-6, 1e12]"),
       router_aux_coef=Key(
           float, 0.0, "Weight of the loss that spreads tokens over experts, "
           "with counts of the whole batch. For a model with experts.",
-          "[0, inf)"),
+          "[0, 1000]"),
   )
 
 
@@ -59,10 +59,10 @@ def weights() -> dict[str, Any]:
       lora=Section(
           "Low-rank adapters. A stage goes on with those of the stage before "
           "if they are alike; others are first added to the weights.",
-          rank=Key(int, 0, "Of the adapters; 0: none.", "[0, inf)"),
+          rank=Key(int, 0, "Of the adapters; 0: none.", "[0, 65536]"),
           alpha=Key(
               float, 16.0, "The adapter's product counts alpha / rank times.",
-              "(0, inf)", needs=adapted),
+              "[1e-3, 1e6]", needs=adapted),
           targets=Key(
               tuple[str, ...], tuple(INPUT_AXES), "The matrices beside which "
               "adapters stand.", choices=tuple(INPUT_AXES), needs=adapted),
@@ -89,10 +89,10 @@ def health(**more: Key) -> Section:
       spike_mads=Key(
           float, 0.0, "A loss is a spike if it is above the median of the last "
           "losses by more than so many of their median absolute deviations, "
-          "such as 10; 0: none is.", "[0, inf)"),
+          "such as 10; 0: none is.", "0 or [0.01, 1e6]"),
       spike_window=Key(
           int, 64, "Losses that the median is of; before there are so many, "
-          "none is a spike.", "[4, inf)",
+          "none is a spike.", "[4, 65536]",
           needs=Needs("health.spike_mads", ">", 0)),
       **more)
 

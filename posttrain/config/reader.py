@@ -33,6 +33,13 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield prefix, values
 
 
+def at(values: Any, path: str) -> Any:
+  """The value at a dotted path through dicts."""
+  for name in path.split("."):
+    values = values[name]
+  return values
+
+
 def stage_section(kind: str) -> keys.Section:
   """The keys of a stage of one kind, `kind` itself first."""
   section = schema.KINDS[kind]
@@ -46,27 +53,31 @@ def layout(values: Mapping) -> keys.Section:
   stages = {
       name: stage_section(section["kind"])
       for name, section in values.items()
-      if name not in schema.TOP.keys and isinstance(section, Mapping)
+      if isinstance(name, str) and name not in schema.TOP.keys
+      and isinstance(section, Mapping)
       and section.get("kind") in tuple(schema.KINDS)}
   return keys.Section("", **{**schema.TOP.keys, **stages})
 
 
-def functions(values: Mapping) -> list[str]:
-  """Every `module:function` that a resolved config names, once."""
-  found: list[str] = []
-  _functions(layout(values), values, found)
-  return list(dict.fromkeys(found))
+def functions(values: Mapping) -> dict[str, str]:
+  """Every `module:function` of a resolved config, and what names it first."""
+  found: dict[str, str] = {}
+  _functions(layout(values), values, "", found)
+  return found
 
 
-def _functions(node: Any, value: Any, found: list[str]) -> None:
+def _functions(
+    node: Any, value: Any, path: str, found: dict[str, str]) -> None:
   if isinstance(node, keys.Section):
     for name, child in node.keys.items():
-      _functions(child, value.get(name), found)
+      _functions(child, value.get(name), f"{path}.{name}" if path else name,
+                 found)
   elif isinstance(node, keys.Items):
-    for item in value:
-      _functions(node.item, item, found)
+    for index, item in enumerate(value):
+      _functions(node.item, item, f"{path}.{index}", found)
   elif isinstance(node, keys.Key) and node.function and value:
-    found.extend([value] if isinstance(value, str) else value)
+    for name in [value] if isinstance(value, str) else value:
+      found.setdefault(name, path)
 
 
 def tasks(values: Any, path: str = "") -> Iterator[tuple[str, dict]]:
@@ -106,10 +117,14 @@ class Reader:
   ) -> dict[str, Any]:
     if not isinstance(values, Mapping):
       self._problem(prefix[:-1], (
-          f"found {values!r}, needed a section with the keys "
+          f"found {keys.shown(values)}, needed a section with the keys "
           f"{', '.join(section.keys)}."))
       return {}
     for name in values:
+      if not isinstance(name, str):
+        self._problem(prefix + keys.shown(name), (
+            "found as the name of a key, which is a string."))
+        continue
       node = section.keys.get(name)
       if node is None or isinstance(node, keys.Refused):
         self._unknown(node, name, values[name], prefix)
@@ -133,16 +148,17 @@ class Reader:
       self, refused: keys.Refused | None, name: str, value: Any, prefix: str,
   ) -> None:
     if not prefix and isinstance(value, Mapping) and "kind" in value:
-      kind = value["kind"]
+      kind = keys.shown(value["kind"])
       return self._problem(f"{name}.kind", (
-          f"{kind!r} is no kind of stage; the nearest of "
-          f"{', '.join(schema.KINDS)} is "
-          f"{keys.nearest(str(kind), schema.KINDS)}."))
+          f"{kind} is no kind of stage, needed one of "
+          f"{', '.join(schema.KINDS)}"
+          f"{keys.hint(kind[1:-1], schema.KINDS, '; the nearest is {}')}."))
     for path, _ in leaves(value, prefix + name):
-      near = keys.nearest(path, keys.paths(self.layout))
+      near = keys.hint(
+          path, keys.paths(self.layout), " The nearest key is {}.")
       what = (f"not allowed here: {refused.reason}" if refused
               else "no such key" + self._used_elsewhere(path))
-      self._problem(path, f"{what}. The nearest key is {near}.")
+      self._problem(path, f"{what}.{near}")
     return None
 
   def _used_elsewhere(self, path: str) -> str:
@@ -161,36 +177,51 @@ class Reader:
   ) -> Any:
     if isinstance(node, keys.Items):
       if not isinstance(value, tuple):
-        self._problem(path, f"found {value!r}, needed a tuple of dicts.")
+        self._problem(path, (
+            f"found {keys.shown(value)}, needed a tuple of dicts."))
         return ()
       return tuple(self._section(node.item, item, f"{path}.{index}.")
                    for index, item in enumerate(value))
     typed = typed_as(value, node.type)
+    if typed is None and isinstance(value, dict) and node.type is dict:
+      wrong = next(((inner, found) for inner, found in leaves(value, path)
+                    if not _is_json(found)), (path, value))
+      self._problem(wrong[0], (
+          f"found {keys.shown(wrong[1])}, needed finite numbers, texts, True, "
+          "False, None, and tuples and dicts of such, with texts as keys."))
+      return value
     if typed is None:
       self._problem(path, (
-          f"found {value!r} ({type(value).__name__}), needed "
+          f"found {keys.shown(value)} ({type(value).__name__}), needed "
           f"{keys.type_name(node.type)}."))
       return value
     for item in typed if isinstance(typed, tuple) else (typed,):
       if node.choices and item not in node.choices:
         self._problem(path, (
-            f"found {item!r}, needed one of "
-            f"{', '.join(map(repr, node.choices))}; the nearest is "
-            f"{keys.nearest(item, node.choices)!r}."))
-      if node.bounds and not keys.within(item, node.bounds):
-        self._problem(
-            path, f"found {item!r}, needed a value in {node.bounds}.")
+            f"found {keys.shown(item)}, needed one of "
+            f"{', '.join(map(repr, node.choices))}"
+            f"{keys.hint(item, node.choices, '; the nearest is {!r}')}."))
+      if isinstance(item, (int, float)) and not isinstance(item, bool) and (
+          not keys.within(item, node.bounds)):
+        self._problem(path, (
+            f"found {keys.shown(item)}, needed a value in "
+            f"{keys.allowed(item, node.bounds)}."))
+      if isinstance(item, str) and not _is_text(item):
+        self._problem(path, (
+            f"found {keys.shown(item)}, which has characters that no file or "
+            "name can hold."))
       if node.function and item != node.default and not all(
           item.rpartition(":")[::2]):
         self._problem(path, (
-            f"found {item!r}, needed module:function or file.py:function."))
+            f"found {keys.shown(item)}, needed module:function or "
+            "file.py:function."))
     return typed
 
 
 def typed_as(value: Any, kind: Any) -> Any:
   """The value as its type in the schema, or None where it is not of it."""
   if kind is float:
-    return float(value) if type(value) in (int, float) else None
+    return _as_float(value) if type(value) in (int, float) else None
   if kind is dict:
     return value if isinstance(value, dict) and _is_json(value) else None
   if kind in (int, bool, str):
@@ -201,12 +232,27 @@ def typed_as(value: Any, kind: Any) -> Any:
   return None if any(item is None for item in items) else items
 
 
+def _as_float(value: int | float) -> float:
+  try:
+    return float(value)
+  except OverflowError:  # An int of more than 308 digits.
+    return math.inf if value > 0 else -math.inf
+
+
 def _is_json(value: Any) -> bool:
   if isinstance(value, dict):
-    return all(isinstance(key, str) and _is_json(item)
+    return all(isinstance(key, str) and _is_text(key) and _is_json(item)
                for key, item in value.items())
   if isinstance(value, tuple):
     return all(map(_is_json, value))
   if isinstance(value, float):
     return math.isfinite(value)
-  return value is None or isinstance(value, (str, int))
+  if isinstance(value, str):
+    return _is_text(value)
+  return value is None or isinstance(value, int)
+
+
+def _is_text(value: str) -> bool:
+  """Half a surrogate pair has no encoding, and a name ends at a NUL."""
+  return "\0" not in value and not any(
+      "\ud800" <= character <= "\udfff" for character in value)

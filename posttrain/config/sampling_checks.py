@@ -7,6 +7,7 @@ a path inside the stage.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from posttrain.config.keys import shown
 from posttrain.text.instructions import CLASSES, TEXTS
 
 
@@ -51,7 +52,7 @@ def check_cells(config, name: str, stage: Mapping) -> Iterator[str]:
   for key in ("max_thinking_tokens", "num_waits", "wait_max_thinking_tokens",
               "pass_at", "checkpoints"):
     if len(set(stage[key])) < len(stage[key]):
-      yield f"{key}: a value is there twice in {stage[key]}."
+      yield f"{key}: a value is there twice in {shown(stage[key])}."
   for key in ("max_thinking_tokens", "num_waits"):
     if any(stage[key]):
       yield from _thinks(config, key)
@@ -70,22 +71,23 @@ def check_instructions(config, name: str, stage: Mapping) -> Iterator[str]:
   asked = stage["instructions"]
   for key in ("tokens", "steps", "classes"):
     if len(set(asked[key])) < len(asked[key]):
-      yield f"instructions.{key}: a value is there twice in {asked[key]}."
+      yield (f"instructions.{key}: a value is there twice in "
+             f"{shown(asked[key])}.")
     if asked[key]:
       yield from _thinks(config, f"instructions.{key}")
   if asked["steps"]:
     yield from _counts_steps(config, "instructions.steps")
   for key in ("token_text", "step_text"):
     if "{n}" not in asked[key]:
-      yield (f"instructions.{key}: found {asked[key]!r}, needed a text with "
-             "{n} where the amount stands.")
+      yield (f"instructions.{key}: found {shown(asked[key])}, needed a text "
+             "with {n} where the amount stands.")
   if asked["forced"] and not (asked["tokens"] or asked["steps"]):
     yield ("instructions.forced: set, but it has no effect unless "
            "instructions.tokens or instructions.steps is set.")
   for kind in CLASSES:
     if asked[f"{kind}_text"] != TEXTS[kind] and kind not in asked["classes"]:
       yield (f"instructions.{kind}_text: set, but it has no effect: the class "
-             f"is not in instructions.classes={asked['classes']}.")
+             f"is not in instructions.classes={shown(asked['classes'])}.")
   room = stage["rollout"]["max_tokens"]
   for amount in asked["tokens"] if asked["forced"] else ():
     if amount > room:

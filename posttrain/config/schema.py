@@ -6,7 +6,7 @@ by that section's `kind`. `needs` names a condition without which a key has no
 effect: setting the key anyway is an error, as no key is ever inert.
 """
 
-from posttrain.config import machine, parts
+from posttrain.config import keys, machine, parts
 from posttrain.config.keys import (
     REQUIRED,
     Items,
@@ -71,7 +71,7 @@ _TRUNCATE = Key(
     bool, False, "At a maximum of thinking tokens or steps the completion "
     "stops, unclosed.")
 _CHUNK = Key(
-    int, 32, "Tokens decoded per device call; changes no token.", "[1, inf)")
+    int, 32, "Tokens decoded per device call; changes no token.", "[1, 65536]")
 _DTYPES = dict(
     cache_dtype=Key(
         str, "compute", "Of cached keys and values: as compute.dtype, or 8 "
@@ -154,7 +154,7 @@ SFT = Section(
         "Training examples.",
         sources=Items(
             "Mixed by weight.", REQUIRED, _source(weight=Key(
-                float, 1.0, "Share of the mixture, relative.", "(0, inf)"))),
+                float, 1.0, "Share of the mixture, relative.", "[1e-6, 1e6]"))),
         **_handling(),
         shuffle=Key(bool, True, "A new order each epoch, from the seed.")),
     eval_data=Section(
@@ -195,13 +195,14 @@ GRPO = Section(
         tuple[str, ...], REQUIRED, "What scores a completion; several are "
         "added up.", function=True),
     reward_weights=Key(
-        tuple[float, ...], (), "One per reward; unset: all 1."),
+        tuple[float, ...], (), "One per reward; unset: all 1.",
+        "[-1e6, 1e6]"),
     rollout=Section(
         "How completions are drawn.",
         max_prompt_tokens=_PROMPT_TOKENS,
         max_tokens=_MAX_TOKENS,
         temperature=Key(float, 1.0, "Of sampling, and of the loss's logprobs.",
-                        "(0, inf)"),
+                        keys.TEMPERATURES),
         max_thinking_tokens=Key(
             int, -1, "The thinking is closed here; -1: no maximum.",
             "[-1, inf)"),
@@ -209,7 +210,7 @@ GRPO = Section(
             int, 0, "The thinking cannot end before.", "[0, inf)"),
         num_waits=Key(
             int, 0, "Times an end of thinking becomes thinking.wait_text.",
-            "[0, inf)"),
+            keys.WAITS),
         max_thinking_steps=Key(
             int, -1, "The thinking is closed behind so many steps; -1: no "
             "maximum.", "[-1, inf)"),
@@ -237,9 +238,9 @@ GRPO = Section(
             "What turns logprobs and advantages into a numerator, a "
             "denominator and sums; see docs/changing.md.", function=True),
         clip_low=Key(float, CLIP, "The ratio is kept above 1 - clip_low.",
-                     "(0, 1]"),
+                     "[1e-6, 1]"),
         clip_high=Key(float, CLIP, "The ratio is kept below 1 + clip_high.",
-                      "(0, inf)"),
+                      "[1e-6, 1e6]"),
         aggregation=Key(
             str, AGGREGATION, "Mean over all tokens of the minibatch, mean of "
             "each completion's mean, or a sum over a constant (Dr. GRPO): "
@@ -250,11 +251,11 @@ GRPO = Section(
             "standard deviation in the group, or nothing.",
             choices=("population", "sample", "none")),
         advantage_eps=Key(
-            float, 1e-6, "Added to that standard deviation.", "[0, inf)",
+            float, 1e-6, "Added to that standard deviation.", "[0, 1]",
             needs=Needs("loss.advantage_std", "!=", "none")),
         kl_coef=Key(
             float, 0.0, "Weight of the KL to the reference; 0: no reference "
-            "is held.", "[0, inf)"),
+            "is held.", "[0, 1000]"),
         kl_estimator=Key(
             str, "k3", "k1: log ratio, for the reward; k2: half its square; "
             "k3: unbiased and positive, as in GRPO. The loss takes k2 or k3: "
@@ -274,7 +275,7 @@ GRPO = Section(
             "importance sampling), or left out where the ratio is above the "
             "cap or below a floor (IcePop).", choices=CORRECTIONS),
         behaviour_cap=Key(
-            float, 2.0, "Of that ratio.", "[1, inf)",
+            float, 2.0, "Of that ratio.", "[1, 1e6]",
             needs=Needs("loss.behaviour_correction", "!=", "none")),
         behaviour_floor=Key(
             float, 0.5, "Of that ratio, where tokens are left out.", "[0, 1]",
@@ -329,7 +330,7 @@ EVALUATE = Section(
         tuple[str, ...], (), 'Earlier stages, "init", or checkpoint '
         'directories; unset: "init" and every earlier training stage.'),
     samples_per_problem=Key(
-        int, 1, "Completions per problem and cell.", "[1, inf)",
+        int, 1, "Completions per problem and cell.", keys.SAMPLES,
         needs=Needs("rollout.temperature", ">", 0)),
     pass_at=Key(
         tuple[int, ...], (1,), "Values of k for pass@k.", "[1, inf)"),
@@ -338,7 +339,7 @@ EVALUATE = Section(
         "[0, inf)"),
     num_waits=Key(
         tuple[int, ...], (), "Numbers of forced waits, each a cell.",
-        "[0, inf)"),
+        keys.WAITS),
     wait_max_thinking_tokens=Key(
         tuple[int, ...], (), "Budgets of the cells of waits, each with every "
         "number of waits; -1: no maximum, so that a row may use up its tokens "
@@ -349,13 +350,14 @@ EVALUATE = Section(
     majority=Section(
         "The majority-vote baseline at equal tokens.",
         max_samples=Key(
-            int, 0, "Votes at most; 0: no baseline.", "[0, inf)",
+            int, 0, "Votes at most; 0: no baseline.", f"0 or {keys.SAMPLES}",
             needs=Needs("extract", "!=", ""))),
     rollout=Section(
         "How completions are drawn.",
         max_prompt_tokens=_PROMPT_TOKENS,
         max_tokens=_MAX_TOKENS,
-        temperature=Key(float, 1.0, "0: the likeliest token.", "[0, inf)"),
+        temperature=Key(float, 1.0, "0: the likeliest token.",
+                        f"0 or {keys.TEMPERATURES}"),
         top_k=Key(int, 0, "Likeliest tokens kept; 0: all.", "[0, inf)",
                   needs=Needs("rollout.temperature", ">", 0)),
         top_p=Key(float, 1.0, "Probability mass kept.", "(0, 1]",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from posttrain.config import schema
+from posttrain.config.keys import shown
 
 
 def check_profile(config: Mapping) -> Iterator[str]:
@@ -13,13 +14,13 @@ def check_profile(config: Mapping) -> Iterator[str]:
              if kind(name) in schema.TRAINING_KINDS]
   for name in chosen:
     if name not in trained:
-      yield (f"profile.stages: {name!r} is no training stage of this config; "
-             f"those are {', '.join(trained) or 'none'}.")
+      yield (f"profile.stages: {shown(name)} is no training stage of this "
+             f"config; those are {', '.join(trained) or 'none'}.")
   if steps and not trained:
     yield "profile.steps: set, but it has no effect: no stage here trains."
   if len(steps) > 2 or list(steps) != sorted(steps):
-    yield (f"profile.steps: found {steps!r}, needed the first and the last "
-           "step to trace, or one step.")
+    yield (f"profile.steps: found {shown(steps)}, needed the first and the "
+           "last step to trace, or one step.")
 
 
 def check_steps(

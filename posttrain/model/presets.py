@@ -169,3 +169,6 @@ PRESETS = {
     "olmo2-32b": _olmo2(
         embed=5120, mlp=27_648, layers=64, heads=40, kv_heads=8),
 }
+
+# Presets whose published files come as a Python package.
+PACKAGED = ("smollm2-135m",)

@@ -14,6 +14,7 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.config import keys
 from posttrain.sampler import choice, requests, sampler, segments
 from posttrain.stages import loaded, sampling
 from posttrain.stages.live import Live
@@ -85,6 +86,12 @@ def run(
   return talk.messages
 
 
+def _check_range(name: str, value: float, bounds: str) -> None:
+  if not keys.within(value, bounds):
+    raise ValueError(f"/{name}: found {keys.shown(value)}, needed a value in "
+                     f"{keys.allowed(value, bounds)}.")
+
+
 def typed() -> Iterator[str]:
   """Lines of the terminal, until end of input."""
   while True:
@@ -133,24 +140,24 @@ class Chat:
 
   def _obey(self, name: str, value: str) -> str:
     """Carries out a command; what to say of it."""
-    limits: dict[str, tuple[str, int]] = {  # And the least that it may be.
-        "budget": ("max_thinking_tokens", -1),
-        "least": ("min_thinking_tokens", 0), "wait": ("num_waits", 0),
-        "tokens": ("max_tokens", 1)}
+    limits = {  # And the range, as of the flags.
+        "budget": ("max_thinking_tokens", "[-1, inf)"),
+        "least": ("min_thinking_tokens", "[0, inf)"),
+        "wait": ("num_waits", keys.WAITS), "tokens": ("max_tokens", "[1, inf)")}
     if name == "reset":
       self.messages = []
       return "forgotten"
     try:
       if name == "temperature":
+        _check_range(name, float(value), f"0 or {keys.TEMPERATURES}")
         self._how = dataclasses.replace(
             self._how, params=dataclasses.replace(
                 self._how.params, temperature=float(value)))
         return f"temperature {float(value):g}"
       if name in limits:
-        field, least = limits[name]
+        field, bounds = limits[name]
         number = -1 if (name, value) == ("budget", "off") else int(value)
-        if number < least:
-          raise ValueError(f"/{name} needs {least} or more.")
+        _check_range(name, number, bounds)
         self._limits = sampler.Limits(
             **(vars(self._limits) | {field: number}))
         return f"{field} {number}"

@@ -71,11 +71,12 @@ def source_hash(name: str) -> str:
   """
   place, _ = _split(name)
   if not place.endswith(".py"):
-    file = _load_module(place, name).__file__
+    file = getattr(_load_module(place, name), "__file__", None)
     if file is None:
       raise ValueError(
-          f"{name!r}: {place} is a package without a file, so its source "
-          "cannot be recorded. Name the module that holds the function.")
+          f"{name!r}: {place} has no source file, so what the numbers of a "
+          "run depend on cannot be recorded. Name a function of a module or "
+          "a file of yours.")
     place = file
   path = Path(place)
   _require_file(path, name)
@@ -121,8 +122,11 @@ def _load_file(path: Path, name: str) -> ModuleType:
     sys.modules[key] = module  # Before it runs: dataclasses look it up.
     try:
       spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
       del sys.modules[key]
+      if isinstance(error, SyntaxError):  # Nothing ran: nothing to trace.
+        raise ValueError(
+            f"{name!r}: {path}, line {error.lineno}: {error.msg}.") from error
       raise
   return sys.modules[key]
 
@@ -149,5 +153,5 @@ def _sibling_modules(place: str) -> list[str]:
 
 
 def _suggest(found: str, names: list[str]) -> str:
-  nearest = difflib.get_close_matches(found, names, n=1, cutoff=0.0)
+  nearest = difflib.get_close_matches(found, names, n=1)
   return f" Nearest: {nearest[0]!r}." if nearest else ""

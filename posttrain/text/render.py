@@ -123,10 +123,11 @@ def make_renderer(
     return PlainRenderer(tokenizer)
   if chat_template:
     path = pathlib.Path(chat_template).expanduser()
-    if not path.exists():
+    if not path.is_file():
+      what = "is a directory" if path.is_dir() else "does not exist"
       raise ValueError(
-          f'{path} does not exist. Set chat_template to a Jinja file, "" '
-          '(the tokenizer\'s own) or "plain".')
+          f'{path} {what}. Set chat_template to a Jinja file, "" (the '
+          'tokenizer\'s own) or "plain".')
     source = path.read_text(encoding="utf-8")
   elif tokenizer.chat_template is None:
     raise ValueError(

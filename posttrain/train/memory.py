@@ -28,11 +28,11 @@ LAYER_IN_PROGRESS = 1.5
 
 def format_bytes(size: float) -> str:
   """`3 * 2**30` -> "3.0 GiB"."""
-  for unit in ("B", "KiB", "MiB"):
+  for unit in ("B", "KiB", "MiB", "GiB"):
     if size < 1024:
       return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
     size /= 1024
-  return f"{size:.1f} GiB"
+  return f"{size:,.1f} TiB"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,10 +95,15 @@ def test_no_arguments_print_the_verbs(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["trian"], f"the nearest of {', '.join(VERBS)} is train"),
-    (["train", "--confg=x"], "no flag --confg; the nearest of posttrain train "
-     "is --config"),
+    (["trian"], f"needed one of {', '.join(VERBS)}; the nearest is train"),
+    (["train", "--confg=x"], "posttrain train has no flag --confg; the "
+     "nearest is --config"),
+    (["plan", "-html"], "posttrain plan has no flag -html. See `posttrain"),
+    (["import", "--model=", "--output=x"], "--model=MODEL is needed."),
+    (["train", "--config.=1"], "--config.=1 names no key; write --config.KEY"),
     (["train", "--wokrdir", "x"], "is --workdir"),
+    (["train", "--zzz"], "has no flag --zzz. See `posttrain train --help`."),
+    (["frobnicate"], f"needed one of {', '.join(VERBS)}.\n"),
     (["sample", "--temprature=1"], "is --temperature"),
     (["sample", "--max-think-tokens=1"], "is --max-thinking-tokens"),
     (["report", "--config.seed=1"], "no flag --config.seed"),
@@ -117,8 +122,14 @@ def test_no_arguments_print_the_verbs(capsys):
     (["sample", "--model=tiny", "--workdir=x", "--prompt=a"],
      "found --model and --workdir"),
     (["sample", "--model=tiny"], "--prompt=TEXT and --prompts=FILE"),
-    (["sample", "--model=tinny", "--prompt=a"], "the nearest is 'tiny'"),
-    (["sample", "--model=tiny", "--prompt=a", "--stage=s"], "no effect"),
+    (["sample", "--model=smollm2-135m", "--prompt=\udcff"],
+     "--prompt: no text: 'utf-8' codec can't encode"),
+    (["sample", "--model=org/name", "--prompt=a"],
+     "--model=org/name is no directory and no file. Nothing is downloaded"),
+    (["chat", "--model=qwen3-4b"],
+     "--model=qwen3-4b is the name of a shape, whose weights are not here."),
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--stage=s"],
+     "no effect"),
     (["export", "--output=x"], "found none"),
     (["export", "--model=smollm2-135m"], "required: --output"),
     (["export", "--model=smollm2-135m", "--output=x", "--dtype=float16"],
@@ -127,32 +138,37 @@ def test_no_arguments_print_the_verbs(capsys):
      "--step has no effect"),
     (["export", "--model=smollm2-135m", "--output=/tmp"], "/tmp exists"),
     (["export", "--model=smollm2-135m", "--output=x", "--shard-gb=0"],
-     "0 is not in (0, inf)"),
-    (["import", "--model=no/such", "--output=x"], "no preset 'no/such'"),
+     "0.0 is not in [0.001, 1e6]"),
+    (["import", "--model=no/such", "--output=x"], "--model=no/such is no"),
+    *[([verb, "--workdir=/nonexistent/x", *more],
+       "/nonexistent/x holds no run (no config.json). Name the --workdir")
+      for verb, more in (("sample", ["--prompt=a"]), ("chat", []),
+                         ("export", ["--output=x"]), ("report", []))],
     (["import", "--model=smollm2-135m", "--output=/tmp"], "/tmp exists"),
-    (["sample", "--model=tiny", "--prompt=a", "--top-p=2"],
-     "2 is not in (0, 1]"),
-    (["sample", "--model=tiny", "--prompt=a", "--seed=x"],
-     "invalid int value: 'x'"),
-    (["sample", "--model=tiny", "--prompt=a", "--temperature=0", "--top-k=4"],
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--top-p=2"],
+     "2.0 is not in (0, 1]"),
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--seed=x"],
+     "--seed: found 'x', needed an int"),
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--temperature=0",
+      "--top-k=4"],
      "--top-k has no effect"),
-    (["sample", "--model=tiny", "--prompt=a", "--num-samples=2"],
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--num-samples=2"],
      "--num-samples has no effect with --temperature=0"),
-    (["sample", "--model=tiny", "--prompt=a", "--min-thinking-tokens=4",
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--min-thinking-tokens=4",
       "--max-thinking-tokens=2"], "is above --max-thinking-tokens=2"),
-    (["sample", "--model=tiny", "--prompt=a", "--num-waits=1",
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--num-waits=1",
       "--config.thinking.end="], "--config.thinking.end=TEXT"),
-    (["sample", "--model=tiny", "--prompt=a", "--max-thinking-steps=1"],
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--max-thinking-steps=1"],
      "--config.thinking.step=TEXT"),
-    (["sample", "--model=tiny", "--prompt=a", "--wait-order=draw",
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--wait-order=draw",
       "--num-waits=1"], "--wait-order=draw has no effect without"),
-    (["sample", "--model=tiny", "--prompt=a", '--hook-args={"a": 1}'],
+    (["sample", "--model=smollm2-135m", "--prompt=a", '--hook-args={"a": 1}'],
      "--hook-args has no effect without --hook"),
-    (["sample", "--model=tiny", "--prompt=a", "--hook-args=[1]"],
-     "[1] is no object"),
-    (["sample", "--model=tiny", "--prompt=a", "--ask-tokens=9",
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--hook-args=[1]"],
+     "'[1]' is no object"),
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--ask-tokens=9",
       "--ask-length=long"], "not allowed with argument --ask-tokens"),
-    (["chat", "--model=tiny", "--policy=posttrain.sampler.hooks:no"],
+    (["chat", "--model=smollm2-135m", "--policy=posttrain.sampler.hooks:no"],
      "has no function 'no'"),
 ])
 def test_a_mistake_is_named_with_its_remedy(argv, message, capsys, calls):
@@ -269,12 +285,16 @@ def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):
     ('{"prompt": "a"}\n{', "line 2"),
     ('{"question": "a"}', "line 1: needed an object with a prompt"),
     ("\n", "has no rows"),
+    ("[" * 100_000, "line 1: maximum recursion depth"),
+    ('{"prompt": ' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
+    ("\udcff", "is not UTF-8"),
+    ('{"prompt": "\\ud800"}', "line 1: no text: 'utf-8' codec can't encode"),
 ])
 def test_a_bad_file_of_prompts(calls, tmp_path, text, message, capsys):
   file = tmp_path / "prompts.jsonl"
-  file.write_text(text)
+  file.write_bytes(text.encode("utf-8", "surrogateescape"))
   status, error = run(
-      "sample", "--model=tiny", f"--prompts={file}", capsys=capsys)
+      "sample", "--model=smollm2-135m", f"--prompts={file}", capsys=capsys)
   assert status == 2
   assert message in error
 

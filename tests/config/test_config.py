@@ -86,14 +86,14 @@ def test_truncated_sampling_in_rollouts_is_refused_with_the_reason():
     ("seed=1.5", "'1.5' (str)", "an int"),
     ("seed=-1", "-1", "a value in [0, 4294967295]"),
     ("reason.learning_rate=fast", "'fast' (str)", "a float"),
-    ("reason.learning_rate=nan", "nan", "a value in (0, inf)"),
-    ("reason.learning_rate=inf", "inf", "a value in (0, inf)"),
+    ("reason.learning_rate=nan", "nan", "a value in [1e-12, 10]"),
+    ("reason.learning_rate=inf", "inf", "a value in [1e-12, 10]"),
     ("cold_start.data.packing=1", "'1' (str)", "True or False"),
     ("measure.num_waits=0,one", "(0, 'one') (tuple)", "a tuple of ints"),
     ("cold_start.data.on_overlong=trunc", "'trunc'", "one of 'error', 'drop'"),
     ("mesh=4", "'4'", "a section with the keys fsdp, tensor"),
     ("reason.rewards=signs", "'signs'", "module:function"),
-    ("reason.group_size=1", "1", "a value in [2, inf)"),
+    ("reason.group_size=1", "1", "a value in [2, 2147483647]"),
     ("measure.problems.args=3", "3 (int)", "a dict"),
 ])
 def test_a_wrong_type_says_what_was_found_and_needed(
@@ -102,6 +102,70 @@ def test_a_wrong_type_says_what_was_found_and_needed(
   assert message.startswith(assignment.partition("=")[0] + ": ")
   assert f"found {found}" in message
   assert f"needed {needed}" in message
+
+
+@pytest.mark.parametrize("assignment, found, needed", [
+    ("reason.rollout.temperature=1e-320", "1e-320", "[0.001, 1000]"),
+    ("measure.rollout.temperature=1e-9", "1e-09", "0 or [0.001, 1000]"),
+    ("reason.loss.advantage_eps=1e308", "1e+308", "[0, 1]"),
+    ("reason.loss.advantage_eps=1e-320", "1e-320",
+     "[0, 1], and of 1.18e-38 to 3.4e+38 in size or 0, as float32 has them"),
+    ("reason.reward_weights=inf", "inf", "[-1e6, 1e6]"),
+    ("reason.reward_weights=nan", "nan", "[-1e6, 1e6]"),
+    ("measure.rollout.top_k=9223372036854775808", "9223372036854775808",
+     "[0, 2147483647]"),
+    ("reason.rollout.chunk=9223372036854775808", "9223372036854775808",
+     "[1, 65536]"),
+    ("measure.num_waits=0,2147483648", "2147483648", "[0, 10000]"),
+    ("reason.rollout.num_waits=100000", "100000", "[0, 10000]"),
+    ("mesh.cpu_devices=100000", "100000", "[1, 256]"),
+    ("measure.samples_per_problem=2147483648", "2147483648", "[1, 65536]"),
+    ("measure.majority.max_samples=65537", "65537", "0 or [1, 65536]"),
+    ("reason.num_steps=2147483648", "2147483648", "[1, 2147483647]"),
+    ("mesh.fsdp=-2", "-2", "[-1, 2147483647]"),
+    ("model_overrides.layers=2147483648", "2147483648", "[1, 2147483647]"),
+    ("model_overrides.norm_eps=1e999", "inf", "finite numbers"),
+    ("model_overrides.norm_eps=2.0", "2.0", "(0, 1]"),
+    ("model_overrides.rope_theta=1e-320", "1e-320", "(0, inf), and of"),
+    ("model_overrides.embedding_scale=1", "1", "True or False"),
+])
+def test_a_number_out_of_range_names_the_key_and_the_range(
+    assignment, found, needed):
+  message = problem(assignment)
+  assert message.startswith(f"{assignment.partition('=')[0]}: found {found}")
+  assert f"{needed}" in message
+
+
+def test_rewards_that_all_count_nothing():
+  more = "reason.rewards=posttrain.tasks.signs:reward,posttrain.tasks.scoring:"
+  found = problem(f"{more}brevity", "reason.reward_weights=0,0")
+  assert found.startswith("reason.reward_weights: found (0.0, 0.0), and")
+  assert not problems(f"{more}brevity", "reason.reward_weights=0,1")
+
+
+@pytest.mark.parametrize("path", [
+    "seed", "stages", "chat_template", "reason.learning_rate",
+    "reason.group_size", "measure.num_waits", "measure.problems.args",
+    "reason.reward_weights", "reason", "thinking.end", "model", "new",
+    "model_overrides.layers", "model_overrides.rope_theta",
+    "reason.loss.aggregation", "reason.kind", "cold_start.data.sources",
+    "measure.checkpoints", "measure.instructions.classes",
+    "reason.rewards", "cold_start.lora.targets", "profile.stages"])
+def test_a_long_value_is_shortened(path):
+  """Whatever is wrong with it: a screen of digits hides what is said."""
+  for value in (10**5000, 10**400, (10**5000,), {"a": 10**5000}, "x" * 10_000,
+                ("x",) * 10_000, -(10**400)):
+    values = config_lib.jsonable(config_lib.read_file(TINY))
+    *sections, leaf = path.split(".")
+    target = values
+    for name in sections:
+      target = target.setdefault(name, {})
+    target[leaf] = value
+    try:
+      config_lib.resolve(values)
+    except config_lib.ConfigError as error:
+      assert max(map(len, error.problems)) < 1500
+      assert len(str(error)) < 20_000
 
 
 def test_a_tuple_is_no_float():
@@ -113,8 +177,22 @@ def test_a_tuple_is_no_float():
     config_lib.resolve(values)
 
 
+def test_a_stage_of_a_name_that_is_taken():
+  assert "stages: 'init' is the name of another key" in problem("stages=init")
+
+
+def test_a_key_is_a_string():
+  values = config_lib.jsonable(config_lib.read_file(TINY))
+  for section in (values, values["reason"], values["model_overrides"]):
+    section[7] = 1
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.resolve(values)
+  assert [line.partition(": ")[0] for line in caught.value.problems] == [
+      "7", "model_overrides", "reason.7"]
+
+
 def test_a_wrong_kind_names_the_nearest():
-  assert "the nearest of sft, grpo, evaluate is grpo" in problems(
+  assert "needed one of sft, grpo, evaluate; the nearest is grpo" in problems(
       "reason.kind=grop")[0]
 
 
@@ -250,7 +328,7 @@ def test_a_key_without_effect_in_a_source():
     (["model_overrides.kv_heads=3"],
      "model: model.heads=4 is not a multiple of model.kv_heads=3."),
     (["model_overrides.kv_heads=0"],
-     "model_overrides.kv_heads: found 0, needed 1 or more."),
+     "model_overrides.kv_heads: found 0, needed a value in [1, 2147483647]."),
     (["model_overrides.layers=two"],
      "model_overrides.layers: found 'two', needed an int."),
     (["compute.unroll=3"], "model: compute.unroll=3 is not within"),
@@ -297,11 +375,11 @@ def test_a_key_without_effect_in_a_source():
     (["reason.rollout.max_thinking_tokens=97"],
      "reason.rollout.max_thinking_tokens: 97 is more than"),
     (["reason.loss.kl_coef=0.1", "reason.reference=measure"],
-     "reason.reference: 'measure' runs later or trains nothing; the nearest "
-     "of init, cold_start is"),
+     "reason.reference: 'measure' runs later or trains nothing, needed one "
+     "of init, cold_start. A directory has"),
     (["measure.checkpoints=raeson"],
-     "measure.checkpoints: 'raeson' is no stage; the nearest of init, "
-     "cold_start, reason is 'reason'."),
+     "measure.checkpoints: 'raeson' is no stage, needed one of init, "
+     "cold_start, reason; the nearest is 'reason'."),
     (["measure.max_thinking_tokens=8,97"],
      "measure.max_thinking_tokens: 97 is more than rollout.max_tokens=96."),
     (["measure.num_waits=1,1"], "measure.num_waits: a value is there twice"),

@@ -52,13 +52,16 @@ def test_turns_are_remembered_without_their_thinking(talk):
 def test_commands_change_the_turns_that_follow(talk):
   _, text = talk(
       "/budget 0", "6 5", "/budget off", "/tokens 9", "6 5", "/wait x",
-      "/tokens 0", "/budget 20", "6 5", "/what", "/temperature -1", "/reset")
+      "/tokens 0", "/budget 20", "6 5", "/what", "/temperature -1",
+      "/wait 99999", "/reset")
   assert " 0 of them thinking, 0 waits" in text
   assert "max_thinking_tokens -1" in text
-  assert "invalid literal" in text and "/tokens needs 1 or more" in text
+  assert "invalid literal" in text and "/tokens: found 0, needed" in text
   # The turn is refused, and the conversation goes on.
   assert "leaves no room for an answer: 20 thinking" in text
-  assert "/reset        forget" in text and "must be 0 (greedy)" in text
+  assert "/reset        forget" in text and (
+      "/temperature: found -1.0, needed" in text)
+  assert "/wait: found 99999, needed" in text
   assert text.rstrip().endswith("forgotten")
 
 

@@ -1,0 +1,91 @@
+"""A user's mistake is told from a bug by where an exception was raised.
+
+The convention of this project is that its own code raises ValueError, or an
+OSError that names a path, for what a user can cause. So a mistake is
+
+  - an exception that a `raise` statement of ours raised, with nobody's code
+    but ours and libraries' between the command line and that statement;
+  - a path that does not exist or is of the wrong kind, whoever opened it;
+  - a package that is not installed.
+
+Everything else, such as a ValueError of JAX, of NumPy or of a user's own loss
+function, keeps its traceback, which says where to look.
+"""
+
+import dis
+import errno
+import os
+import pathlib
+import sysconfig
+import traceback
+from types import FrameType, TracebackType
+
+PACKAGE = pathlib.Path(__file__).parent
+LIBRARIES = tuple({
+    sysconfig.get_path(name)
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+              errno.ENAMETOOLONG, errno.ELOOP)
+# A bug report wants the traceback behind a line.
+TRACEBACK = "POSTTRAIN_TRACEBACK"
+
+
+def line(error: Exception) -> str | None:
+  """The error in one line, or None where it is no mistake of a user's."""
+  if os.environ.get(TRACEBACK):
+    return None
+  if isinstance(error, ModuleNotFoundError):
+    return _missing_package(error)
+  if isinstance(error, OSError) and error.errno in WRONG_PATH and (
+      error.filename):
+    return f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}."
+  if isinstance(error, (ValueError, OSError)) and _raised_by_us(error):
+    return str(error)
+  return None
+
+
+def _missing_package(error: ModuleNotFoundError) -> str | None:
+  name = (error.name or "").partition(".")[0]
+  if not name or name == PACKAGE.name:
+    return None
+  frames = [(frame, number) for frame, number in traceback.walk_tb(
+      error.__traceback__) if not _is_importing(frame)]
+  frame, number = frames[-1]
+  return (f"the package {name} is not installed in this environment, and "
+          f"{frame.f_code.co_filename}, line {number}, needs it. Install it: "
+          f"pip install {name.replace('_', '-')}.")
+
+
+def _is_importing(frame: FrameType) -> bool:
+  file = frame.f_code.co_filename
+  return file.startswith("<frozen") or "importlib" in pathlib.Path(file).parts
+
+
+def _raised_by_us(error: Exception) -> bool:
+  """Whether a `raise` of this package did it, reached through no user's code.
+
+  `int("x")` is a ValueError without a `raise`, and most likely a bug.
+  """
+  entries = []
+  entry = error.__traceback__
+  while entry is not None:
+    entries.append(entry)
+    entry = entry.tb_next
+  return bool(entries) and _is_raise(entries[-1]) and (
+      _is_ours(entries[-1].tb_frame)
+      and all(_is_ours(entry.tb_frame) or _is_library(entry.tb_frame)
+              for entry in entries))
+
+
+def _is_raise(entry: TracebackType) -> bool:
+  code = entry.tb_frame.f_code.co_code
+  return dis.opname[code[entry.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _is_ours(frame: FrameType) -> bool:
+  return pathlib.Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+
+
+def _is_library(frame: FrameType) -> bool:
+  file = frame.f_code.co_filename
+  return file.startswith(("<", *LIBRARIES))
