@@ -127,14 +127,14 @@ def make_renderer(
       raise ValueError(
           f'{path} does not exist. Set chat_template to a Jinja file, "" '
           '(the tokenizer\'s own) or "plain".')
-    source = path.read_text(encoding="utf-8")
+    source, name = path.read_text(encoding="utf-8"), f"the template {path}"
   elif tokenizer.chat_template is None:
     raise ValueError(
         'the tokenizer has no chat template. Set chat_template="plain" for '
         "bare prompts and completions, or to the path of a Jinja file.")
   else:
-    source = tokenizer.chat_template
-  return ChatRenderer(chat.ChatTemplate(source, tokenizer), tokenizer)
+    source, name = tokenizer.chat_template, "the tokenizer's chat template"
+  return ChatRenderer(chat.ChatTemplate(source, tokenizer, name), tokenizer)
 
 
 def _hash(template: str, tokenizer: tokenizer_lib.Tokenizer) -> str:
