@@ -8,7 +8,6 @@ saved, to be started again by the same command.
 
 import argparse
 import errno
-import json
 import os
 import pathlib
 import sys
@@ -22,8 +21,8 @@ from posttrain import config as config_lib
 from posttrain import roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
 from posttrain.plan import environment
-from posttrain.tasks import loading
-from posttrain.text import instructions
+from posttrain.tasks import jsonl, loading
+from posttrain.text import instructions, messages
 from posttrain.train import health
 
 CommandError = arguments_lib.CommandError
@@ -320,19 +319,19 @@ def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   path = pathlib.Path(arguments.prompts)
   if not path.is_file():
     raise CommandError(f"--prompts: there is no file {path}.")
-  rows = []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise CommandError(f"{path}, line {number}: {error}.") from error
-    if not isinstance(row, dict) or not ({"prompt", "messages"} & set(row)):
-      raise CommandError(
-          f"{path}, line {number}: needed an object with a prompt or "
-          "messages.")
-    rows.append(row)
+  rows = [_prompt(line, f"{path}, line {number}")
+          for number, line in jsonl.lines(path) if line.strip()]
   if not rows:
     raise CommandError(f"{path} has no rows.")
   return rows
+
+
+def _prompt(line: bytes, where: str) -> dict[str, Any]:
+  try:
+    row = jsonl.parse(line)
+    if isinstance(row, jsonl.Repeated):
+      raise ValueError(f"{', '.join(row.keys_twice)} is there twice")
+    messages.of_row(row)
+  except ValueError as error:
+    raise CommandError(f"{where}: {error}.") from error
+  return row

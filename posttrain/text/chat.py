@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain.text import messages as messages_lib
 from posttrain.text import sandbox
 from posttrain.text import tokenizer as tokenizer_lib
 
@@ -30,10 +31,6 @@ Messages = Sequence[Mapping[str, Any]]
 # control token in a message, and around a {% generation %} block.
 HIDE, HIDE_END = "\ufdd0", "\ufdd1"
 TURN, TURN_END = sandbox.TURN_BEGIN, sandbox.TURN_END
-
-
-# Names of a message's reasoning; templates read the first two.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -185,7 +182,7 @@ class ChatTemplate:
     message = self._hide(_reasoning(messages[i]))
     squeezed = "".join(turn.split())
     for key in ("reasoning_content", "content"):
-      wanted = "".join(_text(message.get(key)).split())
+      wanted = "".join((message.get(key) or "").split())
       if wanted not in squeezed:
         raise _inexact(i, (
             f"loses text: its `{key}` is not all there (some templates cut "
@@ -240,6 +237,7 @@ class ChatTemplate:
       raise ValueError(
           "a message has one of the Unicode noncharacters U+FDD0 to U+FDD3, "
           "which no valid text has. Remove it.")
+    messages_lib.check_text(value, "a message")
     for number, control in enumerate(self._controls):
       value = value.replace(control, f"{HIDE}{number}{HIDE_END}")
     return value
@@ -250,7 +248,7 @@ class ChatTemplate:
 
 def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
   """A message whose reasoning has every name that templates read it by."""
-  found = next((message[key] for key in REASONING
+  found = next((message[key] for key in messages_lib.REASONING
                 if message.get(key) is not None), None)
   if found is None:
     return dict(message)
@@ -270,13 +268,6 @@ def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
     else:
       clean += part
   return clean, spans
-
-
-def _text(content: Any) -> str:
-  """The text of a message's content: a string, or a list of parts."""
-  if isinstance(content, (list, tuple)):
-    return "".join(part.get("text", "") for part in content)
-  return content or ""
 
 
 def _parting(text: str, prompt: str) -> str:
