@@ -8,7 +8,6 @@ saved, to be started again by the same command.
 
 import argparse
 import errno
-import json
 import os
 import pathlib
 import sys
@@ -23,8 +22,8 @@ from posttrain import mistakes, roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
 from posttrain.model import presets
 from posttrain.plan import environment
-from posttrain.tasks import exits, loading
-from posttrain.text import instructions
+from posttrain.tasks import exits, jsonl, loading
+from posttrain.text import instructions, messages
 from posttrain.train import health
 
 CommandError = arguments_lib.CommandError
@@ -335,38 +334,27 @@ def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     raise CommandError("give one of --prompt=TEXT and --prompts=FILE.jsonl.")
   if arguments.prompt:
     rows = [dict(prompt=text) for text in arguments.prompt]
-    for row in rows:
-      _check_text("--prompt", row)
+    try:
+      jsonl.check(rows)
+    except ValueError as error:  # Of bytes that are not UTF-8.
+      raise CommandError(f"--prompt: {error}.") from error
     return rows
   path = pathlib.Path(arguments.prompts)
   if not path.is_file():
     raise CommandError(f"--prompts: there is no file {path}.")
-  try:
-    text = path.read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise CommandError(f"--prompts: {path} is not UTF-8: {error}.") from error
-  rows = []
-  for number, line in enumerate(text.split("\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise CommandError(f"{path}, line {number}: {error}.") from error
-    if not isinstance(row, dict) or not ({"prompt", "messages"} & set(row)):
-      raise CommandError(
-          f"{path}, line {number}: needed an object with a prompt or "
-          "messages.")
-    _check_text(f"{path}, line {number}", row)
-    rows.append(row)
+  rows = [_prompt(line, f"{path}, line {number}")
+          for number, line in jsonl.lines(path) if line.strip()]
   if not rows:
     raise CommandError(f"{path} has no rows.")
   return rows
 
 
-def _check_text(where: str, row: dict[str, Any]) -> None:
-  """No tokenizer takes half a surrogate pair."""
+def _prompt(line: bytes, where: str) -> dict[str, Any]:
   try:
-    json.dumps(row, ensure_ascii=False).encode()
-  except UnicodeEncodeError as error:
-    raise CommandError(f"{where}: no text: {error}.") from error
+    row = jsonl.parse(line)
+    if isinstance(row, jsonl.Repeated):
+      raise ValueError(f"{', '.join(row.keys_twice)} is there twice")
+    messages.of_row(row)
+  except ValueError as error:
+    raise CommandError(f"{where}: {error}.") from error
+  return row

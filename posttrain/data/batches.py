@@ -36,6 +36,7 @@ class Batches:
 
   Attributes:
     report: what the data is, for `data_report.json`.
+    warnings: what a person should know of it.
     first_example: (tokens [n] int32, loss_mask [n] bool) of the first example
       of the stream.
   """
@@ -49,6 +50,7 @@ class Batches:
     self._fingerprint = _fingerprint(examples, setting)
     first = stream[0]
     self.first_example = first["tokens"], first["loss_mask"]
+    self.warnings = examples_lib.warnings(examples)
     self.report = examples_lib.report(examples) | {
         "padding_share": _padding_share(
             stream, min(self._examples, REPORTED_EXAMPLES), rows=rows,
@@ -90,7 +92,7 @@ class EvalBatches:
   The last batch is filled up with empty rows.
 
   Attributes:
-    report, first_example: as in `Batches`.
+    report, warnings, first_example: as in `Batches`.
   """
 
   def __init__(
@@ -100,6 +102,7 @@ class EvalBatches:
         stream, rows=rows, length=sequence_length, packing=packing)
     first = stream[0]
     self.first_example = first["tokens"], first["loss_mask"]
+    self.warnings = examples_lib.warnings(examples)
     self.report = examples_lib.report(examples) | {
         "padding_share": _padding_share(
             stream, None, rows=rows, length=sequence_length,

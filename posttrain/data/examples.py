@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from posttrain.data import sources as sources_lib
+from posttrain.tasks import jsonl
 from posttrain.text import render as render_lib
+from posttrain.text import sandbox
 
 PERCENTILES = (50, 90, 99)
 SHOWN = 5  # Rows that an error message names.
@@ -28,8 +30,10 @@ class Examples:
     tokens: int32, all examples one behind the other.
     loss_mask: bool, as `tokens`.
     offsets: [N + 1] int, where each example begins.
-    counts: rows, examples, malformed, overlong, no_target, unknown_tokens.
-    malformed, dropped, truncated: the place and the reason of each such row.
+    counts: rows, examples, malformed, overlong, no_target, repeated_keys,
+      unknown_tokens.
+    malformed, dropped, truncated, repeated: the place and the reason of each
+      such row; of a damaged part of a file, of all its rows.
   """
 
   source: sources_lib.Source
@@ -40,6 +44,7 @@ class Examples:
   malformed: list[dict[str, str]]
   dropped: list[dict[str, str]]
   truncated: list[dict[str, str]]
+  repeated: list[dict[str, str]]
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -72,15 +77,20 @@ def load(
   _check_choice("on_overlong", on_overlong, ("error", "drop", "truncate"))
   _check_choice("on_no_target", on_no_target, ("error", "drop"))
   _check_choice("on_malformed", on_malformed, ("error", "skip"))
-  rows = 0
+  rows = num_malformed = 0
   kept: list[tuple[np.ndarray, np.ndarray]] = []
   malformed, overlong, no_target, truncated = [], [], [], []
+  repeated = []
   for place, row in sources_lib.read(source):
-    rows += 1
-    example = _render(row, renderer)
+    example = _render(place, row, renderer)
     if isinstance(example, sources_lib.Fault):
       malformed.append(_entry(place, example.reason))
+      num_malformed += example.rows
+      rows += example.rows
       continue
+    rows += 1
+    if isinstance(row, jsonl.Repeated):
+      repeated.append(_entry(place, ", ".join(row.keys_twice)))
     tokens, loss_mask = example
     size = tokens.size
     if size > sequence_length:
@@ -99,7 +109,7 @@ def load(
   if on_malformed == "error":
     _require_none(
         malformed, rows, "cannot be used",
-        'Correct them, or set data.on_malformed="skip".')
+        'Correct them, or set data.on_malformed="skip".', num_malformed)
   if on_overlong == "error":
     _require_none(
         overlong, rows, f"have more than sequence_length={sequence_length} "
@@ -111,11 +121,12 @@ def load(
         'Correct them, or set data.on_no_target="drop".')
   dropped = no_target + (overlong if on_overlong == "drop" else [])
   counts = dict(
-      rows=rows, examples=len(kept), malformed=len(malformed),
-      overlong=len(overlong), no_target=len(no_target))
+      rows=rows, examples=len(kept), malformed=num_malformed,
+      overlong=len(overlong), no_target=len(no_target),
+      repeated_keys=len(repeated))
   return _collect(
       source, kept, renderer.tokenizer.unk_id, counts, malformed=malformed,
-      dropped=dropped, truncated=truncated)
+      dropped=dropped, truncated=truncated, repeated=repeated)
 
 
 def truncate(
@@ -166,17 +177,39 @@ def report(examples: Sequence[Examples]) -> dict[str, Any]:
           for part in examples],
       malformed_rows=[row for part in examples for row in part.malformed],
       dropped_rows=[row for part in examples for row in part.dropped],
-      truncated_rows=[row for part in examples for row in part.truncated])
+      truncated_rows=[row for part in examples for row in part.truncated],
+      repeated_key_rows=[row for part in examples for row in part.repeated])
+
+
+def warnings(examples: Sequence[Examples]) -> list[str]:
+  """What a person should know of data that are used as they are."""
+  found = []
+  for part in examples:
+    name, unknown = part.source.name, part.counts["unknown_tokens"]
+    if unknown:
+      found.append(
+          f"{name}: {unknown:,} of {part.tokens.size:,} tokens "
+          f"({unknown / part.tokens.size:.1%}) stand for text that this "
+          "tokenizer cannot spell, which is lost. Use another tokenizer "
+          "(tokenizer), or correct the data.")
+    if part.repeated:
+      first = part.repeated[0]
+      found.append(
+          f"{name}: {len(part.repeated):,} rows name a key twice, and the last "
+          f"value counts. The first is {first['place']}: {first['reason']}.")
+  return found
 
 
 def _render(
-    row: dict | sources_lib.Fault, renderer: render_lib.Renderer,
+    place: str, row: dict | sources_lib.Fault, renderer: render_lib.Renderer,
 ) -> tuple[np.ndarray, np.ndarray] | sources_lib.Fault:
   """The tokens and mask of a row, or what is wrong with it."""
   if isinstance(row, sources_lib.Fault):
     return row
   try:
     return renderer.example_tokens(row)
+  except sandbox.TemplateLimitError as error:  # Wrong is the template.
+    raise ValueError(f"{place}: {error}") from error
   except ValueError as error:
     return sources_lib.Fault(str(error))
 
@@ -196,13 +229,16 @@ def _entry(place: str, reason: str) -> dict[str, str]:
 
 
 def _require_none(
-    entries: list[dict[str, str]], rows: int, what: str, remedy: str) -> None:
+    entries: list[dict[str, str]], rows: int, what: str, remedy: str,
+    count: int | None = None) -> None:
+  """Raises ValueError where there are entries, of `count` rows in all."""
   if not entries:
     return
   named = "; ".join(f"{e['place']}: {e['reason']}" for e in entries[:SHOWN])
   more = f"; and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
   raise ValueError(
-      f"{len(entries)} of {rows} rows {what} ({named}{more}). {remedy}")
+      f"{count or len(entries)} of {rows} rows {what} ({named}{more}). "
+      f"{remedy}")
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,7 +5,6 @@ came from ("train.jsonl:17"), so that whatever is wrong with it can be found.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from posttrain.tasks import loading
+from posttrain.tasks import jsonl, loading
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -53,15 +52,21 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """Why a row cannot be used."""
+  """Why a row, or several in one damaged part of a file, cannot be used."""
 
   reason: str
+  rows: int = 1
+
+
+# Rows of a Parquet file that are read at once, and lost together.
+PARQUET_ROWS = 1024
 
 
 def read(source: Source) -> Iterator[tuple[str, dict | Fault]]:
   """Yields each row, or its fault, with its place; in order.
 
   Lines count from 1, as editors do; rows of a Parquet file or a task from 0.
+  A JSON object that names a key twice is a `jsonl.Repeated`.
 
   Raises:
     ValueError: there is no such file or task, or no row can be read at all.
@@ -72,44 +77,73 @@ def read(source: Source) -> Iterator[tuple[str, dict | Fault]]:
   if path.suffix not in FORMATS:
     raise ValueError(
         f"{path} is neither {' nor '.join(FORMATS)}. Check data.sources.")
-  if not path.exists():
-    raise ValueError(f"{path} does not exist. Check data.sources.")
+  if not path.is_file():  # A pipe would be waited for.
+    what = ("does not exist" if not path.exists() else "is a directory"
+            if path.is_dir() else "is no regular file")
+    raise ValueError(f"{path} {what}. Check data.sources.")
   return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
 def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
-  # Bytes, so that a line that is not UTF-8 is one faulty row. An empty line
-  # is no row.
-  with path.open("rb") as file:
-    for number, line in enumerate(file, start=1):
-      if line.strip():
-        yield f"{path}:{number}", _parse(line)
-
-
-def _parse(line: bytes) -> dict | Fault:
-  try:
-    row = json.loads(line)
-  except UnicodeDecodeError as error:
-    return Fault(f"not UTF-8: {error.reason} at byte {error.start}")
-  except json.JSONDecodeError as error:
-    return Fault(f"not JSON: {error.msg} at column {error.colno}")
-  if not isinstance(row, dict):
-    return Fault(f"a JSON {type(row).__name__}, and an object is needed")
-  return row
+  # An empty line is no row.
+  for number, line in jsonl.lines(path):
+    if line.strip():
+      try:
+        yield f"{path}:{number}", jsonl.parse(line)
+      except ValueError as error:
+        yield f"{path}:{number}", Fault(str(error))
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
   try:
-    file = pyarrow.parquet.ParquetFile(path)
-  except pyarrow.ArrowException as error:
-    raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    file = pyarrow.parquet.ParquetFile(
+        path, page_checksum_verification=True)
+  # pyarrow has no one type: a column's name that is not UTF-8 is a ValueError.
+  except (pyarrow.ArrowException, OSError, ValueError) as error:
+    raise ValueError(
+        f"{path} is not a Parquet file: {error}. Get it again, or check "
+        "data.sources.") from error
+  sizes = [file.metadata.row_group(group).num_rows
+           for group in range(file.num_row_groups)]
+  if sum(sizes) != file.metadata.num_rows:
+    raise ValueError(
+        f"{path} is damaged: it is said to have {file.metadata.num_rows} rows "
+        f"and {sum(sizes)}. Get it again.")
   number = 0
-  for batch in file.iter_batches():
-    for row in batch.to_pylist():
-      # A Parquet row has every column; an absent value is a null.
-      yield f"{path}:{number}", {
-          key: value for key, value in row.items() if value is not None}
-      number += 1
+  for group, size in enumerate(sizes):
+    end = number + size
+    try:
+      for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
+        for row in _rows_of(batch):
+          yield f"{path}:{number}", row
+          number += 1
+      if number != end:
+        raise ValueError(f"it ends at row {number}, and should at {end}")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+      yield f"{path}:{number}-{end - 1}", Fault(
+          f"a damaged part of the file ({error}); get it again", end - number)
+      number = end
+
+
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Fault]:
+  """Rows as Python values: one by one where a text is not UTF-8."""
+  try:
+    rows = batch.to_pylist()
+  except UnicodeDecodeError:
+    for at in range(batch.num_rows):
+      try:
+        rows = batch.slice(at, 1).to_pylist()
+      except UnicodeDecodeError as error:
+        yield Fault(f"not UTF-8: {error.reason} at byte {error.start}")
+      else:
+        yield from map(_present, rows)
+  else:
+    yield from map(_present, rows)
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+  """Without nulls: a Parquet row has every column."""
+  return {key: value for key, value in row.items() if value is not None}
 
 
 def _read_task(source: Source) -> Iterator[tuple[str, dict | Fault]]:

@@ -1,9 +1,10 @@
 """GGUF files: metadata, dequantised tensors, and the one model from them.
 
-The `gguf` package parses the file and dequantises; what an architecture's
-tensors mean is in `gguf_models`, and its tokenizer in `gguf_tokenizer`. One
-tensor at a time is on the host: a layer of a parameter goes to its place in
-the stacked arrays on the devices before the next one is read.
+`gguf_file` reads the format, and the `gguf` package dequantises; what an
+architecture's tensors mean is in `gguf_models`, and its tokenizer in
+`gguf_tokenizer`. One tensor at a time is on the host: a layer of a parameter
+goes to its place in the stacked arrays on the devices before the next one is
+read.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from posttrain.interop import gguf_models, parameters
+from posttrain.interop import gguf_file, gguf_models, parameters
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 
@@ -25,16 +26,16 @@ class GGUFFile:
   Attributes:
     path: where it was read from.
     metadata: every key of the file, as Python values and lists.
-    tensors: by name, as the `gguf` package describes them.
+    tensors: by name.
   """
 
   path: Path
   metadata: dict[str, Any]
-  tensors: dict[str, gguf.ReaderTensor]
+  tensors: dict[str, gguf_file.Tensor]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Row-major: `[out, in]` of a projection. GGUF writes it reversed."""
-    return tuple(int(size) for size in reversed(self.tensors[name].shape))
+    """Row-major: `[out, in]` of a projection."""
+    return self.tensors[name].shape
 
   def tensor(self, name: str) -> np.ndarray:
     """One tensor, dequantised to float32.
@@ -44,16 +45,16 @@ class GGUFFile:
     """
     tensor = self.tensors[name]
     try:
-      return gguf.dequantize(tensor.data, tensor.tensor_type)
+      return gguf.dequantize(tensor.view(), tensor.kind)
     except NotImplementedError as error:
       raise ValueError(
-          f"{self.path}: tensor {name} is {tensor.tensor_type.name}, which the "
+          f"{self.path}: tensor {name} is {tensor.kind.name}, which the "
           "gguf package cannot dequantise. Use a file of another "
           "quantisation, such as Q8_0 or F16.") from error
 
 
 def read(path: str | Path) -> GGUFFile:
-  """Parses a GGUF file; a few seconds, since vocabularies are long.
+  """Parses a GGUF file.
 
   Raises:
     ValueError: the path is not a file, or not one in the GGUF format.
@@ -61,15 +62,7 @@ def read(path: str | Path) -> GGUFFile:
   path = Path(path)
   if not path.is_file():
     raise ValueError(f"{path} is not a file; a GGUF file is needed.")
-  try:
-    reader = gguf.GGUFReader(path)
-  except (ValueError, IndexError, KeyError) as error:
-    raise ValueError(
-        f"{path} cannot be read as a GGUF file ({error}). It may be cut "
-        "short, or in another format.") from error
-  metadata = {
-      name: field.contents() for name, field in reader.fields.items()}
-  return GGUFFile(path, metadata, {t.name: t for t in reader.tensors})
+  return GGUFFile(path, *gguf_file.read_header(path))
 
 
 def model_config(file: GGUFFile) -> ModelConfig:

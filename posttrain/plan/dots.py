@@ -2,7 +2,9 @@
 
 A TPU's compiler writes a product as a convolution, and a batch dimension as a
 spatial one that is padded and dilated so that each element meets its own.
-Only pairs that really meet are counted.
+Only pairs that really meet are counted. A product of one row, as of a decode
+step with one sample on a device, it writes as a multiplication and a sum, for
+the vector unit.
 """
 
 import functools
@@ -25,11 +27,30 @@ def flops(computation: Computation, instruction: Instruction) -> int:
         left.dims[int(d)] for d in re.findall(r"\d+", contracted))
   if instruction.opcode == "convolution":
     return _convolution(computation, instruction)
+  if _is_product_of_one_row(computation, instruction):
+    return 2 * math.prod(computation.operand(instruction).array.dims)
   return 0
 
 
+def _is_product_of_one_row(
+    computation: Computation, instruction: Instruction) -> bool:
+  """A sum over a multiplication, both made of a traced `dot_general`."""
+  if instruction.opcode != "reduce" or (
+      instruction.op_name.rpartition("/")[2] != "dot_general"):
+    return False
+  summed = computation.operand(instruction)
+  while summed.opcode in ("bitcast", "convert", "copy", "reshape"):
+    summed = computation.operand(summed)
+  return summed.opcode == "multiply"
+
+
 def passes(computation: Computation, instruction: Instruction) -> int:
-  """How often the matrix unit sees each product."""
+  """How often the matrix unit sees each product.
+
+  One of the vector unit counts once: a bound that is lower than its time.
+  """
+  if instruction.opcode == "reduce":
+    return 1
   dtypes = {
       computation.operand(instruction, i).array.dtype for i in (0, 1)}
   precision = instruction.attribute("operand_precision").strip("{}")

@@ -17,7 +17,7 @@ from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
 from posttrain.plan.abstract import shard_bytes
 from posttrain.plan.program import Program
-from posttrain.train.chips import GIB, Chip
+from posttrain.train.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Counts:
   """What one device does in one run; measured from the HLO.
 
   Attributes:
-    dot_flops: of matrix products, loops multiplied out.
+    dot_flops: of matrix products, loops multiplied out; those of one row too,
+      which the vector unit does.
     passes_flops: the same, times the passes that each takes.
     kernel_flops: of attention and of products by expert, counted by hand
       from their shapes.
@@ -196,12 +197,18 @@ def count(
       transposes=transposes.beside_gradients(visits, weights))
 
 
+# As XLA prints a size, and where the compiler says what a program needs.
+_SIZE = r"([\d.]+)([KMGTPE]?)(?:i?B)?"
+_NEEDED = (rf"\({_SIZE}\) exceeds available", rf"Used {_SIZE} of \S+ hbm")
+
+
 def needed_bytes(message: str) -> int | None:
   """What an out-of-memory message says is needed; None of another error."""
   if "RESOURCE_EXHAUSTED" not in message:
     return None
-  found = re.search(r"\(([\d.]+)([KMG])\) exceeds available", message)
-  if not found:
-    return None
-  unit = {"K": 2**10, "M": 2**20, "G": GIB}[found[2]]
-  return int(float(found[1]) * unit)
+  for pattern in _NEEDED:
+    found = re.search(pattern, message)
+    if found:
+      power = "KMGTPE".find(found[2]) + 1 if found[2] else 0
+      return int(float(found[1]) * 2**(10 * power))
+  return None

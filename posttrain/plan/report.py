@@ -136,10 +136,14 @@ def _work(results: Sequence[Result], experts: int) -> Table:
         str(len(counts.transposes)), f"{result.seconds:.0f} s"))
   notes = [
       "FLOPs have loops multiplied out; a multiplication and an addition are "
-      "two", "a decode program is counted with all steps of its chunk",
+      "two; products of one row, which the vector unit does, are among them",
+      "a decode program is counted with all steps of its chunk",
       "HBM bytes: operands and results of what is not fused, with tiles' "
-      f"padding, in-place updates at their own size; attention kernels are "
-      f"counted as causal, {kernels.VISIBLE:.0%} of the pairs",
+      "padding, in-place updates at their own size; what the compiler keeps "
+      "on the chip over a loop is read once, and what it does not is read in "
+      "each iteration",
+      f"attention kernels are counted as causal, {kernels.VISIBLE:.0%} of the "
+      "pairs",
       *(["products by expert are kernels, counted as 2 x rows x in x out of a "
          "device's share of the experts, as if the router were balanced; "
          "gradients of the experts' weights are not, and are among the dots"]

@@ -294,6 +294,8 @@ def describe(
   if held_out is not None:
     report["eval_data"] = held_out.report
   context.workdir.write_json(f"{context.name}/data_report.json", report)
+  for text in batches.warnings + (held_out.warnings if held_out else []):
+    context.console.warning(text)
   context.console.example(
       f"{context.name}: first example", *batches.first_example,
       decode=context.renderer.tokenizer.decode)

@@ -1,9 +1,92 @@
-"""Rows of a benchmark's JSONL file, each checked for its text fields."""
+"""Rows of JSONL files: the one reader for data, benchmarks and prompts."""
 
+import collections
 import json
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+DEEPEST = 100  # Objects and lists in each other.
+
+
+class Repeated(dict):
+  """A row in which an object names a key twice; the last one counts.
+
+  Attributes:
+    keys_twice: these keys.
+  """
+
+  keys_twice: tuple[str, ...] = ()
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+  """The lines of a regular file, with their numbers from 1.
+
+  They are bytes, so that a line that is not UTF-8 is one faulty row.
+  """
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      yield number, line.removeprefix(
+          b"\xef\xbb\xbf") if number == 1 else line
+
+
+def parse(line: bytes) -> dict[str, Any]:
+  """The object of a line; a `Repeated` where it names a key twice.
+
+  Raises:
+    ValueError: what is wrong with it.
+  """
+  twice: list[str] = []
+
+  def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+      counts = collections.Counter(name for name, _ in pairs)
+      twice.extend(name for name, count in counts.items() if count > 1)
+    return row
+
+  try:
+    row = json.loads(line.decode(), object_pairs_hook=to_dict)
+  except UnicodeDecodeError as error:
+    raise ValueError(
+        f"not UTF-8: {error.reason} at byte {error.start}") from error
+  except json.JSONDecodeError as error:
+    raise ValueError(f"not JSON: {error.msg} at column {error.colno}"
+                     ) from error
+  except RecursionError as error:
+    raise ValueError(_TOO_DEEP) from error
+  except ValueError as error:  # Python's, of numbers.
+    raise ValueError("a whole number of more than 4,300 digits") from error
+  if not isinstance(row, dict):
+    raise ValueError(f"a JSON {type(row).__name__}, and an object is needed")
+  check(row)
+  if twice:
+    row = Repeated(row)
+    row.keys_twice = tuple(twice)
+  return row
+
+
+_TOO_DEEP = f"nested more than {DEEPEST} deep"
+
+
+def check(row: Any) -> None:
+  """Raises ValueError where a row is too deep, or has what is no text."""
+  waiting = [(row, 0)]
+  while waiting:
+    value, depth = waiting.pop()
+    if isinstance(value, str):
+      try:
+        value.encode()
+      except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a text with {value[error.start]!r}, half of a surrogate pair, "
+            f"at character {error.start}") from error
+    elif isinstance(value, (dict, list)):
+      if depth == DEEPEST:
+        raise ValueError(_TOO_DEEP)
+      inner = [*value, *value.values()] if isinstance(value, dict) else value
+      waiting += [(each, depth + 1) for each in inner]
 
 
 def read_rows(
@@ -28,11 +111,10 @@ def read_rows(
         f"There is no file {file.absolute() if path else name} "
         f"(args.path={path!r}). {remedy}")
   rows: list[dict[str, Any]] = []
-  with file.open(encoding="utf-8") as lines:
-    for number, line in enumerate(lines, 1):
-      if count and len(rows) == count:
-        break
-      rows.append(_parse(line, f"{file}, line {number}", fields))
+  for number, line in lines(file):
+    if count and len(rows) == count:
+      break
+    rows.append(_row(line, f"{file}, line {number}", fields))
   if count < 0 or len(rows) < count or not rows:
     raise ValueError(
         f"{file} has {len(rows)} rows, and args.count={count} asks for "
@@ -40,15 +122,18 @@ def read_rows(
   return rows
 
 
-def _parse(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
+def _row(line: bytes, where: str, fields: Sequence[str]) -> dict[str, Any]:
   try:
-    row = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{where}: not JSON ({error}).") from error
-  if not isinstance(row, dict):
-    raise ValueError(f"{where}: {type(row).__name__} found, object needed.")
+    row = parse(line)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}. Get the file again.") from error
+  if isinstance(row, Repeated):
+    raise ValueError(
+        f"{where}: {', '.join(map(repr, row.keys_twice))} is there twice. Get "
+        "the file again.")
   for field in fields:
     if not isinstance(row.get(field), str):
       raise ValueError(
-          f"{where}: {field!r} should be a text, and is {row.get(field)!r}.")
+          f"{where}: {field!r} should be a text, and is "
+          f"{reprlib.repr(row.get(field))}.")
   return row

@@ -1,9 +1,9 @@
 """Chat templates: messages -> tokens, and the tokens that an assistant wrote.
 
-Templates are the Jinja sources that model publishers ship, rendered in the
-sandbox that transformers uses. Control tokens come from the template's own
-text only: control strings inside messages are hidden from it behind Unicode
-noncharacters and come back as ordinary text.
+Templates are the Jinja sources that model publishers ship, rendered as
+transformers renders them, in a sandbox with limits. Control tokens come from
+the template's own text only: control strings inside messages are hidden from
+it behind Unicode noncharacters and come back as ordinary text.
 
 An assistant turn is what follows the prompt that the sampler would be given
 at that point, up to and with its end-of-turn token. That is exact when the
@@ -16,32 +16,21 @@ Not done: images, and a date. `strftime_now` always answers 26 July 2024 (the
 default of the Llama templates), so that a prompt is the same on every day.
 """
 
-import datetime
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-import jinja2.utils
-
+from posttrain.text import messages as messages_lib
+from posttrain.text import sandbox
 from posttrain.text import tokenizer as tokenizer_lib
 
 Messages = Sequence[Mapping[str, Any]]
 
-DATE = datetime.datetime(2024, 7, 26)
-
 # Noncharacters: no valid text has them. They stand around the number of a
 # control token in a message, and around a {% generation %} block.
-HIDE, HIDE_END, TURN, TURN_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-
-
-# Names of a message's reasoning; templates read the first two.
-REASONING = ("reasoning_content", "thinking", "reasoning")
+HIDE, HIDE_END = "\ufdd0", "\ufdd1"
+TURN, TURN_END = sandbox.TURN_BEGIN, sandbox.TURN_END
 
 
 class ChatTemplate:
@@ -52,8 +41,16 @@ class ChatTemplate:
     hash: its sha256.
   """
 
-  def __init__(self, source: str, tokenizer: tokenizer_lib.Tokenizer):
-    """Raises ValueError when the source is not a Jinja template."""
+  def __init__(
+      self, source: str, tokenizer: tokenizer_lib.Tokenizer,
+      name: str = "the chat template"):
+    """Raises ValueError when the source is not a Jinja template.
+
+    Args:
+      source: of the template.
+      tokenizer: that the template was made for.
+      name: for messages.
+    """
     self.source = source
     self.hash = hashlib.sha256(source.encode()).hexdigest()
     self._tokenizer = tokenizer
@@ -65,12 +62,7 @@ class ChatTemplate:
         re.escape(text) for text in sorted(stops, key=len, reverse=True)))
     self._control = re.compile(
         f"({'|'.join(map(re.escape, self._controls))})")
-    try:
-      self._template = _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-      raise ValueError(
-          f"the chat template is not valid Jinja: line {error.lineno}: "
-          f"{error.message}. Check chat_template.") from error
+    self._template = sandbox.Template(source, name)
 
   def render(self, messages: Messages, add_generation_prompt: bool) -> str:
     """The text, as transformers' `apply_chat_template` gives it."""
@@ -122,14 +114,10 @@ class ChatTemplate:
       self, messages: Messages, add_generation_prompt: bool,
   ) -> tuple[str, list[tuple[int, int]]]:
     """Text with hidden message content, and the {% generation %} spans."""
-    try:
-      text = self._template.render(
-          messages=[self._hide(_reasoning(message)) for message in messages],
-          add_generation_prompt=add_generation_prompt, tools=None,
-          documents=None, **self._tokenizer.named)
-    except (jinja2.TemplateError, TypeError, OverflowError) as error:
-      raise ValueError(
-          f"the chat template refuses these messages: {error}") from error
+    text = self._template.render(
+        messages=[self._hide(_reasoning(message)) for message in messages],
+        add_generation_prompt=add_generation_prompt, tools=None,
+        documents=None, **self._tokenizer.named)
     return _unmark(text)
 
   def _encode(
@@ -194,7 +182,7 @@ class ChatTemplate:
     message = self._hide(_reasoning(messages[i]))
     squeezed = "".join(turn.split())
     for key in ("reasoning_content", "content"):
-      wanted = "".join(_text(message.get(key)).split())
+      wanted = "".join((message.get(key) or "").split())
       if wanted not in squeezed:
         raise _inexact(i, (
             f"loses text: its `{key}` is not all there (some templates cut "
@@ -249,6 +237,7 @@ class ChatTemplate:
       raise ValueError(
           "a message has one of the Unicode noncharacters U+FDD0 to U+FDD3, "
           "which no valid text has. Remove it.")
+    messages_lib.check_text(value, "a message")
     for number, control in enumerate(self._controls):
       value = value.replace(control, f"{HIDE}{number}{HIDE_END}")
     return value
@@ -257,73 +246,9 @@ class ChatTemplate:
     return self._hidden.sub(lambda m: self._controls[int(m[1])], text)
 
 
-class _Generation(jinja2.ext.Extension):
-  """`{% generation %}...{% endgeneration %}`: marks what it encloses."""
-
-  tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
-
-  def parse(self, parser: Any) -> jinja2.nodes.Node:
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    call = self.call_method("_mark")
-    return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-  def _mark(self, caller: Any) -> str:
-    return TURN + caller() + TURN_END
-
-
-class _Namespace(jinja2.utils.Namespace):
-  """`namespace()`, closed to names that reach into Python's internals."""
-
-  def __init__(*args: Any, **kwargs: Any):
-    self, *positional = args  # So that a template may call a field `self`.
-    fields = dict(*positional, **kwargs)
-    for name in fields:
-      _check_name(name)
-    jinja2.utils.Namespace.__init__(self, fields)
-
-  def __setitem__(self, name: str, value: Any) -> None:
-    _check_name(name)
-    super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-  if isinstance(name, str) and name.startswith("_"):
-    raise jinja2.exceptions.SecurityError(
-        f"a namespace has no field {name!r}: names with a leading underscore "
-        "are not allowed.")
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
-) -> str:
-  """Jinja's own filter escapes for HTML."""
-  return json.dumps(
-      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-      sort_keys=sort_keys)
-
-
-def _raise_exception(message: str):
-  raise jinja2.TemplateError(message)
-
-
-def _environment() -> jinja2.Environment:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True,
-      extensions=[_Generation, jinja2.ext.loopcontrols])
-  environment.filters["tojson"] = _tojson
-  environment.globals |= {
-      "raise_exception": _raise_exception, "strftime_now": DATE.strftime,
-      "namespace": _Namespace,
-      # Called, it is `dict`; as an object it leads nowhere.
-      "dict": lambda *args, **kwargs: dict(*args, **kwargs)}
-  return environment
-
-
 def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
   """A message whose reasoning has every name that templates read it by."""
-  found = next((message[key] for key in REASONING
+  found = next((message[key] for key in messages_lib.REASONING
                 if message.get(key) is not None), None)
   if found is None:
     return dict(message)
@@ -343,13 +268,6 @@ def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
     else:
       clean += part
   return clean, spans
-
-
-def _text(content: Any) -> str:
-  """The text of a message's content: a string, or a list of parts."""
-  if isinstance(content, (list, tuple)):
-    return "".join(part.get("text", "") for part in content)
-  return content or ""
 
 
 def _parting(text: str, prompt: str) -> str:

@@ -5,8 +5,10 @@ E). Asking is all they do; budgets enforce. A model that was not trained on
 them may get worse by them, as s1's did (its table 14).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from posttrain.text import messages as messages_lib
 
 TEXTS = {
     "tokens": "Think for up to {n} tokens.",
@@ -36,7 +38,7 @@ def ask(
     think_start: opens a thinking; a bare prompt that ends in it still does.
 
   Raises:
-    ValueError: no message of the user's is text.
+    ValueError: no message is the user's, or one is malformed.
   """
   key = "messages" if "messages" in row else "prompt"
   value = row[key]
@@ -48,17 +50,16 @@ def ask(
     question = body.rstrip()
     rest = value[len(question):]
     return {**row, key: f"{question}\n\n{text}{rest}"}
-  return {**row, key: _ask_last(value, text)}
+  return {**row, key: _ask_last(messages_lib.turns(value, None), text)}
 
 
-def _ask_last(messages: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
+def _ask_last(messages: list[dict[str, Any]], text: str) -> list[Any]:
   """Behind the last message of the user."""
   for i in range(len(messages) - 1, -1, -1):
     message = messages[i]
-    if message.get("role") == "user" and isinstance(
-        message.get("content"), str):
+    if message["role"] == "user":
       asked = {**message, "content": f"{message['content']}\n\n{text}"}
       return [*messages[:i], asked, *messages[i + 1:]]
   raise ValueError(
-      "an instruction goes behind the user's message, and there is none with "
-      f"text among {len(messages)}.")
+      "an instruction goes behind the user's message, and there is none "
+      f"among {len(messages)}.")

@@ -8,12 +8,13 @@ training example begins with exactly the tokens that the sampler is given.
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from posttrain.text import chat
+from posttrain.text import messages as messages_lib
 from posttrain.text import tokenizer as tokenizer_lib
 
 PLAIN = "plain"
@@ -88,7 +89,7 @@ class ChatRenderer:
     Raises:
       ValueError: as `ChatTemplate.prompt_tokens`, or the row is malformed.
     """
-    return self.template.prompt_tokens(_prompt_messages(row))
+    return self.template.prompt_tokens(messages_lib.of_row(row))
 
   def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [n] int32 and loss mask [n] bool.
@@ -99,10 +100,10 @@ class ChatRenderer:
     Raises:
       ValueError: as `ChatTemplate.example_tokens`, or the row is malformed.
     """
-    messages = _prompt_messages(row)
+    messages = messages_lib.of_row(row)
     completed = "completion" in row
     if completed:
-      messages = [*messages, *_turns(row["completion"], "assistant")]
+      messages += messages_lib.turns(row["completion"], "assistant")
     tokens, mask = self.template.example_tokens(messages, last_only=completed)
     return np.array(tokens, np.int32), np.array(mask, bool)
 
@@ -128,14 +129,14 @@ def make_renderer(
       raise ValueError(
           f'{path} {what}. Set chat_template to a Jinja file, "" (the '
           'tokenizer\'s own) or "plain".')
-    source = path.read_text(encoding="utf-8")
+    source, name = path.read_text(encoding="utf-8"), f"the template {path}"
   elif tokenizer.chat_template is None:
     raise ValueError(
         'the tokenizer has no chat template. Set chat_template="plain" for '
         "bare prompts and completions, or to the path of a Jinja file.")
   else:
-    source = tokenizer.chat_template
-  return ChatRenderer(chat.ChatTemplate(source, tokenizer), tokenizer)
+    source, name = tokenizer.chat_template, "the tokenizer's chat template"
+  return ChatRenderer(chat.ChatTemplate(source, tokenizer, name), tokenizer)
 
 
 def _hash(template: str, tokenizer: tokenizer_lib.Tokenizer) -> str:
@@ -152,32 +153,4 @@ def _require_text(row: Row, key: str) -> str:
     raise ValueError(
         f"`{key}` is a {type(row[key]).__name__}, and "
         'chat_template="plain" needs a string.')
-  return row[key]
-
-
-def _prompt_messages(row: Row) -> list[dict]:
-  if ("messages" in row) == ("prompt" in row):
-    raise ValueError(
-        f"the row has {', '.join(sorted(row)) or 'no columns'}; it needs "
-        "either `messages` or `prompt`.")
-  if "messages" in row:
-    return _turns(row["messages"], None)
-  return _turns(row["prompt"], "user")
-
-
-def _turns(value: Any, role: str | None) -> list[dict]:
-  """Messages, from a list of them or from a string said by `role`."""
-  if isinstance(value, str) and role is not None:
-    return [{"role": role, "content": value}]
-  if isinstance(value, (str, bytes, Mapping)) or not isinstance(
-      value, (Sequence, np.ndarray)):
-    raise ValueError(
-        f"messages are a {type(value).__name__}, and a list is needed.")
-  for i, message in enumerate(value):
-    if not isinstance(message, Mapping) or not isinstance(
-        message.get("role"), str):
-      raise ValueError(
-          f"message {i} is {message!r}, and needs `role` and `content`.")
-  # Parquet gives every message every column; absent ones are None.
-  return [{key: item for key, item in message.items() if item is not None}
-          for message in value]
+  return messages_lib.check_text(row[key], f"`{key}`")

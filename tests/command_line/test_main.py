@@ -283,7 +283,12 @@ def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):
 
 @pytest.mark.parametrize("text, message", [
     ('{"prompt": "a"}\n{', "line 2"),
-    ('{"question": "a"}', "line 1: needed an object with a prompt"),
+    ('{"question": "a"}', "line 1: the row has question; it needs either"),
+    ('{"prompt": "\\ud800"}', "line 1: a text with"),
+    ('{"prompt": "a", "prompt": "b"}', "line 1: prompt is there twice"),
+    ('{"messages": [{"role": "user", "content": 5}]}',
+     "line 1: message 0 has the content 5, a int"),
+    ("[" * 100_000, "line 1: nested more than"),
     ("\n", "has no rows"),
     ("[" * 100_000, "line 1: maximum recursion depth"),
     ('{"prompt": ' + "9" * 5000 + "}", "line 1: Exceeds the limit"),

@@ -4,6 +4,8 @@ import collections
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,6 +207,69 @@ def test_malformed_rows_stop_the_run_or_are_counted(tmp_path):
   report = make([source], on_malformed="skip").report
   assert (report["rows"], report["examples"], report["malformed"]) == (5, 2, 3)
   assert report["malformed_rows"][0]["place"] == f"{source['path']}:3"
+
+
+def test_hostile_rows_stop_the_run_or_are_counted(tmp_path):
+  source = write(tmp_path / "a.jsonl", [5, 6])
+  with open(source["path"], "ab") as file:
+    file.write(rb'{"prompt": "1 \ud800", "completion": "2"}' + b"\n"
+               + b'{"prompt": "1", "completion": "2", "n": 1' + b"0" * 5000
+               + b"}\n" + b"[" * 100_000 + b"\n")
+  with pytest.raises(ValueError, match=(
+      r"3 of 5 rows cannot be used \(.*a.jsonl:3: a text with '\\ud800'.*; "
+      r".*:4: a whole number of more than.*; .*:5: nested.*"
+      'on_malformed="skip"')):
+    make([source])
+  found = make([source], on_malformed="skip").report
+  assert (found["rows"], found["examples"], found["malformed"]) == (5, 2, 3)
+
+
+def test_rows_of_a_damaged_part_are_all_counted(tmp_path):
+  path = tmp_path / "a.parquet"
+  pyarrow.parquet.write_table(pyarrow.table({
+      "prompt": [str(n) for n in range(60)],
+      "completion": [f"{n} " * 5 for n in range(60)]}), path,
+      row_group_size=20, write_page_checksum=True, use_dictionary=False)
+  column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1)
+  data = bytearray(path.read_bytes())
+  end = column.data_page_offset + column.total_compressed_size
+  data[end - 6:end] = b"\xa5" * 6
+  path.write_bytes(data)
+  source = dict(path=str(path))
+  with pytest.raises(ValueError, match=(
+      r"20 of 60 rows cannot be used \(.*a.parquet:20-39: a damaged part")):
+    make([source])
+  report = make([source], on_malformed="skip").report
+  assert (report["rows"], report["examples"], report["malformed"]) == (
+      60, 40, 20)
+
+
+def test_what_is_only_warned_about(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text(
+      '{"prompt": "1", "prompt": "2", "completion": "3"}\n'
+      '{"prompt": "zebra", "completion": "yak"}\n')
+  iterator = make([dict(path=str(path))])
+  assert iterator.report["repeated_keys"] == 1
+  assert iterator.report["repeated_key_rows"] == [
+      dict(place=f"{path}:1", reason="prompt")]
+  unknown, twice = iterator.warnings
+  assert f"{path}: 2 of 6 tokens (33.3%) stand for text" in unknown
+  assert f"{path}: 1 rows name a key twice" in twice and (
+      f"{path}:1: prompt" in twice)
+  assert not make([write(tmp_path / "b.jsonl", [5, 6])]).warnings
+
+
+def test_a_template_that_does_too_much_is_no_malformed_row(tmp_path):
+  """It would otherwise be skipped, and on some hosts only."""
+  (tmp_path / "t.jinja").write_text(
+      "{% for m in messages %}{{ m.content * 10**9 }}{% endfor %}")
+  renderer = render.make_renderer(WORDS, str(tmp_path / "t.jinja"))
+  source = write(tmp_path / "a.jsonl", [5])
+  with pytest.raises(ValueError, match=r"a.jsonl:1: the template .*t\.jinja "):
+    batches.make_batches(
+        [source], renderer, sequence_length=16, rows=4, seed=0,
+        on_malformed="skip")
 
 
 def test_the_report_adds_up(sources):

@@ -69,10 +69,26 @@ def test_sizes_of_slices():
     topology.parse("v5e:2x2", 0)
 
 
-def test_the_message_of_a_compiler_that_ran_out():
-  """As libtpu 0.0.42 writes it; see docs/pods.md."""
-  message = (
-      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
-      "required for HLO temporaries (35.59G) exceeds available HBM (15.75G).")
-  assert measure.needed_bytes(message) == int(35.59 * 2**30)
-  assert measure.needed_bytes("INTERNAL: (35.59G) exceeds available") is None
+HBM = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    "for HLO temporaries ({}) exceeds available HBM (15.75G).")
+SPACE = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+    "memory space hbm. Used {} of 15.75G hbm. Exceeded hbm capacity by 2.10G.")
+
+
+@pytest.mark.parametrize("size, needed", [
+    ("35.59G", 35.59 * 2**30), ("1.06T", 1.06 * 2**40), ("2P", 2 * 2**50),
+    ("1.5E", 1.5 * 2**60), ("17408.0M", 17 * 2**30), ("512.5K", 512.5 * 2**10),
+    ("812B", 812), ("812", 812), ("17.85GiB", 17.85 * 2**30)])
+@pytest.mark.parametrize("message", [HBM, SPACE])
+def test_the_message_of_a_compiler_that_ran_out(message, size, needed):
+  """As libtpu 0.0.42 writes them; see docs/pods.md."""
+  assert measure.needed_bytes(message.format(size)) == int(needed)
+
+
+def test_another_error_of_the_compiler_is_no_want_of_memory():
+  for message in (
+      "INTERNAL: (35.59G) exceeds available", "RESOURCE_EXHAUSTED: quota",
+      SPACE.replace("hbm", "vmem").format("20.1M")):
+    assert measure.needed_bytes(message) is None

@@ -7,6 +7,8 @@
               mesh.tensor=2
   splash      forward and backward of splash attention, [2, 4, 1024, 128]
               queries against 2 heads of keys
+  one_row     measure/decode[G=1 S=32] of configs/quickstart.py:debug on
+              v6e:4x8: one row on each device, 24 steps
   ragged      gradients of the sum of squares of jax.lax.ragged_dot, bfloat16
               [1024, 256] rows with [8, 256, 384] weights, on one v5e
   grouped     the same of model.grouped_kernel.product
@@ -71,6 +73,21 @@ def test_the_head_takes_six_passes(update):
       if dots.flops(visit.scope.computation, visit.instruction)}
   assert passes.pop("...d,dv->...v") == 6
   assert set(passes.values()) == {1}
+
+
+def test_products_of_one_row_are_counted():
+  """The compiler writes most as a multiplication and a sum, not as a dot."""
+  layers, embed, mlp, heads, kv, head, vocab, slots, steps = (
+      3, 128, 384, 4, 2, 32, 128, 32, 24)
+  weights = layers * (embed * head * 2 * (heads + kv) + 3 * embed * mlp)
+  scores = layers * 2 * heads * head * slots
+  counts = measure.count(
+      recorded("one_row"), collectives.Layout(("fsdp", "tensor"), (32, 1)),
+      set(), None)
+  assert counts.dot_flops == steps * 2 * (weights + scores + embed * vocab)
+  # Each weight is copied to the core in every step, which two rows of the
+  # same program need once: the compiler's choice, and so it is counted.
+  assert counts.hbm_bytes > steps * 4 * weights
 
 
 def test_trip_counts_are_the_layers_and_chunks(update):

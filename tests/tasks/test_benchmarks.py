@@ -24,8 +24,9 @@ def real_folder(name):
 
 
 def write(folder, name, rows):
-  (folder / name).write_text("".join(
-      row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+  (folder / name).write_bytes(b"".join(
+      row if isinstance(row, bytes) else row.encode() if isinstance(row, str)
+      else json.dumps(row).encode() + b"\n" for row in rows))
   return str(folder)
 
 
@@ -98,7 +99,13 @@ def test_math500_checks_gold_answers(tmp_path):
 
 @pytest.mark.parametrize("rows, message", [
     ([dict(question="q", answer="#### 1"), "{"], "line 2: not JSON"),
-    (["[1]\n"], "line 1: list found"),
+    (["[1]\n"], "line 1: a JSON list"),
+    (['{"question": "\\udc00", "answer": "#### 1"}\n'], "line 1: a text with"),
+    (['{"question": "q", "x": %s}\n' % ("1" * 5000)], "line 1: a whole number"),
+    (["[" * 100_000], "line 1: nested more than 100 deep"),
+    (['{"question": "q", "question": "r", "answer": "#### 1"}\n'],
+     "line 1: 'question' is there twice"),
+    ([dict(question="q", answer="#### 1"), b"\xff"], "line 2: not UTF-8"),
     ([dict(question="q")], "line 1: 'answer' should be a text"),
     ([dict(question=3, answer="#### 1")], "'question' should be a text"),
     ([dict(question="q", answer="no mark 5")], "line 1: .*#### NUMBER"),

@@ -35,8 +35,15 @@ def test_the_users_last_message_asks(key):
   row = instructions.ask({key: [USER, TOLD, USER, TOLD]}, TEXT)
   assert row[key] == [
       USER, TOLD, USER | {"content": f"2 + 2?\n\n{TEXT}"}, TOLD]
-  with pytest.raises(ValueError, match="none with text among 1"):
+  with pytest.raises(ValueError, match="none among 1"):
     instructions.ask({key: [TOLD]}, TEXT)
+
+
+def test_a_question_in_parts_asks():
+  parts = [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]
+  row = instructions.ask(
+      {"messages": [{"role": "user", "content": parts}]}, TEXT)
+  assert row["messages"] == [USER | {"content": f"2 + 2?\n\n{TEXT}"}]
 
 
 WORDS = vocabulary.train_sentencepiece(

@@ -1,5 +1,7 @@
 """Oracles: tokens and masks put together by hand."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,77 @@ def test_every_form_of_a_row_gives_the_same_tokens():
   prompt = renderer.prompt_tokens({"prompt": "hello"})
   assert first[0][:len(prompt)].tolist() == prompt
   assert renderer.prompt_tokens(forms[1]) == prompt
+
+
+def test_parts_of_text_are_one_text():
+  renderer = render.make_renderer(CHATML)
+  parts = lambda *texts: [{"type": "text", "text": t} for t in texts]
+  say = lambda role, content: {"role": role, "content": content}
+  whole = renderer.example_tokens({"messages": [
+      say("user", "hello how"), say("assistant", "are you")]})
+  for cut in (parts("hello ", "how"), tuple(parts("", "hello how")),
+              np.array([{**part, "image": None} for part in parts(
+                  "hello", " how")])):
+    row = {"messages": [say("user", cut), say("assistant", parts("are you"))]}
+    for a, b in zip(whole, renderer.example_tokens(row), strict=True):
+      np.testing.assert_array_equal(a, b)
+  assert renderer.prompt_tokens(
+      {"prompt": [say("user", parts("hello ", "how"))]}
+  ) == renderer.prompt_tokens({"prompt": "hello how"})
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "http://a"}}
+
+
+@pytest.mark.parametrize("content, message", [
+    (42, "message 0 has the content 42, a int; a text, or a list of parts"),
+    (1.5, "the content 1.5, a float"), (True, "the content True, a bool"),
+    ({"type": "text", "text": "a"}, "a dict; a text, or a list of parts"),
+    (None, "message 0 has no content"), (b"a", "the content b'a', a bytes"),
+    ([IMAGE], "message 0 has the part {'image_url'"),
+    ([{"type": "text", "text": "a"}, IMAGE], "has the part"),
+    ([{"type": "text", "text": 5}], "has the part"),
+    ([{"type": "text"}], "has the part"), ([{"text": "a"}], "has the part"),
+    (["a"], "has the part 'a'"), ([["a"]], "has the part"),
+    ("a \ud800", "message 0 has '\\ud800' at character 2"),
+])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_content_of_another_type_is_an_error(content, message, role):
+  """Of every role, as a prompt, and as what is learnt."""
+  renderer = render.make_renderer(CHATML)
+  user, said = {"role": "user", "content": "hi"}, {
+      "role": role, "content": content}
+  rows = [{"messages": [said, user]}, {"prompt": [said, user]}]
+  for row in rows:
+    with pytest.raises(ValueError, match=re.escape(message)):
+      renderer.prompt_tokens(row)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    renderer.example_tokens({"prompt": "hi", "completion": [said]})
+
+
+def test_a_message_without_a_content_is_an_error():
+  """With calls of tools too, of which there are none yet."""
+  renderer = render.make_renderer(CHATML)
+  user = {"role": "user", "content": "hi"}
+  for said in ({"role": "assistant"},
+               {"role": "assistant", "content": None, "tool_calls": [{}]}):
+    with pytest.raises(ValueError, match="message 1 has no content"):
+      renderer.example_tokens({"messages": [user, said]})
+  with pytest.raises(ValueError, match="message 1 has the reasoning 5"):
+    renderer.example_tokens({"messages": [
+        user, {"role": "assistant", "content": "a", "reasoning": 5}]})
+
+
+@pytest.mark.parametrize("renderer", [
+    render.make_renderer(WORDS, "plain"), render.make_renderer(CHATML)])
+def test_half_of_a_surrogate_pair_is_an_error(renderer):
+  """Tokenizers raise whatever they like of it: RuntimeError, TypeError."""
+  for row in ({"prompt": "a \udcff", "completion": "b"},
+              {"prompt": "a", "completion": "\udcff"}):
+    with pytest.raises(ValueError, match=r"'\\udcff' at character"):
+      renderer.example_tokens(row)
+  with pytest.raises(ValueError, match=r"'\\udcff' at character 2"):
+    renderer.prompt_tokens({"prompt": "a \udcff"})
 
 
 def test_with_a_completion_only_the_completion_is_learnt():
