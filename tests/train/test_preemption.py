@@ -23,15 +23,14 @@ ALONE = textwrap.dedent("""
 HOST = textwrap.dedent("""
     import sys, time, jax
     import numpy as np
-    from jax.experimental import multihost_utils
-    jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
-    from posttrain import sharding
+    from posttrain import distributed, sharding
     from posttrain.train import checkpoints, preemption
     preemption.install()
+    distributed.initialize()
     with jax.set_mesh(sharding.make_mesh(2, 1)):
       add = jax.jit(lambda x: x + x.sum())
       x = sharding.put(np.zeros(2, np.float32), "batch")
-      with checkpoints.Checkpoints(sys.argv[3], keep=1) as saver:
+      with checkpoints.Checkpoints(sys.argv[1], keep=1) as saver:
         # Two stages: the step starts again at one in the second.
         for step in [*range(1, 30), *range(1, 2000)]:
           x = add(x)
@@ -68,10 +67,12 @@ def test_two_hosts_leave_after_the_same_step(tmp_path, free_port):
   """Only the second host gets the signal, in its second stage."""
   env = os.environ | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+      "POSTTRAIN_COORDINATOR": f"localhost:{free_port}",
+      "POSTTRAIN_NUM_PROCESSES": "2"}
   hosts = [
-      start(HOST, str(i), str(free_port), str(tmp_path / "c"), env=env)
-      for i in range(2)]
+      start(HOST, str(tmp_path / "c"),
+            env=env | {"POSTTRAIN_PROCESS_ID": str(i)}) for i in range(2)]
   second = hosts[1].stdout
   assert second is not None
   steps = (int(line) for line in second if line.strip().isdigit())
