@@ -15,8 +15,10 @@ environment, which `launch/` sets:
 Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
+import ctypes
 import os
 import re
+import signal
 
 import jax
 
@@ -83,6 +85,7 @@ def _join(
   line.use(line.Line(
       process_id, answers.hosts, answers.connections,
       lost_seconds=lost_seconds, waits=sharding.waits).start())
+  delay_aborts()
   # The line has SIGTERM, and is the first to find that a process is lost.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
@@ -90,6 +93,20 @@ def _join(
       coordinator_bind_address=(
           coordinator if bind and process_id == 0 else None),
       heartbeat_timeout_seconds=max(100, 2 * lost_seconds))
+
+
+def delay_aborts() -> None:
+  """Gives the line some seconds to end this process before JAX aborts it.
+
+  JAX does so as soon as its coordinator has gone, with a stack trace and a
+  status that tell nothing. Its client takes no other action: a callback in
+  Python cannot be called. So SIGABRT is handled by C's `sleep`, which takes the
+  signal's number, 6, for seconds; the abort goes on when it returns.
+  """
+  c = ctypes.CDLL(None)
+  c.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+  c.signal.restype = ctypes.c_void_p
+  c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))
 
 
 def detect(seconds: int) -> tuple[str, int, int]:

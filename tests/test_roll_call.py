@@ -150,6 +150,7 @@ def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
     return roll_call.Answers({}, {})
   monkeypatch.setattr(roll_call, "call", call)
   monkeypatch.setattr(line, "use", lambda line: None)
+  monkeypatch.setattr(distributed, "delay_aborts", lambda: None)
   monkeypatch.setattr(
       distributed.jax.distributed, "initialize",
       lambda *arguments, **more: calls.append((arguments, more)))
