@@ -5,8 +5,9 @@
       -- train --config=configs/mine.py --workdir=/mnt/runs/mine
 
 Each slice is a job of the set and each host a pod. A run that was preempted
-(status 75: state saved), or whose pod the cluster disrupted, is started again
-as often as it takes; one that failed, up to --max-restarts times. Secrets are a
+(status 75, and 143 of SIGTERM before Python ran), or whose pod the cluster
+disrupted, is started again as often as it takes; one that failed or lost a host
+(69), up to --max-restarts times. Secrets are a
 Secret of the job's name. Status 0: completed; 1: failed.
 
 Needs kubectl with a context, JobSet in the cluster, node pools of these slices,
@@ -61,7 +62,7 @@ def job_set(
   pod_failures = {"rules": [
       {"action": "FailJob", "onExitCodes": {
           "containerName": "posttrain", "operator": "In",
-          "values": [job_lib.PREEMPTED]}},
+          "values": [job_lib.PREEMPTED, job_lib.TERMINATED]}},
       {"action": "FailJob", "onPodConditions": [
           {"type": "DisruptionTarget", "status": "True"}]}]}
   return {

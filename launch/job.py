@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from posttrain.plan import topology as topology_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PREEMPTED = os.EX_TEMPFAIL  # Of `posttrain`: state saved, start it again.
+LOST = os.EX_UNAVAILABLE  # Of `posttrain`: another host is gone.
+TERMINATED = 128 + signal.SIGTERM  # Before Python ran, or after its last line.
 USAGE_ERROR = 2
 
 
@@ -168,6 +171,16 @@ def shell_variables(values: Mapping[str, str]) -> str:
   return "".join(
       f"export {name}={shlex.quote(value)}\n"
       for name, value in values.items())
+
+
+def exit_status(status: int) -> int:
+  """A process's status; one that SIGTERM ended is preempted.
+
+  Args:
+    status: as `subprocess` or a shell gives it.
+  """
+  status = 128 - status if status < 0 else status
+  return PREEMPTED if status == TERMINATED else status
 
 
 class Shell:

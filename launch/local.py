@@ -7,8 +7,9 @@
 What follows `--` goes to `python -m posttrain` in every process. The same
 program then runs as on a pod slice: one process per host, one global mesh.
 The first process prints as usual; the lines of the others are prefixed with
-their number. When one process fails, the rest are ended. The exit status is
-that of the process that failed first; preempted (75) stays 75.
+their number. When one process fails or is killed it is named, and the rest are
+ended. The exit status is that of the process that failed first; preempted (75)
+stays 75, and a process that SIGTERM ended before Python ran (143) is preempted.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import time
 
 GRACE_SECONDS = 60.0  # Between SIGTERM, which saves a checkpoint, and SIGKILL.
 PREEMPTED = 75  # State saved; the same command goes on.
+LOST = 69  # Says a process that misses another one.
+LOSS_SECONDS = 3.0  # Between that and the other one's end.
 DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
 
 
@@ -118,22 +121,33 @@ def end(processes: list[subprocess.Popen]) -> None:
       process.wait()
 
 
+def ending(status: int) -> str:
+  if status < 0:
+    return f"was ended by {signal.Signals(-status).name}"
+  return f"ended with status {status}"
+
+
 def wait(processes: list[subprocess.Popen]) -> int:
   """Waits for all; ends the rest when one fails. Returns the exit status."""
   while True:
     statuses = [process.poll() for process in processes]
-    failed = [(i, status) for i, status in enumerate(statuses) if status]
+    if set(statuses) - {None, 0} == {LOST}:  # What it misses is still dying.
+      wait_until(processes, time.monotonic() + LOSS_SECONDS)
+      statuses = [process.poll() for process in processes]
+    failed = [(status in (LOST, PREEMPTED), i, status)
+              for i, status in enumerate(statuses) if status]
     if failed:
-      process_id, status = failed[0]
-      # A signal's status as a shell reports it, and as sys.exit can.
-      status = 128 - status if status < 0 else status
-      if status == PREEMPTED:  # The others are saving too: do not hurry them.
+      _, process_id, status = min(failed)
+      if status in (PREEMPTED, -signal.SIGTERM):
+        # The others are saving too: do not hurry them.
         wait_until(processes, time.monotonic() + GRACE_SECONDS)
-      elif any(other is None for other in statuses):
-        print(f"launch/local.py: process {process_id} ended with status "
-              f"{status}; ending the others", file=sys.stderr)
+        status = PREEMPTED
+      else:
+        print(f"launch/local.py: process {process_id} {ending(status)}; "
+              "ending the others", file=sys.stderr)
       end(processes)
-      return status
+      # A signal's status as a shell reports it, and as sys.exit can.
+      return 128 - status if status < 0 else status
     if all(status == 0 for status in statuses):
       return 0
     time.sleep(0.05)

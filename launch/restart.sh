@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Runs a command again for as long as it says that it was preempted.
+# Runs a command again for as long as it was preempted or has lost a host.
 #
 #   launch/restart.sh python -m posttrain train --config=... --workdir=...
 #
 # Exit status 75 means "preempted, state saved": the same command goes on from
-# there. Any other status is final and is passed on. SIGTERM is passed to the
-# command and ends the restarts. POSTTRAIN_EXIT_FILE names a file that gets the
-# final status.
+# there. So does it after 69, "another host is lost", if that one comes back; if
+# not, the roll call at the start says so and fails. 143 is SIGTERM before Python
+# could handle it, or after the last line: preempted too, and passed on as 75.
+# Any other status is final. SIGTERM is passed to the command and ends the
+# restarts. POSTTRAIN_EXIT_FILE names a file that gets the final status.
 set -uo pipefail
 
 if [[ $# -eq 0 ]]; then
@@ -14,7 +16,7 @@ if [[ $# -eq 0 ]]; then
   exit 2
 fi
 
-readonly PREEMPTED=75
+readonly PREEMPTED=75 LOST=69 TERMINATED=143
 stopped=0
 child=""
 trap 'stopped=1; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null' TERM INT
@@ -29,10 +31,14 @@ while true; do
     wait "$child"
     status=$?
   done
-  if [[ $status -ne $PREEMPTED || $stopped -eq 1 ]]; then
+  [[ $status -ne $TERMINATED ]] || status=$PREEMPTED
+  why=""
+  [[ $status -ne $PREEMPTED ]] || why="preempted"
+  [[ $status -ne $LOST ]] || why="another host is lost"
+  if [[ -z "$why" || $stopped -eq 1 ]]; then
     [[ -z "${POSTTRAIN_EXIT_FILE:-}" ]] || echo "$status" > "$POSTTRAIN_EXIT_FILE"
     exit "$status"
   fi
-  echo "launch/restart.sh: preempted, state saved; starting again" >&2
+  echo "launch/restart.sh: $why; starting again from what is saved" >&2
   sleep "${POSTTRAIN_RESTART_SECONDS:-10}"
 done

@@ -6,9 +6,10 @@
 
 Writes the task as YAML and submits it: SkyPilot finds a zone, copies this
 checkout, runs the command on every host, and recovers it on other slices when
-they are preempted or the run says so (status 75: state saved). SkyPilot takes
-any name of an accelerator and fails when it has none; the names here are those
-of the table that `posttrain plan` has. It knows no several slices in one job.
+they are preempted or the run says so (status 75, and 143 of SIGTERM before
+Python ran); after other failures up to --max-restarts times. SkyPilot takes any
+name of an accelerator and fails when it has none; the names here are those of
+the table that `posttrain plan` has. It knows no several slices in one job.
 
 Needs the command `sky`, set up for Google Cloud.
 """
@@ -36,7 +37,7 @@ resources:
   use_spot: {spot}
   job_recovery:
     max_restarts_on_errors: {max_restarts}
-    recover_on_exit_codes: [{preempted}]
+    recover_on_exit_codes: [{preempted}, {terminated}]
 envs:
   POSTTRAIN_COORDINATOR: auto
 setup: |
@@ -83,7 +84,7 @@ def task(job: job_lib.Job, *, max_restarts: int = 0) -> str:
       infra=json.dumps(f"gcp/*/{job.zone}" if job.zone else "gcp"),
       accelerator=f"tpu-{accelerators.accelerator_type(job.topology)}",
       runtime=runtime, spot=json.dumps(job.spot), max_restarts=max_restarts,
-      preempted=job_lib.PREEMPTED,
+      preempted=job_lib.PREEMPTED, terminated=job_lib.TERMINATED,
       setup=indented(INSTALL),
       # A recovered job is on other hosts, so its setup comes with each run.
       run=indented(f"set -e\n{job.setup}\n" if job.setup else "set -e")

@@ -134,7 +134,7 @@ def run_all(runs: Sequence[Run]) -> list[str]:
       states.append("not started")
     else:
       child = subprocess.Popen(run.command)
-      status = child.wait()
+      status = job_lib.exit_status(child.wait())
       stopped = stopped or status == job_lib.PREEMPTED
       states.append({0: "finished", job_lib.PREEMPTED: "preempted"}.get(
           status, f"failed ({status})"))

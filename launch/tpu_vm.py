@@ -5,11 +5,12 @@
 
 Requests the slices as a queued resource, waits, installs this checkout on
 every worker, starts the same command on all of them and follows the log of the
-first. A worker whose run was preempted (status 75: state saved) starts it
-again; slices that were taken away are requested anew, and the run goes on from
-its workdir. When all workers have finished, the slices are deleted and the
-status is 0; when one has failed, its last lines are shown and the status is
-its. The same command follows a run that is under way; ^C leaves it running.
+first. A worker whose run was preempted (status 75, and 143 of SIGTERM before
+Python ran) or has lost another one (69) starts it again; slices that were taken
+away are requested anew, and the run goes on from its workdir. When all workers
+have finished, the slices are deleted and the status is 0; when one has failed,
+its last lines are shown and the status is its. The same command follows a run
+that is under way; ^C leaves it running.
 
 The workdir must be a directory that every worker sees under the same name, such
 as a bucket that --setup mounts. Needs gcloud, signed in.
@@ -142,7 +143,7 @@ class Slices:
     status, text = self.shell.output(self.on("all", f"{WORKER} status"))
     if status:
       return {}
-    return {host: int(code) if code else None
+    return {host: job_lib.exit_status(int(code)) if code else None
             for host, word, code in STATE.findall(text) if word != "none"}
 
 
@@ -236,7 +237,7 @@ def failed(slices: Slices, found: dict[str, int | None]) -> int:
       f"{host} ended with status {status}" for host, status in bad.items()))
   # A host that saved, or lost the others, is not the reason.
   return min(bad.values(), key=lambda status: (
-      status == job_lib.PREEMPTED, status > 128, status))
+      status in (job_lib.PREEMPTED, job_lib.LOST), status > 128, status))
 
 
 def supervise(slices: Slices, poll_seconds: float) -> int:

@@ -5,9 +5,10 @@
       -- train --config=configs/mine.py --workdir=/mnt/runs/mine
 
 Submits one workload; xpk and the cluster's queue do the rest. Status 75
-(preempted, state saved) restarts it, and so do xpk's own codes (127 to 255),
---max-restarts times in all. xpk writes variables of the environment into its
-manifest, where they can be read, so secrets are refused: launch.gke has them.
+(preempted) and 69 (a host is lost) restart it, and so do xpk's own codes (127
+to 255, and so 143 of SIGTERM before Python ran), --max-restarts times in all.
+xpk writes variables of the environment into its manifest, where they can be
+read, so secrets are refused: launch.gke has them.
 """
 
 import shlex
@@ -61,7 +62,7 @@ def workload(
       f"--docker-image={job.image}",
       *(f"--storage={name}" for name in storage),
       f"--max-restarts={max_restarts}",
-      f"--restart-on-exit-codes={job_lib.PREEMPTED}",
+      f"--restart-on-exit-codes={job_lib.PREEMPTED},{job_lib.LOST}",
       f"--command={setup}POSTTRAIN_COORDINATOR=auto exec python -m posttrain "
       f"{shlex.join(job.command)}",
       *(["--spot"] if job.spot else [])]

@@ -31,8 +31,9 @@ with a budget of thinking tokens, from one config file.
 
 EXIT_STATUS = """\
 exit status: 0 finished, or a plan that fits; 1 failed; 2 a wrong command or
-config; 3 a plan with a program that does not fit; 75 preempted (SIGTERM) with
-its state saved: start it again with the same command."""
+config; 3 a plan with a program that does not fit; 69 another host is lost;
+75 preempted (SIGTERM) with its state saved; 143 SIGTERM in the first instant.
+After the last three the same command goes on from the last checkpoint."""
 
 TRAIN = """\
 Runs the stages of a config in order. Finished stages are skipped and an

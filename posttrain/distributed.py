@@ -8,22 +8,26 @@ environment, which `launch/` sets:
   POSTTRAIN_NUM_PROCESSES  how many there are      (not with "auto")
   POSTTRAIN_PROCESS_ID     which one this is, 0..  (not with "auto")
   POSTTRAIN_START_SECONDS  how long to wait for the others (300)
+  POSTTRAIN_LOST_SECONDS   how long one may be silent before it is lost (100);
+                           one that is killed is known to be at once
   POSTTRAIN_SLICES         names of the slices, for messages   (optional)
 
 Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
+import ctypes
 import itertools
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 from jax._src import distributed as store  # The store has no public name.
 
-from posttrain import roll_call, sharding
+from posttrain import line, roll_call, sharding
 
 T = TypeVar("T")
 
@@ -31,6 +35,7 @@ COORDINATOR = "POSTTRAIN_COORDINATOR"
 NUM_PROCESSES = "POSTTRAIN_NUM_PROCESSES"
 PROCESS_ID = "POSTTRAIN_PROCESS_ID"
 START_SECONDS = "POSTTRAIN_START_SECONDS"
+LOST_SECONDS = "POSTTRAIN_LOST_SECONDS"
 
 STORE = "posttrain/first_host/"
 PART = 1 << 20  # Bytes of a message, of which gRPC takes 4 MiB.
@@ -66,8 +71,7 @@ def initialize(*, cpu_devices: int = 1) -> None:
     return
   seconds = _integer(START_SECONDS, "300")
   if coordinator == "auto":
-    roll_call.call(*detect(seconds), seconds=seconds)
-    jax.distributed.initialize()
+    _join(*detect(seconds), seconds=seconds)
     return
   num_processes = _integer(NUM_PROCESSES)
   process_id = _integer(PROCESS_ID)
@@ -78,12 +82,43 @@ def initialize(*, cpu_devices: int = 1) -> None:
   # Of effect on CPU devices only; no other CPU implementation is built in.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # Binding to the given address alone keeps loopback runs off the network.
-  roll_call.call(
-      coordinator, num_processes, process_id, seconds=seconds,
-      bind=coordinator.rpartition(":")[0])
+  _join(coordinator, num_processes, process_id, seconds=seconds,
+        bind=coordinator.rpartition(":")[0])
+
+
+def _join(
+    coordinator: str, num_processes: int, process_id: int, *, seconds: int,
+    bind: str = "",
+) -> None:
+  """Calls the roll, opens the line and joins the processes."""
+  lost_seconds = _integer(LOST_SECONDS, "100")
+  answers = roll_call.call(
+      coordinator, num_processes, process_id, seconds=seconds, bind=bind)
+  line.use(line.Line(
+      process_id, answers.hosts, answers.connections,
+      lost_seconds=lost_seconds, waits=sharding.waits).start())
+  delay_aborts()
+  # The line has SIGTERM, and is the first to find that a process is lost.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
-      coordinator_bind_address=coordinator if process_id == 0 else None)
+      coordinator_bind_address=(
+          coordinator if bind and process_id == 0 else None),
+      heartbeat_timeout_seconds=max(100, 2 * lost_seconds))
+
+
+def delay_aborts() -> None:
+  """Gives the line some seconds to end this process before JAX aborts it.
+
+  JAX does so as soon as its coordinator has gone, with a stack trace and a
+  status that tell nothing. Its client takes no other action: a callback in
+  Python cannot be called. So SIGABRT is handled by C's `sleep`, which takes the
+  signal's number, 6, for seconds; the abort goes on when it returns.
+  """
+  c = ctypes.CDLL(None)
+  c.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+  c.signal.restype = ctypes.c_void_p
+  c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))
 
 
 def detect(seconds: int) -> tuple[str, int, int]:

@@ -2,8 +2,8 @@
 
 Arguments and the config are checked before JAX is imported, so that a typing
 mistake costs a second. Exit status: 0 finished; 1 failed; 2 the command or
-its config is wrong; 3 a plan that does not fit; 75 preempted with its state
-saved, to be started again by the same command.
+its config is wrong; 3 a plan that does not fit; 69 another host is lost; 75
+preempted. After the last two the same command goes on from what is saved.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
+from posttrain import line as line_lib
 from posttrain import mistakes, roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
 from posttrain.model import presets
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
+  line_lib.hear_out()  # That another process is lost is the better message.
   print(f"posttrain: {message}", file=sys.stderr)
   return FAILED
 
@@ -225,11 +227,9 @@ VERBS = {
 
 
 def _start(config: config_dict.ConfigDict) -> None:
-  """Joins the other hosts and lets SIGTERM be a request."""
+  """Joins the other processes of the run."""
   from posttrain import distributed
-  from posttrain.train import preemption
   distributed.initialize(cpu_devices=config.mesh.cpu_devices)
-  preemption.install()
 
 
 def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:

@@ -3,7 +3,8 @@
 JAX waits for all processes too, but when its time is out it aborts each of them
 without saying which one is missing. So process 0 calls the roll first, on the
 coordinator's address before JAX has it, and all of them end with the names of
-those that did not answer. Nothing but sockets here.
+those that did not answer. The connections stay, for `line.py`. Nothing but
+sockets here.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 SLICES = "POSTTRAIN_SLICES"  # Names of the slices in order, for messages.
 HEARING_SECONDS = 5.0  # For a caller to say who it is.
@@ -22,10 +23,22 @@ class StartError(RuntimeError):
   """Not all processes of a run are there; the message names those missing."""
 
 
+class Answers(NamedTuple):
+  """Who is there.
+
+  Attributes:
+    hosts: of all processes, by number.
+    connections: of process 0 with the others, and of each of those with it.
+  """
+
+  hosts: dict[int, str]
+  connections: dict[int, socket.socket]
+
+
 def call(
     coordinator: str, num_processes: int, process_id: int, *,
     seconds: float, bind: str = "",
-) -> None:
+) -> Answers:
   """Returns when every process has called it, or raises in each that has.
 
   Args:
@@ -39,19 +52,16 @@ def call(
   deadline = time.monotonic() + seconds
   if process_id == 0:
     port = int(coordinator.rpartition(":")[2])
-    problem = _listen((bind, port), num_processes, deadline)
-  else:
-    problem = _answer(
-        coordinator, {"process": process_id, "of": num_processes,
-                      "host": socket.gethostname()}, deadline)
-  if problem:
-    raise StartError(problem)
+    return _listen((bind, port), num_processes, deadline)
+  return _answer(
+      coordinator, {"process": process_id, "of": num_processes,
+                    "host": socket.gethostname()}, deadline)
 
 
 def _listen(
     address: tuple[str, int], num_processes: int, deadline: float,
-) -> str:
-  """Hears the others and tells them all the problem; "" if there is none."""
+) -> Answers:
+  """Hears the others, and tells them all who is there or what is wrong."""
   hosts = {0: socket.gethostname()}
   callers: dict[int, socket.socket] = {}
   problem = ""
@@ -83,8 +93,10 @@ def _listen(
           callers.pop(gone).close()
           del hosts[gone]
   for connection in callers.values():
-    _tell(connection, problem)
-  return problem
+    _tell(connection, problem, hosts)
+  if problem:
+    raise StartError(problem)
+  return Answers(hosts, callers)
 
 
 def _hear(connection: socket.socket) -> dict[str, Any] | None:
@@ -109,32 +121,63 @@ def _is_there(connection: socket.socket) -> bool:
     return False
 
 
-def _tell(connection: socket.socket, problem: str) -> None:
-  """Sends the verdict, and lets the caller close first: the address is free
-  for JAX then."""
+def _tell(
+    connection: socket.socket, problem: str, hosts: Mapping[int, str],
+) -> None:
+  """Sends the verdict; if it is a problem, lets the caller close first."""
   connection.settimeout(HEARING_SECONDS)
-  with connection, contextlib.suppress(OSError):
-    connection.sendall(json.dumps(problem).encode() + b"\n")
-    connection.recv(1)
+  verdict = {"problem": problem, "hosts": [hosts[n] for n in sorted(hosts)]}
+  with contextlib.suppress(OSError):
+    connection.sendall(json.dumps(verdict).encode() + b"\n")
+    if problem:
+      connection.recv(1)
+  if problem:
+    connection.close()
 
 
 def _answer(
     coordinator: str, caller: Mapping[str, str | int], deadline: float,
-) -> str:
+) -> Answers:
   """Tells process 0 that this one is there; what it says once all are."""
   host, _, port = coordinator.rpartition(":")
   while (left := deadline - time.monotonic()) > 0:
     # Process 0 may have started later: its deadline is its own.
-    with contextlib.suppress(OSError, ValueError), socket.create_connection(
-        (host, int(port)), HEARING_SECONDS) as connection:
-      connection.sendall(json.dumps(dict(caller)).encode() + b"\n")
-      connection.settimeout(2 * left + HEARING_SECONDS)
-      verdict = connection.makefile("rb").readline()
-      if verdict:
-        return str(json.loads(verdict))
+    verdict = None
+    with contextlib.suppress(OSError, ValueError):
+      connection = socket.create_connection(
+          (host, int(port)), HEARING_SECONDS)
+      verdict = _ask(connection, caller, 2 * left + HEARING_SECONDS)
+    if verdict is not None:
+      if verdict["problem"]:
+        connection.close()
+        raise StartError(verdict["problem"])
+      return Answers(dict(enumerate(verdict["hosts"])), {0: connection})
     time.sleep(0.1)
-  return (f"{_name(0, int(caller['of']))} did not start, or cannot be reached "
-          f"from {caller['host']} at {coordinator}.")
+  raise StartError(
+      f"{_name(0, int(caller['of']))} did not start, or cannot be reached "
+      f"from {caller['host']} at {coordinator}.")
+
+
+def _ask(
+    connection: socket.socket, caller: Mapping[str, str | int], seconds: float,
+) -> dict[str, Any] | None:
+  """The verdict of process 0; None, and it is closed, if that hangs up."""
+  try:
+    connection.sendall(json.dumps(dict(caller)).encode() + b"\n")
+    connection.settimeout(seconds)
+    line = b""
+    while not line.endswith(b"\n"):  # What follows is no part of it.
+      byte = connection.recv(1)
+      if not byte:
+        break
+      line += byte
+    else:
+      return json.loads(line)
+  except BaseException:
+    connection.close()
+    raise
+  connection.close()
+  return None
 
 
 def _missing(hosts: Mapping[int, str], num_processes: int) -> str:

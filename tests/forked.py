@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import sys
 import time
 
 from posttrain.train import metrics
@@ -39,8 +38,8 @@ def _main(argv, log, compiled, devices):
   jax.config.update("jax_compilation_cache_dir", compiled)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  from posttrain import main
-  sys.exit(main.main(argv))
+  from posttrain import __main__
+  __main__.run(argv)
 
 
 def finish(process, log, status=0):

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # lower layers; units of one layer do not know each other.
 LAYERS = (
     ("sharding", "text", "tasks", "objectives", "evaluation", "roll_call",
-     "mistakes", "model.config"),
+     "line", "mistakes", "model.config"),
     ("model.presets", "distributed"),
     ("config", "model", "data"),
     ("workdir", "sampling_arguments", "sampler", "interop"),

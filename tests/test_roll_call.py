@@ -13,20 +13,19 @@ import time
 import pytest
 from jax._src import clusters
 
-from posttrain import distributed, roll_call
+from posttrain import distributed, line, roll_call
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def call_all(port, numbers, of, seconds, delay=lambda number: 0.0):
-  """What each process raises, or None, by its number."""
+  """The message or the answers that each process gets, by its number."""
   results = {}
   def one(index, number):
     time.sleep(delay(number))
     try:
-      roll_call.call(f"127.0.0.1:{port}", of, number, seconds=seconds,
-                     bind="127.0.0.1")
-      results[index] = None
+      results[index] = roll_call.call(
+          f"127.0.0.1:{port}", of, number, seconds=seconds, bind="127.0.0.1")
     except roll_call.StartError as error:
       results[index] = str(error)
   threads = [threading.Thread(target=one, args=item, daemon=True)
@@ -43,10 +42,17 @@ def test_all_return_when_the_last_has_come(free_port):
   before = time.monotonic()
   found = call_all(
       free_port, range(8), 8, 60, lambda number: 0.3 * (number in (0, 5)))
-  assert found == dict.fromkeys(range(8))
   assert 0.3 < time.monotonic() - before < 30
   with socket.create_server(("127.0.0.1", free_port)):
-    pass  # The address is free for JAX.
+    pass  # The address is free for JAX, though the connections stay.
+  hosts = dict.fromkeys(range(8), socket.gethostname())
+  assert all(answers.hosts == hosts for answers in found.values())
+  first = found[0].connections
+  assert set(first) == set(range(1, 8))
+  for number, connection in first.items():
+    connection.sendall(bytes([number]))  # What follows the verdict is kept.
+    assert set(found[number].connections) == {0}
+    assert found[number].connections[0].recv(9) == bytes([number])
 
 
 def test_those_that_are_there_name_the_missing(free_port, monkeypatch):
@@ -70,7 +76,7 @@ def test_without_process_0_the_others_name_it(free_port):
 def test_two_processes_of_one_number_stop_all(free_port):
   found = call_all(
       free_port, (0, 1, 1, 2), 4, 6, lambda number: 0.3 * (number == 0))
-  assert found[0] is not None and "process 1 of 4 on " in found[0]
+  assert "process 1 of 4 on " in found[0]
   assert "one too many" in found[0]
 
 
@@ -96,7 +102,7 @@ def test_strangers_and_the_dead_are_not_counted(free_port):
     return 0.2 * number
   found = call_all(free_port, (0, 2), 3, 6, when)
   assert "1 of 3 processes did not start: process 1." in found[0]
-  assert call_all(free_port, (0, 1, 2), 3, 60) == dict.fromkeys(range(3))
+  assert set(call_all(free_port, (0, 1, 2), 3, 60)[0].hosts) == {0, 1, 2}
 
 
 def test_a_pod_of_which_one_host_is_missing_is_refused(tmp_path, free_port):
@@ -139,8 +145,19 @@ def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
   assert distributed.detect(5) == ("host:12", 4, 3)
   calls = []
   monkeypatch.setenv(distributed.COORDINATOR, "auto")
-  monkeypatch.setattr(roll_call, "call", lambda *a, **k: calls.append((a, k)))
+  def call(*arguments, **more):
+    calls.append((arguments, more))
+    return roll_call.Answers({}, {})
+  monkeypatch.setattr(roll_call, "call", call)
+  monkeypatch.setattr(line, "use", lambda line: None)
+  monkeypatch.setattr(distributed, "delay_aborts", lambda: None)
   monkeypatch.setattr(
-      distributed.jax.distributed, "initialize", lambda: calls.append("jax"))
+      distributed.jax.distributed, "initialize",
+      lambda *arguments, **more: calls.append((arguments, more)))
   distributed.initialize()
-  assert calls == [(("host:12", 4, 3), {"seconds": 300}), "jax"]
+  assert calls[0] == (("host:12", 4, 3), {"seconds": 300, "bind": ""})
+  # Of JAX too, and it is slower to find that a process is lost.
+  arguments, more = calls[1]
+  assert arguments == ("host:12", 4, 3)
+  assert more["coordinator_bind_address"] is None
+  assert more["heartbeat_timeout_seconds"] > 100

@@ -8,36 +8,24 @@ own times are gathered, and a host is named whose own time is more than
 time and a second to it. A chip that is slow by itself does not show here: all
 hosts wait for it alike; a trace of a step does (`profile.steps`).
 
-A thread of each host says every `PULSE` seconds that it is there, and whether
-it waits, in the store of JAX's coordinator. Process 0 names a host that it has
-not heard of for `SILENT` seconds, and one that does not wait while all others
-have for `STUCK` seconds: it hangs, and will reach no `log_every`. JAX itself
-ends all processes when one has been silent for 100; its message has the number
-of the lost process and not its host. If process 0 is lost, with the
-coordinator, JAX ends the others at once, and says that the leader died: whose
-host that is, each process says when it begins. The thread also measures for
-how long the whole process stood still.
+On the line between the processes (`line.py`) each says every few seconds that
+it is there, and whether it waits. Process 0 warns of one that it has not heard
+of for `line.SILENT` seconds, and of one that does not wait while all others
+have for `STUCK` seconds: it hangs, and will reach no `log_every`. A thread of
+each also measures for how long the whole process stood still.
 """
 
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
-from jax._src import distributed  # The store has no public name.
 
-from posttrain import sharding
+from posttrain import line, sharding
 
 FACTOR = 2.0
 LEAST = 0.1
-PULSE = 5.0
-SILENT = 20.0
 STUCK = 60.0
-STORE = "posttrain/alive/"
 
 
 def slow_hosts(
@@ -69,27 +57,6 @@ def stuck_hosts(waits: dict[int, float]) -> list[int]:
   return busy if others and min(others) >= STUCK else []
 
 
-class Silence:
-  """Who has not been heard of, from values that hosts keep changing."""
-
-  def __init__(self, clock: Callable[[], float] = time.monotonic):
-    self._clock = clock
-    self._last: dict[int, tuple[str, float]] = {}
-    self.lost: set[int] = set()
-
-  def update(self, values: dict[int, str]) -> tuple[list[int], list[int]]:
-    """Takes what is in the store now; who fell silent, and who is back."""
-    now = self._clock()
-    for host, value in values.items():
-      if host not in self._last or self._last[host][0] != value:
-        self._last[host] = (value, now)
-    silent = {host for host, (_, heard) in self._last.items()
-              if now - heard >= SILENT}
-    fell, back = sorted(silent - self.lost), sorted(self.lost - silent)
-    self.lost = silent
-    return fell, back
-
-
 class Hosts:
   """The hosts of a run; does nothing in a run of one process."""
 
@@ -99,31 +66,22 @@ class Hosts:
       warn: takes a line for a person; from a thread too.
     """
     self._warn = warn
-    self._alone = jax.process_count() == 1
+    self._line = line.current()
     self._stopped = threading.Event()
     self._stalled = 0.0
-    self._silence = Silence()
-    self._stuck: list[int] = []
-    self._names: dict[int, str] = {}
+    self._silent: set[int] = set()
+    self._stuck: set[int] = set()
     self.restart()
 
   def begin(self) -> None:
     """Says who is who, and starts the thread."""
-    if self._alone:
-      return
-    self._names = _names()
-    me = jax.process_index()
-    if me:
-      print(f"{self.name(me)} of {jax.process_count()}; the coordinator is "
-            f"{self.name(0)}", file=sys.stderr, flush=True)
-    threading.Thread(target=self._pulse, daemon=True).start()
+    if self._line is not None:
+      threading.Thread(
+          target=self._watch, args=(self._line,), daemon=True).start()
     self.restart()
 
   def end(self) -> None:
     self._stopped.set()
-
-  def name(self, process: int) -> str:
-    return f"process {process} ({self._names[process]})"
 
   def restart(self) -> None:
     """What comes next is compared; what came before is not."""
@@ -141,7 +99,7 @@ class Hosts:
     Returns:
       Seconds of the slowest and the median host, as metrics; none alone.
     """
-    if self._alone:
+    if self._line is None:
       return {}
     wall = time.monotonic() - self._since
     own = max(
@@ -151,60 +109,51 @@ class Hosts:
     times = np.asarray(found, np.float64).ravel()
     for process, seconds, median in slow_hosts(times, wall):
       self._warn(
-          f"{self.name(process)} holds the others up: {seconds:.1f} s of its "
-          f"own in the last {wall:.1f} s, where the median host has "
+          f"{self._line.name(process)} holds the others up: {seconds:.1f} s of "
+          f"its own in the last {wall:.1f} s, where the median host has "
           f"{median:.1f} s.")
     self.restart()
     return {"time/host_slowest": float(times.max()),
             "time/host_median": float(np.median(times))}
 
-  def _pulse(self) -> None:
-    client: Any = distributed.global_state.client
-    me = jax.process_index()
-    beat, last = 0, time.monotonic()
-    while not self._stopped.wait(PULSE):
+  def _watch(self, here: line.Line) -> None:
+    last = time.monotonic()
+    while not self._stopped.wait(line.PULSE):
       now = time.monotonic()
-      late = now - last - PULSE
+      late = now - last - line.PULSE
       if late > 0.5:  # The whole process stood still.
         self._stalled += late
       last = now
-      try:
-        beat += 1
-        client.key_value_set(
-            f"{STORE}{me}", f"{beat} {sharding.waits()}", allow_overwrite=True)
-        if me == 0:
-          self._listen(client)
-      except Exception:  # The coordinator is gone: JAX says so, and ends us.
-        return
+      if here.number == 0:
+        self.look(here.silences(), here.waiting(), here.name)
 
-  def _listen(self, client: Any) -> None:
-    values = {int(key.rpartition("/")[2]): value
-              for key, value in client.key_value_dir_get(STORE)}
-    fell, back = self._silence.update(values)
-    for process in fell:
+  def look(
+      self, silences: dict[int, float], waits: dict[int, float],
+      name: Callable[[int], str],
+  ) -> None:
+    """Warns of who has fallen silent or hangs, and of who is back.
+
+    Args:
+      silences: seconds since each other process was heard of.
+      waits: seconds that each has waited by now, 0 if it does not wait.
+      name: of a process.
+    """
+    silent = {process for process, seconds in silences.items()
+              if seconds >= line.SILENT}
+    for process in sorted(silent - self._silent):
       self._warn(
-          f"{self.name(process)} has not been heard of for {SILENT:.0f} s: it "
-          "is dead, stands still or has lost its network. If it does not come "
-          "back, JAX ends all processes, and the same command goes on from the "
-          "last checkpoint.")
-    for process in back:
-      self._warn(f"{self.name(process)} is back.")
-    stuck = stuck_hosts({
-        process: float(value.partition(" ")[2])
-        for process, value in values.items()
-        if process not in self._silence.lost})
-    for process in set(stuck) - set(self._stuck):
+          f"{name(process)} has not been heard of for {line.SILENT:.0f} s: it "
+          "stands still or has lost its network. If it does not come back, "
+          "all processes end, and the same command goes on from the last "
+          "checkpoint.")
+    for process in sorted(self._silent - silent):
+      self._warn(f"{name(process)} is back.")
+    self._silent = silent
+    stuck = set(stuck_hosts({
+        process: seconds for process, seconds in waits.items()
+        if process not in silent}))
+    for process in sorted(stuck - self._stuck):
       self._warn(
-          f"all others have waited for {self.name(process)} for {STUCK:.0f} s: "
+          f"all others have waited for {name(process)} for {STUCK:.0f} s: "
           "it hangs, or works alone.")
     self._stuck = stuck
-
-
-def _names() -> dict[int, str]:
-  """The host of each process."""
-  name = np.zeros(64, np.uint8)
-  text = socket.gethostname().encode()[:64]
-  name[:len(text)] = np.frombuffer(text, np.uint8)
-  found = sharding.of_all_hosts(name)
-  return {i: row[row > 0].astype(np.uint8).tobytes().decode(errors="replace")
-          for i, row in enumerate(found)}

@@ -3,27 +3,31 @@
 Cluster schedulers announce an eviction with SIGTERM and grant some seconds.
 A stage asks `requested()` once between two steps, on every host; when it is
 true, the stage saves a checkpoint and raises `Preempted`, which ends the
-process with status 75 (EX_TEMPFAIL of sysexits.h: "try again later"). Any
-other status means finished (0) or failed, and is not worth a restart. A rollout
+process with status 75 (EX_TEMPFAIL of sysexits.h: "try again later"). A rollout
 may last for longer than the seconds that are granted: between two of its chunks
 `leave_if_requested()` raises, and whoever asked for the rollout catches it and
 says what is kept.
 
-With one process a Python signal handler sets a flag. Under `jax.distributed`
-the coordination service catches the signal on whichever host gets it, and
-picks a step that no host has begun: no collective, and no cost per step.
+Until a process has asked for the first time there is nothing to save, and
+SIGTERM ends it at once, with status 75 too: while it imports JAX, reads weights
+or compiles. Several processes agree on the step over their line (`line.py`).
+
+A thread takes the signal, since the main one may be waiting for devices, and
+those for a host that is gone. Only the standard library is imported here: this
+comes before all else.
 """
 
+import os
 import signal
-import types
+import sys
+import threading
 
-import jax
-from jax.experimental import multihost_utils
+from posttrain import line
 
-EXIT_STATUS = 75
+EXIT_STATUS = line.PREEMPTED
 
+_pipe: tuple[int, int] | None = None
 _received = False
-_reached = False
 _calls = 0
 
 
@@ -39,19 +43,23 @@ class Preempted(SystemExit):
 
 
 def install() -> None:
-  """Makes SIGTERM a request; call once, after `jax.distributed.initialize`.
+  """Makes SIGTERM a request; for the main thread, which may call it again."""
+  global _pipe
+  if _pipe is None:
+    _pipe = os.pipe()
+    os.set_blocking(_pipe[1], False)
+    threading.Thread(target=_listen, name="sigterm", daemon=True).start()
+  # Written to at once, by whichever thread the signal comes to.
+  signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
+  signal.signal(signal.SIGTERM, _handle)
 
-  Under `jax.distributed` this does nothing: JAX has taken the signal, and a
-  Python handler would hide it from the coordination service.
+
+def ignore() -> None:
+  """Lets a process that has its exit status keep it; call it at the end.
+
+  Python puts the default handler back when it ends, but leaves this.
   """
-  if not jax.distributed.is_initialized():
-    signal.signal(signal.SIGTERM, _on_sigterm)
-
-
-def _on_sigterm(signum: int, frame: types.FrameType | None) -> None:
-  del signum, frame
-  global _received
-  _received = True
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def requested() -> bool:
@@ -60,15 +68,41 @@ def requested() -> bool:
   The count of the calls, rather than the step, is what hosts agree on: it
   goes on rising when the next stage starts at step 0. Once true, it stays so.
   """
-  global _calls, _reached
+  global _calls
+  here = line.current()
+  if here is not None:
+    return here.stop_requested()
   _calls += 1
-  if not jax.distributed.is_initialized():
-    return _received
-  _reached |= multihost_utils.reached_preemption_sync_point(_calls)
-  return _reached
+  return _received
 
 
 def leave_if_requested() -> None:
   """Raises `Preempted` where SIGTERM has come; every host calls it alike."""
   if requested():
     raise Preempted("SIGTERM within a rollout, which is dropped.")
+
+
+def _handle(signum: int, frame: object) -> None:
+  """Wakes the thread, if an event loop has taken Python's own way to do so."""
+  del frame
+  assert _pipe is not None
+  os.write(_pipe[1], bytes([signum]))
+
+
+def _listen() -> None:
+  assert _pipe is not None
+  while True:
+    if signal.SIGTERM in os.read(_pipe[0], 64):
+      _terminate()
+
+
+def _terminate() -> None:
+  global _received
+  _received = True
+  here = line.current()
+  if here is not None:
+    here.terminate()
+  elif not _calls:
+    print("posttrain: SIGTERM before the first step: nothing is lost, and the "
+          "same command starts again.", file=sys.stderr, flush=True)
+    os._exit(EXIT_STATUS)

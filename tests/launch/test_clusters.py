@@ -12,7 +12,6 @@ import subprocess
 import pytest
 
 from launch import gke, skypilot, xpk
-from launch import job as job_lib
 from posttrain.plan import topology as topology_lib
 
 COMMAND = ["--", "train", "--config=configs/tiny.py:debug",
@@ -83,7 +82,7 @@ def test_a_preempted_pod_restarts_the_set_for_free(cloud):
   preempted, disrupted = template["podFailurePolicy"]["rules"]
   assert preempted["action"] == disrupted["action"] == "FailJob"
   assert preempted["onExitCodes"] == {
-      "containerName": "posttrain", "operator": "In", "values": [75]}
+      "containerName": "posttrain", "operator": "In", "values": [75, 143]}
   assert disrupted["onPodConditions"][0]["type"] == "DisruptionTarget"
   assert template["backoffLimit"] == 0
   # Kubernetes takes such rules only where pods do not restart themselves.
@@ -133,7 +132,7 @@ def test_xpk(cloud, capsys):
   assert words[:3] == ["xpk", "workload", "create"]
   assert {"--workload=r1", "--cluster=c", "--tpu-type=v5p-128", "--zone=z",
           "--num-slices=2", "--docker-image=registry/mine:1", "--storage=runs",
-          "--restart-on-exit-codes=75"} < set(words)
+          "--restart-on-exit-codes=75,69"} < set(words)
   (command,) = (word for word in words if word.startswith("--command="))
   assert shlex.split(command)[-3:] == COMMAND[1:]
   assert not cloud.calls()
@@ -199,7 +198,7 @@ def test_the_real_skypilot_reads_every_slice(tmp_path, cloud):
     assert accelerators == {f"tpu-{prefix}-{units}": 1}
     assert (called, spot, zone) == ("r1", True, "us-east5-a")
     assert args["tpu_vm"] and args["runtime_version"].startswith("v2-alpha-")
-    assert recovery["recover_on_exit_codes"] == [job_lib.PREEMPTED]
+    assert recovery["recover_on_exit_codes"] == [75, 143]
     assert shlex.split(script)[-3:] == COMMAND[1:]
     assert "|| gcsfuse 'a: b' /mnt" in script
   assert pathlib.Path(name).exists()

@@ -22,6 +22,12 @@ def read(*argv, **kwargs):
   return job_lib.Parser("text").read(argv, **kwargs)[0]
 
 
+@pytest.mark.parametrize("status, means", [
+    (0, 0), (1, 1), (69, 69), (75, 75), (143, 75), (-15, 75), (-9, 137)])
+def test_what_sigterm_ended_is_preempted(status, means):
+  assert job_lib.exit_status(status) == means
+
+
 def with_command(*command):
   return [*FLAGS[:2], "--", *command]
 

@@ -107,7 +107,34 @@ if os.environ["POSTTRAIN_PROCESS_ID"] == "0":
   os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(600)
 """)
-  assert launch("--processes=2", module, env=environment).returncode == 137
+  result = launch("--processes=2", module, env=environment)
+  assert result.returncode == 137
+  assert "process 0 was ended by SIGKILL; ending the others" in result.stderr
+
+
+def test_a_process_that_misses_another_one_is_not_the_reason(tmp_path):
+  """A process that is killed closes its connections before it has ended."""
+  module, environment = program(tmp_path, """
+import os, signal, sys, time
+if os.environ["POSTTRAIN_PROCESS_ID"] == "0":
+  sys.exit(69)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+""")
+  result = launch("--processes=2", module, env=environment)
+  assert result.returncode == 137
+  assert "process 1 was ended by SIGKILL" in result.stderr
+
+
+def test_sigterm_before_python_handles_it_is_a_preemption(tmp_path):
+  module, environment = program(tmp_path, """
+import os, signal, sys, time
+if os.environ["POSTTRAIN_PROCESS_ID"] == "0":
+  os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.5)
+sys.exit(75)
+""")
+  assert launch("--processes=2", module, env=environment).returncode == 75
 
 
 def test_sigterm_reaches_every_process_and_preempted_stays_75(tmp_path):

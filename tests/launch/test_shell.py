@@ -30,7 +30,33 @@ def test_restart_passes_on_a_failure(tmp_path):
   assert process.returncode == 3
   assert (tmp_path / "runs").read_text() == "x\nx\n"
   assert (tmp_path / "status").read_text() == "3\n"
-  assert "preempted, state saved" in err
+  assert "preempted; starting again" in err
+
+
+@pytest.mark.parametrize("status", ["kill -TERM $$", "exit 143", "exit 69"])
+def test_restart_goes_on_after_an_early_sigterm_and_a_lost_host(
+    tmp_path, status):
+  process = restart(
+      tmp_path, "#!/bin/sh\necho x >> runs; test -s second && exit 0\n"
+      f"echo 1 > second; {status}\n", POSTTRAIN_EXIT_FILE="status")
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 0, err
+  assert (tmp_path / "runs").read_text() == "x\nx\n"
+  assert "starting again from what is saved" in err
+
+
+def test_a_restart_that_is_stopped_early_is_preempted(tmp_path):
+  """The command is a shell's `sleep`, which handles no signal."""
+  process = restart(
+      tmp_path, "#!/bin/sh\ntouch ready; exec sleep 60\n",
+      POSTTRAIN_EXIT_FILE="status")
+  deadline = time.monotonic() + 30
+  while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  assert process.returncode == 75
+  assert (tmp_path / "status").read_text() == "75\n"
 
 
 def test_restart_waits_for_a_command_that_saves_on_sigterm(tmp_path):

@@ -25,7 +25,8 @@ place.mkdir(parents=True, exist_ok=True)
 with (place / "starts").open("a") as file:
   file.write(given["--config.reason.group_size"])
 if (pathlib.Path(__file__).parent / "slow").exists():
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+  if not (pathlib.Path(__file__).parent / "early").exists():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
   (place / "ready").touch()
   time.sleep(600)
 if given["--config.reason.group_size"] == "8" and not (
@@ -100,8 +101,11 @@ def test_dry_run_prints_a_line_per_run_and_runs_none(flags, tmp_path, capsys):
   assert not (tmp_path / "runs").exists()
 
 
-def test_sigterm_saves_the_run_and_starts_no_other(flags, tmp_path):
+@pytest.mark.parametrize("when", ["slow", "early"])
+def test_sigterm_saves_the_run_and_starts_no_other(flags, tmp_path, when):
+  """Before a run handles it too."""
   (tmp_path / "slow").touch()
+  (tmp_path / when).touch()
   process = subprocess.Popen(
       [sys.executable, "-m", "launch.sweep", *flags], cwd=ROOT,
       stdout=subprocess.PIPE, text=True)

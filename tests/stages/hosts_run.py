@@ -12,10 +12,9 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 
-from posttrain import main
+from posttrain import __main__, line
 from posttrain.data import batches
 from posttrain.train import hosts
 
@@ -38,7 +37,7 @@ def misbehave(step: int, act) -> None:
 
 
 if __name__ == "__main__":
-  hosts.PULSE, hosts.SILENT, hosts.STUCK = 0.5, 3.0, 3.0
+  line.PULSE, line.SILENT, hosts.STUCK = 0.5, 3.0, 3.0
   if os.environ["POSTTRAIN_PROCESS_ID"] == os.environ.get("WHICH", "1"):
     if "STOP" in os.environ:
       at, seconds = os.environ["STOP"].split(":")
@@ -49,4 +48,4 @@ if __name__ == "__main__":
     if "KILL" in os.environ:
       misbehave(int(os.environ["KILL"]), lambda: os.kill(
           os.getpid(), signal.SIGKILL))
-  sys.exit(main.main())
+  __main__.run()

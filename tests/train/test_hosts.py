@@ -4,6 +4,7 @@ tests/stages/test_hosts_run.py."""
 import numpy as np
 import pytest
 
+from posttrain import line
 from posttrain.train import hosts
 
 
@@ -33,23 +34,34 @@ def test_a_host_that_all_others_wait_for_is_named(waits, named):
 
 
 def test_silence_is_told_once_and_so_is_a_return():
-  now = [0.0]
-  silence = hosts.Silence(clock=lambda: now[0])
-  beats = {0: 0, 1: 0, 2: 0}
+  told = []
+  watched = hosts.Hosts(told.append)
 
-  def after(seconds, *alive):
-    now[0] += seconds
-    for host in alive:
-      beats[host] += 1
-    return silence.update({host: str(n) for host, n in beats.items()})
+  def look(*silences, waits=()):
+    told.clear()
+    watched.look(dict(enumerate(silences, 1)), dict(enumerate(waits)),
+                 "process {}".format)
+    return [(text.split()[1], "heard" in text) for text in told]
 
-  half = hosts.SILENT / 2
-  assert after(0, 0, 1, 2) == ([], [])
-  assert after(half, 0, 2) == ([], [])
-  assert after(half, 0, 2) == ([1], [])
-  assert after(half, 0) == ([], [])
-  assert after(half, 0, 1) == ([2], [1])
-  assert after(half, 0, 1, 2) == ([], [2])
+  limit = line.SILENT
+  assert look(0.0, 0.9 * limit) == []
+  assert look(0.0, limit) == [("2", True)]
+  assert look(0.0, 2 * limit) == []
+  assert look(limit, 0.0) == [("1", True), ("2", False)]
+  assert look(0.0, 0.0) == [("1", False)]
+  assert "is back" in told[0]
+
+
+def test_one_that_is_silent_does_not_count_as_hanging():
+  told = []
+  watched = hosts.Hosts(told.append)
+  waits = {0: 70.0, 1: 0.0, 2: 70.0}
+  watched.look({1: 100.0}, waits, str)
+  assert len(told) == 1 and "has not been heard of" in told[0]
+  watched.look({1: 0.0}, waits, str)
+  assert len(told) == 3 and "all others have waited for 1" in told[2]
+  watched.look({1: 0.0}, waits, str)
+  assert len(told) == 3
 
 
 def test_alone_nothing_is_compared():

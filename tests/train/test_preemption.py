@@ -1,10 +1,14 @@
 """Real signals to real processes; hosts must leave after the same step."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+
+import pytest
 
 from posttrain.train import preemption
 
@@ -23,15 +27,14 @@ ALONE = textwrap.dedent("""
 HOST = textwrap.dedent("""
     import sys, time, jax
     import numpy as np
-    from jax.experimental import multihost_utils
-    jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
-    from posttrain import sharding
+    from posttrain import distributed, sharding
     from posttrain.train import checkpoints, preemption
     preemption.install()
+    distributed.initialize()
     with jax.set_mesh(sharding.make_mesh(2, 1)):
       add = jax.jit(lambda x: x + x.sum())
       x = sharding.put(np.zeros(2, np.float32), "batch")
-      with checkpoints.Checkpoints(sys.argv[3], keep=1) as saver:
+      with checkpoints.Checkpoints(sys.argv[1], keep=1) as saver:
         # Two stages: the step starts again at one in the second.
         for step in [*range(1, 30), *range(1, 2000)]:
           x = add(x)
@@ -68,10 +71,12 @@ def test_two_hosts_leave_after_the_same_step(tmp_path, free_port):
   """Only the second host gets the signal, in its second stage."""
   env = os.environ | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+      "POSTTRAIN_COORDINATOR": f"localhost:{free_port}",
+      "POSTTRAIN_NUM_PROCESSES": "2"}
   hosts = [
-      start(HOST, str(i), str(free_port), str(tmp_path / "c"), env=env)
-      for i in range(2)]
+      start(HOST, str(tmp_path / "c"),
+            env=env | {"POSTTRAIN_PROCESS_ID": str(i)}) for i in range(2)]
   second = hosts[1].stdout
   assert second is not None
   steps = (int(line) for line in second if line.strip().isdigit())
@@ -85,6 +90,83 @@ def test_two_hosts_leave_after_the_same_step(tmp_path, free_port):
   assert last[0] == last[1]
   assert int(last[0]) < 1000
   assert [p.name for p in (tmp_path / "c").iterdir()] == [last[0]]
+
+
+def test_sigterm_ends_a_process_at_once_before_its_first_step():
+  """While its main thread is in C, as it is when it compiles."""
+  process = start(
+      "from posttrain.train import preemption; preemption.install(); "
+      "import hashlib; print(flush=True); "
+      "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10 ** 8)")
+  assert process.stdout is not None
+  process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=10)
+  assert process.returncode == preemption.EXIT_STATUS
+  assert "SIGTERM before the first step" in err
+
+
+def handles_sigterm(process):
+  """Whether the kernel has a handler for it."""
+  status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+  caught = next(line.split()[1] for line in status.splitlines()
+                if line.startswith("SigCgt:"))
+  return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 1.0])
+def test_sigterm_while_the_command_begins_is_a_preemption(tmp_path, delay):
+  """Imports take seconds; the handler is there before them."""
+  process = subprocess.Popen(
+      [sys.executable, "-m", "posttrain", "train",
+       "--config=configs/tiny.py:debug", f"--workdir={tmp_path / 'run'}"],
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  started = time.monotonic()
+  while not handles_sigterm(process):
+    assert time.monotonic() - started < 60 and process.poll() is None
+  time.sleep(delay)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 75, err
+  assert err == (
+      "posttrain: SIGTERM before the first step: nothing is lost, and the same "
+      "command starts again.\n")
+
+
+ENDS = textwrap.dedent("""
+    import atexit, sys, time
+    from posttrain import __main__, main
+    from posttrain.train import preemption
+    class Late:
+      def __del__(self):
+        print("late", flush=True)
+        time.sleep(1)
+    def run(argv):
+      global kept
+      kept = Late()
+      preemption.requested()
+      print("the last line", flush=True)
+      return int(sys.argv[1])
+    atexit.register(time.sleep, 0.5)
+    main.main = run
+    __main__.run()
+""")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize("after", ["the last line", "late"])
+def test_sigterm_after_the_last_line_changes_no_status(after, status):
+  """Python's own end takes the handler away, and has an exit status then."""
+  process = start(ENDS, str(status))
+  assert process.stdout is not None
+  assert after in iter(lambda: process.stdout.readline().strip(), "")
+  while process.poll() is None:
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.02)
+  assert process.returncode == status
 
 
 def test_the_message_is_for_people():

@@ -1,0 +1,56 @@
+"""Processes that add over all of them, step by step; one may misbehave.
+
+  python -m tests.line_run WHICH ACT STEP [SECONDS]
+
+The beginning and the end are those of `posttrain`; between them is a loop of
+collectives instead of a pipeline. Process WHICH does ACT before that step:
+"kill" and "stop" (stand still) are signals, "raise" is an exception, "hang" is
+a main thread that sleeps, and "none" is nothing.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from posttrain import __main__, distributed, line, main, sharding
+from posttrain.train import preemption
+
+STEPS = 4000
+
+
+def act(what: str, seconds: float) -> None:
+  if what == "raise":
+    raise RuntimeError("by itself")
+  if what == "hang":
+    time.sleep(seconds)
+  elif what != "none":
+    os.kill(os.getpid(), dict(
+        kill=signal.SIGKILL, stop=signal.SIGSTOP)[what])
+
+
+def work(argv: list[str]) -> int:
+  which, what, at, *seconds = argv
+  distributed.initialize()
+  for step in range(1, STEPS):
+    if step == int(at) and which == os.environ["POSTTRAIN_PROCESS_ID"]:
+      act(what, float(seconds[0]) if seconds else 0.0)
+    sharding.of_all_hosts(np.array(step))
+    print(step, flush=True)
+    if preemption.requested():
+      print("saved", flush=True)
+      raise preemption.Preempted("saved")
+    time.sleep(0.005)
+  return 0
+
+
+if __name__ == "__main__":
+  line.PULSE, line.SILENT = 0.3, 2.0
+  if "LATE" in os.environ:  # As on a machine that is busy.
+    lose = line.Line._lose
+    line.Line._lose = lambda *arguments: (
+        time.sleep(float(os.environ["LATE"])), lose(*arguments))
+  main.main = lambda argv: work(sys.argv[1:])
+  __main__.run()
