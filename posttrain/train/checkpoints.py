@@ -284,8 +284,7 @@ def check_same(restored: Restored, **expected: Any) -> None:
 class _Manager(ocp.CheckpointManager):
   """Orbax's manager, which leaves preemption to `train/preemption.py`.
 
-  Orbax asks JAX's coordination service with the checkpoint's step, partly
-  from a background thread; that would move the counter that hosts agree on.
+  Orbax asks JAX's service for it, which does not run (`distributed.py`).
   """
 
   def reached_preemption(self, step: int) -> bool:
