@@ -11,7 +11,6 @@ on.
 import itertools
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from posttrain import config as config_lib
-from posttrain import main, pipeline, sharding
+from posttrain import __main__, pipeline, sharding
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
 from posttrain.stages import grpo
@@ -120,4 +119,4 @@ def misbehave() -> None:
 
 if __name__ == "__main__":
   misbehave()
-  sys.exit(main.main())
+  __main__.run()
