@@ -268,7 +268,7 @@ def test_a_template_that_does_too_much_is_no_malformed_row(tmp_path):
   source = write(tmp_path / "a.jsonl", [5])
   with pytest.raises(ValueError, match=r"a.jsonl:1: the template .*t\.jinja "):
     batches.make_batches(
-        [source], renderer, sequence_length=16, rows=4, seed=0,
+        [source], renderer, sequence_length=16, rows=4, seed=0, stage="sft",
         on_malformed="skip")
 
 

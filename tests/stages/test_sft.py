@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posttrain.data import batches
 from posttrain.stages import sft
 from posttrain.train import health, metrics, preemption
 from tests import meshes
@@ -77,6 +78,24 @@ def test_the_first_example_is_shown_with_what_is_in_the_loss(
   assert learnt.endswith("</s>")
   assert f"{decode(tokens[~mask])}[in the loss: {learnt}]" in (
       capsys.readouterr().out)
+
+
+def test_lost_words_and_keys_named_twice_are_warned_about(tmp_path, capsys):
+  path = tmp_path / "a.jsonl"
+  path.write_text(
+      '{"prompt": "zebra", "completion": "yak", "completion": "gnu"}\n')
+  with jax.set_mesh(meshes.one()):
+    context = sft_run.make_context(tmp_path / "run")
+    found = batches.make_batches(
+        [dict(path=str(path))], context.renderer, sequence_length=8, rows=1,
+        seed=0, stage=context.name)
+    sft.describe(context, found, None)
+  printed = " ".join(capsys.readouterr().out.split())
+  assert f"warning: {path}: 2 of 3 tokens" in printed
+  assert f"warning: {path}: 1 rows name a key twice" in printed
+  report = json.loads(next(tmp_path.rglob("data_report.json")).read_text())
+  assert (report["data"]["unknown_tokens"], report["data"]["repeated_keys"]
+          ) == (2, 1)
 
 
 def test_eval_loss_is_that_of_the_examples_one_by_one(whole):
