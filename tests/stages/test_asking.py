@@ -164,7 +164,7 @@ def test_words_that_cannot_be_read_are_not_asked(tmp_path):
     run = pipeline_run.make_pipeline(
         tmp_path, ["stages=measure", "measure.instructions.classes=long"])
     with pytest.raises(ValueError, match="The instruction 'Answer after"):
-      evaluate.Evaluation(run.context("measure"))
+      evaluate.check(run.context("measure"))
 
 
 def test_a_function_that_makes_no_hook_is_named():
