@@ -187,8 +187,9 @@ class Reader:
       wrong = next(((inner, found) for inner, found in leaves(value, path)
                     if not _is_json(found)), (path, value))
       self._problem(wrong[0], (
-          f"found {keys.shown(wrong[1])}, needed finite numbers, texts, True, "
-          "False, None, and tuples and dicts of such, with texts as keys."))
+          f"found {keys.shown(wrong[1])}, needed numbers of 64 bits, texts, "
+          "True, False, None, and tuples and dicts of such, with texts as "
+          "keys."))
       return value
     if typed is None:
       self._problem(path, (
@@ -249,7 +250,8 @@ def _is_json(value: Any) -> bool:
     return math.isfinite(value)
   if isinstance(value, str):
     return _is_text(value)
-  return value is None or isinstance(value, int)
+  # Larger ints are written by no JSON library, and meant by nobody.
+  return value is None or (isinstance(value, int) and abs(value) < 2**64)
 
 
 def _is_text(value: str) -> bool:

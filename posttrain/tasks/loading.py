@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,17 +49,31 @@ def load_function(name: str) -> Callable[..., Any]:
 def check_call(name: str, *args: Any, **kwargs: Any) -> None:
   """Raises ValueError where a function does not take these arguments.
 
-  It is not called. What `load_function` raises, this does too.
+  It is not called; an argument must be of its parameter's type, where that is
+  int, float, str or bool. What `load_function` raises, this does too.
   """
   signature = inspect.signature(load_function(name))
   try:
-    signature.bind(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
   except TypeError as error:
-    given = ", ".join([*map(repr, args), *(
-        f"{key}={value!r}" for key, value in kwargs.items())])
+    given = ", ".join([*map(reprlib.repr, args), *(
+        f"{key}={reprlib.repr(value)}" for key, value in kwargs.items())])
     raise ValueError(
         f"{name} does not take ({given}): {error}. It has the parameters "
         f"{', '.join(signature.parameters)}.") from error
+  for key, value in bound.arguments.items():
+    parameter = signature.parameters[key]
+    kind = parameter.annotation
+    if kind in _PLAIN and type(value) not in _PLAIN[kind] and (
+        parameter.kind not in (parameter.VAR_POSITIONAL,
+                               parameter.VAR_KEYWORD)):
+      raise ValueError(
+          f"{name} takes {key} as {kind.__name__}, and found "
+          f"{reprlib.repr(value)}, a {type(value).__name__}.")
+
+
+# Annotations that say what an argument may be; a float may be written 1.
+_PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
 def source_hash(name: str) -> str:

@@ -72,6 +72,9 @@ def problems(
   return [_row(*rows[i], low, high) for i in order[:count or None]]
 
 
+MOST = 10_000_000  # Demonstrations; some gigabytes.
+
+
 def demonstrations(
     split: str, count: int, *, seed: int = 0, low: int = LOW,
     high: int = HIGH, terms: int = TERMS, right: float = 0.2,
@@ -98,8 +101,12 @@ def demonstrations(
     Rows of `id`, `prompt` and `completion`; the text ends at the answer.
 
   Raises:
-    ValueError: as in `problems`.
+    ValueError: as in `problems`, or more than a machine holds.
   """
+  if not 0 <= count <= MOST:
+    raise ValueError(
+        f"signs makes up to {MOST} demonstrations, and found args.count="
+        f"{count}.")
   rows = _all_problems(split, low, high, terms)
   rng = random.Random(f"signs demonstrations {split} {seed}")
   examples: list[dict[str, Any]] = []

@@ -124,7 +124,7 @@ def test_a_wrong_type_says_what_was_found_and_needed(
     ("reason.num_steps=2147483648", "2147483648", "[1, 2147483647]"),
     ("mesh.fsdp=-2", "-2", "[-1, 2147483647]"),
     ("model_overrides.layers=2147483648", "2147483648", "[1, 2147483647]"),
-    ("model_overrides.norm_eps=1e999", "inf", "finite numbers"),
+    ("model_overrides.norm_eps=1e999", "inf", "numbers of 64 bits"),
     ("model_overrides.norm_eps=2.0", "2.0", "(0, 1]"),
     ("model_overrides.rope_theta=1e-320", "1e-320", "(0, inf), and of"),
     ("model_overrides.embedding_scale=1", "1", "True or False"),

@@ -53,6 +53,28 @@ def test_errors(name, message):
     loading.load_function(name)
 
 
+@pytest.mark.parametrize("given, message", [
+    (dict(count="9"), "takes count as int, and found '9', a str"),
+    (dict(count=1.5), "takes count as int, and found 1.5, a float"),
+    (dict(count=True), "takes count as int, and found True, a bool"),
+    (dict(count=1, right="x"), "takes right as float"),
+    (dict(count=1, nope="x" * 9999), r"does not take \('train', count=1, nope"),
+])
+def test_an_argument_is_of_its_annotations_type(given, message):
+  name = "posttrain.tasks.signs:demonstrations"
+  loading.check_call(name, "train", count=1, right=1, patience=[0.5, 1])
+  with pytest.raises(ValueError, match=message) as caught:
+    loading.check_call(name, "train", **given)
+  assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("count", [-1, 2**63])
+def test_demonstrations_without_number(count):
+  function = loading.load_function("posttrain.tasks.signs:demonstrations")
+  with pytest.raises(ValueError, match=f"found args.count={count}"):
+    function("train", count)
+
+
 def test_a_fault_inside_the_module_is_its_own(tmp_path):
   file = tmp_path / "mine.py"
   file.write_text("import no_such_dependency\n")
