@@ -38,7 +38,8 @@ After the last three the same command goes on from the last checkpoint."""
 TRAIN = """\
 Runs the stages of a config in order. Finished stages are skipped and an
 interrupted one goes on from its last checkpoint, so the same command starts
-and resumes. Another config in the same workdir is an error.
+and resumes. Another config in the same workdir is an error once something has
+been trained there, and so is a second run in it at the same time.
 
 examples:
   posttrain train --config=configs/tiny.py:debug --workdir=runs/try
@@ -202,6 +203,7 @@ def _add_train(parser: _Parser) -> None:
   parser.add_argument(
       "--workdir", metavar="DIR", required=True,
       help="where everything is written; the same on every host")
+  _add_wait(parser)
 
 
 def _add_eval(parser: _Parser) -> None:
@@ -209,6 +211,13 @@ def _add_eval(parser: _Parser) -> None:
               "workdir's own)")
   parser.add_argument("--workdir", metavar="DIR", required=True,
                       help="a workdir of posttrain train")
+  _add_wait(parser)
+
+
+def _add_wait(parser: _Parser) -> None:
+  parser.add_argument(
+      "--wait-for-workdir", action="store_true",
+      help="wait while another run holds the workdir, in place of an error")
 
 
 def _add_weights(parser: _Parser) -> None:

@@ -18,8 +18,8 @@ from ml_collections import config_dict
 
 from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
+from posttrain import lease, mistakes, roll_call, sampling_arguments
 from posttrain import line as line_lib
-from posttrain import mistakes, roll_call, sampling_arguments
 from posttrain import workdir as workdir_lib
 from posttrain.model import presets
 from posttrain.plan import environment
@@ -47,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exits.refused():
       return VERBS[verb](arguments)
   except (CommandError, config_lib.ConfigError, environment.PlanError,
-          workdir_lib.WorkdirError) as error:
+          workdir_lib.WorkdirError, lease.HeldError) as error:
     print(f"posttrain: {error}", file=sys.stderr)
     return USAGE_ERROR
   except (health.HealthError, roll_call.StartError, exits.Unfinished,
+          lease.LostError,
           workdir_lib.StorageError) as error:  # The advice is all that helps.
     return _failed(str(error))
   except Exception as error:
@@ -82,7 +83,8 @@ def train(arguments: argparse.Namespace) -> int:
                        "to train.")
   _start(config)
   from posttrain import pipeline
-  pipeline.train(config, arguments.workdir)
+  pipeline.train(
+      config, arguments.workdir, wait=arguments.wait_for_workdir)
   return 0
 
 
@@ -96,7 +98,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         "--config=FILE with one.")
   _start(config)
   from posttrain import pipeline
-  pipeline.evaluate(config, arguments.workdir)
+  pipeline.evaluate(
+      config, arguments.workdir, wait=arguments.wait_for_workdir)
   return 0
 
 
@@ -239,14 +242,12 @@ def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:
   if getattr(arguments, "model", None):
     return config_lib.assign(
         _of_model(arguments.model), arguments.assignments, "--model")
-  file = pathlib.Path(arguments.workdir, "config.json")
-  if not file.exists():
+  if not pathlib.Path(arguments.workdir, "config.json").exists():
     if "stage" not in arguments:  # Of train; others go on from a run.
       raise CommandError(
           f"{arguments.workdir} holds no run yet; give --config=FILE.")
     workdir_lib.open_existing(arguments.workdir)  # Says so.
-  return config_lib.from_jsonable(
-      workdir_lib.read_json(file), arguments.assignments)
+  return workdir_lib.read_config(arguments.workdir, arguments.assignments)
 
 
 def _of_model(name: str) -> dict[str, Any]:

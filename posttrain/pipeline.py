@@ -4,28 +4,30 @@
 workdir again. Both may be started any number of times.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
 from posttrain import distributed, sharding, weights
+from posttrain import lease as lease_lib
 from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import footprint, grpo_parts, room, sampling
+from posttrain.stages import footprint, grpo_parts, room, sampling, training
 from posttrain.stages import grpo as grpo_stage
 from posttrain.stages import sft as sft_stage
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading
 from posttrain.text import render, thinking
 from posttrain.train import console as console_lib
-from posttrain.train import machine
+from posttrain.train import machine, metrics
 
 # Before the first step of the first stage.
 CHECKS = {"grpo": grpo_parts.check, "evaluate": evaluate_stage.check}
@@ -62,7 +64,7 @@ class Pipeline:
           self.config, self.model,
           None if trained_anew else self.renderer.hash)
     if source in self.config.stages:
-      if not self.finished(source):
+      if self.finished(source) is None:
         raise workdir_lib.WorkdirError(
             f"The stage {source} has not finished in {self.workdir.path}, and "
             "its weights are needed. Run `posttrain train` to its end first.")
@@ -70,10 +72,26 @@ class Pipeline:
           self.model, self.workdir, source, self.renderer.hash)
     return weights.of_directory(self.model, source, self.renderer.hash)
 
-  def finished(self, name: str) -> bool:
-    """Whether a stage has; process 0's view, on every host."""
-    return bool(sharding.of_first_host(
-        np.array(self.workdir.finished(name) is not None)))
+  def finished(self, name: str) -> dict[str, Any] | None:
+    """The summary of a finished stage, or None; process 0's view.
+
+    A stage that evaluates is to be gone on with where a result is missing.
+
+    Raises:
+      WorkdirError: a file that says so is damaged.
+    """
+    return distributed.on_first_host(lambda: self._finished(name))
+
+  def _finished(self, name: str) -> dict[str, Any] | None:
+    if self.config[name].kind in TRAINING:
+      return self.workdir.finished(name, "step")
+    summary = self.workdir.finished(name)
+    for checkpoint in summary or ():
+      file = evaluate_stage.result_file(self.context(name), checkpoint)
+      if not file.exists():
+        self.console.warning(f"{file} is missing, and is made again")
+        return None
+    return summary
 
   def start_of(self, name: str) -> str:
     """What a stage starts from: the training stage before it, or "init"."""
@@ -105,25 +123,76 @@ def check_functions(config: config_dict.ConfigDict) -> None:
     raise config_lib.ConfigError(problems, "tasks and rewards")
 
 
+@contextlib.contextmanager
+def opened(
+    config: config_dict.ConfigDict, path: str, *, wait: bool,
+    **options: Any,
+) -> Iterator[Pipeline]:
+  """A run on its mesh, in a workdir that no other run may write meanwhile.
+
+  Args:
+    wait: for another run that holds the workdir, in place of an error.
+    **options: of `set_up`.
+  """
+  check_functions(config)
+  with jax.set_mesh(sharding.mesh_of(config.mesh)), held(path, wait) as lease:
+    pipeline = set_up(config, path, **options)
+    pipeline.workdir.lease = lease
+    yield pipeline
+
+
+@contextlib.contextmanager
+def held(path: str, wait: bool) -> Iterator[lease_lib.Lease | None]:
+  """Holds the lease of a workdir, in process 0; all hosts wait for it.
+
+  Raises:
+    HeldError: another run holds it.
+    WorkdirError: it cannot be written.
+  """
+  workdir = workdir_lib.Workdir(path)
+  console = console_lib.Console(quiet=jax.process_index() != 0)
+  taking = lease_lib.Taking(workdir.path, wait=wait, say=console.line)
+  lease: lease_lib.Lease | None = None
+
+  def take() -> None:
+    nonlocal lease
+    try:
+      while lease is None:
+        lease = taking.look()
+    except OSError as error:
+      raise workdir_lib.unwritable(workdir.path, error) from error
+
+  distributed.on_first_host(take)
+  try:
+    yield lease
+  finally:
+    if lease is not None:
+      lease.release()
+
+
 def set_up(
     config: config_dict.ConfigDict, path: str, *,
-    may_differ: Sequence[str] = (),
+    may_differ: Sequence[str] = (), anew: bool = True,
 ) -> Pipeline:
   """The workdir, the tokenizer and the model's shape; no weights yet.
 
   The caller has set the mesh.
 
   Args:
-    may_differ: sections in which the workdir's config may be another.
+    may_differ, anew: of `workdir.create`.
   """
-  check_functions(config)
   first = jax.process_index() == 0
   console = console_lib.Console(quiet=not first)
   devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
-  workdir, changes = workdir_lib.create(
-      path, config, devices=devices, is_writer=first, may_differ=may_differ)
-  for change in changes:
-    console.warning(f"differs from the last start: {change}")
+
+  def create() -> list[str]:
+    workdir, news = workdir_lib.create(
+        path, config, devices=devices, may_differ=may_differ, anew=anew)
+    return [*news, *metrics.mend(workdir.metrics)]
+
+  for line in distributed.on_first_host(create):
+    console.warning(line)
+  workdir = workdir_lib.Workdir(path, is_writer=first)
   tokenizer = weights.tokenizer(config, workdir)
   model = weights.model_config(config, tokenizer.vocab_size, workdir)
   weights.keep_shape(workdir, model)
@@ -148,22 +217,28 @@ def check_room(pipeline: Pipeline, stages: Sequence[str]) -> None:
     pipeline.console.warning(problem)
 
 
-def train(config: config_dict.ConfigDict, path: str) -> None:
-  """Runs every stage that has not finished."""
-  with jax.set_mesh(sharding.mesh_of(config.mesh)):
-    pipeline = set_up(config, path, may_differ=("profile",))
-    check_room(pipeline, [
-        name for name in config.stages if not pipeline.finished(name)])
+def train(
+    config: config_dict.ConfigDict, path: str, *, wait: bool = False) -> None:
+  """Runs every stage that has not finished.
+
+  Args:
+    wait: for another run that holds the workdir, in place of an error.
+  """
+  with opened(config, path, wait=wait, may_differ=("profile",)) as pipeline:
+    summaries = {name: pipeline.finished(name) for name in config.stages}
+    todo = [name for name, found in summaries.items() if found is None]
+    check_room(pipeline, todo)
     if machine.find().peak is None:
       pipeline.console.line(
           "perf/mfu is left out: the peak of a device of the kind "
           f"{machine.find().kind!r} is not known")
-    check_problems(pipeline, [
-        name for name in config.stages if not pipeline.finished(name)])
+    check_problems(pipeline, todo)
     model: Transformer | None = None
     for name in config.stages:
-      if pipeline.finished(name):
+      summary = summaries[name]
+      if summary is not None:
         pipeline.console.line(f"{name}: finished, skipped")
+        warn_of_missing_rows(pipeline, name, summary)
         model = None  # Whoever needs its weights reads the checkpoint.
         continue
       model = run_stage(pipeline, name, model)
@@ -183,6 +258,14 @@ def check_problems(pipeline: Pipeline, names: Sequence[str]) -> None:
     if check:
       context = pipeline.context(name)
       distributed.on_first_host(functools.partial(check, context))
+
+
+def warn_of_missing_rows(
+    pipeline: Pipeline, name: str, summary: Mapping[str, Any]) -> None:
+  """Says which steps of a finished stage have no row of metrics."""
+  training.warn_of_missing_rows(
+      pipeline.context(name), summary["step"]
+      if pipeline.config[name].kind in TRAINING else len(summary))
 
 
 def run_stage(
@@ -209,16 +292,19 @@ def run_stage(
   return sft_stage.run(context, model)
 
 
-def evaluate(config: config_dict.ConfigDict, path: str) -> None:
+def evaluate(
+    config: config_dict.ConfigDict, path: str, *, wait: bool = False) -> None:
   """Runs the evaluate stages, whether or not they have finished before.
+
+  Args:
+    wait: for another run that holds the workdir, in place of an error.
 
   Raises:
     ValueError: a stage whose weights they need has not finished.
   """
-  with jax.set_mesh(sharding.mesh_of(config.mesh)):
-    stages = [n for n in config.stages if config[n].kind == "evaluate"]
-    pipeline = set_up(
-        config, path, may_differ=("stages", "profile", *stages))
+  stages = [n for n in config.stages if config[n].kind == "evaluate"]
+  with opened(config, path, wait=wait, anew=False,
+              may_differ=("stages", "profile", *stages)) as pipeline:
     check_room(pipeline, stages)
     check_problems(pipeline, stages)
     for name in stages:

@@ -41,6 +41,7 @@ PUBLISHED: dict[str, Callable[[], released.Release]] = {
     smollm2.PRESET: smollm2.read}
 
 SHAPE = "model.json"  # In a workdir, beside the tokenizer.
+SUMS = "SHA256SUMS"  # In a workdir's tokenizer, as sha256sum writes it.
 
 
 def model_config(
@@ -93,13 +94,22 @@ def _shape(
   kept = [workdir.path] if workdir else []
   for folder in (*kept, *_folders(config)):
     if (folder / SHAPE).exists():
-      return ModelConfig.from_json(workdir_lib.read_json(folder / SHAPE))
+      return _read_shape(folder / SHAPE)
   if config.init.kind == "preset":
     return released.model_config(published(config))
   raise ValueError(
       'The config names no model (model=""), and its init brings none: there '
       f"is no {SHAPE} in or above init.path={config.init.path!r}. Set model "
       "to a preset.")
+
+
+def _read_shape(path: pathlib.Path) -> ModelConfig:
+  """Raises WorkdirError where the file is damaged."""
+  found = workdir_lib.read_object(path)
+  try:
+    return ModelConfig.from_json(found)
+  except (ValueError, TypeError) as error:
+    raise workdir_lib.damaged(path, str(error)) from error
 
 
 def _folders(config: config_dict.ConfigDict) -> Iterator[pathlib.Path]:
@@ -116,17 +126,48 @@ def tokenizer(
 
   Raises:
     ValueError: the config names none and `init` brings none.
+    WorkdirError: a file of the workdir's is not as it was written.
   """
   kept = workdir.path / "tokenizer" if workdir else None
   if kept and kept.exists():
+    _check_sums(kept)
     return tokenizer_lib.load(kept)
   found = _make_tokenizer(config)
   if workdir and workdir.is_writer:
     # Whole or not at all: a kill in between must not leave half of one.
     partial = workdir.path / "tokenizer.partial"
     found.save(partial)
+    (partial / SUMS).write_text("".join(
+        f"{digest}  {name}\n" for name, digest in _sums(partial).items()))
     partial.replace(workdir.path / "tokenizer")
   return found
+
+
+def _sums(directory: pathlib.Path) -> dict[str, str]:
+  """sha256 of each file, by name."""
+  return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+          for file in sorted(directory.iterdir()) if file.name != SUMS}
+
+
+def _check_sums(directory: pathlib.Path) -> None:
+  """Raises WorkdirError where a file is not as it was written.
+
+  A vocabulary that was cut may still load, as another one.
+  """
+  file = directory / SUMS
+  if not file.exists():
+    return
+  text, found = workdir_lib.read_text(file), _sums(directory)
+  for line in text.splitlines(keepends=True):
+    digest, _, name = line.rstrip("\n").partition("  ")
+    if len(digest) != 64 or not name or not line.endswith("\n"):
+      raise workdir_lib.damaged(file, f"found {line[:40]!r}")
+    if found.get(name) != digest:
+      what = f"its checksum is not that of {file}" if name in found else (
+          "it is missing")
+      raise workdir_lib.WorkdirError(
+          f"{directory / name} is damaged: {what}. Put a copy back; or remove "
+          f"all of {directory}, and it is made again as the config says.")
 
 
 def _make_tokenizer(

@@ -1,6 +1,7 @@
 """The directory of one run: what is where, what is finished, what made it.
 
-  config.json            the resolved config; another one is refused
+  config.json            the resolved config; another one is refused, once
+                         something has been trained
   environment.json       one entry per start: versions, git commit, devices,
                          hashes of the tasks' and rewards' sources
   model.json             the model's shape
@@ -13,6 +14,8 @@
   <stage>/rollouts/      <stage>/goodput.json       <stage>/profile/
   <stage>/damaged/       checkpoints that could not be read and were passed over
   <stage>/done.json      once the stage has finished
+  .lease                 who writes here now, see `posttrain.lease`
+  NAME.damaged           a record that could not be read, and was begun anew
 
 Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.
@@ -27,12 +30,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
+from posttrain import lease as lease_lib
+from posttrain import leftovers
 from posttrain.tasks import loading
 
 # What a run may go on with changed: no number depends on it beyond rounding.
@@ -54,7 +59,10 @@ class Workdir:
   Attributes:
     path: the directory.
     is_writer: whether this process writes; elsewhere writing does nothing.
+    lease: that this process holds; None elsewhere and for readers.
   """
+
+  lease: lease_lib.Lease | None = None
 
   def __init__(self, path: str | os.PathLike, *, is_writer: bool = True):
     if re.match(r"\w+://", str(path)):
@@ -86,12 +94,21 @@ class Workdir:
 
   def config(self) -> config_dict.ConfigDict:
     """The resolved config that the directory was made with."""
-    return config_lib.from_jsonable(read_json(self.path / "config.json"))
+    return read_config(self.path)
 
   def environments(self) -> list[dict[str, Any]]:
     """One entry per start of the run, oldest first."""
     path = self.path / "environment.json"
-    return read_json(path) if path.exists() else []
+    found = read_json(path) if path.exists() else []
+    if not isinstance(found, list) or not all(
+        isinstance(entry, dict) for entry in found):
+      raise damaged(path, "needed a list of objects")
+    return found
+
+  def check_lease(self) -> None:
+    """Raises `lease.LostError` if another run has taken this workdir."""
+    if self.lease is not None:
+      self.lease.check()
 
   def write_json(self, name: str | os.PathLike, data: Any) -> None:
     """Writes a file below the directory, whole or not at all."""
@@ -106,18 +123,21 @@ class Workdir:
     """Marks a stage as finished: a later start skips it."""
     self.write_json(pathlib.Path(stage, "done.json"), dict(summary))
 
-  def finished(self, stage: str) -> dict[str, Any] | None:
-    """The summary of a finished stage, or None."""
+  def finished(self, stage: str, *needed: str) -> dict[str, Any] | None:
+    """The summary of a finished stage, with these keys, or None."""
     path = self.path / stage / "done.json"
-    return read_json(path) if path.exists() else None
+    return read_object(path, *needed) if path.exists() else None
 
 
 def create(
     path: str | os.PathLike, config: config_dict.ConfigDict, *,
     devices: Sequence[str], is_writer: bool = True,
-    may_differ: Sequence[str] = (),
+    may_differ: Sequence[str] = (), anew: bool = True,
 ) -> tuple[Workdir, list[str]]:
   """Makes the directory of a run, or returns to it.
+
+  As long as nothing has been trained there the directory belongs to no config:
+  a first start that fails does not refuse the corrected command.
 
   Args:
     path: the directory; it may exist.
@@ -126,49 +146,99 @@ def create(
     is_writer: true in process 0.
     may_differ: names of sections that may differ from the saved config, such
       as those of stages that are evaluated again; config.json stays as it is.
+    anew: whether a directory without anything trained is begun anew.
 
   Returns:
-    The workdir, and what differs: the mesh from config.json, and the
-    environment from its last start. Lines for the console, none at the first
-    start.
+    The workdir, and what a person should know: what differs from config.json
+    and from the environment of the last start, and records that were damaged.
+    Lines for the console, none at the first start.
 
   Raises:
     WorkdirError: the directory belongs to a run of another config, holds
-      files but no run, or cannot be written.
+      files but no run, is damaged, or cannot be written.
     ValueError: a task or reward that the config names does not exist.
   """
   workdir = Workdir(path, is_writer=is_writer)
   found = environment(config, devices)
-  allowed: list[str] = []
-  file = workdir.path / "config.json"
-  if file.exists():
-    kept = lambda side: {name: value for name, value in side.items()
-                         if name not in may_differ}
-    changes = config_lib.diff(
-        kept(read_json(file)), kept(config_lib.jsonable(config)))
-    allowed = [change for change in changes if MAY_CHANGE.match(change)]
-    changes = [change for change in changes if change not in allowed]
-    if changes:
-      lines = "\n  ".join(changes)
-      raise WorkdirError(
-          f"{workdir.path} belongs to a run of another config. It differs in "
-          f"(there -> now):\n  {lines}\nName another --workdir, or start "
-          "with that config again.")
-  elif is_writer and _holds_files(workdir.path):
+  news: list[str] = []
+  exists = (workdir.path / "config.json").exists()
+  if not exists and is_writer and _holds_files(workdir.path):
     raise WorkdirError(
         f"{workdir.path} holds files, but no run (no config.json). Name an "
         "empty or a new directory as --workdir.")
-  starts = workdir.environments()
-  changes = _changes(starts[-1], found) if starts else []
+  untrained = exists and anew and not leftovers.has_trained(workdir.path)
+  if exists:
+    news += _config_changes(workdir, config, may_differ, untrained)
   try:
-    if not file.exists():
+    if untrained and is_writer:
+      leftovers.clear(workdir.path)
+    if not exists or untrained:
       workdir.write_json("config.json", config_lib.jsonable(config))
+    if is_writer:
+      leftovers.remove_partials(workdir.path)
+    starts = or_anew(
+        workdir.path / "environment.json", workdir.environments, news.append,
+        keep=is_writer) or []
     workdir.write_json("environment.json", [*starts, found])
   except OSError as error:
+    raise unwritable(workdir.path, error) from error
+  news += [f"differs from the last start: {change}"
+           for change in (_changes(starts[-1], found) if starts else ())]
+  return workdir, news
+
+
+def unwritable(path: pathlib.Path, error: OSError) -> WorkdirError:
+  return WorkdirError(
+      f"--workdir={path} cannot be written: {error.strerror}. Name one on a "
+      "disk that is writable and has room.")
+
+
+def _config_changes(
+    workdir: Workdir, config: config_dict.ConfigDict,
+    may_differ: Sequence[str], untrained: bool,
+) -> list[str]:
+  """Lines about what differs from the saved config.
+
+  Raises:
+    WorkdirError: something that must not.
+  """
+  kept = lambda side: {name: value for name, value in side.items()
+                       if name not in may_differ}
+  changes = config_lib.diff(
+      kept(read_object(workdir.path / "config.json")),
+      kept(config_lib.jsonable(config)))
+  refused = [change for change in changes if not MAY_CHANGE.match(change)]
+  if refused and not untrained:
+    lines = "\n  ".join(refused)
     raise WorkdirError(
-        f"--workdir={workdir.path} cannot be written: {error.strerror}. Name "
-        "one on a disk that is writable and has room.") from error
-  return workdir, [*allowed, *changes]
+        f"{workdir.path} belongs to a run of another config. It differs in "
+        f"(there -> now):\n  {lines}\nName another --workdir, or start "
+        "with that config again.")
+  why = " (nothing had been trained, so it replaces that config)" * bool(
+      refused)
+  return [f"differs from the last start{why}: {change}" for change in changes]
+
+
+def or_anew(
+    path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None], *,
+    keep: bool = True,
+) -> Any:
+  """What `read` reads of a record; None if that is damaged, which is said.
+
+  For records of how a run went, on which nothing depends that is computed.
+
+  Args:
+    path: the record; moved aside where it is damaged.
+    keep: whether this process may move it.
+  """
+  try:
+    return read()
+  except WorkdirError as error:
+    aside = path.with_name(path.name + ".damaged")
+    if keep:
+      path.replace(aside)
+    say(f"{error} It is {aside.name} now, and is begun anew.")
+    return None
 
 
 def _holds_files(path: pathlib.Path) -> bool:
@@ -192,13 +262,50 @@ def open_existing(
   return workdir
 
 
-def read_json(path: str | os.PathLike) -> Any:
-  """Reads a JSON file; names it where it is damaged."""
-  text = pathlib.Path(path).read_text()
+def damaged(path: str | os.PathLike, what: str) -> WorkdirError:
+  """The error of a file that does not hold what was written to it."""
+  remove = ", or remove it" * (pathlib.Path(path).name != "config.json")
+  return WorkdirError(f"{path} is damaged: {what}. Put a copy back{remove}.")
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Reads UTF-8; a WorkdirError names the file where it is none."""
   try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    raise WorkdirError(f"{path} is no JSON: {error}.") from error
+    return pathlib.Path(path).read_bytes().decode()
+  except UnicodeDecodeError as error:
+    raise damaged(path, str(error)) from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """Reads a JSON file; a WorkdirError names it where it is damaged."""
+  try:
+    return json.loads(read_text(path))
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise damaged(path, f"no JSON ({error})") from error
+
+
+def read_object(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
+  """`read_json` of an object that has these keys."""
+  found = read_json(path)
+  if not isinstance(found, dict):
+    raise damaged(path, f"found {str(found)[:40]!r}, needed an object")
+  for name in needed:
+    if name not in found:
+      raise damaged(path, f"it has no {name!r}")
+  return found
+
+
+def read_config(
+    path: str | os.PathLike, assignments: Sequence[str] = (),
+) -> config_dict.ConfigDict:
+  """The config of a workdir, under `path=value` assignments.
+
+  Raises:
+    WorkdirError: config.json is no JSON object.
+    ConfigError: it is no config, or an assignment is wrong.
+  """
+  file = pathlib.Path(path, "config.json")
+  return config_lib.from_jsonable(read_object(file), assignments, str(file))
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

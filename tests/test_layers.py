@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # lower layers; units of one layer do not know each other.
 LAYERS = (
     ("sharding", "text", "tasks", "objectives", "evaluation", "roll_call",
-     "line", "mistakes", "model.config"),
-    ("model.presets", "distributed"),
+     "line", "lease", "mistakes", "model.config"),
+    ("model.presets", "distributed", "leftovers"),
     ("config", "model", "data"),
     ("workdir", "sampling_arguments", "sampler", "interop"),
     ("train", "arguments"),

@@ -1,13 +1,14 @@
 """Stages follow each other once; a workdir belongs to one config."""
 
 import json
+import re
 import shutil
 
 import jax
 import pytest
 
 from posttrain import config as config_lib
-from posttrain import pipeline, workdir
+from posttrain import pipeline, report, workdir
 from posttrain.stages import evaluate, grpo, sft
 from posttrain.train import metrics
 from tests import meshes, pipeline_run
@@ -153,3 +154,148 @@ def test_a_stage_starts_from_the_last_that_trains(tmp_path):
         tmp_path, ["stages=measure,cold_start,reason"])
   assert [run.start_of(name) for name in run.config.stages] == [
       "init", "init", "cold_start"]
+
+
+# What the files of a run may have become.
+DAMAGES = {
+    "missing": None, "empty": lambda content: b"",
+    "halved": lambda content: content[:len(content) // 2],
+    "no UTF-8": lambda content: (
+        content[:len(content) // 3] + b"\xff" + content[len(content) // 3:]),
+    "a list": lambda content: b"[1, 2]",
+    "an object": lambda content: b'{"a": {"b": 1}}'}
+# Files that nothing goes on from: TensorBoard reads them, or a person.
+ARE_NOT_READ = re.compile(
+    r"tensorboard/|.*\.png|.*commit_success.txt|.*/_sharding")
+
+
+def files_of(path):
+  return [name for file in sorted(path.rglob("*")) if file.is_file()
+          and not ARE_NOT_READ.match(name := str(file.relative_to(path)))]
+
+
+def damage(path, name, how):
+  file = path / name
+  if how == "missing":
+    file.unlink()
+  else:
+    file.write_bytes(DAMAGES[how](file.read_bytes()))
+
+
+def results(path):
+  """Rows and evaluations; times apart."""
+  rows = [
+      {name: value for name, value in row.items()
+       if not name.startswith(("time/", "perf/"))}
+      for row in metrics.read(path / "metrics.jsonl")]
+  return sorted(rows, key=lambda row: (row["stage"], row["step"])), {
+      file.name: json.loads(file.read_text())
+      for file in (path / "measure/eval").glob("*.json")}
+
+
+def told(act, path, capsys):
+  """What a command says: an error, which is one that names a path, or more."""
+  capsys.readouterr()
+  try:
+    act()
+  except (ValueError, OSError) as error:
+    assert isinstance(error, config_lib.ConfigError) or (
+        "\n" not in str(error))
+    assert str(path) in str(error)
+    assert type(error).__module__.startswith("posttrain.") or (
+        type(error) is ValueError)
+    return str(error)
+  return " ".join(capsys.readouterr().out.split())
+
+
+def resume(path):
+  """As `posttrain train --workdir=PATH`."""
+  workdir.open_existing(path)
+  pipeline.train(workdir.read_config(path), str(path))
+
+
+def check(trained, path, name, how, capsys):
+  """A damaged file is mended, or named; nothing is lost without a word."""
+  damage(path, name, how)
+  said = told(lambda: resume(path), path, capsys)
+  if not said.startswith(str(path)) and "All 3 stages" in said:
+    here = lambda: results(path) == results(trained)
+    assert name.split("/")[-1] in said or here(), (name, how, said)
+
+
+def test_every_damaged_file_of_a_finished_run(
+    trained, tmp_path, capsys):
+  """`train` skips what has finished: it reads no checkpoint and no result."""
+  for name in files_of(trained):
+    for how in DAMAGES if "/checkpoints/" not in name else ():
+      path = shutil.copytree(trained, tmp_path / "run")
+      if not (name.startswith("measure/eval") and how != "missing"):
+        check(trained, path, name, how, capsys)
+      shutil.rmtree(path)
+
+
+def test_a_report_of_every_damaged_file(trained, tmp_path, capsys):
+  """An error with the path, or a page that has what is there."""
+  for name in files_of(trained):
+    for how in DAMAGES if "/checkpoints/" not in name else ():
+      path = shutil.copytree(trained, tmp_path / "run")
+      damage(path, name, how)
+      page = path / "report.html"
+      said = told(lambda: report.build([path]), path, capsys)
+      assert page.exists() == (not said), (name, how, said)
+      if name == "metrics.jsonl" and not said:
+        assert "metrics.jsonl" in page.read_text() or (
+            "has no metrics" in page.read_text())
+      shutil.rmtree(path)
+
+
+def interrupted(trained, path):
+  """Before its second stage was known to be through; nothing is evaluated."""
+  shutil.copytree(trained, path)
+  (path / "reason/done.json").unlink()
+  shutil.rmtree(path / "measure")
+  return path
+
+
+@pytest.mark.parametrize("name, how", [
+    ("metrics.jsonl", "halved"), ("metrics.jsonl", "no UTF-8"),
+    ("reason/goodput.json", "halved"), ("environment.json", "a list"),
+    ("reason/checkpoints/2/_CHECKPOINT_METADATA", "a list")])
+def test_a_damaged_file_of_an_interrupted_run(
+    trained, tmp_path, capsys, name, how):
+  path = interrupted(trained, tmp_path / "run")
+  check(trained, path, name, how, capsys)
+
+
+@pytest.mark.slow
+def test_every_damaged_file_of_an_interrupted_run(trained, tmp_path, capsys):
+  for name in files_of(interrupted(trained, tmp_path / "whole")):
+    for how in DAMAGES if "cold_start/checkpoints/" not in name else ():
+      path = interrupted(trained, tmp_path / "run")
+      check(trained, path, name, how, capsys)
+      shutil.rmtree(path)
+
+
+def test_rows_that_are_missing_are_named(workdir_copy, capsys):
+  """Those of a finished stage too; what is there stays."""
+  file = workdir_copy / "metrics.jsonl"
+  lines = file.read_text().splitlines(keepends=True)
+  file.write_text("".join([lines[0], "[1]\n", *lines[3:]]))
+  resume(workdir_copy)
+  said = " ".join(capsys.readouterr().out.split())
+  assert f"cold_start: {file} HAS NO ROWS of step 2," in said
+  assert f"reason: {file} HAS NO ROWS of step 1," in said
+  assert "measure: " + str(file) not in said
+  assert "1 of 6 lines are no rows and are in metrics.jsonl.damaged" in said
+  assert (workdir_copy / "metrics.jsonl.damaged").read_text() == "[1]\n"
+  assert file.read_text() == "".join([lines[0], *lines[3:]])
+
+
+def test_a_result_that_is_missing_is_made_again(workdir_copy, capsys):
+  file = workdir_copy / "measure/eval/reason.json"
+  whole = file.read_bytes()
+  file.unlink()
+  resume(workdir_copy)
+  assert f"{file} is missing, and is made again" in " ".join(
+      capsys.readouterr().out.split())
+  assert file.read_bytes() == whole

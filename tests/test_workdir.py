@@ -1,6 +1,7 @@
 """One config per directory, and files that are whole or absent."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -18,6 +19,11 @@ def config():
 
 def create(path, config, devices=("cpu:0",), **kwargs):
   return workdir_lib.create(path, config, devices=devices, **kwargs)
+
+
+def trained(workdir):
+  """As after the first checkpoint."""
+  (workdir.path / "reason/checkpoints/4").mkdir(parents=True)
 
 
 def test_a_new_workdir_records_what_made_it(tmp_path, config):
@@ -38,13 +44,14 @@ def test_the_same_config_may_start_again(tmp_path, config):
   create(tmp_path, config)
   before = (tmp_path / "config.json").read_bytes()
   workdir, changes = create(tmp_path, config, devices=("cpu:0", "cpu:1"))
-  assert changes == ["devices: ('cpu:0',) -> ('cpu:0', 'cpu:1')"]
+  assert changes == ["differs from the last start: devices: ('cpu:0',) -> "
+                     "('cpu:0', 'cpu:1')"]
   assert len(workdir.environments()) == 2
   assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path, config):
-  create(tmp_path, config)
+  trained(create(tmp_path, config)[0])
   other = config_lib.load(TINY, ["reason.num_steps=4", "seed=1"])
   with pytest.raises(workdir_lib.WorkdirError) as error:
     create(tmp_path, other)
@@ -54,8 +61,58 @@ def test_another_config_is_refused_with_the_difference(tmp_path, config):
   assert len(workdir_lib.open_existing(tmp_path).environments()) == 1
 
 
-def test_named_sections_may_differ_and_the_record_stays(tmp_path, config):
+@pytest.mark.parametrize("made", [
+    "reason/checkpoints/4/state", "measure/eval/init.json", "reason/done.json",
+    "reason/damaged/4/state"])
+def test_what_counts_as_trained(tmp_path, config, made):
   create(tmp_path, config)
+  (tmp_path / made).parent.mkdir(parents=True)
+  (tmp_path / made).write_text("{}")
+  with pytest.raises(workdir_lib.WorkdirError, match="seed: 0 -> 1"):
+    create(tmp_path, config_lib.load(TINY, ["seed=1"]))
+
+
+def test_rows_count_as_trained(tmp_path, config):
+  create(tmp_path, config)
+  (tmp_path / "metrics.jsonl").write_text('{"stage": "reason", "step": 1}\n')
+  with pytest.raises(workdir_lib.WorkdirError, match="seed: 0 -> 1"):
+    create(tmp_path, config_lib.load(TINY, ["seed=1"]))
+
+
+def test_a_config_that_has_trained_nothing_gives_way(tmp_path, config):
+  """With all that it made; what others put there stays."""
+  create(tmp_path, config)
+  left = ["model.json", "tokenizer/tokenizer.model", "metrics.jsonl",
+          "reason/data_report.json", "reason/goodput.json",
+          "reason/rollouts/step_000000.jsonl", "tokenizer.partial/x",
+          "reason/eval/.init.json.7.partial"]
+  kept = ["reason/checkpoints/4.orbax-checkpoint-tmp-1/state", "notes.txt",
+          "reason/bad_batch.npz"]
+  for name in (*left, *kept):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{")
+  other = config_lib.load(TINY, ["reason.num_steps=4"])
+  workdir, news = create(tmp_path, other)
+  assert config_lib.diff(workdir.config(), other) == []
+  assert news == [
+      "differs from the last start (nothing had been trained, so it replaces "
+      "that config): reason.num_steps: 8 -> 4"]
+  assert not any((tmp_path / name).exists() for name in left)
+  assert all((tmp_path / name).exists() for name in kept)
+  assert len(workdir.environments()) == 2
+
+
+def test_to_evaluate_begins_nothing_anew(tmp_path, config):
+  create(tmp_path, config)
+  (tmp_path / "tokenizer").mkdir()
+  with pytest.raises(workdir_lib.WorkdirError, match="seed: 0 -> 1"):
+    create(tmp_path, config_lib.load(TINY, ["seed=1"]), anew=False)
+  create(tmp_path, config, anew=False)
+  assert (tmp_path / "tokenizer").exists()
+
+
+def test_named_sections_may_differ_and_the_record_stays(tmp_path, config):
+  trained(create(tmp_path, config)[0])
   other = config_lib.load(TINY, ["measure.num_waits=0,1,2", "seed=0"])
   workdir, _ = create(tmp_path, other, may_differ=("measure",))
   assert config_lib.diff(workdir.config(), config) == []
@@ -116,10 +173,57 @@ def test_numbers_that_json_has_not_are_refused(tmp_path):
   assert not (tmp_path / "a.json").exists()
 
 
-def test_a_damaged_file_is_named(tmp_path):
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(workdir_lib.WorkdirError, match=r"config.json is no"):
+@pytest.mark.parametrize("content", [
+    b"", b"{", b'{"a": "\xff"}', b"[]", b"3", b"null", b"[" * 100_000])
+def test_a_damaged_config_is_named(tmp_path, config, content):
+  file = tmp_path / "config.json"
+  file.write_bytes(content)
+  damaged = pytest.raises(
+      workdir_lib.WorkdirError,
+      match=f"^{file} is damaged: .* Put a copy back.$")
+  with damaged:
     workdir_lib.open_existing(tmp_path).config()
+  with damaged:
+    create(tmp_path, config)
+  assert file.read_bytes() == content
+
+
+def test_a_config_of_another_shape_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"stages": 3, "sed": 1}')
+  with pytest.raises(config_lib.ConfigError, match=(
+      f"^{tmp_path}/config.json: ")):
+    workdir_lib.open_existing(tmp_path).config()
+
+
+@pytest.mark.parametrize("content", [b"[{}", b"\xff", b"{}", b"[1]", b""])
+def test_a_damaged_record_of_starts_is_begun_anew(tmp_path, config, content):
+  create(tmp_path, config)
+  (tmp_path / "environment.json").write_bytes(content)
+  workdir, news = create(tmp_path, config)
+  [line] = news
+  assert line.startswith(f"{tmp_path}/environment.json ")
+  assert line.endswith(
+      "It is environment.json.damaged now, and is begun anew.")
+  assert (tmp_path / "environment.json.damaged").read_bytes() == content
+  assert len(workdir.environments()) == 1
+
+
+def test_what_killed_processes_had_begun_is_removed(tmp_path, config):
+  workdir = create(tmp_path, config)[0]
+  trained(workdir)
+  dead, alive = 2**22 + 1, os.getpid()  # No process has the first number.
+  gone = [f".config.json.{alive}.partial", f"reason/.done.json.{dead}.partial",
+          f"reason/rollouts/.step_000001.jsonl.{dead}.partial",
+          f"measure/eval/.init.json.{alive}.partial",
+          f".report.html.{dead}.partial"]
+  stays = [f".report.html.{alive}.partial", ".mine.partial",
+           "reason/checkpoints/4/.x.1.partial"]
+  for name in (*gone, *stays):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{")
+  create(tmp_path, config)
+  assert [name for name in gone if (tmp_path / name).exists()] == []
+  assert [name for name in stays if not (tmp_path / name).exists()] == []
 
 
 def test_a_bucket_is_no_directory():

@@ -219,9 +219,10 @@ def _lists(value: Any) -> Any:
 
 def from_jsonable(
     data: Mapping, assignments: Sequence[str] = (),
+    origin: str = "config.json",
 ) -> config_dict.ConfigDict:
   """The resolved config of a config.json, under `path=value` assignments."""
-  return assign(data, assignments, "config.json", saved=True)
+  return assign(data, assignments, origin, saved=True)
 
 
 def functions(config: config_dict.ConfigDict) -> dict[str, str]:

@@ -18,7 +18,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain import workdir as workdir_lib
-from posttrain.train import metrics
+from posttrain.train import goodput, metrics
+
+# What the page takes from each cell of an evaluation, and from a completion.
+CELL = ("name", "accuracy", "mean_thinking_tokens", "max_thinking_tokens",
+        "num_waits")
+COMPLETION = ("prompt", "completion", "segments", "prompt_id", "sample_id")
 
 
 @dataclasses.dataclass
@@ -67,8 +72,7 @@ def read_runs(paths: Sequence[str | pathlib.Path]) -> list[Run]:
   """Reads each workdir once, labelled by its last distinct path part.
 
   Raises:
-    WorkdirError: a directory holds no run.
-    ValueError: a file in it is damaged.
+    WorkdirError: a directory holds no run, or a file in it is damaged.
   """
   found = list(dict.fromkeys(pathlib.Path(path).resolve() for path in paths))
   if not found:
@@ -82,7 +86,7 @@ def read_runs(paths: Sequence[str | pathlib.Path]) -> list[Run]:
 
 def _run(path: pathlib.Path, label: str) -> Run:
   workdir = workdir_lib.open_existing(path, is_writer=False)
-  config = workdir_lib.read_json(path / "config.json")
+  config = _config(path / "config.json")
   missing: list[str] = []
   rows: list[dict[str, Any]] = []
   if workdir.metrics.exists():
@@ -100,18 +104,30 @@ def _run(path: pathlib.Path, label: str) -> Run:
   return Run(label, path, config, environments, stages, missing)
 
 
+def _config(path: pathlib.Path) -> dict[str, Any]:
+  """As saved: of an older version, too."""
+  found = workdir_lib.read_object(path, "stages")
+  stages = found["stages"]
+  if not isinstance(stages, list) or not all(
+      isinstance(name, str) and isinstance(found.get(name), dict)
+      and isinstance(found[name].get("kind"), str) for name in stages):
+    raise workdir_lib.damaged(path, "it has no sections of its stages")
+  return found
+
+
 def _stage(
     workdir: workdir_lib.Workdir, name: str, kind: str,
     rows: list[dict[str, Any]], order: Sequence[str], missing: list[str],
 ) -> Stage:
   directory = workdir.path / name
-  either = lambda file: (
-      workdir_lib.read_json(file) if file.exists() else None)
+  either = lambda name, read: (
+      read(directory / name) if (directory / name).exists() else None)
+  done = workdir.finished(name, *(["step"] * (kind != "evaluate")))
   stage = Stage(
-      name=name, kind=kind, finished=(directory / "done.json").exists(),
+      name=name, kind=kind, finished=done is not None,
       rows=sorted(rows, key=lambda row: row["step"]),
-      data_report=either(directory / "data_report.json"),
-      goodput=either(directory / "goodput.json"),
+      data_report=either("data_report.json", workdir_lib.read_object),
+      goodput=either("goodput.json", goodput.read),
       rollouts=_rollouts(directory / "rollouts"),
       evaluations=_evaluations(directory / "eval", order))
   if not directory.exists() and not rows:
@@ -122,44 +138,67 @@ def _stage(
     missing.append(f"Stage {name} has not finished{last}.")
   if kind != "evaluate" and not rows:
     missing.append(f"Stage {name} has no metrics.")
+  elif kind != "evaluate" and (lost := metrics.missing(
+      rows, name, (done or stage.rows[-1])["step"])):
+    missing.append(f"metrics.jsonl has no rows of {name}, step {lost}.")
   if kind == "grpo" and not stage.rollouts:
     missing.append(f"Stage {name} has saved no rollouts.")
   if kind == "evaluate" and not stage.evaluations:
     missing.append(f"Stage {name} has no results yet.")
+  elif kind == "evaluate" and len(stage.evaluations) < len(done or ()):
+    missing.append(f"Stage {name} has {len(stage.evaluations)} of "
+                   f"{len(done or ())} results.")
   return stage
 
 
 def _rollouts(directory: pathlib.Path) -> dict[int, list[dict[str, Any]]]:
   return {
       int(file.stem.removeprefix("step_")): read_lines(file)
-      for file in sorted(directory.glob("step_*.jsonl"))}
+      for file in sorted(directory.glob("step_*.jsonl"))
+      if file.stem.removeprefix("step_").isdecimal()}
 
 
 def _evaluations(
     directory: pathlib.Path, order: Sequence[str],
 ) -> list[dict[str, Any]]:
   """The starting weights first, then as trained, then other checkpoints."""
-  results = [
-      workdir_lib.read_json(file) for file in sorted(directory.glob("*.json"))]
+  results = [_evaluation(file) for file in sorted(directory.glob("*.json"))]
   place = lambda result: (
       order.index(result["checkpoint"]) if result["checkpoint"] in order
       else len(order))
   return sorted(results, key=place)
 
 
+def _evaluation(path: pathlib.Path) -> dict[str, Any]:
+  found = workdir_lib.read_object(path, "checkpoint", "cells")
+  _check(path, found["cells"], CELL)
+  _check(path, found.get("records", []), ("cell", "id", *COMPLETION))
+  return found
+
+
+def _check(path: pathlib.Path, rows: Any, needed: Sequence[str]) -> None:
+  """Raises WorkdirError where they are no objects with these keys."""
+  if not isinstance(rows, list) or not all(
+      isinstance(row, dict) and set(needed) <= set(row) for row in rows):
+    raise workdir_lib.damaged(
+        path, f"needed a list of objects with {', '.join(needed)}")
+
+
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Rows of a JSONL file.
+  """Completions of a JSONL file.
 
   Raises:
-    ValueError: a line is no JSON; names file and line.
+    WorkdirError: a line holds none; names file and line.
   """
   rows = []
   # Not `splitlines`: a completion may hold U+2028 and the like unescaped.
-  for number, line in enumerate(path.read_text().split("\n"), start=1):
+  lines = workdir_lib.read_text(path).split("\n")
+  for number, line in enumerate(lines, start=1):
     if not line:
       continue
     try:
       rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{path}, line {number}: {error}.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+      raise workdir_lib.damaged(path, f"line {number}, {error}") from error
+  _check(path, rows, COMPLETION)
   return rows

@@ -8,6 +8,7 @@ finished is kept at once (`kept_cells`).
 """
 
 import functools
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,11 +72,11 @@ def _result(
     weights_of: Callable[[str], Transformer], again: bool,
 ) -> dict[str, Any]:
   """One checkpoint's result, evaluated where it is not there."""
-  file = context.directory / "eval" / f"{label(name)}.json"
+  file = result_file(context, name)
   # One host's view: files of others may show up late on a shared disk.
   there = bool(sharding.of_first_host(np.array(file.exists())))
   if there and not again:
-    return workdir_lib.read_json(file)
+    return workdir_lib.read_object(file, "cells")
   context.console.line(f"{context.name}: evaluating {name}")
   result = evaluation.evaluate(
       label(name), functools.cache(lambda: weights_of(name)))
@@ -89,6 +90,12 @@ def checkpoints_of(context: StageContext) -> tuple[str, ...]:
   before = stages[:stages.index(context.name)]
   return tuple(context.section.checkpoints) or (
       "init", *(name for name in before if config[name].kind != "evaluate"))
+
+
+def result_file(context: StageContext, checkpoint: str) -> pathlib.Path:
+  """Where the figures and completions of a checkpoint are."""
+  return context.workdir.path / context.name / "eval" / (
+      f"{label(checkpoint)}.json")
 
 
 def label(checkpoint: str) -> str:

@@ -25,7 +25,8 @@ class Monitor:
     writes, profile = context.workdir.is_writer, context.config.profile
     self._context = context
     self._ledger = goodput.Ledger(
-        context.directory / "goodput.json", write=writes)
+        context.directory / "goodput.json", write=writes,
+        warn=context.console.warning)
     chosen = not profile.stages or context.name in profile.stages
     self._tracer = trace.Tracer(
         context.directory / "profile", profile.steps if chosen else (),

@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import config_dict
 
-from posttrain import sharding, weights
+from posttrain import distributed, sharding, weights
 from posttrain.model.config import LoraConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages.context import StageContext
@@ -15,6 +15,7 @@ from posttrain.train import (
   damage,
   health,
   memory,
+  metrics,
   optimizer,
   partition,
   preemption,
@@ -148,7 +149,26 @@ def resume(
   checkpoints.check_same(
       found, **_identity(context, weights.frozen_name(fresh.frozen)))
   context.console.line(f"{context.name}: resumed from step {found.step}")
+  warn_of_missing_rows(context, found.step)
   return state_lib.from_checkpoint(fresh, found.tree), found
+
+
+def warn_of_missing_rows(context: StageContext, last: int) -> None:
+  """Says which steps of 1..`last` have no row in metrics.jsonl, if any.
+
+  They cannot be told from elsewhere: TensorBoard's events have 32 bits, and
+  lack what was not flushed.
+  """
+  if not context.workdir.is_writer:
+    return
+  path = context.workdir.metrics
+  lost = metrics.missing(
+      metrics.read(path) if path.exists() else [], context.name, last)
+  if lost:
+    context.console.warning(
+        f"{context.name}: {path} HAS NO ROWS of step {lost}, which the stage "
+        "has made. The file was cut or is not that of this run; the weights "
+        "do not depend on it. Put the rows back from a copy, if there is one.")
 
 
 def _newest(
@@ -177,12 +197,16 @@ def save(
 ) -> None:
   """Saves the state with `extras` and what tells that it fits a run.
 
-  Frozen weights are saved once, beside the stages.
+  Frozen weights are saved once, beside the stages. The rows of metrics up to
+  here are on the disk before.
 
   Args:
     number: the step, as the stage counts it.
     **more: `rollouts` and `metrics` of `Checkpoints.save`.
   """
+  distributed.on_first_host(context.workdir.check_lease)
+  if context.workdir.is_writer:
+    metrics.sync(context.workdir.metrics)
   frozen = weights.save_frozen(state.frozen, context.workdir)
   saver.save(
       number, state_lib.to_checkpoint(state),

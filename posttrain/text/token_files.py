@@ -5,19 +5,43 @@
   generation_config.json  every id at which generation stops
 """
 
+import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # Tokens that a chat template may write by name.
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+@contextlib.contextmanager
+def errors_name(path: pathlib.Path) -> Iterator[None]:
+  """Turns what reading a tokenizer's file raises into an error with its path.
+
+  The libraries that read them have no common type of error.
+  """
+  try:
+    yield
+  except Exception as error:
+    if type(error) is ValueError and str(path) in str(error):
+      raise
+    raise ValueError(
+        f"{path} cannot be read as a part of a tokenizer: "
+        f"{type(error).__name__}: {str(error)[:200]}. The file is damaged or "
+        "is something else. Put a copy of it back.") from error
+
+
 def read(path: pathlib.Path) -> dict:
   """A JSON object; empty when there is no such file."""
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  if not path.exists():
+    return {}
+  with errors_name(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+      raise ValueError("it holds no object")
+    return found
 
 
 def named(config: dict) -> dict[str, str]:
@@ -51,7 +75,8 @@ def chat_template(directory: pathlib.Path, config: dict) -> str | None:
   """
   file = directory / "chat_template.jinja"
   if file.exists():
-    return file.read_text(encoding="utf-8")
+    with errors_name(file):
+      return file.read_text(encoding="utf-8")
   template = config.get("chat_template")
   if isinstance(template, list):  # Several, by name.
     by_name = {entry["name"]: entry["template"] for entry in template}

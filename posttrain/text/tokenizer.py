@@ -98,9 +98,11 @@ def load(
   if not path.exists():
     raise ValueError(f"{path} does not exist. Check tokenizer.path.")
   if path.suffix == ".model":
-    return _load_sentencepiece(path)
+    with token_files.errors_name(path.parent):
+      return _load_sentencepiece(path)
   if path.suffix == ".json":
-    return _load_hugging_face(path, vocab_size)
+    with token_files.errors_name(path.parent):
+      return _load_hugging_face(path, vocab_size)
   raise ValueError(
       f"{path} is neither a tokenizer.json nor a SentencePiece *.model. "
       "Check tokenizer.path.")
@@ -148,8 +150,9 @@ def spellings(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
 
 def _load_sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:
   config = token_files.read(path.parent / "tokenizer_config.json")
-  proto = sentencepiece_tokenizer.with_added(
-      path.read_bytes(), token_files.added_tokens(config))
+  with token_files.errors_name(path):
+    proto = sentencepiece_tokenizer.with_added(
+        path.read_bytes(), token_files.added_tokens(config))
   return SentencePieceTokenizer(
       proto, chat_template=token_files.chat_template(path.parent, config),
       add_bos=config.get("add_bos_token", True),
@@ -160,7 +163,8 @@ def _load_sentencepiece(path: pathlib.Path) -> SentencePieceTokenizer:
 
 def _load_hugging_face(
     path: pathlib.Path, vocab_size: int | None) -> HuggingFaceTokenizer:
-  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  with token_files.errors_name(path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
   if vocab_size is not None:
     tokenizer = hugging_face_tokenizer.without_added(tokenizer, vocab_size)
   config = token_files.read(path.parent / "tokenizer_config.json")

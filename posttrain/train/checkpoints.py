@@ -76,6 +76,7 @@ class Checkpoints:
     if best_mode not in ("max", "min"):
       raise ValueError(
           f'checkpoint.best_mode is {best_mode!r}, not "max" or "min".')
+    damage.say_errors_once()
     self._directory = _absolute(directory)
     self._best_metric = best_metric if keep_best else ""
     value = lambda metrics: metrics["value"]
@@ -84,13 +85,14 @@ class Checkpoints:
       policies.append(checkpoint_managers.BestN(
           get_metric_fn=value, reverse=best_mode == "min",
           n=keep_best, keep_checkpoints_without_metrics=False))
-    self._manager = _Manager(
-        self._directory, item_handlers=_handlers(),
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                policies),
-            best_fn=value if keep_best else None, best_mode=best_mode,
-            cleanup_tmp_directories=True))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+            policies),
+        best_fn=value if keep_best else None, best_mode=best_mode,
+        cleanup_tmp_directories=True)
+    with damage.errors_name(self._directory, "opened"):
+      self._manager = _Manager(
+          self._directory, item_handlers=_handlers(), options=options)
 
   def latest_step(self) -> int | None:
     """The newest whole checkpoint, or None."""
@@ -136,7 +138,8 @@ class Checkpoints:
         "state": ocp.args.PyTreeSave(tree),
         "extras": ocp.args.JsonSave({
             "extras": body, "fingerprints": fingerprint.of(_flatten(tree)),
-            "extras_crc32": zlib.crc32(body.encode())})}
+            "extras_crc32": zlib.crc32(body.encode()),
+            "has_rollouts": rollouts is not None})}
     if rollouts is not None:
       items["rollouts"] = ocp.args.PyTreeSave({"npz": _pack(rollouts)})
     with damage.errors_name(self._directory / str(step), "written"):
@@ -233,11 +236,11 @@ def restore(
         restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
             sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
             abstract)))
-    extras, expected = _read_extras(path)
-    if (path / "rollouts").exists():
+    extras, found = _read_extras(path)
+    if found["has_rollouts"]:
       rollouts = _unpack(handler.restore(path / "rollouts")["npz"])
   _check_fingerprints(
-      path / "state", fingerprint.of(_flatten(tree)), expected)
+      path / "state", fingerprint.of(_flatten(tree)), found["fingerprints"])
   return Restored(step, tree, extras, rollouts)
 
 
@@ -359,13 +362,13 @@ def _check_fingerprints(
                    f"({len(bad)} of {len(found)} arrays differ)")
 
 
-def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
-  """The JSON part of a checkpoint, and the fingerprints of its arrays."""
+def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The JSON part of a checkpoint, and what else its file says."""
   found = json.loads((path / "extras" / "metadata").read_text())
   body = found["extras"]
   if zlib.crc32(body.encode()) != found["extras_crc32"]:
     raise ValueError(f"{path / 'extras'}: its checksum differs")
-  return json.loads(body), found["fingerprints"]
+  return json.loads(body), found
 
 
 def _pack(rollouts: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,7 +1,10 @@
 """Checkpoints that cannot be read or written: what to say, on which hosts."""
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -43,9 +46,43 @@ def errors_name(path: epath.Path, verb: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # Tensorstore's errors have no common type.
-    what = f"{type(error).__name__}: {str(error)[:500]}"
+    text = " ".join(str(error).split())  # In one line.
+    what = f"{type(error).__name__}: {text[:500]}"
     if verb == "read":
       raise damaged(path, what) from error
+    if verb == "opened":
+      raise DamagedError(
+          f"{path} could not be opened: {what}. A file of a checkpoint in it "
+          "is damaged. Move that step's directory away, and the run goes on "
+          "from the checkpoint before it.") from error
     raise StorageError(
         f"Checkpoint {path} could not be written: {what}. Is the disk full? "
         "Earlier checkpoints are untouched.") from error
+
+
+def say_errors_once() -> None:
+  """Keeps storage layers from printing tracebacks of what they raise too.
+
+  Orbax logs each error from several threads, and Tensorstore's writes that are
+  still under way find their event loop closed. A full disk is otherwise some
+  screens of that, and the line that helps stands below.
+  """
+  logging.getLogger("absl").addFilter(_is_not_raised)
+  if not isinstance(sys.unraisablehook, _UnraisableHook):
+    sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _UnraisableHook:
+  """Python's hook, but for callbacks into a loop that an error has ended."""
+
+  def __init__(self, before: Callable[[Any], Any]):
+    self._before = before
+
+  def __call__(self, unraisable: Any) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError)
+            and str(unraisable.exc_value) == "Event loop is closed"):
+      self._before(unraisable)

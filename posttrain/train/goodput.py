@@ -13,7 +13,8 @@
               starts after the first, and the steps that were made again
 
 Goodput is the share of `train`. The record is a file in the stage's
-directory, so that a start knows what went before. It is at most `EVERY`
+directory, so that a start knows what went before; one that is damaged is moved
+aside and begun anew. It is at most `EVERY`
 seconds old when a process dies: that much may count as time down in place of
 steps made again, which changes no other figure.
 """
@@ -45,6 +46,7 @@ class Ledger:
       wall: Callable[[], float] = time.time,
       clock: Callable[[], float] = time.monotonic,
       compiled: Callable[[], float] = compiling.seconds,
+      warn: Callable[[str], None] = lambda text: None,
   ):
     """Opens the record, or begins it.
 
@@ -53,6 +55,7 @@ class Ledger:
       write: false on all hosts but the first, whose figures go nowhere.
       wall, clock: seconds since the epoch; monotonic ones.
       compiled: seconds spent compiling.
+      warn: is told of a record that is damaged.
     """
     self._path, self._write = path, write
     self._wall, self._clock, self._compiled = wall, clock, compiled
@@ -60,7 +63,8 @@ class Ledger:
     self._written = clock()
     self._began = False
     self._record = (
-        workdir.read_json(path) if write and path.exists() else None)
+        workdir.or_anew(path, lambda: read(path), warn)
+        if write and path.exists() else None)
     self._starts = 1 + (self._record["starts"] if self._record else 0)
     self._marks: list[list[float]] = (
         self._record["marks"] if self._record else [])
@@ -140,6 +144,21 @@ class Ledger:
                 if name in NAMES)
     return (self._clock() - self._opened - parts
             - (self._compiled() - self._compiled_before))
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """The record of a file; a WorkdirError names one that is damaged."""
+  record = workdir.read_object(path, "written", "starts", "seconds", "marks")
+  is_number = lambda value: type(value) in (int, float)
+  seconds, marks = record["seconds"], record["marks"]
+  if not (is_number(record["written"]) and type(record["starts"]) is int
+          and isinstance(seconds, dict) and set(seconds) == set(NAMES)
+          and all(map(is_number, seconds.values()))
+          and isinstance(marks, list) and all(
+              isinstance(mark, list) and len(mark) == 2
+              and all(map(is_number, mark)) for mark in marks)):
+    raise workdir.damaged(path, "not the record of a wall time")
+  return record
 
 
 def describe(record: dict[str, Any]) -> str:

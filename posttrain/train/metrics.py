@@ -5,21 +5,23 @@ A row is a flat JSON object: "stage", "step", then names such as "loss" or
 finite. Names under "time/" and "perf/" are measurements of the machine, all
 others are functions of config, data and seed, and repeat bit for bit.
 
-Only process 0 writes. Each row is flushed, so that a kill loses none; rows
-beyond the checkpoint that a run resumes from are cut before it goes on, so
-that each step is there once.
+Only process 0 writes. Each row is flushed, so that a kill loses none, and is on
+the disk before a checkpoint of its step is; rows beyond the checkpoint that a
+run resumes from are cut before it goes on, so that each step is there once.
 """
 
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
+
+from posttrain.workdir import WorkdirError, replace_file
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -28,20 +30,87 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   A last line without its newline is the trace of a kill, and left out.
 
   Raises:
-    ValueError: another line is not a JSON object with "stage" and "step".
+    WorkdirError: another line is no row; names the file and the line.
   """
-  lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
   rows = []
-  for number, line in enumerate(lines[:-1], start=1):
+  for number, line in enumerate(_lines(path), start=1):
     try:
-      row = json.loads(line)
-      row["stage"], row["step"]  # Both must be there.
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-          f'{path}, line {number}: expected a JSON object with "stage" and '
-          f'"step", found {line[:80]!r} ({error}).') from error
-    rows.append(row)
+      rows.append(_row(line))
+    except ValueError as error:
+      raise WorkdirError(
+          f'{path}, line {number}: expected a JSON object with "stage", '
+          f'"step" and numbers, found {_shown(line)} ({error}). Remove that '
+          "line, or put the file back; `posttrain train` removes it by "
+          "itself.") from error
   return rows
+
+
+def mend(path: str | os.PathLike) -> list[str]:
+  """Takes lines that are no rows out; they are kept in another file.
+
+  Returns:
+    What a person should know; nothing where all is well.
+  """
+  path = pathlib.Path(path)
+  lines, bad = _lines(path) if path.exists() else [], []
+  for line in lines:
+    try:
+      _row(line)
+    except ValueError:
+      bad.append(line)
+  if not bad:
+    return []
+  aside = path.with_name(path.name + ".damaged")
+  with aside.open("ab") as file:
+    file.write(b"".join(line + b"\n" for line in bad))
+  replace_file(path, b"".join(
+      line + b"\n" for line in lines if line not in bad))
+  return [f"{path}: {len(bad)} of {len(lines)} lines are no rows and are in "
+          f"{aside.name} now, the first is {_shown(bad[0])}"]
+
+
+def missing(
+    rows: Iterable[Mapping[str, Any]], stage: str, last: int) -> str:
+  """The steps of 1..`last` without a row, such as "3-8, 12"; "" for none."""
+  steps = {row["step"] for row in rows if row["stage"] == stage}
+  spans: list[list[int]] = []
+  for step in range(1, last + 1):
+    if step not in steps:
+      if spans and spans[-1][1] == step - 1:
+        spans[-1][1] = step
+      else:
+        spans.append([step, step])
+  return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Waits until the file is on the disk."""
+  if pathlib.Path(path).exists():
+    with pathlib.Path(path).open("ab") as file:
+      os.fsync(file.fileno())
+
+
+def _lines(path: str | os.PathLike) -> list[bytes]:
+  return pathlib.Path(path).read_bytes().split(b"\n")[:-1]
+
+
+def _row(line: bytes) -> dict[str, Any]:
+  """Raises ValueError where the line is no row."""
+  try:
+    row = json.loads(line.decode())
+  except RecursionError as error:
+    raise ValueError("nested too deeply") from error
+  if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or (
+      type(row.get("step")) is not int):
+    raise ValueError("no row")
+  for name, value in row.items():
+    if name != "stage" and type(value) not in (int, float, type(None)):
+      raise ValueError(f"{name} is no number")
+  return row
+
+
+def _shown(line: bytes) -> str:
+  return repr(line[:60].decode(errors="replace"))
 
 
 def cut(path: str | os.PathLike, stage: str, step: int) -> int:
@@ -60,12 +129,7 @@ def cut(path: str | os.PathLike, stage: str, step: int) -> int:
       row for row in rows if row["stage"] != stage or row["step"] <= step]
   text = "".join(json.dumps(row) + "\n" for row in kept)
   if text.encode() != path.read_bytes():
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, text.encode())
   return len(rows) - len(kept)
 
 

@@ -13,8 +13,8 @@ SIGTERM ends it at once, with status 75 too: while it imports JAX, reads weights
 or compiles. Several processes agree on the step over their line (`line.py`).
 
 A thread takes the signal, since the main one may be waiting for devices, and
-those for a host that is gone. Only the standard library is imported here: this
-comes before all else.
+those for a host that is gone. Only what needs the standard library alone is
+imported here: this comes before all else.
 """
 
 import os
@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 
-from posttrain import line
+from posttrain import lease, line
 
 EXIT_STATUS = line.PREEMPTED
 
@@ -105,4 +105,5 @@ def _terminate() -> None:
   elif not _calls:
     print("posttrain: SIGTERM before the first step: nothing is lost, and the "
           "same command starts again.", file=sys.stderr, flush=True)
+    lease.let_go()
     os._exit(EXIT_STATUS)

@@ -333,7 +333,7 @@ def test_damage_is_an_error_that_names_the_file(tmp_path):
   path = synthetic.write(tmp_path / "run")
   file = path / "reason" / "rollouts" / "step_000020.jsonl"
   file.write_text('{"prompt": 1\n')
-  with pytest.raises(ValueError, match=r"step_000020.jsonl, line 1"):
+  with pytest.raises(ValueError, match=r"step_000020.jsonl is damaged: line 1"):
     report.build([path])
 
 

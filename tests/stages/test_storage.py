@@ -56,8 +56,11 @@ def no_file_above(size):
 
 
 def test_a_full_disk_stops_the_run_which_then_goes_on(
-    whole, tmp_path, monkeypatch):
-  """The arrays of a step do not fit; those before are as they were."""
+    whole, tmp_path, monkeypatch, caplog):
+  """The arrays of a step do not fit; those before are as they were.
+
+  The error is one line, and no thread of Orbax's logs a traceback beside it.
+  """
   path = tmp_path / "run"
   leave_at(monkeypatch, 4)
   with pytest.raises(SystemExit):
@@ -68,6 +71,8 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(
       match=f"{path}.* could not be written: .*Is the disk full") as error:
     run(path)
   assert not isinstance(error.value, DamagedError)
+  assert "\n" not in str(error.value)
+  assert [record for record in caplog.records if record.exc_info] == []
   folder = path / "cold_start/checkpoints"
   # How arrays share files varies, but one of 16 KiB is in none below the limit.
   assert checkpoints.find_step(folder) == 4
@@ -134,7 +139,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_the_start():
 ])
 def test_the_command_line_names_the_file_and_fails(
     tmp_path, monkeypatch, capsys, error, message):
-  def train(*unused):
+  def train(*unused, **options):
     raise error
   monkeypatch.setattr(pipeline, "train", train)
   monkeypatch.setattr(main, "_start", lambda config: None)
@@ -144,7 +149,7 @@ def test_the_command_line_names_the_file_and_fails(
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
-  def train(*unused):
+  def train(*unused, **options):
     raise FileNotFoundError(errno.ENOENT, "x", "y")
   monkeypatch.setattr(pipeline, "train", train)
   monkeypatch.setattr(main, "_start", lambda config: None)
@@ -159,11 +164,12 @@ def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
 ])
 def test_what_a_run_may_go_on_with_changed(tmp_path, change, allowed):
   sft_run.make_context(tmp_path)
+  (tmp_path / "cold_start/checkpoints/4").mkdir(parents=True)
   if allowed:
     saved = (tmp_path / "config.json").read_bytes()
     _, changes = workdir.create(
         tmp_path, sft_run.make_context(tmp_path, [change]).config, devices=[])
-    assert any(line.startswith(change.partition("=")[0]) for line in changes)
+    assert any(change.partition("=")[0] in line for line in changes)
     assert (tmp_path / "config.json").read_bytes() == saved
   else:
     with pytest.raises(workdir.WorkdirError, match="run of another config"):

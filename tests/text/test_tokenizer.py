@@ -137,6 +137,29 @@ def test_a_post_processor_that_adds_bos_makes_the_family_have_one(tmp_path):
   assert 0 not in loaded.encode("hello", special=True)
 
 
+@pytest.mark.parametrize("name", [*ALL, "words", "llama"])
+def test_a_file_that_cannot_be_read_is_named(name, tmp_path):
+  """Never a traceback of a library that says nothing of the path."""
+  tokenizer = {**ALL, "words": build.words(), "llama": build.llama()}[name]
+  tokenizer.save(tmp_path)
+  refused = 0
+  for file in sorted(tmp_path.iterdir()):
+    whole = file.read_bytes()
+    for content in (b"", whole[:len(whole) // 2], whole[:9] + b"\xff\xfe",
+                    b"[1, 2]", b"3", b'{"a": {"b": 1}}',
+                    b'{"eos_token": 3, "eos_token_id": "x"}'):
+      file.write_bytes(content)
+      try:
+        tokenizer_lib.load(tmp_path)
+      except ValueError as error:
+        refused += 1
+        assert type(error) is ValueError
+        assert str(tmp_path) in str(error)
+    file.write_bytes(whole)
+  assert refused >= 10
+  assert tokenizer_lib.load(tmp_path).fingerprint() == tokenizer.fingerprint()
+
+
 def test_errors_say_what_to_do(tmp_path):
   with pytest.raises(ValueError, match=r"none of tokenizer\.json"):
     tokenizer_lib.load(tmp_path)

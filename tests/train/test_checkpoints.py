@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,9 @@ def test_a_cut_or_missing_file_names_the_path(tmp_path, mesh, item):
     checkpoints.restore(tmp_path / "c", checkpoints.abstract(tree))
   for file in files:
     file.unlink()
+  with pytest.raises(OSError, match=f"{where}.*damaged or missing"):
+    checkpoints.restore(tmp_path / "c", checkpoints.abstract(tree))
+  shutil.rmtree(tmp_path / "c" / "1" / item)  # Rollouts may be left out.
   with pytest.raises(OSError, match=f"{where}.*damaged or missing"):
     checkpoints.restore(tmp_path / "c", checkpoints.abstract(tree))
 

@@ -36,6 +36,24 @@ class Clock:
         compiled=lambda: self.compiled)
 
 
+@pytest.mark.parametrize("content", [
+    b"", b'{"written": 1', b"\xff", b"[]", b"{}",
+    b'{"written": 1, "starts": 1, "seconds": {}, "marks": []}',
+    b'{"written": 1, "starts": "1", "seconds": {}, "marks": [[1]]}'])
+def test_a_damaged_record_is_begun_anew(tmp_path, content):
+  """It is accounting: the run goes on, and says so."""
+  path, said = tmp_path / "goodput.json", []
+  path.write_bytes(content)
+  ledger = goodput.Ledger(path, warn=said.append)
+  ledger.begin(0)
+  [line] = said
+  assert line.startswith(f"{path} is damaged: ")
+  assert (tmp_path / "goodput.json.damaged").read_bytes() == content
+  assert goodput.read(path)["starts"] == 1
+  assert goodput.Ledger(path, warn=said.append).line()
+  assert len(said) == 1
+
+
 def test_a_stage_that_is_killed_twice(tmp_path):
   clock, path = Clock(), tmp_path / "goodput.json"
   ledger = clock.open(path)
