@@ -123,7 +123,7 @@ def test_no_arguments_print_the_verbs(capsys):
      "found --model and --workdir"),
     (["sample", "--model=tiny"], "--prompt=TEXT and --prompts=FILE"),
     (["sample", "--model=smollm2-135m", "--prompt=\udcff"],
-     "--prompt: no text: 'utf-8' codec can't encode"),
+     "--prompt: a text with '\\udcff', half of a surrogate pair"),
     (["sample", "--model=org/name", "--prompt=a"],
      "--model=org/name is no directory and no file. Nothing is downloaded"),
     (["chat", "--model=qwen3-4b"],
@@ -290,10 +290,8 @@ def test_sample_reads_prompts_from_a_file(calls, tmp_path, workdir):
      "line 1: message 0 has the content 5, a int"),
     ("[" * 100_000, "line 1: nested more than"),
     ("\n", "has no rows"),
-    ("[" * 100_000, "line 1: maximum recursion depth"),
-    ('{"prompt": ' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
-    ("\udcff", "is not UTF-8"),
-    ('{"prompt": "\\ud800"}', "line 1: no text: 'utf-8' codec can't encode"),
+    ('{"prompt": ' + "9" * 5000 + "}", "line 1: a whole number of more"),
+    ("\udcff", "line 1: not UTF-8"),
 ])
 def test_a_bad_file_of_prompts(calls, tmp_path, text, message, capsys):
   file = tmp_path / "prompts.jsonl"
