@@ -18,8 +18,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from posttrain import config as config_lib
 from posttrain import __main__, pipeline, sharding
+from posttrain import config as config_lib
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
 from posttrain.stages import grpo
