@@ -76,6 +76,7 @@ def go_on(process, log):
   forked.finish(process, log)
 
 
+@pytest.mark.slow
 def test_one_of_two_starts_holds_the_workdir(starts, tmp_path):
   """Two fresh ones; then one is killed, and two resume at once."""
   first, log = starts.start_and_stop()

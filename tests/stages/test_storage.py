@@ -150,10 +150,10 @@ def test_the_command_line_names_the_file_and_fails(
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
   def train(*unused, **options):
-    raise FileNotFoundError(errno.ENOENT, "x", "y")
+    raise ConnectionResetError(errno.ECONNRESET, "x", "y")
   monkeypatch.setattr(pipeline, "train", train)
   monkeypatch.setattr(main, "_start", lambda config: None)
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(ConnectionResetError):
     main.main(["train", "--config=configs/tiny.py", f"--workdir={tmp_path}"])
 
 
