@@ -39,9 +39,10 @@ def test_sampling_in_int8_is_counted(stage):
         config[stage], config.compute, PRESETS["qwen3-4b"], {},
         sharding.MeshSizes()).sampling
 
+  correction = {"reason": ["reason.loss.behaviour_correction=truncate"]}
   floats, int8 = sampling(), sampling(
       f"{stage}.rollout.cache_dtype=int8",
-      f"{stage}.rollout.weights_dtype=int8")
+      f"{stage}.rollout.weights_dtype=int8", *correction.get(stage, []))
   assert int8["decode weights"] * 4 == floats["decode weights"]
   assert int8["cache"] * 4 * 128 == floats["cache"] * (128 + 4)
 
