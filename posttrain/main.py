@@ -109,7 +109,7 @@ def sample(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
-  _check_functions(arguments.hook, arguments.policy)
+  _check_functions(arguments, "hook", "policy")
   from posttrain.stages import sample as sample_stage
   sample_stage.run(
       config, rows, output=arguments.output,
@@ -123,7 +123,7 @@ def chat(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
-  _check_functions(arguments.hook, arguments.policy)
+  _check_functions(arguments, "hook", "policy")
   from posttrain.stages import chat as chat_stage
   chat_stage.run(config, **_drawn(arguments))
   return 0
@@ -320,13 +320,14 @@ def _check_sampling(
     raise CommandError("--hook-args has no effect without --hook.")
 
 
-def _check_functions(*names: str) -> None:
+def _check_functions(arguments: argparse.Namespace, *flags: str) -> None:
   """Once JAX may be imported, as their modules will."""
-  for name in filter(None, names):
+  for flag in flags:
     try:
-      loading.load_function(name)
+      if name := getattr(arguments, flag):
+        loading.load_function(name)
     except ValueError as error:
-      raise CommandError(str(error)) from error
+      raise CommandError(f"--{flag}: {error}") from error
 
 
 def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def line(error: Exception) -> str | None:
     return _missing_package(error)
   if isinstance(error, OSError) and error.errno in WRONG_PATH and (
       error.filename):
-    return f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}."
+    return f"{os.fsdecode(error.filename)[:200]}: {os.strerror(error.errno)}."
   if isinstance(error, (ValueError, OSError)) and _raised_by_us(error):
     return str(error)
   return None

@@ -7,6 +7,7 @@ training example begins with exactly the tokens that the sampler is given.
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -124,11 +125,11 @@ def make_renderer(
     return PlainRenderer(tokenizer)
   if chat_template:
     path = pathlib.Path(chat_template).expanduser()
-    if not path.is_file():
-      what = "is a directory" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # False, too, of a name that is too long.
+      what = "is a directory" if os.path.isdir(path) else "does not exist"
       raise ValueError(
-          f'{path} {what}. Set chat_template to a Jinja file, "" (the '
-          'tokenizer\'s own) or "plain".')
+          f'chat_template: {str(path)[:200]} {what}. Set chat_template to a '
+          'Jinja file, "" (the tokenizer\'s own) or "plain".')
     source, name = path.read_text(encoding="utf-8"), f"the template {path}"
   elif tokenizer.chat_template is None:
     raise ValueError(

@@ -169,7 +169,8 @@ def test_no_arguments_print_the_verbs(capsys):
     (["sample", "--model=smollm2-135m", "--prompt=a", "--ask-tokens=9",
       "--ask-length=long"], "not allowed with argument --ask-tokens"),
     (["chat", "--model=smollm2-135m", "--policy=posttrain.sampler.hooks:no"],
-     "has no function 'no'"),
+     "--policy: 'posttrain.sampler.hooks:no': posttrain.sampler.hooks has no "
+     "function 'no'"),
 ])
 def test_a_mistake_is_named_with_its_remedy(argv, message, capsys, calls):
   status, error = run(*argv, capsys=capsys)

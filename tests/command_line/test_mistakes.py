@@ -57,6 +57,7 @@ def said(capsys, *argv):
     (["--config.chat_template={tmp}"],
      "is a directory. Set chat_template to a Jinja file"),
     (["--config.chat_template=/nonexistent/x"], "Set chat_template to"),
+    (["--config.chat_template=" + "x" * 9999], "xxx does not exist. Set chat_"),
     (["--config.measure.reward=builtins:len"],
      "measure.reward: 'builtins:len': builtins has no source file"),
     (["--config.reason.rollout.policy=a:b"],
