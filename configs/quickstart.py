@@ -102,7 +102,8 @@ def measure(split, arg):
       baseline=f"{TASK}:constant_baseline",
       max_thinking_tokens=(4, 8) if debug else budgets,
       num_waits=(1,) if debug else (1, 2, 4),
-      wait_max_thinking_tokens=(-1,),  # An attempt more for each wait.
+      # Twelve attempts: behind them there is room for an answer.
+      wait_max_thinking_tokens=(8,) if debug else (204,),
       rollout=dict(
           max_prompt_tokens=8, max_tokens=24 if debug else 216,
           chunk=24 if debug else 108, batch_rows=512),
