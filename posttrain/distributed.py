@@ -28,6 +28,7 @@ import jax
 from jax._src import distributed as store  # The store has no public name.
 
 from posttrain import lease, line, roll_call, sharding
+from posttrain.tasks import exits
 
 T = TypeVar("T")
 
@@ -155,7 +156,7 @@ def spare_threads(cpu_devices: int) -> None:
 def _leave(status: int) -> None:
   """Ends the process at once; the next start need not wait for its lease."""
   lease.let_go()
-  os._exit(status)
+  exits.leave(status)
 
 
 def on_first_host(function: Callable[[], T]) -> T:

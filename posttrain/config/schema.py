@@ -17,7 +17,8 @@ from posttrain.config.keys import (
 )
 from posttrain.model.config import SAMPLING_DTYPES
 
-CLIP, AGGREGATION = 0.2, "token_mean"  # Where the config has none.
+# Where the config has none.
+CLIP, AGGREGATION, ESTIMATOR = 0.2, "token_mean", "k3"
 CORRECTIONS = ("none", "truncate", "mask")
 ADAPTER_OFF = "adapter_off"  # As a reference.
 
@@ -71,7 +72,9 @@ _TRUNCATE = Key(
     bool, False, "At a maximum of thinking tokens or steps the completion "
     "stops, unclosed.")
 _CHUNK = Key(
-    int, 32, "Tokens decoded per device call; changes no token.", "[1, 65536]")
+    int, 32, "Tokens decoded per device call; changes no token. SIGTERM is "
+    "looked at in between: a call should take well under the grace period.",
+    "[1, 65536]")
 _DTYPES = dict(
     cache_dtype=Key(
         str, "compute", "Of cached keys and values: as compute.dtype, or 8 "
@@ -257,9 +260,9 @@ GRPO = Section(
             float, 0.0, "Weight of the KL to the reference; 0: no reference "
             "is held.", "[0, 1000]"),
         kl_estimator=Key(
-            str, "k3", "k1: log ratio, for the reward; k2: half its square; "
-            "k3: unbiased and positive, as in GRPO. The loss takes k2 or k3: "
-            "the expected gradient of k1 there is zero.",
+            str, ESTIMATOR, "k1: log ratio, for the reward; k2: half its "
+            "square; k3: unbiased and positive, as in GRPO. The loss takes k2 "
+            "or k3: the expected gradient of k1 there is zero.",
             choices=("k1", "k2", "k3"),
             needs=Needs("loss.kl_coef", ">", 0)),
         kl_in=Key(

@@ -58,12 +58,14 @@ def cells(
   """The free cell, one per maximum, and those of waits; each once.
 
   Args:
-    wait_maxima: of the cells of waits, every number with every maximum. By
-      default the largest of all maxima: a row that waits until its tokens
-      are used up would have no answer.
+    wait_maxima: of the cells of waits, every number with every maximum,
+      without waits too: that is what they are compared with. By default the
+      largest of all maxima: a row that waits until its tokens are used up
+      would have no answer.
   """
   wait_maxima = wait_maxima or (max(max_thinking_tokens, default=-1),)
-  found = [Cell(), *(Cell(max_thinking_tokens=m) for m in max_thinking_tokens),
+  maxima = *max_thinking_tokens, *(wait_maxima if num_waits else ())
+  found = [Cell(), *(Cell(max_thinking_tokens=m) for m in maxima),
            *(Cell(max_thinking_tokens=m, num_waits=w)
              for m in wait_maxima for w in num_waits)]
   return list(dict.fromkeys(found))
@@ -107,6 +109,11 @@ class Scored:
   thinking_steps: np.ndarray
   finish: np.ndarray
   unscored: np.ndarray
+
+
+# What the figures of a cell are made from, of each of its records.
+SCORED_FROM = ("sample_id", "correct", "answer", "length", "think_length",
+               "think_steps", "finish_reason", "status")
 
 
 def scored(

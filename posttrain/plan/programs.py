@@ -136,7 +136,8 @@ def _learning(
             np.int32(count), loss=loss),
         (models[whose], batch), beside(whose), calls * shapes.num_minibatches,
         unknown_trips=count)
-    if whose == "reference" or updates > 1:
+    kept = section.loss.kl_in == "loss" if whose == "reference" else updates > 1
+    if kept:  # A KL in the reward is taken before the rows are packed anew.
       experience |= {kind: column}
   every = _arrays(experience)
   # The first update of a batch of rollouts is its own old policy.
@@ -212,7 +213,7 @@ def _logprobs(
   if updates > 1 or in_reward:
     yield "old_logprobs", "policy", (updates > 1) + in_reward
   if against:
-    yield "ref_logprobs", "reference", 1 + in_reward
+    yield "ref_logprobs", "reference", 1
 
 
 def _evaluate(

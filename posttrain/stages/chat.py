@@ -95,6 +95,7 @@ def _check_range(name: str, value: float, bounds: str) -> None:
 def typed() -> Iterator[str]:
   """Lines of the terminal, until end of input."""
   while True:
+    preemption.begin_anew()  # SIGTERM need not wait for the line.
     try:
       yield input("\n> ")
     except EOFError:

@@ -158,7 +158,8 @@ class Evaluation:
         "section": config_lib.jsonable(self.section), "cells": figures,
         "summary": summary.s1_figures(figures, scored) | {
             "majority_baseline": majority.get("baseline", [])}
-        | self._constant(),
+        | problems_lib.constant_baseline(
+            self.section, len(self.problems), self.cluster),
         "records": records, "majority_records": majority.get("records", [])}
 
   def _records(
@@ -171,17 +172,6 @@ class Evaluation:
           weights(), cell, samples_of_cells(self.section)[cell.name])
       self.kept.write(name, cell, found)
     return found
-
-  def _constant(self) -> dict[str, Any]:
-    """What the best constant answer scores on the same problems."""
-    problems = self.section.problems
-    if not self.section.baseline:
-      return {}
-    found = loading.load_function(self.section.baseline)(
-        problems.split, count=len(self.problems), **problems.args)
-    return {"constant_baseline": {
-        "answer": found["answer"],
-        **summary.accuracy(found["correct"], self.cluster)}}
 
   def _decoding(self) -> dict[str, Any]:
     """What a figure has to be quoted with."""
@@ -292,6 +282,11 @@ def check(context: StageContext) -> None:
   problems_lib.check(
       context, rows, {section.reward: loading.load_function(section.reward)},
       lambda row: [prompt_of(context, row, cell) for cell in kinds])
+  if section.extract:
+    scoring.extract(
+        section.extract, loading.load_function(section.extract), rows,
+        [scoring.Completion(row["gold"]) for row in rows])
+  problems_lib.constant_baseline(section, len(rows), None)
 
 
 def prompt_of(

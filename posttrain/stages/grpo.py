@@ -99,7 +99,9 @@ def run(
         if leaving or training.due(
             learner.step, section.checkpoint.every, last):
           with monitor.saving(learner.step):
-            learner.save(saver, metrics=None if leaving else row)
+            # Without a score there is nothing to rank a checkpoint by.
+            ranked = not leaving and row["frac_unscored"] < 1
+            learner.save(saver, metrics=row if ranked else None)
         if leaving:
           with monitor.span("checkpoint"):
             training.leave(context, saver, learner.step)
@@ -239,12 +241,13 @@ class Learner:
     self.prepare_seconds = time.monotonic() - started
     grpo_parts.show_and_save(
         self.context, self.collector, collected, advantages, self.step)
+    # First: what has no score has no signal either.
+    self.scoring_health.update(
+        self.step, self.rollout_metrics["frac_unscored"])
     self.health.update(
         self.step,
         clipped_ratio=self.rollout_metrics["completions/clipped_ratio"],
         frac_reward_zero_std=self.rollout_metrics["frac_reward_zero_std"])
-    self.scoring_health.update(
-        self.step, self.rollout_metrics["frac_unscored"])
 
   def _move_optimizer(self, to: Callable[[Any], Any]) -> None:
     self.state = dataclasses.replace(

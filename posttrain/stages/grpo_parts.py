@@ -88,10 +88,13 @@ def check_loss(
     raise ValueError(
         f"loss.function={loss.function} needs {', '.join(missing)}; a loss is "
         f"given four arrays and {', '.join(policy.KEYWORDS)}.")
+  in_loss = loss.kl_coef and loss.kl_in == "loss"
   keys = {
       "clip_low": ("clip_low", loss.clip_low != schema.CLIP),
       "clip_high": ("clip_high", loss.clip_high != schema.CLIP),
-      "kl_coef": ("ref_logprobs", loss.kl_coef and loss.kl_in == "loss"),
+      "kl_coef": ("kl_coef", in_loss), "kl_in": ("ref_logprobs", in_loss),
+      "kl_estimator": (
+          "kl_estimator", in_loss and loss.kl_estimator != schema.ESTIMATOR),
       "aggregation": (
           "token_weights", loss.aggregation != schema.AGGREGATION),
       "behaviour_correction": (
@@ -149,9 +152,11 @@ def check(context: StageContext) -> None:
   """Looks at problems and budgets before the first stage; on one host.
 
   Raises:
-    ValueError: there are too few problems, one is not fit to be asked, or
-      the budgets contradict each other.
+    ValueError: there are too few problems, one is not fit to be asked, the
+      budgets contradict each other, or a key has no effect under the loss.
   """
+  loss = context.section.loss
+  check_loss(loss, loading.load_function(loss.function))
   rows = problems.load(context)
   if len(rows) < context.section.num_groups:
     raise ValueError(

@@ -4,9 +4,13 @@
 
 A cell may take an hour. One that is finished is written at once, and a restart
 takes its records as they are: figures are made from records alone. A file names
-what it was made with, and is of use to no other settings.
+what it was made with, our own code included, and is of use to nothing else: two
+versions of a grader shall not be mixed in one result.
 """
 
+import functools
+import hashlib
+import pathlib
 import shutil
 from typing import Any
 
@@ -29,15 +33,27 @@ class KeptCells:
     self._folder = context.directory / "eval" / "cells"
     self._made_with = {
         "seed": context.config.seed, "section": section,
-        "sources": {name: loading.source_hash(name)
-                    for name in config_lib.functions(context.config)}}
+        "code": _code(), "sources": {
+            name: loading.source_hash(name)
+            for name in config_lib.functions(context.config)}}
 
   def read(self, checkpoint: str, cell: summary.Cell) -> Records | None:
     """A cell's records; None where there are none of these settings.
 
     They are process 0's: files of others may show up late on a shared disk.
+    The others are told what figures are made from, and not the texts.
     """
-    return distributed.on_first_host(lambda: self._read(checkpoint, cell))
+    whole: Records | None = None
+
+    def read() -> Records | None:
+      nonlocal whole
+      whole = self._read(checkpoint, cell)
+      return whole and [
+          {name: record[name] for name in summary.SCORED_FROM}
+          for record in whole]
+
+    told = distributed.on_first_host(read)
+    return told if whole is None else whole
 
   def _read(self, checkpoint: str, cell: summary.Cell) -> Records | None:
     file = self._file(checkpoint, cell)
@@ -73,3 +89,13 @@ class KeptCells:
 
   def _file(self, checkpoint: str, cell: summary.Cell):
     return self._folder / checkpoint / f"{cell.name}.json"
+
+
+@functools.cache
+def _code() -> str:
+  """A hash of this package."""
+  package = pathlib.Path(config_lib.__file__).parents[1]
+  found = hashlib.sha256()
+  for file in sorted(package.rglob("*.py")):
+    found.update(file.read_bytes())
+  return found.hexdigest()

@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from ml_collections import config_dict
+
+from posttrain.evaluation import summary
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler import segments
 from posttrain.sampler.rollouts import Rollouts
@@ -171,3 +175,29 @@ def describe_unscored(
           + f", no reward applies: {silent}" * (silent > 0)
           + f"); the first is of problem {problems[row]['id']}"
           + (f": {' '.join(reason.split())[:200]}" if reason else ""))
+
+
+def constant_baseline(
+    section: config_dict.ConfigDict, count: int, cluster: np.ndarray | None,
+) -> dict[str, Any]:
+  """What the best constant answer scores on the same problems.
+
+  Raises:
+    ValueError: the function fails, or does not judge each of them.
+  """
+  if not section.baseline:
+    return {}
+  where = f"The baseline {section.baseline}"
+  try:
+    found = loading.load_function(section.baseline)(
+        section.problems.split, count=count, **section.problems.args)
+    answer, correct = found["answer"], np.asarray(found["correct"], float)
+  except Exception as error:
+    raise ValueError(
+        f"{where} failed with {type(error).__name__}: {error}. It is called "
+        "with the task's split, count and args, and gives answer and correct."
+    ) from error
+  if correct.shape != (count,):
+    raise ValueError(f"{where} judged {correct.shape} of {count} problems.")
+  return {"constant_baseline": {
+      "answer": answer, **summary.accuracy(correct, cluster)}}

@@ -143,7 +143,8 @@ def metrics(
   if len(ended):
     result["completions/mean_terminated_length"] = ended.mean()
   for k, name in enumerate(names):
-    applicable = collected.scores[~np.isnan(collected.scores[:, k]), k]
+    applicable = collected.scores[
+        ~np.isnan(collected.scores[:, k]), k].astype(np.float64)
     if len(applicable):
       result[f"rewards/{name}/mean"] = applicable.mean()
       result[f"rewards/{name}/std"] = applicable.std()

@@ -1,9 +1,9 @@
 """Keeps the code of tasks and rewards from ending a run that is unfinished.
 
-A launcher takes status 0 for finished. `sys.exit(0)` is an exception, which
-can be caught; `os._exit(0)` is not, so that function is replaced while a run
-is on. It is a plain attribute of a module: the replacement is also what a
-task's `from os import _exit` gets, since a run imports tasks later.
+A launcher takes status 0 for finished, and 75 for preempted. `sys.exit` is an
+exception, which can be caught; `os._exit` is not, so that function is replaced
+while a run is on. It is a plain attribute of a module: the replacement is also
+what a task's `from os import _exit` gets, since a run imports tasks later.
 
 Not caught is what leaves without Python: `exit` called through ctypes or by a
 C extension, `posix._exit`, and `os.exec...` of another program. A process that
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _called = threading.local()
+leave = os._exit  # For our own code, which may leave.
 
 
 class Left(BaseException):
@@ -46,22 +47,26 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-  """Turns status 0 of an unfinished run into a failure, around the run.
+  """Turns the exit of an unfinished run into a failure, around the run.
+
+  What is raised as a SystemExit of a class of its own, as `Preempted` is, is
+  no such exit.
 
   Raises:
-    Unfinished: by `sys.exit(0)`. After `os._exit(0)` the process ends with
-      status 1 at once, as it may be called on any thread.
+    Unfinished: by `sys.exit`. After `os._exit` the process ends with status 1
+      at once, as it may be called on any thread.
   """
   with _replaced():
     try:
       yield
     except SystemExit as error:
-      if error.code:
+      if type(error) is not SystemExit:
         raise
       by = traceback.extract_tb(error.__traceback__)[-1]
       raise Unfinished(
-          f"{by.filename}, line {by.lineno}, has left with status 0 (a "
-          "SystemExit) before the run had finished.") from error
+          f"{by.filename}, line {by.lineno}, has left with status "
+          f"{error.code or 0} (a SystemExit) before the run had finished."
+      ) from error
 
 
 @contextlib.contextmanager
@@ -81,15 +86,14 @@ def _replaced() -> Iterator[None]:
 def _exit_of(real: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
   owner = os.getpid()
 
-  def leave(status: int) -> NoReturn:
+  def refuse(status: int) -> NoReturn:
     if os.getpid() != owner:  # A child that was forked.
       real(status)
     if getattr(_called, "depth", 0):
       raise Left(f"os._exit({status})")
-    if status == 0:
-      os.write(2, b"posttrain: os._exit(0) was called before the run had "
-               b"finished.\n")
-    real(status or 1)
+    os.write(2, f"posttrain: os._exit({status}) was called before the run "
+             "had finished.\n".encode())
+    real(1)
 
-  leave.of_posttrain = True  # type: ignore[attr-defined]
-  return leave
+  refuse.of_posttrain = True  # type: ignore[attr-defined]
+  return refuse

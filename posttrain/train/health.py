@@ -136,7 +136,8 @@ class ScoringHealth:
           f"{length} batches (health.max_unscored={self._most:g}, "
           f"health.unscored_patience={self._patience}). `rewards/*/timeouts` "
           "and `rewards/*/errors` say which reward could not judge, the "
-          "warnings above why; mend it, or raise health.max_unscored.")
+          "warnings above why (where both are 0, no reward applies to these "
+          "completions); mend it, or raise health.max_unscored.")
 
   def get_state(self) -> dict[str, int]:
     """For the checkpoint, so that a resumed run stops at the same step."""

@@ -27,6 +27,7 @@ from posttrain import lease, line
 EXIT_STATUS = line.PREEMPTED
 
 _pipe: tuple[int, int] | None = None
+_exit = os._exit  # A run replaces it, see `tasks.exits`.
 _received = False
 _calls = 0
 
@@ -76,6 +77,14 @@ def requested() -> bool:
   return _received
 
 
+def begin_anew() -> None:
+  """Says that there is nothing to save: SIGTERM ends the process at once."""
+  global _calls
+  _calls = 0
+  if _received:
+    _terminate()
+
+
 def leave_if_requested() -> None:
   """Raises `Preempted` where SIGTERM has come; every host calls it alike."""
   if requested():
@@ -106,4 +115,4 @@ def _terminate() -> None:
     print("posttrain: SIGTERM before the first step: nothing is lost, and the "
           "same command starts again.", file=sys.stderr, flush=True)
     lease.let_go()
-    os._exit(EXIT_STATUS)
+    _exit(EXIT_STATUS)

@@ -32,9 +32,12 @@ def run(body):
 @pytest.mark.parametrize("body, status, said", [
     ("sys.exit(0)", 9, "left with status 0 (a SystemExit) before the run"),
     ("sys.exit()", 9, "left with status 0 (a SystemExit) before the run"),
-    ("sys.exit(75)", 75, ""), ("sys.exit('why')", 1, "why"),
+    ("sys.exit(75)", 9, "left with status 75 (a SystemExit) before the run"),
+    ("sys.exit('why')", 9, "left with status why (a SystemExit)"),
+    # What says that a run is preempted is an exit of our own.
+    ("raise type('Preempted', (SystemExit,), {})(75)", 75, ""),
     ("os._exit(0)", 1, "os._exit(0) was called before the run had finished"),
-    ("os._exit(5)", 5, ""),
+    ("os._exit(75)", 1, "os._exit(75) was called before the run had"),
     ("from os import _exit\n_exit(0)", 1, "os._exit(0) was called"),
     ("thread = threading.Thread(target=os._exit, args=(0,))\n"
      "thread.start(); thread.join()", 1, "os._exit(0) was called"),
