@@ -42,7 +42,7 @@ def test_waits_have_the_largest_maximum_unless_others_are_named():
   assert summary.cells((2, 4), (0, 1, 2)) == [
       FREE, MAX2, MAX4, of(4, 1), of(4, 2)]
   assert summary.cells((2, 4), (0, 1), (-1, 4, 3)) == [
-      FREE, MAX2, MAX4, WAIT1, of(4, 1), of(3, 0), of(3, 1)]
+      FREE, MAX2, MAX4, of(3, 0), WAIT1, of(4, 1), of(3, 1)]
   assert of(4, 2).name == "waits_2_max_4"
 
 

@@ -348,6 +348,8 @@ def results_of(file):
     (lambda text: text.replace('"seed": 0', '"seed": 1'), 2,
      "made with other settings"),
     (lambda text: text.replace('"count": 6', '"count": 5'), 2,
+     "made with other settings"),
+    (lambda text: text.replace('"code": "', '"code": "of another version'), 2,
      "made with other settings")])
 def test_a_kept_cell_of_other_settings_is_evaluated_again(
     result, tmp_path, monkeypatch, capsys, spoil, chunks, said):

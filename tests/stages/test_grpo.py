@@ -604,6 +604,12 @@ def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
      r"measure: rollout\.max_tokens=10 leaves no room for an answer"),
     (["measure.reward=tests.stages.toy:needs_author"],
      r"measure\.problems: .* columns of problem 2000"),
+    (["reason.loss.function=tests.stages.test_grpo:half",
+      "reason.loss.clip_low=0.1"], r"not take clip_low"),
+    (["measure.baseline=tests.stages.toy:constant"],
+     r"The baseline tests.stages.toy:constant failed with TypeError"),
+    (["measure.extract=tests.stages.toy:brevity"],
+     r"The extractor tests.stages.toy:brevity failed on problem 2000"),
 ])
 def test_what_is_wrong_with_a_problem_is_found_before_the_first_step(
     tmp_path, changes, message):
@@ -801,6 +807,10 @@ def empty(logprobs, old_logprobs, advantages, loss_mask):
   return jnp.sum(logprobs * loss_mask), 0 * jnp.sum(loss_mask), {}
 
 
+def unweighed(logprobs, old_logprobs, advantages, loss_mask, *, ref_logprobs):
+  raise AssertionError("It is never called.")
+
+
 def greedy(logprobs, old_logprobs, advantages, loss_mask, *, values):
   raise AssertionError("It is never called.")
 
@@ -827,7 +837,8 @@ def test_a_denominator_of_zero_stops_the_run(tmp_path):
 @pytest.mark.parametrize("function, change, message", [
     ("half", "clip_low=0.1", r"loss\.clip_low is 0\.1 .* not take clip_low"),
     ("half", "aggregation=constant", r"not take token_weights"),
-    ("half", "kl_coef=0.1", r"not take ref_logprobs"),
+    ("half", "kl_coef=0.1", r"not take kl_coef"),
+    ("unweighed", "kl_coef=0.1", r"loss\.kl_coef is 0\.1 .* not take kl_coef"),
     ("half", "behaviour_correction=mask", r"not take importance_weights"),
     ("greedy", "clip_low=0.2", r"needs values; a loss is given four arrays")])
 def test_a_key_that_a_loss_does_not_use_is_refused(
