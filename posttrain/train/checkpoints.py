@@ -237,7 +237,8 @@ def restore(
             sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
             abstract)))
     extras, found = _read_extras(path)
-    if found["has_rollouts"]:
+    # Checkpoints of version 0.1.0 do not say whether they had any.
+    if found.get("has_rollouts", (path / "rollouts").exists()):
       rollouts = _unpack(handler.restore(path / "rollouts")["npz"])
   _check_fingerprints(
       path / "state", fingerprint.of(_flatten(tree)), found["fingerprints"])

@@ -39,7 +39,7 @@ def with_command(*command):
     (["--num_slices=0", *FLAGS], "--num_slices=0 is below 1"),
     (["--topology=v5e-8", FLAGS[0], *RUN], "v5e-8 is no slice .* not of cores"),
     (FLAGS[:2], "nothing to run"),
-    (with_command("trian", "--workdir=/w"), "nearest .* is train"),
+    (with_command("trian", "--workdir=/w"), "the nearest is train"),
     (with_command("plan", "--topology=v5e:2x2"), "'plan' runs on one machine"),
     (with_command("train", "--workdir=/w", "--config=configs/tny.py"),
      "nearest is configs/tiny.py"),

@@ -179,6 +179,6 @@ def test_what_waits_on_the_hosts_is_there_for_its_phase_only():
 
 @pytest.mark.parametrize("count, text", [
     (12, "12 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"),
-    (5 * 2**30, "5.0 GiB"), (3 * 2**40, "3072.0 GiB")])
+    (5 * 2**30, "5.0 GiB"), (3 * 2**40, "3.0 TiB")])
 def test_bytes(count, text):
   assert memory.format_bytes(count) == text
