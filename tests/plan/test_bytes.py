@@ -23,6 +23,7 @@ def small_config():
   config.compute.update(dtype="float32", remat="none")
   config.reason.num_minibatches = 2  # Old logprobs, and later updates.
   config.reason.rollout.update(cache_dtype="int8", weights_dtype="int8")
+  config.reason.loss.behaviour_correction = "truncate"
   return config_lib.resolve(config)
 
 
