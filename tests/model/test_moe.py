@@ -151,7 +151,7 @@ def test_the_kernels_gradient_on_a_mesh(shape, monkeypatch):
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6),
        st.integers(0, 30))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_group_s_matrix_has_its_own_rows_gradient(sizes, behind):
   """Empty groups, one that fills several tiles, rows of no group (NaN)."""
   rng = np.random.default_rng(sum(sizes))

@@ -445,7 +445,8 @@ def test_without_a_kl_no_reference_is_held(tmp_path):
         tmp_path, weights_of=weights_of).reference is None
 
 
-@pytest.mark.parametrize("slots", [0, 6])
+@pytest.mark.parametrize(
+    "slots", [0, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_reward_that_can_be_learned_is_learned(tmp_path, slots):
   """From about a third to nearly always; one fixed seed, wide margins."""
   with jax.set_mesh(meshes.one()):
@@ -463,7 +464,8 @@ def test_a_reward_that_can_be_learned_is_learned(tmp_path, slots):
              for row in rows if not row["skipped_updates"])
 
 
-@pytest.mark.parametrize("attention", ["blocks", "reference"])
+@pytest.mark.parametrize("attention", [
+    "blocks", pytest.param("reference", marks=pytest.mark.slow)])
 def test_sharing_prompts_changes_no_update(tmp_path, attention):
   """Fewer tokens are computed; every metric is what it is apart."""
   found, rows = [], []

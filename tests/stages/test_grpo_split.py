@@ -50,7 +50,8 @@ def numbers(model):
   return [np.asarray(x).copy() for x in jax.tree.leaves(jax.device_get(model))]
 
 
-@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize(
+    "staleness", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_batch_is_by_the_policy_that_its_number_says(
     tmp_path, monkeypatch, staleness):
   drawn = {}
@@ -95,7 +96,8 @@ def test_a_batch_is_by_the_policy_that_its_number_says(
   assert other["importance/max"] > 1.001
 
 
-@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize(
+    "staleness", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_left_and_resumed_is_bitwise_the_whole_run(
     tmp_path, monkeypatch, staleness):
   """SIGTERM within a batch; what was drawn ahead is in the checkpoint."""
@@ -117,7 +119,8 @@ def test_left_and_resumed_is_bitwise_the_whole_run(
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize(
+    "staleness", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_left_while_drawing_ahead_it_goes_back_to_the_last_checkpoint(
     tmp_path, monkeypatch, staleness):
   """The policy that drew is gone: its updates and its draw are made again.

@@ -182,7 +182,8 @@ def gradients(plan, mesh, microbatches):
     return sharding.fetch(found)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_microbatches_and_meshes_leave_the_gradient_alone(dtype):
   plan = partition.Plan(LORA, frozen_dtype=dtype)
   one = gradients(plan, meshes.one(), 1)
