@@ -13,8 +13,9 @@ SIGTERM ends it at once, with status 75 too: while it imports JAX, reads weights
 or compiles. Several processes agree on the step over their line (`line.py`).
 
 A thread takes the signal, since the main one may be waiting for devices, and
-those for a host that is gone. Only what needs the standard library alone is
-imported here: this comes before all else.
+those for a host that is gone. A forked child has no part in this: SIGTERM ends
+it, and it alone. Only what needs the standard library alone is imported here:
+this comes before all else.
 """
 
 import os
@@ -30,6 +31,7 @@ _pipe: tuple[int, int] | None = None
 _exit = os._exit  # A run replaces it, see `tasks.exits`.
 _received = False
 _calls = 0
+_forking = threading.local()  # The signals that the thread had blocked.
 
 
 class Preempted(SystemExit):
@@ -89,6 +91,36 @@ def leave_if_requested() -> None:
   """Raises `Preempted` where SIGTERM has come; every host calls it alike."""
   if requested():
     raise Preempted("SIGTERM within a rollout, which is dropped.")
+
+
+def _before_fork() -> None:
+  """Holds a SIGTERM to the child back until the child is one of its own."""
+  _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+  signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+  """Takes our handler away: its pipe is heard by the parent, not by the child.
+
+  A child that calls `install` has a pipe and a thread of its own.
+  """
+  global _pipe
+  if _pipe is not None:
+    signal.set_wakeup_fd(-1)
+    if signal.getsignal(signal.SIGTERM) is _handle:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for end in _pipe:
+      os.close(end)
+    _pipe = None
+  _after_fork()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork,
+    after_in_child=_after_fork_in_child)
 
 
 def _handle(signum: int, frame: object) -> None:

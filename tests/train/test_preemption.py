@@ -169,6 +169,69 @@ def test_sigterm_after_the_last_line_changes_no_status(after, status):
   assert process.returncode == status
 
 
+FORKS = textwrap.dedent("""
+    import multiprocessing, os, signal, sys, threading, time
+    from posttrain.train import preemption
+    def children(context):
+      for _ in range(20):  # Some have not run a line when the signal comes.
+        child = context.Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join()
+        assert child.exitcode == -signal.SIGTERM
+      pool = context.Pool(2)
+      pool.map_async(time.sleep, [60, 60])
+      time.sleep(0.3)
+      pool.terminate()
+      pool.join()
+    preemption.install()
+    thread = threading.Thread(
+        target=children, args=(multiprocessing.get_context("fork"),))
+    thread.run() if sys.argv[1] == "main" else thread.start()
+    thread.ident and thread.join()
+    time.sleep(0.3)
+    print(preemption.requested(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not preemption.requested():
+      time.sleep(0.01)
+    print("its own", flush=True)
+""")
+
+
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_sigterm_to_a_forked_child_ends_that_child_alone(thread):
+  process = start(FORKS, thread)
+  try:
+    out, err = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert (process.returncode, out) == (0, "False\nits own\n"), err
+
+
+def test_a_forked_child_may_take_sigterm_for_itself():
+  process = start(textwrap.dedent("""
+      import os, signal, time
+      from posttrain.train import preemption
+      preemption.install()
+      preemption.requested()
+      child = os.fork()
+      if not child:
+        preemption.install()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not preemption.requested():
+          time.sleep(0.01)
+        os._exit(5)
+      assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+      time.sleep(0.3)
+      print(preemption.requested())
+  """))
+  try:
+    out, err = process.communicate(timeout=30)
+  finally:
+    process.kill()
+  assert (process.returncode, out) == (0, "False\n"), err
+
+
 def test_the_message_is_for_people():
   assert str(preemption.Preempted("saved at 3")) == "saved at 3"
   assert preemption.Preempted("x").code == 75
