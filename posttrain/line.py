@@ -138,6 +138,16 @@ class Line:
       if status not in (0, PREEMPTED):
         self._wait_for_partings()
 
+  def drop(self) -> None:
+    """Closes a forked child's copies; those of the parent stay open.
+
+    Neither says a word nor unregisters: the connections and what is selected
+    from are the parent's too. No lock is taken, as it may be held for ever.
+    """
+    for peer in self._peers.values():
+      peer.connection.close()
+    self._selector.close()
+
   def _there(self) -> list[Peer]:
     return [peer for peer in self._peers.values() if peer.status is None]
 
@@ -303,6 +313,17 @@ def use(line: Line) -> None:
 def current() -> Line | None:
   """The line of this process; None if it is alone."""
   return _current
+
+
+def _after_fork_in_child() -> None:
+  """Leaves the line to the parent: with it alone its connections close."""
+  global _current
+  if _current is not None:
+    _current.drop()
+  _current = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def hear_out() -> None:
