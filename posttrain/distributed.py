@@ -27,7 +27,7 @@ from typing import TypeVar
 import jax
 from jax._src import distributed as store  # The store has no public name.
 
-from posttrain import lease, line, roll_call, sharding
+from posttrain import lease, line, mistakes, roll_call, sharding
 from posttrain.tasks import exits
 
 T = TypeVar("T")
@@ -173,22 +173,26 @@ def on_first_host(function: Callable[[], T]) -> T:
   Raises:
     Exception: what it raised there, on every host, so that none is left
       behind in a collective. An exception of a user's class is a RuntimeError
-      on the others.
+      on the others. Whether it is a user's mistake is for process 0 to tell,
+      which has the traceback.
   """
   if jax.process_count() == 1:
     return function()
   # Process 0 waits too: it is not to be told from the others as a slow host.
   with sharding.waiting():
     if jax.process_index() != 0:
-      found, failure = pickle.loads(_exchange(None))
+      found, failure, is_mistake = pickle.loads(_exchange(None))
       if failure is not None:
+        if not is_mistake:
+          mistakes.mark_as_none(failure)
         raise failure
       return found
     try:
       found = function()
-      outcome = pickle.dumps((found, None))
+      outcome = pickle.dumps((found, None, False))
     except Exception as error:
-      _exchange(pickle.dumps((None, _portable(error))))
+      _exchange(pickle.dumps((
+          None, _portable(error), mistakes.line(error) is not None)))
       raise
     _exchange(outcome)
     return found

@@ -28,11 +28,12 @@ WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
               errno.ENAMETOOLONG, errno.ELOOP)
 # A bug report wants the traceback behind a line.
 TRACEBACK = "POSTTRAIN_TRACEBACK"
+MARK = "no_mistake"  # An attribute of exceptions.
 
 
 def line(error: Exception) -> str | None:
   """The error in one line, or None where it is no mistake of a user's."""
-  if os.environ.get(TRACEBACK):
+  if os.environ.get(TRACEBACK) or getattr(error, MARK, False):
     return None
   if isinstance(error, ModuleNotFoundError):
     return _missing_package(error)
@@ -42,6 +43,14 @@ def line(error: Exception) -> str | None:
   if isinstance(error, (ValueError, OSError)) and _raised_by_us(error):
     return str(error)
   return None
+
+
+def mark_as_none(error: Exception) -> None:
+  """Says that it is no user's mistake, though a `raise` of ours passes it on.
+
+  Another host has raised it, and its traceback is there.
+  """
+  setattr(error, MARK, True)
 
 
 def _missing_package(error: ModuleNotFoundError) -> str | None:

@@ -5,17 +5,25 @@
 The beginning and the end are those of `posttrain`; between them is a loop of
 collectives instead of a pipeline. Process WHICH does ACT before that step:
 "kill" and "stop" (stand still) are signals, "raise" is an exception, "hang" is
-a main thread that sleeps, and "none" is nothing.
+a main thread that sleeps, and "none" is nothing. "judge" is what fails in
+`on_first_host`, which all call.
 """
 
 import os
 import signal
-import sys
 import time
 
 import numpy as np
 
-from posttrain import __main__, distributed, line, main, sharding
+from posttrain import (
+    __main__,
+    arguments,
+    distributed,
+    line,
+    main,
+    mistakes,
+    sharding,
+)
 from posttrain.train import preemption
 
 STEPS = 4000
@@ -26,7 +34,7 @@ def act(what: str, seconds: float) -> None:
     raise RuntimeError("by itself")
   if what == "hang":
     time.sleep(seconds)
-  elif what != "none":
+  elif what not in ("none", "judge"):
     os.kill(os.getpid(), dict(
         kill=signal.SIGKILL, stop=signal.SIGSTOP)[what])
 
@@ -37,6 +45,8 @@ def work(argv: list[str]) -> int:
   for step in range(1, STEPS):
     if step == int(at) and which == os.environ["POSTTRAIN_PROCESS_ID"]:
       act(what, float(seconds[0]) if seconds else 0.0)
+    if step == int(at) and what == "judge":
+      distributed.on_first_host(lambda: int("no number"))
     sharding.of_all_hosts(np.array(step))
     print(step, flush=True)
     if preemption.requested():
@@ -52,5 +62,8 @@ if __name__ == "__main__":
     lose = line.Line._lose
     line.Line._lose = lambda *arguments: (
         time.sleep(float(os.environ["LATE"])), lose(*arguments))
-  main.main = lambda argv: work(sys.argv[1:])
+  # Nobody's code but ours is between the command line and `on_first_host`.
+  mistakes.LIBRARIES += (os.path.dirname(__file__),)
+  arguments.parse = lambda argv: ("work", argv)
+  main.VERBS["work"] = work
   __main__.run()

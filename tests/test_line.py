@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from posttrain import line
+from posttrain import lease, line
 
 ROOT = pathlib.Path(__file__).parents[1]
 WITHIN = 15.0  # Seconds after which a loss must be known.
@@ -212,6 +212,42 @@ def test_who_is_silent_and_who_waits():
   assert set(first.waiting()) == {0, 2}
 
 
+def test_a_forked_child_does_not_keep_the_line_of_its_parent():
+  ours, theirs = socket.socketpair()
+  process = subprocess.Popen(
+      [sys.executable, "-c", """if True:
+      import os, signal, socket, sys, time
+      from posttrain import line
+      connection = socket.socket(fileno=int(sys.argv[1]))
+      line.use(line.Line(
+          1, {0: "a", 1: "b"}, {0: connection}, lost_seconds=60).start())
+      child = os.fork()
+      if not child:
+        time.sleep(60)
+      print(child, flush=True)
+      sys.stdin.readline()
+      os.kill(os.getpid(), signal.SIGKILL)
+      """, str(theirs.fileno())], cwd=ROOT, pass_fds=[theirs.fileno()],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  theirs.close()
+  assert process.stdin is not None and process.stdout is not None
+  child = int(process.stdout.readline())
+  try:
+    time.sleep(0.5)
+    ours.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+      assert ours.recv(1 << 16)  # The parent is there, and says so.
+    ours.settimeout(10)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while ours.recv(1 << 16):
+      pass
+    assert lease.is_running(child)
+  finally:
+    os.kill(child, signal.SIGKILL)
+    process.communicate()
+
+
 class Run:
   """Real processes of tests/line_run.py, without a launcher."""
 
@@ -315,3 +351,11 @@ def test_one_that_fails_alone_ends_the_others(start, which):
       other)
   assert "Traceback" not in other
 
+
+@pytest.mark.slow
+def test_what_fails_on_the_first_host_alone_is_told_by_it(start):
+  """A ValueError of somebody else's code is no mistake on any host."""
+  run = start(2, 0, "judge", 20)
+  assert run.statuses() == [1, 1]
+  assert "ValueError: invalid literal for int()" in run.err(0)
+  assert "Traceback" in run.err(0)
