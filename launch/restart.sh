@@ -21,9 +21,16 @@ stopped=0
 child=""
 trap 'stopped=1; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null' TERM INT
 
+finish() {
+  [[ -z "${POSTTRAIN_EXIT_FILE:-}" ]] || echo "$status" > "$POSTTRAIN_EXIT_FILE"
+  exit "$status"
+}
+
 while true; do
   "$@" &
   child=$!
+  # SIGTERM may have come when the trap did not know of this one yet.
+  [[ $stopped -eq 0 ]] || kill -TERM "$child" 2>/dev/null
   wait "$child"
   status=$?
   # A trapped signal interrupts `wait`; the command may still be saving.
@@ -36,9 +43,12 @@ while true; do
   [[ $status -ne $PREEMPTED ]] || why="preempted"
   [[ $status -ne $LOST ]] || why="another host is lost"
   if [[ -z "$why" || $stopped -eq 1 ]]; then
-    [[ -z "${POSTTRAIN_EXIT_FILE:-}" ]] || echo "$status" > "$POSTTRAIN_EXIT_FILE"
-    exit "$status"
+    finish
   fi
   echo "launch/restart.sh: $why; starting again from what is saved" >&2
-  sleep "${POSTTRAIN_RESTART_SECONDS:-10}"
+  # In the background: Bash runs no trap before a command has ended.
+  sleep "${POSTTRAIN_RESTART_SECONDS:-10}" &
+  child=$!
+  [[ $stopped -eq 1 ]] || wait "$child"
+  [[ $stopped -eq 0 ]] || finish
 done

@@ -59,6 +59,20 @@ def test_a_restart_that_is_stopped_early_is_preempted(tmp_path):
   assert (tmp_path / "status").read_text() == "75\n"
 
 
+def test_sigterm_between_two_starts_is_the_end(tmp_path):
+  process = restart(
+      tmp_path, "#!/bin/sh\necho x >> runs; exit 69\n",
+      POSTTRAIN_EXIT_FILE="status", POSTTRAIN_RESTART_SECONDS="60")
+  assert process.stderr is not None
+  process.stderr.readline()  # That it starts again.
+  time.sleep(0.2)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=20)
+  assert process.returncode == 69
+  assert (tmp_path / "runs").read_text() == "x\n"
+  assert (tmp_path / "status").read_text() == "69\n"
+
+
 def test_restart_waits_for_a_command_that_saves_on_sigterm(tmp_path):
   process = restart(tmp_path, """#!/usr/bin/env bash
 trap 'sleep 0.5; touch saved; exit 75' TERM
