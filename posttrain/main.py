@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if argv else USAGE_ERROR
   try:
     verb, arguments = arguments_lib.parse(argv)
-    with exits.refused():
+    with exits.refused(_let_go):
       return VERBS[verb](arguments)
   except (CommandError, config_lib.ConfigError, environment.PlanError,
           workdir_lib.WorkdirError, lease.HeldError) as error:
@@ -71,6 +71,14 @@ def _failed(message: str) -> int:
   line_lib.hear_out()  # That another process is lost is the better message.
   print(f"posttrain: {message}", file=sys.stderr)
   return FAILED
+
+
+def _let_go() -> None:
+  """Leaves nothing behind for which another start or process would wait."""
+  lease.let_go()
+  here = line_lib.current()
+  if here is not None:
+    here.part(FAILED)
 
 
 # JAX is imported within the verbs: not before their arguments are right.

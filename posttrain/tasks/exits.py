@@ -46,17 +46,22 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refused() -> Iterator[None]:
+def refused(
+    on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
   """Turns the exit of an unfinished run into a failure, around the run.
 
   What is raised as a SystemExit of a class of its own, as `Preempted` is, is
   no such exit.
 
+  Args:
+    on_exit: is called before `os._exit` ends the process, which unwinds
+      nothing.
+
   Raises:
     Unfinished: by `sys.exit`. After `os._exit` the process ends with status 1
       at once, as it may be called on any thread.
   """
-  with _replaced():
+  with _replaced(on_exit):
     try:
       yield
     except SystemExit as error:
@@ -70,20 +75,23 @@ def refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced() -> Iterator[None]:
+def _replaced(
+    on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
   """Puts `_exit_of` in the place of `os._exit`; nested, once."""
   real = os._exit
   if getattr(real, "of_posttrain", False):
     yield
     return
-  os._exit = _exit_of(real)  # type: ignore[assignment]
+  os._exit = _exit_of(real, on_exit)  # type: ignore[assignment]
   try:
     yield
   finally:
     os._exit = real
 
 
-def _exit_of(real: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
+def _exit_of(
+    real: Callable[[int], NoReturn], on_exit: Callable[[], None],
+) -> Callable[[int], NoReturn]:
   owner = os.getpid()
 
   def refuse(status: int) -> NoReturn:
@@ -93,7 +101,10 @@ def _exit_of(real: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
       raise Left(f"os._exit({status})")
     os.write(2, f"posttrain: os._exit({status}) was called before the run "
              "had finished.\n".encode())
-    real(1)
+    try:
+      on_exit()
+    finally:
+      real(1)
 
   refuse.of_posttrain = True  # type: ignore[attr-defined]
   return refuse

@@ -1,5 +1,7 @@
 """Real processes that task code tries to end with status 0."""
 
+import json
+import socket
 import subprocess
 import sys
 
@@ -61,3 +63,31 @@ def test_behind_the_run_it_is_pythons_own_again():
       [sys.executable, "-c", "import os\nfrom posttrain.tasks import exits\n"
        "with exits.refused(): pass\nos._exit(0)"], timeout=60)
   assert result.returncode == 0
+
+
+def test_before_the_end_the_lease_is_let_go_and_the_others_are_told(tmp_path):
+  ours, theirs = socket.socketpair()
+  result = subprocess.run(
+      [sys.executable, "-c", """if True:
+      import os, socket, sys, threading
+      from posttrain import arguments, lease, line, main
+      def work(argv):
+        assert lease.Taking(sys.argv[1]).look()
+        connection = socket.socket(fileno=int(sys.argv[2]))
+        line.use(line.Line(
+            1, {0: "a", 1: "b"}, {0: connection}, lost_seconds=60).start())
+        thread = threading.Thread(target=os._exit, args=(0,))
+        thread.start()
+        thread.join()
+      arguments.parse = lambda argv: ("work", argv)
+      main.VERBS["work"] = work
+      main.main(["work"])
+      """, str(tmp_path), str(theirs.fileno())], text=True,
+      pass_fds=[theirs.fileno()], capture_output=True, timeout=60)
+  theirs.close()
+  assert result.returncode == 1, result.stderr
+  assert "os._exit(0) was called" in result.stderr
+  assert not (tmp_path / ".lease").exists()
+  ours.settimeout(10)
+  told = b"".join(iter(lambda: ours.recv(1 << 16), b"")).splitlines()
+  assert {"status": 1} in map(json.loads, told)
