@@ -6,10 +6,11 @@
 
 Writes the task as YAML and submits it: SkyPilot finds a zone, copies this
 checkout, runs the command on every host, and recovers it on other slices when
-they are preempted or the run says so (status 75, and 143 of SIGTERM before
-Python ran); after other failures up to --max-restarts times. SkyPilot takes any
-name of an accelerator and fails when it has none; the names here are those of
-the table that `posttrain plan` has. It knows no several slices in one job.
+they are preempted or the run says so (status 75, 143 of SIGTERM before Python
+ran, and 69 of a host that misses another one); after other failures up to
+--max-restarts times. SkyPilot takes any name of an accelerator and fails when
+it has none; the names here are those of the table that `posttrain plan` has. It
+knows no several slices in one job.
 
 Needs the command `sky`, set up for Google Cloud.
 """
@@ -37,7 +38,7 @@ resources:
   use_spot: {spot}
   job_recovery:
     max_restarts_on_errors: {max_restarts}
-    recover_on_exit_codes: [{preempted}, {terminated}]
+    recover_on_exit_codes: [{preempted}, {terminated}, {lost}]
 envs:
   POSTTRAIN_COORDINATOR: auto
 setup: |
@@ -85,7 +86,7 @@ def task(job: job_lib.Job, *, max_restarts: int = 0) -> str:
       accelerator=f"tpu-{accelerators.accelerator_type(job.topology)}",
       runtime=runtime, spot=json.dumps(job.spot), max_restarts=max_restarts,
       preempted=job_lib.PREEMPTED, terminated=job_lib.TERMINATED,
-      setup=indented(INSTALL),
+      lost=job_lib.LOST, setup=indented(INSTALL),
       # A recovered job is on other hosts, so its setup comes with each run.
       run=indented(f"set -e\n{job.setup}\n" if job.setup else "set -e")
       + "\n" + indented("exec ~/venv/bin/python -m posttrain "

@@ -146,6 +146,10 @@ def task(*flags):
   return skypilot.task(job)
 
 
+def test_skypilot_recovers_what_goes_on_from_its_state(cloud):
+  assert "    recover_on_exit_codes: [75, 143, 69]\n" in task(*FLAGS)
+
+
 def test_skypilot_gets_names_of_secrets_alone(cloud, capfd, monkeypatch):
   monkeypatch.setenv("HF_TOKEN", "s3cret")
   assert skypilot.run(
@@ -198,7 +202,7 @@ def test_the_real_skypilot_reads_every_slice(tmp_path, cloud):
     assert accelerators == {f"tpu-{prefix}-{units}": 1}
     assert (called, spot, zone) == ("r1", True, "us-east5-a")
     assert args["tpu_vm"] and args["runtime_version"].startswith("v2-alpha-")
-    assert recovery["recover_on_exit_codes"] == [75, 143]
+    assert recovery["recover_on_exit_codes"] == [75, 143, 69]
     assert shlex.split(script)[-3:] == COMMAND[1:]
     assert "|| gcsfuse 'a: b' /mnt" in script
   assert pathlib.Path(name).exists()
