@@ -137,7 +137,8 @@ def create(
   """Makes the directory of a run, or returns to it.
 
   As long as nothing has been trained there the directory belongs to no config:
-  a first start that fails does not refuse the corrected command.
+  a first start that fails does not refuse the corrected command. That holds
+  only where the run is one of ours beyond doubt and no other file is there.
 
   Args:
     path: the directory; it may exist.
@@ -161,17 +162,17 @@ def create(
   workdir = Workdir(path, is_writer=is_writer)
   found = environment(config, devices)
   news: list[str] = []
-  exists = (workdir.path / "config.json").exists()
+  saved = _saved(workdir)
+  exists = saved is not None
   if not exists and is_writer and _holds_files(workdir.path):
-    raise WorkdirError(
-        f"{workdir.path} holds files, but no run (no config.json). Name an "
-        "empty or a new directory as --workdir.")
-  untrained = exists and anew and not leftovers.has_trained(workdir.path)
+    raise _no_run(workdir.path, "no config.json")
+  untrained = exists and anew and leftovers.is_untrained(
+      workdir.path, saved, _starts(workdir))
   if exists:
     news += _config_changes(workdir, config, may_differ, untrained)
   try:
     if untrained and is_writer:
-      leftovers.clear(workdir.path)
+      leftovers.clear(workdir.path, saved)
     if not exists or untrained:
       workdir.write_json("config.json", config_lib.jsonable(config))
     if is_writer:
@@ -185,6 +186,35 @@ def create(
   news += [f"differs from the last start: {change}"
            for change in (_changes(starts[-1], found) if starts else ())]
   return workdir, news
+
+
+def _saved(workdir: Workdir) -> dict[str, Any] | None:
+  """The saved config as it is; None where there is none.
+
+  Raises:
+    WorkdirError: config.json is damaged, or is not that of a run.
+  """
+  path = workdir.path / "config.json"
+  if not path.exists():
+    return None
+  found = read_object(path)
+  if "stages" not in found:  # Releases of models have one of that name too.
+    raise _no_run(workdir.path, "its config.json has no stages")
+  return found
+
+
+def _starts(workdir: Workdir) -> list[dict[str, Any]]:
+  """The record of starts; none where it is damaged, which `create` mends."""
+  try:
+    return workdir.environments()
+  except WorkdirError:
+    return []
+
+
+def _no_run(path: pathlib.Path, why: str) -> WorkdirError:
+  return WorkdirError(
+      f"{path} holds files, but no run ({why}). Name an empty or a new "
+      "directory as --workdir.")
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> WorkdirError:
