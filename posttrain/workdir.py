@@ -21,15 +21,10 @@ Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,8 +32,7 @@ from ml_collections import config_dict
 
 from posttrain import config as config_lib
 from posttrain import lease as lease_lib
-from posttrain import leftovers
-from posttrain.tasks import loading
+from posttrain import leftovers, provenance
 
 # What a run may go on with changed: no number depends on it beyond rounding.
 MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: "
@@ -110,13 +104,24 @@ class Workdir:
     if self.lease is not None:
       self.lease.check()
 
+  def check_known_lease(self) -> None:
+    """Raises the same if the heartbeat has found so; reads no file."""
+    if self.lease is not None:
+      self.lease.check_known()
+
   def write_json(self, name: str | os.PathLike, data: Any) -> None:
     """Writes a file below the directory, whole or not at all."""
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     self.write_text(name, text + "\n")
 
   def write_text(self, name: str | os.PathLike, text: str) -> None:
+    """Writes a text in the same way.
+
+    Raises:
+      LostError: another run writes here now.
+    """
     if self.is_writer:
+      self.check_known_lease()
       replace_file(self.path / name, text.encode())
 
   def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
@@ -160,7 +165,7 @@ def create(
     ValueError: a task or reward that the config names does not exist.
   """
   workdir = Workdir(path, is_writer=is_writer)
-  found = environment(config, devices)
+  found = provenance.environment(config_lib.functions(config), devices)
   news: list[str] = []
   saved = _saved(workdir)
   exists = saved is not None
@@ -347,56 +352,6 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)
-
-
-# What a run was made with.
-
-PACKAGES = (
-    "posttrain", "jax", "jaxlib", "libtpu", "flax", "optax",
-    "orbax-checkpoint", "grain", "numpy", "ml_collections", "sentencepiece",
-    "tokenizers", "jinja2", "math-verify")
-
-
-def environment(
-    config: config_dict.ConfigDict, devices: Sequence[str],
-) -> dict[str, Any]:
-  """What the numbers of a run may depend on beside its config."""
-  return dict(
-      time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-      command=sys.argv,
-      python=platform.python_version(),
-      platform=platform.platform(),
-      cores=len(os.sched_getaffinity(0)) if hasattr(
-          os, "sched_getaffinity") else os.cpu_count(),
-      versions={name: version for name in PACKAGES
-                if (version := _version(name)) is not None},
-      git=_git(),
-      devices=list(devices),
-      sources={name: loading.source_hash(name)
-               for name in config_lib.functions(config)},
-  )
-
-
-def _version(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
-def _git() -> dict[str, Any]:
-  """Commit of the source tree, and the tracked files that differ from it."""
-  here = pathlib.Path(__file__).parent
-  ask = lambda *args: subprocess.run(
-      ["git", "-C", here, *args], capture_output=True, text=True, check=True,
-  ).stdout
-  try:
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return dict(
-        commit=ask("rev-parse", "HEAD").strip(),
-        changed=[line[3:] for line in changed.splitlines()])
-  except (OSError, subprocess.CalledProcessError):
-    return dict(commit=None, changed=[])  # Installed without its repository.
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

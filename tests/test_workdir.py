@@ -86,7 +86,7 @@ def test_a_config_that_has_trained_nothing_gives_way(tmp_path, config):
           "tokenizer/SHA256SUMS",
           "tensorboard/reason/events.out.tfevents.1.a.from_step_0",
           "reason/data_report.json", "reason/goodput.json",
-          "reason/rollouts/step_000000.jsonl", 
+          "reason/rollouts/step_000000.jsonl",
           "tokenizer.partial/chat_template.jinja",
           "reason/eval/.init.json.7.partial"]
   kept = ["reason/checkpoints/4.orbax-checkpoint-tmp-1/state", ".notes",
