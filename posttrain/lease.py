@@ -13,13 +13,14 @@ whether the holder lives:
 What cannot be read as a lease is watched in the same way. A lease is released
 when its holder leaves, by SIGTERM too; what SIGKILL leaves behind is taken over
 as above. A holder whose lease has been taken, since it stood still or could not
-write for that long, finds out at its next heartbeat or before its next
-checkpoint (`Lease.check`), and stops.
+write for that long, finds out at its next heartbeat, and stops at its next row
+of metrics or result (`Lease.check_known`), or before its next checkpoint
+(`Lease.check`).
 
-A lock of the kernel orders starts that take it at the same moment, where the
-file system has locks: on buckets that is each machine by itself. Two machines
-that take over one dead lease there within a second can both go on until the one
-that wrote first looks again.
+A lock of the kernel orders starts that take it at the same moment: on local
+disks all of them, on NFS and buckets those of each machine by itself. Two
+machines that take over one dead lease there within a second can both go on
+until the one that wrote first looks again.
 """
 
 import contextlib
@@ -86,6 +87,7 @@ class Lease:
   def __init__(self, path: pathlib.Path, holder: Holder):
     self._path, self.holder = path, holder
     self._beats, self._stop = 0, threading.Event()
+    self._taker: Holder | None = None  # For good, even if it has left again.
     self._thread = threading.Thread(
         target=self._run, name="lease", daemon=True)
     self._thread.start()
@@ -97,12 +99,16 @@ class Lease:
     Raises:
       LostError: somebody else does; says who.
     """
-    _, found = _read(self._path)
-    if found is not None and found.token != self.holder.token:
+    self._look()
+    self.check_known()
+
+  def check_known(self) -> None:
+    """Raises `LostError` if a look before has found it lost; reads no file."""
+    if self._taker is not None:
       raise LostError(
-          f"The workdir {self._path.parent} was taken over by {found}: this "
-          "process did not renew its lease for too long. It stops, and writes "
-          "nothing more. Let one of the two go on.")
+          f"The workdir {self._path.parent} was taken over by {self._taker}: "
+          "this process did not renew its lease for too long. It stops, and "
+          "writes nothing more. Let one of the two go on.")
 
   def release(self) -> None:
     """Ends the heartbeat, and removes the file if it is still ours."""
@@ -120,10 +126,15 @@ class Lease:
       with contextlib.suppress(OSError):  # A full disk: at the next beat.
         self._renew()
 
-  def _renew(self) -> None:
+  def _look(self) -> None:
     _, found = _read(self._path)
+    if found is not None and found.token != self.holder.token:
+      self._taker = found
+
+  def _renew(self) -> None:
+    self._look()
     # Never over somebody else's; what is damaged or gone is written anew.
-    if found is None or found.token == self.holder.token:
+    if self._taker is None:
       self._beats += 1
       _replace(self._path, self.holder, self._beats)
 

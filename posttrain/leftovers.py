@@ -5,16 +5,77 @@ See `posttrain.workdir` for what is where.
 
 import pathlib
 import re
-import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from posttrain import lease
 
-# What a start makes before it trains, and the next one makes by itself: in the
-# workdir, and in a stage's directory.
-MADE_ANEW = ("tokenizer", "tokenizer.partial", "model.json", "metrics.jsonl",
-             "tensorboard")
-MADE_ANEW_IN_STAGES = ("data_report.json", "goodput.json", "rollouts")
-PARTIAL = re.compile(r"\.(.+)\.(\d+)\.partial")
+# What a start makes before it trains, and the next one makes by itself.
+MADE_ANEW = (
+    r"model\.json|metrics\.jsonl"
+    r"|tensorboard/{stage}/events\.out\.tfevents\.[^/]+"
+    r"|tokenizer(\.partial)?/(tokenizer\.(json|model)|chat_template\.jinja"
+    r"|(tokenizer|generation)_config\.json|SHA256SUMS)"
+    r"|{stage}/(data_report\.json|goodput\.json|rollouts/step_\d+\.jsonl)")
+STAYS = (
+    r"(config|environment)\.json|report\.html"
+    r"|(environment\.json|metrics\.jsonl|{stage}/goodput\.json)\.damaged"
+    r"|{stage}/bad_batch_step_\d+\.npz")
+# Of which every file is a run's; they may hold very many.
+OWN_FOLDERS = r"{stage}/(checkpoints|damaged|profile)|frozen"
+PARTIAL = re.compile(
+    r"\.(.+)\.(\d+)\.partial|\.lease\.[0-9a-f]{32}\.partial")
+
+
+def is_untrained(
+    workdir: pathlib.Path, config: Any, starts: Sequence[Mapping],
+) -> bool:
+  """Whether this is a run beyond doubt, has trained nothing, and holds no more.
+
+  Args:
+    config: of its config.json.
+    starts: of its environment.json.
+  """
+  stages = _stages(config)
+  ours = bool(stages) and bool(starts) and all(
+      "versions" in start for start in starts)
+  if not ours or has_trained(workdir):
+    return False
+  tokenizer = workdir / "tokenizer"
+  return (not tokenizer.exists() or (tokenizer / "SHA256SUMS").exists()) and (
+      all(_matches(f"{MADE_ANEW}|{STAYS}", stages, file)
+          or PARTIAL.fullmatch(file.name)
+          for file in _files(workdir, workdir, stages)))
+
+
+def _stages(config: Any) -> list[str]:
+  """Names of a saved config's stages; none where it is not one of ours."""
+  found = config.get("stages") if isinstance(config, dict) else None
+  return found if isinstance(found, list) and all(
+      isinstance(name, str) for name in found) else []
+
+
+def _matches(pattern: str, stages: Sequence[str], file: pathlib.Path) -> bool:
+  names = "|".join(map(re.escape, stages))
+  return bool(re.fullmatch(
+      pattern.replace("{stage}", f"({names})"), file.as_posix()))
+
+
+def _files(
+    folder: pathlib.Path, workdir: pathlib.Path, stages: Sequence[str],
+) -> Iterator[pathlib.Path]:
+  """Files below a folder, from the workdir on, without those of OWN_FOLDERS.
+
+  Hidden ones of the workdir itself are left out: it may be the root of a disk.
+  """
+  for path in folder.iterdir():
+    name = path.relative_to(workdir)
+    if name.parts[0].startswith("."):
+      continue
+    if path.is_symlink() or not path.is_dir():
+      yield name
+    elif not _matches(OWN_FOLDERS, stages, name):
+      yield from _files(path, workdir, stages)
 
 
 def has_trained(workdir: pathlib.Path) -> bool:
@@ -27,24 +88,29 @@ def has_trained(workdir: pathlib.Path) -> bool:
           rows.exists() and b"\n" in rows.read_bytes())
 
 
-def clear(workdir: pathlib.Path) -> None:
-  """Removes what starts that have trained nothing left behind."""
-  stages = [file.parent for file in workdir.glob("*/data_report.json")]
-  stages += [file.parent for file in workdir.glob("*/goodput.json")]
-  for path in [
-      *(workdir / name for name in MADE_ANEW),
-      *(stage / name for stage in stages for name in MADE_ANEW_IN_STAGES)]:
-    if path.is_dir():
-      shutil.rmtree(path)
-    else:
-      path.unlink(missing_ok=True)
+def clear(workdir: pathlib.Path, config: Any) -> None:
+  """Removes what starts that have trained nothing left behind, file by file.
+
+  Args:
+    workdir: of which `is_untrained` holds.
+    config: of its config.json.
+  """
+  stages = _stages(config)
+  for file in list(_files(workdir, workdir, stages)):
+    if _matches(MADE_ANEW, stages, file):
+      (workdir / file).unlink()
+      for folder in (workdir / parent for parent in list(file.parents)[:-1]):
+        if any(folder.iterdir()):
+          break
+        folder.rmdir()
 
 
 def remove_partials(workdir: pathlib.Path) -> None:
   """Removes what processes that were killed had begun to write.
 
   They are dead: who holds the workdir is alone in writing, but for a report
-  that is being made, which a process of this machine may still write.
+  that is being made, which a process of this machine may still write. Should
+  this take a heartbeat's file from under it, the next one is seconds away.
   """
   folders = [workdir, *(
       folder for pattern in ("*", "*/rollouts", "*/eval", "*/eval/cells/*")

@@ -21,15 +21,10 @@ Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,8 +32,7 @@ from ml_collections import config_dict
 
 from posttrain import config as config_lib
 from posttrain import lease as lease_lib
-from posttrain import leftovers
-from posttrain.tasks import loading
+from posttrain import leftovers, provenance
 
 # What a run may go on with changed: no number depends on it beyond rounding.
 MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: "
@@ -110,13 +104,24 @@ class Workdir:
     if self.lease is not None:
       self.lease.check()
 
+  def check_known_lease(self) -> None:
+    """Raises the same if the heartbeat has found so; reads no file."""
+    if self.lease is not None:
+      self.lease.check_known()
+
   def write_json(self, name: str | os.PathLike, data: Any) -> None:
     """Writes a file below the directory, whole or not at all."""
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     self.write_text(name, text + "\n")
 
   def write_text(self, name: str | os.PathLike, text: str) -> None:
+    """Writes a text in the same way.
+
+    Raises:
+      LostError: another run writes here now.
+    """
     if self.is_writer:
+      self.check_known_lease()
       replace_file(self.path / name, text.encode())
 
   def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
@@ -137,7 +142,8 @@ def create(
   """Makes the directory of a run, or returns to it.
 
   As long as nothing has been trained there the directory belongs to no config:
-  a first start that fails does not refuse the corrected command.
+  a first start that fails does not refuse the corrected command. That holds
+  only where the run is one of ours beyond doubt and no other file is there.
 
   Args:
     path: the directory; it may exist.
@@ -159,19 +165,19 @@ def create(
     ValueError: a task or reward that the config names does not exist.
   """
   workdir = Workdir(path, is_writer=is_writer)
-  found = environment(config, devices)
+  found = provenance.environment(config_lib.functions(config), devices)
   news: list[str] = []
-  exists = (workdir.path / "config.json").exists()
+  saved = _saved(workdir)
+  exists = saved is not None
   if not exists and is_writer and _holds_files(workdir.path):
-    raise WorkdirError(
-        f"{workdir.path} holds files, but no run (no config.json). Name an "
-        "empty or a new directory as --workdir.")
-  untrained = exists and anew and not leftovers.has_trained(workdir.path)
+    raise _no_run(workdir.path, "no config.json")
+  untrained = exists and anew and leftovers.is_untrained(
+      workdir.path, saved, _starts(workdir))
   if exists:
     news += _config_changes(workdir, config, may_differ, untrained)
   try:
     if untrained and is_writer:
-      leftovers.clear(workdir.path)
+      leftovers.clear(workdir.path, saved)
     if not exists or untrained:
       workdir.write_json("config.json", config_lib.jsonable(config))
     if is_writer:
@@ -185,6 +191,35 @@ def create(
   news += [f"differs from the last start: {change}"
            for change in (_changes(starts[-1], found) if starts else ())]
   return workdir, news
+
+
+def _saved(workdir: Workdir) -> dict[str, Any] | None:
+  """The saved config as it is; None where there is none.
+
+  Raises:
+    WorkdirError: config.json is damaged, or is not that of a run.
+  """
+  path = workdir.path / "config.json"
+  if not path.exists():
+    return None
+  found = read_object(path)
+  if "stages" not in found:  # Releases of models have one of that name too.
+    raise _no_run(workdir.path, "its config.json has no stages")
+  return found
+
+
+def _starts(workdir: Workdir) -> list[dict[str, Any]]:
+  """The record of starts; none where it is damaged, which `create` mends."""
+  try:
+    return workdir.environments()
+  except WorkdirError:
+    return []
+
+
+def _no_run(path: pathlib.Path, why: str) -> WorkdirError:
+  return WorkdirError(
+      f"{path} holds files, but no run ({why}). Name an empty or a new "
+      "directory as --workdir.")
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> WorkdirError:
@@ -317,56 +352,6 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)
-
-
-# What a run was made with.
-
-PACKAGES = (
-    "posttrain", "jax", "jaxlib", "libtpu", "flax", "optax",
-    "orbax-checkpoint", "grain", "numpy", "ml_collections", "sentencepiece",
-    "tokenizers", "jinja2", "math-verify")
-
-
-def environment(
-    config: config_dict.ConfigDict, devices: Sequence[str],
-) -> dict[str, Any]:
-  """What the numbers of a run may depend on beside its config."""
-  return dict(
-      time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-      command=sys.argv,
-      python=platform.python_version(),
-      platform=platform.platform(),
-      cores=len(os.sched_getaffinity(0)) if hasattr(
-          os, "sched_getaffinity") else os.cpu_count(),
-      versions={name: version for name in PACKAGES
-                if (version := _version(name)) is not None},
-      git=_git(),
-      devices=list(devices),
-      sources={name: loading.source_hash(name)
-               for name in config_lib.functions(config)},
-  )
-
-
-def _version(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
-def _git() -> dict[str, Any]:
-  """Commit of the source tree, and the tracked files that differ from it."""
-  here = pathlib.Path(__file__).parent
-  ask = lambda *args: subprocess.run(
-      ["git", "-C", here, *args], capture_output=True, text=True, check=True,
-  ).stdout
-  try:
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return dict(
-        commit=ask("rev-parse", "HEAD").strip(),
-        changed=[line[3:] for line in changed.splitlines()])
-  except (OSError, subprocess.CalledProcessError):
-    return dict(commit=None, changed=[])  # Installed without its repository.
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     ("sharding", "text", "tasks", "objectives", "evaluation", "roll_call",
      "line", "lease", "mistakes", "model.config"),
-    ("model.presets", "distributed", "leftovers"),
+    ("model.presets", "distributed", "leftovers", "provenance"),
     ("config", "model", "data"),
     ("workdir", "sampling_arguments", "sampler", "interop"),
     ("train", "arguments"),

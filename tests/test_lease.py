@@ -10,10 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
+from posttrain import config as config_lib
 from posttrain import lease as lease_lib
+from posttrain import workdir as workdir_lib
+from posttrain.evaluation import summary
+from posttrain.stages import kept_cells
+from posttrain.train import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Takes the lease of a directory, says so, and holds it until it is told.
@@ -209,6 +215,50 @@ def test_a_holder_that_was_taken_over_finds_out(tmp_path):
           "directory": list(theirs.directory)}, "beats": 0}
   lease.release()
   assert (tmp_path / ".lease").exists()
+
+
+def test_the_heartbeat_finds_out_and_nothing_more_is_written(tmp_path):
+  """Also once the one who took it has left again."""
+  workdir = workdir_lib.Workdir(tmp_path)
+  workdir.lease = lease = take(tmp_path)
+  writer = metrics.Writer(
+      workdir.metrics, workdir.tensorboard, "reason", restored_step=0,
+      check=workdir.check_known_lease)
+  writer.write(1, {"loss": 1.0})
+  workdir.finish("first", {})
+  elsewhere(tmp_path)
+  time.sleep(0.5)  # Some heartbeats.
+  (tmp_path / ".lease").unlink()
+  time.sleep(0.2)
+  for write in (
+      lambda: writer.write(2, {"loss": 1.0}), lease.check,
+      lambda: workdir.finish("reason", {"step": 2}),
+      lambda: workdir.write_json("measure/eval/init.json", {}),
+      lambda: metrics.Writer(
+          workdir.metrics, workdir.tensorboard, "reason", restored_step=0,
+          check=workdir.check_known_lease)):
+    with pytest.raises(lease_lib.LostError, match="over by process"):
+      write()
+  writer.close()
+  lease.release()
+  assert [row["step"] for row in metrics.read(workdir.metrics)] == [1]
+  assert {path.name for path in tmp_path.iterdir()} == {
+      "metrics.jsonl", "tensorboard", "first"}
+
+
+def test_no_cell_of_an_evaluation_begins_without_the_lease(tmp_path):
+  """Before a heartbeat has found out, and on every host."""
+  config = config_lib.load(str(ROOT / "configs/tiny.py"))
+  workdir = workdir_lib.Workdir(tmp_path)
+  workdir.lease = lease = take(tmp_path)
+  kept = kept_cells.KeptCells(types.SimpleNamespace(
+      section=config.measure, config=config, workdir=workdir,
+      directory=tmp_path / "measure"))
+  assert kept.read("init", summary.Cell()) is None
+  elsewhere(tmp_path)
+  with pytest.raises(lease_lib.LostError, match="over by process"):
+    kept.read("init", summary.Cell())
+  lease.release()
 
 
 def test_a_heartbeat_is_seen_and_a_lease_that_was_removed_comes_back(tmp_path):

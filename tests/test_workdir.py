@@ -80,14 +80,18 @@ def test_rows_count_as_trained(tmp_path, config):
 
 
 def test_a_config_that_has_trained_nothing_gives_way(tmp_path, config):
-  """With all that it made; what others put there stays."""
+  """With all that it made, and nothing else."""
   create(tmp_path, config)
   left = ["model.json", "tokenizer/tokenizer.model", "metrics.jsonl",
+          "tokenizer/SHA256SUMS",
+          "tensorboard/reason/events.out.tfevents.1.a.from_step_0",
           "reason/data_report.json", "reason/goodput.json",
-          "reason/rollouts/step_000000.jsonl", "tokenizer.partial/x",
+          "reason/rollouts/step_000000.jsonl",
+          "tokenizer.partial/chat_template.jinja",
           "reason/eval/.init.json.7.partial"]
-  kept = ["reason/checkpoints/4.orbax-checkpoint-tmp-1/state", "notes.txt",
-          "reason/bad_batch.npz"]
+  kept = ["reason/checkpoints/4.orbax-checkpoint-tmp-1/state", ".notes",
+          "reason/bad_batch_step_000003.npz", "frozen/ab/0/state",
+          "reason/profile/plugins/x"]
   for name in (*left, *kept):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("{")
@@ -98,8 +102,60 @@ def test_a_config_that_has_trained_nothing_gives_way(tmp_path, config):
       "differs from the last start (nothing had been trained, so it replaces "
       "that config): reason.num_steps: 8 -> 4"]
   assert not any((tmp_path / name).exists() for name in left)
+  assert not (tmp_path / "tokenizer").exists()
   assert all((tmp_path / name).exists() for name in kept)
   assert len(workdir.environments()) == 2
+
+
+def contents(path):
+  return {file.relative_to(path): file.read_bytes()
+          for file in path.rglob("*") if file.is_file()}
+
+
+RELEASE = {
+    "model.json": "{}", "metrics.jsonl": "{}", "weights.safetensors": "w",
+    "tokenizer/tokenizer.json": "{}", "reason/data_report.json": "{}"}
+
+
+@pytest.mark.parametrize("environment", [None, "[]", '[{"a": 1}]'])
+@pytest.mark.parametrize("found", [
+    {"model_type": "llama"}, {"stages": ["a"]}, {"stages": 3}, {"stages": []}])
+def test_what_is_not_ours_is_refused_and_stays(
+    tmp_path, config, found, environment):
+  """A release of a model has a config.json too."""
+  files = RELEASE | {"config.json": json.dumps(found)}
+  if environment is not None:
+    files["environment.json"] = environment
+  for name, content in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+  before = contents(tmp_path)
+  with pytest.raises(workdir_lib.WorkdirError, match=(
+      "belongs to a run of another config" if "stages" in found
+      else "holds files, but no run .its config.json has no stages")):
+    create(tmp_path, config)
+  assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [
+    "notes.txt", "tokenizer/notes.txt", "tokenizer/tokenizer.json",
+    "tensorboard/reason/mine", "reason/rollouts/best.jsonl",
+    "other/data_report.json", "tokenizer.partial/a/tokenizer.json"])
+def test_a_file_that_no_run_wrote_keeps_a_directory_as_it_is(
+    tmp_path, config, name):
+  """The same command goes on; another config is refused."""
+  create(tmp_path, config)
+  for file in ("model.json", "reason/data_report.json", name):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("mine")
+  before = contents(tmp_path)
+  with pytest.raises(workdir_lib.WorkdirError, match="seed: 0 -> 1"):
+    create(tmp_path, config_lib.load(TINY, ["seed=1"]))
+  assert contents(tmp_path) == before
+  create(tmp_path, config)
+  after = contents(tmp_path)
+  assert all(after[file] == content for file, content in before.items()
+             if file.name != "environment.json")
 
 
 def test_to_evaluate_begins_nothing_anew(tmp_path, config):
@@ -215,7 +271,7 @@ def test_what_killed_processes_had_begun_is_removed(tmp_path, config):
   gone = [f".config.json.{alive}.partial", f"reason/.done.json.{dead}.partial",
           f"reason/rollouts/.step_000001.jsonl.{dead}.partial",
           f"measure/eval/.init.json.{alive}.partial",
-          f".report.html.{dead}.partial"]
+          f".report.html.{dead}.partial", f".lease.{'0a' * 16}.partial"]
   stays = [f".report.html.{alive}.partial", ".mine.partial",
            "reason/checkpoints/4/.x.1.partial"]
   for name in (*gone, *stays):

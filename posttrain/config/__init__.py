@@ -241,10 +241,11 @@ def diff(
     old: config_dict.ConfigDict | Mapping,
     new: config_dict.ConfigDict | Mapping,
 ) -> list[str]:
-  """`path: old -> new` of every leaf that differs."""
+  """`path: old -> new` of every leaf that differs, long values shortened."""
   a, b = (dict(reader.leaves(reader.plain(side))) for side in (old, new))
+  text = lambda side, path: repr(side[path]) if path in side else None
   show = lambda side, path: (
-      repr(side[path]) if path in side else "(absent)")
+      keys.shown(side[path]) if path in side else "(absent)")
   return [f"{path}: {show(a, path)} -> {show(b, path)}"
           for path in dict.fromkeys([*a, *b])
-          if show(a, path) != show(b, path)]
+          if text(a, path) != text(b, path)]

@@ -377,7 +377,7 @@ def log(context: StageContext, results: Mapping[str, Mapping]) -> None:
   """One row of metrics.jsonl per checkpoint."""
   with metrics_lib.Writer(
       context.workdir.metrics, context.workdir.tensorboard, context.name,
-      restored_step=0) as writer:
+      restored_step=0, check=context.workdir.check_known_lease) as writer:
     for step, (name, result) in enumerate(results.items(), start=1):
       row: dict[str, float] = {}
       for cell in result["cells"]:

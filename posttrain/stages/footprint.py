@@ -64,9 +64,11 @@ def of_section(
         offload=compute.offload)
   if section.kind == "evaluate":
     samples = max(section.samples_per_problem, section.majority.max_samples)
-    rows = section.rollout.batch_rows
-    sizes |= dict(
-        cache_rows=rows if section.rollout.refill else max(rows, samples))
+    rows, count = section.rollout.batch_rows, section.problems.count
+    if not section.rollout.refill:  # An engine has all its slots.
+      rows = max(rows, samples)
+      rows = min(rows, count * samples) if count else rows
+    sizes |= dict(cache_rows=rows)
   if "cache_rows" in sizes:
     rollout = section.rollout
     sizes |= dict(

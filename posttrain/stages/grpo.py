@@ -75,7 +75,9 @@ def run(
     monitor.begin(learner.step)
     with metrics_lib.Writer(
         context.workdir.metrics, context.workdir.tensorboard, context.name,
-        restored_step=learner.step) as writer, context.console.progress(
+        restored_step=learner.step,
+        check=context.workdir.check_known_lease,
+    ) as writer, context.console.progress(
             context.name, section.num_steps, start=learner.step) as progress:
       while learner.step < section.num_steps:
         try:

@@ -4,6 +4,7 @@ reference; and what is shown and saved of a batch."""
 import dataclasses
 import inspect
 import json
+import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,7 +20,6 @@ from posttrain.stages import problems, rollout, sampling
 from posttrain.stages.context import StageContext
 from posttrain.tasks import loading, scoring
 from posttrain.train import offload, partition, policy
-from posttrain.workdir import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +208,10 @@ def show_and_save(
     return
   records = rollout.records(
       collected, advantages, list(collector.rewards), collector, step)
-  if due(section.save_rollouts_every) and context.workdir.is_writer:
-    text = "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in records)
-    replace_file(
-        context.directory / "rollouts" / f"step_{step:06d}.jsonl",
-        text.encode())
+  if due(section.save_rollouts_every):
+    context.workdir.write_text(
+        pathlib.Path(context.name, "rollouts", f"step_{step:06d}.jsonl"),
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
   if due(section.show_sample_every):
     row = records[0]
     context.console.sample(

@@ -47,6 +47,7 @@ class KeptCells:
 
     def read() -> Records | None:
       nonlocal whole
+      self._context.workdir.check_lease()  # Each cell; all hosts hear of it.
       whole = self._read(checkpoint, cell)
       return whole and [
           {name: record[name] for name in summary.SCORED_FROM}

@@ -206,7 +206,7 @@ class Log:
     self._window = metrics.Window()
     self._writer = metrics.Writer(
         context.workdir.metrics, context.workdir.tensorboard, context.name,
-        restored_step=start)
+        restored_step=start, check=context.workdir.check_known_lease)
     self._progress: console_lib.Progress = context.console.progress(
         context.name, context.section.num_steps, start=start)
 

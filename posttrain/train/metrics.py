@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -139,6 +139,7 @@ class Writer:
   def __init__(
       self, path: str | os.PathLike, tensorboard: str | os.PathLike,
       stage: str, *, restored_step: int,
+      check: Callable[[], None] = lambda: None,
   ):
     """Cuts what lies beyond `restored_step` and opens both outputs.
 
@@ -147,12 +148,15 @@ class Writer:
       tensorboard: directory; the stage becomes a run in it.
       stage: name of the stage.
       restored_step: of the checkpoint resumed from; 0 at a fresh start.
+      check: called before each write; raises where none may be made.
     """
+    self._check = check
     self._stage = stage
     self._last_step = restored_step
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
+    check()
     cut(path, stage, restored_step)
     self._file = pathlib.Path(path).open(  # noqa: SIM115 (until `close`)
         "a", encoding="utf-8")
@@ -180,6 +184,7 @@ class Writer:
     scalars = {name: _scalar(name, value) for name, value in values.items()}
     if not self._writes:
       return
+    self._check()
     row = {"stage": self._stage, "step": step} | {
         name: value if math.isfinite(value) else None
         for name, value in scalars.items()}

@@ -570,6 +570,14 @@ def test_the_difference_of_two_configs():
   ]
 
 
+def test_long_values_that_differ_are_shortened_and_still_differ():
+  old, new = ({"a": "x" * 5000 + middle + "y" * 5000} for middle in "12")
+  [line] = config_lib.diff(old, new)
+  assert line.startswith("a: 'xxx") and "(10,003 characters)" in line
+  assert len(line) < 400
+  assert config_lib.diff(old, old) == []
+
+
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-9, 9), st.floats(),
     st.sampled_from(["", "init", "reason", "a:b", (), ("reason",), (1, 2),

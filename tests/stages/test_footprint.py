@@ -47,6 +47,33 @@ def test_sampling_in_int8_is_counted(stage):
   assert int8["cache"] * 4 * 128 == floats["cache"] * (128 + 4)
 
 
+@pytest.mark.parametrize("changes, rows", [
+    ([], 4096), (["measure.problems.count=5"], 10),
+    (["measure.problems.count=5", "measure.majority.max_samples=7"], 35),
+    (["measure.problems.count=5", "measure.rollout.refill=True"], 4096),
+    (["measure.problems.count=5000"], 4096)])
+def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
+  """An engine apart, which has all its slots."""
+  def cache(*assignments):
+    config = config_lib.assign(
+        pipeline_run.CONFIG, [*pipeline_run.ALL, "measure.num_waits=",
+                              "measure.max_thinking_tokens=",
+                              "measure.rollout.temperature=1.0",
+                              "measure.samples_per_problem=2",
+                              "measure.pass_at=1",
+                              "measure.majority.max_samples=0", *assignments],
+        "test")
+    return footprint.of_section(
+        config.measure, config.compute, PRESETS["qwen3-4b"], {},
+        sharding.MeshSizes()).sampling["cache"]
+
+  one = cache("measure.samples_per_problem=1", "measure.rollout.batch_rows=1",
+              "measure.problems.count=0")
+  found = cache("measure.rollout.batch_rows=4096", "measure.problems.count=0",
+                *changes)
+  assert found == rows * one
+
+
 @pytest.mark.parametrize("max_tokens, slots", [(3, 8), (20, 32), (32, 32)])
 def test_a_cache_of_a_chunk_doubles_until_it_holds_the_completion(
     max_tokens, slots):
