@@ -78,7 +78,7 @@ def get_config(arg=""):
       rollout=dict(
           max_prompt_tokens=8 if debug else 512,
           max_tokens=24 if debug else 16_384,
-          chunk=24 if debug else 1024),  # Half a minute at most.
+          chunk=24 if debug else 1024),  # SIGTERM waits for one.
       checkpoint=dict(every=0 if debug else 50),
       log_every=1,
   )
