@@ -29,7 +29,8 @@ CHANGES = [
     "reason.num_steps=8", "reason.num_minibatches=2",
     "reason.checkpoint.every=1", "reason.checkpoint.keep=8",
     "reason.rollout.slots=8",  # Of 16 completions: they are refilled.
-    "reason.loss.kl_coef=0.1", "reason.loss.kl_in=reward"]
+    "reason.loss.kl_coef=0.1", "reason.loss.kl_in=reward",
+    "reason.loss.kl_estimator=k1"]
 EIGHT = ["mesh.fsdp=4", "mesh.tensor=2"]
 
 
