@@ -7,7 +7,7 @@ import datetime
 
 import pytest
 
-from posttrain.text import chat
+from posttrain.text import chat, sandbox
 from posttrain.text import tokenizer as tokenizer_lib
 from tests.text import families
 
@@ -46,7 +46,7 @@ def same_day(monkeypatch):
 
     @classmethod
     def now(cls, tz=None):
-      return chat.DATE
+      return sandbox.DATE
 
   monkeypatch.setattr(
       "transformers.utils.chat_template_utils.datetime", Clock)
