@@ -143,6 +143,7 @@ def test_the_package_is_found_without_importing_it(tmp_path, monkeypatch):
   assert smollm2.find() == tmp_path / "model.gguf"
 
 
+@pytest.mark.slow
 def test_eight_devices_hold_the_same_model(
     smollm2_file, smollm2_oracle, prompts):
   with jax.set_mesh(sharding.make_mesh(fsdp=8, tensor=1)):

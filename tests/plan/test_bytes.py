@@ -4,6 +4,7 @@ import collections
 import pathlib
 
 import jax
+import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
@@ -34,6 +35,7 @@ def local_bytes(tree):
       if isinstance(x, jax.Array))
 
 
+@pytest.mark.slow
 def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   meshes.eight()  # Or skips.
   config, real = small_config(), collections.defaultdict(set)

@@ -136,6 +136,7 @@ ROLES = (
     "--config.mesh.sampling.fsdp=1", "--config.reason.rollout.slots=8")
 
 
+@pytest.mark.slow
 def test_a_role_is_compiled_on_its_own_devices(tmp_path):
   """Two of four chips, where slots are refilled."""
   status, output = plan(

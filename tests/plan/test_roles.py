@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
@@ -45,6 +46,7 @@ def local_bytes(tree):
              for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   meshes.eight()  # Or skips.
   config, real = split_config(), collections.defaultdict(collections.Counter)

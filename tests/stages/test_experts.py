@@ -16,6 +16,7 @@ def equal_sets(a, b):
   return (np.sort(a, axis=-1) == np.sort(b, axis=-1)).all(-1)
 
 
+@pytest.mark.slow
 def test_sampler_and_trainer_choose_the_same_experts(tmp_path):
   """In float32 everywhere; and what they did not agree on would show."""
   with jax.set_mesh(meshes.one()):

@@ -704,6 +704,7 @@ def leave_in_chunk(monkeypatch, number):
   return chunks
 
 
+@pytest.mark.slow
 def test_left_within_a_rollout_and_resumed_is_bitwise_the_whole_run(
     tmp_path, monkeypatch, capsys):
   """In the first batch, of which nothing is kept, and at the end of the next.

@@ -103,6 +103,7 @@ def test_one_of_two_starts_holds_the_workdir(starts, tmp_path):
   assert repeatable(rows_of(alone.path)) == repeatable(rows_of(starts.path))
 
 
+@pytest.mark.slow
 def test_sigterm_gives_the_workdir_back(starts):
   process, log = starts.start("--config.cold_start.num_steps=100000")
   forked.wait_until(

@@ -140,6 +140,7 @@ def test_an_evaluation_goes_on_behind_the_cells_that_are_kept(tmp_path):
   assert cells() == 0
 
 
+@pytest.mark.slow
 def test_two_kills_leave_no_trace(tmp_path):
   check(tmp_path, 12, 2, ["step", "write"])
 
