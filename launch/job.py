@@ -40,7 +40,7 @@ class JobError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What runs, on what, and where.
+  """Describes a job: the command, the accelerators, the place.
 
   Attributes:
     name: of the slice or the workload.

@@ -199,7 +199,7 @@ def on_first_host(function: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-  """What another host can unpickle, with the same text."""
+  """Converts an error to one that other hosts can unpickle."""
   try:
     if type(error).__module__.partition(".")[0] in ("builtins", "posttrain"):
       copy = pickle.loads(pickle.dumps(error))

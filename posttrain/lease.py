@@ -201,7 +201,7 @@ class Taking:
 
 
 class _Watch:
-  """Whether a holder lives, from the looks at its file so far."""
+  """Liveness of a holder, from the looks at its file so far."""
 
   def __init__(self) -> None:
     self._text: bytes | None = None
@@ -232,7 +232,7 @@ class _Watch:
 
 
 def _is_here(found: Holder, me: Holder) -> bool:
-  """Whether its process ids are ours to look up."""
+  """Tests if its process ids can be looked up here."""
   return bool(me.boot) and (
       (found.boot, found.namespace) == (me.boot, me.namespace))
 
@@ -251,12 +251,12 @@ def _me(directory: pathlib.Path) -> Holder:
 
 
 def _runs(pid: int, started: int) -> bool:
-  """Whether that very process is there; one that is not yet reaped is not."""
+  """Tests if that very process runs; a zombie does not."""
   return _started(pid) == started
 
 
 def is_running(pid: int) -> bool:
-  """Whether this machine has a process of that number."""
+  """Tests if this machine has a process of that number."""
   return _started(pid) is not None
 
 
@@ -326,7 +326,7 @@ def _replace(path: pathlib.Path, holder: Holder, beats: int) -> None:
 
 @contextlib.contextmanager
 def _lock(directory: pathlib.Path) -> Iterator[bool]:
-  """Whether no other start is writing, as far as the file system can tell.
+  """Locks out other starts, as far as the file system can.
 
   The lock is on the directory: it needs no file, and its end is the kernel's.
   Nobody waits for it, since who has it may stand still.

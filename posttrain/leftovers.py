@@ -30,7 +30,7 @@ PARTIAL = re.compile(
 def is_untrained(
     workdir: pathlib.Path, config: Any, starts: Sequence[Mapping],
 ) -> bool:
-  """Whether this is a run beyond doubt, has trained nothing, and holds no more.
+  """Tests if this is a run that has trained nothing, and holds no other files.
 
   Args:
     config: of its config.json.
@@ -79,7 +79,7 @@ def _files(
 
 
 def has_trained(workdir: pathlib.Path) -> bool:
-  """Whether a stage has made anything that a config belongs to."""
+  """Tests if a stage has made anything that a config belongs to."""
   steps = workdir.glob("*/checkpoints/*")  # A kill leaves half of one.
   made = ("*/done.json", "*/damaged/*", "*/eval/[!.]*")
   rows = workdir / "metrics.jsonl"

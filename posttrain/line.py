@@ -122,7 +122,7 @@ class Line:
         self._hold()
 
   def stop_requested(self) -> bool:
-    """Whether all processes stop now; all ask it equally often."""
+    """Tests if all processes stop now; all ask it equally often."""
     with self._changed:
       while self._holding and self._stop_at is None:
         self._changed.wait()

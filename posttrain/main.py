@@ -138,7 +138,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def _drawn(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Whose completions, and how they are drawn."""
+  """Collects the sampling flags: the model and its distribution."""
   from posttrain.sampler import choice, sampler
   return dict(
       workdir=arguments.workdir, stage=arguments.stage, seed=arguments.seed,
@@ -157,7 +157,7 @@ def _drawn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _asked(arguments: argparse.Namespace) -> str:
-  """What the prompts ask for; "" for nothing."""
+  """Builds the instruction of the prompts; "" for none."""
   for kind, amount in (("tokens", arguments.ask_tokens),
                        ("steps", arguments.ask_steps)):
     if amount is not None:

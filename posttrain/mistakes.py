@@ -71,7 +71,7 @@ def _is_importing(frame: FrameType) -> bool:
 
 
 def _raised_by_us(error: Exception) -> bool:
-  """Whether a `raise` of this package did it, reached through no user's code.
+  """Tests if a `raise` of this package did it, through no user's code.
 
   `int("x")` is a ValueError without a `raise`, and most likely a bug.
   """

@@ -52,7 +52,7 @@ class Pipeline:
         console=self.console)
 
   def weights_of(self, source: str) -> Transformer:
-    """Of "init", of an earlier stage, or of a checkpoint's directory.
+    """Loads weights of "init", an earlier stage, or a checkpoint's directory.
 
     Raises:
       ValueError: the stage has not finished, or the weights were trained with
@@ -94,7 +94,7 @@ class Pipeline:
     return summary
 
   def start_of(self, name: str) -> str:
-    """What a stage starts from: the training stage before it, or "init"."""
+    """Names the training stage that a stage starts from, or "init"."""
     before = self.config.stages[:self.config.stages.index(name)]
     trained = [n for n in before if self.config[n].kind in TRAINING]
     return trained[-1] if trained else "init"

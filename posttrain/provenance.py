@@ -1,4 +1,4 @@
-"""What made a run: versions, git commit, machine, sources of its functions."""
+"""Provenance of a run: versions, git commit, machine, function sources."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ PACKAGES = (
 def environment(
     functions: Iterable[str], devices: Sequence[str],
 ) -> dict[str, Any]:
-  """What the numbers of a run may depend on beside its config.
+  """Records what the numbers of a run depend on beside its config.
 
   Args:
     functions: `module:function`, of tasks and rewards.

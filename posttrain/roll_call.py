@@ -100,7 +100,7 @@ def _listen(
 
 
 def _hear(connection: socket.socket) -> dict[str, Any] | None:
-  """What a caller says of itself; None if it is none of ours."""
+  """Reads a caller's message; None if it is none of ours."""
   connection.settimeout(HEARING_SECONDS)
   try:
     caller = json.loads(connection.makefile("rb").readline(4096))
@@ -111,7 +111,7 @@ def _hear(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def _is_there(connection: socket.socket) -> bool:
-  """Whether the caller still waits: it says nothing more until it is told."""
+  """Tests if the caller still waits: it is silent until it is told."""
   connection.setblocking(False)
   try:
     return bool(connection.recv(1, socket.MSG_PEEK))

@@ -258,7 +258,7 @@ def or_anew(
     path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None], *,
     keep: bool = True,
 ) -> Any:
-  """What `read` reads of a record; None if that is damaged, which is said.
+  """Reads a record; None if it is damaged, which is said.
 
   For records of how a run went, on which nothing depends that is computed.
 

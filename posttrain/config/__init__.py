@@ -71,7 +71,7 @@ def assign(
 
 
 def read_file(spec: str) -> config_dict.ConfigDict:
-  """What `get_config(arg)` of a config file `FILE[:arg]` returns.
+  """Runs `get_config(arg)` of a config file `FILE[:arg]`.
 
   Raises:
     ConfigError: there is no such file, it does not run, or it returns no
@@ -115,7 +115,7 @@ def read_sweep(spec: str) -> list[list[str]]:
 
 
 def _call(spec: str, function: str) -> Any:
-  """What a function of a config file returns, with the argument if it may."""
+  """Calls a function of a config file, with the argument if it may."""
   name, colon, arg = spec, "", ""
   if not pathlib.Path(spec).is_file() and ":" in spec:
     name, colon, arg = spec.rpartition(":")

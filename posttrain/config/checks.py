@@ -1,4 +1,4 @@
-"""What a schema cannot say: conditions between keys.
+"""Checks conditions between keys, which a schema cannot say.
 
 Each check is a small function that yields problems, and stands in the `CHECKS`
 of `config_checks` or of `stage_checks`. A check runs only where all keys it

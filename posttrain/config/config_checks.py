@@ -176,7 +176,7 @@ def is_dense(config: Mapping) -> bool:
 
 
 def experts(config: Mapping) -> int | None:
-  """Of the model; None where it is not known."""
+  """Counts the model's experts; None where the model is not known."""
   preset = presets.PRESETS.get(str(config["model"]))
   changes = config["model_overrides"]
   if preset is None or not isinstance(changes, dict):

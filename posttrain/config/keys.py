@@ -1,4 +1,4 @@
-"""What a schema is made of: keys, sections, and paths through them.
+"""Schema elements: keys, sections, and paths through them.
 
 A dotted path names a key, `reason.loss.clip_high`; sources of a mixture are
 numbered, `cold_start.data.sources.0.path`.
@@ -129,7 +129,7 @@ def shown(value: Any) -> str:
 
 
 def type_name(kind: Any) -> str:
-  """How a person names a type of the schema."""
+  """Names a type of the schema for a person."""
   return _TYPE_NAMES[kind]
 
 
@@ -142,7 +142,7 @@ _TYPE_NAMES = {
 
 
 def within(value: float, bounds: str) -> bool:
-  """Whether a number lies in an interval such as "(0, 1]"; a nan never.
+  """Tests if a number lies in an interval such as "(0, 1]"; a nan never.
 
   It must also be one that an array of 32 bits holds. "0 or [0.1, 1]" is that
   interval and 0; "" is every such number.

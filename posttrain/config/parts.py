@@ -48,7 +48,7 @@ def optimizer(schedule: str) -> dict[str, Key]:
 
 
 def weights() -> dict[str, Any]:
-  """Which weights a training stage moves."""
+  """Keys for the trainable parameters of a stage."""
   adapted = Needs("lora.rank", ">", 0)
   return dict(
       trained=Key(
@@ -152,7 +152,7 @@ def thinking() -> Section:
 
 
 def steering() -> dict[str, Key]:
-  """What steers a rollout beside its budgets, whatever learns from it."""
+  """Keys for sampling options of a rollout other than its budgets."""
   return dict(
       wait_order=Key(
           str, "cycle", "Which text a wait takes: thinking.wait_text and "
@@ -164,7 +164,7 @@ def steering() -> dict[str, Key]:
 
 
 def changed_logits() -> dict[str, Key]:
-  """What makes the distribution another than the model's."""
+  """Names the keys that change the sampling distribution."""
   return dict(
       suppress=Key(
           tuple[str, ...], (), "Words that are not sampled while thinking "

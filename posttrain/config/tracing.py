@@ -1,4 +1,4 @@
-"""Whether `profile` names steps and stages that there are; see `checks`."""
+"""Checks that `profile` names existing steps and stages; see `checks`."""
 
 from collections.abc import Iterator, Mapping
 

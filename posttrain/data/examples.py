@@ -158,7 +158,7 @@ def truncate(
 
 
 def report(examples: Sequence[Examples]) -> dict[str, Any]:
-  """What `data_report.json` says about the examples. JSON-able."""
+  """Summarises the examples for `data_report.json`. JSON-able."""
   sizes = np.concatenate([part.sizes for part in examples])
   targets = sum(int(part.loss_mask.sum()) for part in examples)
   weights = sum(part.source.weight for part in examples)
@@ -182,7 +182,7 @@ def report(examples: Sequence[Examples]) -> dict[str, Any]:
 
 
 def warnings(examples: Sequence[Examples]) -> list[str]:
-  """What a person should know of data that are used as they are."""
+  """Lists warnings about data that are used as they are."""
   found = []
   for part in examples:
     name, unknown = part.source.name, part.counts["unknown_tokens"]

@@ -1,4 +1,4 @@
-"""Which problems a batch of rollouts asks: a function of its number."""
+"""Selects the problems of a batch of rollouts by its number."""
 
 import numpy as np
 

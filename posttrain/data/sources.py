@@ -52,7 +52,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """Why a row, or several in one damaged part of a file, cannot be used."""
+  """Reason why a row, or a damaged part of a file, cannot be used."""
 
   reason: str
   rows: int = 1

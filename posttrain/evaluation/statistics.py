@@ -210,7 +210,7 @@ def maj_at_k(
 def majority_of_first_k(
     answers: Sequence[str | None], correct: Sequence[bool], k: int,
 ) -> float:
-  """Whether a vote of the first k samples is right, as s1 counts maj@k.
+  """Scores a majority vote of the first k samples, as s1's maj@k.
 
   A tie goes to the answer that came first, and the first sample of an answer
   speaks for it. `maj_at_k` is the mean of this over all orders.

@@ -45,7 +45,7 @@ def _is_product_of_one_row(
 
 
 def passes(computation: Computation, instruction: Instruction) -> int:
-  """How often the matrix unit sees each product.
+  """Counts the passes of the matrix unit for each product.
 
   One of the vector unit counts once: a bound that is lower than its time.
   """

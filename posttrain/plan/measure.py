@@ -53,7 +53,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What one device does in one run; measured from the HLO.
+  """Work of one device in one run, counted in the HLO.
 
   Attributes:
     dot_flops: of matrix products, loops multiplied out; those of one row too,
@@ -174,7 +174,7 @@ def count(
     weights: Collection[tuple[int, ...]], unknown_trips: int | None, *,
     experts: int = 0,
 ) -> Counts:
-  """What the HLO text of a compiled program does on one device."""
+  """Counts the work of a compiled program's HLO on one device."""
   module = hlo.parse(text)
   visits = list(walk_lib.walk(module, unknown_trips))
   dot_flops = passes_flops = kernel_flops = 0
@@ -203,7 +203,7 @@ _NEEDED = (rf"\({_SIZE}\) exceeds available", rf"Used {_SIZE} of \S+ hbm")
 
 
 def needed_bytes(message: str) -> int | None:
-  """What an out-of-memory message says is needed; None of another error."""
+  """Reads the needed bytes of an out-of-memory message; None of another."""
   if "RESOURCE_EXHAUSTED" not in message:
     return None
   for pattern in _NEEDED:

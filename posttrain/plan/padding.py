@@ -15,7 +15,7 @@ SAMPLED_PROMPTS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-  """What is computed for nothing in one stage.
+  """Padding that one stage computes.
 
   Attributes:
     share: of the positions; None where it is unknown.
@@ -31,7 +31,7 @@ class Padding:
 def of_config(
     setup: Setup, meshes: Mapping[str, sharding.MeshSizes],
 ) -> list[Padding]:
-  """Of every training stage, with the rows that the mesh of a role adds."""
+  """Measures the padding of every training stage on its role's mesh."""
   found, training = [], meshes[TRAINING]
   sampling = meshes.get(SAMPLING, training)
   for name in setup.config.stages:

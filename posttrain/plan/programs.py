@@ -117,7 +117,7 @@ def _learning(
     models: dict[str, Transformer], state: state_lib.TrainState, loss: Any,
     update: Any, beside: Callable[..., dict[str, Any]],
 ) -> Iterator[Program]:
-  """What `Learner` runs on the devices that train.
+  """Yields the programs that `Learner` runs on the training devices.
 
   Args:
     models: "policy", and "reference" if there is one.
@@ -179,9 +179,9 @@ def _reference(
     setup: Setup, section: config_dict.ConfigDict, model: Transformer,
     fresh: bool,
 ) -> tuple[Transformer, bool]:
-  """What the KL is against, and whether it shares arrays with the policy.
+  """Builds the reference; tells if it shares arrays with the policy.
 
-  As `Learner._make_reference` has it.
+  As `grpo_parts.make_reference` has it.
   """
   dtype = setup.config.compute.frozen_dtype
   shared = section.reference in ("", schema.ADAPTER_OFF)
@@ -207,7 +207,7 @@ def _arrays(experience: policy.Arrays) -> dict[str, Any]:
 def _logprobs(
     section: config_dict.ConfigDict, updates: int,
 ) -> Iterator[tuple[str, str, int]]:
-  """What `Learner.collect` adds: column, model, times for each minibatch."""
+  """Yields columns of `Learner.collect`: name, model, calls per minibatch."""
   against = section.loss.kl_coef > 0
   in_reward = against and section.loss.kl_in == "reward"
   if updates > 1 or in_reward:

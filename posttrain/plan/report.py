@@ -208,7 +208,7 @@ def _times(plan: Plan) -> Table:
 
 
 def _overlap(plan: Plan, stage: str) -> str:
-  """How the times of two roles make a step's."""
+  """Combines the times of two roles into a step's."""
   times = {role: plan.role_seconds(stage, role) for role in plan.roles}
   known = [f"{role} {seconds(value)}" for role, value in times.items()
            if value is not None]

@@ -32,7 +32,7 @@ def of_rollout(
     limits: sampler_lib.Limits, beside: dict[str, Any], detail: str = "",
     steps: bool = True,
 ) -> Iterator[Program]:
-  """What one call of the sampler runs, on the current mesh.
+  """Yields the programs of one sampler call on the current mesh.
 
   Calls are for completions that all run to their maximum.
 

@@ -16,7 +16,7 @@ from posttrain.report.read import Run, Stage
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """What is drawn together.
+  """Series that are drawn in one chart.
 
   Attributes:
     metrics: name -> label in the legend.
@@ -196,7 +196,7 @@ def series(
 
 
 def sampled_waits(found: Sequence[tuple[Run, Stage]]) -> list[svg.Line]:
-  """How often the policy itself says to wait, where rollouts were saved."""
+  """Counts waits that the policy sampled, where rollouts were saved."""
   lines = []
   for i, (run, stage) in enumerate(found):
     text = run.config.get("thinking", {}).get("wait_text")

@@ -96,7 +96,7 @@ def _section(name: str, group: Sequence[Result]) -> markup.Html:
 
 
 def _decoding(group: Sequence[Result]) -> str:
-  """How completions were drawn; per checkpoint where that differs."""
+  """Shows the decoding parameters, per checkpoint where they differ."""
   said = {
       result.label: ", ".join(
           f"{key} {value}" for key, value in
@@ -309,7 +309,7 @@ def s1_table(group: Sequence[Result]) -> markup.Html:
 
 
 def flips_table(group: Sequence[Result]) -> markup.Html:
-  """What each further wait did to the same questions."""
+  """Tabulates answer flips with each further wait."""
   rows = []
   for result in group:
     for flip in result.data.get("summary", {}).get("flips", ()):

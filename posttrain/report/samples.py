@@ -19,7 +19,7 @@ UNSCORED = ("timeout", "error")
 
 
 def sources(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """What the pager can show, in order of run, stage and step."""
+  """Lists the samples of the pager by run, stage and step."""
   found = []
   for run in runs:
     prefix = f"{run.label}: " if len(runs) > 1 else ""

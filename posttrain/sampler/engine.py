@@ -40,7 +40,7 @@ from posttrain.sampler.stop_strings import Decode
 
 @dataclasses.dataclass
 class Stats:
-  """What an engine did so far.
+  """Counters of an engine.
 
   Attributes:
     steps: iterations of the decode loop.

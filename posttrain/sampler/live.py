@@ -16,7 +16,7 @@ NOT_FINITE = (
 
 
 class Live:
-  """What the host knows of a row that decodes.
+  """Active sequence, as the host knows it.
 
   Attributes:
     number, request: of the engine's queue.

@@ -1,4 +1,4 @@
-"""What an engine is asked for, what it returns, and when it cannot.
+"""Requests and completions of an engine, and their validation.
 
   n: tokens of a completion
 """
@@ -64,7 +64,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What became of a request.
+  """Result of a request.
 
   Attributes:
     id: what `submit` returned.
@@ -136,7 +136,7 @@ def problem(
     request: Request, tables: BudgetTables, *, max_slots: int, max_ids: int,
     can_decode: bool,
 ) -> str:
-  """Why the request cannot run; "" if it can.
+  """Validates a request; returns why it cannot run, or "".
 
   Args:
     max_slots: of the cache.
@@ -182,7 +182,7 @@ def problem(
 
 
 def budget_problem(limits: Any, tables: BudgetTables) -> str:
-  """What contradicts itself in a budget; "" if nothing does.
+  """Validates a budget; returns its contradiction, or "".
 
   Args:
     limits: a request, or what has the fields of its budget.

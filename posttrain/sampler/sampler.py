@@ -53,7 +53,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How to sample: the strings of a tokenizer, a distribution, the shapes.
+  """Sampler of a tokenizer's strings, a distribution and shapes.
 
   Attributes:
     ids: the thinking strings as token ids.

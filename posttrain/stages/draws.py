@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Draws:
-  """What the policy draws, and what waits to be learned from.
+  """Rollout buffer: batches drawn, and those that wait to be learned from.
 
   Attributes:
     collector: how a batch is drawn and scored.
@@ -85,7 +85,7 @@ class Draws:
     return min(batch, self.staleness)
 
   def metrics(self) -> dict[str, float]:
-    """Of the last `take`."""
+    """Returns the metrics of the last `take`."""
     return {} if self._sync is None else {
         "perf/weight_sync_bytes": float(self._sync.bytes)}
 
@@ -100,13 +100,13 @@ class Draws:
     return found
 
   def to_arrays(self) -> Arrays | None:
-    """What waits, for a checkpoint; None if nothing does."""
+    """Converts waiting batches to arrays for a checkpoint; None without any."""
     return {
         f"waiting_{n}_{name}": x for n, drawn in enumerate(self._drawn)
         for name, x in _to_arrays(drawn).items()} or None
 
   def restore(self, arrays: Arrays | None, batch: int) -> None:
-    """What waited when the next batch to learn from was `batch`."""
+    """Restores the batches that waited before `batch`."""
     waiting: dict[int, Arrays] = {}
     for key, x in (arrays or {}).items():
       _, n, name = key.split("_", 2)

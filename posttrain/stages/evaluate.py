@@ -85,7 +85,7 @@ def _result(
 
 
 def checkpoints_of(context: StageContext) -> tuple[str, ...]:
-  """Those of the section; by default "init" and every stage trained so far."""
+  """Lists the section's checkpoints; by default "init" and trained stages."""
   stages, config = context.config.stages, context.config
   before = stages[:stages.index(context.name)]
   return tuple(context.section.checkpoints) or (
@@ -174,7 +174,7 @@ class Evaluation:
     return found
 
   def _decoding(self) -> dict[str, Any]:
-    """What a figure has to be quoted with."""
+    """Collects the decoding parameters of a figure."""
     rollout = self.section.rollout
     steering = config_lib.jsonable(training.pick(
         rollout, "suppress hook hook_args policy wait_order"))
@@ -320,7 +320,7 @@ def limits_of(
 
 
 def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:
-  """What the prompts of a cell ask for."""
+  """Builds the instruction of a cell's prompts."""
   key = {"tokens": "token_text", "steps": "step_text", "short": "short_text",
          "long": "long_text"}[cell.asked]
   return instructions.with_amount(section.instructions[key], cell.amount)

@@ -1,4 +1,4 @@
-"""What a stage will need of a device's memory, before anything is compiled.
+"""Memory estimate of a stage, before anything is compiled.
 
 From its section and the model's shape alone: where weights do not fit, it is
 said before they are made.

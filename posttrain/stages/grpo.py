@@ -336,7 +336,7 @@ class Learner:
 
   def rates(
       self, monitor: Monitor, row: dict[str, float]) -> dict[str, float]:
-    """What the monitor adds to the row of an update.
+    """Computes the monitor's rates for the row of an update.
 
     Sampling is one forward pass; passes for old and reference logprobs are
     no part of the model FLOPs.
@@ -354,7 +354,7 @@ class Learner:
   def _kl_in_reward(
       self, collected: rollout.Collected, rows: np.ndarray,
   ) -> tuple[np.ndarray, dict[str, float]]:
-    """What comes off the advantages [B]; and the KL, a mean per token."""
+    """Computes the KL penalty on advantages [B], and the mean KL per token."""
     loss, rewards = self.section.loss, collected.rewards
     if not loss.kl_coef or loss.kl_in == "loss":
       return np.zeros(len(rewards), np.float32), {}

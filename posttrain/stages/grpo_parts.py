@@ -45,7 +45,7 @@ def num_updates(section: config_dict.ConfigDict) -> int:
 
 
 def make_shapes(section: config_dict.ConfigDict) -> policy.Shapes:
-  """How completions are packed, on the current mesh."""
+  """Makes the packing shapes on the current mesh."""
   return policy.Shapes(
       length=section.sequence_length,
       rows=_round_up(section.rows_per_microbatch),
@@ -109,7 +109,7 @@ def check_loss(
 
 def needs_all(
     section: config_dict.ConfigDict, loss: policy.PolicyLoss) -> bool:
-  """Whether completions of groups without a signal move the weights too.
+  """Tests if completions of zero-variance groups move the weights too.
 
   They do by a KL to the reference and by the balance of a router; and a loss
   of one's own may do with them what it likes.
@@ -174,7 +174,7 @@ def make_reference(
     model: Transformer, trained: Collection[str],
     weights_of: Callable[[str], Transformer], *, fresh: bool,
 ) -> Transformer | None:
-  """What the KL is against; it shares all that the policy does not move.
+  """Makes the KL's reference; it shares all that the policy does not move.
 
   What it does not share waits in the hosts' memory if it is to be offloaded.
 

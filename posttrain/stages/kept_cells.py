@@ -25,7 +25,7 @@ Records = list[dict[str, Any]]
 
 
 class KeptCells:
-  """Those of one evaluate stage; every host makes the same calls."""
+  """Kept cells of one evaluate stage; every host makes the same calls."""
 
   def __init__(self, context: StageContext):
     section = config_lib.jsonable(context.section)

@@ -1,4 +1,4 @@
-"""What a training stage tells of itself: times, rates, goodput, hosts, traces.
+"""Telemetry of a training stage: times, rates, goodput, hosts, traces.
 
 Nothing here changes a number of the training.
 """
@@ -19,7 +19,7 @@ APART = ("checkpoint", "evaluation", "profile")  # No part of a step.
 
 
 class Monitor:
-  """Of one start of one stage; a context manager around all of it."""
+  """Telemetry of one start of one stage; a context manager around it."""
 
   def __init__(self, context: StageContext):
     writes, profile = context.workdir.is_writer, context.config.profile

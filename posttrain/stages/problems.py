@@ -180,7 +180,7 @@ def describe_unscored(
 def constant_baseline(
     section: config_dict.ConfigDict, count: int, cluster: np.ndarray | None,
 ) -> dict[str, Any]:
-  """What the best constant answer scores on the same problems.
+  """Scores the best constant answer on the same problems.
 
   Raises:
     ValueError: the function fails, or does not judge each of them.

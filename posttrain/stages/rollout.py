@@ -125,7 +125,7 @@ class Collector:
 def metrics(
     collected: Collected, advantages: np.ndarray, names: Sequence[str],
 ) -> dict[str, float]:
-  """What a batch of rollouts says, under the names that users know."""
+  """Computes the metrics of a batch of rollouts, under TRL's names."""
   rollouts, lengths = collected.rollouts, collected.rollouts.lengths
   ended = lengths[rollouts.finish_reason != budget.LENGTH]
   result = _reward_metrics(collected.rewards, rollouts.prompt_id) | {

@@ -53,7 +53,7 @@ def _everywhere(size: int) -> int:
 
 
 def problems(context: StageContext, model: ModelConfig) -> Iterator[str]:
-  """Why the stage of `context` cannot fit; the current mesh is its own."""
+  """Lists why the stage of `context` cannot fit, on its mesh."""
   section, available = context.section, _everywhere(device_bytes())
   for role, estimate in footprint.of_stage(context, model).items():
     if estimate.peak > MARGIN * available:

@@ -1,4 +1,4 @@
-"""What the training stages share: the update, resuming, saving, leaving."""
+"""Shared code of training stages: the update, resuming, saving, leaving."""
 
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ def pick(section: config_dict.ConfigDict, names: str) -> dict[str, Any]:
 
 
 def due(number: int, every: int, last: bool) -> bool:
-  """Whether a step is one of `every`; 0 means at the end only."""
+  """Tests if a step is one of `every`; 0 means at the end only."""
   return last or (every > 0 and number % every == 0)
 
 
@@ -75,7 +75,7 @@ def spike_rule(section: config_dict.ConfigDict) -> spikes.Rule | None:
 
 
 def step_health(context: StageContext) -> health.StepHealth:
-  """What is done about an update that was not made."""
+  """Makes the health rule for updates that were not made."""
   rule = context.section.health
   return health.StepHealth(
       context.directory, write=context.workdir.is_writer,
@@ -85,7 +85,7 @@ def step_health(context: StageContext) -> health.StepHealth:
 def plan(
     section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
 ) -> partition.Plan:
-  """Which weights a stage trains, and how it keeps the others."""
+  """Plans the trainable parameters, and the storage of the others."""
   lora = LoraConfig(**section.lora) if section.lora.rank else None
   return partition.Plan(
       lora=lora, pattern=section.trained,

@@ -1,4 +1,4 @@
-r"""What an answer says, and whether that is a given number.
+r"""Grades answers that are numbers, and extracts answers.
 
 An answer is what follows the thinking, as `posttrain.tasks.scoring` has it.
 Text in, text out: no model, no process. `posttrain.tasks.symbolic` judges

@@ -34,7 +34,7 @@ LARGEST = float(np.finfo(np.float32).max)  # Of a reward.
 
 
 class Score(NamedTuple):
-  """What a reward may return in place of a number.
+  """Score with a status, which a reward may return for a number.
 
   Attributes:
     value: None where the status is not "ok".
@@ -51,7 +51,7 @@ Reward = Callable[..., float | Score | Grade | None]
 
 
 class Completion(NamedTuple):
-  """What rewards may look at; see the module's text."""
+  """Texts and facts of a completion for rewards; see the module's text."""
 
   answer: str
   thinking: str = ""
@@ -64,7 +64,7 @@ OFFERED = Completion._fields[1:]
 
 
 class Scores(NamedTuple):
-  """What K rewards say of B completions.
+  """Scores of B completions under K rewards.
 
   Attributes:
     values: [B, K] float32, NaN where the status is not "ok".
@@ -156,7 +156,7 @@ def judged(grade: Grade) -> float | Score:
 def arguments(
     reward: Reward, problem: Mapping[str, Any], completion: Completion,
 ) -> dict[str, Any]:
-  """What a reward is called with."""
+  """Builds the keyword arguments of a reward."""
   columns = {key: value for key, value in problem.items()
              if key not in ("prompt", "completion")}
   columns |= {name: getattr(completion, name) for name in _named(reward)}

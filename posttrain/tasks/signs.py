@@ -169,7 +169,7 @@ def constant_baseline(
     split: str, *, count: int = 0, seed: int = 0, low: int = LOW,
     high: int = HIGH, terms: int = TERMS,
 ) -> dict[str, Any]:
-  """What always answering with the same signs scores.
+  """Scores always answering with the same signs.
 
   The signs are those that are right most often on the training split.
 

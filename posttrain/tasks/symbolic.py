@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 def compare(gold: str, answer: str, *, seconds: float = 5.0) -> Verdict:
-  """Whether an answer is equivalent to the gold one. Safe in threads.
+  """Compares an answer with the gold one. Safe in threads.
 
   Two times of day are compared here, everything else by math-verify.
 

@@ -69,7 +69,7 @@ class ChatTemplate:
     return self._reveal(self._render(messages, add_generation_prompt)[0])
 
   def prompt_tokens(self, messages: Messages) -> list[int]:
-    """What the sampler is given: the messages and the generation prompt.
+    """Tokenizes the messages and the generation prompt for the sampler.
 
     Raises:
       ValueError: the template refuses the messages, or the last one is an

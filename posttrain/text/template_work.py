@@ -1,4 +1,4 @@
-"""How much a chat template makes in one rendering, and how much it may.
+"""Limits the work of a chat template in one rendering.
 
 Whatever makes a text or a list says how large it will be before it is made:
 operators, methods, filters, literals and the output itself. All of it together
@@ -54,7 +54,7 @@ class TemplateLimitError(ValueError):
 
 
 class _Work:
-  """What is left of a rendering's allowance."""
+  """Remaining allowance of a rendering."""
 
   def __init__(self, name: str):
     self._name = name

@@ -143,7 +143,7 @@ def split(
 def opens(
     prompt: Sequence[int], *, start: Sequence[int], end: Sequence[int],
 ) -> bool:
-  """Whether a prompt opens a thinking section and does not close it."""
+  """Tests if a prompt opens a thinking section and does not close it."""
   if not end:
     return False
   if not start:

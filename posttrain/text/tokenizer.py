@@ -31,7 +31,7 @@ from posttrain.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 class Tokenizer(Protocol):
-  """What the rest of the code knows about a tokenizer.
+  """Interface of a tokenizer.
 
   Attributes:
     vocab_size: ids are in [0, vocab_size).

@@ -35,7 +35,7 @@ Tree = Mapping[str, Any]  # Nested dict with string keys; leaves are arrays.
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """What a checkpoint held; `tree` as far as it was asked for."""
+  """Contents of a checkpoint; `tree` as far as it was asked for."""
 
   step: int
   tree: dict[str, Any]
@@ -99,7 +99,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def steps(self) -> list[int]:
-    """Of all whole checkpoints, ascending."""
+    """Lists the steps of all whole checkpoints, ascending."""
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Which host holds the others up, and which one is gone.
+"""Finds stragglers and lost hosts.
 
 Hosts that share a program wait for each other within it, so all of their steps
 take as long as those of the slowest. What differs is a host's own time: that

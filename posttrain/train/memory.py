@@ -1,4 +1,4 @@
-"""What a run will need per device, from shapes alone, before it compiles.
+"""Memory estimate per device, from shapes alone, before compilation.
 
 An estimate: XLA fuses and reuses buffers in ways that shapes do not tell.
 Parameters, gradients, optimizer and cache are exact up to padding;

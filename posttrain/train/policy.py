@@ -30,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """How completions are packed.
+  """Packing shapes of completions.
 
   Attributes:
     length: T, at least the longest prompt and completion together.
@@ -193,7 +193,7 @@ KEYWORDS = (
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-  """Whether it can be given a keyword, by name or as one of any."""
+  """Tests if a function takes a keyword, by name or as one of any."""
   parameters = inspect.signature(function).parameters
   return name in parameters or any(
       p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -221,7 +221,7 @@ class PolicyLoss:
 
   @property
   def accepted(self) -> tuple[str, ...]:
-    """Those of `KEYWORDS` that the function takes."""
+    """Lists those of `KEYWORDS` that the function takes."""
     return tuple(name for name in KEYWORDS if takes(self.function, name))
 
   def logprobs(self, model: Transformer, batch: dict[str, jax.Array]):

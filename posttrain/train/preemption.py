@@ -66,7 +66,7 @@ def ignore() -> None:
 
 
 def requested() -> bool:
-  """Whether to save and leave now. Every host calls this at every step.
+  """Tests if all save and leave now; every host calls it at every step.
 
   The count of the calls, rather than the step, is what hosts agree on: it
   goes on rising when the next stage starts at step 0. Once true, it stays so.
