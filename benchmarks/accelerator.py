@@ -25,11 +25,11 @@ from benchmarks.shapes import Shape
 from posttrain import distributed, sharding
 from posttrain.model import presets, transformer
 from posttrain.model.config import ModelConfig
-from posttrain.sampler import choice, decode, sampler
+from posttrain.sampler import decode, sampler, token_sampling
 from posttrain.stages import sft as sft_stage
+from posttrain.telemetry import flops
+from posttrain.telemetry import hardware as machine_lib
 from posttrain.text import thinking
-from posttrain.train import flops
-from posttrain.train import machine as machine_lib
 
 SIDE = 8192  # Of the square matrices that the peak is measured with.
 
@@ -113,7 +113,8 @@ def decode_loop(
   tables = sides.tables(config, thinking.ThinkingIds())
   draws = sampler.Sampler(
       ids=thinking.ThinkingIds(), tables=tables,
-      params=choice.SamplingParams(), max_prompt_tokens=prompt, chunk=steps,
+      params=token_sampling.SamplingParams(), max_prompt_tokens=prompt,
+      chunk=steps,
       cache_dtype=cache_dtype, weights_dtype=weights_dtype)
   chunks = repeats + 2
   asked = draws.make_requests(

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import ours, shapes, sides
 from posttrain import distributed, sharding
-from posttrain.sampler import choice, sampler
+from posttrain.sampler import sampler, token_sampling
 from posttrain.sampler.engine import Engine, Settings
 from posttrain.sampler.requests import Completion, Request
 from posttrain.text import thinking
@@ -52,7 +52,7 @@ def cost(model, arguments: argparse.Namespace) -> dict:
   def side(ids: thinking.ThinkingIds, limits: sampler.Limits):
     draws = sampler.Sampler(
         ids=ids, tables=sides.tables(config, ids),
-        params=choice.SamplingParams(), max_prompt_tokens=64, chunk=new)
+        params=token_sampling.SamplingParams(), max_prompt_tokens=64, chunk=new)
     return lambda: int(draws.generate(
         model, prompts, limits, prompt_id=range(len(prompts)), seed=0,
         stage="benchmark").lengths.sum())

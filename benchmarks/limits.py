@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from benchmarks.shapes import Shape
 from posttrain.model.config import ModelConfig
-from posttrain.train import memory
+from posttrain.telemetry import memory
 
 FLOAT32 = 4
 

@@ -18,10 +18,11 @@ from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_objective
-from posttrain.sampler import budget_tables, choice, rollouts, sampler
+from posttrain.rl import packing
+from posttrain.sampler import budget_tables, rollouts, sampler, token_sampling
 from posttrain.stages import sft as sft_stage
 from posttrain.text import thinking
-from posttrain.train import microbatches, optimizer, policy, step
+from posttrain.train import microbatches, optimizer, step
 from posttrain.train import state as state_lib
 
 LOSS_CHUNK = 128  # Positions whose logits exist at once.
@@ -99,7 +100,7 @@ class Generator:
         config.vocab_size)
     self._sampler = sampler.Sampler(
         ids=thinking.ThinkingIds(), tables=tables,
-        params=choice.SamplingParams(temperature=1.0),
+        params=token_sampling.SamplingParams(temperature=1.0),
         max_prompt_tokens=shape.prompt, chunk=shape.new)
     self._prompts = shapes.tokens(
         shape.prompts, shape.prompt, config.vocab_size)
@@ -128,13 +129,13 @@ def group_length(prompt: int, samples: int, new: int) -> int:
 
 def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   """Rollouts, their rewards and advantages, and one update on them."""
-  loss = policy.PolicyLoss(
+  loss = packing.PolicyLoss(
       function=policy_objective.policy_loss, temperature=1.0,
       chunk=LOSS_CHUNK, clip_low=0.2, clip_high=0.2)
   state, update = trainer(random_model(config), loss)
   generator = Generator(config, shape)
   count = shape.prompts * shape.samples
-  packing = policy.Shapes(
+  shapes_of_rows = packing.Shapes(
       length=group_length(shape.prompt, shape.samples, shape.new),
       rows=GRPO_ROWS, num_minibatches=1, completions=count,
       share_prompts=True)
@@ -146,12 +147,12 @@ def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
     rewards = np.array([
         shapes.rule_reward(row[:length]) for row, length in zip(
             drawn.tokens.tolist(), drawn.lengths, strict=True)])
-    experience = policy.pack_experience(drawn, {
+    experience = packing.pack_experience(drawn, {
         "advantages": advantages_lib.group_advantages(
             rewards, drawn.prompt_id),
         "token_weights": ones},
-        [np.arange(count)], [drawn.lengths.sum()], packing)
-    arrays, used = policy.minibatch(experience, 0)
+        [np.arange(count)], [drawn.lengths.sum()], shapes_of_rows)
+    arrays, used = packing.minibatch(experience, 0)
     arrays.pop("old_logprobs", None)  # The ratio is against itself.
     state, metrics = jax.block_until_ready(
         update(state, arrays, np.int32(used)))

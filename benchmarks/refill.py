@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import ours, shapes, sides
 from posttrain import distributed, sharding
-from posttrain.sampler import choice, sampler
+from posttrain.sampler import sampler, token_sampling
 from posttrain.sampler.engine import Engine, Settings
 from posttrain.sampler.requests import Request
 from posttrain.text import thinking
@@ -54,7 +54,7 @@ class Waiting:
     self._lengths, self._rows = lengths, rows
     self._sampler = sampler.Sampler(
         ids=thinking.ThinkingIds(), tables=tables,
-        params=choice.SamplingParams(),
+        params=token_sampling.SamplingParams(),
         max_prompt_tokens=len(prompts[0]), chunk=32)
     self.steps = 0
 

@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks import ours, shapes, sides
 from posttrain import distributed, sharding
 from posttrain.objectives import policy as policy_objective
+from posttrain.rl import packing
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.train import policy
 
 MICROBATCH_TOKENS = 3072
 
@@ -61,13 +61,13 @@ def make_side(
   """One update on copies of the state; and the tokens in its rows."""
   count = len(drawn.lengths)
   ones = np.ones(count, np.float32)
-  experience = policy.pack_experience(
+  experience = packing.pack_experience(
       drawn, {"advantages": np.random.default_rng(0).normal(size=count).astype(
           np.float32), "token_weights": ones},
-      [np.arange(count)], [drawn.lengths.sum()], policy.Shapes(
+      [np.arange(count)], [drawn.lengths.sum()], packing.Shapes(
           length=length, rows=max(1, MICROBATCH_TOKENS // length),
           num_minibatches=1, completions=count, share_prompts=share))
-  arrays, used = policy.minibatch(experience, 0)
+  arrays, used = packing.minibatch(experience, 0)
 
   def run() -> int:
     _, metrics = jax.block_until_ready(update(
@@ -83,7 +83,7 @@ def compare(arguments: argparse.Namespace, prompt: int) -> dict:
   groups, samples, new = arguments.groups, arguments.samples, arguments.new
   drawn = rollouts(
       config, groups=groups, samples=samples, prompt=prompt, new=new)
-  state, update = ours.trainer(ours.random_model(config), policy.PolicyLoss(
+  state, update = ours.trainer(ours.random_model(config), packing.PolicyLoss(
       function=policy_objective.policy_loss, temperature=1.0,
       chunk=ours.LOSS_CHUNK, clip_low=0.2, clip_high=0.2))
   apart, tokens_apart = make_side(

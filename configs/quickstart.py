@@ -63,7 +63,7 @@ def get_config(arg=""):
       log_every=1 if debug else 100,
   )
   config.reason = dict(
-      kind="grpo",
+      kind="rl",
       num_steps=2 if debug else 60,
       num_groups=4 if debug else 24,  # Prompts per batch of rollouts.
       group_size=4 if debug else 8,  # Completions per prompt.

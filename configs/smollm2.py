@@ -72,7 +72,7 @@ def get_config(arg=""):
       log_every=1,
   )
   config.reason = dict(
-      kind="grpo",
+      kind="rl",
       num_steps=2 if debug else 8,
       num_groups=4,  # Prompts per step.
       group_size=4 if debug else 8,  # Completions per prompt.

@@ -45,7 +45,7 @@ def get_config(arg=""):
       log_every=1 if debug else 10,
   )
   config.reason = dict(
-      kind="grpo",
+      kind="rl",
       num_steps=2 if debug else 8,
       num_groups=4 if debug else 8,  # Prompts per batch of rollouts.
       group_size=4,  # Completions per prompt.

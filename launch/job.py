@@ -22,8 +22,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from posttrain import arguments as arguments_lib
 from posttrain import config as config_lib
+from posttrain.cli import arguments as arguments_lib
 from posttrain.plan import environment
 from posttrain.plan import topology as topology_lib
 

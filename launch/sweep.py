@@ -82,7 +82,7 @@ def name(assignments: Sequence[str]) -> str:
 
 def headline(run: Run) -> dict[str, str]:
   """The last figures of each stage, by column."""
-  from posttrain.train import metrics  # Brings JAX; a dry run needs none.
+  from posttrain.telemetry import metrics
   file = run.workdir / "metrics.jsonl"
   last = {row["stage"]: row for row in (
       metrics.read(file) if file.exists() else ())}

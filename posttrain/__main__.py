@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from posttrain import line
+from posttrain import host_connections
 from posttrain.train import preemption
 
 FAILED = 1
@@ -22,22 +22,22 @@ INTERRUPTED = 128 + signal.SIGINT
 def run(argv: Sequence[str] | None = None) -> NoReturn:
   """Runs a command, and ends the process with its status."""
   preemption.install()
-  from posttrain import main  # Takes a second or two.
+  from posttrain.cli import main
   try:
     status: int | str | None = main.main(argv)
   except SystemExit as error:
     status = error.code
   except BaseException as error:
-    if line.current() is None:
+    if host_connections.current() is None:
       raise
     status = INTERRUPTED
     if not isinstance(error, KeyboardInterrupt):
-      line.hear_out()
+      host_connections.hear_out()
       traceback.print_exc()
       status = FAILED
   finally:
     preemption.ignore()
-  if line.current() is not None:
+  if host_connections.current() is not None:
     part(status)
   sys.exit(status)
 
@@ -53,7 +53,7 @@ def part(status: int | str | None) -> None:
   code = status if isinstance(status, int) else FAILED if status else 0
   sys.stdout.flush()
   sys.stderr.flush()
-  here = line.current()
+  here = host_connections.current()
   assert here is not None
   here.part(code)
   if code not in (0, preemption.EXIT_STATUS):

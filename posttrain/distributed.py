@@ -27,7 +27,7 @@ from typing import TypeVar
 import jax
 from jax._src import distributed as store  # The store has no public name.
 
-from posttrain import lease, line, mistakes, roll_call, sharding
+from posttrain import host_connections, lease, mistakes, rendezvous, sharding
 from posttrain.tasks import exits
 
 T = TypeVar("T")
@@ -93,9 +93,9 @@ def _join(
 ) -> None:
   """Calls the roll, opens the line and joins the processes."""
   lost_seconds = _integer(LOST_SECONDS, "100")
-  answers = roll_call.call(
+  answers = rendezvous.call(
       coordinator, num_processes, process_id, seconds=seconds, bind=bind)
-  line.use(line.Line(
+  host_connections.use(host_connections.Line(
       process_id, answers.hosts, answers.connections,
       lost_seconds=lost_seconds, waits=sharding.waits, leave=_leave).start())
   delay_aborts()

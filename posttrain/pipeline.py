@@ -20,18 +20,24 @@ from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import footprint, grpo_parts, room, sampling, training
-from posttrain.stages import grpo as grpo_stage
+from posttrain.stages import (
+  memory_check,
+  memory_estimate,
+  rl_parts,
+  sampling,
+  training,
+)
+from posttrain.stages import rl as rl_stage
 from posttrain.stages import sft as sft_stage
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading
+from posttrain.telemetry import console as console_lib
+from posttrain.telemetry import hardware, metrics
 from posttrain.text import render, thinking
-from posttrain.train import console as console_lib
-from posttrain.train import machine, metrics
 
 # Before the first step of the first stage.
-CHECKS = {"grpo": grpo_parts.check, "evaluate": evaluate_stage.check}
-TRAINING = {"sft": sft_stage.run, "grpo": grpo_stage.run}
+CHECKS = {"rl": rl_parts.check, "evaluate": evaluate_stage.check}
+TRAINING = {"sft": sft_stage.run, "rl": rl_stage.run}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Pipeline:
   thinking_ids: thinking.ThinkingIds
   console: console_lib.Console
 
-  def context(self, name: str) -> StageContext:
-    return StageContext(
+  def context(self, name: str) -> RunContext:
+    return RunContext(
         name=name, config=self.config, workdir=self.workdir,
         renderer=self.renderer, thinking_ids=self.thinking_ids,
         console=self.console)
@@ -209,7 +215,7 @@ def check_room(pipeline: Pipeline, stages: Sequence[str]) -> None:
   Raises:
     ConfigError: one is, and the config does not say to go on all the same.
   """
-  problems = [problem for name in stages for problem in room.problems(
+  problems = [problem for name in stages for problem in memory_check.problems(
       pipeline.context(name), pipeline.model)]
   if problems and pipeline.config.compute.on_too_large == "error":
     raise config_lib.ConfigError(problems, "memory")
@@ -228,10 +234,10 @@ def train(
     summaries = {name: pipeline.finished(name) for name in config.stages}
     todo = [name for name, found in summaries.items() if found is None]
     check_room(pipeline, todo)
-    if machine.find().peak is None:
+    if hardware.find().peak is None:
       pipeline.console.line(
           "perf/mfu is left out: the peak of a device of the kind "
-          f"{machine.find().kind!r} is not known")
+          f"{hardware.find().kind!r} is not known")
     check_problems(pipeline, todo)
     model: Transformer | None = None
     for name in config.stages:
@@ -280,15 +286,16 @@ def run_stage(
   """
   context, section = pipeline.context(name), pipeline.config[name]
   pipeline.console.heading(f"{name} ({section.kind})")
-  for role, estimate in footprint.of_stage(context, pipeline.model).items():
+  for role, estimate in memory_estimate.of_stage(context, pipeline.model).items(
+      ):
     pipeline.console.line(f"{role}: " * bool(role) + estimate.line())
   if section.kind == "evaluate":
     evaluate_stage.run(context, pipeline.weights_of, again=again)
     return model
   if model is None:
     model = pipeline.weights_of(pipeline.start_of(name))
-  if section.kind == "grpo":
-    return grpo_stage.run(context, model, pipeline.weights_of)
+  if section.kind == "rl":
+    return rl_stage.run(context, model, pipeline.weights_of)
   return sft_stage.run(context, model)
 
 

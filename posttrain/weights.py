@@ -30,9 +30,9 @@ from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 from posttrain.model.presets import PRESETS
 from posttrain.model.transformer import Transformer
 from posttrain.tasks import loading
+from posttrain.text import render, vocabulary
 from posttrain.text import tokenizer as tokenizer_lib
-from posttrain.text import vocabulary
-from posttrain.train import checkpoints, fingerprint, partition, state
+from posttrain.train import checkpoints, fingerprint, state, trainable
 
 FROZEN = "frozen"  # In a workdir: weights that its stages do not train.
 
@@ -304,15 +304,15 @@ def _restore(
         "chat template than this config's. Set chat_template and tokenizer "
         "to theirs, or train on the new ones first (a stage of kind sft).")
   # What was imported was not trained, and says nothing of it.
-  plan = partition.Plan.from_json(
-      extras.get("plan", partition.Plan().to_json()))
-  trained, frozen = partition.split(*partition.abstract(model, plan))
+  plan = trainable.Plan.from_json(
+      extras.get("plan", trainable.Plan().to_json()))
+  trained, frozen = trainable.split(*trainable.abstract(model, plan))
   restored = checkpoints.restore(
       directory, {"model": on_mesh(state.to_dict(trained))}, step)
   trained = state.from_dict(trained, restored.tree["model"])
   if extras.get("frozen"):
     frozen = _restore_frozen(directory, extras["frozen"], frozen)
-  return partition.join(trained, frozen)
+  return trainable.join(trained, frozen)
 
 
 def _restore_frozen(
@@ -334,7 +334,7 @@ def _restore_frozen(
 
 def frozen_name(frozen: Transformer) -> str:
   """A hash of the weights that a stage does not train; "" for none."""
-  names = partition.paths(frozen)
+  names = trainable.paths(frozen)
   if not names:
     return ""
   prints = fingerprint.of(
@@ -365,3 +365,18 @@ def on_mesh(tree: Any) -> Any:
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
   return jax.tree.map(placed, tree)
+
+
+def load_for_sampling(
+    config: config_dict.ConfigDict, path: str | None, stage: str,
+) -> tuple[render.Renderer, Transformer]:
+  """Loads the renderer, and the weights that were trained with it."""
+  workdir = workdir_lib.open_existing(
+      path, is_writer=False) if path else None
+  found = tokenizer(config, workdir)
+  renderer = render.make_renderer(found, config.chat_template)
+  shape = model_config(config, found.vocab_size, workdir)
+  if workdir is None or stage == "init":
+    return renderer, initial(config, shape, renderer.hash)
+  return renderer, of_stage(
+      shape, workdir, trained_stage(workdir, stage), renderer.hash)

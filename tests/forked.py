@@ -10,7 +10,7 @@ import pathlib
 import signal
 import time
 
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([

@@ -16,14 +16,13 @@ import time
 import numpy as np
 
 from posttrain import (
-    __main__,
-    arguments,
-    distributed,
-    line,
-    main,
-    mistakes,
-    sharding,
+  __main__,
+  distributed,
+  host_connections,
+  mistakes,
+  sharding,
 )
+from posttrain.cli import arguments, main
 from posttrain.train import preemption
 
 STEPS = 4000
@@ -57,10 +56,10 @@ def work(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  line.PULSE, line.SILENT = 0.3, 2.0
+  host_connections.PULSE, host_connections.SILENT = 0.3, 2.0
   if "LATE" in os.environ:  # As on a machine that is busy.
-    lose = line.Line._lose
-    line.Line._lose = lambda *arguments: (
+    lose = host_connections.Line._lose
+    host_connections.Line._lose = lambda *arguments: (
         time.sleep(float(os.environ["LATE"])), lose(*arguments))
   # Nobody's code but ours is between the command line and `on_first_host`.
   mistakes.LIBRARIES += (os.path.dirname(__file__),)

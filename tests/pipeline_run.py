@@ -22,7 +22,7 @@ from posttrain import __main__, pipeline, sharding
 from posttrain import config as config_lib
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
-from posttrain.stages import grpo
+from posttrain.stages import rl
 
 TOY = "tests.stages.toy"
 # One shape of prompts and completions, so that sampling compiles once.
@@ -42,7 +42,7 @@ CONFIG = dict(
         data=dict(sources=(dict(task=f"{TOY}:demonstrations"),))),
     # The large epsilon keeps rounding from turning into a step's sign.
     reason=dict(
-        kind="grpo", num_steps=4, num_groups=4, group_size=4,
+        kind="rl", num_steps=4, num_groups=4, group_size=4,
         sequence_length=24, rows_per_microbatch=2, learning_rate=1e-2,
         eps=1e-4, problems=dict(task=f"{TOY}:problems"),
         rewards=(f"{TOY}:reward",), rollout=ROLLOUT,
@@ -69,10 +69,10 @@ def make_pipeline(path, assignments=()) -> pipeline.Pipeline:
       config_lib.assign(CONFIG, assignments, "test"), str(path))
 
 
-def make_learner(path, assignments=(), weights_of=None) -> grpo.Learner:
+def make_learner(path, assignments=(), weights_of=None) -> rl.Learner:
   """The stage "reason" before its first step, from random weights."""
   run = make_pipeline(path, assignments)
-  return grpo.Learner(
+  return rl.Learner(
       run.context("reason"), start(run), weights_of or run.weights_of)
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from posttrain import main
+from posttrain.cli import main
 from posttrain.stages import sft
 from tests import pipeline_run
 from tests.stages import toy

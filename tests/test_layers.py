@@ -19,24 +19,25 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A unit is a package or a top-level module. It imports itself and units of
 # lower layers; units of one layer do not know each other.
 LAYERS = (
-    ("sharding", "text", "tasks", "objectives", "evaluation", "roll_call",
-     "line", "lease", "mistakes", "model.config"),
+    ("sharding", "text", "tasks", "objectives", "evaluation", "rendezvous",
+     "host_connections", "lease", "mistakes", "model.config"),
     ("model.presets", "distributed", "leftovers", "provenance"),
     ("config", "model", "data"),
-    ("workdir", "sampling_arguments", "sampler", "interop"),
-    ("train", "arguments"),
-    ("weights", "report"),
+    ("workdir", "sampler", "interop"),
+    ("telemetry",),
+    ("train",),
+    ("rl", "weights", "report"),
     ("stages",),
-    ("pipeline", "transfer", "plan"),
-    ("main",),
+    ("pipeline", "convert", "plan"),
+    ("cli",),
     ("__main__",),
 )
 LEVEL = {unit: i for i, units in enumerate(LAYERS) for unit in units}
 
 # Where a whole config may be held; below, functions take their own arguments.
 SEE_CONFIGS = {
-    "config", "workdir", "weights", "stages", "pipeline", "transfer", "plan",
-    "main"}
+    "config", "workdir", "weights", "stages", "pipeline", "convert", "plan",
+    "cli"}
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -116,9 +117,7 @@ def test_imports_go_down():
 
 
 def test_stages_do_not_import_each_other():
-  """`sample` and `chat` are no stages, but nothing of a stage's either."""
-  stages = {f"posttrain.stages.{kind}"
-            for kind in (*schema.KINDS, "sample", "chat")}
+  stages = {f"posttrain.stages.{kind}" for kind in schema.KINDS}
   assert stages <= set(FILES)
   wrong = [f"{name} imports {other}" for name, found in INSIDE.items()
            for other in found & stages
@@ -127,7 +126,7 @@ def test_stages_do_not_import_each_other():
 
 
 @pytest.mark.parametrize("unit", [
-    "config", "arguments", "workdir", "text", "tasks", "data", "evaluation"])
+    "config", "workdir", "text", "tasks", "data", "evaluation"])
 def test_units_that_never_import_jax(unit):
   """Directly or through another module of posttrain."""
   assert not uses_jax(reached_from(unit))

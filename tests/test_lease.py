@@ -19,7 +19,7 @@ from posttrain import lease as lease_lib
 from posttrain import workdir as workdir_lib
 from posttrain.evaluation import summary
 from posttrain.stages import kept_cells
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Takes the lease of a directory, says so, and holds it until it is told.

@@ -9,8 +9,8 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, report, workdir
-from posttrain.stages import evaluate, grpo, sft
-from posttrain.train import metrics
+from posttrain.stages import evaluate, rl, sft
+from posttrain.telemetry import metrics
 from tests import meshes, pipeline_run
 
 SMALL = [
@@ -47,7 +47,7 @@ def forbid(monkeypatch, *modules):
   for module in modules:
     monkeypatch.setattr(module, "run", must_not)
   monkeypatch.setattr(pipeline, "TRAINING", {"sft": must_not,
-                                             "grpo": must_not})
+                                             "rl": must_not})
 
 
 def test_every_stage_leaves_its_files(trained):
@@ -75,7 +75,7 @@ def test_each_stage_starts_from_the_one_before(trained):
 
 def test_a_finished_run_has_nothing_to_do(trained, monkeypatch, capsys):
   before = (trained / "metrics.jsonl").read_bytes()
-  forbid(monkeypatch, sft, grpo, evaluate)
+  forbid(monkeypatch, sft, rl, evaluate)
   pipeline_run.train(trained, SMALL)
   assert (trained / "metrics.jsonl").read_bytes() == before
   assert len(json.loads((trained / "environment.json").read_text())) >= 2

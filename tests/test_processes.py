@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 from tests import pipeline_run
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ CHANGES = [
     "reason.checkpoint.keep=4"]
 SPLIT = [*CHANGES, "mesh.roles=split", "mesh.sampling.devices=1"]
 STALE = [*SPLIT, "reason.staleness=1",
-         "reason.loss.behaviour_correction=truncate"]
+         "reason.loss.importance_sampling=truncate"]
 
 
 @pytest.fixture(scope="module")

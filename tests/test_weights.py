@@ -6,8 +6,9 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, weights, workdir
-from posttrain.sampler import choice, sampler
-from posttrain.stages import sample, training
+from posttrain.cli import sample
+from posttrain.sampler import sampler, token_sampling
+from posttrain.stages import training
 from posttrain.train import state
 from posttrain.train import step as step_lib
 from tests import meshes, pipeline_run
@@ -140,7 +141,7 @@ def test_another_template_is_not_sampled_with(
   flags = {name: value.format(other) for name, value in flags.items()}
   with pytest.raises(ValueError, match="another tokenizer or chat template"):
     sample.run(
-        config, [{"prompt": "one"}], params=choice.SamplingParams(),
+        config, [{"prompt": "one"}], params=token_sampling.SamplingParams(),
         limits=sampler.Limits(max_tokens=1), **flags)
 
 

@@ -118,8 +118,8 @@ def check_mesh(config: Mapping) -> Iterator[str]:
 def check_roles(config: Mapping) -> Iterator[str]:
   split = config["mesh"]["roles"] == "split"
   if split and not any(
-      config.get(name, {}).get("kind") == "grpo" for name in config["stages"]):
-    yield ("mesh.roles: 'split' has no effect without a stage of kind grpo, "
+      config.get(name, {}).get("kind") == "rl" for name in config["stages"]):
+    yield ("mesh.roles: 'split' has no effect without a stage of kind rl, "
            "which samples and trains.")
   if split and "optimizer" in config["compute"]["offload"]:
     yield ("compute.offload: 'optimizer' makes room for sampling, which has "
@@ -142,10 +142,10 @@ def check_frozen(config: Mapping) -> Iterator[str]:
 
 def check_offload(config: Mapping) -> Iterator[str]:
   stages = [section for section in config.values()
-            if isinstance(section, Mapping) and section.get("kind") == "grpo"]
+            if isinstance(section, Mapping) and section.get("kind") == "rl"]
   if "optimizer" in config["compute"]["offload"] and not stages:
     yield ("compute.offload: 'optimizer' has no effect without a stage of kind "
-           "grpo, which alternates between sampling and training.")
+           "rl, which alternates between sampling and training.")
   own = [stage for stage in stages
          if stage.get("loss", {}).get("kl_coef") and not (
              stage.get("reference") in ("", schema.ADAPTER_OFF)

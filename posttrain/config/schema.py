@@ -172,7 +172,7 @@ SFT = Section(
     log_every=_METRIC_EVERY,
 )
 
-GRPO = Section(
+RL = Section(
     "Group-relative policy optimisation against verifiable rewards.",
     num_steps=Key(
         int, REQUIRED, "Optimizer updates; a batch of rollouts gives "
@@ -270,19 +270,19 @@ GRPO = Section(
             "completion's sum, centred in its group and not divided by any "
             "deviation, comes off its advantage.", choices=("loss", "reward"),
             needs=Needs("loss.kl_coef", ">", 0)),
-        behaviour_correction=Key(
+        importance_sampling=Key(
             str, "none", "For what another policy, or another program, drew: "
             "each token's policy term is multiplied by the ratio of the "
             "trainer's "
             "old probability to the sampler's, cut off at a cap (truncated "
             "importance sampling), or left out where the ratio is above the "
             "cap or below a floor (IcePop).", choices=CORRECTIONS),
-        behaviour_cap=Key(
+        importance_sampling_cap=Key(
             float, 2.0, "Of that ratio.", "[1, 1e6]",
-            needs=Needs("loss.behaviour_correction", "!=", "none")),
-        behaviour_floor=Key(
+            needs=Needs("loss.importance_sampling", "!=", "none")),
+        importance_sampling_floor=Key(
             float, 0.5, "Of that ratio, where tokens are left out.", "[0, 1]",
-            needs=Needs("loss.behaviour_correction", "==", "mask")),
+            needs=Needs("loss.importance_sampling", "==", "mask")),
     ),
     staleness=Key(
         int, 0, "Batches of rollouts that are drawn ahead, while others are "
@@ -380,5 +380,5 @@ EVALUATE = Section(
     ),
 )
 
-KINDS = {"sft": SFT, "grpo": GRPO, "evaluate": EVALUATE}
-TRAINING_KINDS = ("sft", "grpo")
+KINDS = {"sft": SFT, "rl": RL, "evaluate": EVALUATE}
+TRAINING_KINDS = ("sft", "rl")

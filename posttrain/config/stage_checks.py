@@ -105,17 +105,18 @@ def check_kl(config, name: str, stage: Mapping) -> Iterator[str]:
            "gradient of the KL; 'k1' does. Use 'k1', or loss.kl_in='loss'.")
 
 
-def check_correction(config, name: str, stage: Mapping) -> Iterator[str]:
+def check_importance_sampling(config, name: str, stage: Mapping) -> Iterator[
+    str]:
   """The sampler's policy is another one than the trainer's."""
-  if stage["loss"]["behaviour_correction"] != "none":
+  if stage["loss"]["importance_sampling"] != "none":
     return
   if stage["staleness"]:
     yield (f"staleness: set to {stage['staleness']}, and rollouts of an older "
-           "policy need loss.behaviour_correction='truncate' or 'mask'.")
+           "policy need loss.importance_sampling='truncate' or 'mask'.")
   for key in ("cache_dtype", "weights_dtype"):
     if stage["rollout"][key] == "int8":
       yield (f"rollout.{key}: 'int8' samples from another distribution than "
-             "the trainer's, and needs loss.behaviour_correction='truncate' "
+             "the trainer's, and needs loss.importance_sampling='truncate' "
              "or 'mask'.")
 
 
@@ -209,8 +210,8 @@ CHECKS = {
     "sft": (check_optimizer, check_router, check_trained, check_checkpoint,
             check_sft_rows, check_sources, check_whole_blocks,
             tracing.check_steps),
-    "grpo": (check_optimizer, check_router, check_trained, check_checkpoint,
-             check_groups, check_kl, check_correction, check_staleness,
+    "rl": (check_optimizer, check_router, check_trained, check_checkpoint,
+             check_groups, check_kl, check_importance_sampling, check_staleness,
              check_rewards, check_reference, check_shared_prompts,
              *sampling_checks.GRPO, check_weights_dtype, check_whole_blocks,
              tracing.check_steps),

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 
 from posttrain.data import examples as examples_lib
-from posttrain.data import pack, streams
+from posttrain.data import pack, random_streams
 from posttrain.data import sources as sources_lib
 from posttrain.text import render as render_lib
 
@@ -149,7 +149,7 @@ def make_batches(
     dataset = grain.MapDataset.source(part)
     if shuffle:
       dataset = _EpochShuffle(dataset, functools.partial(
-          streams.stream, seed, stage, "examples", index))
+          random_streams.stream, seed, stage, "examples", index))
     parts.append(dataset.repeat())
   weights = [source.weight for source in parsed]
   stream = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)

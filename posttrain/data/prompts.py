@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from posttrain.data import streams
+from posttrain.data import random_streams
 
 
 def problems_of_batch(
@@ -26,6 +26,6 @@ def problems_of_batch(
         f"The task has {num_problems} problems, and a batch needs "
         f"{num_groups} different ones. Lower num_groups.")
   epoch, index = divmod(batch, per_epoch)
-  order = streams.stream(
+  order = random_streams.stream(
       seed, stage, "problems", epoch).permutation(num_problems)
   return order[index * num_groups:(index + 1) * num_groups]

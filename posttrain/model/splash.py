@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from posttrain import sharding
-from posttrain.model.blocked import SAVED
+from posttrain.model.blockwise_attention import SAVED
 
 # Of the forward kernel and of the two of the backward pass.
 BLOCKS = (

@@ -20,30 +20,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posttrain.model import (
-    attention,
-    blocked,
-    context,
-    decode_kernel,
-    moe,
-    splash,
+  attention,
+  blockwise_attention,
+  context_parallel,
+  decode_kernel,
+  moe,
+  splash,
 )
 from posttrain.model import cache as kv
 from posttrain.model import head as head_lib
 from posttrain.model.attention import causal_mask
 from posttrain.model.block import (
-    Block,
-    View,
-    constant,
-    normal,
+  Block,
+  View,
+  constant,
+  normal,
 )
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import (
-    axis_size,
-    gather_fsdp,
-    lengthwise,
-    mesh_axes,
-    shard,
-    whole_length,
+  axis_size,
+  gather_fsdp,
+  lengthwise,
+  mesh_axes,
+  shard,
+  whole_length,
 )
 
 _policies = jax.checkpoint_policies
@@ -51,7 +51,7 @@ REMAT = {
     # Attention in blocks names what it would have to compute again.
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(blocked.SAVED)),
+        _policies.save_only_these_names(blockwise_attention.SAVED)),
     "full": _policies.nothing_saveable,
 }
 
@@ -76,7 +76,7 @@ def check_mesh(config: ModelConfig) -> None:
       raise ValueError(
           f"the model's {name}={size} cannot be split over {key}={parts}. "
           f"Use {key}={best}, the largest size below that divides it.")
-  context.check(config)
+  context_parallel.check(config)
 
 
 class Transformer(nnx.Module):
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
         block=c.attention_block, scale=c.attention_scale,
         softcap=c.attention_softcap)
     if c.attention == "blocks":
-      return blocked.attend(
+      return blockwise_attention.attend(
           q, k, v, positions, segment_ids, view.window, prefix_ids, **options)
     if prefix_ids is not None:
       raise ValueError(
@@ -336,7 +336,7 @@ class Transformer(nnx.Module):
     def attend_fn(q, k, v, view):
       with_all = lambda q, k, v: self.attend_whole(
           q, k, v, view, keys, whole_ids, prefixes)
-      return context.over_length(with_all, q, k, v), keep(k, v)
+      return context_parallel.over_length(with_all, q, k, v), keep(k, v)
 
     kinds = tuple(dict.fromkeys(config.layer_kinds))
     views = [self.view(kind, positions, keys, mask) for kind in kinds]

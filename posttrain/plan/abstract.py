@@ -14,8 +14,8 @@ from posttrain.model.transformer import Transformer
 from posttrain.plan.setup import Setup
 from posttrain.sampler import decode
 from posttrain.stages import training
-from posttrain.train import partition
 from posttrain.train import state as state_lib
+from posttrain.train import trainable
 
 
 def shard_bytes(tree: Any) -> int:
@@ -33,7 +33,7 @@ def model_of(setup: Setup) -> Transformer:
 def trained(
     setup: Setup, stage: str) -> tuple[Transformer, frozenset[str]]:
   """The model as a stage trains it, and the paths of what it trains."""
-  whole, paths = partition.abstract(
+  whole, paths = trainable.abstract(
       setup.model, training.plan(setup.config[stage], setup.config.compute))
   return weights.on_mesh(whole), paths
 

@@ -8,7 +8,7 @@ from posttrain import sharding
 from posttrain.plan import estimate
 from posttrain.plan.measure import Result
 from posttrain.plan.topology import Topology
-from posttrain.train.chips import GIB
+from posttrain.telemetry.chips import GIB
 
 REMAT_ORDER = ("none", "dots", "full")
 LARGEST = 1024  # Devices up to which a larger slice is looked for.

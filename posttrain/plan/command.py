@@ -15,7 +15,7 @@ from posttrain.plan import (
   topology,
 )
 from posttrain.plan.environment import PlanError
-from posttrain.train import console as console_lib
+from posttrain.telemetry import console as console_lib
 from posttrain.workdir import replace_file
 
 FITS, TOO_LARGE = 0, 3

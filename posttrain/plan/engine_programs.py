@@ -30,7 +30,7 @@ from posttrain.sampler import (
   prefill,
   requests,
 )
-from posttrain.sampler import slots as slots_lib
+from posttrain.sampler import device_batch as slots_lib
 from posttrain.sampler.engine_settings import Settings
 
 NOTE = ("calls of programs that refill slots are modelled: prompts of the most "

@@ -15,8 +15,8 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.plan.topology import Topology
-from posttrain.stages import footprint, grpo_parts
-from posttrain.train import memory
+from posttrain.stages import memory_estimate, rl_parts
+from posttrain.telemetry import memory
 
 # Forward passes that a step makes of a layer, a backward pass being two.
 _LAYER_PASSES = {"none": 3.0, "dots": 3.0, "full": 4.0}
@@ -78,7 +78,7 @@ def of_config(config: config_dict.ConfigDict, model: ModelConfig) -> Stages:
       (1,), sharding.MESH_AXES[:1], axis_types=(AxisType.Explicit,))
   with jax.sharding.use_abstract_mesh(one):
     return Stages(config, model, {
-        name: footprint.held(config[name], config.compute, model)
+        name: memory_estimate.held(config[name], config.compute, model)
         for name in config.stages})
 
 
@@ -121,7 +121,7 @@ def peak_bytes(
   """Of the stage that needs most, by `train.memory`."""
   def peak(name):
     model, held = stages.held[name]
-    return footprint.of_section(
+    return memory_estimate.of_section(
         stages.config[name], stages.config.compute,
         dataclasses.replace(model, remat=remat), held, mesh).peak
 
@@ -140,7 +140,7 @@ def step_seconds(
       rows = -(-section.rows // section.num_microbatches)
       total += section.num_microbatches * _microbatch(
           model, topology, rows, section.sequence_length, mesh)
-    elif section.kind == "grpo":
+    elif section.kind == "rl":
       total += _rollout_step(section, model, topology, mesh)
   return total
 
@@ -199,7 +199,7 @@ def _rollout_step(
   count = -(-completions // rows)
   part = lambda training: count * _microbatch(
       model, topology, rows, section.sequence_length, mesh, training)
-  several = grpo_parts.num_updates(section) > 1
+  several = rl_parts.num_updates(section) > 1
   passes = several + (section.loss.kl_coef > 0)
   chip, rollout = topology.chip, section.rollout
   weights = model.layers * memory.layer_parameters(

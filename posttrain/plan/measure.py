@@ -17,7 +17,7 @@ from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
 from posttrain.plan.abstract import shard_bytes
 from posttrain.plan.program import Program
-from posttrain.train.chips import Chip
+from posttrain.telemetry.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ def of_config(
   for name in setup.config.stages:
     section = setup.config[name]
     measures = {"sft": (_rows, training.batch),
-                "grpo": (_prompts, sampling.rows)}
+                "rl": (_prompts, sampling.rows)}
     if section.kind not in measures:
       continue
     measure, parts = measures[section.kind]
@@ -53,7 +53,7 @@ def of_config(
       found.append(Padding(name, what, share, text))
     except (ValueError, OSError) as error:
       found.append(Padding(name, what, None, f"unknown: {error}"))
-    if section.kind == "grpo":
+    if section.kind == "rl":
       found.append(Padding(
           name, "completions", None,
           "unknown before the run: it is the policy that decides lengths"))

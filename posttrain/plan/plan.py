@@ -189,7 +189,7 @@ def _transfers(
     return [transfer_programs.of_stage(
         setup, name, *abstract.trained(setup, name), meshes[SAMPLING])[0]
         for name in setup.config.stages
-        if setup.config[name].kind == "grpo"]
+        if setup.config[name].kind == "rl"]
 
 
 def _compiler(

@@ -25,9 +25,10 @@ from posttrain.model.transformer import Transformer
 from posttrain.plan import abstract, sampling_programs, transfer_programs
 from posttrain.plan.program import SAMPLING, Program
 from posttrain.plan.setup import Setup
+from posttrain.rl import packing
 from posttrain.sampler import decode
-from posttrain.stages import evaluate, grpo_parts, sampling, sft, training
-from posttrain.train import microbatches, partition, policy
+from posttrain.stages import evaluate, rl_parts, sampling, sft, training
+from posttrain.train import microbatches, trainable
 from posttrain.train import state as state_lib
 
 
@@ -54,7 +55,7 @@ def of_config(
     if section.kind == "sft":
       yield from _sft(setup, name, section, model, paths)
     else:
-      for program in _grpo(
+      for program in _rl(
           setup, name, section, model, paths, fresh, sampling):
         yield _offloaded(program, setup.config.compute.offload)
 
@@ -87,13 +88,13 @@ def _sft(
         (state.model, batch), beside={"optimizer": state.opt_state})
 
 
-def _grpo(
+def _rl(
     setup: Setup, name: str, section: config_dict.ConfigDict,
     model: Transformer, paths: Collection[str], fresh: bool,
     sampling: jax.sharding.Mesh | None,
 ) -> Iterator[Program]:
   """A batch of rollouts, logprobs where they are needed, and updates."""
-  loss = grpo_parts.make_loss(
+  loss = rl_parts.make_loss(
       section, loss_chunk=setup.config.compute.loss_chunk)
   optimizer, update = training.make_update(section, loss)
   state = abstract.state_of(model, optimizer, paths, section)
@@ -102,7 +103,7 @@ def _grpo(
     models["reference"], shared = _reference(setup, section, model, fresh)
     own["reference"] = models["reference"]
     if shared:  # What the policy does not move is there once.
-      own = {key: partition.split(tree, paths)[0]
+      own = {key: trainable.split(tree, paths)[0]
              for key, tree in own.items()}
   beside = lambda *running: {
       key: tree for key, tree in (*own.items(), ("optimizer", state.opt_state))
@@ -123,16 +124,16 @@ def _learning(
     models: "policy", and "reference" if there is one.
     beside: what is on the devices but for what is named.
   """
-  shapes = grpo_parts.make_shapes(section)
-  updates = grpo_parts.num_updates(section)
-  experience = policy.empty_experience(
+  shapes = rl_parts.make_shapes(section)
+  updates = rl_parts.num_updates(section)
+  experience = packing.empty_experience(
       shapes, _experts(models["policy"]))
   count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
   for kind, whose, calls in _logprobs(section, updates):
     batch = _arrays(experience)
     yield Program(
         name, kind, functools.partial(
-            policy.sequence_logprobs.lower, models[whose], batch,
+            packing.sequence_logprobs.lower, models[whose], batch,
             np.int32(count), loss=loss),
         (models[whose], batch), beside(whose), calls * shapes.num_minibatches,
         unknown_trips=count)
@@ -181,7 +182,7 @@ def _reference(
 ) -> tuple[Transformer, bool]:
   """Builds the reference; tells if it shares arrays with the policy.
 
-  As `grpo_parts.make_reference` has it.
+  As `rl_parts.make_reference` has it.
   """
   dtype = setup.config.compute.frozen_dtype
   shared = section.reference in ("", schema.ADAPTER_OFF)
@@ -190,7 +191,7 @@ def _reference(
   elif fresh or section.reference == schema.ADAPTER_OFF:
     model = lora.without(model)
   return weights.on_mesh(jax.eval_shape(
-      lambda model: partition.at_rest(model, (), dtype), model)), shared
+      lambda model: trainable.at_rest(model, (), dtype), model)), shared
 
 
 def _experts(model: Transformer) -> np.ndarray | None:
@@ -200,8 +201,8 @@ def _experts(model: Transformer) -> np.ndarray | None:
       c)) if c.num_experts else None
 
 
-def _arrays(experience: policy.Arrays) -> dict[str, Any]:
-  return policy.minibatch(experience, 0, put=sharding.abstract)[0]
+def _arrays(experience: packing.Arrays) -> dict[str, Any]:
+  return packing.minibatch(experience, 0, put=sharding.abstract)[0]
 
 
 def _logprobs(

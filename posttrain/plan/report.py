@@ -17,7 +17,7 @@ from posttrain.plan import kernels, roofline
 from posttrain.plan.abstract import shard_bytes
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
-from posttrain.train.memory import format_bytes
+from posttrain.telemetry.memory import format_bytes
 
 NONE = "-"
 
@@ -196,7 +196,7 @@ def _times(plan: Plan) -> Table:
       notes.append(
           f"{stage}: one {what} takes at least {seconds(total)} (modelled)"
           + (", if all completions run to their maximum"
-             if kind == "grpo" else "") + _overlap(plan, stage))
+             if kind == "rl" else "") + _overlap(plan, stage))
   notes += dict.fromkeys(
       f"{result.program.stage}: {result.program.note}"
       for result in plan.results if result.program.note)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from posttrain.plan.collectives import Collective
-from posttrain.train.chips import Chip
+from posttrain.telemetry.chips import Chip
 
 ASSUMPTIONS = (
     "rates are the published ones of the chip, and nothing else runs on it",

@@ -8,7 +8,7 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.plan import estimate, plan, report
 from posttrain.plan.topology import Topology
-from posttrain.train.memory import format_bytes
+from posttrain.telemetry.memory import format_bytes
 
 SHOWN = 12
 LARGEST = 1024  # Devices up to which larger slices are looked at.

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from posttrain.plan.environment import PlanError
-from posttrain.train.chips import CHIPS, Chip
+from posttrain.telemetry.chips import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from posttrain.model.transformer import Transformer
 from posttrain.plan.abstract import shard_bytes
 from posttrain.plan.program import SAMPLING, Program
 from posttrain.plan.setup import Setup
+from posttrain.rl import weight_sync
 from posttrain.stages import training
-from posttrain.train import fingerprint, partition, weight_sync
+from posttrain.train import fingerprint, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,9 @@ def _wanted(
     setup: Setup, section: config_dict.ConfigDict,
     sampling: jax.sharding.Mesh,
 ) -> Transformer:
-  """As `stages.draws.Draws` asks for it."""
+  """As `stages.rollout_buffer.RolloutBuffer` asks for it."""
   with jax.set_mesh(sampling):
-    like, _ = partition.abstract(
+    like, _ = trainable.abstract(
         setup.model, training.plan(section, setup.config.compute))
   like = weight_sync.sampler_dtypes(
       like, weights_dtype=section.rollout.weights_dtype)

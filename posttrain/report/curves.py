@@ -105,7 +105,7 @@ GRPO = (
     Chart("Throughput", {"perf/tokens_per_sec": "completion tokens/s"}),
     *MACHINE,
 )
-CHARTS = {"sft": SFT, "grpo": GRPO}
+CHARTS = {"sft": SFT, "rl": GRPO}
 SAMPLED_WAITS = Chart(
     "Waits of the policy's own", {}, caption="Mean number per completion of "
     "the wait text among sampled tokens, in the saved rollouts.")

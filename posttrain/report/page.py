@@ -15,7 +15,7 @@ from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
 from posttrain.report import curves, evaluations, markup, samples
 from posttrain.report.read import Run, Stage, read_runs
-from posttrain.train import goodput
+from posttrain.telemetry import goodput
 
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; "

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain import workdir as workdir_lib
-from posttrain.train import goodput, metrics
+from posttrain.telemetry import goodput, metrics
 
 # What the page takes from each cell of an evaluation, and from a completion.
 CELL = ("name", "accuracy", "mean_thinking_tokens", "max_thinking_tokens",
@@ -31,7 +31,7 @@ class Stage:
   """One stage of one run.
 
   Attributes:
-    kind: "sft", "grpo" or "evaluate".
+    kind: "sft", "rl" or "evaluate".
     finished: it wrote its done.json.
     rows: its rows of metrics.jsonl.
     data_report: of the training data, or None.
@@ -141,7 +141,7 @@ def _stage(
   elif kind != "evaluate" and (lost := metrics.missing(
       rows, name, (done or stage.rows[-1])["step"])):
     missing.append(f"metrics.jsonl has no rows of {name}, step {lost}.")
-  if kind == "grpo" and not stage.rollouts:
+  if kind == "rl" and not stage.rollouts:
     missing.append(f"Stage {name} has saved no rollouts.")
   if kind == "evaluate" and not stage.evaluations:
     missing.append(f"Stage {name} has no results yet.")

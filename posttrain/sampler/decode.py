@@ -23,7 +23,7 @@ from posttrain.model import cache as kv
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import budget, choice, hooks
+from posttrain.sampler import budget, logits_processors, token_sampling
 from posttrain.sharding import shard, spec
 
 
@@ -64,7 +64,7 @@ class Rows:
   prompt_lengths: jax.Array
   keys: jax.Array
   budgets: budget.Budgets
-  params: choice.RowParams
+  params: token_sampling.RowParams
   banned_ids: jax.Array | None = None
 
 
@@ -169,7 +169,8 @@ def resize(carry: Carry, *, slots: int) -> Carry:
 def decode(
     model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
     script: jax.Array, until: jax.Array, tables: budget.BudgetTables, *,
-    steps: int, recorded: Recorded = PLAIN, hook: hooks.Hook | None = None,
+    steps: int, recorded: Recorded = PLAIN,
+    hook: logits_processors.Hook | None = None,
     policy: Policy | None = None,
 ) -> tuple[Carry, dict[str, jax.Array]]:
   """Up to `steps` tokens for every row, or until `until` rows are done.
@@ -252,7 +253,8 @@ def _empty_record(
 
 def _choose(
     model: Transformer, carry: Carry, script: jax.Array, rows: Rows,
-    tables: budget.BudgetTables, recorded: Recorded, hook: hooks.Hook | None,
+    tables: budget.BudgetTables, recorded: Recorded,
+    hook: logits_processors.Hook | None,
 ) -> tuple[Carry, dict[str, Any]]:
   """Logits -> a token per row, sampled or forced -> the next budget state."""
   logits = _logits(model, carry.hidden, tables)
@@ -269,12 +271,13 @@ def _choose(
     # Of a forced token the logprob is the model's own.
     shaped, banned, params = _plain(
         was_forced, logits, shaped, banned, params)
-  drawn, distribution = choice.draw(
-      shaped, banned, choice.fold_position(rows.keys, carry.state.draws),
+  drawn, distribution = token_sampling.draw(
+      shaped, banned,
+      token_sampling.fold_position(rows.keys, carry.state.draws),
       params)
   drawn = jnp.where(script >= 0, script, drawn)
   token = jnp.where(was_forced, forced, drawn)
-  logprobs = choice.logprob_of(distribution, token)
+  logprobs = token_sampling.logprob_of(distribution, token)
   # NaN logits give a NaN distribution, whichever token it is.
   failed = ~carry.state.done & ~jnp.isfinite(logprobs)
   state, emit = budget.advance(
@@ -318,13 +321,14 @@ def _more(
   return record
 
 
-def _plain(was_forced, logits, shaped, banned, params: choice.RowParams):
+def _plain(was_forced, logits, shaped, banned,
+    params: token_sampling.RowParams):
   """Logits, bans and parameters, none of which touch a row that is forced."""
   free = lambda value, x: jnp.where(was_forced, value, x)
   column = was_forced[:, None]
   return (
       jnp.where(column, logits, shaped), ~column & banned,
-      choice.RowParams(
+      token_sampling.RowParams(
           temperature=free(1.0, params.temperature),
           top_k=free(0, params.top_k), top_p=free(1.0, params.top_p),
           min_p=free(0.0, params.min_p)))
@@ -346,7 +350,7 @@ def _own_logprobs(
   A token that replaces several stands where the first of them stood: its
   logits are those of that step, and are computed again, as this is rare.
   """
-  pick = lambda logits: choice.logprob_of(
+  pick = lambda logits: token_sampling.logprob_of(
       jax.nn.log_softmax(logits), emit.token)
   own, earlier = pick(logits), carry.earlier
   if earlier is None:

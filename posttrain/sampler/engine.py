@@ -24,6 +24,7 @@ import numpy as np
 from posttrain import sharding
 from posttrain.model.block import Block
 from posttrain.model.transformer import Transformer
+from posttrain.sampler import active_sequence as live_lib
 from posttrain.sampler import (
   budget,
   decode,
@@ -31,8 +32,7 @@ from posttrain.sampler import (
   requests,
   rollouts,
 )
-from posttrain.sampler import live as live_lib
-from posttrain.sampler import slots as slots_lib
+from posttrain.sampler import device_batch as slots_lib
 from posttrain.sampler.engine_settings import Settings, doublings, fitting
 from posttrain.sampler.requests import Completion, Request
 from posttrain.sampler.stop_strings import Decode

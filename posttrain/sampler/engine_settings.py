@@ -6,7 +6,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from posttrain.sampler import decode, hooks
+from posttrain.sampler import decode, logits_processors
 
 # A TPU keeps bfloat16 in tiles of 16 slots, and int8 in tiles of 32. Where the
 # last is not whole, the compiler copies the cache beside itself for a chunk.
@@ -51,7 +51,7 @@ class Settings:
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
   recorded: decode.Recorded = decode.PLAIN
-  hook: hooks.Hook | None = None
+  hook: logits_processors.Hook | None = None
   policy: decode.Policy | None = None
 
   def __post_init__(self):

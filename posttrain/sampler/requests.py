@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.sampler import budget, choice
+from posttrain.sampler import budget, token_sampling
 from posttrain.sampler.budget_tables import BudgetTables
 from posttrain.text import thinking
 
-PLAIN = choice.SamplingParams()
+PLAIN = token_sampling.SamplingParams()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Request:
 
   prompt: tuple[int, ...]
   max_tokens: int
-  params: choice.SamplingParams = PLAIN
+  params: token_sampling.SamplingParams = PLAIN
   max_thinking_tokens: int = -1
   min_thinking_tokens: int = 0
   num_waits: int = 0
@@ -120,7 +120,7 @@ def drawn_waits(request: Request, count: int, texts: int) -> tuple[int, ...]:
   # As 32 bits, which is how `choice.row_keys` takes an id below 0.
   ids = (request.step, request.prompt_id, request.sample_id)
   rng = np.random.default_rng([
-      request.seed, choice.stage_number(request.stage),
+      request.seed, token_sampling.stage_number(request.stage),
       *(number % 2**32 for number in ids)])
   return tuple(rng.integers(0, texts, count).tolist())
 
@@ -218,7 +218,8 @@ def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
 
 def columns(
     requests: Sequence[Request | None], max_ids: int,
-) -> tuple[budget.Budgets, choice.RowParams, Any, dict[str, np.ndarray]]:
+) -> tuple[budget.Budgets, token_sampling.RowParams, Any,
+dict[str, np.ndarray]]:
   """Budgets, parameters, banned ids and key parts of the rows, as NumPy.
 
   A slot without a request (None) gets what does nothing.
@@ -243,7 +244,7 @@ def columns(
   keys = {
       "seed": column("seed", np.uint32), "step": column("step"),
       "stage": np.array(
-          [choice.stage_number(r.stage) for r in rows], np.uint32),
+          [token_sampling.stage_number(r.stage) for r in rows], np.uint32),
       "prompt_id": column("prompt_id"), "sample_id": column("sample_id")}
-  return (budgets, choice.RowParams.of([r.params for r in rows]),
+  return (budgets, token_sampling.RowParams.of([r.params for r in rows]),
           padded("banned_ids"), keys)

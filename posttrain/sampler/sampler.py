@@ -16,14 +16,14 @@ import numpy as np
 from posttrain import sharding
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
-    budget,
-    choice,
-    decode,
-    engine,
-    requests,
-    rollouts,
+  budget,
+  decode,
+  engine,
+  requests,
+  rollouts,
+  token_sampling,
 )
-from posttrain.sampler import steering as steering_lib
+from posttrain.sampler import sampling_options as steering_lib
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.text import thinking as thinking_lib
 
@@ -72,7 +72,7 @@ class Sampler:
 
   ids: thinking_lib.ThinkingIds
   tables: budget.BudgetTables
-  params: choice.SamplingParams
+  params: token_sampling.SamplingParams
   max_prompt_tokens: int
   chunk: int = 32
   slots: int = 0
@@ -303,7 +303,7 @@ class Sampler:
             lambda x: by_row(x, x.dtype), self._budgets(asked)),
         "params": jax.tree.map(
             lambda x: put(x, "rows"),
-            choice.RowParams.of([self.params] * lengths.size)),
+            token_sampling.RowParams.of([self.params] * lengths.size)),
         "hook": self._hook_state(asked, extra, put),
         "prompt_id": by_row([request.prompt_id for request in asked]),
         "sample_id": by_row([request.sample_id for request in asked])}
@@ -362,4 +362,4 @@ def _check_numbers(state: budget.BudgetState) -> None:
         "were loaded wrongly.")
 
 
-row_keys = jax.jit(choice.row_keys, static_argnames=("stage",))
+row_keys = jax.jit(token_sampling.row_keys, static_argnames=("stage",))

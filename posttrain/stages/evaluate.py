@@ -22,20 +22,20 @@ from posttrain import workdir as workdir_lib
 from posttrain.evaluation import plots, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import sampler as sampler_lib
-from posttrain.sampler import segments
+from posttrain.sampler import transcript
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.stages import kept_cells, sampling, training
 from posttrain.stages import problems as problems_lib
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading, scoring
+from posttrain.telemetry import metrics as metrics_lib
 from posttrain.text import instructions
 from posttrain.text import tokenizer as tokenizer_lib
-from posttrain.train import metrics as metrics_lib
 from posttrain.train import preemption
 
 
 def run(
-    context: StageContext, weights_of: Callable[[str], Transformer], *,
+    context: RunContext, weights_of: Callable[[str], Transformer], *,
     again: bool = False,
 ) -> None:
   """Evaluates every checkpoint that has no result yet.
@@ -68,7 +68,7 @@ def run(
 
 
 def _result(
-    evaluation: "Evaluation", context: StageContext, name: str,
+    evaluation: "Evaluation", context: RunContext, name: str,
     weights_of: Callable[[str], Transformer], again: bool,
 ) -> dict[str, Any]:
   """One checkpoint's result, evaluated where it is not there."""
@@ -84,7 +84,7 @@ def _result(
   return result
 
 
-def checkpoints_of(context: StageContext) -> tuple[str, ...]:
+def checkpoints_of(context: RunContext) -> tuple[str, ...]:
   """Lists the section's checkpoints; by default "init" and trained stages."""
   stages, config = context.config.stages, context.config
   before = stages[:stages.index(context.name)]
@@ -92,7 +92,7 @@ def checkpoints_of(context: StageContext) -> tuple[str, ...]:
       "init", *(name for name in before if config[name].kind != "evaluate"))
 
 
-def result_file(context: StageContext, checkpoint: str) -> pathlib.Path:
+def result_file(context: RunContext, checkpoint: str) -> pathlib.Path:
   """Where the figures and completions of a checkpoint are."""
   return context.workdir.path / context.name / "eval" / (
       f"{label(checkpoint)}.json")
@@ -106,7 +106,7 @@ def label(checkpoint: str) -> str:
 class Evaluation:
   """The problems and how they are asked; the model is what varies."""
 
-  def __init__(self, context: StageContext):
+  def __init__(self, context: RunContext):
     section = context.section
     self.context, self.section = context, section
     self.problems = problems_lib.load(context, section.problems.count)
@@ -220,7 +220,7 @@ class Evaluation:
     # Without those that filled the batch up.
     samples = int(rollouts.sample_id.max()) + 1
     rows = len(problems) * samples
-    records = [segments.record(
+    records = [transcript.record(
         self.context.renderer.tokenizer, rollouts, row,
         self.context.thinking_ids) for row in range(rows)]
     repeated = [row for row in problems for _ in range(samples)]
@@ -259,7 +259,7 @@ class Evaluation:
     ) if self.extract else [None] * len(texts)
 
 
-def check(context: StageContext) -> None:
+def check(context: RunContext) -> None:
   """Looks at problems and budgets before the first stage; on one host.
 
   Raises:
@@ -290,7 +290,7 @@ def check(context: StageContext) -> None:
 
 
 def prompt_of(
-    context: StageContext, row: Mapping[str, Any], cell: summary.Cell,
+    context: RunContext, row: Mapping[str, Any], cell: summary.Cell,
 ) -> list[int]:
   """A problem as it is asked in a cell."""
   if cell.asked:
@@ -373,7 +373,7 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
       f"{figures['mean_thinking_tokens']:.1f} tokens")
 
 
-def log(context: StageContext, results: Mapping[str, Mapping]) -> None:
+def log(context: RunContext, results: Mapping[str, Mapping]) -> None:
   """One row of metrics.jsonl per checkpoint."""
   with metrics_lib.Writer(
       context.workdir.metrics, context.workdir.tensorboard, context.name,

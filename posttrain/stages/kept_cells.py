@@ -18,7 +18,7 @@ from posttrain import config as config_lib
 from posttrain import distributed
 from posttrain import workdir as workdir_lib
 from posttrain.evaluation import summary
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading
 
 Records = list[dict[str, Any]]
@@ -27,7 +27,7 @@ Records = list[dict[str, Any]]
 class KeptCells:
   """Kept cells of one evaluate stage; every host makes the same calls."""
 
-  def __init__(self, context: StageContext):
+  def __init__(self, context: RunContext):
     section = config_lib.jsonable(context.section)
     self._context = context
     self._folder = context.directory / "eval" / "cells"

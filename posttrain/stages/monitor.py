@@ -10,8 +10,14 @@ from typing import Any
 
 import jax
 
-from posttrain.stages.context import StageContext
-from posttrain.train import compiling, goodput, hosts, machine, trace
+from posttrain.stages.run_context import RunContext
+from posttrain.telemetry import (
+  compilation,
+  goodput,
+  hardware,
+  stragglers,
+  trace,
+)
 
 # Parts of a step's time, where the host runs ahead of the devices.
 PARTS = ("input_wait", "dispatch", "device_wait")
@@ -21,7 +27,7 @@ APART = ("checkpoint", "evaluation", "profile")  # No part of a step.
 class Monitor:
   """Telemetry of one start of one stage; a context manager around it."""
 
-  def __init__(self, context: StageContext):
+  def __init__(self, context: RunContext):
     writes, profile = context.workdir.is_writer, context.config.profile
     self._context = context
     self._ledger = goodput.Ledger(
@@ -31,9 +37,9 @@ class Monitor:
     self._tracer = trace.Tracer(
         context.directory / "profile", profile.steps if chosen else (),
         say=context.console.line, write=writes)
-    self._machine = machine.find()
-    self._hosts = hosts.Hosts(warn=context.console.warning)
-    self._compared = compiling.seconds()
+    self._machine = hardware.find()
+    self._hosts = stragglers.Hosts(warn=context.console.warning)
+    self._compared = compilation.seconds()
     self._start_lap()
 
   def __enter__(self) -> "Monitor":
@@ -55,7 +61,7 @@ class Monitor:
     """
     self._hosts.begin()
     self._ledger.begin(step)
-    self._compared = compiling.seconds()
+    self._compared = compilation.seconds()
     self._start_lap()
 
   @contextlib.contextmanager
@@ -85,7 +91,7 @@ class Monitor:
 
   def lap(self, steps: int) -> dict[str, float]:
     """Seconds per step since the last lap, without what is `APART`."""
-    spans, compiled = self._ledger.spans, compiling.seconds()
+    spans, compiled = self._ledger.spans, compilation.seconds()
     took = {name: spans.get(name, 0.0) - self._spans.get(name, 0.0)
             for name in (*PARTS, *APART)}
     took["compile"] = compiled - self._compiled
@@ -104,7 +110,7 @@ class Monitor:
       found["perf/tokens_per_sec"] = tokens / seconds
       found["perf/tokens_per_sec_per_chip"] = (
           tokens / seconds / self._machine.chips)
-    return found | machine.memory_in_use() | {
+    return found | hardware.memory_in_use() | {
         "perf/goodput": self._ledger.goodput()}
 
   def learn_mfu(self, flops: float, seconds: float) -> dict[str, float]:
@@ -113,11 +119,11 @@ class Monitor:
 
   def compare_hosts(self) -> dict[str, float]:
     """`Hosts.compare`; every host calls it after the same step."""
-    compiled = compiling.seconds()
+    compiled = compilation.seconds()
     found = self._hosts.compare(apart=compiled - self._compared)
     self._compared = compiled
     return found
 
   def _start_lap(self) -> None:
-    self._since, self._compiled = time.monotonic(), compiling.seconds()
+    self._since, self._compiled = time.monotonic(), compilation.seconds()
     self._spans = dict(self._ledger.spans)

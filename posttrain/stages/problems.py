@@ -14,10 +14,10 @@ from ml_collections import config_dict
 
 from posttrain.evaluation import summary
 from posttrain.sampler import sampler as sampler_lib
-from posttrain.sampler import segments
+from posttrain.sampler import transcript
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.stages import sampling
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading, scoring
 from posttrain.text.thinking import ThinkingIds
 from posttrain.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ Problem = Mapping[str, Any]
 EVERY = 10.0  # Seconds between lines of a check that takes long.
 
 
-def load(context: StageContext, count: int = 0) -> list[Problem]:
+def load(context: RunContext, count: int = 0) -> list[Problem]:
   """The first `count` problems that the section names; 0: all.
 
   Raises:
@@ -58,7 +58,7 @@ def load(context: StageContext, count: int = 0) -> list[Problem]:
 
 
 def check(
-    context: StageContext, rows: Sequence[Problem],
+    context: RunContext, rows: Sequence[Problem],
     rewards: Mapping[str, scoring.Reward],
     prompts_of: Callable[[Problem], Iterable[Sequence[int]]],
 ) -> None:
@@ -86,7 +86,7 @@ def check(
 
 
 def check_budgets(
-    context: StageContext, of_calls: Iterable[sampler_lib.Limits]) -> None:
+    context: RunContext, of_calls: Iterable[sampler_lib.Limits]) -> None:
   """Raises ValueError where the stage's sampler would refuse its budgets."""
   sampler = sampling.make_sampler(context, context.section.rollout)
   for limits in of_calls:
@@ -124,7 +124,7 @@ def check_prompts(
 class Told:
   """Says how far a check is, where it takes long."""
 
-  def __init__(self, context: StageContext, size: int):
+  def __init__(self, context: RunContext, size: int):
     self._context, self._size = context, size
     self._last = time.monotonic()
 
@@ -145,9 +145,9 @@ def completions(
   found = []
   for row in range(rows):
     tokens = rollouts.completion(row)
-    text = lambda part, of=tokens: segments.completion_text(
+    text = lambda part, of=tokens: transcript.completion_text(
         tokenizer, of[part])
-    parts = segments.split(rollouts, row, ids)
+    parts = transcript.split(rollouts, row, ids)
     found.append(scoring.Completion(
         answer=text(parts.answer), thinking=text(parts.thinking),
         full_text=text(slice(None)), num_tokens=len(tokens),

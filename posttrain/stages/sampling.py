@@ -9,16 +9,16 @@ from ml_collections import config_dict
 
 from posttrain.sampler import (
   budget_tables,
-  choice,
-  hooks,
+  logits_processors,
   sampler,
-  steering,
+  sampling_options,
+  token_sampling,
 )
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading
+from posttrain.telemetry import console as console_lib
 from posttrain.text import boundaries, thinking
 from posttrain.text import tokenizer as tokenizer_lib
-from posttrain.train import console as console_lib
 from posttrain.train import preemption
 
 # Of `make_steering`: what the flags of a verb have by default.
@@ -45,7 +45,7 @@ def thinking_ids(
 
 
 def make_sampler(
-    context: StageContext, rollout: config_dict.ConfigDict,
+    context: RunContext, rollout: config_dict.ConfigDict,
 ) -> sampler.Sampler:
   """The sampler of a stage."""
   ids = context.thinking_ids
@@ -63,7 +63,7 @@ def of_tables(
       name: rollout[name] for name in ("top_k", "top_p", "min_p")
       if name in rollout}
   return sampler.Sampler(
-      ids=ids, tables=tables, params=choice.SamplingParams(
+      ids=ids, tables=tables, params=token_sampling.SamplingParams(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
@@ -82,7 +82,7 @@ def make_limits(rollout: config_dict.ConfigDict) -> sampler.Limits:
 
 def make_steering(
     settings: Mapping[str, Any], vocab_size: int,
-) -> steering.Steering:
+) -> sampling_options.Steering:
   """What a section, or the flags of a verb, name beside the budgets.
 
   Args:
@@ -95,12 +95,12 @@ def make_steering(
   name, hook = settings.get("hook"), None
   if name:
     hook = loading.load_function(name)(vocab_size)
-    if not isinstance(hook, hooks.Hook):
+    if not isinstance(hook, logits_processors.Hook):
       raise ValueError(
           f"{name} returned a {type(hook).__name__}, and a hook is needed: "
-          "function(vocab_size) -> posttrain.sampler.hooks.Hook.")
+          "function(vocab_size) -> posttrain.sampler.logits_processors.Hook.")
   args = settings.get("hook_args")
-  return steering.Steering(
+  return sampling_options.Steering(
       suppress=bool(settings.get("suppress")),
       draw_waits=settings["wait_order"] == "draw", hook=hook,
       argument=dict(args) if args else None,

@@ -26,24 +26,18 @@ from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
 from posttrain.stages import training
-from posttrain.stages.context import StageContext
 from posttrain.stages.monitor import Monitor
+from posttrain.stages.run_context import RunContext
+from posttrain.telemetry import console as console_lib
+from posttrain.telemetry import flops, metrics
 from posttrain.text import render
-from posttrain.train import console as console_lib
-from posttrain.train import (
-  flops,
-  forward,
-  metrics,
-  microbatches,
-  preemption,
-  step,
-)
+from posttrain.train import forward, microbatches, preemption, step
 from posttrain.train import state as state_lib
 
 Sums = dict[str, jax.Array]
 
 
-def run(context: StageContext, model: Transformer) -> Transformer:
+def run(context: RunContext, model: Transformer) -> Transformer:
   """Trains to the last step, from the newest checkpoint if there is one.
 
   Args:
@@ -190,7 +184,7 @@ class Log:
   """Rows that wait on the devices, and what is shown of them."""
 
   def __init__(
-      self, context: StageContext, monitor: Monitor, start: int,
+      self, context: RunContext, monitor: Monitor, start: int,
       count: Callable[[batches_lib.Batch], float],
   ):
     """
@@ -286,7 +280,7 @@ class Log:
 
 
 def describe(
-    context: StageContext, batches: batches_lib.Batches,
+    context: RunContext, batches: batches_lib.Batches,
     held_out: batches_lib.EvalBatches | None,
 ) -> None:
   """Writes the data's report; shows the first example."""

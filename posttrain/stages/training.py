@@ -9,18 +9,17 @@ from ml_collections import config_dict
 from posttrain import distributed, sharding, weights
 from posttrain.model.config import LoraConfig
 from posttrain.model.transformer import Transformer
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
+from posttrain.telemetry import memory, metrics
 from posttrain.train import (
+  checkpoint_integrity,
   checkpoints,
-  damage,
   health,
-  memory,
-  metrics,
   optimizer,
-  partition,
   preemption,
   spikes,
   step,
+  trainable,
 )
 from posttrain.train import state as state_lib
 
@@ -74,7 +73,7 @@ def spike_rule(section: config_dict.ConfigDict) -> spikes.Rule | None:
   ) if rule.spike_mads else None
 
 
-def step_health(context: StageContext) -> health.StepHealth:
+def step_health(context: RunContext) -> health.StepHealth:
   """Makes the health rule for updates that were not made."""
   rule = context.section.health
   return health.StepHealth(
@@ -84,16 +83,16 @@ def step_health(context: StageContext) -> health.StepHealth:
 
 def plan(
     section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
-) -> partition.Plan:
+) -> trainable.Plan:
   """Plans the trainable parameters, and the storage of the others."""
   lora = LoraConfig(**section.lora) if section.lora.rank else None
-  return partition.Plan(
+  return trainable.Plan(
       lora=lora, pattern=section.trained,
       frozen_dtype=compute.frozen_dtype)
 
 
 def prepare(
-    context: StageContext, model: Transformer,
+    context: RunContext, model: Transformer,
 ) -> tuple[Transformer, frozenset[str]]:
   """The model as the stage trains it, and the paths that it trains.
 
@@ -104,10 +103,10 @@ def prepare(
     ValueError: nothing would be trained, or the mesh does not divide what is
       quantised.
   """
-  model, trained = partition.prepare(
+  model, trained = trainable.prepare(
       model, plan(context.section, context.config.compute),
       seed=context.config.seed, stage=context.name)
-  moving, frozen = map(jax.tree.leaves, partition.split(model, trained))
+  moving, frozen = map(jax.tree.leaves, trainable.split(model, trained))
   if frozen:
     context.console.line(
         f"{context.name}: trains {sum(w.size for w in moving):,} parameters "
@@ -122,7 +121,7 @@ def trained_share(state: state_lib.TrainState) -> float:
   return min(1.0, moving / memory.parameters(state.trained.config))
 
 
-def open_checkpoints(context: StageContext) -> checkpoints.Checkpoints:
+def open_checkpoints(context: RunContext) -> checkpoints.Checkpoints:
   """The stage's checkpoints, kept as the config says."""
   return checkpoints.Checkpoints(
       context.workdir.checkpoints(context.name),
@@ -131,7 +130,7 @@ def open_checkpoints(context: StageContext) -> checkpoints.Checkpoints:
 
 
 def resume(
-    context: StageContext, saver: checkpoints.Checkpoints,
+    context: RunContext, saver: checkpoints.Checkpoints,
     fresh: state_lib.TrainState,
 ) -> tuple[state_lib.TrainState, checkpoints.Restored | None]:
   """The newest checkpoint's state, or the fresh one and None.
@@ -153,7 +152,7 @@ def resume(
   return state_lib.from_checkpoint(fresh, found.tree), found
 
 
-def warn_of_missing_rows(context: StageContext, last: int) -> None:
+def warn_of_missing_rows(context: RunContext, last: int) -> None:
   """Says which steps of 1..`last` have no row in metrics.jsonl, if any.
 
   They cannot be told from elsewhere: TensorBoard's events have 32 bits, and
@@ -172,14 +171,14 @@ def warn_of_missing_rows(context: StageContext, last: int) -> None:
 
 
 def _newest(
-    context: StageContext, saver: checkpoints.Checkpoints,
+    context: RunContext, saver: checkpoints.Checkpoints,
     wanted: dict[str, Any],
 ) -> checkpoints.Restored:
   """The newest checkpoint, or as `checkpoint.on_damaged` says."""
   while True:
     try:
       return saver.restore(wanted)
-    except damage.DamagedError as error:
+    except checkpoint_integrity.DamagedError as error:
       steps = saver.steps()
       if context.section.checkpoint.on_damaged == "error" or len(steps) == 1:
         raise
@@ -191,7 +190,7 @@ def _newest(
 
 
 def save(
-    context: StageContext, saver: checkpoints.Checkpoints,
+    context: RunContext, saver: checkpoints.Checkpoints,
     state: state_lib.TrainState, number: int, extras: dict[str, Any],
     **more: Any,
 ) -> None:
@@ -214,14 +213,14 @@ def save(
 
 
 def leave(
-    context: StageContext, saver: checkpoints.Checkpoints, number: int,
+    context: RunContext, saver: checkpoints.Checkpoints, number: int,
 ) -> NoReturn:
   """Ends the process with the preempted status, once the save is whole."""
   saver.wait()
   stop(context, f"saved at step {number}")
 
 
-def stop(context: StageContext, kept: str) -> NoReturn:
+def stop(context: RunContext, kept: str) -> NoReturn:
   """Ends the process with the preempted status; `kept` says what stays."""
   message = (
       f"{context.name}: SIGTERM; {kept}. The same command goes on from there.")
@@ -229,7 +228,7 @@ def stop(context: StageContext, kept: str) -> NoReturn:
   raise preemption.Preempted(message)
 
 
-def _identity(context: StageContext, frozen: str) -> dict[str, Any]:
+def _identity(context: RunContext, frozen: str) -> dict[str, Any]:
   """What a checkpoint and a run must share; `frozen` as `frozen_name` has it.
   """
   return {

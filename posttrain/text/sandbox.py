@@ -20,7 +20,7 @@ import jinja2.sandbox
 import jinja2.utils
 import jinja2.visitor
 
-from posttrain.text import template_work as work
+from posttrain.text import template_worker as work
 
 LONGEST_SOURCE = 2**20
 DATE = datetime.datetime(2024, 7, 26)

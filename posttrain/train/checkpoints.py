@@ -28,7 +28,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from posttrain import sharding
-from posttrain.train import damage, fingerprint
+from posttrain.train import checkpoint_integrity, fingerprint
 
 Tree = Mapping[str, Any]  # Nested dict with string keys; leaves are arrays.
 
@@ -76,7 +76,7 @@ class Checkpoints:
     if best_mode not in ("max", "min"):
       raise ValueError(
           f'checkpoint.best_mode is {best_mode!r}, not "max" or "min".')
-    damage.say_errors_once()
+    checkpoint_integrity.say_errors_once()
     self._directory = _absolute(directory)
     self._best_metric = best_metric if keep_best else ""
     value = lambda metrics: metrics["value"]
@@ -90,7 +90,7 @@ class Checkpoints:
             policies),
         best_fn=value if keep_best else None, best_mode=best_mode,
         cleanup_tmp_directories=True)
-    with damage.errors_name(self._directory, "opened"):
+    with checkpoint_integrity.errors_name(self._directory, "opened"):
       self._manager = _Manager(
           self._directory, item_handlers=_handlers(), options=options)
 
@@ -142,7 +142,8 @@ class Checkpoints:
             "has_rollouts": rollouts is not None})}
     if rollouts is not None:
       items["rollouts"] = ocp.args.PyTreeSave({"npz": _pack(rollouts)})
-    with damage.errors_name(self._directory / str(step), "written"):
+    with checkpoint_integrity.errors_name(self._directory / str(step),
+        "written"):
       self._manager.save(
           step, args=ocp.args.Composite(**items), force=True,
           metrics=ranking)
@@ -168,7 +169,7 @@ class Checkpoints:
     Raises:
       StorageError: it could not be written.
     """
-    with damage.errors_name(self._directory, "written"):
+    with checkpoint_integrity.errors_name(self._directory, "written"):
       self._manager.wait_until_finished()
 
   def set_aside(self, step: int) -> epath.Path:
@@ -184,7 +185,7 @@ class Checkpoints:
     return target
 
   def close(self) -> None:
-    with damage.errors_name(self._directory, "written"):
+    with checkpoint_integrity.errors_name(self._directory, "written"):
       self._manager.close()
 
   def __enter__(self) -> "Checkpoints":
@@ -226,11 +227,11 @@ def restore(
   # Orbax's handlers, and not its manager: that would wait for the other hosts
   # after reading, and for ever if one of them had found damage.
   handler = ocp.PyTreeCheckpointHandler()
-  with damage.on_every_host(path):
+  with checkpoint_integrity.on_every_host(path):
     saved = _flatten(handler.metadata(path / "state").tree)
   _check_structure(path / "state", saved, _flatten(abstract))
   rollouts = None
-  with damage.on_every_host(path):
+  with checkpoint_integrity.on_every_host(path):
     tree = handler.restore(path / "state", args=ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True,
         restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(
@@ -251,7 +252,7 @@ def read_extras(
   """The JSON part alone, without touching a device; raises as `restore`."""
   directory = _absolute(directory)
   path = directory / str(find_step(directory, step))
-  with damage.errors_name(path / "extras", "read"):
+  with checkpoint_integrity.errors_name(path / "extras", "read"):
     return _read_extras(path)[0]
 
 
@@ -359,7 +360,8 @@ def _check_fingerprints(
 ) -> None:
   bad = [name for name in found if found[name] != expected.get(name)]
   if bad:
-    raise damage.damaged(path, f"array {bad[0]!r} is not what was saved "
+    raise checkpoint_integrity.damaged(path,
+        f"array {bad[0]!r} is not what was saved "
                    f"({len(bad)} of {len(found)} arrays differ)")
 
 

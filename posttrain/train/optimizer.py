@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posttrain.train import partition
+from posttrain.train import trainable
 
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -145,7 +145,7 @@ def _kept_in_bfloat16(
     key = jax.random.fold_in(jax.random.key(0), state.count)
 
     def rounded(path, square):
-      name = partition.path_name(path)
+      name = trainable.path_name(path)
       return stochastic_bfloat16(
           square, jax.random.fold_in(key, zlib.crc32(name.encode())))
 

@@ -23,9 +23,9 @@ import signal
 import sys
 import threading
 
-from posttrain import lease, line
+from posttrain import host_connections, lease
 
-EXIT_STATUS = line.PREEMPTED
+EXIT_STATUS = host_connections.PREEMPTED
 
 _pipe: tuple[int, int] | None = None
 _exit = os._exit  # A run replaces it, see `tasks.exits`.
@@ -72,7 +72,7 @@ def requested() -> bool:
   goes on rising when the next stage starts at step 0. Once true, it stays so.
   """
   global _calls
-  here = line.current()
+  here = host_connections.current()
   if here is not None:
     return here.stop_requested()
   _calls += 1
@@ -140,7 +140,7 @@ def _listen() -> None:
 def _terminate() -> None:
   global _received
   _received = True
-  here = line.current()
+  here = host_connections.current()
   if here is not None:
     here.terminate()
   elif not _calls:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from posttrain.model.transformer import Transformer
-from posttrain.train import partition
 from posttrain.train import spikes as spikes_lib
+from posttrain.train import trainable
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class TrainState:
   @property
   def model(self) -> Transformer:
     """Both parts, without a copy."""
-    return partition.join(self.trained, self.frozen)
+    return trainable.join(self.trained, self.frozen)
 
 
 def create(
@@ -49,8 +49,8 @@ def create(
     trained: paths of the parameters that updates move; None: all.
     spikes: the rule of the updates, if they have one.
   """
-  moving, frozen = partition.split(
-      model, partition.paths(model) if trained is None else trained)
+  moving, frozen = trainable.split(
+      model, trainable.paths(model) if trained is None else trained)
   # The step too is born under jit, on the whole mesh: of an array on one
   # device, hosts cannot save parts.
   opt_state, step, losses = jax.jit(
@@ -85,7 +85,7 @@ def to_dict(tree: Any) -> dict:
   """Any pytree as nested plain dicts of its leaves, for checkpoints."""
   nested: dict = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    *parents, last = partition.path_name(path).split("/")
+    *parents, last = trainable.path_name(path).split("/")
     node = nested
     for name in parents:
       node = node.setdefault(name, {})
@@ -101,7 +101,7 @@ def from_dict(like: Any, nested: dict) -> Any:
   """
   def leaf(path, _):
     node = nested
-    for name in partition.path_name(path).split("/"):
+    for name in trainable.path_name(path).split("/"):
       node = node[name]
     return node
 

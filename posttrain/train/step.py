@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from posttrain.model.transformer import Transformer
-from posttrain.objectives import balance
-from posttrain.train import partition
+from posttrain.objectives import load_balancing
 from posttrain.train import spikes as spikes_lib
+from posttrain.train import trainable
 from posttrain.train.state import TrainState
 
 # (model, microbatch of [R, T] arrays) -> numerator, denominator, sums.
@@ -65,7 +65,8 @@ def accumulate(
     objective = sums["numerator"]
     if router_aux_coef:
       whole = sums if whole is None else whole
-      objective += router_aux_coef * divisor(whole) * balance.balance_loss(
+      objective += router_aux_coef * divisor(
+          whole) * load_balancing.balance_loss(
           whole["router_load"], sums["router_mass"], whole["router_tokens"])
     return objective, sums
 
@@ -127,7 +128,7 @@ def update(
     `balance.with_metrics` tells them.
   """
   of_trained: Loss = lambda trained, microbatch: loss(
-      partition.join(trained, state.frozen), microbatch)
+      trainable.join(trained, state.frozen), microbatch)
   grads, sums = accumulate(
       of_trained, state.trained, batch, num_microbatches, router_aux_coef)
   denominator = divisor(sums)
@@ -155,7 +156,7 @@ def update(
   metrics = {
       "loss": loss_value, "grad_norm": grad_norm,
       "learning_rate": learning_rate}
-  return new, metrics | found | balance.with_metrics(sums)
+  return new, metrics | found | load_balancing.with_metrics(sums)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from unittest import mock
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
-from posttrain import main
+from posttrain.cli import main
 from posttrain.plan import environment
 from tests.campaigns import mutations
 

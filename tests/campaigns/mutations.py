@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from posttrain import arguments
 from posttrain import config as config_lib
+from posttrain.cli import arguments
 from posttrain.config import keys, reader, schema
 from posttrain.model import config as model_config
 

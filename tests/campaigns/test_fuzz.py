@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from posttrain import main
+from posttrain.cli import main
 from tests.campaigns import fuzz, mutations
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -73,7 +73,7 @@ def test_one_lost_letter_finds_any_key_again():
 
 def test_a_key_of_another_kind_names_that_kind():
   found = problem("cold_start.group_size=4")
-  assert "no such key in a stage of kind sft (it belongs to grpo)" in found
+  assert "no such key in a stage of kind sft (it belongs to rl)" in found
 
 
 def test_truncated_sampling_in_rollouts_is_refused_with_the_reason():
@@ -192,8 +192,8 @@ def test_a_key_is_a_string():
 
 
 def test_a_wrong_kind_names_the_nearest():
-  assert "needed one of sft, grpo, evaluate; the nearest is grpo" in problems(
-      "reason.kind=grop")[0]
+  assert "needed one of sft, rl, evaluate; the nearest is evaluate" in problems(
+      "reason.kind=evalute")[0]
 
 
 @pytest.mark.parametrize("text, value", [
@@ -297,7 +297,7 @@ def test_offload_of_what_is_not_there_has_no_effect():
   assert "no stage holds one" in problem(of("reference"), kl, lora)
   assert not problems(of("reference"), kl, lora, "reason.reference=init")
   assert not problems(of("reference,optimizer"), kl)
-  assert "without a stage of kind grpo" in problem(
+  assert "without a stage of kind rl" in problem(
       of("optimizer"), spec="configs/s1.py:debug")
 
 
@@ -412,7 +412,7 @@ def test_a_key_without_effect_in_a_source():
      "model_overrides.decode_attention: no such key. The nearest key is "
      "compute.decode_attention."),
     (["model=qwen3-30b-a3b", "reason.rollout.weights_dtype=int8",
-      "reason.loss.behaviour_correction=mask"],
+      "reason.loss.importance_sampling=mask"],
      "reason.rollout.weights_dtype: 'int8' does not quantise experts yet"),
     (["profile.steps=8,2"],
      "profile.steps: found (8, 2), needed the first and the last step to"),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from posttrain import config as config_lib
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

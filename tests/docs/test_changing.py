@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from posttrain import config as config_lib
-from posttrain import main, pipeline, sharding
+from posttrain import pipeline, sharding
 from posttrain import workdir as workdir_lib
+from posttrain.cli import main
 from posttrain.objectives.advantages import group_advantages
-from posttrain.stages import grpo_parts
+from posttrain.stages import rl_parts
 from posttrain.tasks import loading, signs
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 from tests import meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -127,7 +128,7 @@ def first_rollouts(workdir):
   """Drawn again, which gives the same: advantages and logprobs in the loss."""
   with jax.set_mesh(sharding.make_mesh()):
     again = pipeline.set_up(workdir.config(), str(workdir.path))
-    collected = grpo_parts.make_collector(again.context("reason")).collect(
+    collected = rl_parts.make_rollout_worker(again.context("reason")).collect(
         again.weights_of("init"), step=0, batch=0)
   advantages = group_advantages(
       collected.rewards, collected.rollouts.prompt_id)

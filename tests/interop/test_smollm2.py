@@ -14,7 +14,7 @@ import pytest
 from posttrain import sharding
 from posttrain.interop import gguf, smollm2
 from posttrain.model.presets import PRESETS
-from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler import budget_tables, sampler, token_sampling
 from posttrain.text import boundaries, render, thinking, tokenizer
 
 QUESTIONS = (
@@ -46,7 +46,7 @@ def tables(smollm2_tokenizer):
 def make_sampler(tables, temperature: float, chunk: int, slots: int = 0):
   return sampler.Sampler(
       ids=thinking.ThinkingIds(), tables=tables,
-      params=choice.SamplingParams(temperature=temperature),
+      params=token_sampling.SamplingParams(temperature=temperature),
       max_prompt_tokens=64, chunk=chunk, slots=slots)
 
 

@@ -14,7 +14,7 @@ import pytest
 from posttrain import sharding
 from posttrain.interop import hugging_face
 from posttrain.objectives import logprobs
-from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler import budget_tables, sampler, token_sampling
 from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from tests import meshes
@@ -148,7 +148,8 @@ def greedy(ours, vocab_size: int, prompts: np.ndarray) -> np.ndarray:
   tables = budget_tables.BudgetTables.build(
       none, (), np.zeros(vocab_size, bool), vocab_size)
   drawn = sampler.Sampler(
-      ids=none, tables=tables, params=choice.SamplingParams(temperature=0.0),
+      ids=none, tables=tables,
+      params=token_sampling.SamplingParams(temperature=0.0),
       max_prompt_tokens=16, chunk=32).generate(
           ours, [row.tolist() for row in prompts],
           sampler.Limits(max_tokens=NEW_TOKENS),

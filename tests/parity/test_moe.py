@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import sharding
 from posttrain.model.config import ModelConfig
-from posttrain.objectives import balance
+from posttrain.objectives import load_balancing
 from tests import meshes
 from tests.model import build
 from tests.parity import releases
@@ -112,7 +112,7 @@ def objective(model, tokens, positions, segment_ids):
   logprobs = jax.nn.log_softmax(logits)[:, :-1]
   hot = jax.nn.one_hot(tokens[:, 1:], VOCAB) * segment_ids[:, 1:, None]
   cross_entropy = -jnp.sum(logprobs * hot) / jnp.sum(segment_ids[:, 1:])
-  aux = balance.balance_loss(traffic.load, traffic.mass, traffic.tokens)
+  aux = load_balancing.balance_loss(traffic.load, traffic.mass, traffic.tokens)
   return cross_entropy + COEF * aux, (
       logits, traffic.choice, aux, cross_entropy)
 

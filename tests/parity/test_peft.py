@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain import sharding, transfer
+from posttrain import convert, sharding
 from posttrain import workdir as workdir_lib
 from posttrain.interop import peft_adapter
 from posttrain.model import lora, transformer
@@ -109,7 +109,7 @@ def test_runs_that_train_adapters_are_handed_on(tmp_path):
   for name, flags in {
       "base": dict(stage="init"), "merged": {},
       "adapter": dict(adapter_of=str(outputs["base"]))}.items():
-    transfer.export(config, str(outputs[name]), workdir=str(path), **flags)
+    convert.export(config, str(outputs[name]), workdir=str(path), **flags)
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(path, assignments)
     model = run.weights_of("reason")

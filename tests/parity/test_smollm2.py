@@ -12,7 +12,7 @@ import pytest
 
 from posttrain.interop import gguf, gguf_tokenizer, hugging_face, smollm2
 from posttrain.model.presets import PRESETS
-from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler import budget_tables, sampler, token_sampling
 from posttrain.text import render, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from tests import meshes
@@ -92,7 +92,8 @@ def completions(ours, tokenizer, prompts) -> list[list[int]]:
       none, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer),
       tokenizer.vocab_size)
   drawn = sampler.Sampler(
-      ids=none, tables=tables, params=choice.SamplingParams(temperature=0.0),
+      ids=none, tables=tables,
+      params=token_sampling.SamplingParams(temperature=0.0),
       max_prompt_tokens=96, chunk=NEW_TOKENS).generate(
           ours, prompts, sampler.Limits(max_tokens=NEW_TOKENS),
           prompt_id=range(len(prompts)), seed=0, stage="parity")

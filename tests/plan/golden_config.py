@@ -24,7 +24,7 @@ def get_config(arg=""):
       data=dict(sources=(
           dict(task=f"{TASK}:demonstrations", args=dict(count=100)),)))
   config.reason = dict(
-      kind="grpo", num_steps=2, num_groups=4, group_size=4,
+      kind="rl", num_steps=2, num_groups=4, group_size=4,
       sequence_length=128, rows_per_microbatch=4,
       learning_rate=1e-4, loss=dict(kl_coef=0.1),
       problems=dict(task=f"{TASK}:problems", args=dict(count=100)),

@@ -9,9 +9,9 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.plan import abstract, programs, setup
+from posttrain.rl import packing
 from posttrain.sampler import decode
 from posttrain.stages import training
-from posttrain.train import policy
 from tests import meshes
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
@@ -24,7 +24,7 @@ def small_config():
   config.compute.update(dtype="float32", remat="none")
   config.reason.num_minibatches = 2  # Old logprobs, and later updates.
   config.reason.rollout.update(cache_dtype="int8", weights_dtype="int8")
-  config.reason.loss.behaviour_correction = "truncate"
+  config.reason.loss.importance_sampling = "truncate"
   return config_lib.resolve(config)
 
 
@@ -63,7 +63,7 @@ def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   for module, kind, name in (
       (decode, "prefill", "prefill"), (decode, "decode", "decode"),
       (decode, "unstack", "unstacked"), (decode, "grow", "resize"),
-      (policy, "logprobs", "sequence_logprobs")):
+      (packing, "logprobs", "sequence_logprobs")):
     monkeypatch.setattr(module, name, watch(kind, getattr(module, name)))
   pipeline.train(config, str(tmp_path / "run"))
 

@@ -14,9 +14,9 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.plan import abstract, programs, sampling_programs, setup
-from posttrain.sampler import hooks
+from posttrain.sampler import device_batch as slots_lib
+from posttrain.sampler import logits_processors
 from posttrain.sampler import sampler as sampler_lib
-from posttrain.sampler import slots as slots_lib
 from posttrain.stages import sampling
 from tests import meshes
 
@@ -130,7 +130,7 @@ def test_a_hook_is_planned(monkeypatch):
   meshes.eight()
   found = small_setup(slots=8)
   steering = sampling.make_steering
-  hook = hooks.repetition_penalty(found.tables.vocab_size)
+  hook = logits_processors.repetition_penalty(found.tables.vocab_size)
   monkeypatch.setattr(sampling, "make_steering", lambda *args: (
       dataclasses.replace(steering(*args), hook=hook)))
   with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:

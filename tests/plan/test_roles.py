@@ -20,9 +20,10 @@ from posttrain.plan import (
   topology,
   transfer_programs,
 )
+from posttrain.rl import packing, weight_sync
 from posttrain.sampler import decode
 from posttrain.stages import training
-from posttrain.train import fingerprint, policy, weight_sync
+from posttrain.train import fingerprint
 from tests import meshes
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
@@ -90,7 +91,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   monkeypatch.setattr(training, "make_update", watched_update)
   for module, kind, name in (
       (decode, "prefill", "prefill"), (decode, "unstack", "unstacked"),
-      (policy, "ref_logprobs", "sequence_logprobs"),
+      (packing, "ref_logprobs", "sequence_logprobs"),
       (weight_sync, "gather", "gathered"),
       (fingerprint, "fingerprints", "fingerprints")):
     monkeypatch.setattr(module, name, watch(kind, getattr(module, name)))

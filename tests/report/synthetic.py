@@ -10,7 +10,7 @@ CONFIG = {
     "seed": 3, "model": "tiny", "stages": list(STAGES),
     "thinking": {"end": "</think>", "wait_text": "Wait"},
     "warm_up": {"kind": "sft", "num_steps": 60, "learning_rate": 1.5e-3},
-    "reason": {"kind": "grpo", "num_steps": 40, "learning_rate": 1e-4},
+    "reason": {"kind": "rl", "num_steps": 40, "learning_rate": 1e-4},
     "measure": {"kind": "evaluate", "max_thinking_tokens": [8, 16, 32, 64]},
 }
 ENVIRONMENT = {

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from posttrain.sampler import choice, rollouts
+from posttrain.sampler import rollouts, token_sampling
 from posttrain.sampler.engine import Engine, Settings
 from posttrain.sampler.requests import Request
 from posttrain.sampler.sampler import Limits
@@ -61,10 +61,11 @@ def random_request(rng, number: int, longest: int = 60) -> Request:
   if rng.random() < 0.5:
     prompt.append(3)
   params = [
-      choice.SamplingParams(), choice.SamplingParams(temperature=0.0),
-      choice.SamplingParams(temperature=1.4, top_k=9),
-      choice.SamplingParams(temperature=0.8, top_p=0.9),
-      choice.SamplingParams(min_p=0.05)][int(rng.integers(5))]
+      token_sampling.SamplingParams(),
+      token_sampling.SamplingParams(temperature=0.0),
+      token_sampling.SamplingParams(temperature=1.4, top_k=9),
+      token_sampling.SamplingParams(temperature=0.8, top_p=0.9),
+      token_sampling.SamplingParams(min_p=0.05)][int(rng.integers(5))]
   return Request(
       prompt=tuple(prompt), params=params,
       max_tokens=needed + int(rng.integers(1, longest - needed)),

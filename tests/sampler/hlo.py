@@ -13,7 +13,7 @@ from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.sampler import budget_tables, decode
-from posttrain.sampler import slots as slots_lib
+from posttrain.sampler import device_batch as slots_lib
 from posttrain.sampler.requests import Request
 from posttrain.text import thinking
 

@@ -14,11 +14,11 @@ import zlib
 import jax
 import numpy as np
 
-from posttrain.sampler import budget, choice
+from posttrain.sampler import budget, token_sampling
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.sampler.sampler import Limits, Sampler
 from tests.model import numpy_transformer
-from tests.sampler import forcing, test_choice
+from tests.sampler import forcing, test_token_sampling
 
 # Two perturbed logits that are nearer than this may trade places in float32.
 NEAR = 1e-4
@@ -31,7 +31,7 @@ CLOSED = {budget.OPEN: "open", budget.NATURAL: "natural",
 def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
                  slots=0, **params) -> Sampler:
   return Sampler(
-      strings, strings.tables(), choice.SamplingParams(**params),
+      strings, strings.tables(), token_sampling.SamplingParams(**params),
       max_prompt_tokens=max_prompt_tokens, chunk=chunk, slots=slots)
 
 
@@ -154,4 +154,4 @@ def distribution(logits, banned=(), **sampling):
   """[V] probabilities; at temperature 0, those that are reported."""
   if sampling.get("temperature") == 0:
     sampling = {}
-  return test_choice.exact(logits, banned=banned, **sampling)
+  return test_token_sampling.exact(logits, banned=banned, **sampling)

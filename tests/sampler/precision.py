@@ -19,7 +19,7 @@ from posttrain import sharding
 from posttrain.model import cache as kv
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import budget_tables, choice, sampler
+from posttrain.sampler import budget_tables, sampler, token_sampling
 from posttrain.text import thinking
 from tests import meshes
 
@@ -100,7 +100,7 @@ def drawn(model: Transformer, prompts: np.ndarray, new: int) -> np.ndarray:
       thinking.ThinkingIds(), (), np.zeros(vocab_size, bool), vocab_size)
   rollouts = sampler.Sampler(
       ids=thinking.ThinkingIds(), tables=tables,
-      params=choice.SamplingParams(temperature=1.0),
+      params=token_sampling.SamplingParams(temperature=1.0),
       max_prompt_tokens=prompts.shape[1], chunk=new).generate(
           model, prompts.tolist(), sampler.Limits(max_tokens=new),
           prompt_id=range(len(prompts)), seed=0, stage="precision")

@@ -6,13 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.sampler import choice, decode, hooks, requests
+from posttrain.sampler import (
+  decode,
+  logits_processors,
+  requests,
+  token_sampling,
+)
 from posttrain.sampler.requests import Request
 from posttrain.sampler.stop_strings import Matcher
 from tests import meshes
 from tests.model import build, numpy_transformer
 from tests.sampler import engine_scene as scene
-from tests.sampler import test_choice
+from tests.sampler import test_token_sampling
 
 # Text of an id: of no, one and several characters.
 WORDS = ["", "a", "", "b", "ab", "ba", "c", "abc", "é", " ", "cab", "bb", "-",
@@ -111,7 +116,7 @@ def test_stop_ids_and_bans_are_the_requests_own():
   for i in range(24):
     request = dataclasses.replace(
         PLAIN, max_tokens=40, prompt_id=i,
-        params=choice.SamplingParams(temperature=2.0))
+        params=token_sampling.SamplingParams(temperature=2.0))
     own = tuple(rng.choice(np.arange(12, scene.V), 3, replace=False).tolist())
     without.append(request)
     asked.append(dataclasses.replace(request, **(
@@ -144,7 +149,7 @@ def full_logits(done):
 def assert_distribution(done, logits=None, **sampling):
   """The logprobs are of the exact distribution, token by token."""
   logits = full_logits(done) if logits is None else logits
-  want = [np.log(test_choice.exact(row, **sampling)[token])
+  want = [np.log(test_token_sampling.exact(row, **sampling)[token])
           for row, token in zip(logits, done.tokens, strict=True)]
   np.testing.assert_allclose(done.logprobs, want, rtol=0, atol=5e-5)
 
@@ -154,14 +159,14 @@ def test_logprobs_of_the_model_and_of_the_top_tokens():
   busy = scene.make_engine(scene.UNUSED, recorded=decode.Recorded(
       model_logprobs=True, top_logprobs=3))
   [done] = scene.take(busy, [dataclasses.replace(
-      PLAIN, params=choice.SamplingParams(**sampling))])
+      PLAIN, params=token_sampling.SamplingParams(**sampling))])
   logits = full_logits(done)
   assert_distribution(done, logits, **sampling)
   assert_distribution(
       dataclasses.replace(done, logprobs=done.model_logprobs), logits)
   for row, ids, values in zip(
       logits, done.top_tokens, done.top_logprobs, strict=True):
-    want = test_choice.exact(row, **sampling)
+    want = test_token_sampling.exact(row, **sampling)
     assert ids.tolist() == np.argsort(-want)[:3].tolist()
     np.testing.assert_allclose(values, np.log(want[ids]), rtol=0, atol=5e-5)
 
@@ -172,18 +177,19 @@ def test_rows_of_one_batch_follow_distributions_of_their_own():
   Chi-square at a false-alarm rate of 1e-6 a case, 1.2e-5 in all; the seed is
   fixed.
   """
-  cases = [dict(c) for c in test_choice.CASES if "banned" not in c]
+  cases = [dict(c) for c in test_token_sampling.CASES if "banned" not in c]
   cases.append(dict(top_k=5, top_p=0.7, min_p=0.2))
   draws = 8000
-  params = choice.RowParams.of(
-      [choice.SamplingParams(**case) for case in cases for _ in range(draws)])
+  params = token_sampling.RowParams.of(
+      [token_sampling.SamplingParams(**case) for case in cases for _ in range(
+          draws)])
   rows = np.arange(len(cases) * draws, dtype=np.int32)
-  keys = choice.row_keys(1, "mixed", 0, rows // 7, rows % 7)
-  logits = np.tile(test_choice.LOGITS, (len(rows), 1))
-  tokens, logprobs = jax.jit(test_choice.choose)(logits, None, keys, params)
+  keys = token_sampling.row_keys(1, "mixed", 0, rows // 7, rows % 7)
+  logits = np.tile(test_token_sampling.LOGITS, (len(rows), 1))
+  tokens, logprobs = jax.jit(test_token_sampling.choose)(logits, None, keys, params)
   for i, case in enumerate(cases):
     part = slice(i * draws, (i + 1) * draws)
-    expected = test_choice.exact(test_choice.LOGITS, **case)
+    expected = test_token_sampling.exact(test_token_sampling.LOGITS, **case)
     np.testing.assert_allclose(
         logprobs[part], np.log(expected[tokens[part]]), atol=2e-6)
     counts = np.bincount(tokens[part], minlength=10)
@@ -198,7 +204,7 @@ def test_rows_of_one_batch_follow_distributions_of_their_own():
 
 def test_a_bias_is_added_where_it_is_asked_for():
   busy = scene.make_engine(
-      scene.UNUSED, hook=hooks.token_bias(scene.V))
+      scene.UNUSED, hook=logits_processors.token_bias(scene.V))
   biases = {14: 3.0, 15: -2.0, 2: -1e9}
   asked = [dataclasses.replace(
       PLAIN, prompt_id=i, hook=biases if i % 2 else None) for i in range(12)]
@@ -212,7 +218,7 @@ def test_a_bias_is_added_where_it_is_asked_for():
 def test_a_repetition_penalty_is_that_of_its_definition():
   """Mixed with rows that have none, and slots that had another's state."""
   busy = scene.make_engine(
-      scene.UNUSED, hook=hooks.repetition_penalty(scene.V))
+      scene.UNUSED, hook=logits_processors.repetition_penalty(scene.V))
   asked = [dataclasses.replace(
       PLAIN, prompt_id=i, hook=[
           None, {"penalty": 1.8}, {"penalty": 0.6}][i % 3])
@@ -303,7 +309,8 @@ def test_padding_of_the_vocabulary_is_never_sampled():
   busy = scene.make_engine(scene.Strings(vocab_size=scene.V))
   found = scene.take(busy, [dataclasses.replace(
       PLAIN, prompt_id=i, max_tokens=60,
-      params=choice.SamplingParams(temperature=50.0)) for i in range(12)])
+      params=token_sampling.SamplingParams(temperature=50.0)) for i in range(
+      12)])
   seen = {token for done in found for token in done.tokens}
   assert seen == set(range(scene.V))
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.sampler import decode, requests, rollouts, steering
+from posttrain.sampler import decode, requests, rollouts, sampling_options
 from posttrain.sampler.requests import Request
 from tests import meshes
 from tests.sampler import engine_scene as scene
@@ -100,12 +100,12 @@ def test_waits_are_drawn_for_ids_of_any_sign():
   for number, sample in itertools.product((-7, -1, 0, 7, 2**31 - 1), (-1, 0)):
     request = dataclasses.replace(
         PLAIN, num_waits=16, prompt_id=number, sample_id=sample)
-    order = steering.Steering(draw_waits=True).of(request, 3).wait_order
+    order = sampling_options.Steering(draw_waits=True).of(request, 3).wait_order
     assert len(order) == 16 and set(order) <= {0, 1, 2}
     drawn[number, sample] = order
   assert len(set(drawn.values())) == len(drawn)
   [done] = scene.take(scene.make_engine(), [
-      steering.Steering(draw_waits=True).of(
+      sampling_options.Steering(draw_waits=True).of(
           dataclasses.replace(PLAIN, prompt_id=-7, sample_id=-1), 1)])
   assert done.tokens and not done.error
   want = np.random.default_rng(

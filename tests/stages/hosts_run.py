@@ -14,9 +14,9 @@ import signal
 import subprocess
 import time
 
-from posttrain import __main__, line
+from posttrain import __main__, host_connections
 from posttrain.data import batches
-from posttrain.train import hosts
+from posttrain.telemetry import stragglers
 
 
 def stand_still(seconds: str) -> None:
@@ -37,7 +37,8 @@ def misbehave(step: int, act) -> None:
 
 
 if __name__ == "__main__":
-  line.PULSE, line.SILENT, hosts.STUCK = 0.5, 3.0, 3.0
+  host_connections.PULSE, host_connections.SILENT = 0.5, 3.0
+  stragglers.STUCK = 3.0
   if os.environ["POSTTRAIN_PROCESS_ID"] == os.environ.get("WHICH", "1"):
     if "STOP" in os.environ:
       at, seconds = os.environ["STOP"].split(":")

@@ -15,9 +15,10 @@ from posttrain import config as config_lib
 from posttrain import weights, workdir
 from posttrain.model.transformer import Transformer
 from posttrain.stages import sft
-from posttrain.stages.context import StageContext
+from posttrain.stages.run_context import RunContext
+from posttrain.telemetry import console
 from posttrain.text import render, thinking
-from posttrain.train import checkpoints, console
+from posttrain.train import checkpoints
 
 HERE = "tests.stages.sft_run"
 LENGTH = 32
@@ -64,13 +65,13 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(CONFIG)
 
 
-def make_context(path, assignments=()) -> StageContext:
+def make_context(path, assignments=()) -> RunContext:
   """A stage in the workdir `path`, on the current mesh."""
   config = config_lib.assign(CONFIG, assignments, "test")
   first = jax.process_index() == 0
   run, _ = workdir.create(path, config, devices=[], is_writer=first)
   tokenizer = weights.tokenizer(config, run)
-  return StageContext(
+  return RunContext(
       name="cold_start", config=config, workdir=run,
       renderer=render.make_renderer(tokenizer, config.chat_template),
       thinking_ids=thinking.resolve(
@@ -78,7 +79,7 @@ def make_context(path, assignments=()) -> StageContext:
       console=console.Console(quiet=not first))
 
 
-def start(context: StageContext) -> Transformer:
+def start(context: RunContext) -> Transformer:
   shape = weights.model_config(
       context.config, context.renderer.tokenizer.vocab_size)
   return weights.initial(context.config, shape)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from posttrain.model import lora
-from posttrain.train import metrics, partition, preemption
+from posttrain.telemetry import metrics
+from posttrain.train import preemption, trainable
 from tests import meshes, pipeline_run
 from tests.stages import sft_run
 from tests.stages.test_sft import leave_at, parameters, repeatable, rows_of
@@ -88,9 +89,9 @@ def test_stages_share_one_base_and_go_on_with_the_adapters(chain):
     fresh = run.weights_of("init")
   assert before.config == after.config and before.config.lora.rank == 4
   moved = {path for path, a, b in zip(
-      partition.paths(before), jax.tree.leaves(before),
+      trainable.paths(before), jax.tree.leaves(before),
       jax.tree.leaves(after), strict=True) if not np.array_equal(a, b)}
-  assert moved == {path for path in partition.paths(before)
+  assert moved == {path for path in trainable.paths(before)
                    if lora.is_adapter(path)}
   assert before.blocks.q[...].dtype == np.int8
   assert fresh.config.lora is None
@@ -133,7 +134,7 @@ def test_the_reference_is_the_policys_own_buffers(tmp_path, reference, steps):
         run.context("reason"), start, run.weights_of)
     base = {id(w) for w in jax.tree.leaves(learner.state.frozen)}
     own = [path for path, w in zip(
-        partition.paths(learner.reference),
+        trainable.paths(learner.reference),
         jax.tree.leaves(learner.reference), strict=True) if id(w) not in base]
     assert len(jax.tree.leaves(learner.reference)) - len(own) == len(base)
     if steps and not reference:

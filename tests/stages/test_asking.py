@@ -15,7 +15,7 @@ from posttrain.stages import evaluate, sampling
 from posttrain.tasks import loading
 from tests import meshes, pipeline_run
 
-HOOK = "posttrain.sampler.hooks:token_bias"
+HOOK = "posttrain.sampler.logits_processors:token_bias"
 POLICY = "tests.stages.test_asking:patience"
 ASK = [
     "stages=measure", "tokenizer.train=tests.stages.toy:asking_corpus",

@@ -12,7 +12,8 @@ import pytest
 from posttrain.evaluation import summary
 from posttrain.sampler import decode
 from posttrain.stages import evaluate
-from posttrain.train import metrics, preemption
+from posttrain.telemetry import metrics
+from posttrain.train import preemption
 from tests import meshes, pipeline_run
 from tests.stages import toy
 

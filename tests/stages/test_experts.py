@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 from tests import meshes, pipeline_run
 
 EXPERTS = ["model_overrides.num_experts=4",

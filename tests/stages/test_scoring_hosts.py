@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]

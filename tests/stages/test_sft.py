@@ -10,7 +10,8 @@ import pytest
 
 from posttrain.data import batches
 from posttrain.stages import sft
-from posttrain.train import health, metrics, preemption
+from posttrain.telemetry import metrics
+from posttrain.train import health, preemption
 from tests import meshes
 from tests.stages import sft_run
 

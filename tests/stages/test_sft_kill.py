@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from posttrain.train import metrics
+from posttrain.telemetry import metrics
 from tests.stages.test_sft import rows_of
 
 pytestmark = [

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain import main, pipeline, workdir
+from posttrain import pipeline, workdir
+from posttrain.cli import main
 from posttrain.train import checkpoints
-from posttrain.train.damage import DamagedError
+from posttrain.train.checkpoint_integrity import DamagedError
 from tests import meshes
 from tests.stages import sft_run
 from tests.stages.test_sft import leave_at, repeatable, rows_of

@@ -70,7 +70,8 @@ def test_before_the_end_the_lease_is_let_go_and_the_others_are_told(tmp_path):
   result = subprocess.run(
       [sys.executable, "-c", """if True:
       import os, socket, sys, threading
-      from posttrain import arguments, lease, line, main
+      from posttrain import host_connections as line, lease
+      from posttrain.cli import arguments, main
       def work(argv):
         assert lease.Taking(sys.argv[1]).look()
         connection = socket.socket(fileno=int(sys.argv[2]))

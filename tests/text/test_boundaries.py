@@ -9,9 +9,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from posttrain import config as config_lib
 from posttrain import pipeline
-from posttrain.sampler import choice
+from posttrain.cli import chat, sample
+from posttrain.sampler import token_sampling
 from posttrain.sampler.sampler import Limits
-from posttrain.stages import chat, sample
 from posttrain.text import boundaries, render, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from tests import meshes, pipeline_run
@@ -128,7 +128,8 @@ def test_the_verbs_warn_once(config, tmp_path, monkeypatch, capsys):
   for verb in (sample, chat):
     monkeypatch.setattr(
         verb.sharding, "make_mesh", lambda *sizes, **more: one)
-  how = dict(params=choice.SamplingParams(), limits=Limits(max_tokens=1))
+  how = dict(params=token_sampling.SamplingParams(),
+      limits=Limits(max_tokens=1))
   said = {}
   stream = io.StringIO()
   chat.run(config, lines=[], stream=stream, **how)

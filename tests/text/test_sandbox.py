@@ -9,7 +9,7 @@ import jinja2.ext
 import jinja2.sandbox
 import pytest
 
-from posttrain.text import render, sandbox, template_work
+from posttrain.text import render, sandbox, template_worker
 from tests.text import build, families
 
 MESSAGES = [
@@ -86,12 +86,12 @@ def test_a_conversation_of_a_million_characters_uses_little():
       for i in range(2000)])
   for name in families.FAMILIES:
     template = sandbox.Template(families.template(name), name)
-    with template_work.limited(name):
-      before = template_work._WORK.get()
+    with template_worker.limited(name):
+      before = template_worker._WORK.get()
       text = template._template.render(**long)
     assert len(text) > 990_000
-    used = template_work.MOST_WORK - before.left
-    assert len(text) < used < template_work.MOST_WORK / 20
+    used = template_worker.MOST_WORK - before.left
+    assert len(text) < used < template_worker.MOST_WORK / 20
 
 
 LOOPS = "{% for a in range(100000) %}{% for b in range(100000) %}"
@@ -195,8 +195,8 @@ BOMBS = {
 # In a thread, which is not the one that Python takes signals in.
 RENDER = """
 import json, pathlib, resource, sys, threading, time
-from posttrain.text import sandbox, template_work
-template_work.SECONDS, template_work.MOST_WORK = (
+from posttrain.text import sandbox, template_worker
+template_worker.SECONDS, template_worker.MOST_WORK = (
     float(sys.argv[1]), int(sys.argv[2]))
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 limit = used * resource.getpagesize() + 1536 * 2**20
@@ -221,7 +221,7 @@ for source in json.load(sys.stdin):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("seconds, work", [
     (0.2, 2**23),
-    pytest.param(template_work.SECONDS, template_work.MOST_WORK,
+    pytest.param(template_worker.SECONDS, template_worker.MOST_WORK,
                  marks=pytest.mark.slow)])
 def test_bombs_end_with_a_message(seconds, work):
   """Each in seconds of one processor, all within 1.5 GiB."""

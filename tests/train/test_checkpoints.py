@@ -295,7 +295,7 @@ HOST = textwrap.dedent("""
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     from posttrain import sharding
     from posttrain.train import checkpoints
-    from posttrain.train.damage import DamagedError
+    from posttrain.train.checkpoint_integrity import DamagedError
     with jax.set_mesh(sharding.make_mesh(fsdp=4, tensor=2)):
       # Large enough to be in files of its own, and not in an index.
       w = np.arange(4096, dtype=np.float32).reshape(64, 64)

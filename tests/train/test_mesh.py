@@ -15,8 +15,9 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.model import attention
 from posttrain.objectives import policy as policy_lib
+from posttrain.rl import packing
 from posttrain.stages import sft, training
-from posttrain.train import forward, policy, step
+from posttrain.train import forward, step
 from tests import meshes
 from tests.model import build
 
@@ -35,7 +36,7 @@ CONFIGS = {
 }
 LOSSES = {
     "sft": functools.partial(sft.cross_entropy, chunk=CHUNK),
-    "grpo": policy.PolicyLoss(
+    "grpo": packing.PolicyLoss(
         policy_lib.policy_loss, temperature=0.8, chunk=CHUNK, clip_low=0.2,
         clip_high=0.28, kl_coef=0.1)}
 SHAPES = {
@@ -134,7 +135,7 @@ def test_heads_stand_in_for_the_length_within_attention(
     seen["logprobs"] = str(jax.typeof(logprobs))
     several = {key: x[None] for key, x in batch.items()} | {
         "advantages": logprobs[None]}
-    seen["several"] = str(jax.typeof(policy.sequence_logprobs(
+    seen["several"] = str(jax.typeof(packing.sequence_logprobs(
         model, several, 1, loss=LOSSES["grpo"])))
     return hidden
 

@@ -14,8 +14,9 @@ from posttrain import config as config_lib
 from posttrain import sharding, weights
 from posttrain.model import presets, transformer
 from posttrain.plan import abstract
-from posttrain.stages import footprint
-from posttrain.train import checkpoints, memory, optimizer, state
+from posttrain.stages import memory_estimate
+from posttrain.telemetry import memory
+from posttrain.train import checkpoints, optimizer, state
 from tests import meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def test_the_estimate_has_the_state_of_the_section(name, dtype):
       f"cold_start.optimizer={name}", f"cold_start.moments_dtype={dtype}"])
   section = config.cold_start
   with jax.set_mesh(meshes.one()):
-    _, held = footprint.held(section, config.compute, CONFIG)
+    _, held = memory_estimate.held(section, config.compute, CONFIG)
     opt_state = jax.eval_shape(
         lambda: make(name, dtype).init(
             transformer.Transformer(CONFIG, jax.random.key(0))))

@@ -138,7 +138,8 @@ def test_sigterm_while_the_command_begins_is_a_preemption(tmp_path, delay):
 
 ENDS = textwrap.dedent("""
     import atexit, sys, time
-    from posttrain import __main__, main
+    from posttrain import __main__
+    from posttrain.cli import main
     from posttrain.train import preemption
     class Late:
       def __del__(self):

@@ -1,0 +1,190 @@
+"""A conversation in the terminal, with budgets that change between turns.
+
+No stage of a pipeline: the `chat` verb runs it. Thinking is dimmed, forced
+tokens are marked, and earlier turns are given back to the model without their
+thinking, as the families' templates do.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+from ml_collections import config_dict
+
+from posttrain import sharding, weights
+from posttrain.cli.stream_printer import Live
+from posttrain.config import keys
+from posttrain.sampler import requests, sampler, token_sampling, transcript
+from posttrain.stages import sampling
+from posttrain.telemetry import console as console_lib
+from posttrain.text import render
+from posttrain.train import preemption
+
+CHUNK = 8  # Tokens between two looks: what is read is seen early.
+HELP = """\
+/budget N     at most N thinking tokens; /budget off for no maximum
+/least N      at least N thinking tokens
+/wait N       replace the first N ends of thinking by the wait text
+/tokens N     at most N tokens an answer, thinking included
+/temperature X   0 takes the likeliest token
+/reset        forget the conversation
+/exit         leave (or end of input)"""
+
+
+def run(
+    config: config_dict.ConfigDict, *, workdir: str | None = None,
+    stage: str = "", params: token_sampling.SamplingParams,
+    limits: sampler.Limits,
+    steering: Mapping[str, Any] = sampling.PLAIN,
+    seed: int = 0, cache_dtype: str = "compute",
+    weights_dtype: str = "compute", lines: Iterable[str] | None = None,
+    stream: TextIO | None = None,
+) -> list[dict[str, str]]:
+  """Talks until the input ends.
+
+  Args:
+    config, workdir, stage: whose weights, as in `sample.run`.
+    params, limits: to begin with.
+    steering: as `sampling.make_steering` takes it.
+    seed: with the turn's number, what a draw depends on.
+    cache_dtype, weights_dtype: see `sampler.Sampler`.
+    lines: what is said; read from the terminal by default.
+    stream: where to print; standard output by default.
+
+  Returns:
+    The messages.
+
+  Raises:
+    ValueError: no such weights, no chat template, or several processes.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+        f"{jax.process_count()} processes cannot share a terminal. Chat on one "
+        "machine; `posttrain sample` runs on many.")
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
+    renderer, model = weights.load_for_sampling(config, workdir, stage)
+    if not isinstance(renderer, render.ChatRenderer):
+      raise ValueError(
+          'chat_template="plain" has no turns. Use a model with a chat '
+          "template, or set chat_template to a Jinja file.")
+    ids = sampling.thinking_ids(
+        config, renderer.tokenizer,
+        console_lib.Console(stream=stream or sys.stdout))
+    # Once: it looks at every token of the vocabulary.
+    tables = sampling.make_tables(
+        renderer.tokenizer, ids, steering["suppress"])
+    talk = Chat(renderer, sampler.Sampler(
+        ids=ids, tables=tables, params=params, max_prompt_tokens=0,
+        chunk=CHUNK, cache_dtype=cache_dtype, weights_dtype=weights_dtype,
+        steering=sampling.make_steering(steering, tables.vocab_size),
+        before_chunk=preemption.leave_if_requested),
+                limits, seed, stream or sys.stdout)
+    for line in lines if lines is not None else typed():
+      if not talk.hear(model, line.strip()):
+        break
+  return talk.messages
+
+
+def _check_range(name: str, value: float, bounds: str) -> None:
+  if not keys.within(value, bounds):
+    raise ValueError(f"/{name}: found {keys.shown(value)}, needed a value in "
+                     f"{keys.allowed(value, bounds)}.")
+
+
+def typed() -> Iterator[str]:
+  """Lines of the terminal, until end of input."""
+  while True:
+    preemption.begin_anew()  # SIGTERM need not wait for the line.
+    try:
+      yield input("\n> ")
+    except EOFError:
+      return
+
+
+class Chat:
+  """The conversation so far, and how the next turn is drawn.
+
+  Attributes:
+    messages: with roles, thinking left out.
+  """
+
+  def __init__(
+      self, renderer: render.ChatRenderer, how: sampler.Sampler,
+      limits: sampler.Limits, seed: int, stream: TextIO,
+  ):
+    """How turns are drawn; the room for the prompt is each turn's own."""
+    self.messages: list[dict[str, str]] = []
+    self._renderer, self._how = renderer, how
+    self._limits, self._seed = limits, seed
+    self._stream = stream
+    self._console = console_lib.Console(stream=stream)
+    self._turns = 0
+
+  def hear(self, model, line: str) -> bool:
+    """Answers a line, or obeys a command; false to leave."""
+    if not line:
+      return True
+    if line == "/exit":
+      return False
+    if line.startswith("/"):
+      self._console.line(self._obey(*line[1:].partition(" ")[::2]), "dim")
+      return True
+    asked = [*self.messages, {"role": "user", "content": line}]
+    try:
+      answer = self._answer(model, asked)
+    except ValueError as error:  # Of this turn; the conversation goes on.
+      self._console.line(str(error), "red")
+      return True
+    self.messages = [*asked, {"role": "assistant", "content": answer}]
+    return True
+
+  def _obey(self, name: str, value: str) -> str:
+    """Carries out a command; what to say of it."""
+    limits = {  # And the range, as of the flags.
+        "budget": ("max_thinking_tokens", "[-1, inf)"),
+        "least": ("min_thinking_tokens", "[0, inf)"),
+        "wait": ("num_waits", keys.WAITS), "tokens": ("max_tokens", "[1, inf)")}
+    if name == "reset":
+      self.messages = []
+      return "forgotten"
+    try:
+      if name == "temperature":
+        _check_range(name, float(value), f"0 or {keys.TEMPERATURES}")
+        self._how = dataclasses.replace(
+            self._how, params=dataclasses.replace(
+                self._how.params, temperature=float(value)))
+        return f"temperature {float(value):g}"
+      if name in limits:
+        field, bounds = limits[name]
+        number = -1 if (name, value) == ("budget", "off") else int(value)
+        _check_range(name, number, bounds)
+        self._limits = sampler.Limits(
+            **(vars(self._limits) | {field: number}))
+        return f"{field} {number}"
+    except ValueError as error:
+      return str(error)
+    return HELP
+
+  def _answer(self, model, messages: list[dict[str, str]]) -> str:
+    """Draws and prints a turn; its text, without the thinking."""
+    tokenizer = self._renderer.tokenizer
+    prompt = self._renderer.prompt_tokens({"messages": messages})
+    slots = 64
+    while slots < len(prompt):
+      slots *= 2  # Few sizes, as each is compiled.
+    how = dataclasses.replace(self._how, max_prompt_tokens=slots)
+    opened = requests.in_thinking(tuple(prompt), how.tables)
+    drawn = how.generate(
+        model, [prompt], self._limits, seed=self._seed, stage="chat",
+        prompt_id=[self._turns], on_chunk=Live(
+            tokenizer, how.ids, self._stream, in_thinking=opened))
+    self._turns += 1
+    self._console.line("")
+    self._console.line(
+        f"{drawn.lengths[0]} tokens, {drawn.think_lengths[0]} of them "
+        f"thinking, {drawn.wait_count[0]} waits, {drawn.finish_name(0)}", "dim")
+    answer = transcript.split(drawn, 0, how.ids).answer
+    return transcript.completion_text(
+        tokenizer, drawn.completion(0)[answer]).strip()

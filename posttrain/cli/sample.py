@@ -1,0 +1,290 @@
+"""Completions of given prompts, printed while they are drawn.
+
+No stage of a pipeline: the `sample` verb runs it on a preset's weights, on a
+trained stage of a workdir, or on what a config starts with.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from posttrain import sharding, weights
+from posttrain import workdir as workdir_lib
+from posttrain.cli.stream_printer import Live
+from posttrain.model.transformer import Transformer
+from posttrain.sampler import (
+  engine,
+  requests,
+  rollouts,
+  sampler,
+  token_sampling,
+  transcript,
+)
+from posttrain.stages import sampling
+from posttrain.telemetry import console as console_lib
+from posttrain.text import instructions, thinking
+from posttrain.text import tokenizer as tokenizer_lib
+from posttrain.train import preemption
+
+BATCH_ROWS = 64  # Completions decoded together.
+CHUNK = 16  # Tokens between two looks; streaming wants few, speed many.
+FACTS = ("length", "think_length", "wait_count", "finish_reason")
+
+
+def run(
+    config: config_dict.ConfigDict, rows: Sequence[Mapping[str, Any]], *,
+    workdir: str | None = None, stage: str = "", output: str | None = None,
+    params: token_sampling.SamplingParams, limits: sampler.Limits,
+    steering: Mapping[str, Any] = sampling.PLAIN, ask: str = "",
+    num_samples: int = 1, seed: int = 0, cache_dtype: str = "compute",
+    weights_dtype: str = "compute", stream: TextIO | None = None,
+) -> list[dict[str, Any]]:
+  """Samples, prints and returns completions.
+
+  Args:
+    config: resolved; of the workdir where there is one.
+    rows: each with a `prompt` or `messages`.
+    workdir: take the weights of a stage of this run.
+    stage: which; "" for its last finished training stage, "init" for what
+      the run started from.
+    output: a JSONL file for the completions, written as they finish. What an
+      interrupted run has left there is not drawn again.
+    params, limits: how to sample, and how far.
+    steering: as `sampling.make_steering` takes it.
+    ask: an instruction to put behind each prompt.
+    num_samples: per prompt.
+    seed: with the prompt's number and the sample's, what a draw depends on.
+    cache_dtype, weights_dtype: see `sampler.Sampler`.
+    stream: where to print; standard output by default.
+
+  Returns:
+    One record per completion: text, tokens, logprobs, provenance and ends; of
+    a prompt that cannot run, an error.
+
+  Raises:
+    ValueError: no such weights, no prompt that can run, a tokenizer or chat
+      template other than the one trained with, or nothing that steers so.
+  """
+  first = jax.process_index() == 0
+  stream = stream or sys.stdout
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
+    renderer, model = weights.load_for_sampling(config, workdir, stage)
+    ids = sampling.thinking_ids(
+        config, renderer.tokenizer,
+        console_lib.Console(stream=stream, quiet=not first))
+    tables = sampling.make_tables(
+        renderer.tokenizer, ids, steering["suppress"])
+    dtypes: dict[str, Any] = dict(
+        cache_dtype=cache_dtype, weights_dtype=weights_dtype)
+    how = sampler.Sampler(
+        ids=ids, tables=tables, params=params, chunk=CHUNK,
+        max_prompt_tokens=0, **dtypes,
+        steering=sampling.make_steering(steering, tables.vocab_size),
+        before_chunk=preemption.leave_if_requested)
+    if ask:
+      tokenizer_lib.check_known(renderer.tokenizer, ask, "The instruction")
+      rows = [instructions.ask(row, ask, config.thinking.start)
+              for row in rows]
+    prompts = [renderer.prompt_tokens(row) for row in rows]
+    settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
+        "seed": seed} | dtypes | sampling.with_sources(steering)
+    if len(rows) * num_samples == 1:
+      with _told_at_sigterm(stream, lambda: "the completion is dropped"):
+        records = [_live(
+            renderer.tokenizer, how, model, prompts[0], limits, seed, stream)]
+      if output and first:
+        _write(output, records, settings)
+      return records
+    asked = [
+        how.steering.of(requests.Request(
+            prompt=tuple(prompt), params=params,
+            **dataclasses.asdict(limits), seed=seed, stage="sample",
+            prompt_id=i, sample_id=sample), len(tables.waits))
+        for i, prompt in enumerate(prompts) for sample in range(num_samples)]
+    queue = _Queue(renderer.tokenizer, how, output, settings)
+    kept = lambda: (
+        f"{queue.finished} of {len(asked)} completions are "
+        + (f"in {output}, and the same command goes on" if output else
+           "printed, and none is kept without --output"))
+    with _told_at_sigterm(stream, kept):
+      for record in queue.records(model, asked):
+        if first:
+          _show(record, stream, f"{queue.finished} of {len(asked)}")
+  records = queue.ordered()
+  if all("error" in record for record in records):
+    raise ValueError(f"Every prompt failed. The first: {records[0]['error']}")
+  return records
+
+
+@contextlib.contextmanager
+def _told_at_sigterm(
+    stream: TextIO, kept: Callable[[], str]) -> Iterator[None]:
+  """Says what is kept where SIGTERM ends the process between two chunks."""
+  try:
+    yield
+  except preemption.Preempted:
+    if jax.process_index() == 0:
+      console_lib.Console(stream=stream).line(f"\nsample: SIGTERM; {kept()}.")
+    raise
+
+
+class _Queue:
+  """Many completions, through an engine; those in the file are there."""
+
+  def __init__(
+      self, tokenizer: tokenizer_lib.Tokenizer, how: sampler.Sampler,
+      output: str | None, settings: Mapping[str, Any],
+  ):
+    self._tokenizer, self._how = tokenizer, how
+    self._output, self._settings = output, settings
+    self._records: dict[tuple[int, int], dict[str, Any]] = {}
+
+  @property
+  def finished(self) -> int:
+    return len(self._records)
+
+  def ordered(self) -> list[dict[str, Any]]:
+    """By prompt, then sample."""
+    return [self._records[key] for key in sorted(self._records)]
+
+  def records(
+      self, model: Transformer, asked: Sequence[requests.Request],
+  ) -> Iterator[dict[str, Any]]:
+    """Those that are not in the file, as they finish; it grows with them."""
+    self._resume(asked)
+    todo = [r for r in asked
+            if (r.prompt_id, r.sample_id) not in self._records]
+    first = jax.process_index() == 0
+    if todo:
+      with (open(self._output, "a") if self._output and first
+            else contextlib.nullcontext()) as file:
+        for done in self._drawn(model, todo):
+          self._records[done.request.prompt_id, done.request.sample_id] = (
+              record := _record(self._tokenizer, done, self._how.ids))
+          if file:
+            print(_line(record, self._settings), file=file, flush=True)
+          yield record
+    if self._output and first:
+      _write(self._output, self.ordered(), self._settings)
+
+  def _drawn(
+      self, model: Transformer, todo: Sequence[requests.Request],
+  ) -> Iterator[requests.Completion]:
+    tables, steering = self._how.tables, self._how.steering
+    parts = sharding.axis_size("rows")
+    slots = min(BATCH_ROWS, len(todo))
+    queue = engine.Engine(model, tables, engine.Settings(
+        slots=-(-slots // parts) * parts, chunk=CHUNK, max_slots=max(
+            requests.most_slots(request, tables) for request in todo),
+        max_ids=max(len(request.wait_order) for request in todo),
+        hook=steering.hook, policy=steering.policy,
+        cache_dtype=self._how.cache_dtype,
+        weights_dtype=self._how.weights_dtype),
+        before_chunk=self._how.before_chunk)
+    for request in todo:
+      queue.submit(request)
+    yield from queue.results()
+
+  def _resume(self, asked: Sequence[requests.Request]) -> None:
+    """Takes what an interrupted run has left in the file.
+
+    Raises:
+      ValueError: it is of other prompts or settings.
+    """
+    path = pathlib.Path(self._output) if self._output else None
+    there = bool(path and path.exists())
+    if not sharding.of_first_host(np.array(there)) or not path:
+      return
+    wanted = {(r.prompt_id, r.sample_id): self._tokenizer.decode(
+        list(r.prompt)) for r in asked}
+    for line in path.read_text().splitlines():
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError:  # Left in the middle of a line.
+        continue
+      if "error" in record:
+        continue
+      key = record["prompt_id"], record["sample_id"]
+      if (record.pop("settings", None) != self._settings
+          or wanted.get(key) != record["prompt"]):
+        raise ValueError(
+            f"{path} has completions of other prompts or settings. Name "
+            "another --output, or remove it.")
+      self._records[key] = record
+
+
+def _live(
+    tokenizer: tokenizer_lib.Tokenizer, how: sampler.Sampler,
+    model: Transformer, prompt: Sequence[int], limits: sampler.Limits,
+    seed: int, stream: TextIO,
+) -> dict[str, Any]:
+  """One completion, printed while it is drawn."""
+  first = jax.process_index() == 0
+  how = dataclasses.replace(
+      how, max_prompt_tokens=-(-len(prompt) // 64) * 64)
+  drawn = how.generate(
+      model, [prompt], limits, seed=seed, prompt_id=[0], stage="sample",
+      on_chunk=Live(tokenizer, how.ids, stream) if first else None)
+  [record] = _records(tokenizer, drawn, how.ids)
+  if first:
+    console = console_lib.Console(stream=stream)
+    console.line("")
+    console.line("  ".join(f"{k} {record[k]}" for k in FACTS), "dim")
+  return record
+
+
+def _line(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+  return json.dumps(
+      {**record, "settings": settings}, ensure_ascii=False)
+
+
+def _write(
+    output: str, records: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> None:
+  workdir_lib.replace_file(pathlib.Path(output), "".join(
+      f"{_line(record, settings)}\n" for record in records).encode())
+
+
+def _records(
+    tokenizer: tokenizer_lib.Tokenizer, drawn: rollouts.Rollouts,
+    ids: thinking.ThinkingIds,
+) -> list[dict[str, Any]]:
+  return [
+      transcript.record(tokenizer, drawn, row, ids) | {
+          "tokens": drawn.completion(row),
+          "logprobs": drawn.logprobs[row, :length].tolist(),
+          "provenance": drawn.provenance[row, :length].tolist()}
+      for row, length in enumerate(drawn.lengths)]
+
+
+def _record(
+    tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
+    ids: thinking.ThinkingIds,
+) -> dict[str, Any]:
+  if done.error:  # Its own; the others have their completions.
+    return {"prompt_id": done.request.prompt_id,
+            "sample_id": done.request.sample_id,
+            "prompt": tokenizer.decode(list(done.request.prompt)),
+            "error": done.error}
+  [record] = _records(tokenizer, rollouts.of_completions([done]), ids)
+  return record
+
+
+def _show(record: Mapping[str, Any], stream: TextIO, progress: str) -> None:
+  console = console_lib.Console(stream=stream)
+  name = (f"prompt {record['prompt_id']}, sample {record['sample_id']} "
+          f"({progress})")
+  if "error" in record:
+    return console.line(f"{name}: {record['error']}", "red")
+  return console.sample(
+      name, record["segments"], prompt=record["prompt"],
+      facts={key: record[key] for key in FACTS})

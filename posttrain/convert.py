@@ -1,0 +1,154 @@
+"""Published weights in, and trained weights out: `import` and `export`.
+
+  posttrain import   a release -> <output>/model.json, tokenizer/, checkpoints/
+  posttrain export   a checkpoint or a release -> what transformers loads
+
+Both write under a temporary name and rename at the end. On several hosts all
+take part, and process 0 writes what is not an array.
+"""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from posttrain import sharding, weights
+from posttrain import workdir as workdir_lib
+from posttrain.interop import hugging_face, peft_adapter, released
+from posttrain.interop.parameters import Progress
+from posttrain.model import lora
+from posttrain.model.transformer import Transformer
+from posttrain.telemetry import console as console_lib
+from posttrain.text.tokenizer import Tokenizer
+from posttrain.train import checkpoints, state
+
+
+def import_release(config: config_dict.ConfigDict, output: str) -> None:
+  """Writes a release as a checkpoint that `init.kind="directory"` names.
+
+  Its arrays are float32 and can be read by any mesh, each host its part. The
+  checkpoint goes with any chat template, as nothing says what the release was
+  trained with.
+
+  Args:
+    config: resolved; `init` is of the kind "preset".
+    output: the directory, which must not exist.
+
+  Raises:
+    ValueError: the directory exists, or the release cannot be read.
+  """
+  path = _new(output)
+  partial = path.with_name(f".{path.name}.partial")
+  first = jax.process_index() == 0
+  console = console_lib.Console(quiet=not first)
+  with _mesh(config):
+    files = weights.published(config)
+    tokenizer = released.tokenizer(files)
+    shape = weights.model_config(config, tokenizer.vocab_size)
+    with _progress(console, "import: tensors") as progress:
+      model = released.load(files, shape, progress=progress)
+    if first:
+      shutil.rmtree(partial, ignore_errors=True)  # What a kill has left.
+      tokenizer.save(partial / "tokenizer")
+    weights.keep_shape(
+        workdir_lib.Workdir(partial, is_writer=first), shape)
+    with checkpoints.Checkpoints(partial / "checkpoints", keep=1) as saver:
+      saver.save(0, {"model": state.to_dict(model)}, {"renderer_hash": None})
+    if first:
+      partial.rename(path)
+  console.line(
+      f'{path}: {shape.num_parameters:,} parameters. Use init.kind="directory" '
+      f'and init.path={str(path)!r}, with model="".')
+
+
+def export(
+    config: config_dict.ConfigDict, output: str, *,
+    workdir: str | None = None, stage: str = "", step: int | None = None,
+    dtype: str = "float32", shard_bytes: int = hugging_face.SHARD_BYTES,
+    adapter_of: str = "",
+) -> None:
+  """Writes a directory that transformers loads, adapters merged, or `peft`.
+
+  Args:
+    config: resolved; of the workdir where there is one.
+    output: the directory, which must not exist.
+    workdir: take the weights of a stage of this run; without one, what
+      `config.init` names.
+    stage: which; "" for its last finished training stage, "init" for what
+      the run started from.
+    step: of the stage's checkpoints; the last by default.
+    dtype, shard_bytes: see `hugging_face.save`.
+    adapter_of: write the adapters alone, for `peft`; the name or directory
+      of the base model, for whoever loads them.
+
+  Raises:
+    ValueError: the directory exists, no family of transformers computes the
+      model, or it has no adapters and they were asked for.
+    FileNotFoundError: there is no such checkpoint.
+  """
+  path = _new(output)
+  console = console_lib.Console(quiet=jax.process_index() != 0)
+  with _mesh(config):
+    model, tokenizer = _source(config, workdir, stage, step)
+    if adapter_of:
+      peft_adapter.save(model, path, adapter_of)
+      console.line(f"{path}: the adapters. peft.PeftModel loads them.")
+      return
+    if model.config.lora is not None or model.config.quantized:
+      model = lora.merged(model)
+    with _progress(console, "export: tensors") as progress:
+      hugging_face.save(
+          model, path, tokenizer=tokenizer, dtype=dtype,
+          shard_bytes=shard_bytes, progress=progress)
+  console.line(
+      f"{path}: {model.config.num_parameters:,} parameters in {dtype}. "
+      "transformers.AutoModelForCausalLM and AutoTokenizer load it.")
+
+
+def _source(
+    config: config_dict.ConfigDict, path: str | None, stage: str,
+    step: int | None,
+) -> tuple[Transformer, Tokenizer]:
+  workdir = workdir_lib.open_existing(
+      path, is_writer=False) if path else None
+  tokenizer = weights.tokenizer(config, workdir)
+  shape = weights.model_config(config, tokenizer.vocab_size, workdir)
+  # Before the weights are read, which takes long: whether there is a family.
+  hugging_face.config_json(shape, tokenizer, "float32")
+  if workdir is None or stage == "init":
+    return weights.initial(config, shape), tokenizer
+  directory = workdir.checkpoints(weights.trained_stage(workdir, stage))
+  return weights.of_directory(
+      shape, str(directory / str(checkpoints.find_step(directory, step)))
+  ), tokenizer
+
+
+def _new(output: str) -> pathlib.Path:
+  """The path, on every host, if it is not taken."""
+  path = pathlib.Path(output).absolute()
+  if sharding.of_first_host(np.array(path.exists())):
+    raise ValueError(
+        f"{path} exists, and is not overwritten. Name a new --output.")
+  return path
+
+
+def _mesh(config: config_dict.ConfigDict):
+  return jax.set_mesh(sharding.mesh_of(config.mesh))
+
+
+@contextlib.contextmanager
+def _progress(console: console_lib.Console, title: str) -> Iterator[Progress]:
+  """A line that begins with the first report, which says how many there are."""
+  with contextlib.ExitStack() as stack:
+    lines: list[console_lib.Progress] = []
+
+    def report(done: int, total: int) -> None:
+      if not lines:
+        lines.append(stack.enter_context(console.progress(title, total)))
+      lines[0].update(done)
+
+    yield report

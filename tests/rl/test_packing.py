@@ -1,0 +1,255 @@
+"""Oracle: each completion alone in its row, and the loss written as a loop.
+
+What is packed, cut into microbatches and spread over a mesh has to give the
+gradient of that loop.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain import sharding
+from posttrain.objectives import policy as policy_lib
+from posttrain.rl import packing
+from posttrain.sampler.rollouts import Rollouts
+from posttrain.train import step
+from tests import meshes, one_by_one
+from tests.model import build
+
+CONFIG = build.make_config()
+LENGTH, MAX_TOKENS, TEMPERATURE = 24, 12, 0.8
+MINIBATCHES = (np.array([0, 1, 3, 4, 6, 7, 8]), np.array([5]))  # Without 2.
+LOSS = packing.PolicyLoss(
+    function=policy_lib.policy_loss, temperature=TEMPERATURE, chunk=7,
+    clip_low=0.1, clip_high=0.3, kl_coef=0.2, kl_estimator="k3")
+
+
+def make_rollouts(rng) -> Rollouts:
+  lengths = np.array([5, 12, 3, 1, 9, 7, 12, 2, 6], np.int32)
+  shape = rows, width = len(lengths), lengths.max()
+  inside = np.arange(width) < lengths[:, None]
+  provenance = np.where(inside, rng.choice([1, 1, 2], shape), 0)
+  provenance[7] *= 0
+  provenance[7, :2] = 2  # All forced: no token of it is in the loss.
+  zeros = np.zeros(rows, np.int32)
+  prompts = [rng.integers(CONFIG.vocab_size, size=n).tolist()
+             for n in rng.integers(1, 9, rows)]
+  prompts[1], prompts[3] = prompts[0], prompts[0]
+  prompts[7] = prompts[6]
+  return Rollouts(
+      prompts=prompts,
+      tokens=np.where(inside, rng.integers(CONFIG.vocab_size, size=shape), 0),
+      logprobs=np.where(provenance == 1, rng.normal(size=shape), 0),
+      provenance=provenance.astype(np.int8), lengths=lengths,
+      finish_reason=zeros, think_end=zeros, think_lengths=zeros,
+      think_steps=zeros,
+      answer_lengths=zeros, wait_count=zeros, prompt_id=zeros,
+      sample_id=zeros, raw=np.zeros((rows, 0)))
+
+
+RNG = np.random.default_rng(3)
+ROLLOUTS = make_rollouts(RNG)
+ADVANTAGES = RNG.normal(size=len(ROLLOUTS.lengths)).astype(np.float32)
+
+
+@functools.cache
+def params():
+  """Of the policy, the old one and the reference.
+
+  These are some way off: some ratios are clipped and some are not.
+  """
+  with jax.set_mesh(meshes.one()):
+    now, *others = (build.random_params(CONFIG, seed) for seed in range(3))
+  mix = lambda w, noise: w + np.float32(0.05) * noise
+  return now, *(jax.tree.map(mix, now, other) for other in others)
+
+
+def models():
+  """The same on the current mesh."""
+  return [build.load(CONFIG, p) for p in params()]
+
+
+# The loop.
+
+
+def alone(row: int) -> np.ndarray:
+  """[1, T], one completion behind its prompt."""
+  return one_by_one.row_of(
+      ROLLOUTS.prompts[row] + ROLLOUTS.completion(row), LENGTH)
+
+
+@jax.jit
+def row_gradient(model, old, reference, tokens, advantage, weights):
+  """Of one completion; `weights` [T] are its tokens' shares of the loss."""
+  old, reference = (
+      one_by_one.logprobs(m, tokens, TEMPERATURE) for m in (old, reference))
+
+  def loss(model):
+    now = one_by_one.logprobs(model, tokens, TEMPERATURE)
+    ratio = jnp.exp(now - old)
+    clipped = jnp.minimum(jnp.maximum(ratio, 0.9), 1.3)
+    objective = jnp.minimum(ratio * advantage, clipped * advantage)
+    kl = jnp.exp(reference - now) - (reference - now) - 1
+    return jnp.sum(weights * (0.2 * kl - objective)), (now, old, reference)
+
+  return jax.value_and_grad(loss, has_aux=True)(model)
+
+
+def token_weights(rows, aggregation: str) -> dict[int, np.ndarray]:
+  """What each token counts, straight from the definitions."""
+  sampled = {row: np.flatnonzero(ROLLOUTS.loss_mask[row]) for row in rows}
+  total = sum(len(tokens) for tokens in sampled.values())
+  answers = len(sampled)  # One has no token in the loss, and still counts.
+  weights = {}
+  for row, tokens in sampled.items():
+    weights[row] = np.zeros(LENGTH, np.float32)
+    weights[row][len(ROLLOUTS.prompts[row]) + tokens] = {
+        "token_mean": 1 / total,
+        "sequence_mean": 1 / (answers * max(len(tokens), 1)),
+        "constant": 1 / (answers * MAX_TOKENS)}[aggregation]
+  return weights
+
+
+@functools.cache
+def looped(index: int, aggregation: str):
+  """Loss and gradient of a minibatch, one completion at a time."""
+  with jax.set_mesh(meshes.one()):
+    policies = models()
+    loss, total = 0.0, None
+    for row, weights in token_weights(
+        MINIBATCHES[index], aggregation).items():
+      (value, _), grad = row_gradient(
+          *policies, alone(row), ADVANTAGES[row], weights)
+      loss += float(value)
+      grad = jax.tree.map(np.float64, jax.device_get(grad))
+      total = grad if total is None else jax.tree.map(np.add, total, grad)
+  return loss, total
+
+
+# What is tested.
+
+
+def pack(
+    rows: int, aggregation: str, share_prompts: bool = False) -> packing.Arrays:
+  lengths = ROLLOUTS.loss_mask.sum(1)
+  return packing.pack_experience(
+      ROLLOUTS, {"advantages": ADVANTAGES,
+                 "token_weights": policy_lib.aggregation_weights(
+                     aggregation, lengths)},
+      MINIBATCHES, [policy_lib.aggregation_denominator(
+          aggregation, lengths[rows_of], max_tokens=MAX_TOKENS)
+                    for rows_of in MINIBATCHES],
+      packing.Shapes(length=LENGTH, rows=rows, num_minibatches=2,
+                    completions=7, share_prompts=share_prompts))
+
+
+def with_logprobs(experience, old, reference):
+  return packing.add_logprobs(
+      "ref_logprobs", reference,
+      packing.add_logprobs("old_logprobs", old, experience, LOSS), LOSS)
+
+
+accumulate = jax.jit(functools.partial(step.accumulate, LOSS))
+
+
+@pytest.mark.parametrize("layout, rows, share_prompts", [
+    ((1, 1), 2, False), ((4, 2), 8, False), ((1, 1), 2, True),
+    pytest.param((1, 1), 8, False, marks=pytest.mark.slow)])
+def test_packed_and_cut_is_the_loop(layout, rows, share_prompts):
+  with jax.set_mesh(meshes.mesh(*layout)):
+    model, old, reference = models()
+    for aggregation in policy_lib.AGGREGATIONS:
+      experience = with_logprobs(
+          pack(rows, aggregation, share_prompts), old, reference)
+      for index in (0, 1):
+        arrays, used = packing.minibatch(experience, index)
+        grads, sums = accumulate(model, arrays, np.int32(used))
+        sums = sharding.fetch(sums)
+        grads = jax.tree.map(
+            lambda g, d=sums["denominator"]: np.asarray(g) / d, grads)
+        loss, wanted = looped(index, aggregation)
+        assert sums["numerator"] / sums["denominator"] == pytest.approx(
+            loss, rel=1e-5)
+        # The ratio's exp magnifies what rounding leaves of two logprobs.
+        build.assert_same_leaves(grads, wanted, tolerance=2e-5)
+      assert sums["clip_ratio/high"] + sums["clip_ratio/low"] > 0
+
+
+def test_nothing_but_sampled_tokens_has_an_influence():
+  """Forced tokens and prompts may have had any logprob, even none."""
+  with jax.set_mesh(meshes.one()):
+    model, old, reference = models()
+    experience = with_logprobs(pack(2, "token_mean"), old, reference)
+    poisoned = dict(experience)
+    for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs",
+                 "advantages"):
+      poisoned[name] = np.where(experience["loss_mask"], experience[name],
+                                np.nan)
+    results = []
+    for columns in (experience, poisoned):
+      arrays, used = packing.minibatch(columns, 0)
+      results.append(jax.device_get(
+          accumulate(model, arrays, np.int32(used))))
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_array_equal(a, b)
+  _, sums = results[0]
+  assert sums["tokens"] == ROLLOUTS.loss_mask[MINIBATCHES[0]].sum()
+  means = packing.metrics_of_sums(
+      {name: float(x) for name, x in sums.items()}, fresh=True)
+  assert means["sampling/logp_difference/max"] == sums["difference_max"]
+  assert means["entropy"] == pytest.approx(sums["entropy"] / sums["tokens"])
+
+
+def test_every_completion_is_packed_once_and_whole():
+  experience = pack(2, "token_mean")
+  assert experience["num_microbatches"].tolist() == [2, 1]
+  for index, rows in enumerate(MINIBATCHES):
+    flat = {name: x[index].reshape(-1, LENGTH)
+            for name, x in experience.items() if x.ndim > 1}
+    found = []
+    for r in range(len(flat["tokens"])):
+      for segment in range(1, flat["segment_ids"][r].max() + 1):
+        at = flat["segment_ids"][r] == segment
+        row = int(flat["completion"][r, at][0])
+        found.append(row)
+        prompt = len(ROLLOUTS.prompts[row])
+        assert flat["tokens"][r, at].tolist() == (
+            ROLLOUTS.prompts[row] + ROLLOUTS.completion(row))
+        assert flat["positions"][r, at].tolist() == list(range(at.sum()))
+        assert (flat["completion"][r, at] == row).all()
+        length = ROLLOUTS.lengths[row]
+        np.testing.assert_array_equal(
+            flat["loss_mask"][r, at],
+            [False] * prompt + ROLLOUTS.loss_mask[row, :length].tolist())
+        np.testing.assert_array_equal(
+            flat["sampler_logprobs"][r, at][prompt:],
+            ROLLOUTS.logprobs[row, :length].astype(np.float32))
+        assert (flat["advantages"][r, at][prompt:] == ADVANTAGES[row]).all()
+    assert sorted(found) == sorted(rows)
+
+
+def test_divergences_are_sums_over_each_completion():
+  """Of the sampled tokens; the rows of a batch in any order."""
+  with jax.set_mesh(meshes.one()):
+    model, _, reference = models()
+    experience = pack(2, "token_mean")
+    lines = {}
+    for row in np.concatenate(MINIBATCHES):
+      (_, (now, _, ref)), _ = row_gradient(
+          model, model, reference, alone(row), 0.0, np.zeros(LENGTH, "f"))
+      start = len(ROLLOUTS.prompts[row])
+      at = start + np.flatnonzero(ROLLOUTS.loss_mask[row])
+      lines[row] = np.asarray(ref - now, np.float64)[at]
+    for name, formula in {
+        "k1": lambda d: -d, "k2": lambda d: d**2 / 2,
+        "k3": lambda d: np.exp(d) - 1 - d}.items():
+      found = packing.divergences(
+          experience, model, reference, LOSS, name, len(ROLLOUTS.lengths))
+      wanted = np.zeros(len(ROLLOUTS.lengths))
+      for row, d in lines.items():
+        wanted[row] = formula(d).sum()
+      np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+      assert found[2] == found[7] == 0

@@ -1,0 +1,141 @@
+"""SIGKILL and the same command again, against a run that nobody touched.
+
+Checkpoints fall within batches of rollouts, which are then in flight.
+"""
+
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests import pipeline_run
+from tests.stages.test_rl import repeatable, rollouts_of
+from tests.stages.test_sft_kill import (
+  environment,
+  finish,
+  kill,
+  last_step,
+  wait_until,
+)
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 20
+CHANGES = [
+    f"reason.num_steps={STEPS}", "reason.num_minibatches=2",
+    "reason.checkpoint.every=3", "reason.rollout.chunk=5",
+    "reason.loss.kl_coef=0.05"]
+
+
+def start(path, changes=CHANGES, **env) -> subprocess.Popen:
+  return subprocess.Popen(
+      [sys.executable, "-m", "tests.pipeline_run", "train",
+       "--config=tests/pipeline_run.py", f"--workdir={path}",
+       *(f"--config.{change}" for change in changes)],
+      cwd=ROOT, env=environment(1) | env, stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE, text=True)
+
+
+def half_written(path: pathlib.Path) -> list[str]:
+  folder = path / "reason" / "checkpoints"
+  names = [p.name for p in folder.iterdir()] if folder.exists() else []
+  return [name for name in names if not name.isdecimal()]
+
+
+def test_kills_and_a_preemption_leave_no_trace(tmp_path):
+  """Within a rollout, within a checkpoint's write, at some step; SIGTERM."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  finish(start(whole))
+  rng = random.Random(time.time_ns())
+  batch = rng.randrange(1, 4)  # Two updates and two chunks each.
+  second, third, fourth = sorted(rng.sample(range(2 * batch + 1, 18), 3))
+  print(f"killed in batch {batch}, at steps {second} (in a write) and {third};"
+        f" SIGTERM at step {fourth}")
+
+  process = start(killed, KILL_IN_CHUNK=str(2 * batch + 2))
+  process.communicate(timeout=600)
+  assert process.returncode == -signal.SIGKILL
+  assert last_step(killed) == 2 * batch
+
+  process = start(killed)
+  wait_until(process, lambda: last_step(killed) >= second)
+  wait_until(process, lambda: half_written(killed))
+  kill(process)
+  assert half_written(killed)
+
+  process = start(killed)
+  wait_until(process, lambda: last_step(killed) >= third)
+  kill(process)
+
+  process = start(killed)
+  wait_until(process, lambda: last_step(killed) >= fourth)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 75, err
+  assert last_step(killed) < STEPS
+  finish(start(killed))
+
+  assert repeatable(killed) == repeatable(whole)
+  assert [row["step"] for row in repeatable(killed)] == list(
+      range(1, STEPS + 1))
+  assert rollouts_of(killed) == rollouts_of(whole)
+  assert len(rollouts_of(killed)) == STEPS // 2
+  a, b = (pipeline_run.parameters(path, CHANGES) for path in (whole, killed))
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+LONG = ["reason.num_steps=4", "reason.rollout.chunk=1",
+        "reason.checkpoint.every=0"]  # Ten chunks a batch, one update each.
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_within_a_long_rollout_is_not_waited_out(
+    tmp_path, free_port, count):
+  """One process, or two of which the second alone gets the signal.
+
+  From the second rollout on a chunk takes four seconds.
+  """
+  whole, left = tmp_path / "whole", tmp_path / "left"
+
+  def launch(path, **env):
+    if count > 1:
+      env |= dict(POSTTRAIN_NUM_PROCESSES=str(count),
+                  POSTTRAIN_COORDINATOR=f"localhost:{free_port}")
+    return [start(path, LONG, **env, **(
+        dict(POSTTRAIN_PROCESS_ID=str(index)) if count > 1 else {}))
+            for index in range(count)]
+
+  def ended(processes, status):
+    for process in processes:
+      _, err = process.communicate(timeout=600)
+      assert process.returncode == status, err[-8000:]
+
+  ended(launch(whole), 0)
+  processes = launch(left, SLOW_CHUNKS="11:4")
+  wait_until(processes[0], lambda: last_step(left) >= 1)
+  time.sleep(6)
+  assert last_step(left) == 1
+  sent = time.monotonic()
+  processes[-1].send_signal(signal.SIGTERM)
+  ended(processes, 75)
+  took = time.monotonic() - sent
+  print(f"{count} processes: left {took:.1f} s after SIGTERM, of a rollout of "
+        "40 s")
+  assert took < 20
+  assert last_step(left) == 1
+  ended(launch(left), 0)
+  assert repeatable(left) == repeatable(whole)
+  assert repeatable(whole)[1]["completions/max_length"] == 10
+  assert rollouts_of(left) == rollouts_of(whole)
+  assert len(rollouts_of(left)) == 4
+  a, b = (pipeline_run.parameters(path, LONG) for path in (whole, left))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
