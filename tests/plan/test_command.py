@@ -53,7 +53,8 @@ def test_split_roles_that_cannot_be_planned(flags, message, capsys):
 
 def test_the_environment_comes_before_jax():
   """Nothing that the command needs for it imports JAX."""
-  code = ("import sys; from posttrain.cli import main; from posttrain.plan import "
+  code = (
+      "import sys; from posttrain.cli import main; from posttrain.plan import "
           "environment, topology; topology.parse('v5e:2x2', 2); "
           "print('jax' in sys.modules)")
   found = subprocess.run(

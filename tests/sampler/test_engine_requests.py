@@ -186,7 +186,8 @@ def test_rows_of_one_batch_follow_distributions_of_their_own():
   rows = np.arange(len(cases) * draws, dtype=np.int32)
   keys = token_sampling.row_keys(1, "mixed", 0, rows // 7, rows % 7)
   logits = np.tile(test_token_sampling.LOGITS, (len(rows), 1))
-  tokens, logprobs = jax.jit(test_token_sampling.choose)(logits, None, keys, params)
+  tokens, logprobs = jax.jit(test_token_sampling.choose)(logits, None, keys,
+      params)
   for i, case in enumerate(cases):
     part = slice(i * draws, (i + 1) * draws)
     expected = test_token_sampling.exact(test_token_sampling.LOGITS, **case)
