@@ -219,13 +219,13 @@ def plan(arguments: argparse.Namespace) -> int:
   best = arguments.compile_best
   if best is not None and not arguments.sweep:
     raise CommandError("--compile-best has no effect without --sweep.")
+  environment.prepare()  # Before JAX, which a kind of one's own may import.
   config = _config(arguments)
   if not config.stages:
     raise CommandError("stages: the config names none, so there is nothing "
                        "to plan.")
   from posttrain.plan import topology
   where = topology.parse(arguments.topology, arguments.num_slices)
-  environment.prepare()  # Before JAX is imported.
   from posttrain.plan import command
   return command.run(
       config, where, json_file=arguments.json, html_file=arguments.html,

@@ -1,8 +1,9 @@
 """Configs: read a file, apply overrides, check everything, fill in defaults.
 
 `load("configs/tiny.py:debug", ["seed=1"])` gives the resolved config, in which
-every key of `posttrain.config.schema` has a value. All problems are found
-before anything compiles and are reported together. Never imports JAX.
+every key of `schema` and `stages` has a value. All problems are found before
+anything compiles and are reported together. Never imports JAX, unless the file
+of a stage's own kind does.
 """
 
 import importlib.util

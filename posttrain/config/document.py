@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from posttrain.config import keys, schema
+from posttrain.config import keys, schema, stages
 
 BEGIN = "<!-- keys: made by `python -m posttrain.config.document` -->"
 END = "<!-- end of keys -->"
@@ -20,8 +20,8 @@ def markdown() -> str:
   """All keys, a table per kind of section."""
   parts = []
   titles = {"Top level": schema.TOP, **{
-      f"Stages of kind `{kind}`": section
-      for kind, section in schema.KINDS.items()}}
+      f"Stages of kind `{kind}`": stages.schema_of(kind).keys
+      for kind in stages.KINDS}}
   for title, section in titles.items():
     rows = "\n".join(_rows(section, ""))
     parts.append(
@@ -54,7 +54,7 @@ def _rows(section: keys.Section, prefix: str) -> Iterator[str]:
       yield from _rows(node.item, f"{prefix}{name}.N.")
     elif isinstance(node, keys.Refused):
       yield f"| {path} | | An error: {node.reason}. |"
-    else:
+    elif isinstance(node, keys.Key):
       yield f"| {path} | {_default(node.default)} | {_meaning(node)} |"
 
 

@@ -67,10 +67,18 @@ class Refused:
   reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+  """An old name of the key at `path`, which is relative to the stage."""
+
+  path: str
+
+
 class Section:
   """A named group of keys, in reading order."""
 
-  def __init__(self, doc: str, /, **keys: "Key | Refused | Section | Items"):
+  def __init__(
+      self, doc: str, /, **keys: "Key | Refused | Renamed | Section | Items"):
     self.doc = doc
     self.keys = keys
 

@@ -1,12 +1,13 @@
 """One pass over a config's values: typed values out, problems collected."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
 
-from posttrain.config import keys, schema
+from posttrain.config import keys, schema, stages
 
 
 def plain(config: Any) -> Any:
@@ -40,23 +41,27 @@ def at(values: Any, path: str) -> Any:
   return values
 
 
-def stage_section(kind: str) -> keys.Section:
-  """The keys of a stage of one kind, `kind` itself first."""
-  section = schema.KINDS[kind]
-  return keys.Section(section.doc, kind=keys.Key(
-      str, keys.REQUIRED, "What kind of stage this is.",
-      choices=tuple(schema.KINDS)), **section.keys)
-
-
 def layout(values: Mapping) -> keys.Section:
   """The schema of one config: the top and its own stage sections."""
-  stages = {
-      name: stage_section(section["kind"])
-      for name, section in values.items()
-      if isinstance(name, str) and name not in schema.TOP.keys
-      and isinstance(section, Mapping)
-      and section.get("kind") in tuple(schema.KINDS)}
-  return keys.Section("", **{**schema.TOP.keys, **stages})
+  sections = {}
+  for name, section in values.items():
+    if isinstance(name, str) and name not in schema.TOP.keys and (
+        isinstance(section, Mapping) and "kind" in section):
+      with contextlib.suppress(ValueError):  # `Reader` names the problem.
+        sections[name] = stage_section(section["kind"])
+  return keys.Section("", **{**schema.TOP.keys, **sections})
+
+
+def stage_section(kind: str) -> keys.Section:
+  """The keys of a stage of one kind, `kind` itself first.
+
+  Raises:
+    ValueError: there is no such kind.
+  """
+  section = stages.schema_of(kind).keys
+  return keys.Section(section.doc, kind=keys.Key(
+      str, keys.REQUIRED, "Kind of the stage.", function=":" in kind),
+      **section.keys)
 
 
 def functions(values: Mapping) -> dict[str, str]:
@@ -126,14 +131,14 @@ class Reader:
             "found as the name of a key, which is a string."))
         continue
       node = section.keys.get(name)
-      if node is None or isinstance(node, keys.Refused):
+      if node is None or isinstance(node, (keys.Refused, keys.Renamed)):
         self._unknown(node, name, values[name], prefix)
     resolved: dict[str, Any] = {}
     for name, node in section.keys.items():
       if isinstance(node, keys.Section):
         resolved[name] = self._section(
             node, values.get(name, {}), f"{prefix}{name}.")
-      elif isinstance(node, keys.Refused):
+      elif isinstance(node, (keys.Refused, keys.Renamed)):
         continue
       elif name in values:
         resolved[name] = self._value(node, values[name], prefix + name)
@@ -145,18 +150,24 @@ class Reader:
     return resolved
 
   def _unknown(
-      self, refused: keys.Refused | None, name: str, value: Any, prefix: str,
+      self, node: keys.Refused | keys.Renamed | None, name: str, value: Any,
+      prefix: str,
   ) -> None:
     if not prefix and isinstance(value, Mapping) and "kind" in value:
-      kind = keys.shown(value["kind"])
-      return self._problem(f"{name}.kind", (
-          f"{kind} is no kind of stage, needed one of "
-          f"{', '.join(schema.KINDS)}"
-          f"{keys.hint(kind[1:-1], schema.KINDS, '; the nearest is {}')}."))
+      try:
+        stages.schema_of(value["kind"])
+      except ValueError as error:
+        return self._problem(f"{name}.kind", str(error))
+    if isinstance(node, keys.Renamed):
+      first = prefix.partition(".")[0]
+      stage = "" if first in schema.TOP.keys else f"{first}."
+      return self._problem(prefix + name, (
+          f"found {keys.shown(value)}, and this key is called "
+          f"{stage}{node.path} now."))
     for path, _ in leaves(value, prefix + name):
       near = keys.hint(
           path, keys.paths(self.layout), " The nearest key is {}.")
-      what = (f"not allowed here: {refused.reason}" if refused
+      what = (f"not allowed here: {node.reason}" if node
               else "no such key" + self._used_elsewhere(path))
       self._problem(path, f"{what}.{near}")
     return None
@@ -164,12 +175,11 @@ class Reader:
   def _used_elsewhere(self, path: str) -> str:
     """Says which kinds have a key that this stage's kind does not use."""
     stage, _, rest = path.partition(".")
-    section = self.values.get(stage)
-    kind = section.get("kind") if isinstance(section, Mapping) else None
-    others = [other for other, known in schema.KINDS.items()
-              if rest in keys.paths(known)]
-    if kind not in tuple(schema.KINDS) or not others:
+    others = [kind for kind in stages.KINDS
+              if rest in keys.paths(stages.schema_of(kind).keys)]
+    if stage in schema.TOP.keys or stage not in self.layout.keys or not others:
       return ""
+    kind = self.values[stage]["kind"]
     return f" in a stage of kind {kind} (it belongs to {' and '.join(others)})"
 
   def _value(

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding, weights
-from posttrain.config import schema
+from posttrain.config import checks
 from posttrain.data import batches
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
@@ -185,10 +185,10 @@ def _reference(
   As `rl_parts.make_reference` has it.
   """
   dtype = setup.config.compute.frozen_dtype
-  shared = section.reference in ("", schema.ADAPTER_OFF)
+  shared = section.reference in ("", checks.ADAPTER_OFF)
   if not shared:
     model = abstract.model_of(setup)
-  elif fresh or section.reference == schema.ADAPTER_OFF:
+  elif fresh or section.reference == checks.ADAPTER_OFF:
     model = lora.without(model)
   return weights.on_mesh(jax.eval_shape(
       lambda model: trainable.at_rest(model, (), dtype), model)), shared

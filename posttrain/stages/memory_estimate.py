@@ -11,7 +11,7 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
-from posttrain.config import schema
+from posttrain.config import checks, stages
 from posttrain.model import lora
 from posttrain.model.config import ModelConfig
 from posttrain.stages import training
@@ -84,7 +84,7 @@ def held(
     model: ModelConfig,
 ) -> tuple[ModelConfig, dict[str, int]]:
   """The model as a stage has it; sizes of what it keeps beside, in all."""
-  if section.kind not in schema.TRAINING_KINDS:
+  if not stages.schema_of(section.kind).trains:
     return model, {}
   plan = training.plan(section, compute)
   whole, trained = trainable.abstract(model, plan)
@@ -93,7 +93,7 @@ def held(
   moving, frozen = trainable.split(whole, trained)
   reference = 0
   if section.kind == "rl" and section.loss.kl_coef:
-    shared = section.reference in ("", schema.ADAPTER_OFF)
+    shared = section.reference in ("", checks.ADAPTER_OFF)
     like = whole if section.reference == "" else lora.without(whole)
     kept = jax.eval_shape(
         lambda model: trainable.at_rest(model, (), plan.frozen_dtype), like)

@@ -12,7 +12,8 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding
-from posttrain.config import schema
+from posttrain.config import checks
+from posttrain.config.stages import rl as schema
 from posttrain.model import lora
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import policy as policy_objective
@@ -187,11 +188,11 @@ def make_reference(
   name, dtype = section.reference, compute.frozen_dtype
   if not section.loss.kl_coef:
     return None
-  if name not in ("", schema.ADAPTER_OFF):
+  if name not in ("", checks.ADAPTER_OFF):
     reference = trainable.at_rest(weights_of(name), (), dtype)
   else:
     like = lora.without(model) if (
-        fresh or name == schema.ADAPTER_OFF) else model
+        fresh or name == checks.ADAPTER_OFF) else model
     reference = trainable.reference(like, trained, dtype)
   if "reference" in compute.offload:
     reference = offload.to_host(reference, but=model)

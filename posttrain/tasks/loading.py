@@ -19,31 +19,38 @@ from typing import Any
 
 
 def load_function(name: str) -> Callable[..., Any]:
+  """Imports the function, or another callable, that a name stands for.
+
+  Raises:
+    ValueError: as `load`, or what is named is not callable.
+  """
+  function, (place, attribute) = load(name), _split(name)
+  if not callable(function):
+    raise ValueError(
+        f"{name!r} is a {type(function).__name__}, and a function is needed."
+        + _suggest(attribute, _public_callables(_load_module(place, name))))
+  return function
+
+
+def load(name: str, what: str = "function") -> Any:
   """Imports what a name stands for.
 
   Args:
     name: "module:function" or "file.py:function".
-
-  Returns:
-    The function, or another callable of that name.
+    what: the name should stand for, in a message.
 
   Raises:
-    ValueError: the name has another form, there is no such module, file or
-      function, or the thing named is not callable. An exception raised by the
-      module's own code passes through unchanged.
+    ValueError: the name has another form, or there is no such module, file or
+      function. An exception raised by the module's own code passes through
+      unchanged.
   """
   place, attribute = _split(name)
   module = _load_module(place, name)
   if not hasattr(module, attribute):
     raise ValueError(
-        f"{name!r}: {place} has no function {attribute!r}."
+        f"{name!r}: {place} has no {what} {attribute!r}."
         + _suggest(attribute, _public_callables(module)))
-  function = getattr(module, attribute)
-  if not callable(function):
-    raise ValueError(
-        f"{name!r} is a {type(function).__name__}, and a function is needed."
-        + _suggest(attribute, _public_callables(module)))
-  return function
+  return getattr(module, attribute)
 
 
 def check_call(name: str, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from posttrain import config as config_lib
-from posttrain.config import document, keys, reader, schema
+from posttrain.config import document, keys, reader, schema, stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")
@@ -194,6 +194,68 @@ def test_a_key_is_a_string():
 def test_a_wrong_kind_names_the_nearest():
   assert "needed one of sft, rl, evaluate; the nearest is evaluate" in problems(
       "reason.kind=evalute")[0]
+
+
+def test_an_old_word_for_a_kind_names_the_new_one():
+  assert problems("reason.kind=grpo")[0] == (
+      "reason.kind: found 'grpo', which is called 'rl' now.")
+
+
+def own_kind(tmp_path, text):
+  """The lines of a config whose only stage is of the kind of a file."""
+  file = tmp_path / "kind.py"
+  file.write_text(text)
+  values = config_lib.jsonable(config_lib.read_file(TINY))
+  values["stages"] = ("count",)
+  values["count"] = dict(kind=f"{file}:STAGE")
+  return file, values
+
+
+COUNT = """
+import types
+from posttrain.config import keys, stages
+
+def check_end(config, name, stage):
+  if stage["end"] == 13:
+    yield f"end: {name} does not count to 13."
+
+STAGE = types.SimpleNamespace(schema=stages.StageSchema(
+    keys.Section("Counts.", end=keys.Key(int, 3, "Last number.", "[0, 99]"),
+                 stop=keys.Renamed("end")),
+    checks=(check_end,)))
+"""
+
+
+def test_a_kind_of_ones_own(tmp_path):
+  file, values = own_kind(tmp_path, COUNT)
+  config = config_lib.resolve(values)
+  assert config.count.end == 3 and config.stages == ("count",)
+  assert config_lib.functions(config)[f"{file}:STAGE"] == "count.kind"
+  assert config_lib.assign(values, ["count.end=7"], "").count.end == 7
+  for text, expected in [
+      ("end=x", "count.end: found 'x' (str), needed an int."),
+      ("end=13", "count.end: count does not count to 13."),
+      ("stop=2", "count.stop: found '2', and this key is called count.end "
+       "now."),
+      ("num_steps=2", "count.num_steps: no such key in a stage of kind "
+       f"{file}:STAGE (it belongs to sft and rl).")]:
+    with pytest.raises(config_lib.ConfigError) as caught:
+      config_lib.assign(values, [f"count.{text}"], "")
+    assert caught.value.problems[0].startswith(expected)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("x = 1", "has no Stage 'STAGE'."),
+    ("STAGE = 3", "is a int, needed a Stage of posttrain.stages.stage"),
+    ("STAGE = 1 / 0", "cannot be imported: ZeroDivisionError: division by"),
+    ("STAGE = (", "line 1: '(' was never closed."),
+])
+def test_a_kind_of_ones_own_that_is_none(tmp_path, text, expected):
+  file, values = own_kind(tmp_path, text)
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.resolve(values)
+  found = [x for x in caught.value.problems if x.startswith("count.kind: ")]
+  assert len(found) == 1 and expected in found[0] and str(file) in found[0]
 
 
 @pytest.mark.parametrize("text, value", [
@@ -679,7 +741,11 @@ def nodes(section, prefix=""):
       yield prefix + name, node
 
 
-@pytest.mark.parametrize("section", [schema.TOP, *schema.KINDS.values()])
+SECTIONS = [schema.TOP, *(
+    stages.schema_of(kind).keys for kind in stages.KINDS)]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_the_schema_obeys_itself(section):
   known = dict(nodes(section))
   sources = {path for path in keys.paths(section) if path.endswith("sources")}
@@ -708,6 +774,6 @@ def test_every_key_is_read_by_the_program():
       path.read_text() for path in (ROOT / "posttrain").rglob("*.py")
       if "config" not in path.relative_to(ROOT / "posttrain").parts)
   words = set(re.findall(r"\w+", source))
-  leaves = {path.rpartition(".")[2] for section in (
-      schema.TOP, *schema.KINDS.values()) for path in keys.paths(section)}
+  leaves = {path.rpartition(".")[2] for section in SECTIONS
+            for path in keys.paths(section)}
   assert leaves <= words, leaves - words

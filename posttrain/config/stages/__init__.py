@@ -6,10 +6,14 @@ one's own is `kind="file.py:STAGE"`, without a change in `posttrain/`.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from posttrain.config.keys import Section
+from posttrain.config.keys import Section, hint, shown
+from posttrain.tasks import loading
+
+KINDS = ("sft", "rl", "evaluate")
 
 # (whole config, name of the stage, its section) -> problems, each of which
 # begins with a path inside the section.
@@ -27,6 +31,9 @@ class StageSchema:
     samples: it has a section `rollout`, and draws completions.
     fits_tokenizer: as the first stage it may start from weights that were
       trained with another tokenizer or chat template.
+    holds_reference: (section) -> it keeps frozen weights of another model,
+      which `reference` names.
+    formerly: names that the kind had in older configs.
   """
 
   keys: Section
@@ -34,3 +41,44 @@ class StageSchema:
   trains: bool = False
   samples: bool = False
   fits_tokenizer: bool = False
+  holds_reference: Callable[[Mapping[str, Any]], bool] = lambda section: False
+  formerly: tuple[str, ...] = ()
+
+
+def schema_of(kind: str) -> StageSchema:
+  """Finds the schema of a kind of stage.
+
+  Args:
+    kind: one of `KINDS`, or `file.py:STAGE` or `module:STAGE` of one's own.
+
+  Raises:
+    ValueError: there is no such kind, or what it names is none.
+  """
+  if kind in KINDS:
+    return importlib.import_module(f"{__name__}.{kind}").SCHEMA
+  if isinstance(kind, str) and ":" in kind:
+    return _own(kind)
+  for name in KINDS:
+    if kind in schema_of(name).formerly:
+      raise ValueError(f"found {kind!r}, which is called {name!r} now.")
+  near = hint(shown(kind)[1:-1], KINDS, "; the nearest is {}")
+  raise ValueError(
+      f"{shown(kind)} is no kind of stage, needed one of {', '.join(KINDS)}"
+      f"{near}. A kind of your own is written file.py:STAGE.")
+
+
+def _own(kind: str) -> StageSchema:
+  try:
+    stage = loading.load(kind, "Stage")
+  except ValueError:
+    raise
+  except Exception as error:  # Of the file's own code.
+    raise ValueError(
+        f"{kind!r} cannot be imported: {type(error).__name__}: {error}."
+    ) from error
+  schema = getattr(stage, "schema", None)
+  if not isinstance(schema, StageSchema):
+    raise ValueError(
+        f"{kind!r} is a {type(stage).__name__}, needed a Stage of "
+        "posttrain.stages.stage, whose `schema` is a StageSchema.")
+  return schema

@@ -1,10 +1,15 @@
-"""Groups of keys that several kinds of stages have; see `schema`."""
+"""Keys and checks that all kinds of stages have which train."""
 
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from posttrain.config import checks, keys
 from posttrain.config.keys import REQUIRED, Key, Needs, Section
 from posttrain.model.config import INPUT_AXES, LORA_DECODE
-from posttrain.text.instructions import CLASSES, TEXTS
+
+LOG_EVERY = Key(
+    int, 10, "Steps between rows of the console's table.", "[1, inf)")
 
 
 def optimizer(schedule: str) -> dict[str, Key]:
@@ -121,80 +126,48 @@ def checkpoint() -> Section:
   )
 
 
-def thinking() -> Section:
-  used = Needs("thinking.end", "!=", "")
-  return Section(
-      "The strings around the thinking, for budgets and for metrics.",
-      start=Key(str, "<think>", 'Opens the thinking; "": a completion '
-                "begins in it.", needs=used),
-      end=Key(str, "</think>", 'Closes it; "": the model does not think.'),
-      delimiters=Key(
-          tuple[str, ...], (), "Further strings that end thinking when the "
-          "model samples them.", needs=used),
-      newline=Key(
-          str, "\n", "Put before a forced `end` unless the last token ends "
-          "in a newline.", needs=used),
-      final_answer=Key(
-          str, "", "Put after an `end` forced at the maximum.",
-          needs=used),
-      wait_text=Key(
-          str, "Wait", "Replaces a delimiter while waits are left.",
-          needs=used),
-      more_wait_texts=Key(
-          tuple[str, ...], (), "Further wait texts: the waits of a "
-          "completion take that one and these in turn.",
-          needs=used),
-      step=Key(
-          str, "", "Ends a step of the thinking, such as a blank line; "
-          '"": steps are not counted.',
-          needs=used),
-  )
+def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
+  if stage["warmup_steps"] > stage["num_steps"]:
+    yield (f"warmup_steps: {stage['warmup_steps']} is more than "
+           f"num_steps={stage['num_steps']}.")
+  if stage["final_learning_rate"] > stage["learning_rate"]:
+    yield (f"final_learning_rate: {stage['final_learning_rate']} is above "
+           f"learning_rate={stage['learning_rate']}.")
+  if (stage["optimizer"] == "adafactor" and not stage["beta1"]
+      and stage["moments_dtype"] != "float32"):
+    yield (f"moments_dtype: set to {stage['moments_dtype']!r}, but it has no "
+           "effect: Adafactor keeps no mean if beta1 is 0.")
 
 
-def steering() -> dict[str, Key]:
-  """Keys for sampling options of a rollout other than its budgets."""
-  return dict(
-      wait_order=Key(
-          str, "cycle", "Which text a wait takes: thinking.wait_text and "
-          "thinking.more_wait_texts in turn, or one that is drawn.",
-          choices=("cycle", "draw")),
-      policy=Key(
-          str, "", "What changes the budgets of every step: function(budgets, "
-          "state) -> budgets; see docs/sampler.md.", function=True))
+def check_router(config, name: str, stage: Mapping) -> Iterator[str]:
+  if stage["router_aux_coef"] and checks.is_dense(config):
+    yield (f"router_aux_coef: set to {stage['router_aux_coef']}, but it has "
+           "no effect: the model has no experts.")
 
 
-def changed_logits() -> dict[str, Key]:
-  """Names the keys that change the sampling distribution."""
-  return dict(
-      suppress=Key(
-          tuple[str, ...], (), "Words that are not sampled while thinking "
-          "(NoWait), each a token of its own."),
-      hook=Key(
-          str, "", "What changes the logits of every step: "
-          "function(vocab_size) -> Hook; see docs/sampler.md.",
-          function=True),
-      hook_args=Key(
-          dict, {}, "What every completion gives to the hook.",
-          needs=Needs("rollout.hook", "!=", "")))
+def check_trained(config, name: str, stage: Mapping) -> Iterator[str]:
+  targets = stage["lora"]["targets"]
+  if not targets or len(set(targets)) < len(targets):
+    yield (f"lora.targets: found {keys.shown(targets)}, needed different "
+           "matrices.")
+  try:
+    re.compile(stage["trained"])
+  except re.error as error:
+    yield (f"trained: {keys.shown(stage['trained'])} is no regular "
+           f"expression: {error}.")
 
 
-def instructions() -> Section:
-  """Cells of an evaluation whose prompts ask for an amount of thinking."""
-  asks = lambda name: Needs(f"instructions.{name}", "!=", ())
-  text = lambda name, needs: Key(
-      str, TEXTS[name], "What is put behind the question"
-      + ("; {n} is the amount." if "{n}" in TEXTS[name] else "."),
-      needs=asks(needs))
-  return Section(
-      "Cells whose prompts ask for an amount of thinking (s1's token-, step- "
-      "and class-conditional control).",
-      tokens=Key(tuple[int, ...], (), "Amounts of thinking tokens, each a "
-                 "cell.", "[1, inf)"),
-      steps=Key(tuple[int, ...], (), "Amounts of steps that end in "
-                "thinking.step, each a cell.", "[1, inf)"),
-      classes=Key(tuple[str, ...], (), "Classes, each a cell.",
-                  choices=CLASSES),
-      forced=Key(bool, False, "Each amount is a second cell, in which it is "
-                 "forced as well."),
-      token_text=text("tokens", "tokens"), step_text=text("steps", "steps"),
-      short_text=text("short", "classes"), long_text=text("long", "classes"))
+def check_checkpoint(config, name: str, stage: Mapping) -> Iterator[str]:
+  checkpoint = stage["checkpoint"]
+  if checkpoint["keep_best"] and not checkpoint["best_metric"]:
+    yield ("checkpoint.best_metric: missing; checkpoint.keep_best="
+           f"{checkpoint['keep_best']} needs the name of a metric.")
+
+
+def divides(stage: Mapping, part: str, whole: str) -> Iterator[str]:
+  if stage[whole] % stage[part]:
+    yield (f"{whole}: {stage[whole]} is not a multiple of "
+           f"{part}={stage[part]}.")
+
+
+CHECKS = (check_optimizer, check_router, check_trained, check_checkpoint)
