@@ -168,8 +168,8 @@ class Restarting:
 def _engine(model, tasks: list[Task], ids=IDS) -> Engine:
   longest = max(len(task.prompt) + task.new for task in tasks)
   return Engine(model, sides.tables(model.config, ids), Settings(
-      slots=len(tasks), max_slots=longest + len(CLOSING) + 1,
-      min_slots=longest + len(CLOSING) + 1, prefill_chunk=64))
+      max_num_seqs=len(tasks), max_seq_len=longest + len(CLOSING) + 1,
+      min_seq_len=longest + len(CLOSING) + 1, prefill_chunk=64))
 
 
 def _computed(engine: Engine) -> int:

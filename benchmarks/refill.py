@@ -77,7 +77,7 @@ class Refilling:
   def __init__(self, model, tables, prompts, lengths, rows):
     longest = len(prompts[0]) + int(lengths.max())
     self._engine = Engine(model, tables, Settings(
-        slots=rows, max_slots=longest, chunk=32,
+        max_num_seqs=rows, max_seq_len=longest, chunk=32,
         prefill_chunk=len(prompts[0])))
     self._asked = [
         Request(prompt=tuple(prompt), max_tokens=int(length), prompt_id=i,

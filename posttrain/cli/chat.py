@@ -37,7 +37,7 @@ def run(
     config: config_dict.ConfigDict, *, workdir: str | None = None,
     stage: str = "", params: token_sampling.SamplingParams,
     limits: sampler.Limits,
-    steering: Mapping[str, Any] = sampling.PLAIN,
+    options: Mapping[str, Any] = sampling.PLAIN,
     seed: int = 0, cache_dtype: str = "compute",
     weights_dtype: str = "compute", lines: Iterable[str] | None = None,
     stream: TextIO | None = None,
@@ -47,7 +47,7 @@ def run(
   Args:
     config, workdir, stage: whose weights, as in `sample.run`.
     params, limits: to begin with.
-    steering: as `sampling.make_steering` takes it.
+    options: as `sampling.make_sampling_options` takes them.
     seed: with the turn's number, what a draw depends on.
     cache_dtype, weights_dtype: see `sampler.Sampler`.
     lines: what is said; read from the terminal by default.
@@ -74,11 +74,11 @@ def run(
         console_lib.Console(stream=stream or sys.stdout))
     # Once: it looks at every token of the vocabulary.
     tables = sampling.make_tables(
-        renderer.tokenizer, ids, steering["suppress"])
+        renderer.tokenizer, ids, options["suppress"])
     talk = Chat(renderer, sampler.Sampler(
         ids=ids, tables=tables, params=params, max_prompt_tokens=0,
         chunk=CHUNK, cache_dtype=cache_dtype, weights_dtype=weights_dtype,
-        steering=sampling.make_steering(steering, tables.vocab_size),
+        options=sampling.make_sampling_options(options, tables.vocab_size),
         before_chunk=preemption.leave_if_requested),
                 limits, seed, stream or sys.stdout)
     for line in lines if lines is not None else typed():

@@ -153,8 +153,8 @@ def _drawn(arguments: argparse.Namespace) -> dict[str, Any]:
           max_thinking_steps=arguments.max_thinking_steps,
           min_thinking_tokens=arguments.min_thinking_tokens,
           num_waits=arguments.num_waits),
-      steering={name: getattr(arguments, name)
-                for name in sampling_arguments.STEERING})
+      options={name: getattr(arguments, name)
+               for name in sampling_arguments.OPTIONS})
 
 
 def _asked(arguments: argparse.Namespace) -> str:

@@ -43,7 +43,7 @@ def run(
     config: config_dict.ConfigDict, rows: Sequence[Mapping[str, Any]], *,
     workdir: str | None = None, stage: str = "", output: str | None = None,
     params: token_sampling.SamplingParams, limits: sampler.Limits,
-    steering: Mapping[str, Any] = sampling.PLAIN, ask: str = "",
+    options: Mapping[str, Any] = sampling.PLAIN, ask: str = "",
     num_samples: int = 1, seed: int = 0, cache_dtype: str = "compute",
     weights_dtype: str = "compute", stream: TextIO | None = None,
 ) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def run(
     output: a JSONL file for the completions, written as they finish. What an
       interrupted run has left there is not drawn again.
     params, limits: how to sample, and how far.
-    steering: as `sampling.make_steering` takes it.
+    options: as `sampling.make_sampling_options` takes them.
     ask: an instruction to put behind each prompt.
     num_samples: per prompt.
     seed: with the prompt's number and the sample's, what a draw depends on.
@@ -81,13 +81,13 @@ def run(
         config, renderer.tokenizer,
         console_lib.Console(stream=stream, quiet=not first))
     tables = sampling.make_tables(
-        renderer.tokenizer, ids, steering["suppress"])
+        renderer.tokenizer, ids, options["suppress"])
     dtypes: dict[str, Any] = dict(
         cache_dtype=cache_dtype, weights_dtype=weights_dtype)
     how = sampler.Sampler(
         ids=ids, tables=tables, params=params, chunk=CHUNK,
         max_prompt_tokens=0, **dtypes,
-        steering=sampling.make_steering(steering, tables.vocab_size),
+        options=sampling.make_sampling_options(options, tables.vocab_size),
         before_chunk=preemption.leave_if_requested)
     if ask:
       tokenizer_lib.check_known(renderer.tokenizer, ask, "The instruction")
@@ -95,7 +95,7 @@ def run(
               for row in rows]
     prompts = [renderer.prompt_tokens(row) for row in rows]
     settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
-        "seed": seed} | dtypes | sampling.with_sources(steering)
+        "seed": seed} | dtypes | sampling.with_sources(options)
     if len(rows) * num_samples == 1:
       with _told_at_sigterm(stream, lambda: "the completion is dropped"):
         records = [_live(
@@ -104,7 +104,7 @@ def run(
         _write(output, records, settings)
       return records
     asked = [
-        how.steering.of(requests.Request(
+        how.options.apply(requests.Request(
             prompt=tuple(prompt), params=params,
             **dataclasses.asdict(limits), seed=seed, stage="sample",
             prompt_id=i, sample_id=sample), len(tables.waits))
@@ -178,14 +178,15 @@ class _Queue:
   def _drawn(
       self, model: Transformer, todo: Sequence[requests.Request],
   ) -> Iterator[requests.Completion]:
-    tables, steering = self._how.tables, self._how.steering
+    tables, options = self._how.tables, self._how.options
     parts = sharding.axis_size("rows")
     slots = min(BATCH_ROWS, len(todo))
     queue = engine.Engine(model, tables, engine.Settings(
-        slots=-(-slots // parts) * parts, chunk=CHUNK, max_slots=max(
+        max_num_seqs=-(-slots // parts) * parts, chunk=CHUNK, max_seq_len=max(
             requests.most_slots(request, tables) for request in todo),
         max_ids=max(len(request.wait_order) for request in todo),
-        hook=steering.hook, policy=steering.policy,
+        logits_processor=options.logits_processor,
+        budget_schedule=options.budget_schedule,
         cache_dtype=self._how.cache_dtype,
         weights_dtype=self._how.weights_dtype),
         before_chunk=self._how.before_chunk)

@@ -1,4 +1,4 @@
-"""Flags of the verbs that sample: how tokens are drawn, budgets, steering."""
+"""Flags of the verbs that sample: sampling options and budgets."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from posttrain.config import keys
 from posttrain.model.config import SAMPLING_DTYPES
 from posttrain.text.instructions import CLASSES
 
-STEERING = ("suppress", "wait_order", "hook", "hook_args", "policy")
+OPTIONS = ("suppress", "wait_order", "hook", "hook_args", "policy")
 
 
 def number(kind: type, bounds: str):
@@ -56,7 +56,7 @@ def add_sampling(group: Any) -> None:
                          "they are, or 8 bits with scales (compute)"))
   group.add_argument("--hook", metavar="FUNCTION", default="", help=(
       "changes the logits of every step: module:function or file.py:function "
-      "of vocab_size -> Hook, see docs/sampler.md"))
+      "of vocab_size -> LogitsProcessor, see docs/sampler.md"))
   group.add_argument("--hook-args", metavar="JSON", default={},
                      type=_object, help="an object, given to the hook")
 

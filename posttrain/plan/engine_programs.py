@@ -26,11 +26,11 @@ from posttrain.plan.program import Program
 from posttrain.sampler import (
   budget,
   decode,
+  device_batch,
   engine_settings,
   prefill,
   requests,
 )
-from posttrain.sampler import device_batch as slots_lib
 from posttrain.sampler.engine_settings import Settings
 
 NOTE = ("calls of programs that refill slots are modelled: prompts of the most "
@@ -72,8 +72,8 @@ def waves(
   source = place.slots_of(chunks * place.chunk)
   size, batch_of, most, kept = sizes[0], dict[int, int](), 0, 0
   rows = prompts.count * prompts.group_size
-  for first in range(0, rows, settings.slots):
-    last = min(first + settings.slots, rows)
+  for first in range(0, rows, settings.max_num_seqs):
+    last = min(first + settings.max_num_seqs, rows)
     wave = Counter(i // prompts.group_size for i in range(first, last))
     new = [prompt for prompt in wave if prompt not in batch_of]
     for n, prompt in enumerate(new):
@@ -85,7 +85,7 @@ def waves(
     most, kept = max(most, batches + bool(waiting)), max(kept, bool(waiting))
     for used in range(0, tokens, settings.chunk):
       needed = min(prompts.length + used + settings.chunk,
-                   settings.max_slots)
+                   settings.max_seq_len)
       for larger in engine_settings.fitting(sizes, size, needed):
         calls["resize", size, larger] += 1
         size = larger
@@ -96,7 +96,7 @@ def waves(
           of_batch[batch_of[prompt]] += samples
         calls["place", size, source] += sum(
             -(-samples // place.rows) for samples in of_batch.values())
-        calls["hook",] += last - first
+        calls["logits_processor",] += last - first
       calls["decode", size] += 1
   return Waves(calls, most, kept)
 
@@ -130,8 +130,9 @@ def of_engine(
     yield named("decode", functools.partial(
         decode.decode.lower, shapes.whole, shapes.blocks, carry,
         shapes.requests, script, np.int32(settings.rows), tables,
-        steps=settings.chunk, recorded=settings.recorded, hook=settings.hook,
-        policy=settings.policy),
+        steps=settings.chunk, recorded=settings.recorded,
+        logits_processor=settings.logits_processor,
+        budget_schedule=settings.budget_schedule),
         (shapes.whole, shapes.blocks, carry, shapes.requests, script),
         beside | shapes.kept | shapes.prompts(shapes.waves.kept),
         shapes.waves.calls["decode", size], f"S={size}")
@@ -160,15 +161,17 @@ class _Shapes:
     self.waves = waves(settings, self.prefill, prompts, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, settings.max_ids)
     self.idle = tables, budgets, np.zeros(settings.rows, np.int32)
-    self.state = weights.on_mesh(slots_lib.done.eval_shape(*self.idle))
-    self.hook_row = settings.hook and jax.tree.map(
-        np.asarray, settings.hook.init((0,), None))
-    self.hook = settings.hook and weights.on_mesh(jax.tree.map(
-        lambda x: slots_lib.repeated.eval_shape(x, rows=settings.rows),
-        self.hook_row))
-    self.admitted = slots_lib.begin_arguments(
+    self.state = weights.on_mesh(device_batch.done.eval_shape(*self.idle))
+    self.processor_row = self.processor_state = None
+    if settings.logits_processor:
+      self.processor_row = jax.tree.map(
+          np.asarray, settings.logits_processor.init((0,), None))
+      self.processor_state = weights.on_mesh(jax.tree.map(
+          lambda x: device_batch.repeated.eval_shape(x, rows=settings.rows),
+          self.processor_row))
+    self.admitted = device_batch.begin_arguments(
         [None] * settings.rows, [0], tables, settings.max_ids)
-    self.requests, _ = weights.on_mesh(slots_lib.begin.eval_shape(
+    self.requests, _ = weights.on_mesh(device_batch.begin.eval_shape(
         self.state, tables, *self.admitted))
 
   def rows(self, count: int, slots: int) -> prefill.Rows:
@@ -178,10 +181,10 @@ class _Shapes:
 
   def carry(self, slots: int) -> decode.Carry:
     rows = self.rows(self.settings.rows, slots)
-    earlier = weights.on_mesh(slots_lib.no_earlier.eval_shape(
+    earlier = weights.on_mesh(device_batch.no_earlier.eval_shape(
         rows.hidden, self.tables)) if self.tables.recalled else None
     return decode.Carry(
-        rows.cache, rows.hidden, self.state, self.hook, earlier)
+        rows.cache, rows.hidden, self.state, self.processor_state, earlier)
 
   def prompts(self, batches: int) -> dict[str, Any]:
     """Batches of prompts that were prefilled, and the prefix they share."""
@@ -219,7 +222,7 @@ class _Shapes:
     return named(kind, functools.partial(
         prefill.place.lower, into, source, *columns), (into, source), {
             **self.weights, **self.prompts(self.waves.batches - 1),
-            "state": (carry.state, carry.hook, carry.earlier),
+            "state": (carry.state, carry.processor_state, carry.earlier),
             "requests": self.requests}, calls, sizes)
 
 
@@ -232,15 +235,15 @@ def _idle(
   rows = shapes.rows(settings.rows, size)
   beside = {**shapes.weights, "slots": rows}
   yield named(
-      "done", functools.partial(slots_lib.done.lower, *shapes.idle), (),
+      "done", functools.partial(device_batch.done.lower, *shapes.idle), (),
       beside)
   if tables.recalled:
     yield named("earlier", functools.partial(
-        slots_lib.no_earlier.lower, rows.hidden, tables), (rows.hidden,),
+        device_batch.no_earlier.lower, rows.hidden, tables), (rows.hidden,),
         beside)
-  for n, row in enumerate(jax.tree.leaves(shapes.hook_row)):
-    yield named("hook_rows", functools.partial(
-        slots_lib.repeated.lower, row, rows=settings.rows), (), beside,
+  for n, row in enumerate(jax.tree.leaves(shapes.processor_row)):
+    yield named("processor_rows", functools.partial(
+        device_batch.repeated.lower, row, rows=settings.rows), (), beside,
         sizes=f"state={n}")
 
 
@@ -288,18 +291,19 @@ def _admission(
   carry = shapes.carry(settings.sizes[-1])
   beside = {**shapes.weights, **shapes.prompts(shapes.waves.batches)}
   yield named("begin", functools.partial(
-      slots_lib.begin.lower, shapes.state, shapes.tables, *shapes.admitted),
+      device_batch.begin.lower, shapes.state, shapes.tables, *shapes.admitted),
       (shapes.state,), {
-          **beside, "slots": (carry.cache, carry.hidden, carry.hook,
-                              carry.earlier), "requests": shapes.requests},
+          **beside, "slots": (
+              carry.cache, carry.hidden, carry.processor_state,
+              carry.earlier), "requests": shapes.requests},
       calls["begin",])
-  if shapes.hook is not None:
-    yield named("hook", functools.partial(
-        slots_lib.set_row.lower, shapes.hook, shapes.hook_row, np.int32(0)),
-        (shapes.hook,), {
+  if shapes.processor_state is not None:
+    yield named("logits_processor", functools.partial(
+        device_batch.set_row.lower, shapes.processor_state,
+        shapes.processor_row, np.int32(0)), (shapes.processor_state,), {
             **beside, "slots": (carry.cache, carry.hidden, carry.state,
                                 carry.earlier), "requests": shapes.requests},
-        calls["hook",])
+        calls["logits_processor",])
 
 
 def _resizes(

@@ -46,7 +46,7 @@ def of_rollout(
   asked = sampler.make_requests(
       [[0]] * groups, limits, prompt_id=[0] * groups, group_size=group_size)
   named = functools.partial(_named, stage, detail, steps)
-  if sampler.slots:
+  if sampler.max_num_seqs:
     yield from engine_programs.of_engine(
         named, model, sampler.tables, sampler.engine_settings(asked),
         prompts=engine_programs.Prompts(
@@ -88,7 +88,8 @@ def _waiting(
   carry_of = lambda slots: dataclasses.replace(
       weights.on_mesh(decode.prefill.eval_shape(
           model, *prompts, *fixed, group_size=group_size, slots=slots,
-          cache_dtype=sampler.cache_dtype)), hook=inputs["hook"])
+          cache_dtype=sampler.cache_dtype)),
+      processor_state=inputs["processor_state"])
   rows, script = _draws(stage, sampler, inputs)
   first = sampler.first_slots
   yield named("prefill", functools.partial(
@@ -104,7 +105,8 @@ def _waiting(
     yield named("decode", functools.partial(
         decode.decode.lower, whole, blocks, carry, rows, script,
         np.int32(len(inputs["done"])), sampler.tables, steps=sampler.chunk,
-        hook=sampler.steering.hook, policy=sampler.steering.policy),
+        logits_processor=sampler.options.logits_processor,
+        budget_schedule=sampler.options.budget_schedule),
         (whole, blocks, carry, rows, script), looping, chunks, f"S={slots}")
     used += chunks * sampler.chunk
     if used < end:

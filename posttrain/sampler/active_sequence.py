@@ -1,4 +1,8 @@
-"""One slot's request while it runs: its record, its stop strings, its end."""
+"""Active sequence: what the host keeps of a request while it decodes.
+
+Its record of tokens, its search for stop strings, and the completion that it
+becomes.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +16,17 @@ from posttrain.sampler.stop_strings import Decode, Matcher
 
 NOT_FINITE = (
     "The logits are not finite, so nothing can be drawn from them: the weights "
-    "have diverged or were loaded wrongly, or a hook has divided by zero.")
+    "have diverged or were loaded wrongly, or a logits processor has divided "
+    "by zero.")
 
 
-class Live:
-  """Active sequence, as the host knows it.
+class ActiveSequence:
+  """Active sequence: one request that a row of the device batch decodes.
 
   Attributes:
-    number, request: of the engine's queue.
-    steps: that the row took.
+    number: what `Engine.submit` returned for the request.
+    request: the request.
+    steps: decode steps that its row took, those of dropped tokens included.
   """
 
   def __init__(
@@ -31,7 +37,8 @@ class Live:
     self.steps = 0
     self._recorded = recorded
     self._most = requests.most_slots(request, tables)
-    # Earlier tokens of a delimiter may still be taken back.
+    # A delimiter that completes may retract this many earlier tokens, so the
+    # last ones of the record are not final yet.
     self._held = tables.recalled
     self._row = rollouts.Row()
     self._raw: list[np.ndarray] = []
@@ -42,12 +49,12 @@ class Live:
       self._matcher = Matcher(request.stop_strings, text)
 
   def needed(self, chunk: int) -> int:
-    """Slots that the row may use by the end of the next chunk."""
+    """Returns the cache slots that it may use by the end of the next chunk."""
     used = len(self.request.prompt) + self.steps
     return min(used + chunk, self._most)
 
   def script(self, chunk: int) -> np.ndarray:
-    """[N] int32, the choices to replay next; -1 draws."""
+    """Returns the choices to replay in the next chunk, [N] int32; -1 draws."""
     window = np.full(chunk, -1, np.int32)
     if self.request.script is not None:
       part = self.request.script[self.steps:self.steps + chunk]
@@ -55,15 +62,26 @@ class Live:
     return window
 
   def add(
-      self, record: Mapping[str, np.ndarray], slot: int, steps: int,
+      self, record: Mapping[str, np.ndarray], row: int, steps: int,
       done: bool,
   ) -> bool:
-    """Takes the row's steps of a chunk; whether a stop string ends it."""
-    self._row.add({name: x[slot, :steps] for name, x in record.items()})
-    self._raw.append(record["raw"][slot, :steps])
+    """Adds the sequence's steps of a chunk to its record.
+
+    Args:
+      record: of `decode.decode`, fetched: [B, N, ...] each.
+      row: the sequence's row.
+      steps: that the row took in this chunk.
+      done: the row ended in it.
+
+    Returns:
+      True if a stop string ends it; the tokens behind it are then cut off.
+    """
+    self._row.add({name: x[row, :steps] for name, x in record.items()})
+    self._raw.append(record["raw"][row, :steps])
     self.steps += steps
     if self._matcher is None:
       return False
+    # A string that ends in tokens that may be retracted is not found yet.
     settled = len(self._row.tokens) - (0 if done else self._held)
     kept = self._matcher.find(self._row.tokens[:max(settled, 0)])
     if kept < 0:
@@ -73,26 +91,27 @@ class Live:
     return True
 
   def settled(self) -> list[int]:
-    """The tokens that nothing can take back or cut off any more."""
+    """Returns the tokens that nothing can retract or cut off any more."""
     tokens = self._row.tokens[:max(len(self._row.tokens) - self._held, 0)]
     if self._matcher is None:
       return tokens
     return tokens[:self._matcher.settled(tokens)]
 
-  def completion(self, reason: str, state: Any, slot: int) -> Completion:
-    """The finished row.
+  def completion(self, reason: str, state: Any, row: int) -> Completion:
+    """Makes the completion of a finished sequence.
 
     Args:
-      reason: of its end; "" for the one in `state`.
-      state: fetched, [B] arrays; counts of a row that a stop string cut are
-        its last token's.
+      reason: why it ended; "" for the reason in `state`.
+      state: the `BudgetState`, fetched, [B] arrays. The counts of a sequence
+        that a stop string cut are those recorded at its last token.
+      row: the sequence's row.
     """
-    reason = reason or rollouts.FINISH_REASONS[int(state.finish_reason[slot])]
+    reason = reason or rollouts.FINISH_REASONS[int(state.finish_reason[row])]
     columns = {
         name: np.array(values) for name, values in self._row.columns.items()}
     counts = (
-        state.thinking[slot], state.answer[slot], state.wait_count[slot],
-        state.think_end[slot], state.steps[slot])
+        state.thinking[row], state.answer[row], state.wait_count[row],
+        state.think_end[row], state.steps[row])
     if reason == "stop":
       counts = columns["counts"][-1]
     thinking, answer, waits, think_end, steps = map(int, counts)
@@ -108,7 +127,7 @@ class Live:
         **self._asked_for())
 
   def _asked_for(self) -> dict[str, np.ndarray]:
-    """What is recorded beside tokens; a row that never stepped has it empty."""
+    """Returns the fields that `Recorded` asks for, empty before any step."""
     def column(name: str, dtype: Any, *last: int) -> np.ndarray:
       values = self._row.columns.get(name, [])
       return np.array(values, dtype).reshape(len(values), *last)

@@ -36,7 +36,7 @@ class Carry:
     cache: of every layer, [B, S, ...].
     hidden: [B, D], from which each row's next token is drawn.
     state: where each row's budget stands.
-    hook: the state of the logits hook, [B, ...] each; None without a hook.
+    processor_state: of the logits processor, [B, ...] each; None without.
     earlier: [B, H, D], `hidden` of the last steps, for the logprob of what
       takes the place of H + 1 tokens; None if no delimiter has several.
   """
@@ -44,7 +44,7 @@ class Carry:
   cache: kv.KVCache
   hidden: jax.Array
   state: budget.BudgetState
-  hook: Any = None
+  processor_state: Any = None
   earlier: jax.Array | None = None
 
 
@@ -92,7 +92,7 @@ PLAIN = Recorded()
 # before every step of the loop. Waits that are left are in the state. It may
 # lower max_thinking_tokens below what a row has thought: the row then closes.
 # More max_tokens than were asked for it cannot give.
-Policy = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
+BudgetSchedule = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
 @functools.partial(
@@ -164,14 +164,15 @@ def resize(carry: Carry, *, slots: int) -> Carry:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("steps", "recorded", "hook", "policy"),
+    jax.jit, static_argnames=(
+        "steps", "recorded", "logits_processor", "budget_schedule"),
     donate_argnames="carry", keep_unused=True)
 def decode(
     model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
     script: jax.Array, until: jax.Array, tables: budget.BudgetTables, *,
     steps: int, recorded: Recorded = PLAIN,
-    hook: logits_processors.Hook | None = None,
-    policy: Policy | None = None,
+    logits_processor: logits_processors.LogitsProcessor | None = None,
+    budget_schedule: BudgetSchedule | None = None,
 ) -> tuple[Carry, dict[str, jax.Array]]:
   """Up to `steps` tokens for every row, or until `until` rows are done.
 
@@ -181,8 +182,8 @@ def decode(
       S - `steps` tokens.
     script: [B, N] int32, choices to take instead of drawing; -1 draws.
     until: scalar int32.
-    recorded, hook, policy: what is kept of a step besides; what changes its
-      logits, and its budgets.
+    recorded: what is recorded of a step besides tokens and logprobs.
+    logits_processor, budget_schedule: change each step's logits and budgets.
 
   Returns:
     The carry, and the record of each step, all [B, N]: "token",
@@ -197,8 +198,9 @@ def decode(
   def body(loop):
     step, carry, record = loop
     carry, new = _choose(
-        model, carry, script[:, step], _steered(policy, rows, carry.state),
-        tables, recorded, hook)
+        model, carry, script[:, step],
+        _scheduled(budget_schedule, rows, carry.state), tables, recorded,
+        logits_processor)
     carry, experts = _feed(model, blocks, carry, rows)
     if experts is not None:
       new["experts"] = experts
@@ -214,13 +216,14 @@ def decode(
   return carry, record
 
 
-def _steered(
-    policy: Policy | None, rows: Rows, state: budget.BudgetState,
+def _scheduled(
+    budget_schedule: BudgetSchedule | None, rows: Rows,
+    state: budget.BudgetState,
 ) -> Rows:
-  """The rows under a policy, which cannot make them longer than their slots."""
-  if policy is None:
+  """Applies the budget schedule to the rows of one step."""
+  if budget_schedule is None:
     return rows
-  budgets = policy(rows.budgets, state)
+  budgets = budget_schedule(rows.budgets, state)
   most = jnp.minimum(budgets.max_tokens, rows.budgets.max_tokens)
   return dataclasses.replace(
       rows, budgets=dataclasses.replace(budgets, max_tokens=most))
@@ -254,15 +257,15 @@ def _empty_record(
 def _choose(
     model: Transformer, carry: Carry, script: jax.Array, rows: Rows,
     tables: budget.BudgetTables, recorded: Recorded,
-    hook: logits_processors.Hook | None,
+    logits_processor: logits_processors.LogitsProcessor | None,
 ) -> tuple[Carry, dict[str, Any]]:
   """Logits -> a token per row, sampled or forced -> the next budget state."""
   logits = _logits(model, carry.hidden, tables)
   forced, banned = budget.plan(tables, rows.budgets, carry.state)
   was_forced, params = forced >= 0, rows.params
   shaped = logits
-  if hook is not None:
-    shaped = hook.process(carry.hook, logits)
+  if logits_processor is not None:
+    shaped = logits_processor.process(carry.processor_state, logits)
   if rows.banned_ids is not None:
     ids = jnp.arange(tables.vocab_size)
     own = jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
@@ -299,8 +302,11 @@ def _choose(
       "logprob": jnp.where(emit.keep, logprobs, 0.0), "dropped": emit.dropped,
       "raw": jnp.where(was_forced | carry.state.done, -1, drawn),
       **_more(recorded, state, emit, distribution, own_logprobs)}
-  hook_state = carry.hook if hook is None else hook.observe(carry.hook, emit)
-  return dataclasses.replace(carry, state=state, hook=hook_state), record
+  processor_state = carry.processor_state
+  if logits_processor is not None:
+    processor_state = logits_processor.observe(processor_state, emit)
+  return dataclasses.replace(
+      carry, state=state, processor_state=processor_state), record
 
 
 def _more(

@@ -1,6 +1,7 @@
-"""What of the engine lives on the device: its slots, and what is done to them.
+"""Device batch: the engine's arrays on the device, and the programs on them.
 
-  B: slots  S: cache slots of each  N: steps of a chunk
+  B: rows of the batch, a sequence each  S: cache slots of each
+  N: steps of a chunk
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ from posttrain.sharding import shard, spec
 
 
 class Programs:
-  """Calls compiled functions, and knows how many of them there are.
+  """Calls jitted functions, and counts the programs that are compiled.
 
   Attributes:
-    seconds: of the first call of each, by name and shapes.
+    seconds: of each program's first call, its compilation included, by key.
   """
 
   def __init__(self, log: Callable[[str], None]):
@@ -41,7 +42,11 @@ class Programs:
     self._log = log
 
   def __call__(self, key: tuple, function: Callable, *args, **kwargs) -> Any:
-    """`key` names the function and all that it compiles anew for."""
+    """Calls `function`.
+
+    Args:
+      key: the function's name and every size that it compiles anew for.
+    """
     if key in self.seconds:
       return function(*args, **kwargs)
     started = time.monotonic()
@@ -52,99 +57,119 @@ class Programs:
     return result
 
 
-class Slots:
-  """B rows that decode together, each for a request of its own or idle.
+class DeviceBatch:
+  """B rows that decode together; each has a sequence, or is idle.
 
   Attributes:
-    carry: of the decode loop.
+    tables: token ids that budget forcing reads.
+    carry: of the decode loop. Its buffers are donated to every program, so
+      no older carry may be used.
   """
 
   def __init__(
-      self, config: ModelConfig, tables: budget.BudgetTables, *, slots: int,
-      size: int, max_ids: int, cache_dtype: str, recorded: decode.Recorded,
-      hook: logits_processors.Hook | None, policy: decode.Policy | None,
-      run: Programs,
+      self, config: ModelConfig, tables: budget.BudgetTables, *,
+      num_seqs: int, size: int, max_ids: int, cache_dtype: str,
+      recorded: decode.Recorded,
+      logits_processor: logits_processors.LogitsProcessor | None,
+      budget_schedule: decode.BudgetSchedule | None, run: Programs,
   ):
-    """All slots idle; S is `size`."""
-    self.tables, self.count = tables, slots
-    self._max_ids, self._recorded, self._hook = max_ids, recorded, hook
-    self._policy, self._run = policy, run
+    """Makes a batch of `num_seqs` idle rows (B) with `size` cache slots (S)."""
+    self.tables, self._max_ids, self._recorded = tables, max_ids, recorded
+    self._logits_processor = logits_processor
+    self._budget_schedule, self._run = budget_schedule, run
     self._rows: decode.Rows | None = None
-    rows = run(("empty", slots, size), prefill.empty, config, np.int32(0),
-               rows=slots, slots=size, cache_dtype=cache_dtype)
-    budgets, *_ = requests.columns([None] * slots, max_ids)
-    zeros = np.zeros(slots, np.int32)
+    rows = run(("empty", num_seqs, size), prefill.empty, config, np.int32(0),
+               rows=num_seqs, slots=size, cache_dtype=cache_dtype)
+    budgets, *_ = requests.columns([None] * num_seqs, max_ids)
+    zeros = np.zeros(num_seqs, np.int32)
     self.carry = decode.Carry(
         rows.cache, rows.hidden,
         run(("done",), done, tables, budgets, zeros),
-        hook and jax.tree.map(
-            lambda x: repeated(np.asarray(x), rows=slots),
-            hook.init((0,), None)),
+        logits_processor and jax.tree.map(
+            lambda x: repeated(np.asarray(x), rows=num_seqs),
+            logits_processor.init((0,), None)),
         run(("earlier",), no_earlier, rows.hidden, tables)
         if tables.recalled else None)
 
   @property
   def size(self) -> int:
-    """S."""
+    """Cache slots of each row (S)."""
     return self.carry.cache.slots
 
   def resize(self, size: int) -> None:
-    """Another S."""
+    """Changes S to `size`; what the rows hold is kept."""
     self.carry = self._run(
         ("resize", self.size, size), decode.resize, self.carry, slots=size)
 
   def begin(
-      self, asked: Sequence[Request | None], slots: Sequence[int],
+      self, asked: Sequence[Request | None], admitted: Sequence[int],
       place: Callable[[prefill.Rows], prefill.Rows],
   ) -> None:
-    """New requests in some of the slots.
+    """Begins new requests in some of the rows.
 
     Args:
-      asked: [B] of all slots; None is idle.
-      slots: the new ones.
-      place: puts their prompts there.
+      asked: [B], the request of every row; None is idle.
+      admitted: rows whose request is new.
+      place: copies their prompts into the cache.
     """
     placed = place(prefill.Rows(self.carry.cache, self.carry.hidden))
     self._rows, state = self._run(
         ("begin",), begin, self.carry.state, self.tables,
-        *begin_arguments(asked, slots, self.tables, self._max_ids))
-    hook_state = self.carry.hook
-    if self._hook is not None:
-      for slot in slots:
-        request = asked[slot]
+        *begin_arguments(asked, admitted, self.tables, self._max_ids))
+    processor_state = self.carry.processor_state
+    if self._logits_processor is not None:
+      for row in admitted:
+        request = asked[row]
         assert request is not None
-        hook_state = self._run(
-            ("hook",), set_row, hook_state,
-            self._hook.init(request.prompt, request.hook), np.int32(slot))
+        processor_state = self._run(
+            ("logits_processor",), set_row, processor_state,
+            self._logits_processor.init(
+                request.prompt, request.logits_processor_args), np.int32(row))
     self.carry = dataclasses.replace(
         self.carry, cache=placed.cache, hidden=placed.hidden, state=state,
-        hook=hook_state)
+        processor_state=processor_state)
 
   def decode(
       self, model: Transformer, blocks: list[Block], script: np.ndarray,
       until: int,
   ) -> tuple[dict[str, np.ndarray], Any]:
-    """A chunk: its record and the state behind it, fetched."""
+    """Runs a chunk of N decode steps, or until `until` rows are done.
+
+    Args:
+      model, blocks: as `decode.unstacked` makes them.
+      script: [B, N] int32, choices to replay; -1 draws.
+      until: rows that are done, idle ones included.
+
+    Returns:
+      The record of the steps and the `BudgetState` behind them, as NumPy.
+    """
     assert self._rows is not None
     self.carry, record = self._run(
         ("decode", self.size), decode.decode, model, blocks, self.carry,
         self._rows, sharding.put(script, "rows", "slots"), np.int32(until),
         self.tables, steps=script.shape[1], recorded=self._recorded,
-        hook=self._hook, policy=self._policy)
+        logits_processor=self._logits_processor,
+        budget_schedule=self._budget_schedule)
     return sharding.fetch((record, self.carry.state))
 
   def end(self, rows: Sequence[bool], reason: int) -> None:
-    """Rows go on no further; those that are done stay as they are."""
+    """Ends rows for `reason`, a finish reason of `budget_state`.
+
+    Rows that are done already keep their own reason.
+    """
     state = self._run(
         ("end",), _end, self.carry.state, np.array(rows), np.int32(reason))
     self.carry = dataclasses.replace(self.carry, state=state)
 
 
 def begin_arguments(
-    asked: Sequence[Request | None], slots: Sequence[int],
+    asked: Sequence[Request | None], admitted: Sequence[int],
     tables: budget.BudgetTables, max_ids: int,
 ) -> tuple[Any, ...]:
-  """What `begin` takes behind the tables, as NumPy; see `Slots.begin`."""
+  """Makes the NumPy arguments of `begin`, those behind the tables.
+
+  `asked` and `admitted` are those of `DeviceBatch.begin`.
+  """
   budgets, params, banned_ids, keys = requests.columns(asked, max_ids)
   prompts = [request.prompt if request else (0,) for request in asked]
   lengths = np.array([len(p) for p in prompts], np.int32)
@@ -152,10 +177,11 @@ def begin_arguments(
       keys, (lengths, budgets, params, banned_ids),
       np.array([requests.in_thinking(p, tables) for p in prompts]),
       np.array([p[-1] for p in prompts], np.int32),
-      np.isin(np.arange(len(asked)), slots))
+      np.isin(np.arange(len(asked)), admitted))
 
 
 def _by_row(tree: Any) -> Any:
+  """Lays out [B, ...] arrays by rows, as the carry is."""
   return jax.tree.map(
       lambda x: shard(
           jnp.asarray(x), "rows", *(None for _ in x.shape[1:])), tree)
@@ -163,7 +189,18 @@ def _by_row(tree: Any) -> Any:
 
 @jax.jit
 def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
-  """`decode.Rows`, and the budgets' state with new rows at their beginning."""
+  """Begins the admitted rows.
+
+  Args:
+    state: `BudgetState` of all rows.
+    tables: token ids that budget forcing reads.
+    keys, columns, in_thinking, last_tokens, admitted: `begin_arguments`, of
+      all rows; only `admitted` [B] bool are begun.
+
+  Returns:
+    `decode.Rows` of all rows, and the state, in which the admitted rows are
+    at their beginning.
+  """
   lengths, budgets, params, banned_ids = _by_row(columns)
   rows = decode.Rows(
       lengths, token_sampling.row_keys(**_by_row(keys)), budgets, params,
@@ -177,7 +214,10 @@ def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
 
 @jax.jit
 def done(tables, budgets, zeros):
-  """The budgets' state of slots that are all idle."""
+  """Makes the `BudgetState` of rows that are all idle.
+
+  `zeros` is [B] int32; it gives the shape.
+  """
   zeros = _by_row(zeros)
   return budget.init(tables, _by_row(budgets), zeros > 0, zeros, zeros == 0)
 
@@ -192,14 +232,14 @@ def _end(state, rows, reason):
 
 @functools.partial(jax.jit, static_argnames="rows")
 def repeated(x, *, rows: int):
-  """[rows, ...] of one row's state of a hook."""
+  """Repeats one row's state of a logits processor to [rows, ...]."""
   return _by_row(jnp.broadcast_to(x, (rows, *x.shape)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def set_row(state, new, slot):
-  """A hook's state with another row in `slot`."""
+def set_row(state, new, row):
+  """Replaces one row of a logits processor's state; `new` has no row axis."""
   return jax.tree.map(
-      lambda x, row: x.at[slot].set(
-          row, out_sharding=spec("rows", *(None for _ in x.shape[1:]))),
+      lambda x, values: x.at[row].set(
+          values, out_sharding=spec("rows", *(None for _ in x.shape[1:]))),
       state, new)

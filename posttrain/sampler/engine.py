@@ -1,16 +1,22 @@
 """Continuous batching: requests in, completions out as they finish.
 
-A fixed number of slots decode together. When a row ends, the next request
-takes its slot: its prompt, prefilled beside, is copied to the place behind the
-cache's write slot, where no neighbour notices (`cache.insert`). Everything
-about a request is data, so there is one decode program per size of the cache,
-and the host looks once per chunk.
+A fixed number of rows decode together, a sequence each. When a sequence ends,
+the next request takes its row: the request's prompt is prefilled in a cache of
+its own and then copied into that row, right before the slot that all rows
+write next. The other rows are not touched (`cache.insert`). Everything about a
+request is data, so there is one decode program per size of the KV cache. The
+host syncs once per chunk of decode steps, never per token.
 
-Under several processes each of them runs the same engine: it is given the same
-requests, and every decision comes from them and from what was fetched, which
-is the same everywhere.
+A request whose end the cache could not hold is refused when it is submitted, so
+no sequence is ever preempted or swapped out. The cache has no pages (vLLM's
+PagedAttention): it is one ring of slots for all rows, see `model.cache`.
 
-  B: slots  S: cache slots of each  N: steps of a chunk
+Under several processes each of them runs the same engine on the same requests.
+Every decision is made from these and from arrays that were fetched, which are
+the same everywhere, so no host has to tell another what it decided.
+
+  B: rows, sequences that decode together  S: cache slots of each
+  N: steps of a chunk
 """
 
 import dataclasses
@@ -24,15 +30,15 @@ import numpy as np
 from posttrain import sharding
 from posttrain.model.block import Block
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import active_sequence as live_lib
 from posttrain.sampler import (
   budget,
   decode,
+  device_batch,
   prefill,
   requests,
   rollouts,
 )
-from posttrain.sampler import device_batch as slots_lib
+from posttrain.sampler.active_sequence import ActiveSequence
 from posttrain.sampler.engine_settings import Settings, doublings, fitting
 from posttrain.sampler.requests import Completion, Request
 from posttrain.sampler.stop_strings import Decode
@@ -40,37 +46,39 @@ from posttrain.sampler.stop_strings import Decode
 
 @dataclasses.dataclass
 class Stats:
-  """Counters of an engine.
+  """Counters of an engine since it was made.
 
   Attributes:
     steps: iterations of the decode loop.
-    row_steps: those of rows that were not done, over all slots.
-    looks: of the host.
-    prompt_tokens, prefilled_tokens: of all requests; really computed.
-    surplus: tokens cut behind stop strings.
+    row_steps: the sum over rows of the steps in which a row was not done.
+    host_syncs: chunks that were decoded; the host syncs behind each.
+    prompt_tokens: prompt tokens of all requests.
+    prefilled_tokens: those of them that were computed; the others came from
+      a shared prompt or prefix.
+    surplus: tokens that were decoded and cut off behind stop strings.
     programs: seconds of the first call of each compiled program, by name and
       shapes.
   """
 
   steps: int = 0
   row_steps: int = 0
-  looks: int = 0
+  host_syncs: int = 0
   prompt_tokens: int = 0
   prefilled_tokens: int = 0
   surplus: int = 0
   programs: dict[tuple, float] = dataclasses.field(default_factory=dict)
 
-  def occupancy(self, slots: int) -> float:
-    """Share of the slots' steps that were of a live row."""
-    return self.row_steps / max(self.steps * slots, 1)
+  def occupancy(self, max_num_seqs: int) -> float:
+    """Returns the share of the rows' steps in which a sequence was active."""
+    return self.row_steps / max(self.steps * max_num_seqs, 1)
 
 
 def nothing() -> None:
-  """Does nothing, before a chunk."""
+  """Does nothing; the default of `before_chunk`."""
 
 
 class Engine:
-  """A queue of requests before the slots of one compiled loop.
+  """A queue of requests, and the device batch that decodes them.
 
   Used inside `jax.set_mesh`. Not thread-safe.
   """
@@ -81,25 +89,25 @@ class Engine:
       log: Callable[[str], None] = lambda line: None,
       before_chunk: Callable[[], None] = nothing,
   ):
-    """An engine without requests.
+    """Makes an engine without requests.
 
     Args:
       model: on the current mesh.
       tables: the thinking strings and stop ids of its tokenizer.
-      settings: shapes.
-      text: tokens to text, for stop strings.
-      log: is told of every program that is compiled.
-      before_chunk: called before each look. What it raises leaves the engine
-        as it was.
+      settings: shapes, and the functions that are traced into the loop.
+      text: decodes tokens to text, for stop strings.
+      log: is given a line for every program that is compiled.
+      before_chunk: is called at the beginning of each `step`. If it raises,
+        the engine stays as it was.
 
     Raises:
-      ValueError: the mesh does not divide the slots.
+      ValueError: the mesh does not divide `max_num_seqs`.
     """
     parts = sharding.axis_size("rows")
-    if settings.slots < 1 or settings.slots % parts:
+    if settings.max_num_seqs < 1 or settings.max_num_seqs % parts:
       raise ValueError(
-          f"slots={settings.slots} cannot be split over {parts} parts of the "
-          f"mesh. Use a multiple of {parts}.")
+          f"max_num_seqs={settings.max_num_seqs} cannot be split over {parts} "
+          f"parts of the mesh. Use a multiple of {parts}.")
     self.tables, self.settings = tables, settings
     self.model, self._blocks = self._unstacked(model)
     self._text, self._before_chunk = text, before_chunk
@@ -107,31 +115,33 @@ class Engine:
     self._pending: deque[tuple[int, Request]] = deque()
     self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
     self._shared = prefill.Shared(settings.prefill_chunk)
-    self._live: list[live_lib.Live | None] = [None] * settings.rows
+    self._active: list[ActiveSequence | None] = [None] * settings.rows
     self._ready: deque[Completion] = deque()
     self._aborted: set[int] = set()
     self._sizes = settings.sizes
-    run = slots_lib.Programs(lambda line: log(
+    run = device_batch.Programs(lambda line: log(
         f"{line} ({len(run.seconds)} of at most {self.most_programs})"))
     self.stats = Stats(programs=run.seconds)
     self._prefill = prefill.Prefill(
         model.config, rows=settings.prefill_rows,
         chunk=settings.prefill_chunk, prefixes=settings.prefixes,
         cache_dtype=settings.cache_dtype, run=run)
-    self._slots = slots_lib.Slots(
-        model.config, tables, slots=len(self._live), size=self._sizes[0],
+    self._batch = device_batch.DeviceBatch(
+        model.config, tables, num_seqs=len(self._active), size=self._sizes[0],
         max_ids=settings.max_ids, cache_dtype=settings.cache_dtype,
-        recorded=settings.recorded, hook=settings.hook,
-        policy=settings.policy, run=run)
+        recorded=settings.recorded,
+        logits_processor=settings.logits_processor,
+        budget_schedule=settings.budget_schedule, run=run)
 
   def submit(self, request: Request) -> int:
     """Queues a request and returns its number.
 
-    A request that cannot run finishes with the reason "error" and says why.
+    A request that cannot run is not raised: it comes out of `results` with
+    the finish reason "error" and says why, and the others go on.
     """
     number = next(self._numbers)
     error = requests.problem(
-        request, self.tables, max_slots=self.settings.max_slots,
+        request, self.tables, max_seq_len=self.settings.max_seq_len,
         max_ids=self.settings.max_ids, can_decode=self._text is not None)
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
@@ -143,23 +153,23 @@ class Engine:
     return number
 
   def abort(self, number: int) -> None:
-    """Ends a request at the next look; one that has finished stays so."""
+    """Ends a request at the next step; one that has finished stays so."""
     self._aborted.add(number)
 
   def results(self) -> Iterator[Completion]:
-    """Completions as they finish, until nothing is left to do."""
+    """Yields completions as they finish, until nothing waits or decodes."""
     while True:
       while self._ready:
         yield self._ready.popleft()
       if not self.busy:
         return
-      self.look()
+      self.step()
 
   def stream(self, number: int) -> Iterator[list[int]]:
-    """The tokens of a request as they settle; others go on meanwhile.
+    """Yields the tokens of a request as they settle; the others go on too.
 
-    What may still be taken back, for a wait or a stop string, is held back.
-    The completion itself comes out of `results` all the same.
+    Tokens that may still be retracted for a wait, or cut off for a stop
+    string, are held back. The completion itself comes out of `results`.
     """
     sent = 0
     while True:
@@ -171,72 +181,84 @@ class Engine:
         sent = len(tokens)
       if any(done.id == number for done in self._ready):
         return
-      self.look()
+      self.step()
 
   @property
   def busy(self) -> bool:
-    """Requests wait or run."""
-    return bool(self._pending) or any(self._live)
+    """True while a request waits or decodes."""
+    return bool(self._pending) or any(self._active)
 
   @property
   def occupancy(self) -> float:
-    return self.stats.occupancy(self.settings.slots)
+    """Share of the rows' steps in which a sequence was active, so far."""
+    return self.stats.occupancy(self.settings.max_num_seqs)
 
   @property
   def most_programs(self) -> int:
-    """A bound on `stats.programs`, whatever the requests."""
+    """Upper bound of `len(stats.programs)`, whatever the requests."""
     sizes = len(self._sizes)
     # Prefill's caches reach one doubling further, as chunks are whole.
     prefills = len(doublings(
         self.settings.prefill_chunk, 2 * self._sizes[-1]))
     decodes, resizes = sizes, 2 * (sizes - 1)
-    empties = 1 + 2 * prefills  # Slots; a batch of prompts; a prefix alone.
-    # From a batch to the slots, from a prefix to a batch, and from that to it.
+    # Of the device batch; of a batch of prompts; of a prefix alone.
+    empties = 1 + 2 * prefills
+    # From a batch of prompts to the device batch, from a prefix to a batch of
+    # prompts, and from such a batch to a prefix alone.
     places = prefills * (sizes + prefills + 1)
-    others = 5  # "done", "begin", "end", "hook", "earlier".
+    others = 5  # "done", "begin", "end", "logits_processor", "earlier".
     return decodes + resizes + prefills + empties + places + others
 
   def use(self, model: Transformer) -> None:
-    """Goes on with other weights of the same shape; what is queued waits.
+    """Changes the weights to others of the same shape; the queue stays.
 
     Raises:
-      RuntimeError: rows are live, whose caches are of the old weights.
+      RuntimeError: sequences are active, and their KV cache is of the old
+        weights.
     """
-    if any(self._live):
+    if any(self._active):
       raise RuntimeError(
-          "Weights cannot change under live rows. Take all results first.")
+          "Weights cannot change under active sequences. Take all results "
+          "first.")
     self.model, self._blocks = self._unstacked(model)
     self._prefill.clear()
 
   def _unstacked(
       self, model: Transformer) -> tuple[Transformer, list[Block]]:
+    """Returns the model as the decode loop reads it."""
     return decode.unstacked(
         model, weights_dtype=self.settings.weights_dtype)
 
-  def look(self) -> None:
-    """Admits what fits, decodes a chunk, and collects what is finished."""
+  def step(self) -> None:
+    """Admits requests, decodes a chunk, and collects finished completions."""
+    # First, so that an error (of preemption) leaves all requests where they
+    # are, and the caller may step again.
     self._before_chunk()
+    # Aborted sequences leave before others are admitted: their rows are free.
     self._abort()
     self._admit()
-    if not any(self._live):
+    if not any(self._active):
       return
+    # Also where nothing was admitted: the active sequences are longer now.
     self._fit()
     chunk = self.settings.chunk
     script = np.stack([
-        row.script(chunk) if row else np.full(chunk, -1, np.int32)
-        for row in self._live])
-    self._collect(*self._slots.decode(
+        sequence.script(chunk) if sequence else np.full(chunk, -1, np.int32)
+        for sequence in self._active])
+    self._collect(*self._batch.decode(
         self.model, self._blocks, script, self._until()))
 
   def _until(self) -> int:
-    """So many rows are done when the host looks before the chunk's end."""
-    rows, idle = len(self._live), self._live.count(None)
+    """Returns the count of done rows at which the chunk ends early."""
+    rows, idle = len(self._active), self._active.count(None)
     if not self._pending:
-      return rows
-    return min(idle + max(1, int(rows * self.settings.refill)), rows)
+      return rows  # No request waits, so nothing is gained by an early sync.
+    # Idle rows count as done. At least one more has to end, or the loop would
+    # stop before its first step.
+    return min(idle + max(1, int(rows * self.settings.admit_fraction)), rows)
 
   def _abort(self) -> None:
-    """Requests that are not wanted any more."""
+    """Ends the requests that `abort` named, waiting or active."""
     if not self._aborted:
       return
     kept: deque[tuple[int, Request]] = deque()
@@ -248,13 +270,14 @@ class Engine:
         kept.append((number, request))
     self._pending = kept
     self._end(
-        [row is not None and row.number in self._aborted
-         for row in self._live], budget.ABORTED)
+        [sequence is not None and sequence.number in self._aborted
+         for sequence in self._active], budget.ABORTED)
     self._aborted.clear()
 
   def _admit(self) -> None:
-    """Puts the first of the queue into the free slots."""
-    free = [i for i in range(self.settings.slots) if self._live[i] is None]
+    """Admits the first requests of the queue into the free rows."""
+    free = [row for row in range(self.settings.max_num_seqs)
+            if self._active[row] is None]
     taken = [self._pending.popleft()
              for _ in range(min(len(free), len(self._pending)))]
     if not taken:
@@ -264,74 +287,91 @@ class Engine:
         self.model, self._blocks,
         [(request.prompt, request.prefix or self._shared.of(request.prompt))
          for _, request in taken])
-    for slot, (number, request) in zip(free, taken, strict=True):
-      self._live[slot] = live_lib.Live(
+    for row, (number, request) in zip(free, taken, strict=True):
+      self._active[row] = ActiveSequence(
           number, request, self.tables, self._text, self.settings.recorded)
+    # The ring has to hold the new sequences before their prompts are copied.
     self._fit()
     prompts = [self._prefill.get(request.prompt) for _, request in taken]
-    self._slots.begin(
-        [row.request if row else None for row in self._live], free,
+    self._batch.begin(
+        [sequence.request if sequence else None
+         for sequence in self._active], free,
         lambda rows: self._prefill.place(rows, prompts, free))
     for _, request in taken:
       self._leave_queue(request)
-    self._prefill.trim(self.settings.slots)
+    self._prefill.trim(self.settings.max_num_seqs)
     self.stats.prefilled_tokens = self._prefill.tokens
 
   def _leave_queue(self, request: Request) -> None:
-    """Its prompt is dropped when no request of the queue has it."""
+    """Drops the request's prompt if no other request in the queue has it."""
     self._waiting[request.prompt] -= 1
     if not self._waiting[request.prompt]:
       del self._waiting[request.prompt]
       self._prefill.forget(request.prompt)
 
   def _fit(self) -> None:
-    """Grows or shrinks the ring to what the live rows need for a chunk."""
-    needed = max(
-        row.needed(self.settings.chunk) for row in self._live if row)
-    for size in fitting(self._sizes, self._slots.size, needed):
-      self._slots.resize(size)
+    """Resizes the ring to what the active sequences need for a chunk."""
+    needed = max(sequence.needed(self.settings.chunk)
+                 for sequence in self._active if sequence)
+    for size in fitting(self._sizes, self._batch.size, needed):
+      self._batch.resize(size)
 
   def _collect(self, record: dict[str, np.ndarray], state) -> None:
-    """The chunk's tokens to their rows; rows that ended to `_ready`."""
-    stopped = [False] * len(self._live)
+    """Adds a chunk's tokens to their sequences, and finishes those that ended.
+
+    Args:
+      record: of `decode.decode`, fetched.
+      state: the `BudgetState` behind the chunk, fetched.
+    """
+    stopped = [False] * len(self._active)
     steps = 0
-    for slot, row in enumerate(self._live):
-      if row is None:
+    for row, sequence in enumerate(self._active):
+      if sequence is None:
         continue
-      taken = int(state.draws[slot]) - row.steps
+      # `draws` counts the row's steps since it was admitted, so the difference
+      # is this chunk's: a row may end, and the chunk too, before N steps.
+      taken = int(state.draws[row]) - sequence.steps
       steps = max(steps, taken)
       self.stats.row_steps += taken
-      stopped[slot] = row.add(record, slot, taken, bool(state.done[slot]))
+      stopped[row] = sequence.add(record, row, taken, bool(state.done[row]))
     self.stats.steps += steps
-    self.stats.looks += 1
-    for slot, row in enumerate(self._live):
-      if row and state.done[slot] and not stopped[slot]:
-        self._finish(slot, state)
+    self.stats.host_syncs += 1
+    # A stop string wins over the end that the device found behind it.
+    for row, sequence in enumerate(self._active):
+      if sequence and state.done[row] and not stopped[row]:
+        self._finish(row, state)
     self._end(stopped, budget.STOP, state)
 
   def _end(self, rows: list[bool], reason: int, state: Any = None) -> None:
-    """Ends live rows from outside, and collects them."""
+    """Ends active sequences from outside the loop, and finishes them.
+
+    Args:
+      rows: [B] bool, the rows of the sequences.
+      reason: their finish reason, of `budget_state`.
+      state: the `BudgetState`, if it was fetched already.
+    """
     if not any(rows):
       return
-    self._slots.end(rows, reason)
+    self._batch.end(rows, reason)
     if state is None:
-      state = sharding.fetch(self._slots.carry.state)
-    for slot in np.flatnonzero(rows):
-      self._finish(int(slot), state, rollouts.FINISH_REASONS[reason])
+      state = sharding.fetch(self._batch.carry.state)
+    for row in np.flatnonzero(rows):
+      self._finish(int(row), state, rollouts.FINISH_REASONS[reason])
 
-  def _finish(self, slot: int, state: Any, reason: str = "") -> None:
-    row = self._live[slot]
-    assert row is not None
-    self._live[slot] = None
-    done = row.completion(reason, state, slot)
+  def _finish(self, row: int, state: Any, reason: str = "") -> None:
+    """Moves a row's sequence to the completions, and frees the row."""
+    sequence = self._active[row]
+    assert sequence is not None
+    self._active[row] = None
+    done = sequence.completion(reason, state, row)
     self.stats.surplus += done.surplus
     self._ready.append(done)
 
   def _settled(self, number: int) -> list[int] | None:
-    """What is settled of a request; None if its completion was taken."""
-    for row in self._live:
-      if row and row.number == number:
-        return row.settled()
+    """Returns a request's settled tokens; None if it was taken already."""
+    for sequence in self._active:
+      if sequence and sequence.number == number:
+        return sequence.settled()
     for done in self._ready:
       if done.id == number:
         return done.tokens

@@ -1,6 +1,6 @@
-"""The shapes of an engine, and how the ring of its slots grows and shrinks.
+"""Settings of an engine, and how its ring of KV cache slots grows and shrinks.
 
-  B: slots  S: cache slots of each  N: steps of a chunk
+  B: sequences that decode together  S: cache slots of each  N: steps of a chunk
 """
 
 import dataclasses
@@ -9,41 +9,44 @@ from collections.abc import Iterator, Sequence
 from posttrain.sampler import decode, logits_processors
 
 # A TPU keeps bfloat16 in tiles of 16 slots, and int8 in tiles of 32. Where the
-# last is not whole, the compiler copies the cache beside itself for a chunk.
+# last tile is not whole, the compiler makes a second copy of the cache for each
+# chunk, which doubles its memory.
 TILE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Shapes and programs of an engine; another one compiles anew.
+  """Settings of continuous batching; any change of them compiles anew.
 
   Attributes:
-    slots: B, requests decoded together.
-    max_slots: S at most: prompt and completion of the longest request.
-    min_slots: S to begin with; it doubles, up to `max_slots`, when a row
-      needs more. On a TPU choose a multiple of 32, see `TILE`.
-    chunk: N, tokens between two looks of the host at most.
-    refill: the host looks as soon as this share of the slots waits to be
-      refilled.
-    prefill_rows: prompts prefilled together; more than one helps where a
-      chunk of one does not fill the chip, and costs where one alone is new.
-    prefill_chunk: tokens of a prompt fed at once.
-    prefixes: shared prefixes kept on the device.
-    max_ids: stop ids, banned ids and wait texts in order that a request may
-      have.
-    cache_dtype, weights_dtype: of the cache, and of the decode loop's
-      matrices: "compute", or "int8" with scales.
+    max_num_seqs: B, sequences that decode together at most.
+    max_seq_len: S at most, in tokens: prompt and completion of the longest
+      request.
+    min_seq_len: S to begin with; it doubles, up to `max_seq_len`, when a
+      sequence needs more. On a TPU choose a multiple of 32, see `TILE`.
+    chunk: N, decode steps before the host syncs, at most.
+    admit_fraction: the host syncs before a chunk's end when this share of
+      `max_num_seqs` is free for requests that wait.
+    prefill_rows: prompts prefilled together. More than one helps where a
+      chunk of one prompt does not fill the chip; it costs where a prompt
+      comes alone.
+    prefill_chunk: tokens of a prompt in one forward pass (chunked prefill).
+    prefixes: shared prefixes kept on the device (prefix caching).
+    max_ids: the most stop ids, banned ids, and entries of `wait_order` that
+      a request may have, of each.
+    cache_dtype, weights_dtype: dtype of the KV cache, and of the decode
+      loop's matrices: "compute", or "int8" with scales.
     recorded: what a completion holds besides tokens and logprobs. Counts are
       always recorded.
-    hook: changes the logits of every step, see `hooks`.
-    policy: changes the budgets of every step, see `decode.Policy`.
+    logits_processor: changes the logits of every step.
+    budget_schedule: changes the budgets of every step.
   """
 
-  slots: int
-  max_slots: int
-  min_slots: int = 64
+  max_num_seqs: int
+  max_seq_len: int
+  min_seq_len: int = 64
   chunk: int = 32
-  refill: float = 0.125
+  admit_fraction: float = 0.125
   prefill_rows: int = 1
   prefill_chunk: int = 64
   prefixes: int = 8
@@ -51,45 +54,51 @@ class Settings:
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
   recorded: decode.Recorded = decode.PLAIN
-  hook: logits_processors.Hook | None = None
-  policy: decode.Policy | None = None
+  logits_processor: logits_processors.LogitsProcessor | None = None
+  budget_schedule: decode.BudgetSchedule | None = None
 
   def __post_init__(self):
-    # A row that a stop string cuts has the counts of its last token.
+    # A stop string is found after the device went on: the counts must then be
+    # those of the last token that is kept, so each step's are recorded.
     object.__setattr__(self, "recorded", dataclasses.replace(
         self.recorded, counts=True))
 
   @property
   def rows(self) -> int:
-    """Of the arrays: B, of which one may never be filled.
-
-    Of an array of one element jax 0.11 forgets the sharding.
-    """
-    return max(2, self.slots)
+    """Rows of the device arrays: B, and at least 2."""
+    # jax 0.11 drops the sharding of an array of one element. The second row
+    # is then never given a request.
+    return max(2, self.max_num_seqs)
 
   @property
   def sizes(self) -> list[int]:
-    """What S may be, the smallest first; the last in whole tiles."""
-    last = -(-self.max_slots // TILE) * TILE
+    """Sizes that S takes: doublings, the last rounded up to whole tiles."""
+    last = -(-self.max_seq_len // TILE) * TILE
     return [min(size, last)
-            for size in doublings(self.min_slots, self.max_slots)]
+            for size in doublings(self.min_seq_len, self.max_seq_len)]
 
 
 def fitting(sizes: Sequence[int], size: int, needed: int) -> Iterator[int]:
-  """The sizes that S takes in turn, from `size`, for rows with `needed` slots.
+  """Yields the sizes to resize through, from `size`, to hold `needed` slots.
+
+  Args:
+    sizes: all sizes, ascending.
+    size: the present one.
+    needed: slots that the longest active sequence needs for its next chunk.
   """
   at = sizes.index(size)
   while sizes[at] < needed:
     at += 1
     yield sizes[at]
-  # Not at once: the next request may need the room again.
+  # It shrinks at a quarter, not at a half: between the two a ring would grow
+  # and shrink by turns, and a resize copies the whole cache.
   while at and needed <= sizes[at] // 4:
     at -= 1
     yield sizes[at]
 
 
 def doublings(first: int, last: int) -> list[int]:
-  """From `first`, doubled until one is `last` or more."""
+  """Lists `first` and its doublings, up to the first that reaches `last`."""
   sizes = [first]
   while sizes[-1] < last:
     sizes.append(sizes[-1] * 2)

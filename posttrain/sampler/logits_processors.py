@@ -1,10 +1,10 @@
-"""A logits hook: what a user adds to every step of the decode loop.
+"""Logits processors: a user's changes to the logits of every decode step.
 
-A hook is a pure function of the logits and of a state of its own, traced into
-the loop. The state is a pytree with a leading row axis; a request brings its
-row of it (`Hook.init`), and what the step emits moves it on (`Hook.observe`).
-Requests that do not want the hook bring a row that does nothing: one program
-serves both.
+A processor is a pure function of the logits and of a state of its own, traced
+into the loop. The state is a pytree with a leading row axis. A request brings
+its row of it (`LogitsProcessor.init`), and the token that a step emits updates
+it (`LogitsProcessor.observe`). A request that does not want the processor
+brings a row that changes nothing: one program serves both.
 
   B: rows    V: vocabulary
 """
@@ -21,16 +21,18 @@ from posttrain.sampler import budget_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Hook:
-  """Three functions; make it once, as another one is another program.
+class LogitsProcessor:
+  """Logits processor: three functions.
+
+  Make it once: another one compiles another program.
 
   Attributes:
     init: (prompt, argument) -> pytree of NumPy arrays, one row's state. Its
-      shapes are always the same; `argument` is `Request.hook`, None by
-      default.
-    process: (state, logits) -> logits, [B, V] float32. Called before bans,
-      temperature and truncation, on the model's own logits. A forced token's
-      logprob does not see it.
+      shapes are always the same; `argument` is
+      `Request.logits_processor_args`, None by default.
+    process: (state, logits) -> logits, [B, V] float32. It is called on the
+      model's own logits, before bans, temperature and truncation. A forced
+      token's logprob does not see it.
     observe: (state, emit) -> state, after the step.
   """
 
@@ -40,7 +42,7 @@ class Hook:
       lambda state, emit: state)
 
 
-def token_bias(vocab_size: int) -> Hook:
+def token_bias(vocab_size: int) -> LogitsProcessor:
   """Adds to the logits of chosen tokens; the argument is {id: bias}.
 
   An id may be a string, as JSON and configs have it.
@@ -51,16 +53,16 @@ def token_bias(vocab_size: int) -> Hook:
       row[int(token)] = bias
     return row
 
-  return Hook(init, lambda bias, logits: logits + bias)
+  return LogitsProcessor(init, lambda bias, logits: logits + bias)
 
 
-def repetition_penalty(vocab_size: int) -> Hook:
+def repetition_penalty(vocab_size: int) -> LogitsProcessor:
   """Makes tokens of the row so far less likely, its prompt's among them.
 
   A positive logit is divided by the penalty and a negative one multiplied
-  (CTRL, arXiv 1909.05858, as transformers has it). The argument is
-  {"penalty": number}; 1, and no argument, do nothing. Of a delimiter that is
-  taken back for a wait, only what was not its last token counts as seen.
+  (CTRL, arXiv 1909.05858, section 4.1, as transformers has it). The argument
+  is {"penalty": number}; 1, and no argument, do nothing. If a delimiter is
+  retracted for a wait, its tokens but the last count as seen.
   """
   def init(prompt, argument):
     seen = np.zeros(vocab_size, bool)
@@ -77,4 +79,4 @@ def repetition_penalty(vocab_size: int) -> Hook:
     new = jnp.arange(vocab_size) == emit.token[:, None]
     return state | {"seen": state["seen"] | new & emit.keep[:, None]}
 
-  return Hook(init, process, observe)
+  return LogitsProcessor(init, process, observe)

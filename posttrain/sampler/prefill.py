@@ -1,12 +1,13 @@
-"""Prompts of any length into keys and values, each once.
+"""Chunked prefill with prefix caching: each prompt is computed once.
 
-Prompts go through the model R at a time, C tokens at a time, over a cache of
-their own; from there their rows are copied to the slots of their samples. A
-prefix that several prompts share is prefilled first and copied to them, so
-that only what follows is computed again.
+Prompts go through the model R at a time and C tokens at a time, over a KV cache
+of their own. From there a prompt's keys and values are copied to the row of
+each of its samples, so the group shares one prefill of its prompt. A prefix
+that several prompts share is prefilled first and copied to them, so that only
+the tokens behind it are computed for each.
 
-  R: prompts together  C: tokens of a chunk  S: cache slots  D: embed
-  A: rows copied at once
+  R: prompts prefilled together  C: tokens of a chunk  S: cache slots
+  D: embed  A: rows copied at once
 """
 
 import dataclasses
@@ -33,7 +34,13 @@ Tokens = tuple[int, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Rows of a cache, and the hidden state [R, D] of the last token of each."""
+  """Rows of a KV cache, and the last hidden state of each.
+
+  Attributes:
+    cache: of R rows.
+    hidden: [R, D] in the compute dtype, the hidden state of each row's last
+      token, from which its next token is drawn.
+  """
 
   cache: kv.KVCache
   hidden: jax.Array
@@ -43,7 +50,7 @@ class Rows:
     jax.jit, static_argnames=("config", "rows", "slots", "cache_dtype"))
 def empty(config: ModelConfig, index: jax.Array, *, rows: int, slots: int,
           cache_dtype: str):
-  """Rows without a token; the first comes into slot `index`."""
+  """Makes rows without a token; the first token is written to slot `index`."""
   cache = dataclasses.replace(
       kv.empty(config, rows, slots, cache_dtype), index=jnp.int32(index))
   return Rows(cache, jnp.zeros(
@@ -51,15 +58,23 @@ def empty(config: ModelConfig, index: jax.Array, *, rows: int, slots: int,
           "rows", "act_embed")))
 
 
-# A part of the model is not read, see `decode.unstacked`.
+# Some arrays of the model are not read here, see `decode.unstacked`.
 @functools.partial(jax.jit, donate_argnames="rows", keep_unused=True)
 def feed(
     model: Transformer, blocks: list[Block], rows: Rows, tokens: jax.Array,
     positions: jax.Array,
 ) -> Rows:
-  """One chunk: [R, C] int32 tokens and positions, -1 behind a row's end."""
+  """Prefills one chunk of each row's prompt.
+
+  Args:
+    model, blocks: as `decode.unstacked` makes them.
+    rows: donated.
+    tokens, positions: [R, C] int32; position -1 behind a prompt's end.
+  """
   hidden, cache, _ = model.extend(tokens, positions, rows.cache, blocks)
-  # A row that has a token here has its last so far here.
+  # Prompts end in different chunks. A row that has a token in this chunk takes
+  # its hidden state from it; one that ended earlier keeps the one it has. A
+  # masked sum picks it, as the layout of a gather would be ambiguous.
   last = jnp.max(positions, axis=1, keepdims=True)
   picked = jnp.sum(jnp.where(
       ((positions == last) & (positions >= 0))[:, :, None], hidden, 0), axis=1)
@@ -68,20 +83,27 @@ def feed(
 
 @functools.partial(jax.jit, donate_argnames="into")
 def place(
-    into: Rows, source: Rows, rows: jax.Array, ends: jax.Array,
-    slots: jax.Array,
+    into: Rows, source: Rows, source_rows: jax.Array, ends: jax.Array,
+    rows: jax.Array,
 ) -> Rows:
-  """Copies rows, in place; see `cache.insert`. Arguments: [A] int32."""
-  hidden = source.hidden.at[rows].get(out_sharding=spec(None, "act_embed"))
+  """Copies prompts from rows of `source` to rows of `into`, in place.
+
+  Args:
+    into: donated.
+    source: the prompts, see `cache.insert`.
+    source_rows, ends, rows: [A] int32, see `cache.insert`.
+  """
+  hidden = source.hidden.at[source_rows].get(
+      out_sharding=spec(None, "act_embed"))
   return Rows(
-      kv.insert(into.cache, source.cache, rows, ends, slots),
-      into.hidden.at[slots].set(
+      kv.insert(into.cache, source.cache, source_rows, ends, rows),
+      into.hidden.at[rows].set(
           hidden, mode="drop", out_sharding=spec("rows", "act_embed")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """Where a prompt lies: its row ends right before slot `end`."""
+  """A prefilled prompt: row `row` of `rows`, which ends before slot `end`."""
 
   rows: Rows
   row: int
@@ -89,9 +111,10 @@ class Prompt:
 
 
 class Shared:
-  """What all prompts of a queue begin with, found as they come.
+  """Automatic prefix caching: the prefix that all prompts of a queue share.
 
-  Whole chunks of it only, which is what sharing saves.
+  It is kept up to date as prompts come. Only its whole chunks are shared, as a
+  part of a chunk would cost a forward pass all the same.
   """
 
   def __init__(self, chunk: int):
@@ -100,7 +123,7 @@ class Shared:
     self._differ = False
 
   def add(self, prompt: Tokens, *, first: bool) -> None:
-    """Another prompt; with `first` the queue was empty."""
+    """Adds a prompt; with `first` the queue was empty, and it starts anew."""
     if first:
       self._common, self._differ = prompt, False
       return
@@ -110,9 +133,10 @@ class Shared:
       self._common = prompt[:sum(same)]
 
   def of(self, prompt: Tokens) -> int:
-    """So many first tokens are shared with other prompts."""
+    """Returns how many of the prompt's first tokens other prompts share."""
     if not self._differ:
       return 0
+    # One token at least stays: its hidden state draws the first sample.
     most = min(len(self._common), len(prompt) - 1)
     return most // self._chunk * self._chunk
 
@@ -121,23 +145,25 @@ class Prefill:
   """Prefills prompts, and keeps those that are still needed.
 
   Attributes:
+    rows: R, rounded up to what the mesh divides.
+    chunk: C.
     tokens: prompt tokens computed so far; a shared one counts once.
-    positions: what the programs worked on, padding included.
+    positions: positions that the programs computed so far, padding included.
   """
 
   def __init__(
       self, config: ModelConfig, *, rows: int, chunk: int, prefixes: int,
       cache_dtype: str, run: Callable[..., Rows],
   ):
-    """For one shape of model.
+    """Makes a prefill without prompts.
 
     Args:
       config: of the model.
-      rows: R, whole rows per part of the mesh.
+      rows: R; rounded up to a multiple of the mesh's parts.
       chunk: C.
-      prefixes: how many are kept; the one that was not used longest goes.
-      cache_dtype: of the caches.
-      run: calls a compiled function: run(key, function, *args, **kwargs).
+      prefixes: how many prefixes are kept; the least recently used goes first.
+      cache_dtype: of the caches, "compute" or "int8".
+      run: calls a jitted function: run(key, function, *args, **kwargs).
     """
     self.config, self.chunk, self.prefixes = config, chunk, prefixes
     self.parts = sharding.axis_size("rows")
@@ -148,36 +174,41 @@ class Prefill:
     self._prefixes: OrderedDict[Tokens, Prompt] = OrderedDict()
 
   def clear(self) -> None:
-    """Forgets everything: the weights are others now."""
+    """Drops all prompts and prefixes, as after a change of weights."""
     self._prompts.clear()
     self._prefixes.clear()
 
   def forget(self, prompt: Tokens) -> None:
-    """Nobody waits for this prompt any more."""
+    """Drops a prompt that no request waits for."""
     self._prompts.pop(prompt, None)
 
   def trim(self, most: int) -> None:
-    """Forgets the oldest; who still waits for one has it prefilled again."""
+    """Drops the oldest prompts until `most` are left.
+
+    A request that still waits for one has it prefilled again.
+    """
     while len(self._prompts) > most:
       del self._prompts[next(iter(self._prompts))]
 
   def get(self, prompt: Tokens) -> Prompt:
-    """A prompt that `add` was given."""
+    """Returns a prompt that `add` has prefilled."""
     return self._prompts[prompt]
 
   def add(
       self, model: Transformer, blocks: list[Block],
       prompts: Sequence[tuple[Tokens, int]],
   ) -> None:
-    """Prefills those that are not there yet.
+    """Prefills the prompts that are not kept yet.
 
     Args:
-      model, blocks: the weights, whole and layer by layer.
-      prompts: with each, how many of its first tokens are a prefix that
-        others share; fewer than it has.
+      model, blocks: as `decode.unstacked` makes them.
+      prompts: pairs of a prompt and how many of its first tokens are a prefix
+        that others share; fewer than it has.
     """
     new = {p: n for p, n in prompts if p not in self._prompts}
     wanted = dict.fromkeys(p[:n] for p, n in new.items() if n)
+    # Least recently used order: those in use move to the end, and the excess
+    # is dropped below, after the prompts behind it were computed.
     for prefix in wanted:
       if prefix in self._prefixes:
         self._prefixes.move_to_end(prefix)
@@ -194,8 +225,13 @@ class Prefill:
       self._prefixes.popitem(last=False)
 
   def place(self, into: Rows, prompts: Sequence[Prompt],
-            slots: Sequence[int]) -> Rows:
-    """Begins rows `slots` of `into` with prompts, one program a batch."""
+            rows: Sequence[int]) -> Rows:
+    """Copies each prompt to its row of `into`, at most R in a program.
+
+    Args:
+      into: donated.
+      prompts, rows: a prompt, and the row that it begins, in turn.
+    """
     by_rows: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
       by_rows.setdefault(id(prompt.rows), []).append(i)
@@ -203,9 +239,11 @@ class Prefill:
     for chosen in by_rows.values():
       for part in _batches(chosen, self.rows):
         columns = np.zeros((3, self.rows), np.int32)
-        columns[2] = total  # Beyond the last: nothing.
+        # Fewer than R prompts are padded with a row beyond the last, which
+        # `cache.insert` drops, so that one program serves any number.
+        columns[2] = total
         for j, i in enumerate(part):
-          columns[:, j] = prompts[i].row, prompts[i].end, slots[i]
+          columns[:, j] = prompts[i].row, prompts[i].end, rows[i]
         source = prompts[part[0]].rows
         into = self._run(
             ("place", total, into.cache.slots, source.hidden.shape[0],
@@ -213,7 +251,7 @@ class Prefill:
     return into
 
   def slots_of(self, length: int) -> int:
-    """The cache for a prompt: a doubling of one chunk."""
+    """Returns the cache slots for a prompt: C, or the next of its doublings."""
     slots = self.chunk
     while slots < length:
       slots *= 2
@@ -223,7 +261,10 @@ class Prefill:
       self, model: Transformer, blocks: list[Block],
       prompts: Sequence[tuple[Tokens, int]],
   ) -> list[Prompt]:
-    """Prefills up to R prompts behind prefixes that are there."""
+    """Prefills up to R prompts behind prefixes that are kept already."""
+    # Every prefix ends before slot `begin`, the longest one's length, so that
+    # the tokens behind it are written to the same slots in all rows. A shorter
+    # prefix has holes on its left.
     begin = max(n for _, n in prompts)
     chunks = max(-(-(len(p) - n) // self.chunk) for p, n in prompts)
     slots = self.slots_of(begin + chunks * self.chunk)
@@ -248,7 +289,12 @@ class Prefill:
             for i, (p, n) in enumerate(prompts)]
 
   def _alone(self, prompt: Prompt) -> Prompt:
-    """Without its batch, which would stay on the device with it."""
+    """Copies a prompt to a cache of its own.
+
+    A kept prefix would else hold the cache of its whole batch on the device.
+    """
+    # The smallest cache that the mesh can split has a row for each part; all
+    # of them get the prompt.
     slots = prompt.rows.cache.slots
     rows = self.place(
         self._empty(self.parts, slots, 0), [prompt] * self.parts,
@@ -256,10 +302,12 @@ class Prefill:
     return Prompt(rows, 0, slots)
 
   def _empty(self, rows: int, slots: int, index: int) -> Rows:
+    """Makes empty rows, counted as a program."""
     return self._run(
         ("empty", rows, slots), empty, self.config, np.int32(index),
         rows=rows, slots=slots, cache_dtype=self._cache_dtype)
 
 
 def _batches(items: Sequence, size: int) -> list[Sequence]:
+  """Cuts `items` into parts of `size`, the last of which may be shorter."""
   return [items[i:i + size] for i in range(0, len(items), size)]

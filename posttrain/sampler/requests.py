@@ -1,6 +1,6 @@
-"""Requests and completions of an engine, and their validation.
+"""Requests and completions of an engine, and the validation of requests.
 
-  n: tokens of a completion
+  n: tokens of a completion  L: layers  k: experts per token, or top logprobs
 """
 
 import dataclasses
@@ -18,25 +18,28 @@ PLAIN = token_sampling.SamplingParams()
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One completion. The seed and the ids say which random bits it gets.
+  """Request for one completion.
+
+  The seed and the ids alone decide which random bits it draws with.
 
   Attributes:
     prompt: token ids.
-    max_tokens: of the completion, forced tokens included.
+    max_tokens: the most tokens of the completion, forced ones included.
     params: temperature and truncation.
     max_thinking_tokens, min_thinking_tokens, num_waits, truncate,
-      max_thinking_steps: its budget, see `budget.Budgets`.
-    wait_order: which of the wait texts its waits take, in turn; () for all.
+      max_thinking_steps: its budget, see `budget_state.Budgets`.
+    wait_order: indices of the wait texts that its waits take, in turn; () for
+      all of them.
     suppress: words of reflection are not sampled while it thinks.
-    stop_ids: end it, besides the tokenizer's.
-    stop_strings: end it where one of them is first complete.
-    banned_ids: are never sampled.
-    seed, stage, step, prompt_id, sample_id: see `choice.row_keys`.
-    prefix: so many of the prompt's first tokens are shared with others, and
-      prefilled once for all of them; 0: as many whole chunks as all of the
-      queue have in common.
-    hook: the argument of the engine's logits hook.
-    script: [steps] choices to replay (`Completion.raw`), -1 draws.
+    stop_ids: token ids that end it, besides the tokenizer's.
+    stop_strings: strings that end it with the token that completes one.
+    banned_ids: token ids that are never sampled.
+    seed, stage, step, prompt_id, sample_id: see `token_sampling.row_keys`.
+    prefix: how many of the prompt's first tokens are shared with other
+      requests, and prefilled once for all of them (prefix caching). 0: the
+      whole chunks that all prompts of the queue have in common.
+    logits_processor_args: the argument of the engine's logits processor.
+    script: [steps] int32, choices to replay (`Completion.raw`); -1 draws.
   """
 
   prompt: tuple[int, ...]
@@ -58,31 +61,33 @@ class Request:
   prompt_id: int = 0
   sample_id: int = 0
   prefix: int = 0
-  hook: Any = None
+  logits_processor_args: Any = None
   script: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """Result of a request.
+  """Completion of a request, as NumPy arrays.
 
   Attributes:
     id: what `submit` returned.
-    request: itself.
-    tokens: [n] what follows the prompt, a stop id included.
+    request: the request.
+    tokens: [n] token ids behind the prompt, a stop id included.
     logprobs: [n] float32, see `Rollouts.logprobs`.
     provenance: [n] int8, 1 sampled, 2 forced.
     finish_reason: "eos", "budget", "length", "stop", "abort" or "error".
-    error: what is wrong with the request; "" if nothing is.
+    error: why the request could not run or go on; "" if nothing is wrong.
     think_end: "open", "natural" or "budget".
     think_length, think_steps, answer_length, wait_count: counts, see
       `BudgetState`.
-    surplus: tokens behind a stop string that were drawn and cut.
+    surplus: tokens that were drawn behind a stop string and cut off.
     model_logprobs: [n] float32, of the tokens under the model alone; None if
       the engine does not record them.
-    top_tokens, top_logprobs: [n, k] the likeliest tokens at each step, of the
-      distribution that was sampled from; None if it does not record them.
-    experts: [n, L, k], see `Rollouts.experts`; None without experts.
+    top_tokens, top_logprobs: [n, k] int32 and float32, the likeliest tokens
+      at each step, of the distribution that was sampled from; None if the
+      engine does not record them.
+    experts: [n, L, k] uint8 or uint16, see `Rollouts.experts`; None without
+      experts.
     raw: [steps] int32, every choice, see `Rollouts.raw`.
   """
 
@@ -110,14 +115,14 @@ class Completion:
   def nothing(
       cls, number: int, request: Request, reason: str, error: str = "",
   ) -> "Completion":
-    """Of a request that never ran."""
+    """Makes the completion of a request that never ran."""
     return cls(number, request, [], np.zeros(0, np.float32),
                np.zeros(0, np.int8), reason, error)
 
 
 def drawn_waits(request: Request, count: int, texts: int) -> tuple[int, ...]:
-  """A `wait_order` drawn from `texts` wait texts by the request's ids."""
-  # As 32 bits, which is how `choice.row_keys` takes an id below 0.
+  """Draws a `wait_order` of `count` from `texts` wait texts, by the ids."""
+  # As 32 bits, which is how `token_sampling.row_keys` takes an id below 0.
   ids = (request.step, request.prompt_id, request.sample_id)
   rng = np.random.default_rng([
       request.seed, token_sampling.stage_number(request.stage),
@@ -126,21 +131,27 @@ def drawn_waits(request: Request, count: int, texts: int) -> tuple[int, ...]:
 
 
 def most_slots(request: Request, tables: BudgetTables) -> int:
-  """Cache slots that the request can come to use: its prompt and its steps."""
+  """Returns the most cache slots that the request can come to use.
+
+  These are its prompt, its `max_tokens`, and the slots of delimiters that are
+  retracted for a wait: a retracted token's slot is not written again.
+  """
   longest = max(map(len, tables.delimiters), default=0)
   return len(request.prompt) + request.max_tokens + (
       (request.num_waits + 1) * longest if tables.used else 0)
 
 
 def problem(
-    request: Request, tables: BudgetTables, *, max_slots: int, max_ids: int,
+    request: Request, tables: BudgetTables, *, max_seq_len: int, max_ids: int,
     can_decode: bool,
 ) -> str:
   """Validates a request; returns why it cannot run, or "".
 
   Args:
-    max_slots: of the cache.
-    max_ids: of stop ids, of banned ids, and of the order of waits.
+    request: the request.
+    tables: token ids of its tokenizer.
+    max_seq_len: the most cache slots of a row.
+    max_ids: the most stop ids, banned ids, and entries of `wait_order`, each.
     can_decode: the engine can turn tokens into text.
   """
   r, size = request, tables.vocab_size
@@ -155,10 +166,10 @@ def problem(
   if r.max_tokens < 1:
     return f"max_tokens is {r.max_tokens} and must be 1 or more."
   needed = most_slots(r, tables)
-  if needed > max_slots:
+  if needed > max_seq_len:
     return (f"A prompt of {len(r.prompt)} tokens and a completion of up to "
             f"{needed - len(r.prompt)} need {needed} slots, and the cache has "
-            f"{max_slots}. Shorten them or raise max_slots.")
+            f"{max_seq_len}. Shorten them or raise max_seq_len.")
   if not 0 <= r.prefix < len(r.prompt):
     return (f"prefix is {r.prefix}, and of {len(r.prompt)} prompt tokens one "
             "at least is not shared.")
@@ -185,7 +196,8 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
   """Validates a budget; returns its contradiction, or "".
 
   Args:
-    limits: a request, or what has the fields of its budget.
+    limits: a request, or anything with the fields of its budget.
+    tables: the thinking strings as token ids.
   """
   maximum, minimum = limits.max_thinking_tokens, limits.min_thinking_tokens
   steps = limits.max_thinking_steps
@@ -202,6 +214,7 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
   if minimum > maximum:
     return (f"min_thinking_tokens is above max_thinking_tokens: {minimum} and "
             f"{maximum}.")
+  # The closing is forced at the maximum, and the answer needs one token.
   closing = sum(map(len, (tables.newline, tables.end, tables.final_answer)))
   if not limits.truncate and maximum + closing + 1 > limits.max_tokens:
     return (
@@ -212,7 +225,7 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
 
 
 def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
-  """The prompt opens a thinking section and does not close it."""
+  """True if the prompt opens a thinking section and does not close it."""
   return thinking.opens(prompt, start=tables.start, end=tables.end)
 
 
@@ -220,9 +233,15 @@ def columns(
     requests: Sequence[Request | None], max_ids: int,
 ) -> tuple[budget.Budgets, token_sampling.RowParams, Any,
 dict[str, np.ndarray]]:
-  """Budgets, parameters, banned ids and key parts of the rows, as NumPy.
+  """Makes the columns of the rows: budgets, parameters, bans and key parts.
 
-  A slot without a request (None) gets what does nothing.
+  Args:
+    requests: [B]; None is an idle row, whose values are never used.
+    max_ids: K, to which lists of ids are padded with -1.
+
+  Returns:
+    `Budgets`, `RowParams`, banned ids [B, K] int32, and the arguments of
+    `token_sampling.row_keys`, all NumPy.
   """
   idle = Request(prompt=(0,), max_tokens=1)
   rows = [request or idle for request in requests]

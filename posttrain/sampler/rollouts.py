@@ -1,6 +1,10 @@
-"""What the policy did, as NumPy records: nothing is re-derived from text.
+"""Rollouts: the sampler's record of completions, as NumPy arrays.
 
-  B: completions, P * G    T: the longest completion
+Everything about a completion is recorded when it is sampled. Nothing is derived
+from its text later, and its tokens are never encoded again.
+
+  P: prompts    G: samples per prompt    B: completions, P * G
+  T: tokens of the longest completion    L: layers    k: experts per token
 """
 
 import dataclasses
@@ -25,22 +29,23 @@ class Rollouts:
 
   Attributes:
     prompts: the token ids of each row's prompt, [B] ragged.
-    tokens: [B, T] int32, what follows the prompt, end of text included.
-    logprobs: [B, T] float32, of sampled tokens under the distribution really
-      sampled from; of forced tokens the model's own (temperature 1, nothing
-      cut off).
+    tokens: [B, T] int32, behind the prompt, end of text included.
+    logprobs: [B, T] float32, nats. Of a sampled token under the distribution
+      that it was sampled from; of a forced token the model's own (temperature
+      1, no truncation, no ban).
     provenance: [B, T] int8: 0 padding, 1 sampled, 2 forced.
     lengths: [B] int32, tokens of each completion.
     finish_reason: [B] int8, see `FINISH_REASONS`.
     think_end: [B] int8, see `THINK_ENDS`.
-    think_lengths, think_steps, answer_lengths, wait_count: [B] int32.
+    think_lengths, think_steps, answer_lengths, wait_count: [B] int32, counts,
+      see `BudgetState`.
     prompt_id, sample_id: [B] int32, which completion of which prompt.
-    raw: [B, steps] int32, every choice that the loop made, those dropped
-      later among them, -1 where there was none: what `Sampler.generate`
-      takes as `script` for a replay on the same schedule.
-    experts: [B, T, L, k] uint8 or uint16, of a model that has them: the
-      experts that each layer sent a token to when it was fed, numbered from
-      1; 0 where it was not fed, as the last token of a row.
+    raw: [B, steps] int32, every choice that the loop made, those of tokens
+      that were retracted later among them; -1 where there was none. As
+      `script` of `Sampler.generate` it replays the rows on the same schedule.
+    experts: [B, T, L, k] uint8 or uint16, of a mixture of experts: those that
+      each layer routed the token to when it was fed, numbered from 1; 0 where
+      it was not fed, as the last token of a row. None without experts.
   """
 
   prompts: list[list[int]]
@@ -65,15 +70,16 @@ class Rollouts:
     return self.provenance == budget.SAMPLED
 
   def completion(self, row: int) -> list[int]:
-    """The token ids of one completion."""
+    """Returns the token ids of one completion."""
     return self.tokens[row, :self.lengths[row]].tolist()
 
   def finish_name(self, row: int) -> str:
+    """Returns a row's finish reason, of `FINISH_REASONS`."""
     return FINISH_REASONS[int(self.finish_reason[row])]
 
 
 def of_completions(completions: Sequence[Completion]) -> Rollouts:
-  """What an engine returned, in the order given."""
+  """Collects an engine's completions, in the order given."""
   codes = lambda names, field: np.array(
       [{name: code for code, name in names.items()}[getattr(c, field)]
        for c in completions], np.int8)
@@ -98,10 +104,10 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
 
 
 class Row:
-  """The record of one row: what its steps emitted, less what was taken back.
+  """Record of one row: the tokens that its steps emitted and kept.
 
   Attributes:
-    columns: by the name in the loop's record, a value per token.
+    columns: a list with a value per token, by its name in the loop's record.
   """
 
   def __init__(self) -> None:
@@ -110,13 +116,15 @@ class Row:
 
   @property
   def tokens(self) -> list[int]:
+    """The tokens so far."""
     return self.columns["token"]
 
   def add(self, record: Mapping[str, np.ndarray]) -> None:
-    """Takes steps: [steps, ...] arrays, "dropped" and "raw" among them."""
+    """Adds steps: [steps, ...] arrays, "dropped" and "raw" among them."""
     dropped = record["dropped"]
     emitted = record["provenance"] != budget.NONE
-    # Retractions are rare: split at them, extend in slices in between.
+    # Retractions are rare: split at them, extend in slices in between. A step
+    # first drops earlier tokens and then emits its own, so it begins a slice.
     start = 0
     for step in (*np.flatnonzero(dropped), dropped.size):
       keep = np.flatnonzero(emitted[start:step]) + start
@@ -143,14 +151,16 @@ class Recorder:
 
   @property
   def tokens(self) -> list[list[int]]:
+    """The tokens of each row so far."""
     return [row.tokens for row in self._rows]
 
   @property
   def provenance(self) -> list[list[int]]:
+    """The provenance of each row's tokens, see `Rollouts`."""
     return [row.columns["provenance"] for row in self._rows]
 
   def add(self, record: Mapping[str, np.ndarray]) -> None:
-    """Takes one chunk of [B, steps] arrays."""
+    """Adds one chunk of [B, steps, ...] arrays; rows behind B are padding."""
     self._raw.append(record["raw"][:len(self._rows)])
     for i, row in enumerate(self._rows):
       row.add({name: x[i] for name, x in record.items()})
@@ -160,7 +170,7 @@ class Recorder:
     self._rows[row].cut(length)
 
   def padded(self) -> dict[str, np.ndarray]:
-    """The fields of `Rollouts` that are recorded step by step."""
+    """Returns the fields of `Rollouts` that are recorded step by step."""
     column = lambda name: [row.columns[name] for row in self._rows]
     experts = {}
     if "experts" in self._rows[0].columns:
@@ -177,7 +187,7 @@ def _padded(
     rows: Sequence[Sequence | np.ndarray], dtype: type | None = None,
     fill: int = 0,
 ) -> np.ndarray:
-  """[B, longest, ...] of ragged rows."""
+  """Pads ragged rows on the right with `fill` to [B, longest, ...]."""
   filled = next((np.asarray(values, dtype) for values in rows if len(values)),
                 np.zeros(0, dtype))
   out: np.ndarray = np.full(

@@ -1,9 +1,15 @@
-"""Prompts in, `Rollouts` out: the host's side of the decode loop.
+"""Sampler: prompts in, `Rollouts` out, by static or continuous batching.
 
-Token-in, token-out: text is for people and rewards. The host looks once per
-chunk, never per token; the chunk size changes no token. Shapes come from the
-settings and the number of rows alone, so a stage compiles one prefill and one
-decode program per cache bucket.
+Static batching decodes all rows of a call together, until the longest ends.
+Continuous batching (`Sampler.max_num_seqs` above 0) sends them through an
+`Engine`, which gives a row to the next request as soon as it is free.
+
+Tokens in, tokens out: text is for people and rewards. The host syncs once per
+chunk of decode steps, never per token, and the chunk's size changes no token.
+Shapes come from the settings and the number of rows alone, so a stage compiles
+one prefill program, and one decode program per size of the KV cache.
+
+  P: prompts  G: samples per prompt, group_size  B: rows, P * G
 """
 
 import dataclasses
@@ -21,13 +27,13 @@ from posttrain.sampler import (
   engine,
   requests,
   rollouts,
+  sampling_options,
   token_sampling,
 )
-from posttrain.sampler import sampling_options as steering_lib
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.text import thinking as thinking_lib
 
-PREFILL_CHUNK = 256  # Tokens of a prompt fed at once, where rows are refilled.
+PREFILL_CHUNK = 256  # Tokens in one forward pass, in continuous batching.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +41,10 @@ class Limits:
   """Budgets of a call, one value for all rows or one per row ([B]).
 
   Attributes:
-    max_tokens: of a completion, forced tokens included.
+    max_tokens: the most tokens of a completion, forced ones included.
     max_thinking_tokens: -1 for no maximum.
-    min_thinking_tokens: no delimiter or stop token before it.
-    num_waits: delimiters that are replaced by the wait text.
+    min_thinking_tokens: no delimiter or stop token is sampled before.
+    num_waits: how many delimiters are replaced by the wait text.
     truncate: end the row at the maximum instead of closing the thinking.
     max_thinking_steps: -1 for no maximum.
   """
@@ -53,21 +59,21 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Sampler of a tokenizer's strings, a distribution and shapes.
+  """Sampler with a tokenizer's strings, a distribution and shapes.
 
   Attributes:
     ids: the thinking strings as token ids.
-    tables: the same, as the budget machine reads them.
+    tables: the same, as budget forcing reads them.
     params: temperature and truncation.
-    max_prompt_tokens: slots of a prompt (T); a longer prompt is an error.
-    chunk: tokens between two looks of the host.
-    slots: rows that an engine decodes together, refilled as they end; 0: all
-      of a call, which wait for the longest.
-    cache_dtype, weights_dtype: of the cache, and of the decode loop's
-      matrices: "compute", or "int8" with scales.
-    steering: hook, policy and the like, of all calls.
-    before_chunk: called before each chunk, on every host alike. What it
-      raises ends the call, and all that was drawn in it is dropped.
+    max_prompt_tokens: cache slots for a prompt (T); a longer one is an error.
+    chunk: decode steps before the host syncs.
+    max_num_seqs: sequences that an engine decodes together (continuous
+      batching); 0: all rows of a call decode together (static batching).
+    cache_dtype, weights_dtype: dtype of the KV cache, and of the decode
+      loop's matrices: "compute", or "int8" with scales.
+    options: logits processor, budget schedule and the like, of all calls.
+    before_chunk: is called before each chunk, on every host alike. If it
+      raises, the call ends, and all that was drawn in it is dropped.
   """
 
   ids: thinking_lib.ThinkingIds
@@ -75,10 +81,10 @@ class Sampler:
   params: token_sampling.SamplingParams
   max_prompt_tokens: int
   chunk: int = 32
-  slots: int = 0
+  max_num_seqs: int = 0
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
-  steering: steering_lib.Steering = steering_lib.NONE
+  options: sampling_options.SamplingOptions = sampling_options.NONE
   before_chunk: Callable[[], None] = engine.nothing
 
   def generate(
@@ -95,37 +101,40 @@ class Sampler:
       model: on the current mesh.
       prompts: token ids, [P] ragged, each of 1 to `max_prompt_tokens`.
       limits: budgets; per-row arrays are [P * group_size], prompt by prompt.
-      prompt_id: [P], with seed, stage, step and sample id all that a token's
-        random bits depend on, besides its position.
+      prompt_id: [P]; a token's random bits depend on it, on the seed, stage,
+        step and sample id, on the token's position, and on nothing else.
+      group_size: G.
+      seed, stage, step: see `token_sampling.row_keys`.
       first_sample: sample ids are first_sample .. first_sample + G - 1.
       script: [B, steps] choices to replay (`Rollouts.raw`).
-      on_chunk: called after each chunk with the record so far and [B] bool of
-        the rows that are done; may return [B] bool of rows to stop, whose
-        finish reason is then "stop" (it cuts them itself, if it wants to).
+      on_chunk: is called after each chunk with the record so far and [B] bool
+        of the rows that are done. It may return [B] bool of rows to stop,
+        whose finish reason is then "stop"; it may cut them in the record.
 
     Returns:
       Rows in order of prompt, then sample.
 
     Raises:
       ValueError: an empty or too long prompt, an unknown id, budgets that
-        contradict each other.
+        contradict each other, logits that are not finite.
     """
     rows = len(prompts) * group_size
     asked = self.make_requests(
         prompts, limits, prompt_id=prompt_id, group_size=group_size,
         first_sample=first_sample, seed=seed, stage=stage, step=step)
-    if self.slots:
+    if self.max_num_seqs:
       if on_chunk:
-        raise ValueError("on_chunk sees all rows at once, and with slots="
-                         f"{self.slots} they come and go. Use an Engine.")
-      return self._refill(model, asked if script is None else [
+        raise ValueError(
+            "on_chunk sees all rows at once, and with max_num_seqs="
+            f"{self.max_num_seqs} they come and go. Use an Engine.")
+      return self._continuous(model, asked if script is None else [
           dataclasses.replace(request, script=row)
           for request, row in zip(asked, script, strict=True)])
     device = self.inputs(asked, group_size=group_size)
     device["rows"] = self.rows(device, row_keys(
         seed=np.uint32(seed), stage=stage, step=step,
         prompt_id=device["prompt_id"], sample_id=device["sample_id"]))
-    recorder, state = self._loop(
+    recorder, state = self._static(
         model, device, rows, group_size, script, on_chunk)
     take = lambda x: np.asarray(x)[:rows]
     return Rollouts(
@@ -142,33 +151,40 @@ class Sampler:
 
   @property
   def first_slots(self) -> int:
-    """Of the cache that `prefill` makes."""
+    """Cache slots that static batching begins with: prompt and one chunk."""
     return self.max_prompt_tokens + self.chunk
 
   def next_slots(self, slots: int) -> int:
-    """Twice the completion's: few programs, little idle attention."""
+    """Returns the next size of the cache: the completion's part doubles."""
+    # Doublings bound the number of compiled programs, and the share of empty
+    # slots that attention reads.
     return 2 * slots - self.max_prompt_tokens
 
   def engine_settings(
       self, asked: Sequence[requests.Request]) -> engine.Settings:
-    """Of the engine that these requests go through, on the current mesh."""
+    """Returns the settings of an engine for these requests.
+
+    `max_num_seqs` is rounded up to what the current mesh divides.
+    """
     parts = sharding.axis_size("rows")
-    # As if each had the longest prompt: others compile nothing anew.
+    # As if each request had the longest prompt, so that a later call with
+    # other prompts has the same shapes and compiles nothing.
     most = self.max_prompt_tokens + max(
         requests.most_slots(r, self.tables) - len(r.prompt) for r in asked)
     return engine.Settings(
-        slots=-(-self.slots // parts) * parts, max_slots=most,
-        min_slots=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
+        max_num_seqs=-(-self.max_num_seqs // parts) * parts, max_seq_len=most,
+        min_seq_len=self.max_prompt_tokens + self.chunk, chunk=self.chunk,
         prefill_chunk=min(self.max_prompt_tokens, PREFILL_CHUNK),
         cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype,
         max_ids=max(engine.Settings.max_ids, *(
             len(request.wait_order) for request in asked)),
-        hook=self.steering.hook, policy=self.steering.policy)
+        logits_processor=self.options.logits_processor,
+        budget_schedule=self.options.budget_schedule)
 
-  def _refill(
+  def _continuous(
       self, model: Transformer, asked: list[requests.Request],
   ) -> Rollouts:
-    """The same rows through an engine's slots, however many there are."""
+    """Samples by continuous batching, through an engine."""
     queue = engine.Engine(
         model, self.tables, self.engine_settings(asked),
         before_chunk=self.before_chunk)
@@ -179,15 +195,24 @@ class Sampler:
       raise ValueError(f"{len(failed)} of {len(asked)} rows: {failed[0]}")
     return rollouts.of_completions([done[number] for number in numbers])
 
-  def _loop(self, model, device, rows, group_size, script, on_chunk):
-    """Prefill, then chunks until every row is done."""
+  def _static(self, model, device, rows, group_size, script, on_chunk):
+    """Samples by static batching: prefill, then chunks until all are done.
+
+    Args:
+      device: of `inputs`, with "rows".
+      rows: B, without padding.
+
+    Returns:
+      The record of the B rows, and the final `BudgetState`, fetched.
+    """
     slots = self.first_slots
     carry = decode.prefill(
         model, device["tokens"], device["segment_ids"],
         device["in_thinking"], device["done"], self.tables,
         device["budgets"], group_size=group_size, slots=slots,
         cache_dtype=self.cache_dtype)
-    carry = dataclasses.replace(carry, hook=device["hook"])
+    carry = dataclasses.replace(
+        carry, processor_state=device["processor_state"])
     model, blocks = decode.unstacked(
         model, weights_dtype=self.weights_dtype)
     recorder, used = rollouts.Recorder(rows), self.max_prompt_tokens
@@ -201,8 +226,9 @@ class Sampler:
       carry, record = decode.decode(
           model, blocks, carry, device["rows"],
           script_window(script, total, begin, self.chunk), np.int32(total),
-          self.tables, steps=self.chunk, hook=self.steering.hook,
-          policy=self.steering.policy)
+          self.tables, steps=self.chunk,
+          logits_processor=self.options.logits_processor,
+          budget_schedule=self.options.budget_schedule)
       record, done, state = sharding.fetch(
           (record, carry.state.done, carry.state))
       recorder.add(record)
@@ -223,10 +249,13 @@ class Sampler:
       prompt_id: Sequence[int], group_size: int = 1, first_sample: int = 0,
       seed: int = 0, stage: str = "", step: int = 0,
   ) -> list[requests.Request]:
-    """One for each completion, in order of prompt, then sample.
+    """Makes a request for each completion, in order of prompt, then sample.
+
+    Arguments are those of `generate`.
 
     Raises:
-      ValueError: as `generate`.
+      ValueError: an empty or too long prompt, an unknown id, budgets that
+        contradict each other.
     """
     self._check(prompts)
     rows = len(prompts) * group_size
@@ -243,10 +272,11 @@ class Sampler:
       problem = requests.budget_problem(request, self.tables)
       if problem:
         raise ValueError(problem)
-      asked.append(self.steering.of(request, len(self.tables.waits)))
+      asked.append(self.options.apply(request, len(self.tables.waits)))
     return asked
 
   def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for a prompt's length or an unknown token id."""
     for i, prompt in enumerate(prompts):
       if not 1 <= len(prompt) <= self.max_prompt_tokens:
         raise ValueError(
@@ -261,21 +291,25 @@ class Sampler:
       self, asked: Sequence[requests.Request], *, group_size: int,
       put: Callable[..., Any] = sharding.put,
   ) -> dict[str, Any]:
-    """What a generation reads, filled up to what the mesh divides.
+    """Makes the device arrays of static batching, padded for the mesh.
 
     Args:
       asked: of `make_requests`.
-      put: what makes device arrays; `sharding.abstract` for their shapes.
+      group_size: G.
+      put: makes a device array of a NumPy array and its logical axes;
+        `sharding.abstract` gives shapes for a plan.
 
     Returns:
-      By name, as `decode` calls them, and the ids that `row_keys` takes.
+      Arrays by the names that `decode` has for them, and the ids that
+      `row_keys` takes.
     """
     prompts = [request.prompt for request in asked[::group_size]]
     rows, width = len(asked), self.max_prompt_tokens
-    # Whole prompts per part of the mesh, so that fanning out stays local.
+    # Whole prompts per part of the mesh, so that a prompt's cache is copied to
+    # its samples without communication.
     parts = sharding.axis_size("rows")
-    # And two rows at least: of an array of one element jax 0.11 forgets the
-    # sharding (`_get_sharding_for_varying_out_shape`).
+    # And two rows at least: jax 0.11 drops the sharding of an array of one
+    # element (`_get_sharding_for_varying_out_shape`).
     least = len(prompts) + (rows == 1)
     padded = -(-least // parts) * parts
     extra = padded - len(prompts)
@@ -304,39 +338,44 @@ class Sampler:
         "params": jax.tree.map(
             lambda x: put(x, "rows"),
             token_sampling.RowParams.of([self.params] * lengths.size)),
-        "hook": self._hook_state(asked, extra, put),
+        "processor_state": self._processor_state(asked, extra, put),
         "prompt_id": by_row([request.prompt_id for request in asked]),
         "sample_id": by_row([request.sample_id for request in asked])}
 
   def _budgets(self, asked: Sequence[requests.Request]) -> budget.Budgets:
-    """[B] each; what no row can ask for here is left out of the program."""
+    """Makes the budgets, [B] each; unused ones are None.
+
+    A budget that no row of this sampler can ask for is then no part of the
+    program.
+    """
     most = max(len(request.wait_order) for request in asked)
     budgets, *_ = requests.columns(asked, most)
     unused: dict[str, Any] = {"stop_ids": None}
     if not most:
       unused["wait_order"] = None
-    if not self.steering.suppress:
+    if not self.options.suppress:
       unused["suppress"] = None
     if not self.tables.step:
       unused["max_thinking_steps"] = None
     return dataclasses.replace(budgets, **unused)
 
-  def _hook_state(
+  def _processor_state(
       self, asked: Sequence[requests.Request], extra: int,
       put: Callable[..., Any],
   ) -> Any:
-    """The hook's, of all rows and of those that fill them up."""
-    hook = self.steering.hook
-    if hook is None:
+    """Makes the logits processor's state of all rows, padding included."""
+    processor = self.options.logits_processor
+    if processor is None:
       return None
-    rows = [hook.init(request.prompt, request.hook) for request in asked]
-    rows += [hook.init((0,), None)] * extra
+    rows = [processor.init(request.prompt, request.logits_processor_args)
+            for request in asked]
+    rows += [processor.init((0,), None)] * extra
     return jax.tree.map(
         lambda *x: put(np.stack(x), "rows", *(None for _ in np.shape(x[0]))),
         *rows)
 
   def rows(self, inputs: dict[str, Any], keys: Any) -> decode.Rows:
-    """What `decode` takes of `inputs`, with the rows' keys."""
+    """Makes the `decode.Rows` of `inputs` and the keys of `row_keys`."""
     return decode.Rows(inputs["prompt_lengths"], keys, inputs["budgets"],
                        inputs["params"])
 
@@ -345,7 +384,13 @@ def script_window(
     script: np.ndarray | None, rows: int, begin: int, steps: int,
     put: Callable[..., Any] = sharding.put,
 ) -> Any:
-  """[rows, steps] of the script from column `begin`, -1 where it has none."""
+  """Cuts a chunk from a script: [rows, steps] int32, -1 where it has none.
+
+  Args:
+    script: [B, n] int32, or None.
+    rows: of the window; those behind B are padding.
+    begin: the first column.
+  """
   window = np.full((rows, steps), -1, np.int32)
   if script is not None:
     part = script[:, begin:begin + steps]
@@ -354,6 +399,7 @@ def script_window(
 
 
 def _check_numbers(state: budget.BudgetState) -> None:
+  """Raises ValueError where a row's logits were not finite."""
   failed = state.finish_reason == budget.FAILED
   if failed.any():
     raise ValueError(

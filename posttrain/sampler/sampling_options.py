@@ -1,4 +1,4 @@
-"""What steers a call of the sampler besides its budgets, alike in all rows."""
+"""Sampling options: settings of a call besides budgets, alike in all rows."""
 
 import dataclasses
 from typing import Any
@@ -8,29 +8,38 @@ from posttrain.sampler.requests import Request
 
 
 @dataclasses.dataclass(frozen=True)
-class Steering:
-  """Make it once: another hook or policy is another program.
+class SamplingOptions:
+  """Options of all requests of a call.
+
+  Make it once: another function for a logits processor or a budget schedule
+  compiles another program.
 
   Attributes:
     suppress: the tables' reflections are not sampled while a row thinks.
-    draw_waits: each wait's text is drawn; else they are taken in turn.
-    hook: changes the logits of every step.
-    argument: what every request gives to the hook.
-    policy: changes the budgets of every step.
+    draw_waits: the text of each wait is drawn; else they are taken in turn.
+    logits_processor: changes the logits of every step.
+    logits_processor_args: the argument that every request gives to it.
+    budget_schedule: changes the budgets of every step.
   """
 
   suppress: bool = False
   draw_waits: bool = False
-  hook: logits_processors.Hook | None = None
-  argument: Any = None
-  policy: decode.Policy | None = None
+  logits_processor: logits_processors.LogitsProcessor | None = None
+  logits_processor_args: Any = None
+  budget_schedule: decode.BudgetSchedule | None = None
 
-  def of(self, request: Request, wait_texts: int) -> Request:
-    """The request under this steering, of so many texts of a wait."""
+  def apply(self, request: Request, wait_texts: int) -> Request:
+    """Returns the request with these options set.
+
+    Args:
+      request: with `num_waits` and the ids that wait texts are drawn by.
+      wait_texts: how many wait texts the tables have.
+    """
     order = requests.drawn_waits(
         request, request.num_waits, wait_texts) if self.draw_waits else ()
     return dataclasses.replace(
-        request, suppress=self.suppress, hook=self.argument, wait_order=order)
+        request, suppress=self.suppress, wait_order=order,
+        logits_processor_args=self.logits_processor_args)
 
 
-NONE = Steering()
+NONE = SamplingOptions()

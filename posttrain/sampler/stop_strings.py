@@ -2,7 +2,7 @@
 
 A string may begin and end inside tokens. What counts is the text: the row
 ends with the first token that completes one of its strings, and the chunk in
-which the host happened to look changes nothing.
+which the host finds the string changes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,11 @@ Decode = Callable[[list[int]], str]
 
 
 class Matcher:
-  """Searches one row; `find` is called with ever more of its tokens."""
+  """Searches the text of one row, which grows from call to call.
+
+  Each call of `find` is given all tokens so far, and decodes the new ones and
+  a few before them only.
+  """
 
   def __init__(self, strings: Sequence[str], decode: Decode):
     self._strings = tuple(strings)
@@ -19,10 +23,10 @@ class Matcher:
     self._searched = 0  # Tokens known not to complete a string.
 
   def find(self, tokens: list[int]) -> int:
-    """How many tokens the row keeps; -1 if no string is complete.
+    """Returns how many tokens the row keeps; -1 if no string is complete.
 
     Args:
-      tokens: that will not be taken back any more.
+      tokens: all tokens so far that cannot be retracted any more.
     """
     begin = self._begin(tokens)
     complete = lambda end: self._complete(self._decode(tokens[begin:end]))
@@ -33,7 +37,10 @@ class Matcher:
                 if complete(end))
 
   def settled(self, tokens: list[int]) -> int:
-    """How many of the searched tokens no string can come to contain."""
+    """Returns how many of the searched tokens no stop string can cut off.
+
+    The others spell the beginning of a stop string.
+    """
     begin = self._begin(tokens)
     text = self._decode(tokens[begin:])
     open_length = max(
@@ -46,14 +53,13 @@ class Matcher:
     return end
 
   def _complete(self, text: str) -> bool:
+    """True if the text has one of the strings in it."""
     return any(string in text for string in self._strings)
 
   def _begin(self, tokens: list[int]) -> int:
-    """Where to decode from: a string that is not found yet begins behind it.
-
-    A decoder may treat the first token of a text otherwise, and a character
-    may need several tokens: hence some more than the longest string.
-    """
+    """Returns a token before which no string that is not found yet begins."""
+    # A decoder may treat the first token of a text in its own way, and a
+    # character may need several tokens: hence more than the longest string.
     needed = max(map(len, self._strings)) + 4
     begin = self._searched
     while begin > 0:

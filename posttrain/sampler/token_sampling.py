@@ -1,8 +1,8 @@
-"""Chooses the next token of each row: truncation, Gumbel noise, logprob.
+"""Token sampling: temperature, truncation, Gumbel noise, and logprobs.
 
 A token's random bits depend on (seed, stage, step, prompt_id, sample_id,
-position) and on nothing else, so that a row draws the same token whatever the
-batch around it, its slot, or the number of hosts. Each row has a key
+position) and on nothing else. A row therefore draws the same token whatever the
+batch around it, its row, or the number of hosts. Each row has a key
 (`row_keys`), and each position folds into it (`fold_position`).
 
 Temperature and truncation are data: rows of one batch may differ in them, and
@@ -28,11 +28,11 @@ MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How logits become a distribution, for one request or all of a batch.
+  """Sampling parameters, of one request or of all rows of a batch.
 
   Attributes:
-    temperature: divides the logits; 0 takes the likeliest token, and the
-      truncations, which cannot change it, are then left out.
+    temperature: divides the logits; 0 takes the likeliest token (greedy).
+      The truncations cannot change that token, and are then left out.
     top_k: keep the k likeliest tokens; 0 for all.
     top_p: keep the likeliest tokens up to this mass; 1 for all.
     min_p: keep tokens at least this share as likely as the likeliest; 0 for
@@ -77,7 +77,7 @@ class RowParams:
 
   @classmethod
   def of(cls, params: Sequence[SamplingParams]) -> "RowParams":
-    """NumPy columns, of a row each."""
+    """Makes NumPy columns of the parameters of each row."""
     def column(name: str, dtype: type) -> Any:  # On the mesh later.
       return np.array([getattr(p, name) for p in params], dtype)
 
@@ -88,7 +88,7 @@ class RowParams:
 
 
 def stage_number(stage: str) -> int:
-  """What stands for a stage's name in a key."""
+  """Returns the 32-bit number that stands for a stage's name in a key."""
   return zlib.crc32(stage.encode())
 
 
@@ -96,7 +96,7 @@ def row_keys(
     seed: int | jax.Array, stage: str | jax.Array, step: int | jax.Array,
     prompt_id: jax.Array, sample_id: jax.Array,
 ) -> jax.Array:
-  """The key of each row, as key data.
+  """Makes the key of each row, as key data.
 
   Args:
     seed: of the run, or of each request ([B] uint32).
@@ -112,6 +112,7 @@ def row_keys(
       stage, str) else stage
   rows = jnp.zeros_like(prompt_id)
 
+  # The implementation is named: another default of JAX would change all draws.
   def key(seed, *ids):
     key = jax.random.key(seed, impl="threefry2x32")
     for part in ids:
@@ -124,7 +125,7 @@ def row_keys(
 
 
 def fold_position(keys: jax.Array, positions: jax.Array) -> jax.Array:
-  """[B, 2] uint32 keys and [B] int32 positions -> the keys of one draw."""
+  """Folds positions [B] int32 into keys [B, 2] uint32: the keys of one draw."""
   keys = jax.random.wrap_key_data(keys, impl="threefry2x32")
   return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions))
 
@@ -132,15 +133,16 @@ def fold_position(keys: jax.Array, positions: jax.Array) -> jax.Array:
 def process(
     logits: jax.Array, params: SamplingParams | RowParams,
 ) -> jax.Array:
-  """Tempers and truncates; what is left is sampled from, renormalised.
+  """Applies temperature, top-k, top-p and min-p, in this order.
 
-  In this order, each on what the one before it left: temperature, top-k,
-  top-p, min-p. Tokens exactly as likely as the last one kept are kept too, so
-  the result does not depend on how a sort orders ties.
+  Each truncation sees the tokens that the one before it left. Tokens exactly
+  as likely as the last one kept are kept too, so the result does not depend on
+  how a sort orders ties. The tokens that are left are sampled from,
+  renormalised.
 
   Args:
     logits: [B, V] float32, not split over V.
-    params: of all rows, or of each. A row of temperature 0 stays as it is.
+    params: of all rows, or of each. A row of temperature 0 is left as it is.
 
   Returns:
     [B, V] float32, `MASKED` where a token cannot be sampled.
@@ -148,6 +150,8 @@ def process(
   temperature, top_k, top_p, min_p = _columns(params)
   greedy = temperature == 0
   logits = logits / jnp.where(greedy, 1, temperature)
+  # A sort of the vocabulary is dear, so it is in a branch that runs only in
+  # steps in which some row is cut by rank or mass.
   ranked = ((top_k > 0) | (top_p < 1)) & ~greedy
   logits = jax.lax.cond(
       jnp.any(ranked),
@@ -161,20 +165,20 @@ def draw(
     logits: jax.Array, banned: jax.Array | None, keys: jax.Array,
     params: SamplingParams | RowParams,
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws one token a row by the Gumbel-max trick.
+  """Draws one token for each row by the Gumbel-max trick.
 
   Args:
     logits: [B, V] float32, not split over V.
     banned: [B, V] bool, tokens that may not be drawn; None for none. They are
-      taken out first, so a truncation looks at the others only.
+      masked first, so that truncation counts the others only.
     keys: [B, 2] uint32, of this draw (`fold_position`).
     params: temperature and truncation, of all rows or of each.
 
   Returns:
     tokens: [B] int32; at temperature 0, and on ties, the lowest likeliest id.
-    distribution: [B, V] float32, the logprobs of what was really sampled from
-      (temperature, truncation and bans included); at temperature 0, those at
-      temperature 1 without the banned tokens.
+    distribution: [B, V] float32, logprobs of the distribution that was
+      sampled from (temperature, truncation and bans included); at temperature
+      0, those at temperature 1 without the banned tokens.
   """
   if banned is not None:
     logits = jnp.where(banned, MASKED, logits)
@@ -193,13 +197,14 @@ def draw(
 
 
 def logprob_of(distribution: jax.Array, tokens: jax.Array) -> jax.Array:
-  """[B] of [B, V]: a contraction, whose layout is never ambiguous."""
+  """Returns the logprobs [B] of tokens [B] in a distribution [B, V]."""
+  # A contraction in place of a gather: its layout is never ambiguous.
   chosen = jnp.arange(distribution.shape[-1]) == tokens[:, None]
   return jnp.sum(jnp.where(chosen, distribution, 0), axis=-1)
 
 
 def _columns(params: SamplingParams | RowParams) -> list[jax.Array]:
-  """Temperature, top_k, top_p and min_p, [B, 1] or scalars."""
+  """Returns temperature, top_k, top_p and min_p, [B, 1] each or scalars."""
   fields = (params.temperature, params.top_k, params.top_p, params.min_p)
   return [x[:, None] if x.ndim else x for x in map(jnp.asarray, fields)]
 
@@ -207,7 +212,10 @@ def _columns(params: SamplingParams | RowParams) -> list[jax.Array]:
 def _least(
     logits: jax.Array, top_k: jax.Array, top_p: jax.Array, rows: jax.Array,
 ) -> jax.Array:
-  """[B, 1], the least of the logits that top-k, then top-p, leave."""
+  """Returns the least logit that top-k, then top-p, leave: [B, 1] float32.
+
+  Rows that are not in `rows` [B, 1] bool get -inf: nothing is cut there.
+  """
   size = logits.shape[-1]
   ranked = -jnp.sort(-logits, axis=-1)
   rank = jnp.arange(size)

@@ -1,4 +1,4 @@
-"""Completions for people: texts, and which part was sampled, forced, waited."""
+"""Transcripts of completions: texts, and which part was sampled or forced."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from posttrain.text.tokenizer import Tokenizer
 
 
 def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-  """The text: delimiters visible, without the final stop."""
+  """Decodes a completion; delimiters stay visible, the final stop id goes."""
   tokens = list(tokens)
   if tokens and tokens[-1] in tokenizer.stop_ids:
     tokens = tokens[:-1]
@@ -21,10 +21,10 @@ def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def split(
     rollouts: Rollouts, row: int, ids: ThinkingIds) -> thinking.Split:
-  """Cuts a completion where the sampler's own record has its thinking end.
+  """Splits a completion into thinking and answer, by the sampler's record.
 
-  A section that the prompt opened is one too. Thinking that never ended has
-  no answer; without thinking the whole completion is the answer.
+  A thinking section that the prompt opened counts too. Thinking that never
+  ended has no answer; without thinking the whole completion is the answer.
   """
   tokens = rollouts.completion(row)
   whole, nothing = slice(0, len(tokens)), slice(len(tokens), len(tokens))
@@ -38,7 +38,8 @@ def split(
   if rollouts.think_end[row] == budget.OPEN:
     return thinking.Split(slice(begin, len(tokens)), nothing, False)
   stop = begin + int(rollouts.think_lengths[row])
-  # Behind a newline, if the closing was forced; cut off, at the last token.
+  # `end` follows the thinking, behind a newline if the closing was forced. It
+  # is not found where `max_tokens` cut it off.
   end = thinking.find(tokens, ids.end, stop)
   if end < 0:
     return thinking.Split(slice(begin, stop), nothing, False)
@@ -50,12 +51,17 @@ def segments(
     tokenizer: Tokenizer, tokens: Sequence[int], provenance: Sequence[int],
     ids: ThinkingIds, thought: slice = slice(0, 0),
 ) -> list[tuple[str, str]]:
-  """Runs of (text, "sampled" | "thinking" | "forced" | "wait").
+  """Cuts a completion into runs, pairs of a text and where it came from.
 
-  "thinking" is what was sampled within a slice of the tokens.
-
-  Forced tokens that spell the wait text are a wait; one that a maximum cut
+  The second is "sampled", "thinking", "forced" or "wait".
+  Forced tokens that spell a wait text are a wait. A wait that a maximum cut
   short is told from a closing by its first tokens.
+
+  Args:
+    tokenizer: decodes the runs.
+    tokens, provenance: of one completion, see `Rollouts`.
+    ids: the thinking strings.
+    thought: tokens sampled within this slice are "thinking".
   """
   names: list[str] = []
   for start, stop, code in _runs(list(provenance)):
@@ -78,14 +84,14 @@ def segments(
 
 
 def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
-  """The first so many are the same."""
+  """Returns the length of the common beginning of two sequences."""
   pairs = zip(tokens, other, strict=False)
   return next((i for i, (a, b) in enumerate(pairs) if a != b),
               min(len(tokens), len(other)))
 
 
 def _runs(values: list) -> list[tuple[int, int, Any]]:
-  """(start, stop, value) of every run of equal values."""
+  """Returns (start, stop, value) of every run of equal values."""
   starts = [i for i, value in enumerate(values)
             if i == 0 or value != values[i - 1]]
   return [(start, stop, values[start])
@@ -95,9 +101,9 @@ def _runs(values: list) -> list[tuple[int, int, Any]]:
 def record(
     tokenizer: Tokenizer, rollouts: Rollouts, row: int, ids: ThinkingIds,
 ) -> dict[str, Any]:
-  """One completion as JSON-able facts, for the saved samples.
+  """Makes the JSON record of one completion, for the saved samples.
 
-  `answer_text` is what rewards are given as `completion`.
+  `answer_text` is the text that rewards are given as `completion`.
   """
   tokens = rollouts.completion(row)
   provenance = rollouts.provenance[row, :len(tokens)].tolist()

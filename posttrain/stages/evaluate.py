@@ -176,11 +176,11 @@ class Evaluation:
   def _decoding(self) -> dict[str, Any]:
     """Collects the decoding parameters of a figure."""
     rollout = self.section.rollout
-    steering = config_lib.jsonable(training.pick(
+    options = config_lib.jsonable(training.pick(
         rollout, "suppress hook hook_args policy wait_order"))
     return training.pick(
         rollout, "temperature top_k top_p min_p max_tokens truncate") | {
-            name: value for name, value in steering.items()
+            name: value for name, value in options.items()
             if value and value != "cycle"} | {
                 "seed": self.context.config.seed,
                 "task": self.section.problems.task,

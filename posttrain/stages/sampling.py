@@ -21,7 +21,7 @@ from posttrain.text import boundaries, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import preemption
 
-# Of `make_steering`: what the flags of a verb have by default.
+# Of `make_sampling_options`: what the flags of a verb have by default.
 PLAIN: Mapping[str, Any] = {
     "suppress": (), "wait_order": "cycle", "hook": "", "hook_args": {},
     "policy": ""}
@@ -67,9 +67,9 @@ def of_tables(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
-      slots=rollout.slots if "slots" in rollout
+      max_num_seqs=rollout.slots if "slots" in rollout
       else rollout.batch_rows if rollout.refill else 0,
-      steering=make_steering(rollout, tables.vocab_size),
+      options=make_sampling_options(rollout, tables.vocab_size),
       before_chunk=preemption.leave_if_requested)
 
 
@@ -80,36 +80,38 @@ def make_limits(rollout: config_dict.ConfigDict) -> sampler.Limits:
       "truncate", "max_thinking_steps")})
 
 
-def make_steering(
+def make_sampling_options(
     settings: Mapping[str, Any], vocab_size: int,
-) -> sampling_options.Steering:
-  """What a section, or the flags of a verb, name beside the budgets.
+) -> sampling_options.SamplingOptions:
+  """Loads the functions that a section, or the flags of a verb, name.
 
   Args:
     settings: `wait_order` and `policy`, and where they are allowed
       `suppress`, `hook` and `hook_args`.
 
   Raises:
-    ValueError: a function is not there, or makes no hook.
+    ValueError: a function is not there, or makes no logits processor.
   """
-  name, hook = settings.get("hook"), None
+  name, processor = settings.get("hook"), None
   if name:
-    hook = loading.load_function(name)(vocab_size)
-    if not isinstance(hook, logits_processors.Hook):
+    processor = loading.load_function(name)(vocab_size)
+    if not isinstance(processor, logits_processors.LogitsProcessor):
       raise ValueError(
-          f"{name} returned a {type(hook).__name__}, and a hook is needed: "
-          "function(vocab_size) -> posttrain.sampler.logits_processors.Hook.")
+          f"{name} returned a {type(processor).__name__}, and a logits "
+          "processor is needed: function(vocab_size) -> "
+          "posttrain.sampler.logits_processors.LogitsProcessor.")
   args = settings.get("hook_args")
-  return sampling_options.Steering(
+  return sampling_options.SamplingOptions(
       suppress=bool(settings.get("suppress")),
-      draw_waits=settings["wait_order"] == "draw", hook=hook,
-      argument=dict(args) if args else None,
-      policy=loading.load_function(settings["policy"])
+      draw_waits=settings["wait_order"] == "draw",
+      logits_processor=processor,
+      logits_processor_args=dict(args) if args else None,
+      budget_schedule=loading.load_function(settings["policy"])
       if settings["policy"] else None)
 
 
 def with_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """What steered, for the record: with hashes of the functions' sources."""
+  """Adds hashes of the functions' sources to the options, for the record."""
   names = [settings[key] for key in ("hook", "policy") if settings[key]]
   return {
       **settings, "suppress": list(settings["suppress"]),

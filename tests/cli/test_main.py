@@ -245,7 +245,7 @@ def test_sample_hands_over_every_flag(calls):
   assert flags == dict(
       workdir=None, stage="", output=None, num_samples=2, seed=4,
       cache_dtype="int8", weights_dtype="int8",
-      ask="Think for up to 64 tokens.", steering=dict(
+      ask="Think for up to 64 tokens.", options=dict(
           suppress=("wait", "hmm"), wait_order="draw",
           hook="posttrain.sampler.logits_processors:token_bias",
           hook_args={"7": -1.5},
@@ -265,7 +265,7 @@ def test_chat_hands_over_how_to_draw(calls):
   assert flags == dict(
       workdir=None, stage="", seed=4, cache_dtype="compute",
       weights_dtype="compute",
-      steering=sampling.PLAIN,
+      options=sampling.PLAIN,
       params=token_sampling.SamplingParams(temperature=0.5),
       limits=sampler.Limits(max_tokens=256))
 

@@ -191,7 +191,7 @@ def test_prompts_ask_and_completions_are_steered(config, several, tmp_path):
               hook="posttrain.sampler.logits_processors:token_bias",
               hook_args={"0": 0.0})
   output = tmp_path / "out.jsonl"
-  records, _ = run(config, [one] * (1 + several), steering=told,
+  records, _ = run(config, [one] * (1 + several), options=told,
                    ask="3 3", output=str(output))
   for record in records:
     assert " ".join(record["prompt"].split()) == "6 5 2 2 : 1 3 3 <think>"

@@ -35,12 +35,13 @@ def test_the_hook_and_the_policy_of_the_page_do_what_they_say(tmp_path):
   """From a file, by name, as a config has them."""
   file = tmp_path / "my_hooks.py"
   file.write_text(HOOK + POLICY)
-  named = sampling.make_steering(
+  named = sampling.make_sampling_options(
       dict(sampling.PLAIN, hook=f"{file}:no_repeats",
            policy=f"{file}:patience"), scene.V)
   with jax.set_mesh(meshes.one()):
     busy = scene.make_engine(
-        max_slots=256, hook=named.hook, policy=named.policy)
+        max_seq_len=256, logits_processor=named.logits_processor,
+        budget_schedule=named.budget_schedule)
     found = scene.take(busy, [Request(
         prompt=(12, 3), max_tokens=200, num_waits=2, prompt_id=i)
                               for i in range(8)])

@@ -43,11 +43,11 @@ def tables(smollm2_tokenizer):
       tokenizer.newline_ends(smollm2_tokenizer), smollm2_tokenizer.vocab_size)
 
 
-def make_sampler(tables, temperature: float, chunk: int, slots: int = 0):
+def make_sampler(tables, temperature: float, chunk: int, max_num_seqs: int = 0):
   return sampler.Sampler(
       ids=thinking.ThinkingIds(), tables=tables,
       params=token_sampling.SamplingParams(temperature=temperature),
-      max_prompt_tokens=64, chunk=chunk, slots=slots)
+      max_prompt_tokens=64, chunk=chunk, max_num_seqs=max_num_seqs)
 
 
 @jax.jit
@@ -169,15 +169,15 @@ def test_a_mesh_that_splits_a_head_is_an_error(smollm2_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [0, 5], ids=["together", "refilled"])
+@pytest.mark.parametrize("max_num_seqs", [0, 5], ids=["together", "refilled"])
 def test_sampler_logprobs_equal_teacher_forced_ones(
-    smollm2_model, one_device, renderer, tables, slots):
+    smollm2_model, one_device, renderer, tables, max_num_seqs):
   """Over 2,000 sampled tokens: a correct float32 program is within 4e-5."""
   stories = [
       renderer.prompt_tokens({"prompt": f"Write a long story about {topic}."})
       for topic in ("a dragon and a lighthouse", "the history of bread")]
   with jax.set_mesh(one_device):
-    rollouts = make_sampler(tables, 1.0, 256, slots).generate(
+    rollouts = make_sampler(tables, 1.0, 256, max_num_seqs).generate(
         smollm2_model, stories, sampler.Limits(max_tokens=256),
         prompt_id=[0, 1], group_size=6, seed=0, stage="test")
     differences = []

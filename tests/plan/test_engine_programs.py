@@ -14,8 +14,7 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.plan import abstract, programs, sampling_programs, setup
-from posttrain.sampler import device_batch as slots_lib
-from posttrain.sampler import logits_processors
+from posttrain.sampler import device_batch, logits_processors
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import sampling
 from tests import meshes
@@ -46,7 +45,7 @@ def planned(found, groups, group_size):
 def watched(monkeypatch):
   """Calls and bytes of arguments by the name that the plan gives a program."""
   calls, held = collections.Counter(), collections.defaultdict(set)
-  original = slots_lib.Programs.__call__
+  original = device_batch.Programs.__call__
 
   def call(self, key, function, *args, **kwargs):
     kind, *numbers = key
@@ -66,7 +65,7 @@ def watched(monkeypatch):
         if isinstance(x, jax.Array)]))
     return original(self, key, function, *args, **kwargs)
 
-  monkeypatch.setattr(slots_lib.Programs, "__call__", call)
+  monkeypatch.setattr(device_batch.Programs, "__call__", call)
   yield calls, held
 
 
@@ -129,16 +128,17 @@ def test_no_program_runs_that_was_not_planned(monkeypatch):
 def test_a_hook_is_planned(monkeypatch):
   meshes.eight()
   found = small_setup(slots=8)
-  steering = sampling.make_steering
-  hook = logits_processors.repetition_penalty(found.tables.vocab_size)
-  monkeypatch.setattr(sampling, "make_steering", lambda *args: (
-      dataclasses.replace(steering(*args), hook=hook)))
+  options = sampling.make_sampling_options
+  processor = logits_processors.repetition_penalty(found.tables.vocab_size)
+  monkeypatch.setattr(sampling, "make_sampling_options", lambda *args: (
+      dataclasses.replace(options(*args), logits_processor=processor)))
   with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
     expected = planned(found, 3, 4)
     generate(found, [[n] * 16 for n in (4, 5, 6)], 4,
              np.full((12, 24), 7, np.int32))
   calls, held = real
-  assert calls["reason/hook"] == expected["reason/hook"].calls == 12
+  assert calls["reason/logits_processor"] == (
+      expected["reason/logits_processor"].calls) == 12
   for name, sizes in held.items():
     assert sizes == {abstract.shard_bytes(expected[name].arguments)}, name
 

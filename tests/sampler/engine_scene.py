@@ -24,7 +24,7 @@ STRINGS = Strings(
 UNUSED = Strings(stop_ids=(2,), vocab_size=V)
 CONFIG = build.make_config(vocab_size=V)
 SETTINGS = Settings(
-    slots=4, max_slots=128, min_slots=32, chunk=8, prefill_rows=2,
+    max_num_seqs=4, max_seq_len=128, min_seq_len=32, chunk=8, prefill_rows=2,
     prefill_chunk=8)
 
 

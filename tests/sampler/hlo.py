@@ -12,8 +12,7 @@ import numpy as np
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
-from posttrain.sampler import budget_tables, decode
-from posttrain.sampler import device_batch as slots_lib
+from posttrain.sampler import budget_tables, decode, device_batch
 from posttrain.sampler.requests import Request
 from posttrain.text import thinking
 
@@ -42,10 +41,10 @@ def compile_decode(
   call = lambda key, function, *args, **kwargs: function(*args, **kwargs)
 
   def make(model):
-    made = slots_lib.Slots(
-        config, tables, slots=rows, size=slots, max_ids=4,
+    made = device_batch.DeviceBatch(
+        config, tables, num_seqs=rows, size=slots, max_ids=4,
         cache_dtype=cache_dtype, recorded=decode.Recorded(counts=True),
-        hook=None, policy=None, run=call)
+        logits_processor=None, budget_schedule=None, run=call)
     made.begin([Request(prompt=(1,), max_tokens=9)] * rows, range(rows),
                lambda placed: placed)
     script = jnp.full((rows, steps), -1, jnp.int32,

@@ -29,10 +29,11 @@ CLOSED = {budget.OPEN: "open", budget.NATURAL: "natural",
 
 
 def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
-                 slots=0, **params) -> Sampler:
+                 max_num_seqs=0, **params) -> Sampler:
   return Sampler(
       strings, strings.tables(), token_sampling.SamplingParams(**params),
-      max_prompt_tokens=max_prompt_tokens, chunk=chunk, slots=slots)
+      max_prompt_tokens=max_prompt_tokens, chunk=chunk,
+      max_num_seqs=max_num_seqs)
 
 
 @dataclasses.dataclass(frozen=True)

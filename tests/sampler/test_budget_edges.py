@@ -77,22 +77,22 @@ def test_a_delimiter_split_over_the_end_of_a_cache(waits):
   script[:25] = [*rng.integers(12, scene.V, 23), 10, 11]
   request = Request(prompt=prompt, max_tokens=50, num_waits=waits,
                     script=script)
-  looks = []
+  sizes = []
   grows = scene.make_engine(recorded=decode.Recorded(model_logprobs=True))
   number = grows.submit(request)
   while grows.busy:
-    grows.look()
-    looks.append(grows._slots.size)
+    grows.step()
+    sizes.append(grows._batch.size)
   [done] = grows.results()
   assert done.id == number
   # Three chunks of 8 behind a prompt of 8, and the next in another bucket.
-  assert looks[:4] == [32, 32, 32, 64]
+  assert sizes[:4] == [32, 32, 32, 64]
   assert done.raw[:25].tolist() == script[:25].tolist()
   wait, end = scene.STRINGS.wait, scene.STRINGS.end
   assert tuple(done.tokens[23:25]) == (wait if waits else end)
   assert done.provenance[23:25].tolist() == [2, 2]
   assert done.think_length >= 23 and done.wait_count == waits
-  [alone] = scene.take(scene.make_engine(min_slots=128), [request])
+  [alone] = scene.take(scene.make_engine(min_seq_len=128), [request])
   assert not scene.flips(done, alone)
   sequence = [*prompt, *done.tokens]
   logits = numpy_transformer.logits(scene.params(), scene.CONFIG, sequence)

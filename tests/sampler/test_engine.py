@@ -24,11 +24,11 @@ def one_device():
     yield
 
 
-def soak(count: int, slots: int, abort_every: int) -> None:
+def soak(count: int, max_num_seqs: int, abort_every: int) -> None:
   """Random requests through few slots; every result against a run alone."""
   rng = np.random.default_rng(count)
   asked = [scene.random_request(rng, i) for i in range(count)]
-  busy = scene.make_engine(slots=slots)
+  busy = scene.make_engine(max_num_seqs=max_num_seqs)
   numbers = [busy.submit(request) for request in asked]
   unwanted = set(numbers[5::abort_every])
   results, looked = {}, 0
@@ -40,7 +40,7 @@ def soak(count: int, slots: int, abort_every: int) -> None:
       unwanted.discard(min(unwanted))
     looked += 1
   assert sorted(results) == numbers and looked == count
-  alone = scene.make_engine(slots=1)
+  alone = scene.make_engine(max_num_seqs=1)
   wanted = scene.take(alone, asked)
   tokens = flipped = aborted = 0
   for number, want in zip(numbers, wanted, strict=True):
@@ -77,17 +77,17 @@ def test_an_error_before_a_chunk_leaves_the_engine_as_it_was():
       for done in busy.results():
         results[done.id] = done
   assert len(looks) > 6
-  assert len(looks) - busy.stats.looks == len(looks) // 3
+  assert len(looks) - busy.stats.host_syncs == len(looks) // 3
   assert [results[n].tokens for n in numbers] == [w.tokens for w in wanted]
 
 
 def test_every_result_is_that_of_a_run_alone():
-  soak(60, slots=4, abort_every=10)
+  soak(60, max_num_seqs=4, abort_every=10)
 
 
 @pytest.mark.slow
 def test_soak():
-  soak(2000, slots=16, abort_every=20)
+  soak(2000, max_num_seqs=16, abort_every=20)
 
 
 def test_results_are_numpy():
@@ -107,8 +107,9 @@ def test_results_are_numpy():
 
 
 @pytest.mark.parametrize("change", [
-    dict(chunk=3), dict(min_slots=128), dict(prefill_chunk=32, slots=6),
-    dict(refill=1.0, prefill_rows=1)], ids=str)
+    dict(chunk=3), dict(min_seq_len=128),
+    dict(prefill_chunk=32, max_num_seqs=6),
+    dict(admit_fraction=1.0, prefill_rows=1)], ids=str)
 def test_another_schedule_gives_the_same_tokens(change):
   """Rings that go round, grow and shrink, against others."""
   rng = np.random.default_rng(2)
@@ -130,7 +131,7 @@ def test_a_mesh_gives_the_same_tokens():
            for i, r in enumerate(asked)]
   one = scene.take(scene.make_engine(), asked)
   with jax.set_mesh(meshes.eight()):
-    eight = scene.take(scene.make_engine(slots=8), asked)
+    eight = scene.take(scene.make_engine(max_num_seqs=8), asked)
   assert sum(map(scene.flips, one, eight)) <= 1
 
 
@@ -234,7 +235,7 @@ def test_prompts_that_wait_too_long_are_prefilled_again():
   prompts = [(12 + i, 20, 21) for i in range(8)]
   asked = [Request(prompt=p, max_tokens=4, prompt_id=i)
            for i, p in enumerate(prompts)]
-  in_turn, grouped = scene.make_engine(slots=2), scene.make_engine(slots=2)
+  in_turn, grouped = (scene.make_engine(max_num_seqs=2) for _ in range(2))
   turns = scene.take(in_turn, [*asked, *asked])
   groups = scene.take(grouped, [r for r in asked for _ in range(2)])
   assert grouped.stats.prefilled_tokens == 3 * 8
@@ -260,7 +261,7 @@ def test_logprobs_are_the_training_programs(option):
   weights = build.random_params(config)
   model = build.load(config, weights)
   busy = engine.Engine(model, scene.STRINGS.tables(), dataclasses.replace(
-      scene.SETTINGS, slots=3, max_slots=192))
+      scene.SETTINGS, max_num_seqs=3, max_seq_len=192))
   prefix = tuple(range(12, 29))
   asked = [Request(
       prompt=(*prefix, 12 + i, 3), prefix=len(prefix), prompt_id=i,

@@ -205,13 +205,14 @@ def test_rows_of_one_batch_follow_distributions_of_their_own():
 
 def test_a_bias_is_added_where_it_is_asked_for():
   busy = scene.make_engine(
-      scene.UNUSED, hook=logits_processors.token_bias(scene.V))
+      scene.UNUSED, logits_processor=logits_processors.token_bias(scene.V))
   biases = {14: 3.0, 15: -2.0, 2: -1e9}
   asked = [dataclasses.replace(
-      PLAIN, prompt_id=i, hook=biases if i % 2 else None) for i in range(12)]
+      PLAIN, prompt_id=i, logits_processor_args=biases if i % 2 else None)
+           for i in range(12)]
   for request, done in zip(asked, scene.take(busy, asked), strict=True):
     logits = full_logits(done)
-    if request.hook:
+    if request.logits_processor_args:
       logits[:, list(biases)] += list(biases.values())
     assert_distribution(done, logits)
 
@@ -219,14 +220,15 @@ def test_a_bias_is_added_where_it_is_asked_for():
 def test_a_repetition_penalty_is_that_of_its_definition():
   """Mixed with rows that have none, and slots that had another's state."""
   busy = scene.make_engine(
-      scene.UNUSED, hook=logits_processors.repetition_penalty(scene.V))
+      scene.UNUSED,
+      logits_processor=logits_processors.repetition_penalty(scene.V))
   asked = [dataclasses.replace(
-      PLAIN, prompt_id=i, hook=[
+      PLAIN, prompt_id=i, logits_processor_args=[
           None, {"penalty": 1.8}, {"penalty": 0.6}][i % 3])
            for i in range(15)]
   for request, done in zip(asked, scene.take(busy, asked), strict=True):
     logits = full_logits(done)
-    penalty = request.hook["penalty"] if request.hook else 1.0
+    penalty = (request.logits_processor_args or {"penalty": 1.0})["penalty"]
     for step, row in enumerate(logits):
       for token in {*request.prompt, *done.tokens[:step]}:
         row[token] *= 1 / penalty if row[token] > 0 else penalty
@@ -277,7 +279,7 @@ def test_aborted_requests_leave_the_others_alone():
   want = scene.take(scene.make_engine(scene.UNUSED), asked)
   busy = scene.make_engine(scene.UNUSED)
   numbers = [busy.submit(request) for request in asked]
-  busy.look()
+  busy.step()
   for number in (1, 9, 1):
     busy.abort(number)
   results = {done.id: done for done in busy.results()}
@@ -294,7 +296,7 @@ def test_aborted_requests_leave_the_others_alone():
 def test_weights_do_not_change_under_live_rows():
   busy = scene.make_engine(scene.UNUSED)
   busy.submit(dataclasses.replace(PLAIN, banned_ids=(2,)))
-  busy.look()
+  busy.step()
   with pytest.raises(RuntimeError, match="under live rows"):
     busy.use(busy.model)
 
@@ -302,7 +304,7 @@ def test_weights_do_not_change_under_live_rows():
 def test_slots_are_whole_rows_of_the_mesh():
   with jax.set_mesh(meshes.eight()), pytest.raises(
       ValueError, match="multiple of 4"):
-    scene.make_engine(slots=6)
+    scene.make_engine(max_num_seqs=6)
 
 
 def test_padding_of_the_vocabulary_is_never_sampled():
@@ -378,7 +380,7 @@ def test_a_policy_moves_the_budgets():
       max_thinking_tokens=4 + 2 * i) for i in range(10)]
   halved = [dataclasses.replace(
       r, max_thinking_tokens=r.max_thinking_tokens // 2) for r in asked]
-  for a, b in zip(scene.take(scene.make_engine(policy=half), asked),
+  for a, b in zip(scene.take(scene.make_engine(budget_schedule=half), asked),
                   scene.take(scene.make_engine(), halved), strict=True):
     assert a.tokens == b.tokens and a.think_length == b.think_length
     assert a.think_length <= a.request.max_thinking_tokens // 2

@@ -59,7 +59,7 @@ def test_an_engine_in_int8_replays_bit_for_bit():
   with jax.set_mesh(meshes.one()):
     engine = scene.make_engine(**INT8)
     first = scene.take(engine, asked)
-    kept = [engine._slots.carry.cache, *(
+    kept = [engine._batch.carry.cache, *(
         prompt.rows.cache for prompt in engine._prefill._prompts.values())]
     again = scene.take(scene.make_engine(**INT8), [
         dataclasses.replace(request, script=done.raw)

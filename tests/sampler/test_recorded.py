@@ -100,14 +100,15 @@ def test_waits_are_drawn_for_ids_of_any_sign():
   for number, sample in itertools.product((-7, -1, 0, 7, 2**31 - 1), (-1, 0)):
     request = dataclasses.replace(
         PLAIN, num_waits=16, prompt_id=number, sample_id=sample)
-    order = sampling_options.Steering(draw_waits=True).of(request, 3).wait_order
+    order = sampling_options.SamplingOptions(draw_waits=True).apply(
+        request, 3).wait_order
     assert len(order) == 16 and set(order) <= {0, 1, 2}
     drawn[number, sample] = order
   assert len(set(drawn.values())) == len(drawn)
   [done] = scene.take(scene.make_engine(), [
-      sampling_options.Steering(draw_waits=True).of(
+      sampling_options.SamplingOptions(draw_waits=True).apply(
           dataclasses.replace(PLAIN, prompt_id=-7, sample_id=-1), 1)])
   assert done.tokens and not done.error
   want = np.random.default_rng(
-      [0, requests.choice.stage_number("engine"), 0, 7, 0])
+      [0, requests.token_sampling.stage_number("engine"), 0, 7, 0])
   assert drawn[7, 0] == tuple(want.integers(0, 3, 16).tolist())

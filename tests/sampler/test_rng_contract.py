@@ -36,9 +36,10 @@ def params():
 
 def run(params, prompt_ids, *, mesh=None, group_size=2, chunk=64,
         max_prompt_tokens=6, first_sample=0, seed=7, stage="reason", step=3,
-        prompts=PROMPTS, slots=0):
+        prompts=PROMPTS, max_num_seqs=0):
   sampler = make_sampler(
-      STRINGS, max_prompt_tokens=max_prompt_tokens, chunk=chunk, slots=slots)
+      STRINGS, max_prompt_tokens=max_prompt_tokens, chunk=chunk,
+      max_num_seqs=max_num_seqs)
   with jax.set_mesh(mesh or meshes.one()):
     return sampler.generate(
         build.load(CONFIG, params), [prompts[i] for i in prompt_ids],
@@ -123,21 +124,22 @@ def test_another_slot_and_other_neighbours_are_bitwise_equal(params, rollouts):
     (dict(prompt_ids=[14, 11], group_size=4), 4),
     (dict(first_sample=1), 4),
     (dict(chunk=16), 8),
-    (dict(slots=3, chunk=16), 8),
-], ids=["alone", "group_size", "first_sample", "chunk", "slots"])
+    (dict(max_num_seqs=3, chunk=16), 8),
+], ids=["alone", "group_size", "first_sample", "chunk", "max_num_seqs"])
 def test_another_schedule_gives_the_same_tokens(
     params, rollouts, change, at_least):
   other = run(params, **(dict(prompt_ids=list(PROMPTS)) | change))
   assert_same(params, rollouts, other, at_least)
 
 
-@pytest.mark.parametrize("slots,mesh", [
+@pytest.mark.parametrize("max_num_seqs,mesh", [
     (0, meshes.eight), (4, meshes.eight),
     pytest.param(0, meshes.with_context, marks=pytest.mark.slow),
     pytest.param(4, meshes.with_context, marks=pytest.mark.slow)])
-def test_another_mesh_gives_the_same_tokens(params, rollouts, slots, mesh):
+def test_another_mesh_gives_the_same_tokens(
+    params, rollouts, max_num_seqs, mesh):
   """Three prompts on four parts: padding rows too."""
-  other = run(params, [11, 13, 14], mesh=mesh(), slots=slots)
+  other = run(params, [11, 13, 14], mesh=mesh(), max_num_seqs=max_num_seqs)
   assert_same(params, rollouts, other, 6)
 
 

@@ -183,11 +183,11 @@ def test_refilled_rows_are_numpy_and_replayed_bitwise():
   mesh, model, config, params = scene("tied", (1, 1))
   limits, prompts = random_limits(9), make_prompts(9)
   with jax.set_mesh(mesh):
-    rollouts = generate(model, REPLACED, limits, prompts, slots=5)
+    rollouts = generate(model, REPLACED, limits, prompts, max_num_seqs=5)
     assert_is_numpy(rollouts, params, config, REPLACED, limits)
     assert_is_teacher_forced(model, rollouts, REPLACED, limits)
     again = generate(
-        model, REPLACED, limits, prompts, rollouts.raw, slots=5,
+        model, REPLACED, limits, prompts, rollouts.raw, max_num_seqs=5,
         request=Request(seed=8, stage="another", step=4))
   for name in ("tokens", "logprobs", "lengths", "raw", "finish_reason"):
     np.testing.assert_array_equal(
@@ -266,7 +266,7 @@ def test_one_decode_program_per_cache_bucket():
 def test_refilled_calls_with_other_prompts_compile_nothing():
   """The ring is as large as the longest prompt allows, not the one at hand."""
   mesh, model, _, _ = scene("tied", (1, 1))
-  refilled = dataclasses.replace(FREE, slots=3)
+  refilled = dataclasses.replace(FREE, max_num_seqs=3)
   programs = (decode.decode, decode.resize, prefill.empty, prefill.feed,
               prefill.place)
   count = lambda: sum(program._cache_size() for program in programs)
@@ -292,7 +292,7 @@ def test_fewer_rows_than_slots_are_drawn_by_the_engine_too(monkeypatch):
   with jax.set_mesh(mesh):
     wanted = run(FREE)
     monkeypatch.setattr(decode, "prefill", None)  # Of rows that wait.
-    found = run(dataclasses.replace(FREE, slots=3))
+    found = run(dataclasses.replace(FREE, max_num_seqs=3))
   assert found.tokens.tolist() == wanted.tokens.tolist()
 
 

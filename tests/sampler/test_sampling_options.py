@@ -13,7 +13,7 @@ import pytest
 from posttrain.sampler import logits_processors, requests
 from posttrain.sampler.rollouts import THINK_ENDS
 from posttrain.sampler.sampler import Limits
-from posttrain.sampler.sampling_options import NONE, Steering
+from posttrain.sampler.sampling_options import NONE, SamplingOptions
 from tests import meshes
 from tests.model import build
 from tests.sampler import engine_scene as scene
@@ -41,17 +41,19 @@ def five(budgets, state):
       budgets, max_thinking_tokens=budgets.max_thinking_tokens * 0 + 5)
 
 
-ALL = Steering(
-    suppress=True, draw_waits=True, hook=logits_processors.token_bias(scene.V),
-    argument={"2": -1e9, "22": -1e9, "7": 2.0, "20": 1.0}, policy=half)
+ALL = SamplingOptions(
+    suppress=True, draw_waits=True,
+    logits_processor=logits_processors.token_bias(scene.V),
+    logits_processor_args={"2": -1e9, "22": -1e9, "7": 2.0, "20": 1.0},
+    budget_schedule=half)
 
 
-def run(limits, slots=0, steering=NONE, strings=STRINGS):
+def run(limits, max_num_seqs=0, options=NONE, strings=STRINGS):
   """Twenty-four rows that think, of four prompts."""
   sampler = dataclasses.replace(
       numpy_sampler.make_sampler(
-          strings, max_prompt_tokens=4, chunk=64, slots=slots),
-      steering=steering)
+          strings, max_prompt_tokens=4, chunk=64, max_num_seqs=max_num_seqs),
+      options=options)
   with jax.set_mesh(meshes.one()):
     return sampler.generate(
         build.load(scene.CONFIG, scene.params()),
@@ -71,7 +73,7 @@ def limits():
 
 @pytest.fixture(scope="module")
 def drawn(limits):
-  return run(limits, steering=ALL)
+  return run(limits, options=ALL)
 
 
 def thought(drawn, row):
@@ -143,12 +145,13 @@ def test_steps_need_what_ends_one():
     run(Limits(max_tokens=9, max_thinking_steps=1), strings=scene.STRINGS)
 
 
-@pytest.mark.parametrize("maximum, steering", [
-    (dict(max_thinking_steps=2), NONE), ({}, Steering(policy=five))],
+@pytest.mark.parametrize("maximum, options", [
+    (dict(max_thinking_steps=2), NONE),
+    ({}, SamplingOptions(budget_schedule=five))],
     ids=["steps", "policy"])
-def test_truncation_needs_no_maximum_of_tokens(maximum, steering):
+def test_truncation_needs_no_maximum_of_tokens(maximum, options):
   """A row ends at that of steps, or of a policy, and nothing is closed."""
-  cut = run(Limits(max_tokens=50, truncate=True, **maximum), 0, steering)
+  cut = run(Limits(max_tokens=50, truncate=True, **maximum), 0, options)
   names = [THINK_ENDS[end] for end in cut.think_end]
   assert "budget" not in names
   rows = [row for row in range(ROWS) if names[row] == "open"

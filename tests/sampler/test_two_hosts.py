@@ -42,7 +42,7 @@ def test_two_hosts_are_one(hosts):
   """On the same mesh, so the schedule is the same; sums may round apart."""
   alone = two_hosts.serve()
   assert hosts[0]["admitted"] == alone["admitted"]
-  assert hosts[0]["looks"] == alone["looks"]
+  assert hosts[0]["host_syncs"] == alone["host_syncs"]
   assert hosts[0]["programs"] == alone["programs"]
   for a, b in zip(hosts[0]["results"], alone["results"], strict=True):
     np.testing.assert_allclose(

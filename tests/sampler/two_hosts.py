@@ -31,7 +31,7 @@ def text(tokens) -> str:
 
 
 def serve() -> dict:
-  """Completions, and the requests in each slot after each look."""
+  """Completions, and the requests in each row after each step."""
   rng = np.random.default_rng(11)
   asked = [dataclasses.replace(
       scene.random_request(rng, i, longest=40),
@@ -45,11 +45,11 @@ def serve() -> dict:
     results = {}
     for done in busy.results():
       results[done.id] = done
-      admitted.append([row.number if row else -1 for row in busy._live])
+      admitted.append([row.number if row else -1 for row in busy._active])
       if len(results) == 5:
         busy.abort(numbers[-2])
   return {
-      "admitted": admitted, "looks": busy.stats.looks,
+      "admitted": admitted, "host_syncs": busy.stats.host_syncs,
       "programs": sorted(map(str, busy.stats.programs)),
       "results": [
           {name: getattr(results[n], name) for name in FACTS}

@@ -168,5 +168,5 @@ def test_words_that_cannot_be_read_are_not_asked(tmp_path):
 
 
 def test_a_function_that_makes_no_hook_is_named():
-  with pytest.raises(ValueError, match=r"zeros returned a ndarray, and a hook"):
-    sampling.make_steering(dict(sampling.PLAIN, hook="numpy:zeros"), 9)
+  with pytest.raises(ValueError, match=r"zeros returned a ndarray, and a log"):
+    sampling.make_sampling_options(dict(sampling.PLAIN, hook="numpy:zeros"), 9)
