@@ -1,10 +1,11 @@
-"""Attention, rotary positions and RMSNorm: arrays in, arrays out.
+"""Attention, rotary positions (RoPE) and RMSNorm: arrays in, arrays out.
 
   B: batch  T: queries  S: keys  K: kv heads  G: query heads per kv head
   H: head_dim  D: embed
 
-Heads are split over "tensor" by kv head, so that a query head never leaves
-its keys. Softmax and norms are float32 whatever the compute dtype.
+Tensor parallelism splits heads by kv head, so that a query head is always on
+the device that has its keys. Softmax and norms are float32, whatever the
+compute dtype.
 """
 
 import jax
@@ -20,22 +21,28 @@ MASKED = -1e30
 def rms_norm(
     x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0,
 ) -> jax.Array:
-  """`x / rms(x) * (offset + scale)` over the axes of `scale`, the last ones.
+  """Normalises x: `x / rms(x) * (offset + scale)` (RMSNorm, arXiv 1910.07467).
 
-  Computed in float32, returned in x's dtype (arXiv 1910.07467).
+  Computed in float32, over the axes of `scale`, which are the last ones of x;
+  returned in x's dtype.
   """
   x32 = x.astype(jnp.float32)
   axes = tuple(range(-scale.ndim, 0))
   mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
   normed = x32 * jax.lax.rsqrt(mean_square + eps)
   scale = scale.astype(jnp.float32)
+  # Scaled in float32 and then cast, as in Gemma's code. That of Llama casts
+  # first, which differs by a rounding in bfloat16 and not at all in float32.
   return (normed * (offset + scale if offset else scale)).astype(x.dtype)
 
 
 def frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None = None,
 ) -> jax.Array:
-  """[H/2] float32 radians per position (RoFormer, arXiv 2104.09864)."""
+  """Returns rotary frequencies [H/2] float32, radians per position.
+
+  RoFormer, arXiv 2104.09864, section 3.2.2, with the stretch of a release.
+  """
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   found = theta**-exponent
   if scaling is None:
@@ -43,7 +50,8 @@ def frequencies(
   stretched = found / scaling.factor
   if scaling.kind == "linear":
     return stretched
-  # Llama 3: turns within the original context decide how much is kept.
+  # Llama 3 keeps frequencies that turn often within the original context, which
+  # tell near positions apart, and stretches those that turn seldom.
   turns = scaling.original_context * found / (2 * jnp.pi)
   kept = jnp.clip((turns - scaling.low_freq_factor) / (
       scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
@@ -53,13 +61,17 @@ def frequencies(
 def rope_tables(
     positions: jax.Array, frequencies: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [B, T, H/2], float32."""
+  """Returns cosines and sines of the positions' angles: [B, T, H/2] float32."""
   angles = positions[..., None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates the pairs (i, i + H/2) of [B, T, ..., H] (the half-split form)."""
+  """Rotates the pairs (i, i + H/2) of x [B, T, ..., H] by `rope_tables`.
+
+  This is the half-split form of Hugging Face's weights, not the interleaved
+  pairs (2i, 2i + 1) of the paper.
+  """
   cos, sin = rope
   middle = (1,) * (x.ndim - 3)
   cos = cos.reshape(*cos.shape[:2], *middle, cos.shape[-1])
@@ -71,7 +83,7 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-  """cap * tanh(x / cap); x itself for a cap of 0."""
+  """Soft-caps x: cap * tanh(x / cap); x itself for a cap of 0 (Gemma 2)."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 
@@ -79,7 +91,14 @@ def causal_mask(
     positions: jax.Array, segment_ids: jax.Array,
     prefix_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """[B, T, T] bool: same segment or the query's prefix, not padding or later.
+  """Makes the mask [B, T, T] bool of keys that each query reads.
+
+  A key is read if it is of the query's segment or of its prefix, and not
+  later. A query that is padding (segment 0) reads nothing.
+
+  Args:
+    positions, segment_ids: [B, T] int32.
+    prefix_ids: see `same_segment`.
   """
   same = same_segment(
       segment_ids[:, :, None], segment_ids[:, None, :],
@@ -91,11 +110,12 @@ def causal_mask(
 def same_segment(
     queries: jax.Array, keys: jax.Array, prefixes: jax.Array | None,
 ) -> jax.Array:
-  """Whether a key is of the query's segment, or of that which it goes on from.
+  """Returns bool, a key is of the query's segment or of its prefix.
 
   Args:
     queries, keys: segment ids, of shapes that broadcast.
-    prefixes: the segment that each query sees beside its own, or None.
+    prefixes: the segment that each query reads besides its own, as where a
+      group shares one copy of its prompt; or None.
   """
   own = queries == keys
   return own if prefixes is None else own | (prefixes == keys)
@@ -106,18 +126,19 @@ def attend(
     scale: float, softcap: float = 0.0, k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> jax.Array:
-  """Scaled dot-product attention with grouped queries.
+  """Computes scaled dot-product attention with grouped queries (GQA).
 
   Args:
     q: [B, T, K, G, H]. k, v: [B, S, K, H]. mask: [B, T, S] bool.
     scale: of the scores.
     softcap: scores become cap * tanh(score / cap); 0: they do not.
-    k_scale, v_scale: [B, K, S] float32, of int8 keys and values: they
-      multiply the products, so that the numbers go into these as they are.
+    k_scale, v_scale: [B, K, S] float32, scales of int8 keys and values.
 
   Returns:
     [B, T, K, G, H] in q's dtype.
   """
+  # Scales of int8 multiply the products in place of the keys and values, so
+  # that a TPU reads the 8-bit numbers as they are and makes no float copy.
   per_key = lambda x, scales: x if scales is None else (
       x * scales[:, :, None, None])
   scores = per_key(jnp.einsum(

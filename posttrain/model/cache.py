@@ -1,21 +1,23 @@
-"""The KV cache: a plain pytree, passed in and returned.
+"""KV cache: a ring of slots for all rows, as a pytree.
 
-All rows write slot `index` at the same time, so that a step is one in-place
-slice update per layer rather than a scatter per row (which XLA turns into a
-rewrite of the whole cache). What a slot holds for a row is told by
-`positions`: the token's position in its row, or -1 for nothing. A row whose
-prompt is shorter, or that took tokens back, simply has holes.
+All rows write slot `index` at the same time, so that a step is one slice update
+per layer, in place. If each row wrote where its own sequence ends, that would
+be a scatter, which XLA turns into a rewrite of the whole cache. `positions`
+says what a slot holds for a row: the token's position in its sequence, or -1
+for nothing (a hole). A row whose prompt is shorter, or that retracted tokens,
+has holes.
 
 The slots are a ring: behind the last comes the first. A row owns the slots
-behind `index` as far back as its first token, so a new row may begin at any
-time (`insert`), whatever the others hold, and rows come and go for ever. All
-that is asked is that no row lives for more than S slots.
+before `index`, as far back as its first token. A new sequence may therefore
+begin at any time (`insert`), whatever the other rows hold. The one condition is
+that no sequence takes more than S slots.
 
 Keys and values are kept in the compute dtype, or in int8: each head's vector
-in a slot is then 8-bit numbers and one float32, written once and never
-rounded again.
+in a slot is then H 8-bit numbers and one float32, rounded once, when the token
+is written.
 
-  B: batch  S: slots  K: kv heads  H: head_dim  A: rows to insert
+  B: batch  S: slots  K: kv heads  H: head_dim  L: layers  T: new tokens
+  A: rows to insert
 """
 
 import dataclasses
@@ -29,8 +31,8 @@ from posttrain.model import quantized
 from posttrain.model.config import ModelConfig, check_sampling_dtype
 from posttrain.sharding import shard, spec
 
-# A head's slots lie side by side, as the products of attention read them: with
-# heads inside of slots, a TPU and a CPU alike would first turn the cache round.
+# A head's slots lie side by side, as the products of attention read them. With
+# heads inside of slots, a TPU and a CPU alike transpose the whole cache first.
 KV_AXES = ("rows", "kv_heads", "slots", "head_dim")
 POSITION_AXES = ("rows", "slots")
 
@@ -42,8 +44,7 @@ class Layer:
 
   Attributes:
     k, v: [B, K, S, H] in the compute dtype or int8.
-    k_scale, v_scale: [B, K, S] float32, which int8 is multiplied by; else
-      None.
+    k_scale, v_scale: [B, K, S] float32, scales of int8; else None.
   """
 
   k: jax.Array
@@ -52,7 +53,7 @@ class Layer:
   v_scale: jax.Array | None = None
 
   def write(self, k: jax.Array, v: jax.Array, index: jax.Array) -> "Layer":
-    """Puts new keys and values [B, T, K, H] into the slots from `index`."""
+    """Writes new keys and values [B, T, K, H] to the slots from `index` on."""
     new = stored(k, v, self.k.dtype)
     return jax.tree.map(
         lambda buffer, x: write_slots(buffer, x, index, axis=2), self, new)
@@ -61,11 +62,14 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of every layer.
+  """KV cache of every layer.
+
+  One array a layer, not one of all layers: a cache that a scan carries over
+  layers is copied in each step.
 
   Attributes:
-    layers: one after the other.
-    positions: [B, S] int32, position of the token in each slot; -1: empty.
+    layers: L.
+    positions: [B, S] int32, position of the token in each slot; -1: a hole.
     index: scalar int32 below S, the slot that every row's next token takes.
   """
 
@@ -75,11 +79,16 @@ class KVCache:
 
   @property
   def slots(self) -> int:
+    """S."""
     return self.positions.shape[1]
 
 
 def stored(k: jax.Array, v: jax.Array, dtype: Any) -> Layer:
-  """Keys and values [B, T, K, H], as a layer makes them, to [B, K, T, H]."""
+  """Converts a layer's new keys and values, [B, T, K, H], to the cache's form.
+
+  Returns:
+    A `Layer` with T slots: [B, K, T, H] in `dtype`.
+  """
   if dtype != jnp.int8:
     return Layer(*(heads_first(x).astype(dtype) for x in (k, v)))
   (k, k_scale), (v, v_scale) = (quantized.symmetric(x, (-1,)) for x in (k, v))
@@ -88,36 +97,44 @@ def stored(k: jax.Array, v: jax.Array, dtype: Any) -> Layer:
 
 
 def storage_dtype(config: ModelConfig, cache_dtype: str) -> Any:
-  """Of `k` and `v`, for a `cache_dtype` of `SAMPLING_DTYPES`."""
+  """Returns the dtype of keys and values for a `cache_dtype`.
+
+  Raises:
+    ValueError: it is not one of `SAMPLING_DTYPES`.
+  """
   check_sampling_dtype("cache_dtype", cache_dtype)
   return jnp.dtype(config.dtype if cache_dtype == "compute" else cache_dtype)
 
 
 def from_prefill(k: jax.Array, v: jax.Array, positions: jax.Array,
                  segment_ids: jax.Array, dtype: Any) -> KVCache:
-  """A full cache from the stacked keys and values [L, B, T, K, H]."""
+  """Makes a full cache (S = T) of a prefill's keys and values.
+
+  Args:
+    k, v: [L, B, T, K, H].
+    positions, segment_ids: [B, T] int32; segment 0 is padding.
+    dtype: of `storage_dtype`.
+  """
   occupied = jnp.where(segment_ids > 0, positions, -1)
   layers = tuple(
       stored(*each, dtype) for each in zip(k, v, strict=True))
+  # T tokens fill the ring, so the next slot is 0 again: `resize` makes room.
   return KVCache(layers, occupied, jnp.int32(0))
 
 
 def heads_first(x: jax.Array) -> jax.Array:
-  """[B, T, K, ...] as a layer makes it -> [B, K, T, ...] as the cache has it.
-
-  And back.
-  """
+  """Swaps [B, T, K, ...] of a layer and [B, K, T, ...] of the cache."""
   return jnp.swapaxes(x, 1, 2)
 
 
 def over_slots(
     function: Callable[..., jax.Array], *caches: KVCache, index: jax.Array,
 ) -> KVCache:
-  """A cache of `function(*arrays, *axes, fill=)` of all that has slots.
+  """Maps a function over all arrays of caches that have slots.
 
   Args:
-    function: is given the same array of each cache, its logical axes and
-      what an empty slot of it holds.
+    function: (*arrays, *axes, fill=) -> array. It is given the same array of
+      each cache, the array's logical axes, and the value of an empty slot.
     caches: of the same dtypes.
     index: of the result.
   """
@@ -132,8 +149,12 @@ def over_slots(
 
 
 def fan_out(cache: KVCache, group_size: int) -> KVCache:
-  """Repeats each row `group_size` times: [P, ...] -> [P * G, ...], locally."""
+  """Repeats each row `group_size` times: [P, ...] -> [P * G, ...].
+
+  Each device repeats its own rows; nothing is communicated.
+  """
   def repeat(x, *axes, fill):
+    # Broadcast and reshape, so that every device's rows stay on it.
     rows = (x.shape[0], group_size, *x.shape[1:])
     x = jnp.broadcast_to(x[:, None], rows)
     return jax.lax.reshape(
@@ -145,7 +166,7 @@ def fan_out(cache: KVCache, group_size: int) -> KVCache:
 def empty(
     config: ModelConfig, rows: int, slots: int, cache_dtype: str = "compute",
 ) -> KVCache:
-  """A cache of which every slot is a hole."""
+  """Makes a cache in which every slot is a hole."""
   dtype = storage_dtype(config, cache_dtype)
   shape = (rows, config.kv_heads, slots, config.head_dim)
 
@@ -164,7 +185,7 @@ def empty(
 
 
 def resize(cache: KVCache, slots: int) -> KVCache:
-  """The last slots behind `index`, as many as fit, in a ring of `slots`.
+  """Copies the last slots before `index`, as many as fit, to a ring of `slots`.
 
   They come first and in order; when the ring grows, holes follow.
   """
@@ -172,6 +193,7 @@ def resize(cache: KVCache, slots: int) -> KVCache:
 
   def laid_out(x, *axes, fill):
     axis = axes.index("slots")
+    # The oldest slot is the one at `index`: first roll it to the front.
     x = jnp.roll(x, -cache.index, axis=axis)
     x = jax.lax.slice_in_dim(x, cache.slots - kept, None, axis=axis)
     width = [(0, 0)] * x.ndim
@@ -182,37 +204,44 @@ def resize(cache: KVCache, slots: int) -> KVCache:
 
 
 def insert(
-    cache: KVCache, source: KVCache, rows: jax.Array, ends: jax.Array,
-    slots: jax.Array,
+    cache: KVCache, source: KVCache, source_rows: jax.Array, ends: jax.Array,
+    rows: jax.Array,
 ) -> KVCache:
-  """Begins rows anew, in place, from what rows of another cache hold.
+  """Begins rows anew, in place, with the tokens of rows of another cache.
 
   Args:
     cache: donate it. What its other rows hold stays as it is.
-    source: of which row `rows[i]` ends right before slot `ends[i]`. It has
-      not gone round, and what it holds fits into `cache`.
-    rows, ends: [A] int32.
-    slots: [A] int32, rows of `cache`; at or beyond B: inserts nothing.
+    source: a cache in which row `source_rows[i]` ends right before slot
+      `ends[i]`. Its index has not wrapped around, and the tokens fit into
+      `cache`.
+    source_rows, ends: [A] int32.
+    rows: [A] int32, rows of `cache` to begin; one at or beyond B is dropped.
   """
-  # Slot s holds what is `ages[s]` tokens old; 0 is the last token's.
+  # The last token has to lie right before `index`, where the row goes on. Slot
+  # s of the ring takes the token that is `ages[s]` tokens old; 0 is the last.
   ages = (cache.index - 1 - jnp.arange(cache.slots)) % cache.slots
   taken = ends[:, None] - 1 - ages  # [A, S] slots of the source.
 
   def put(into, x, *axes, fill):
     axis = axes.index("slots")
-    x = x.at[rows].get(out_sharding=spec(None, *axes[1:]))
+    # The few source rows go to all devices, and each keeps those of its rows.
+    x = x.at[source_rows].get(out_sharding=spec(None, *axes[1:]))
     x = jax.vmap(lambda row, at: jnp.take(
         row, at, axis=axis - 1, mode="clip"))(x, taken)
+    # All slots of the row are written: what an earlier sequence left is gone.
     holes = jnp.expand_dims(taken < 0, [a for a in range(1, x.ndim)
                                         if a != axis])
-    return into.at[slots].set(
+    return into.at[rows].set(
         jnp.where(holes, fill, x), mode="drop", out_sharding=spec(*axes))
 
   return over_slots(put, cache, source, index=cache.index)
 
 
 def retract(cache: KVCache, lengths: jax.Array) -> KVCache:
-  """Empties the slots of tokens at positions >= `lengths` [B]."""
+  """Empties the slots of tokens at positions >= `lengths` [B] int32.
+
+  Keys and values stay as they are: attention does not look at a hole.
+  """
   kept = jnp.where(cache.positions < lengths[:, None], cache.positions, -1)
   return dataclasses.replace(cache, positions=kept)
 
@@ -220,6 +249,9 @@ def retract(cache: KVCache, lengths: jax.Array) -> KVCache:
 def write_slots(
     buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1,
 ) -> jax.Array:
-  """Puts T columns, [B, T, ...], into those of [B, S, ...] from `index` on."""
+  """Writes `new` into `buffer` from `index` on, along `axis`, in place.
+
+  They must not reach beyond the end: the update would be moved back, silently.
+  """
   return jax.lax.dynamic_update_slice_in_dim(
       buffer, new.astype(buffer.dtype), index, axis=axis)

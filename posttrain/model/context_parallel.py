@@ -1,15 +1,15 @@
-"""Attention over a length that the mesh splits: heads in place of positions.
+"""Context parallelism by all-to-all: the mesh splits the sequence's length.
 
 Outside of attention a device has a part of each row's tokens, with all heads
-of its "tensor" part. Within, it has all tokens of fewer heads: two reshards,
-all-to-alls that XLA makes of the types, as in DeepSpeed-Ulysses (arXiv
-2309.14509). So attention itself is the same function as without the split,
-whatever its form, and every device has the same work under a causal mask,
-which parts of the length would not.
+of its "tensor" part. Within attention it has all tokens of fewer heads. Two
+reshards change one into the other, all-to-alls that XLA makes of the types
+(DeepSpeed-Ulysses, arXiv 2309.14509, section 3). So attention is the same
+function as without the split, in each of its forms. Under a causal mask every
+device has the same work, which it had not if each kept its part of the length.
 
-If the kv heads are too few, the query heads of each are split in their place;
-their keys and values are then gathered whole, as for the attention of Llama 3
-(arXiv 2407.21783, section 3.3.2). Of grouped queries these are the small part.
+If there are too few kv heads to split, the query heads of each are split in
+their place. Keys and values are then gathered whole, as in Llama 3 (arXiv
+2407.21783, section 3.3.2); with grouped queries they are the small part.
 
   B: batch  T: length  K: kv heads  G: query heads per kv head  H: head_dim
 """
@@ -28,7 +28,7 @@ from posttrain.sharding import (
 
 
 def check(config: ModelConfig) -> None:
-  """Raises ValueError where the heads cannot stand in for the length."""
+  """Raises ValueError where `mesh.context` divides no axis of heads."""
   parts, tensor = axis_size("length"), axis_size("kv_heads")
   heads = config.kv_heads // tensor
   if heads % parts and config.groups % parts:
@@ -45,7 +45,7 @@ def over_length(
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     q: jax.Array, k: jax.Array, v: jax.Array,
 ) -> jax.Array:
-  """`attend` with the whole length on each device.
+  """Calls `attend` with the whole length, and fewer heads, on each device.
 
   Args:
     attend: q, k, v to [B, T, K, G, H], laid out as q is.
@@ -53,6 +53,7 @@ def over_length(
   """
   if not splits_length(q):
     return attend(q, k, v)
+  # Logical axes that take over the mesh axis of the length.
   kv_heads, groups = "kv_heads_of_length", "groups"
   if q.shape[2] % axis_size(kv_heads):
     kv_heads, groups = "kv_heads", "groups_of_length"

@@ -1,15 +1,15 @@
-"""Attention of one new token per row over the ring cache, as a TPU kernel.
+"""Decode attention as a Pallas TPU kernel: one new token per row, KV cache.
 
 Flash-decoding over blocks of slots (arXiv 2205.14135, section 3.1, with one
 query): the softmax is kept up to date from block to block, and the scores
-never leave the core. Which blocks hold a slot that the row sees is told by
-the cache's positions, before the kernel starts: it fetches no other. So a
-short row beside a long one, a row that is done and a layer with a window read
-what they see, where the plain form (`attention.attend`) reads all S slots.
+never leave the core. The cache's positions say, before the kernel starts, which
+blocks hold a slot that the row sees, and it fetches no other. So a short row
+in a batch with a long one, a row that is done, and a layer with a window read
+only what they see, where the plain form (`attention.attend`) reads all S slots.
 
-Each device runs it on its own rows and heads. What it cannot do is an error,
-never the plain form instead. Only a step's single query comes here: prompts
-are many queries, and take the plain form.
+Each device runs it on its own rows and heads. Where it cannot run is an error;
+nothing falls back to the plain form. Only the single query of a decode step
+comes here: prompts have many queries, and take the plain form.
 
   B: batch  K: kv heads  G: query heads per kv head  H: head_dim  S: slots
   N: blocks of slots
@@ -27,14 +27,16 @@ from posttrain.model import attention
 from posttrain.model.cache import Layer
 from posttrain.model.config import INTERPRETED, ModelConfig
 
-LANES = 128
-# Of one of keys and values: four such buffers are in the 16 MiB of a core.
+LANES = 128  # Of a TPU's vector register: the last axis is padded to them.
+# Bytes of a block of keys, or of values. The pipeline holds two of each, one in
+# use and one that is fetched, in the 16 MiB of a core.
 BLOCK_BYTES = 2**20
-MOST_SLOTS = 512  # Of a block: what a row sees is rounded up to it.
+# Slots of a block at most: the slots that a row sees are rounded up to blocks.
+MOST_SLOTS = 512
 
 
 def check(config: ModelConfig) -> None:
-  """Raises ValueError where the sampler is to use it and cannot."""
+  """Raises ValueError where the kernel is asked for and cannot run."""
   if config.decode_attention != "kernel":
     return
   if config.head_dim % LANES:
@@ -49,7 +51,7 @@ def check(config: ModelConfig) -> None:
 
 
 def chosen(config: ModelConfig) -> bool:
-  """Whether a step's attention is the kernel."""
+  """Returns True if the attention of a decode step is the kernel."""
   return config.decode_attention != "reference"
 
 
@@ -57,7 +59,7 @@ def of_layer(
     config: ModelConfig, kind: str, q: jax.Array, layer: Layer,
     positions: jax.Array, query: jax.Array,
 ) -> jax.Array:
-  """`attend` as a layer of a kind has it."""
+  """Calls `attend` with the settings of a kind of layer."""
   return attend(
       q, layer, positions, query, scale=config.attention_scale,
       softcap=config.attention_softcap,
@@ -66,7 +68,7 @@ def of_layer(
 
 
 def block_slots(layer: Layer) -> int:
-  """Slots of a block: a multiple of 128, or all."""
+  """Returns the slots of a block: a multiple of 128, or all S."""
   heads = layer.k.shape[1] // sharding.axis_size("kv_heads")
   slot = heads * layer.k.shape[3] * layer.k.dtype.itemsize
   fitting = BLOCK_BYTES // slot // LANES * LANES
@@ -76,17 +78,17 @@ def block_slots(layer: Layer) -> int:
 def visible_blocks(
     positions: jax.Array, query: jax.Array, *, window: int, block: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Which blocks a row sees anything of.
+  """Finds the blocks that each row sees a slot of.
 
   Args:
     positions: [B, S] int32, of the cache; -1: empty.
     query: [B] int32, position of the row's token; -1: the row sees nothing.
-    window: a token sees so many positions, its own included; 0: all.
+    window: how many positions a token sees, its own included; 0: all.
     block: slots of a block; the last may have fewer.
 
   Returns:
-    Their numbers [B, N] int32, the visible ones first and in order, the last
-    of them repeated behind; and how many they are, [B] int32.
+    The numbers of the blocks, [B, N] int32, the visible ones first and in
+    order, the last of them repeated behind; and their count, [B] int32.
   """
   seen = _visible(positions, query[:, None], window)
   rest = -seen.shape[1] % block
@@ -96,6 +98,8 @@ def visible_blocks(
   any_seen = jnp.stack(
       [jnp.any(seen[:, i:i + block], axis=1) for i in starts], axis=1)
   beyond = jnp.int32(len(starts))
+  # The grid has N steps for every row. Behind the visible blocks it names the
+  # last one again: the pipeline does not fetch a block twice in a row.
   order = jnp.sort(jnp.where(any_seen, numbers, beyond), axis=1)
   last = jnp.max(jnp.where(any_seen, numbers, 0), axis=1, keepdims=True)
   return (jnp.where(order == beyond, last, order),
@@ -103,6 +107,7 @@ def visible_blocks(
 
 
 def _visible(positions, query, window):
+  """Returns bool, a slot's position is seen from the query's."""
   seen = (positions >= 0) & (positions <= query)
   return seen & (query - positions < window) if window else seen
 
@@ -112,10 +117,10 @@ def attend(
     scale: float, softcap: float = 0.0, window: int = 0,
     interpret: bool = False, block: int = 0,
 ) -> jax.Array:
-  """What `attention.attend` gives for a mask of these positions.
+  """Computes `attention.attend` under the mask of these positions.
 
   Args:
-    q: [B, 1, K, G, H]. layer: written up to and with this token.
+    q: [B, 1, K, G, H]. layer: of the cache, this token written already.
     positions, query, window: see `visible_blocks`.
     scale, softcap: see `attention.attend`.
     interpret: run it in Python, on any device.
@@ -138,7 +143,13 @@ def attend(
 
 def _call(q, blocks, counts, query, positions, k, v, *scales, softcap, window,
           block, interpret):
-  """On one device: q [B, K, G, H], k and v [B, K, S, H]; see `attend`."""
+  """Runs the kernel on one device.
+
+  Args:
+    q: [B, K, G, H], scaled. positions: [B, 1, S]. k, v: [B, K, S, H].
+    blocks, counts: of `visible_blocks`. query: [B].
+    scales: none, or k_scale and v_scale, [B, K, S].
+  """
   rows, heads, _, width = q.shape
   row = lambda b, i, *_: (b, 0, 0, 0)
   keys = pl.BlockSpec(
@@ -152,6 +163,8 @@ def _call(q, blocks, counts, query, positions, k, v, *scales, softcap, window,
       functools.partial(
           _kernel, softcap=softcap, window=window, slots=k.shape[2]),
       grid_spec=pltpu.PrefetchScalarGridSpec(
+          # blocks, counts and query: they choose what is fetched, so the
+          # core has to have them before the first block.
           num_scalar_prefetch=3, grid=(rows, blocks.shape[1]),
           in_specs=[queries, column(1), keys, keys,
                     *(column(heads) for _ in scales)],
@@ -159,6 +172,7 @@ def _call(q, blocks, counts, query, positions, k, v, *scales, softcap, window,
           scratch_shapes=[summed, summed,
                           pltpu.VMEM(q.shape[1:], jnp.float32)]),
       out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+      # Rows do not depend on each other; a row's blocks do, by the scratch.
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary")),
       interpret=interpret, name="decode_attention",
@@ -168,7 +182,12 @@ def _call(q, blocks, counts, query, positions, k, v, *scales, softcap, window,
 def _kernel(
     blocks, counts, query, q_ref, positions_ref, k_ref, v_ref, *refs,
     softcap, window, slots):
-  """One block of one row: the running maximum, sum and weighted values."""
+  """Adds one block of one row to the running maximum, sum and values.
+
+  Refs hold the blocks: q [1, K, G, H], positions [1, 1, block], k and v
+  [1, K, block, H], scales [1, K, block], out as q. The scratch is [K, G, 1],
+  [K, G, 1] and [K, G, H] float32, and stays from block to block.
+  """
   *scale_refs, out_ref, top_ref, sum_ref, mean_ref = refs
   row, step = pl.program_id(0), pl.program_id(1)
   block = k_ref.shape[2]
@@ -185,7 +204,9 @@ def _kernel(
     seen = _visible(positions_ref[0], query[row], window)  # [1, block]
     k_scale, v_scale = [ref[0][:, None] for ref in scale_refs] or (1.0, 1.0)
     values = v_ref[0].astype(q.dtype)
-    if slots % block:  # What lies behind the last slot may be anything.
+    # The last block may reach beyond the cache. What is there is undefined, and
+    # a NaN times a weight of 0 is NaN: values and scales are zeroed, too.
+    if slots % block:
       left = slots - blocks[row, step] * block
       inside = lambda axis: jax.lax.broadcasted_iota(
           jnp.int32, (1, block) if axis else (block, 1), axis) < left
@@ -199,6 +220,7 @@ def _kernel(
         seen, attention.soft_cap(scores, softcap), attention.MASKED)
     top = jnp.maximum(
         top_ref[...], jnp.max(scores, axis=2, keepdims=True))
+    # Masked again: while nothing was seen, `top` is MASKED and exp(0) is 1.
     weights = jnp.where(seen, jnp.exp(scores - top), 0)
     shrink = jnp.exp(top_ref[...] - top)
     top_ref[...] = top
@@ -210,6 +232,6 @@ def _kernel(
 
   @pl.when(step == pl.num_programs(1) - 1)
   def _():
-    total = sum_ref[...]
+    total = sum_ref[...]  # 0 in a row that saw nothing.
     out_ref[0] = (
         mean_ref[...] / jnp.where(total > 0, total, 1)).astype(out_ref.dtype)

@@ -1,21 +1,21 @@
-"""Budget forcing: a state machine over rows that steers the decode loop.
+"""Budget forcing: a state machine of each row, inside the decode loop.
 
-The machine never sees the model. One iteration of the decode loop is
+The machine never sees the model. One step of the decode loop is
 
   logits -> `plan` -> choose a token -> `advance` -> the token to feed next
 
-and the record of a row is assembled afterwards: per step, first retract the
+The record of a row is assembled afterwards: for each step, first retract the
 last `emit.dropped` tokens, then append `emit.token` if `emit.provenance` is
 not `NONE`. The token to feed next is `state.last` at position
-`prompt_length + state.num_tokens - 1`; cached keys at that position or later
-belong to retracted tokens and have to be invalidated first.
+`prompt_length + state.num_tokens - 1`. Cached keys at that position or later
+belong to retracted tokens, and have to be invalidated first.
 
 A row is before its thinking (`PRE`), in it (`THINK`), past it (`ANSWER`) or
 `DONE`; thinking that has ended is not entered again. `cursor` points into the
-concatenated strings that can be forced; a row forces tokens while the cursor
-points at one. Every rule is a `where` over [B], so budgets are data: changing
-them never recompiles. The strings are static: a new tokenizer or other
-thinking strings do.
+tape, the strings that can be forced, one after the other. A row forces tokens
+while its cursor points at one. Every rule is a `where` over [B], so budgets are
+data, and changing them never recompiles. The strings are static: another
+tokenizer, or other thinking strings, do recompile.
 
   B: rows    V: vocabulary    W: window of recent tokens    C: forced strings
 
@@ -67,13 +67,13 @@ def init(
     tables: BudgetTables, budgets: Budgets, in_thinking: jax.Array,
     last_prompt_token: jax.Array, done: jax.Array,
 ) -> BudgetState:
-  """The state after the prompt.
+  """Makes the state that rows have after their prompts.
 
   Args:
     tables, budgets: the strings, and the limits of each row.
     in_thinking: [B] bool, the row begins inside an open thinking section. In
-      one that does not, thinking begins when the model has sampled
-      `tables.start` whole: never, if that is empty.
+      the others thinking begins when the model has sampled `tables.start`
+      whole; never, if that is empty.
     last_prompt_token: [B] int32.
     done: [B] bool, padding rows that generate nothing.
   """
@@ -82,6 +82,8 @@ def init(
       jnp.where(in_thinking, THINK, PRE) if tables.used else ANSWER)
   recent = jnp.broadcast_to(
       last_prompt_token[:, None], (*last_prompt_token.shape, tables.window))
+  # Only the last prompt token is known: a newline may end in it. A delimiter
+  # is not matched across the prompt's end, as `run` is 0.
   recent = jnp.where(jnp.arange(tables.window) < tables.window - 1, -1, recent)
   state = BudgetState(
       phase=jnp.where(done, DONE, first), cursor=zeros, recent=recent,
@@ -89,26 +91,30 @@ def init(
       draws=zeros,
       waits_left=budgets.num_waits, wait_count=zeros, just_waited=zeros != 0,
       think_end=zeros, finish_reason=zeros)
+  # A maximum of 0 closes the thinking before its first token.
   return _at_maximum(tables, budgets, state)
 
 
 def plan(
     tables: BudgetTables, budgets: Budgets, state: BudgetState,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """What the next choice has to obey.
+  """Plans the next choice: tokens that are forced, and ids that are banned.
 
   Returns:
     forced: [B] int32, the token that must be emitted, or -1. Always -1 in a
       row that is done.
-    banned: [B, V] bool, ids that may not be sampled; None if thinking is
-      unused, when nothing ever is. Cheap to build, and fused into whatever
-      reads it: a handful of comparisons.
+    banned: [B, V] bool, ids that may not be sampled. None if thinking is
+      unused, as nothing is banned then.
   """
   forced = jnp.where(state.done, -1, tables.forced_at(state.cursor))
   if not tables.used:
     return forced, None
   in_thinking = state.phase == THINK
+  # Behind a wait the model has to go on for one token at least, as in s1's
+  # public code, which samples there with min_tokens=1.
   after_wait = in_thinking & state.just_waited
+  # [B] bool by token id: a few comparisons with `ids`, which fuse into the
+  # program that reads the [B, V] mask, in place of a scatter.
   bans: dict[int, jax.Array] = {}
 
   def ban(token: int, rows: jax.Array) -> None:
@@ -119,8 +125,8 @@ def plan(
   for token in tables.stop_ids:
     ban(token, no_stop)
   for delimiter in tables.delimiters:
-    # Sampled now, the last token would complete the delimiter and end a
-    # thinking section without the delimiter's other tokens.
+    # The delimiter's other tokens do not count as thinking. If its last token
+    # were sampled now, the section would end with `left` thinking tokens.
     head = delimiter[:-1]
     left = state.thinking - len(head)
     ban(delimiter[-1], in_thinking & _ends_in(state, head)
@@ -143,52 +149,56 @@ def advance(
     tables: BudgetTables, budgets: Budgets, state: BudgetState,
     token: jax.Array, was_forced: jax.Array,
 ) -> tuple[BudgetState, Emit]:
-  """Takes the chosen token of each row into account.
+  """Advances each row by its chosen token.
 
   A sampled token that completes a delimiter ends the thinking or becomes a
-  wait. It is then kept (if the delimiter begins `end`), or retracted together
-  with the delimiter's earlier tokens, and the first token of the string to
-  force takes its place in the same step: a forced token needs no logits. With
-  an empty wait text nothing takes its place (`refeed`), and the next token is
-  sampled from the same context with the delimiters' first tokens banned; that
-  is right for delimiters of any length.
+  wait. It is kept if the delimiter is the beginning of `end`. Else it is
+  retracted together with the delimiter's earlier tokens, and the first token of
+  the string to force takes its place in the same step: a forced token needs no
+  logits. With an empty wait text nothing takes its place (`refeed`), and the
+  next token is sampled from the same context with the delimiters' first tokens
+  banned, which is right for delimiters of any length.
 
   Args:
     tables, budgets, state: as given to `plan`.
     token: [B] int32, the forced token where there was one, else the choice.
-    was_forced: [B] bool.
+    was_forced: [B] bool, rows in which the token was forced.
 
   Returns:
-    The next state and what to record. A row that is done emits nothing.
+    The next state, and the step's output. A row that is done emits nothing.
   """
   active = ~state.done
   sampled = active & ~was_forced
   draws = state.draws + active
   state = _append(state, token, active, sampled)
   matched, kept = _match(tables, state, sampled & (state.phase == THINK))
-  stops = _isin(token, tables.stop_ids)
-  if budgets.stop_ids is not None:
-    stops = stops | jnp.any(token[:, None] == budgets.stop_ids, axis=1)
+  stops = _is_stop(tables, budgets, token)
+  # A delimiter may be a stop id, too: then it ends the thinking, not the row.
   stopped = sampled & (matched == 0) & stops
   started = sampled & ~stopped & (state.phase == PRE) & _ends_in(
       state, tables.start) if tables.start else jnp.zeros_like(active)
   thought = active & (state.phase == THINK) & ~stopped
   outside = sampled & (state.phase != THINK)
+  # A wait takes the delimiter away even if the delimiter would begin `end`.
   waited = (matched > 0) & (state.waits_left > 0)
   ended = (matched > 0) & ~waited
   retract = matched * (waited | ended & ~kept)
 
   phase = jnp.where(started, THINK, jnp.where(ended, ANSWER, state.phase))
+  # A forced token moves the cursor on along its string. Where a delimiter was
+  # kept, the rest of `end` is forced behind it.
   cursor = jnp.where(was_forced & active, state.cursor + 1, state.cursor)
   cursor = jnp.where(waited, _wait_cursor(tables, budgets, state), cursor)
   cursor = jnp.where(
       ended, tables.end_cursor + jnp.where(kept, matched, 0), cursor)
   state = dataclasses.replace(
       _retract(tables, state, retract), phase=phase, cursor=cursor,
+      # The delimiter's tokens were counted as they came, and are no thinking.
       draws=draws, thinking=state.thinking + thought - matched,
       steps=state.steps + (
           thought & sampled & (matched == 0) & _ends_step(tables, state)),
       answer=jnp.where(started, 0, state.answer + outside),
+      # Nothing matches across the begin of the thinking or a retraction.
       run=jnp.where(started | (retract > 0), 0, state.run),
       waits_left=state.waits_left - waited,
       wait_count=state.wait_count + waited,
@@ -196,6 +206,8 @@ def advance(
       think_end=jnp.where(ended, NATURAL, state.think_end))
   substitute = tables.forced_at(state.cursor)
   replaced = (retract > 0) & (substitute >= 0)
+  # In this order: a stop id ends a row before its length does, and a row that
+  # has ended is not closed at a maximum.
   state = _emit_substitute(state, substitute, replaced, waited)
   state = _finish(budgets, state, stopped)
   state = _at_maximum(tables, budgets, state)
@@ -203,6 +215,7 @@ def advance(
   provenance = jnp.where(sampled & (retract == 0), SAMPLED, NONE)
   provenance = jnp.where(
       replaced | active & was_forced, FORCED, provenance)
+  # The delimiter's last token was never recorded, so one less is dropped.
   return state, Emit(
       token=jnp.where(replaced, substitute, token), provenance=provenance,
       dropped=jnp.maximum(retract - 1, 0),
@@ -212,48 +225,53 @@ def advance(
 def stop(
     state: BudgetState, rows: jax.Array, reason: int = STOP,
 ) -> BudgetState:
-  """Ends rows from outside: the host found a stop string in them, say.
+  """Ends rows from outside, as where the host found a stop string.
 
   Args:
     state: the state between two steps.
     rows: [B] bool; rows that are done already stay as they are.
-    reason: what their `finish_reason` becomes.
+    reason: their `finish_reason`.
   """
   return _end(state, rows & ~state.done, reason)
 
 
 def fail(state: BudgetState, rows: jax.Array) -> BudgetState:
-  """Ends rows whose last step was not one, whatever it made of them."""
+  """Ends rows [B] bool whose logits were not finite, as FAILED."""
   return _end(state, rows, FAILED)
 
 
 def _end(state: BudgetState, rows: jax.Array, reason: int) -> BudgetState:
+  """Ends rows [B] bool for a reason."""
   return dataclasses.replace(
       state, phase=jnp.where(rows, DONE, state.phase),
       finish_reason=jnp.where(rows, reason, state.finish_reason))
 
 
-def _isin(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-  """[B] bool, the token is one of a few static ids."""
-  hits = (token == i for i in ids)
-  return functools.reduce(jnp.logical_or, hits, jnp.zeros_like(token) != 0)
+def _is_stop(
+    tables: BudgetTables, budgets: Budgets, token: jax.Array) -> jax.Array:
+  """Returns [B] bool, the token is a stop id, the tables' or the row's own."""
+  hits = (token == i for i in tables.stop_ids)
+  stops = functools.reduce(jnp.logical_or, hits, jnp.zeros_like(token) != 0)
+  if budgets.stop_ids is not None:
+    stops = stops | jnp.any(token[:, None] == budgets.stop_ids, axis=1)
+  return stops
 
 
 def _ends_in(state: BudgetState, ids: tuple[int, ...]) -> jax.Array:
-  """[B] bool, the row ends in `ids`, all of them sampled and in one run."""
+  """Returns [B] bool, the row ends in `ids`, all sampled within one run."""
   hits = (state.recent[:, i - len(ids)] == t for i, t in enumerate(ids))
   return functools.reduce(jnp.logical_and, hits, state.run >= len(ids))
 
 
 def _ends_step(tables: BudgetTables, state: BudgetState) -> jax.Array:
-  """[B] bool, the last token ends a step of the thinking."""
+  """Returns [B] bool, the last token ends a step of the thinking."""
   if tables.step_ends is None:
     return state.done & False
   return _ends_in(state, tables.step) | _flag(tables.step_ends, state.last)
 
 
 def _flag(flags: np.ndarray | jax.Array, tokens: jax.Array) -> jax.Array:
-  """[B] bool, `flags` [V] of each token."""
+  """Looks up `flags` [V] bool for each token: [B] bool."""
   return jnp.asarray(flags).at[tokens].get(
       mode="clip", out_sharding=sharding.spec("rows"))
 
@@ -262,6 +280,7 @@ def _append(
     state: BudgetState, token: jax.Array, active: jax.Array,
     sampled: jax.Array,
 ) -> BudgetState:
+  """Appends a token to the active rows; `sampled` [B] bool keep their run."""
   recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
   return dataclasses.replace(
       state, recent=jnp.where(active[:, None], recent, state.recent),
@@ -272,7 +291,8 @@ def _append(
 def _wait_cursor(
     tables: BudgetTables, budgets: Budgets, state: BudgetState,
 ) -> jax.Array:
-  """[B] int32, where the text of a row's next wait begins."""
+  """Returns [B] int32, where the text of a row's next wait begins."""
+  # Selects as sums over a mask: the layout of a gather would be ambiguous.
   pick = lambda values, at: jnp.sum(jnp.where(
       jnp.arange(values.shape[-1]) == at[:, None], values, 0), axis=1)
   which = state.wait_count % len(tables.waits)
@@ -286,13 +306,17 @@ def _wait_cursor(
 def _match(
     tables: BudgetTables, state: BudgetState, rows: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Length of the delimiter that the row ends in, 0 for none.
+  """Matches the delimiter that each row ends in.
 
-  Of several that end in the same token, the longest. Also returns whether it
-  is the beginning of `end`, so that it stays where it is.
+  If several delimiters end in the same token, the longest counts.
+
+  Returns:
+    The delimiter's length, [B] int32, 0 for none; and [B] bool, it is the
+    beginning of `end`, and so stays where it is.
   """
   matched = jnp.zeros_like(state.run)
   kept = rows & False
+  # The longest comes last, and so overwrites the others.
   for delimiter in sorted(tables.delimiters, key=len):
     hit = rows & _ends_in(state, delimiter)
     matched = jnp.where(hit, len(delimiter), matched)
@@ -303,7 +327,9 @@ def _match(
 def _retract(
     tables: BudgetTables, state: BudgetState, count: jax.Array,
 ) -> BudgetState:
-  """Takes back the last `count` [B] tokens of each row."""
+  """Retracts the last `count` [B] tokens of each row."""
+  # `count` is 0 or the length of a delimiter: a static shift for each length
+  # in place of one by a count that differs from row to row.
   recent = state.recent
   for length in {len(delimiter) for delimiter in tables.delimiters}:
     shifted = jnp.pad(
@@ -316,7 +342,10 @@ def _retract(
 def _emit_substitute(
     state: BudgetState, token: jax.Array, rows: jax.Array, waited: jax.Array,
 ) -> BudgetState:
-  """Appends the first forced token in place of a retracted delimiter."""
+  """Appends the first forced token in place of a retracted delimiter.
+
+  A wait text counts as thinking, `end` does not.
+  """
   replaced = _append(state, token, rows, rows & False)
   return dataclasses.replace(
       replaced, run=state.run, cursor=state.cursor + rows,
@@ -326,7 +355,7 @@ def _emit_substitute(
 def _finish(
     budgets: Budgets, state: BudgetState, stopped: jax.Array,
 ) -> BudgetState:
-  """Ends rows at a stop id, else at their last token."""
+  """Ends rows at a stop id, or at `max_tokens`."""
   full = ~state.done & (state.num_tokens >= budgets.max_tokens)
   by_stop = jnp.where(state.think_end == CLOSED, BUDGET, EOS)
   reason = jnp.where(full, LENGTH, state.finish_reason)
@@ -338,7 +367,7 @@ def _finish(
 def _at_maximum(
     tables: BudgetTables, budgets: Budgets, state: BudgetState,
 ) -> BudgetState:
-  """Closes (or truncates) the rows whose thinking has reached its maximum."""
+  """Closes, or truncates, the rows whose thinking has reached its maximum."""
   if not tables.used:
     return state
   limit = budgets.max_thinking_tokens
@@ -348,11 +377,13 @@ def _at_maximum(
     full = full | (steps >= 0) & (state.steps >= steps)
   rows = (state.phase == THINK) & full
   close = rows & ~budgets.truncate
-  # A model that has begun to write the delimiter itself is helped to finish
-  # it; what it has written of it was no thinking.
+  # If the model has begun to write `end` itself, only its missing tokens are
+  # forced; those that it wrote were no thinking.
   begun = jnp.zeros_like(state.run)
   for length in range(1, len(tables.end)):
     begun = jnp.where(_ends_in(state, tables.end[:length]), length, begun)
+  # The closing on the tape is newline, `end`, final answer. The newline is left
+  # out where the text ends in one, and where `end` has begun.
   newline = _flag(tables.newline_ends, state.last)
   skip = jnp.where(
       (begun > 0) | newline, len(tables.newline), 0) + begun

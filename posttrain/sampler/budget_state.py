@@ -1,8 +1,8 @@
-"""What budget forcing is given and keeps of each row: constants and records.
+"""Budgets and state of budget forcing: constants, and arrays of each row.
 
-The machine that reads and moves them is `budget`.
+The state machine that reads and advances them is `budget`.
 
-  B: rows    W: window of recent tokens    K: stop ids of a row
+  B: rows    W: window of recent tokens    K: ids of a row, stop ids or waits
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import functools
 
 import jax
 
-# Phases.
+# Phases of a row, in their order: see `budget`.
 PRE, THINK, ANSWER, DONE = range(4)
-# Why a row ended. STOP is set by the host, when a stop string was found, and
-# ABORTED too. FAILED: its logits were not numbers.
+# Why a row ended. The host sets STOP, where it found a stop string, and
+# ABORTED. FAILED: its logits were not finite.
 RUNNING, EOS, BUDGET, LENGTH, STOP, FAILED, ABORTED = range(7)
 # How the thinking ended.
 OPEN, NATURAL, CLOSED = range(3)
-# Where a token came from; 3 is reserved for tools.
+# Provenance of a token; 3 is reserved for tools.
 NONE, SAMPLED, FORCED = range(3)
 
 
@@ -28,23 +28,25 @@ NONE, SAMPLED, FORCED = range(3)
                  "suppress", "max_thinking_steps"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-  """Per-row limits; data, so that a change compiles nothing.
+  """Budgets of each row; arrays, so that changing them compiles nothing.
+
+  A field that is None is off in every row, and no part of the program.
 
   Attributes:
-    max_thinking_tokens: [B] int32, thinking is closed there; -1 for never.
-    min_thinking_tokens: [B] int32, no delimiter or stop id before it.
-    num_waits: [B] int32, how many delimiters are replaced by the wait text.
+    max_thinking_tokens: [B] int32, thinking is closed at this many; -1 for
+      never.
+    min_thinking_tokens: [B] int32, no delimiter or stop id is sampled before.
+    num_waits: [B] int32, how many delimiters are replaced by a wait text.
     max_tokens: [B] int32, at least 1: all tokens of the completion.
     truncate: [B] bool, end the row at the maximum instead of closing.
-    stop_ids: [B, K] int32, what ends the row besides the tables' stop ids; -1
-      for none. None: nothing does, in any row.
-    wait_order: [B, K] int32, which of the tables' wait texts the row's waits
-      take, in turn, over and over; -1 behind the last. None, or none in a row:
-      all of them, in turn.
+    stop_ids: [B, K] int32, ids that end the row besides the tables' stop ids;
+      -1 for none.
+    wait_order: [B, K] int32, indices of the tables' wait texts that the row's
+      waits take, in turn, over and over; -1 behind the last. None, or none in
+      a row: all of them, in turn.
     suppress: [B] bool, the tables' reflections are not sampled in thinking.
-      None: no row asks for it.
-    max_thinking_steps: [B] int32, thinking is closed behind so many steps; -1
-      for never. None: in no row.
+    max_thinking_steps: [B] int32, thinking is closed behind this many steps;
+      -1 for never.
   """
 
   max_thinking_tokens: jax.Array
@@ -65,23 +67,24 @@ class Budgets:
                  "just_waited", "think_end", "finish_reason"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class BudgetState:
-  """Where each row stands; all [B] int32 unless stated.
+  """State of each row between two steps; all [B] int32 unless stated.
 
   Attributes:
     phase: PRE, THINK, ANSWER or DONE.
-    cursor: index into `tables.tape` of the token to force next.
+    cursor: index into `tables.tape` of the token to force next; where the tape
+      has -1, nothing is forced.
     recent: [B, W], the last tokens of the row, its last prompt token among
       them; -1 where unknown.
-    run: tokens sampled in a row since thinking began, a token was forced or
-      something was dropped: a match never reaches further back.
+    run: tokens sampled one after the other since thinking began, a token was
+      forced or tokens were retracted: a match never reaches further back.
     thinking: thinking tokens, as docs/budget_forcing.md counts them.
-    steps: of thinking, that were ended.
+    steps: steps of thinking that were ended.
     answer: tokens sampled outside thinking, a stop id included; of a row that
       thinks, after its thinking only.
     num_tokens: tokens of the completion so far.
-    draws: steps that the row took. Equal to `num_tokens` until something is
-      dropped, and never repeated: the position to fold into a row's key.
-    waits_left, wait_count: waits still to come, and made.
+    draws: steps that the row took, the position to fold into a row's key. It
+      equals `num_tokens` until tokens are retracted, and never repeats.
+    waits_left, wait_count: waits that may still be made, and were made.
     just_waited: [B] bool, no token was sampled since the last wait.
     think_end: OPEN, NATURAL or CLOSED (by the maximum).
     finish_reason: RUNNING, EOS, BUDGET (stopped after a maximum had closed
@@ -110,7 +113,7 @@ class BudgetState:
 
   @property
   def done(self) -> jax.Array:
-    """[B] bool."""
+    """[B] bool, the row has ended."""
     return self.phase == DONE
 
 
@@ -119,16 +122,16 @@ class BudgetState:
     data_fields=["token", "provenance", "dropped", "refeed"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Emit:
-  """What one step adds to the record of each row.
+  """Output of one step: what it adds to the record of each row.
 
   Attributes:
     token: [B] int32, meaningless where `provenance` is NONE.
     provenance: [B] int32, NONE, SAMPLED or FORCED. A forced token may stand
       in place of a sampled one, so its logprob is not that of the choice.
-    dropped: [B] int32, earlier tokens to retract before.
+    dropped: [B] int32, earlier tokens of the record to retract first.
     refeed: [B] bool, nothing was emitted and the row goes on: a delimiter was
-      dropped and there is no wait text. The next step feeds `state.last`
-      again, at its own position.
+      retracted and the wait text is empty. `state.last` is then fed again, at
+      its own position.
   """
 
   token: jax.Array

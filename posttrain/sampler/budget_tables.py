@@ -1,6 +1,6 @@
-"""The token ids that budget forcing matches, bans and forces.
+"""Tables of budget forcing: the token ids that it matches, bans and forces.
 
-  V: vocabulary    W: window of recent tokens    C: all strings to force
+  V: vocabulary    W: window of recent tokens    C: length of the tape
 """
 
 import dataclasses
@@ -21,21 +21,23 @@ from posttrain.text.thinking import ThinkingIds
                  "final_answer", "waits", "stop_ids", "step"])
 @dataclasses.dataclass(frozen=True)
 class BudgetTables:
-  """Token ids that the machine matches, bans and forces.
+  """Token ids of one tokenizer that budget forcing matches, bans and forces.
+
+  The strings are static, the [V] arrays are not: other strings compile anew.
 
   Attributes:
     newline_ends: [V] bool, the token's text ends in a newline.
-    vocab_size: V.
+    vocab_size: V, without padding.
     start, end, newline, final_answer: ids of the strings.
-    waits: of the wait texts, one at least; it may be empty.
-    delimiters: what ends thinking when it is sampled; `end` is among them.
-    stop_ids: what ends a row when it is sampled.
-    reflections: [V] bool, what a row that asks for it does not sample while
-      it thinks; None for nothing.
-    step: what ends a step of the thinking when it is sampled; () if steps are
-      not counted.
-    step_ends: [V] bool, tokens that do so too, as their text has that string
-      in it; None if steps are not counted.
+    waits: ids of the wait texts, at least one text; it may be empty.
+    delimiters: strings that end thinking when they are sampled; `end` is one.
+    stop_ids: ids that end a row when they are sampled.
+    reflections: [V] bool, tokens that a row with `Budgets.suppress` does not
+      sample while it thinks; None for none.
+    step: string that ends a step of thinking when it is sampled; () if steps
+      are not counted.
+    step_ends: [V] bool, tokens whose text has that string in it, which end a
+      step too; None if steps are not counted.
   """
 
   newline_ends: np.ndarray | jax.Array
@@ -64,8 +66,8 @@ class BudgetTables:
       stop_ids: ids that end a row.
       newline_ends: [V] bool, true where a token's text ends in a newline.
       vocab_size: V, without padding.
-      reflections: [V] bool, words of second thoughts (NoWait, arXiv
-        2506.08343).
+      reflections: [V] bool, tokens of reflection such as "wait" (NoWait,
+        arXiv 2506.08343).
 
     Raises:
       ValueError: an id is outside the vocabulary, `newline_ends` has another
@@ -76,6 +78,8 @@ class BudgetTables:
       raise ValueError(
           f"newline_ends has shape {newline_ends.shape}, and a vocabulary of "
           f"{vocab_size} needs ({vocab_size},).")
+    # Without an `end` nothing is matched or forced, and all strings are empty,
+    # so that the loop's program has no trace of them.
     used = bool(thinking_ids.end)
     string = lambda ids: tuple(int(i) for i in ids) if used else ()
     delimiters = tuple(dict.fromkeys(
@@ -93,6 +97,7 @@ class BudgetTables:
     return tables
 
   def _check(self) -> None:
+    """Raises ValueError for ids that do not exist or cannot be matched."""
     strings = {
         "thinking.start": self.start, "thinking.end": self.end,
         "thinking.newline": self.newline, "thinking.step": self.step,
@@ -115,52 +120,59 @@ class BudgetTables:
 
   @property
   def used(self) -> bool:
-    """Whether there is thinking at all."""
+    """True if there is thinking at all: `end` is not empty."""
     return bool(self.end)
 
   @property
   def window(self) -> int:
-    """W: the longest string to match, and the token before it."""
+    """W: length of the longest string to match, and one token before it."""
     strings = (*self.delimiters, self.start, self.step)
     return 1 + max(map(len, strings), default=0)
 
   @property
   def recalled(self) -> int:
-    """Tokens that a match may take back besides the last, at most."""
+    """The most tokens that a match may retract besides the last one."""
     return max(map(len, self.delimiters), default=1) - 1
 
   @property
   def tape(self) -> tuple[int, ...]:
-    """[C] ids of all that can be forced; -1 ends each string."""
+    """[C] ids of all strings that can be forced, one after the other.
+
+    -1 ends each string, and is at 0, where a row's cursor begins. In order:
+    the wait texts; `end`; the closing of newline, `end` and final answer.
+    """
     waits = (token for wait in self.waits for token in (*wait, -1))
     return (-1, *waits, *self.end, -1,
             *self.newline, *self.end, *self.final_answer, -1)
 
   def forced_at(self, cursor: jax.Array) -> jax.Array:
-    """[B] int32, `tape[cursor]` as a contraction: no gather to lay out."""
+    """Returns `tape[cursor]`, [B] int32."""
+    # As a contraction: the layout of a gather would be ambiguous.
     hit = cursor[:, None] == jnp.arange(len(self.tape))
     return jnp.sum(
         jnp.where(hit, jnp.asarray(self.tape, jnp.int32), 0), axis=1)
 
   @property
   def wait_cursors(self) -> tuple[int, ...]:
-    """Where each wait text begins."""
+    """Index into the tape at which each wait text begins."""
     lengths = [len(wait) + 1 for wait in self.waits]
     return tuple(itertools.accumulate(lengths[:-1], initial=1))
 
   @property
   def end_cursor(self) -> int:
+    """Index into the tape at which `end` begins."""
     return self.wait_cursors[-1] + len(self.waits[-1]) + 1
 
   @property
   def close_cursor(self) -> int:
+    """Index into the tape at which the closing at a maximum begins."""
     return self.end_cursor + len(self.end) + 1
 
 
 def _reachable(
     delimiters: tuple[tuple[int, ...], ...],
 ) -> tuple[tuple[int, ...], ...]:
-  """Without those that begin with another, which would match before them."""
+  """Drops delimiters that begin with another, which always matches first."""
   return tuple(
       d for d in delimiters
       if not any(d != o and d[:len(o)] == o for o in delimiters))

@@ -1,14 +1,19 @@
-"""The compiled part of sampling: prefill, and a chunk of the decode loop.
+"""Decode loop: the compiled part of sampling, with the prefill before it.
 
-A prompt is prefilled once; its cache is copied to its G samples, whose first
-tokens are drawn from the same logits. The loop then runs up to `steps` tokens
-on the device, with budget forcing inside, before the host looks.
+A prompt is prefilled once. Its keys and values are copied to its G samples,
+which draw their first tokens from the same logits. The loop then runs up to N
+steps on the device, with budget forcing inside, before the host syncs.
 
 All that a request asks for is data of its row (`Rows`), so one program serves
-any mixture of requests, and any that come after them in the same slots.
+any mixture of requests, and any requests that come after them in the same rows.
+
+A step draws a token of every row from the hidden state that it has (`_choose`),
+and then runs the model on that token (`_feed`), which gives the next hidden
+state and extends the KV cache.
 
   P: prompts  G: samples per prompt  B: rows  T: prompt slots
-  S: cache slots  N: steps of a chunk  V: vocabulary (true)  D: embed
+  S: cache slots  N: steps of a chunk  V: vocabulary (without padding)
+  D: embed  K: ids of a row  L: layers  k: experts per token
 """
 
 import dataclasses
@@ -30,15 +35,17 @@ from posttrain.sharding import shard, spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-  """What lives on the device between chunks.
+  """State of the decode loop, which stays on the device between chunks.
 
   Attributes:
-    cache: of every layer, [B, S, ...].
+    cache: keys and values of every layer.
     hidden: [B, D], from which each row's next token is drawn.
     state: where each row's budget stands.
-    processor_state: of the logits processor, [B, ...] each; None without.
-    earlier: [B, H, D], `hidden` of the last steps, for the logprob of what
-      takes the place of H + 1 tokens; None if no delimiter has several.
+    processor_state: of the logits processor, a pytree of [B, ...]; None
+      without one.
+    earlier: [B, H, D], `hidden` of the last H steps, for the logprob of a
+      token that replaces up to H + 1 tokens; None if every delimiter is one
+      token.
   """
 
   cache: kv.KVCache
@@ -51,11 +58,11 @@ class Carry:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What a request asks for, row by row.
+  """Requests of a batch as arrays, a row each.
 
   Attributes:
-    prompt_lengths: [B] int32.
-    keys: [B, 2] uint32, see `choice.row_keys`.
+    prompt_lengths: [B] int32, tokens.
+    keys: [B, 2] uint32, see `token_sampling.row_keys`.
     budgets: limits and stop ids.
     params: temperature and truncation.
     banned_ids: [B, K] int32, never drawn; -1 for none. None: no row has any.
@@ -70,15 +77,16 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-  """What a step records beyond tokens and logprobs; static.
+  """Choice of what a step records beyond tokens and logprobs; static.
 
   Attributes:
-    model_logprobs: "model_logprob", of the emitted token under the model
-      alone: no temperature, truncation, ban or hook.
-    top_logprobs: so many of the likeliest tokens of the distribution that was
-      sampled from, "top_tokens" and "top_logprobs".
-    counts: "counts" [B, N, 5] of the row after the step: thinking and answer
-      tokens, waits, how the thinking ended, and its steps.
+    counts: record "counts" [B, N, 5] int32, of the row after the step:
+      thinking and answer tokens, waits, how the thinking ended, and its steps.
+    model_logprobs: record "model_logprob" [B, N] float32, of the emitted token
+      under the model alone: no temperature, truncation, ban or logits
+      processor.
+    top_logprobs: how many of the likeliest tokens of the distribution that was
+      sampled from to record, as "top_tokens" and "top_logprobs".
   """
 
   counts: bool = False
@@ -88,10 +96,11 @@ class Recorded:
 
 PLAIN = Recorded()
 
-# A schedule of budgets: (budgets, state) -> budgets, pure and traced, called
-# before every step of the loop. Waits that are left are in the state. It may
-# lower max_thinking_tokens below what a row has thought: the row then closes.
-# More max_tokens than were asked for it cannot give.
+# A budget schedule changes budgets while rows decode: (budgets, state) ->
+# budgets, pure, traced, and called before every step of the loop. It may lower
+# max_thinking_tokens below what a row has thought, which then closes. It cannot
+# raise max_tokens, which the row's cache slots were counted by. The waits that
+# are left are in the state, not in the budgets.
 BudgetSchedule = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
@@ -103,17 +112,21 @@ def prefill(
     budgets: budget.Budgets, *, group_size: int, slots: int,
     cache_dtype: str = "compute",
 ) -> Carry:
-  """Prompts, aligned to the right, into the carry of their samples.
+  """Prefills whole prompts, and makes the carry of their samples.
 
   Args:
-    tokens, segment_ids: [P, T] int32; padding (on the left) has segment 0.
+    model: as it trains.
+    tokens, segment_ids: [P, T] int32, prompts aligned to the right; padding
+      (on the left) has segment 0.
     in_thinking, done: [B] bool, see `budget.init`.
-    budgets: of the B rows.
+    tables, budgets: token ids of the strings, and limits of the B rows.
     group_size: G. slots: S, at least T + 1.
-    cache_dtype: of the cache.
+    cache_dtype: of the cache, "compute" or "int8".
   """
   positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
   hidden, cache = model.prefill(tokens, positions, segment_ids, cache_dtype)
+  # Prompts are aligned to the right, so every row's last token is in the last
+  # column, and all rows write their first new token to the same slot.
   last = jnp.repeat(
       tokens[:, -1], group_size, out_sharding=spec("rows"))
   hidden = jnp.repeat(
@@ -128,7 +141,10 @@ def prefill(
 def no_earlier(
     hidden: jax.Array, tables: budget.BudgetTables,
 ) -> jax.Array | None:
-  """`Carry.earlier` before the first step, beside `hidden` [B, D]."""
+  """Makes `Carry.earlier` as it is before the first step.
+
+  `hidden` [B, D] gives its shape and dtype.
+  """
   if not tables.recalled:
     return None
   rows, embed = hidden.shape
@@ -137,21 +153,27 @@ def no_earlier(
       out_sharding=spec("rows", None, "act_embed"))
 
 
-# Here and in `decode` a part of the model is not read. It is on the device all
-# the same, and kept among the arguments so that what counts them sees it.
+# Here and in `decode` some arrays of the model are not read. They are on the
+# device all the same, and `keep_unused` leaves them among the program's
+# arguments, so that a plan which adds up the arguments' bytes counts them.
 @functools.partial(
     jax.jit, static_argnames="weights_dtype", keep_unused=True)
 def unstacked(
     model: Transformer, *, weights_dtype: str = "compute",
 ) -> tuple[Transformer, list[Block]]:
-  """The tables and layers as the loop reads them, once for all its chunks.
+  """Prepares the weights for the loop, once for all chunks of a call.
 
-  Sliced and cast inside of each chunk's program, the layers would be copied
-  anew for every chunk, which reads as much as a step or two of it; and the
-  tables would be gathered for every token. What is whole is not copied.
+  If each chunk's program sliced and cast the stacked layers, it would copy them
+  anew, which reads as many bytes as a decode step or two; and it would gather
+  the embedding tables for every token. Arrays that are whole already are not
+  copied.
+
+  Args:
+    model: as it trains.
+    weights_dtype: of the layers' matrices, "compute" or "int8".
 
   Returns:
-    The model with its tables gathered, and its layers.
+    The model with its tables gathered, and its layers one by one.
   """
   tables = dict.fromkeys(("embedding", model.head_name))
   return model.gathered(*tables), model.unstacked(weights_dtype)
@@ -159,7 +181,7 @@ def unstacked(
 
 @functools.partial(jax.jit, static_argnames="slots")
 def resize(carry: Carry, *, slots: int) -> Carry:
-  """The same carry with a cache of `slots` slots; see `cache.resize`."""
+  """Changes the cache of a carry to `slots` slots; see `cache.resize`."""
   return dataclasses.replace(carry, cache=kv.resize(carry.cache, slots))
 
 
@@ -174,23 +196,28 @@ def decode(
     logits_processor: logits_processors.LogitsProcessor | None = None,
     budget_schedule: BudgetSchedule | None = None,
 ) -> tuple[Carry, dict[str, jax.Array]]:
-  """Up to `steps` tokens for every row, or until `until` rows are done.
+  """Decodes up to `steps` tokens of every row, or until `until` rows are done.
 
   Args:
     model, blocks: as `unstacked` makes them.
     carry: donated. In its cache no row that is not done has more than
       S - `steps` tokens.
+    rows: what each row's request asks for.
     script: [B, N] int32, choices to take instead of drawing; -1 draws.
     until: scalar int32.
+    tables: token ids of the thinking strings.
+    steps: N.
     recorded: what is recorded of a step besides tokens and logprobs.
     logits_processor, budget_schedule: change each step's logits and budgets.
 
   Returns:
-    The carry, and the record of each step, all [B, N]: "token",
-    "provenance" (0: nothing emitted), "logprob", "dropped", "raw", and what
-    `recorded` names; and of a model that has them "experts" [B, N, L, k], see
-    `Rollouts.experts`.
+    The carry, and the record of the steps, [B, N] each: "token", "provenance"
+    (0: nothing was emitted), "logprob", "dropped" (earlier tokens to retract
+    first), "raw" (the choice), and what `recorded` names. A mixture of experts
+    has "experts" [B, N, L, k] too, see `Rollouts.experts`.
   """
+  # A while loop, not a scan: the chunk ends as soon as enough rows are done, so
+  # that neither the device nor the queue waits for its last steps.
   def running(loop):
     step, carry, _ = loop
     return (step < steps) & (jnp.sum(carry.state.done) < until)
@@ -202,6 +229,7 @@ def decode(
         _scheduled(budget_schedule, rows, carry.state), tables, recorded,
         logits_processor)
     carry, experts = _feed(model, blocks, carry, rows)
+    # The experts of the token that was emitted in this very step.
     if experts is not None:
       new["experts"] = experts
     record = {
@@ -224,6 +252,8 @@ def _scheduled(
   if budget_schedule is None:
     return rows
   budgets = budget_schedule(rows.budgets, state)
+  # A row that went on longer than it asked for would overwrite its own first
+  # slots, which the ring gives it until then only.
   most = jnp.minimum(budgets.max_tokens, rows.budgets.max_tokens)
   return dataclasses.replace(
       rows, budgets=dataclasses.replace(budgets, max_tokens=most))
@@ -232,6 +262,7 @@ def _scheduled(
 def _empty_record(
     shape: tuple[int, ...], recorded: Recorded, config: ModelConfig,
 ) -> dict[str, jax.Array]:
+  """Makes the record of a chunk of no steps; `shape` is (B, N)."""
   def empty(dtype, fill=0, *last):
     axes = ("rows", None, *(None for _ in last))
     return jnp.full((*shape, *last), fill, dtype, out_sharding=spec(*axes))
@@ -259,25 +290,17 @@ def _choose(
     tables: budget.BudgetTables, recorded: Recorded,
     logits_processor: logits_processors.LogitsProcessor | None,
 ) -> tuple[Carry, dict[str, Any]]:
-  """Logits -> a token per row, sampled or forced -> the next budget state."""
+  """Chooses a token for each row, sampled or forced, and advances its budget.
+
+  Returns:
+    The carry with the next budget state, whose last tokens are not fed yet;
+    and the step's record, [B] each.
+  """
   logits = _logits(model, carry.hidden, tables)
   forced, banned = budget.plan(tables, rows.budgets, carry.state)
-  was_forced, params = forced >= 0, rows.params
-  shaped = logits
-  if logits_processor is not None:
-    shaped = logits_processor.process(carry.processor_state, logits)
-  if rows.banned_ids is not None:
-    ids = jnp.arange(tables.vocab_size)
-    own = jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
-    banned = own if banned is None else banned | own
-  if tables.used:
-    # Of a forced token the logprob is the model's own.
-    shaped, banned, params = _plain(
-        was_forced, logits, shaped, banned, params)
-  drawn, distribution = token_sampling.draw(
-      shaped, banned,
-      token_sampling.fold_position(rows.keys, carry.state.draws),
-      params)
+  was_forced = forced >= 0
+  drawn, distribution = _draw(
+      logits, was_forced, banned, carry, rows, tables, logits_processor)
   drawn = jnp.where(script >= 0, script, drawn)
   token = jnp.where(was_forced, forced, drawn)
   logprobs = token_sampling.logprob_of(distribution, token)
@@ -287,7 +310,9 @@ def _choose(
       tables, rows.budgets, carry.state, token, was_forced)
   own_logprobs = functools.partial(
       _own_logprobs, model, carry, logits, tables, emit)
-  if tables.used:  # Rare, and another pass over the logits.
+  if tables.used:
+    # A forced token that replaced a delimiter: `logprobs` is the delimiter's.
+    # This is rare and another pass over the logits, hence the branch.
     replaced = (emit.provenance == budget.FORCED) & ~was_forced
     logprobs = jax.lax.cond(
         jnp.any(replaced),
@@ -309,11 +334,46 @@ def _choose(
       carry, state=state, processor_state=processor_state), record
 
 
+def _draw(
+    logits: jax.Array, was_forced: jax.Array, banned: jax.Array | None,
+    carry: Carry, rows: Rows, tables: budget.BudgetTables,
+    logits_processor: logits_processors.LogitsProcessor | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws a token for each row, also where one is forced: [B] and [B, V].
+
+  Args:
+    logits: [B, V] float32, the model's.
+    was_forced: [B] bool, rows that a token is forced in.
+    banned: [B, V] bool or None, bans of the budget.
+    carry, rows, tables, logits_processor: see `decode`.
+
+  Returns:
+    The tokens, and the distribution, see `token_sampling.draw`.
+  """
+  shaped, params = logits, rows.params
+  if logits_processor is not None:
+    shaped = logits_processor.process(carry.processor_state, logits)
+  if rows.banned_ids is not None:
+    ids = jnp.arange(tables.vocab_size)
+    own = jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
+    banned = own if banned is None else banned | own
+  if tables.used:
+    # The logprob of a forced token is the model's own, so its row's
+    # distribution must be untouched.
+    shaped, banned, params = _plain(
+        was_forced, logits, shaped, banned, params)
+  # Folded by the count of draws, not by the position: behind a retraction the
+  # position comes again, and must not repeat its noise.
+  return token_sampling.draw(
+      shaped, banned,
+      token_sampling.fold_position(rows.keys, carry.state.draws), params)
+
+
 def _more(
     recorded: Recorded, state: budget.BudgetState, emit: budget.Emit,
     distribution: jax.Array, own_logprobs: Callable[[], jax.Array],
 ) -> dict[str, jax.Array]:
-  """What `recorded` asks for."""
+  """Returns the part of a step's record that `recorded` asks for."""
   record = {}
   if recorded.counts:
     record["counts"] = jnp.stack([
@@ -327,9 +387,11 @@ def _more(
   return record
 
 
-def _plain(was_forced, logits, shaped, banned,
-    params: token_sampling.RowParams):
-  """Logits, bans and parameters, none of which touch a row that is forced."""
+def _plain(
+    was_forced: jax.Array, logits: jax.Array, shaped: jax.Array,
+    banned: jax.Array, params: token_sampling.RowParams,
+) -> tuple[jax.Array, jax.Array, token_sampling.RowParams]:
+  """Undoes logits processor, bans and parameters in rows that are forced."""
   free = lambda value, x: jnp.where(was_forced, value, x)
   column = was_forced[:, None]
   return (
@@ -343,7 +405,11 @@ def _plain(was_forced, logits, shaped, banned,
 def _logits(
     model: Transformer, hidden: jax.Array, tables: budget.BudgetTables,
 ) -> jax.Array:
-  """[B, D] -> [B, V], the whole vocabulary on every device of a row."""
+  """Computes logits [B, V] float32 of hidden states [B, D].
+
+  Each device has the whole vocabulary of its rows, as sorts and noise need it.
+  """
+  # Without the padding of the table: its ids are no tokens.
   return shard(model.logits(hidden), "rows", None)[:, :tables.vocab_size]
 
 
@@ -351,10 +417,10 @@ def _own_logprobs(
     model: Transformer, carry: Carry, logits: jax.Array,
     tables: budget.BudgetTables, emit: budget.Emit,
 ) -> jax.Array:
-  """[B] of the emitted tokens under the model.
+  """Returns the model's own logprobs [B] of the emitted tokens, temperature 1.
 
-  A token that replaces several stands where the first of them stood: its
-  logits are those of that step, and are computed again, as this is rare.
+  A token that replaces several stands where the first of them stood. Its
+  logits are those of that step, and are computed again from `Carry.earlier`.
   """
   pick = lambda logits: token_sampling.logprob_of(
       jax.nn.log_softmax(logits), emit.token)
@@ -363,6 +429,7 @@ def _own_logprobs(
     return own
 
   def recalled():
+    # Column i of `earlier` is the hidden state of H - i steps ago.
     steps = jnp.arange(earlier.shape[1], 0, -1)
     hidden = jnp.sum(jnp.where(
         (steps == emit.dropped[:, None])[:, :, None], earlier, 0), axis=1)
@@ -378,13 +445,16 @@ def _feed(
   """Runs the model on each row's last token, at its own position.
 
   Returns:
-    The carry, and the experts [B, L, k] that the token went to, from 1; 0 in
-    rows that feed nothing. None without experts.
+    The carry with the next hidden states, and the experts [B, L, k] that the
+    token was routed to, from 1; 0 in rows that feed nothing. None without
+    experts.
   """
   state = carry.state
   position = jnp.where(
       state.done, -1, rows.prompt_lengths + state.num_tokens - 1)
-  # Slots at or after it hold tokens that were taken back.
+  # Slots with positions at or behind it hold tokens that were retracted, or,
+  # where nothing was emitted, the very token that is fed again. A done row has
+  # position -1, which empties its slots: it writes holes from now on.
   cache = kv.retract(carry.cache, position)
   hidden, cache, experts = model.decode(state.last, position, cache, blocks)
   if experts is not None:
@@ -398,5 +468,5 @@ def _feed(
 
 
 def experts_dtype(config: ModelConfig) -> Any:
-  """Of numbers from 1 to E."""
+  """Returns the dtype for experts' numbers from 1 to E, and 0 for none."""
   return jnp.uint8 if config.num_experts < 256 else jnp.uint16
