@@ -387,10 +387,8 @@ def _more(
   return record
 
 
-def _plain(
-    was_forced: jax.Array, logits: jax.Array, shaped: jax.Array,
-    banned: jax.Array, params: token_sampling.RowParams,
-) -> tuple[jax.Array, jax.Array, token_sampling.RowParams]:
+def _plain(was_forced, logits, shaped, banned,
+           params: token_sampling.RowParams):
   """Undoes logits processor, bans and parameters in rows that are forced."""
   free = lambda value, x: jnp.where(was_forced, value, x)
   column = was_forced[:, None]
