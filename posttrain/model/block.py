@@ -1,7 +1,7 @@
-"""One layer of the transformer, as training, prefill and decode all run it.
+"""Transformer block: the one layer that training, prefill and decode all run.
 
-Parameters carry a leading layer axis that a scan slices. What differs between
-the three is only the `attend` closure that a block is given.
+Parameters carry a leading layer axis that a scan slices. The three differ only
+in the `attend` closure that a block is given.
 
   B: batch  T: length  S: keys  D: embed  K: kv heads
   G: query heads per kv head  H: head_dim  F: mlp  L: layers
@@ -32,12 +32,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, *axes: str):
-  """A normal-initialised parameter, born with its layout."""
+  """Makes a normal-initialised parameter, sharded from the start."""
   return nnx.Param(
       jax.random.normal(key, shape, out_sharding=spec(*axes)) * std)
 
 
 def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+  """Makes a parameter with one value, float32, sharded from the start."""
   return nnx.Param(
       jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
 
@@ -47,13 +48,13 @@ def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
     data_fields=["cos", "sin", "mask", "window"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class View:
-  """What a kind of layer sees of the sequence.
+  """View of the sequence that layers of one kind have.
 
   Attributes:
-    cos, sin: [B, T, H/2] float32, the turns of the queries and new keys.
+    cos, sin: [B, T, H/2] float32, `rope_tables` of queries and new keys.
     mask: [B, T, S] bool, the keys that a query reads; None where attention
       finds them by itself.
-    window: int32 scalar, how far back a query sees.
+    window: int32 scalar, how many keys back a query sees, its own included.
   """
 
   cos: jax.Array
@@ -71,26 +72,30 @@ Attend = Callable[
 
 def _contract(
     equation: str, out: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+  """Computes an einsum of x and w; `out` is the result's sharding."""
   return jnp.einsum(equation, x, w, out_sharding=out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def contract_in_layout(
     equation: str, out: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-  """`einsum` whose gradient for `w` is computed in the layout of `w`.
+  """Computes an einsum whose gradient for `w` comes in the layout of `w`.
 
-  JAX has the cotangent first and turns the result. On a CPU its operand is
-  turned instead, element by element with whatever it is fused with: most of
-  an MLP's backward pass. With x first, the smaller of the two is turned.
+  JAX multiplies the cotangent by x and transposes the result. On a CPU the
+  cotangent is transposed instead, element by element, together with the
+  operations fused into it, which is most of an MLP's backward pass. With x
+  first, the transposed operand is the smaller one.
 
   Args:
     equation: of two operands, such as "btd,df->btf".
     out: the result's sharding; None where it follows from the operands'.
+    x, w: the operands.
   """
   return _contract(equation, out, x, w)
 
 
 def _contract_backward(equation, out, operands, cotangent):
+  """Computes the gradients of `contract_in_layout` for x and w."""
   del out
   x, w = operands
   inputs, matrix, result = equation.replace("->", ",").split(",")
@@ -106,9 +111,14 @@ contract_in_layout.defvjp(
 
 
 class Block(nnx.Module):
-  """One layer; parameters carry a leading layer axis that a scan slices."""
+  """Transformer block: all layers, or one where the layer axis is sliced."""
 
   def __init__(self, config: ModelConfig, key: jax.Array):
+    """Makes random float32 parameters of all layers, sharded at rest.
+
+    A matrix that a family does not have is absent, and so are norms; see
+    `ModelConfig` for the fields that decide.
+    """
     c = config
     self.config = config
     keys = iter(jax.random.split(key, 8 if c.num_experts else 7))
@@ -118,6 +128,7 @@ class Block(nnx.Module):
     heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
     head_axes, kv_axes = (
         ("kv_heads", "groups", "head_dim"), ("kv_heads", "head_dim"))
+    # A scale is stored as its distance from `norm_offset`, as Gemma's is.
     norm = lambda shape, *axes: constant(
         1 - c.norm_offset, (*layers, *shape), "layers", *axes)
     if c.norm_placement != "post":
@@ -161,7 +172,13 @@ class Block(nnx.Module):
                            width, "layers", "embed", "router")
 
   def weight(self, name: str, dtype: str = "") -> jax.Array:
-    """In the compute dtype, gathered over "fsdp": cast first, move less."""
+    """Returns the weight of this name, gathered over the FSDP axes.
+
+    Args:
+      name: of a parameter.
+      dtype: "" for the compute dtype.
+    """
+    # Cast first: half the bytes are gathered in bfloat16.
     w, dtype = getattr(self, name)[...], dtype or self.config.dtype
     if not self.is_quantized(name):
       return gather_fsdp(w.astype(dtype))
@@ -170,38 +187,46 @@ class Block(nnx.Module):
         quantized.embed_axis(name), dtype)
 
   def is_quantized(self, name: str) -> bool:
+    """Returns True if the matrix of this name rests in 8 or 4 bits."""
     return hasattr(self, name + quantized.SCALE)
 
   def adapter(self, name: str) -> LoraConfig | None:
-    """Of the matrix of this name, or None."""
+    """Returns the LoRA settings of the matrix of this name, or None."""
     lora = self.config.lora
     return lora if lora is not None and name in lora.targets else None
 
   def product(
       self, equation: str, x: jax.Array, name: str, *axes: str) -> jax.Array:
-    """x times the weight of this name and, if it has one, its adapter.
+    """Multiplies x by the weight of this name, and adds its adapter's product.
 
     Args:
       equation: of the two and the result, such as "btd,df->btf".
-      *axes: the result's logical axes behind [B, T], where a contraction
-        splits them.
+      x: [B, T, ...] in the compute dtype.
+      name: of a matrix.
+      *axes: the result's logical axes behind [B, T], where the contracted axis
+        is split, so that the layout does not follow from the operands.
     """
     out = lengthwise(x, *axes) if axes else None
     contract = contract_in_layout if (
         self.config.gradients == "in_layout") else _contract
     multiply = lambda x: contract(equation, out, x, self.weight(name))
     channels = getattr(self, name + quantized.CHANNELS, None)
-    if channels is not None:  # Of the sampler, which takes no gradient.
+    # int8 weights of the decode loop, which takes no gradient: the scales of
+    # the outputs multiply the product.
+    if channels is not None:
       whole = multiply
       multiply = lambda x: (whole(x) * channels[...]).astype(x.dtype)
     if self.config.remat == "none":
-      # Recomputed, which costs no product: the backward pass keeps the weight
-      # as it is at rest, and not every layer's as it was cast or gathered. The
-      # other policies do so for the layer; twice would gather once more.
+      # The backward pass then keeps the weight as it is at rest, and not every
+      # layer's cast and gathered copy of it. It gathers again, which costs no
+      # product. The other remat policies do the same for the whole layer;
+      # both would gather once more.
       multiply = jax.checkpoint(multiply)
     y, lora = multiply(x), self.adapter(name)
     if lora is None:
       return y
+    # x A B is two products of rank r: the matrix's letters are cut into those
+    # of x, which A reads, and those of the result, which B makes.
     terms, result = equation.split("->")
     inputs, matrix = terms.split(",")
     cut = INPUT_AXES[name]
@@ -213,7 +238,12 @@ class Block(nnx.Module):
         self.weight(f"{name}_lora_b"), out_sharding=out)
 
   def merged(self) -> "Block":
-    """One layer, its adapters added and nothing quantised: float32 there."""
+    """Merges one layer's adapters into their matrices, and dequantises.
+
+    Returns:
+      A layer without adapters or scales; the matrices that had them are
+      float32, the others the same arrays.
+    """
     plain = jax.tree.map(lambda w: w, self)
     for name in INPUT_AXES:
       quantised, lora = self.is_quantized(name), self.adapter(name)
@@ -234,14 +264,16 @@ class Block(nnx.Module):
     return plain
 
   def for_decode(self, layer: int, weights_dtype: str = "compute") -> "Block":
-    """One of the stacked layers, cast and gathered over "fsdp".
+    """Slices one layer from the stack, cast and gathered over the FSDP axes.
 
     Args:
-      weights_dtype: of the matrices: "compute", as they are or in the compute
-        dtype; "int8", whatever they are, with a scale per output.
+      layer: its number.
+      weights_dtype: of the matrices: "compute", as they are if they rest in
+        integers and in the compute dtype else; "int8", with a scale for each
+        output.
 
     Raises:
-      ValueError: int8 experts, or a dtype of no kind.
+      ValueError: int8 experts, or an unknown dtype.
     """
     check_sampling_dtype("weights_dtype", weights_dtype)
     block = jax.tree.map(lambda w: w[layer], self)
@@ -260,7 +292,11 @@ class Block(nnx.Module):
     return jax.tree_util.tree_map_with_path(ready, block)
 
   def with_channels(self) -> "Block":
-    """One layer, its matrices in int8 with a scale per output."""
+    """Quantises one layer's matrices to int8 with a scale for each output.
+
+    Raises:
+      ValueError: the model has experts.
+    """
     if self.config.num_experts:
       raise ValueError(
           "weights_dtype='int8' does not quantise experts yet, and the model "
@@ -279,7 +315,7 @@ class Block(nnx.Module):
     return block
 
   def norm(self, name: str, x: jax.Array) -> jax.Array:
-    """RMSNorm by the norm of this name; x itself where there is none."""
+    """Applies the RMSNorm of this name; returns x where the layer has none."""
     if not hasattr(self, name):
       return x
     c = self.config
@@ -287,7 +323,11 @@ class Block(nnx.Module):
         x, getattr(self, name)[...], c.norm_eps, c.norm_offset)
 
   def project(self, x: jax.Array, rope) -> tuple[jax.Array, ...]:
-    """[B, T, D] -> q [B, T, K, G, H], k and v [B, T, K, H]."""
+    """Projects x [B, T, D] to q [B, T, K, G, H], and k and v [B, T, K, H].
+
+    Queries and keys are normed, where the model has such norms, and then
+    rotated by `rope`.
+    """
     c = self.config
     q = self.product("btd,dkgh->btkgh", x, "q")
     k = self.product("btd,dkh->btkh", x, "k")
@@ -301,7 +341,11 @@ class Block(nnx.Module):
 
   def feed_forward(
       self, x: jax.Array) -> tuple[jax.Array, moe.Routing | None]:
-    """[B, T, D] -> [B, T, D], and where experts were chosen, if any."""
+    """Runs the MLP or the experts on x [B, T, D].
+
+    Returns:
+      [B, T, D], and the routing; None without experts.
+    """
     c = self.config
     if c.num_experts:
       return moe.feed_forward(
@@ -314,7 +358,11 @@ class Block(nnx.Module):
     return self.product("btf,fd->btd", activated, "down", "act_embed"), None
 
   def __call__(self, x: jax.Array, view: View, attend_fn: Attend):
-    """[B, T, D] -> [B, T, D], what `attend_fn` keeps, and the routing."""
+    """Runs one layer on the residual stream x [B, T, D].
+
+    Returns:
+      [B, T, D]; what `attend_fn` keeps; and the routing or None.
+    """
     q, k, v = self.project(self.norm("attn_norm", x), (view.cos, view.sin))
     attended, kept = attend_fn(q, k, v, view)
     attended = self.product("btkgh,kghd->btd", attended, "o", "act_embed")

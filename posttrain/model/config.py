@@ -1,6 +1,6 @@
-"""The shape of the one model. No JAX here.
+"""Configuration of the transformer: shape and how it is computed. No JAX here.
 
-A family is a set of field values, never a subclass: see `presets`.
+A family of models is a set of field values, never a subclass: see `presets`.
 """
 
 import dataclasses
@@ -19,23 +19,24 @@ MOE_FORMS = ("auto", "dense", "grouped")
 ATTENTION_FORMS = ("reference", "blocks", "splash")
 SPLASH_MULTIPLE = 128  # Of a block's tokens: lanes of a vector register.
 GRADIENT_FORMS = ("reference", "in_layout")
-# Fields that say how, not what: `compute` of a config sets them.
+# Fields that say how the model is computed, not what it is: a config's
+# `compute` sets them, and files of weights do not have them.
 COMPUTE_FIELDS = (
     "dtype", "remat", "unroll", "moe", "attention", "attention_block",
     "gradients", "decode_attention")
-# How many leading axes (behind that of the layers) a matrix reads from.
+# How many leading axes of a matrix, behind that of the layers, are contracted.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 QUANTIZED = ("int8", "int4", "nf4")
 LORA_DECODE = ("live", "merged")
-# Of the sampler's cache, and of the weights of its decode loop: as
-# `compute.dtype` says, or 8 bits.
+# Dtypes of the sampler's KV cache, and of the weights of its decode loop:
+# `compute.dtype`, or 8 bits with scales.
 SAMPLING_DTYPES = ("compute", "int8")
 DECODE_ATTENTION = ("reference", "kernel")
 INTERPRETED = "interpreted"  # The kernel in Python, slowly: for tests.
 
 
 def check_sampling_dtype(name: str, value: str) -> None:
-  """Raises ValueError for a `cache_dtype` or `weights_dtype` of no kind."""
+  """Raises ValueError for an unknown `cache_dtype` or `weights_dtype`."""
   if value not in SAMPLING_DTYPES:
     raise ValueError(
         f"{name}={value!r} is unknown; choose from {SAMPLING_DTYPES}.")
@@ -48,14 +49,15 @@ VOCAB_MULTIPLE = 128
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How a release stretches its rotary frequencies past their first context.
+  """Scaling of rotary frequencies (RoPE) to a longer context.
 
   Attributes:
     kind: "linear" divides all frequencies by `factor`; "llama3" only those
       whose wavelength is above original_context / low_freq_factor, blending
       into the others up to original_context / high_freq_factor.
-    factor: how much longer.
-    low_freq_factor, high_freq_factor, original_context: of "llama3".
+    factor: how many times longer the context becomes.
+    low_freq_factor, high_freq_factor, original_context: of "llama3"; the last
+      in tokens.
   """
 
   kind: str
@@ -79,15 +81,15 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adapters beside a block's matrices: W + scale * A B.
+  """Configuration of LoRA: W + scale * A B in place of a matrix W.
 
   Attributes:
     rank: columns of A, rows of B (r).
     alpha: the scale is alpha / r, or alpha / sqrt(r) with `rslora`.
     targets: names of matrices, of `INPUT_AXES`.
-    rslora: rank-stabilised scale (arXiv 2312.03732).
-    decode: what the sampler's decode loop multiplies by: "live", the base and
-      the adapter; "merged", their sum, made once per call.
+    rslora: use the rank-stabilised scale (arXiv 2312.03732).
+    decode: weights of the sampler's decode loop: "live", base and adapter, two
+      products; "merged", their sum, made once per call.
   """
 
   rank: int
@@ -112,12 +114,13 @@ class LoraConfig:
 
   @property
   def scale(self) -> float:
+    """Factor of A B."""
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer: RMSNorm, RoPE, GQA, gated MLP.
+  """Configuration of a decoder-only transformer: RMSNorm, RoPE, GQA, gated MLP.
 
   Attributes:
     vocab_size: ids that exist; 0 means "as many as the tokenizer has".
@@ -125,14 +128,14 @@ class ModelConfig:
       width of one.
     heads, kv_heads, head_dim: query heads (K * G), kv heads (K), width (H).
     layer_pattern: kinds of layers, repeated over the depth: "global" sees all
-      that came before, "local" the last `sliding_window` tokens, "nope" all
+      earlier tokens, "local" the last `sliding_window` tokens, "nope" all
       without rotary positions (SmolLM3).
     sliding_window: tokens that a local layer sees, the query's own included.
     rope_theta: base of the rotary frequencies.
-    rope_local_theta: that of local layers; 0 for the same.
-    rope_scaling: of the global layers' frequencies.
-    max_positions: length of text that a release names; 0: none. Nothing here
-      stops at it: it is written out again with the weights.
+    rope_local_theta: base of local layers; 0 for the same.
+    rope_scaling: scaling of the global layers' frequencies.
+    max_positions: context length that a release names, in tokens; 0: none.
+      Nothing here stops at it: it is exported again with the weights.
     norm_eps: added to the mean square in RMSNorm.
     norm_offset: added to every norm's scale (Gemma: 1).
     norm_placement: of attention and MLP: "pre", on what they read; "post", on
@@ -141,34 +144,33 @@ class ModelConfig:
     activation: of the gate: "silu", or "gelu" (its tanh form).
     attention_softcap, final_softcap: scores and logits become
       cap * tanh(x / cap) (Gemma 2); 0: no cap.
-    query_scale: of the scores; 0 for head_dim**-0.5.
+    query_scale: factor of the scores; 0 for head_dim**-0.5.
     tied_embeddings: the output head is the embedding table.
     qk_norm: RMSNorm of queries and keys: "head", over each head (Qwen3);
       "full", over all heads together (OLMo 2).
     qkv_bias: biases on the q, k and v projections (Qwen2).
     num_experts: of every layer's feed-forward (E); 0: it is one dense MLP.
-    experts_per_token: those with the largest router probabilities (k).
+    experts_per_token: experts that a token is routed to (k).
     normalize_router: the probabilities of the chosen experts are divided by
       their sum (`norm_topk_prob` of Qwen3-MoE's releases).
-    dtype: of activations and matrix products; parameters at rest are chosen
-      by whoever owns them (float32 when trained), logits are always float32.
+    dtype: compute dtype, of activations and matrix products. Parameters that
+      are trained rest in float32, and logits are always float32.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
       products) or "full" (everything inside a layer).
     unroll: layers per iteration of the scan; `layers` unrolls it whole, which
       compiles longer and runs faster on a CPU.
     moe: how experts are computed: "dense", all on all tokens; "grouped", each
       on its own tokens; "auto", grouped on a TPU and dense elsewhere.
-    attention: of whole sequences, in training and prefill: "reference", over
-      a mask of all pairs; "blocks", without one, see `blocked`; "splash", by
+    attention: form for whole sequences, in training and prefill: "reference",
+      over a mask of all pairs; "blocks", see `blockwise_attention`; "splash",
       a kernel for TPUs, see `splash`.
-    attention_block: tokens of a block.
-    gradients: of the blocks' matrices: "reference", as JAX has them;
-      "in_layout", see `block.contract_in_layout`.
-    decode_attention: of the sampler's steps: "reference", XLA's products over
-      the whole cache, or "kernel", see `decode_kernel`.
+    attention_block: tokens of a block of the last two forms.
+    gradients: form of the gradients of the blocks' matrices: "reference", as
+      JAX has them; "in_layout", see `block.contract_in_layout`.
+    decode_attention: form for the sampler's steps: "reference", XLA's products
+      over the whole cache, or "kernel", see `decode_kernel`.
     lora: adapters, see `lora.add`; None: there are none.
-    quantized: how the matrices rest that have a scale beside them, see
-      `quantized`; "": none has.
+    quantized: how quantised matrices rest, see `quantized`; "": none is.
   """
 
   vocab_size: int
@@ -250,6 +252,7 @@ class ModelConfig:
           f"{self.layers} layers of the model.")
 
   def _check_experts(self) -> None:
+    """Raises ValueError for fields of experts that contradict each other."""
     chosen, experts = self.experts_per_token, self.num_experts
     if not 0 <= chosen <= experts or bool(chosen) != bool(experts):
       raise ValueError(
@@ -263,17 +266,17 @@ class ModelConfig:
           f"compute.moe={self.moe!r} has no effect: model.num_experts is 0.")
 
   def to_json(self) -> dict[str, Any]:
-    """The fields that make the model, without how it is computed."""
+    """Returns the fields of the model, without those of `COMPUTE_FIELDS`."""
     fields = dataclasses.asdict(self)
     return {name: value for name, value in fields.items()
             if name not in COMPUTE_FIELDS}
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> "ModelConfig":
-    """Of `to_json`'s result after a round through a file.
+    """Makes a config of `to_json`'s result, as a file has it.
 
     Raises:
-      ValueError: a field that is not known, or missing.
+      ValueError: a field is not known, or missing.
     """
     fields = dict(data, layer_pattern=tuple(data.get("layer_pattern", ())))
     if fields.get("rope_scaling"):
@@ -285,21 +288,23 @@ class ModelConfig:
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
-    """The kind of every layer."""
+    """Kind of every layer."""
     return tuple(itertools.islice(
         itertools.cycle(self.layer_pattern), self.layers))
 
   @property
   def attention_scale(self) -> float:
+    """Factor of the attention scores."""
     return self.query_scale or self.head_dim**-0.5
 
   @property
   def groups(self) -> int:
-    """Query heads per kv head (G)."""
+    """G, query heads per kv head."""
     return self.heads // self.kv_heads
 
   @property
   def padded_vocab_size(self) -> int:
+    """V, rows of the embedding table."""
     return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
   @property
@@ -309,11 +314,11 @@ class ModelConfig:
 
   @property
   def num_active_parameters(self) -> int:
-    """Those of them that one token passes through."""
+    """Parameters that one token passes through; fewer with experts."""
     return self._parameters(self.experts_per_token)
 
   def _parameters(self, experts: int) -> int:
-    """With so many experts in each layer, if it has any."""
+    """Counts parameters with `experts` experts in each layer, if it has any."""
     attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
     attention += {
         "": 0, "head": 2 * self.head_dim,

@@ -1,10 +1,10 @@
-"""Low-rank adapters beside the matrices of a block (LoRA, arXiv 2106.09685).
+"""LoRA: low-rank adapters of a block's matrices (arXiv 2106.09685).
 
-A matrix `q` with an adapter has two arrays beside it, stacked over layers as
-it is: `q_lora_a` [L, in.., r] and `q_lora_b` [L, r, out..]. The product gains
+A matrix `q` with an adapter has two more arrays, stacked over layers as it is:
+`q_lora_a` [L, in.., r] and `q_lora_b` [L, r, out..]. The product gains
 scale * (x A) B in the compute dtype (`Block.product`). B starts at zero, so
-that a new adapter changes nothing. With its adapters off a model is another
-module over the same arrays: no second copy.
+that a new adapter changes nothing. A model with its adapters off is another
+module over the same arrays, not a second copy.
 
   L: layers  r: rank
 """
@@ -31,12 +31,12 @@ AXES = {
 
 
 def is_adapter(name: str) -> bool:
-  """Whether a parameter's name or path is an adapter's."""
+  """Returns True if a parameter's name or path is an adapter's."""
   return name.endswith(("_lora_a", "_lora_b"))
 
 
 def with_config(model: Transformer, **fields) -> Transformer:
-  """The same arrays in another module, of which these fields differ."""
+  """Makes another module over the same arrays, with these config fields."""
   other = jax.tree.map(lambda w: w, model)
   other.config = dataclasses.replace(model.config, **fields)
   other.blocks.config = other.config
@@ -44,13 +44,13 @@ def with_config(model: Transformer, **fields) -> Transformer:
 
 
 def add(model: Transformer, lora: LoraConfig, key: jax.Array) -> Transformer:
-  """The model with fresh adapters, float32; all other arrays are shared.
+  """Adds new float32 adapters to a model; all other arrays are shared.
 
   A is uniform within 1 / sqrt(inputs), as in PEFT, and depends on the key and
   the matrix's name alone; B is zero.
 
   Raises:
-    ValueError: a target is no matrix that an adapter can stand beside.
+    ValueError: a target is no matrix that can have an adapter.
   """
   assert model.config.lora is None
   other = with_config(model, lora=lora)
@@ -61,6 +61,7 @@ def add(model: Transformer, lora: LoraConfig, key: jax.Array) -> Transformer:
     cut = INPUT_AXES[name]
     bound = math.prod(shape[1:1 + cut]) ** -0.5
     a = jax.random.uniform(
+        # By the name's index, so that A does not depend on the other targets.
         jax.random.fold_in(key, index), (*shape[:1 + cut], lora.rank),
         minval=-bound, maxval=bound,
         out_sharding=spec("layers", *axes[:cut], "rank"))
@@ -72,7 +73,7 @@ def add(model: Transformer, lora: LoraConfig, key: jax.Array) -> Transformer:
 
 
 def _shape(model: Transformer, name: str) -> tuple[int, ...]:
-  """Of a stacked matrix, before it was quantised."""
+  """Returns the shape of a stacked matrix as it was before quantisation."""
   w = getattr(model.blocks, name)
   if w.ndim != 1 + len(AXES[name]):
     raise ValueError(
@@ -85,7 +86,7 @@ def _shape(model: Transformer, name: str) -> tuple[int, ...]:
 
 
 def without(model: Transformer) -> Transformer:
-  """The model with its adapters off; it shares all arrays with `model`."""
+  """Takes the adapters off a model; all other arrays are shared."""
   other = with_config(model, lora=None)
   for name in list(vars(other.blocks)):
     if is_adapter(name):
@@ -95,7 +96,10 @@ def without(model: Transformer) -> Transformer:
 
 @jax.jit
 def merged(model: Transformer) -> Transformer:
-  """An ordinary model, float32: adapters added in, nothing quantised."""
+  """Merges all adapters into their matrices: a float32 model without LoRA.
+
+  Nothing in it is quantised, either.
+  """
   def layer(block):
     whole = block.merged()
     for name in INPUT_AXES:
@@ -105,5 +109,6 @@ def merged(model: Transformer) -> Transformer:
     return whole
 
   other = with_config(model, lora=None, quantized="")
+  # Layer by layer, as each is gathered in float32 to be merged.
   other.blocks = jax.lax.map(layer, model.blocks)
   return jax.tree.map(lambda w: w.astype(jnp.float32), other)

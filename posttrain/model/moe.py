@@ -1,14 +1,15 @@
-"""A mixture of experts: a router sends each token to k of E small MLPs.
+"""Mixture of experts (MoE): a router sends each token to k of E small MLPs.
 
 No token is dropped and no expert has a capacity. Both forms compute the same
 numbers: "dense" runs every expert on every token, "grouped" sorts the tokens by
 expert and multiplies each expert's rows only, as one ragged product.
 
-The weights of the experts are split over devices and stay where they are. The
-tokens of the devices that share one set of experts are gathered, each device
-adds up what its own experts say, and the sum is scattered back: with k as
-large as the number of splits, a token goes nearly everywhere in any case, and
-nothing has to be sized for the worst split.
+Expert parallelism: the weights of the experts are split over devices and stay
+where they are. The tokens of the devices that share one set of experts are
+all-gathered, each device sums the outputs of its own experts, and the sum is
+reduce-scattered. With k as large as the number of splits, a token goes nearly
+everywhere in any case, and no buffer has to be sized for the worst split, as an
+all-to-all by expert would need.
 
   B: batch  T: length  N: tokens on a device  D: embed  E: experts, of all
   devices or of this one  F: width of an expert  k: experts per token  L: layers
@@ -34,7 +35,7 @@ Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """Where one layer sends its tokens.
+  """Routing of one layer's tokens.
 
   Attributes:
     choice: [B, T, k] int32, numbers of experts, the most probable first.
@@ -48,14 +49,16 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What the routers of all layers did; sums are over tokens, not padding.
+  """Traffic of the routers of all layers, summed over tokens but padding.
+
+  `tally` makes it for one layer, without the axis L.
 
   Attributes:
     choice: [L, B, T, k] int32, see `Routing`; of padding too.
-    load: [L, E] float32, how often an expert was chosen.
+    load: [L, E] float32, how often each expert was chosen.
     mass: [L, E] float32, summed probabilities; it alone has a gradient.
-    entropy: [L] float32, summed over tokens, nats.
-    tokens: [L] float32, how many there were.
+    entropy: [L] float32, of the probabilities, summed over tokens, nats.
+    tokens: [L] float32, how many tokens were summed.
   """
 
   choice: jax.Array
@@ -65,14 +68,14 @@ class Traffic:
   tokens: jax.Array
 
   def sums(self) -> dict[str, jax.Array]:
-    """What a loss adds over microbatches; `objectives.balance` reads it."""
+    """Returns the sums over tokens, by the names of `load_balancing`."""
     return {
         "router_load": self.load, "router_mass": self.mass,
         "router_entropy": self.entropy, "router_tokens": self.tokens}
 
 
 def tally(routing: Routing, counted: jax.Array) -> Traffic:
-  """One layer's part of the traffic; `counted` [B, T] bool are its tokens."""
+  """Sums up one layer's traffic over the tokens `counted` [B, T] bool."""
   experts = jnp.arange(routing.probs.shape[-1])
   chosen = (routing.choice[..., None] == experts) & counted[..., None, None]
   total = lambda x: jnp.sum(
@@ -81,6 +84,7 @@ def tally(routing: Routing, counted: jax.Array) -> Traffic:
       choice=routing.choice,
       load=jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32),
       mass=total(routing.probs),
+      # Reported only. Its gradient would be infinite where a probability is 0.
       entropy=jnp.sum(total(
           jax.scipy.special.entr(jax.lax.stop_gradient(routing.probs)))),
       tokens=jnp.sum(counted, dtype=jnp.float32))
@@ -89,14 +93,19 @@ def tally(routing: Routing, counted: jax.Array) -> Traffic:
 def route(
     x: jax.Array, router: jax.Array, *, chosen: int, normalize: bool,
 ) -> tuple[Routing, jax.Array]:
-  """Chooses experts for [B, T, D]; `router` is [D, E], `chosen` is k.
+  """Chooses k experts for each token.
 
-  The product and the softmax over all experts are float32: the sampler and
-  the trainer must not choose apart for want of a few bits.
+  Args:
+    x: [B, T, D].
+    router: [D, E].
+    chosen: k.
+    normalize: divide the weights of the chosen experts by their sum.
 
   Returns:
     The routing, and the weights [B, T, k] of the chosen experts in x's dtype.
   """
+  # Product and softmax are float32: rounding would make the sampler and the
+  # trainer choose different experts for the same token.
   logits = jnp.einsum(
       "btd,de->bte", x, router, preferred_element_type=jnp.float32,
       precision=jax.lax.Precision.HIGHEST)
@@ -111,11 +120,12 @@ def dense(
     x: jax.Array, choice: jax.Array, weights: jax.Array, gate: jax.Array,
     up: jax.Array, down: jax.Array, activation: Activation,
 ) -> jax.Array:
-  """The chosen experts' weighted sum [N, D], by way of all of them.
+  """Sums the chosen experts' outputs [N, D], computing all experts.
 
   Args:
-    x: [N, D]. choice, weights: [N, k]; numbers that are not within 0 and
-      E - 1 are of experts elsewhere, and add nothing.
+    x: [N, D].
+    choice, weights: [N, k]. A choice that is not within 0 and E - 1 is an
+      expert of another device, and adds nothing.
     gate, up: [E, D, F]. down: [E, F, D].
     activation: of the gate.
   """
@@ -128,7 +138,10 @@ def dense(
 
 def ragged(
     rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-  """XLA's product of each group's rows, see `grouped_kernel.product`."""
+  """Multiplies each group's rows by its matrix, as XLA does.
+
+  Arguments and result: see `grouped_kernel.product`.
+  """
   return jax.lax.ragged_dot(rows, matrices, group_sizes=sizes)
 
 
@@ -137,26 +150,27 @@ def grouped(
     up: jax.Array, down: jax.Array, activation: Activation,
     product: Product = ragged,
 ) -> jax.Array:
-  """As `dense`, with each expert on its own tokens only.
+  """Sums the chosen experts' outputs, computing each expert's tokens only.
 
   The N * k pairs of a token and an expert are sorted by expert, those of
-  experts elsewhere last. There is room for all of them, and only the rows of
-  this device's experts are computed.
+  other devices' experts last. There is room for all pairs, and only the rows
+  of this device's experts are computed.
 
   Args:
     x, choice, weights, gate, up, down, activation: see `dense`.
-    product: of rows [M, D], sorted by expert, with each one's matrix
-      [E, D, F]; and the rows of each expert, [E] int32.
+    product: (rows, matrices, sizes) -> rows, see `grouped_kernel.product`.
   """
   experts, pairs = gate.shape[0], choice.size
   here = (choice >= 0) & (choice < experts)
   expert = jnp.where(here, choice, experts).reshape(pairs)
-  order = jnp.argsort(expert)  # Stable.
+  order = jnp.argsort(expert)  # Stable, so that sums have one order.
   sizes = jnp.sum(
       expert[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-  # A product says nothing of rows in no group, nor does its gradient.
+  # Rows in no group are undefined in the product, and so is their gradient:
+  # they are masked before and behind it.
   inside = (jnp.arange(pairs) < jnp.sum(sizes))[:, None]
-  # Permutations: their gradients are gathers too, in a fixed order.
+  # Permutations: as their indices are unique, no two rows are summed in their
+  # gradients, which so have a fixed order.
   permute = lambda x, index: x.at[index].get(
       unique_indices=True, mode="promise_in_bounds")
   rows = permute(jnp.repeat(x, choice.shape[1], axis=0), order)
@@ -168,15 +182,16 @@ def grouped(
 
 
 FORMS = {"dense": dense, "grouped": grouped}
-# How "grouped" multiplies on a platform, where that is not XLA's own way.
+# Products of the "grouped" form by platform, where XLA's own is not the best.
 PRODUCTS: dict[str | None, Product] = {"tpu": grouped_kernel.product}
 
 
 def form_of(name: str) -> str:
-  """What "auto" stands for here: the ragged product pays on a TPU."""
+  """Resolves "auto": grouped on a TPU, where it pays, and dense elsewhere."""
   if name != "auto":
     return name
-  here = platform() or jax.default_backend()  # Or those of a plan.
+  # Of the mesh, which in a plan is another machine's.
+  here = platform() or jax.default_backend()
   return "grouped" if here == "tpu" else "dense"
 
 
@@ -185,15 +200,19 @@ def feed_forward(
     down: jax.Array, *, chosen: int, normalize: bool, form: str,
     activation: Activation,
 ) -> tuple[jax.Array, Routing]:
-  """[B, T, D] -> the weighted sum of each token's experts, and its routing.
+  """Routes tokens, and sums the weighted outputs of each token's experts.
 
   Args:
-    x: as the stream is sharded. router: [D, E].
+    x: [B, T, D], sharded as the residual stream.
+    router: [D, E].
     gate, up, down: of all experts, see `dense`; gathered but for the splits
       over "experts" and "mlp".
     chosen, normalize: see `route`.
     form: "dense", "grouped" or "auto".
     activation: of the gate.
+
+  Returns:
+    [B, T, D] sharded as x; and the routing.
   """
   routing, weights = route(x, router, chosen=chosen, normalize=normalize)
   shards, slices = mesh_axes("experts"), mesh_axes("mlp")
@@ -203,6 +222,7 @@ def feed_forward(
     compute = functools.partial(grouped, product=kernel)
 
   def on_device(x, choice, weights, gate, up, down):
+    # Expert parallelism: all tokens of the group of devices, own experts only.
     first = 0
     if shards:
       gather = functools.partial(
@@ -213,6 +233,7 @@ def feed_forward(
     out = compute(
         flat(x), flat(choice) - first, flat(weights), gate, up, down,
         activation).reshape(x.shape)
+    # Tensor parallelism: each device has a slice of an expert's width.
     out = jax.lax.psum(out, slices)
     return out if not shards else jax.lax.psum_scatter(
         out, shards, scatter_dimension=0, tiled=True)

@@ -1,7 +1,7 @@
-"""Published shapes, by name. Source: the `config.json` of each release.
+"""Presets: published model shapes by name. No JAX here.
 
-No JAX here. A family is a function that fills in the fields that its sizes
-share; what a size adds is on its line.
+Source: the `config.json` of each release. A family is a function that fills in
+the fields that its sizes share; a size's own fields are on its line.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from posttrain.model.config import ModelConfig, RopeScaling
 
 
 def _llama3(factor: float, **fields) -> ModelConfig:
-  """3.1 and 3.2: contexts of 8,192 stretched to 131,072."""
+  """Llama 3.1 and 3.2: RoPE scaled from 8,192 to 131,072 tokens."""
   scaling = RopeScaling(
       "llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
       original_context=8192)
@@ -20,25 +20,28 @@ def _llama3(factor: float, **fields) -> ModelConfig:
 
 
 def _smollm2(**fields) -> ModelConfig:
+  """SmolLM2 (arXiv 2502.02737)."""
   return ModelConfig(
       vocab_size=49_152, head_dim=64, norm_eps=1e-5, max_positions=8192,
       **fields)
 
 
 def _qwen2(vocab_size=151_936, **fields) -> ModelConfig:
+  """Qwen2.5 (arXiv 2412.15115): biases on q, k and v."""
   return ModelConfig(
       vocab_size=vocab_size, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True,
       max_positions=32_768, **fields)
 
 
 def _qwen3(kv_heads=8, **fields) -> ModelConfig:
+  """Qwen3 (arXiv 2505.09388): RMSNorm over each head of q and k."""
   return ModelConfig(
       vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm="head",
       head_dim=128, kv_heads=kv_heads, max_positions=40_960, **fields)
 
 
 def _qwen3_moe(**fields) -> ModelConfig:
-  """Every layer has experts; `mlp` is `moe_intermediate_size`."""
+  """Qwen3-MoE: all layers have experts; `mlp` is `moe_intermediate_size`."""
   return _qwen3(
       kv_heads=4, num_experts=128, experts_per_token=8, normalize_router=True,
       tied_embeddings=False, **fields)
@@ -50,6 +53,7 @@ GEMMA: dict[str, Any] = dict(
 
 
 def _gemma2(query_width: int, head_dim=256, **fields) -> ModelConfig:
+  """Gemma 2 (arXiv 2408.00118): local and global layers by turns, soft caps."""
   return ModelConfig(
       vocab_size=256_000, head_dim=head_dim, sliding_window=4096,
       layer_pattern=("local", "global"), attention_softcap=50.0,
@@ -61,7 +65,10 @@ def _gemma3(
     query_width=256, head_dim=256, vocab_size=262_208, sliding_window=1024,
     scaled=True, **fields,
 ) -> ModelConfig:
-  """The text model; sizes from 4B on stretch the global layers' RoPE."""
+  """Gemma 3's text model (arXiv 2503.19786).
+
+  Sizes from 4B on scale the RoPE of global layers.
+  """
   return ModelConfig(
       vocab_size=vocab_size, head_dim=head_dim, qk_norm="head",
       layer_pattern=("local",) * 5 + ("global",),
@@ -72,6 +79,7 @@ def _gemma3(
 
 
 def _olmo2(**fields) -> ModelConfig:
+  """OLMo 2 (arXiv 2501.00656): norms behind attention and MLP."""
   return ModelConfig(
       vocab_size=100_352, head_dim=128, rope_theta=5e5, norm_eps=1e-6,
       norm_placement="post", qk_norm="full", tied_embeddings=False,

@@ -1,17 +1,17 @@
-"""Matrices of a block at rest in 8 or 4 bits, through qwix.
+"""Quantisation of a block's matrices to 8 or 4 bits at rest, through qwix.
 
 A matrix is cut into blocks of 64 numbers along its embed axis, each with a
-float32 scale: 8.5 or 4.5 bits a number (QLoRA, arXiv 2305.14314, without the
-second quantisation of the scales). Every matrix has that axis, and it is
-whole wherever a weight is used, so that no block is split between devices.
-Two numbers of 4 bits share a byte, on every backend.
+float32 scale: 8.5 or 4.5 bits a number (QLoRA, arXiv 2305.14314, section 3,
+without the double quantisation of the scales). Every matrix has that axis, and
+it is whole wherever a weight is used, so that no block is split between
+devices. Two numbers of 4 bits share a byte, on every backend.
 
-In the module a matrix `q` that is quantised has a `q_scale` beside it, and
-`ModelConfig.quantized` says how. Functions here see one layer.
+In the module a quantised matrix `q` has a `q_scale` next to it, and
+`ModelConfig.quantized` names the kind. Functions here see one layer.
 
-The sampler may read 8 bits in another form, one float32 for each output of a
-matrix (`per_output`), `q_channels`: it multiplies the product, so that the
-numbers themselves go into it, which a TPU reads as they are.
+The sampler's int8 has another form: one float32 scale for each output of a
+matrix (`per_output`), named `q_channels`. It multiplies the product, so that
+the product reads the 8-bit numbers, as a TPU can.
 
   D: embed   the other axes of a matrix are as in `block`
 """
@@ -31,21 +31,21 @@ HIGH = 127  # The largest 8-bit number of `symmetric`; -128 is not used.
 
 
 def embed_axis(name: str) -> int:
-  """Where D is in the matrix of this name, counted from the end."""
+  """Returns the axis of D in the matrix of this name, from the end."""
   return {"q": -4, "k": -3, "v": -3, "gate": -2, "up": -2}.get(name, -1)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize_stack(
     w: jax.Array, name: str, kind: str) -> tuple[jax.Array, jax.Array]:
-  """`quantize` of the matrix of that name, of all layers: [L, ...]."""
+  """Quantises a matrix of all layers, [L, ...]; see `quantize`."""
   return jax.lax.map(lambda w: quantize(w, kind, embed_axis(name)), w)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def dequantize_stack(
     values: jax.Array, scale: jax.Array, name: str, kind: str) -> jax.Array:
-  """All layers in float32, laid out as `values`."""
+  """Dequantises a matrix of all layers to float32, laid out as `values`."""
   def layer(stored):
     values, scale = stored
     w = dequantize(values, scale, kind, embed_axis(name), jnp.float32)
@@ -56,7 +56,7 @@ def dequantize_stack(
 
 def quantize(
     w: jax.Array, kind: str, axis: int) -> tuple[jax.Array, jax.Array]:
-  """One layer's matrix, sharded at rest, to its values and scales.
+  """Quantises one layer's matrix, sharded at rest.
 
   Args:
     w: floating point, D at `axis`.
@@ -88,6 +88,7 @@ def quantize(
         tiled_axes=tile)
     return _pack(found.qvalue, kind, axis), found.scale
 
+  # Gathered first, as FSDP may split the embed axis within a block of 64.
   at_rest = jax.typeof(w).sharding.spec
   values, scale = sharding.per_shard(local, sharding.gather_fsdp(w))
   if scale.shape[axis] % parts == 0:
@@ -98,7 +99,7 @@ def quantize(
 def dequantize(
     values: jax.Array, scale: jax.Array, kind: str, axis: int, dtype,
 ) -> jax.Array:
-  """One layer's matrix in `dtype`, gathered over "fsdp"; see `quantize`."""
+  """Dequantises one layer's matrix to `dtype`, gathered; see `quantize`."""
   qwix = _qwix(kind)
 
   def local(values, scale):
@@ -111,9 +112,15 @@ def dequantize(
 
 def symmetric(
     x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  """Int8 and its float32 scale, which is without `axes`: x = int8 * scale.
+  """Quantises x to int8 with a float32 scale: x = int8 * scale, rounded.
 
-  The scale is the largest number over the axes by 127; of zeros it is 0.
+  Args:
+    x: floating point.
+    axes: that share a scale; the scale does not have them.
+
+  Returns:
+    int8 as x, and the scale: the largest magnitude over the axes divided by
+    127; 0 where all are 0.
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / HIGH
@@ -122,17 +129,17 @@ def symmetric(
 
 
 def per_output(w: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
-  """A layer's matrix to int8 and a scale [outputs..]; see `symmetric`.
+  """Quantises a layer's matrix to int8, a scale per output; see `symmetric`.
 
   Args:
-    w: floating point, laid out in any way; the values are laid out as it.
-    inputs: its leading axes that a product sums over.
+    w: floating point, in any layout; the values have the same.
+    inputs: how many leading axes a product sums over.
   """
   return symmetric(w, tuple(range(inputs)))
 
 
 def _pack(values: jax.Array, kind: str, axis: int) -> jax.Array:
-  """Neighbours along the axis to one byte; int8 stays."""
+  """Packs two neighbours along the axis into a byte; int8 stays."""
   if kind == "int8":
     return values
   nibbles = values.astype(jnp.uint8) & 15
@@ -142,7 +149,7 @@ def _pack(values: jax.Array, kind: str, axis: int) -> jax.Array:
 
 
 def _unpack(packed: jax.Array, kind: str, axis: int) -> jax.Array:
-  """As qwix stores them: int8; -8 .. 7 of int4; 0 .. 15 of nf4."""
+  """Unpacks bytes to qwix's form: int8; -8 .. 7 of int4; 0 .. 15 of nf4."""
   if kind == "int8":
     return packed
   packed = jnp.moveaxis(packed, axis, -1)
@@ -151,10 +158,11 @@ def _unpack(packed: jax.Array, kind: str, axis: int) -> jax.Array:
       nibbles.reshape(*packed.shape[:-1], -1), -1, axis)
   if kind == "nf4":
     return nibbles
-  return ((nibbles ^ 8).astype(jnp.int8) - 8)
+  return ((nibbles ^ 8).astype(jnp.int8) - 8)  # Extends the sign bit.
 
 
 def _qwix(kind: str) -> ModuleType:
+  """Imports qwix, an optional package; ValueError if it is missing."""
   try:
     import qwix
   except ImportError as error:

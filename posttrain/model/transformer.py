@@ -1,15 +1,15 @@
-"""The one model: training, prefill and decode run the same block.
+"""Transformer: the one decoder-only model of training, prefill and decode.
 
-A decoder-only transformer whose layers are stacked on a leading axis.
-Training and prefill scan over that axis; decode unrolls it over a cache that
-is one array per layer, because a cache carried through a scan is copied.
-What differs between the three is only the `attend` closure that a block is
-given.
+Its layers are stacked on a leading axis. Training and prefill scan over that
+axis. Decode unrolls it over a KV cache of one array per layer, because a cache
+that a scan carries is copied. The three differ only in the `attend` closure
+that a block is given.
 
   B: batch  T: length  D: embed  K: kv heads  G: query heads per kv head
-  H: head_dim  F: mlp  L: layers  V: vocab (padded)
+  H: head_dim  F: mlp  L: layers  V: vocab (padded)  S: keys, or cache slots
+  E: experts  k: experts per token
 
-Deliberately not here: losses, sampling, anything that knows a stage.
+Not here: losses, sampling, anything that knows a stage.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,8 @@ from posttrain.sharding import (
 
 _policies = jax.checkpoint_policies
 REMAT = {
-    # Attention in blocks names what it would have to compute again.
+    # Blockwise and splash attention name what their backward pass reads, so
+    # that it is saved, as products are, and not computed again.
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(blockwise_attention.SAVED)),
@@ -57,7 +58,7 @@ REMAT = {
 
 
 def check_mesh(config: ModelConfig) -> None:
-  """Raises ValueError where the current mesh cannot have the model."""
+  """Raises ValueError where the current mesh cannot hold the model."""
   if config.attention == "splash":
     splash.check_devices()
   decode_kernel.check(config)
@@ -80,16 +81,18 @@ def check_mesh(config: ModelConfig) -> None:
 
 
 class Transformer(nnx.Module):
-  """Tokens in, final hidden states out; `logits` is the head.
+  """Transformer from tokens to final hidden states; `logits` is its head.
 
   The module is a pytree: `jax.jit`, `jax.grad` and Optax take it as it is.
   """
 
   def __init__(self, config: ModelConfig, key: jax.Array):
+    """Makes random float32 parameters, sharded on the current mesh."""
     self.config = config
     embedding, blocks, head = jax.random.split(key, 3)
     width = config.embed**-0.5
     table = (config.padded_vocab_size, config.embed)
+    # Padding rows are 0, so that a checkpoint does not depend on them.
     real = (jnp.arange(table[0]) < config.vocab_size)[:, None]
     self.embedding = normal(embedding, table, width, "vocab", "embed")
     self.embedding[...] = jnp.where(
@@ -101,10 +104,11 @@ class Transformer(nnx.Module):
       self.head = normal(head, table[::-1], width, "embed", "vocab")
 
   def embed(self, tokens: jax.Array) -> jax.Array:
-    """[B, T] int32 -> [B, T, D]."""
+    """Embeds tokens [B, T] int32: [B, T, D] in the compute dtype."""
     table = gather_fsdp(self.embedding[...].astype(self.config.dtype))
     x = table.at[tokens].get(out_sharding=lengthwise(tokens, "act_embed"))
-    # Rounded to the compute dtype before the product, as Gemma's is.
+    # The scale is rounded to the compute dtype before the product, as in
+    # Gemma's code: in bfloat16 it is another number than sqrt(D).
     scale = jnp.asarray(self.config.embed**0.5, x.dtype)
     return x * scale if self.config.embedding_scale else x
 
@@ -112,7 +116,7 @@ class Transformer(nnx.Module):
       self, kind: str, positions: jax.Array, key_positions: jax.Array,
       mask: jax.Array | None,
   ) -> View:
-    """What layers of a kind see.
+    """Makes the view that layers of a kind have.
 
     Args:
       kind: "global", "local" or "nope".
@@ -122,10 +126,11 @@ class Transformer(nnx.Module):
     c = self.config
     local = kind == "local"
     theta = c.rope_local_theta if local else 0.0
+    # Gemma 3's local layers have a base of their own, which is not stretched.
     cos, sin = attention.rope_tables(positions, attention.frequencies(
         c.head_dim, theta or c.rope_theta,
         None if local and theta else c.rope_scaling))
-    if kind == "nope":  # No turn at all.
+    if kind == "nope":  # No rotation: SmolLM3, arXiv 2501.18795.
       cos, sin = jnp.ones_like(cos), jnp.zeros_like(sin)
     if local and mask is not None:
       queries = whole_length(positions)
@@ -135,7 +140,7 @@ class Transformer(nnx.Module):
         c.sliding_window if local else jnp.iinfo(jnp.int32).max))
 
   def attend(self, q, k, v, mask, **scales) -> jax.Array:
-    """Any keys, by a mask [B, T, S]: what the others must equal."""
+    """Computes attention by a mask [B, T, S]: the reference of all forms."""
     return attention.attend(
         q, k, v, mask, scale=self.config.attention_scale,
         softcap=self.config.attention_softcap, **scales)
@@ -144,7 +149,16 @@ class Transformer(nnx.Module):
       self, q, k, v, view: View, positions: jax.Array, segment_ids: jax.Array,
       prefix_ids: jax.Array | None,
   ) -> jax.Array:
-    """A whole sequence, as `config.attention` says."""
+    """Computes attention of whole sequences, in the form of the config.
+
+    Args:
+      q, k, v: [B, T, K, G, H] and [B, T, K, H].
+      view: of the layer; its mask is None but in the form "reference".
+      positions, segment_ids, prefix_ids: [B, T] int32, see `routed`.
+
+    Raises:
+      ValueError: prefixes with splash attention, whose kernel has none.
+    """
     c = self.config
     if view.mask is not None:
       return self.attend(q, k, v, view.mask)
@@ -158,7 +172,8 @@ class Transformer(nnx.Module):
       raise ValueError(
           f"compute.attention={c.attention!r} knows no shared prompts. Use "
           "'blocks' or 'reference', or share_prompts=False.")
-    # The kernel's window is part of its program.
+    # The kernel's window is static, and a scan over layers of two kinds is one
+    # program: so both kernels are in it, and each layer takes its branch.
     within = lambda window: lambda *arrays: splash.attend(
         *arrays, window=window, **options)
     near, far = within(c.sliding_window), within(None)
@@ -171,12 +186,15 @@ class Transformer(nnx.Module):
   def __call__(
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
   ) -> jax.Array:
-    """Hidden states [B, T, D] in the compute dtype, after the final norm.
+    """Computes the hidden states [B, T, D] after the final norm.
 
     Args:
       tokens, positions, segment_ids: [B, T] int32, sharded over "batch" and
-        "length", or over "rows"; attention is causal and stays within equal
-        segment ids; 0 is padding.
+        "length", or over "rows". Attention is causal and stays within a
+        segment; segment 0 is padding.
+
+    Returns:
+      [B, T, D] in the compute dtype.
     """
     return self.routed(tokens, positions, segment_ids)[0]
 
@@ -184,11 +202,15 @@ class Transformer(nnx.Module):
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
       prefix_ids: jax.Array | None = None,
   ) -> tuple[jax.Array, moe.Traffic | None]:
-    """As `__call__`, and what the routers did; None without experts.
+    """Computes hidden states as `__call__` does, and the routers' traffic.
 
     Args:
-      prefix_ids: [B, T] int32, the segment that each token sees beside its
-        own and that comes before it in the row; None: there are none.
+      tokens, positions, segment_ids: see `__call__`.
+      prefix_ids: [B, T] int32, the segment that each token reads besides its
+        own, and that comes before it in the row; None: there are none.
+
+    Returns:
+      [B, T, D]; and the traffic, None without experts.
     """
     hidden, _, traffic = self._scan(
         tokens, positions, segment_ids, lambda k, v: None, prefix_ids)
@@ -198,9 +220,17 @@ class Transformer(nnx.Module):
       self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
       cache_dtype: str = "compute",
   ) -> tuple[jax.Array, kv.KVCache]:
-    """As `__call__`, and the cache that holds these tokens.
+    """Computes hidden states as `__call__` does, and the KV cache.
 
-    They see each other as they are: an int8 cache is rounded for later ones.
+    The tokens attend to keys and values that are not rounded; those of an int8
+    cache are rounded for later tokens.
+
+    Args:
+      tokens, positions, segment_ids: see `__call__`.
+      cache_dtype: "compute" or "int8".
+
+    Returns:
+      [B, T, D]; and a cache of T slots, all of them in use.
     """
     hidden, (k, v), _ = self._scan(
         tokens, positions, segment_ids, lambda k, v: (k, v))
@@ -212,10 +242,11 @@ class Transformer(nnx.Module):
       self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
       blocks: list[Block],
   ) -> tuple[jax.Array, kv.KVCache, jax.Array | None]:
-    """One token per row, over the cache: `extend` for a T of 1.
+    """Runs one token per row over the cache: `extend` for a T of 1.
 
     Args:
       tokens, positions: [B] int32.
+      cache, blocks: see `extend`.
 
     Returns:
       Hidden states [B, D], the cache, and the experts [B, L, k] or None.
@@ -228,18 +259,20 @@ class Transformer(nnx.Module):
       self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
       blocks: list[Block],
   ) -> tuple[jax.Array, kv.KVCache, jax.Array | None]:
-    """T tokens per row, over the cache.
+    """Runs T tokens per row over the cache, and adds them to it.
 
     Args:
-      tokens, positions: [B, T] int32; position -1 marks what feeds nothing.
-      cache: written from its `index` on; index + T is at most S, so that the
-        tokens do not go round its end.
+      tokens, positions: [B, T] int32; a token at position -1 is not read by
+        any other, and its own output means nothing.
+      cache: written from its `index` on; index + T is at most S, as the tokens
+        must not wrap around its end.
       blocks: `unstacked()`, made once outside of the decode loop.
 
     Returns:
       Hidden states [B, T, D], the cache with T more slots in use, and the
       experts that were chosen [B, T, L, k] int32; None without experts.
     """
+    # Positions are written first: the new tokens are keys of each other.
     occupied = kv.write_slots(cache.positions, positions, cache.index)
     written = occupied[:, None]
     mask = (written >= 0) & (written <= positions[:, :, None])
@@ -248,6 +281,8 @@ class Transformer(nnx.Module):
              for kind in set(kinds)}
     x = self.embed(tokens)
     layers, choices = [], []
+    # Unrolled, not scanned: each layer's cache is an array that is updated in
+    # place, where one that a scan carries would be copied in each step.
     for kind, block, layer in zip(kinds, blocks, cache.layers, strict=True):
       def over_cache(q, k, v, view, kind=kind, layer=layer):
         new = layer.write(k, v, cache.index)
@@ -268,32 +303,33 @@ class Transformer(nnx.Module):
     ), jnp.stack(choices, 2) if choices else None
 
   def gathered(self, *tables: str) -> "Transformer":
-    """The same model, of which these tables are whole but for "vocab".
+    """Returns the model with these tables gathered over all axes but "vocab".
 
-    For what reads a table many times: each would gather it once more. One
-    that is not the head is cast too, as only `embed` reads it.
+    It is for loops that read a table many times, which would gather it each
+    time. A table that is not the head is cast to the compute dtype too.
     """
     other = jax.tree.map(lambda w: w, self)
     for name in tables:
       table = getattr(other, name)[...]
-      if name != self.head_name:
+      if name != self.head_name:  # The head's product is float32.
         table = table.astype(self.config.dtype)
       setattr(other, name, nnx.Param(gather_fsdp(table)))
     return other
 
   @property
   def head_name(self) -> str:
-    """The table that `logits` reads."""
+    """Name of the table that `logits` reads."""
     return "embedding" if self.config.tied_embeddings else "head"
 
   def unstacked(self, weights_dtype: str = "compute") -> list[Block]:
-    """The layers one by one, for decode; see `Block.for_decode`."""
+    """Slices the layers from the stack, for decode; see `Block.for_decode`."""
     return [self.blocks.for_decode(n, weights_dtype)
             for n in range(self.config.layers)]
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> [..., V] float32; ids beyond the vocabulary at -1e30.
+    """Computes logits [..., V] float32 of hidden states [..., D].
 
+    Ids beyond the vocabulary have -1e30.
     The product is float32 in the sampler and in the trainer alike, since a
     rounded head is the largest source of their disagreement (ScaleRL,
     arXiv 2510.13786).
@@ -301,13 +337,13 @@ class Transformer(nnx.Module):
     return self.finished(head_lib.product(hidden, self.head_table()))
 
   def head_table(self) -> jax.Array:
-    """[D, V], gathered over what splits it at rest."""
+    """Returns the head's table [D, V], gathered over the FSDP axes."""
     if self.config.tied_embeddings:
       return gather_fsdp(self.embedding[...]).T
     return gather_fsdp(self.head[...])
 
   def finished(self, logits: jax.Array) -> jax.Array:
-    """Soft-capped; ids beyond the vocabulary at -1e30."""
+    """Soft-caps logits, and masks ids beyond the vocabulary with -1e30."""
     logits = attention.soft_cap(logits, self.config.final_softcap)
     if self.config.padded_vocab_size == self.config.vocab_size:
       return logits
@@ -315,7 +351,7 @@ class Transformer(nnx.Module):
     return jnp.where(real, logits, attention.MASKED)
 
   def normed(self, x: jax.Array) -> jax.Array:
-    """After the last layer: [B, T, D] -> hidden states."""
+    """Applies the final norm to the residual stream x [B, T, D]."""
     return attention.rms_norm(
         x, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
 
@@ -324,10 +360,18 @@ class Transformer(nnx.Module):
       keep: Callable[[jax.Array, jax.Array], Any],
       prefix_ids: jax.Array | None = None,
   ):
-    """Hidden states, what `keep` gives of all layers' k and v, and routing.
+    """Runs all layers on whole sequences, as a scan.
+
+    Args:
+      tokens, positions, segment_ids, prefix_ids: see `routed`.
+      keep: takes k and v of a layer, and returns what to keep of them.
+
+    Returns:
+      Hidden states; what was kept, stacked over layers; traffic or None.
     """
     config = self.config
-    # Each query looks at the whole row.
+    # Context parallelism splits the tokens, but each query reads the whole row,
+    # so positions and ids of all tokens are on each device: they are small.
     keys, whole_ids, prefixes = jax.tree.map(
         whole_length, (positions, segment_ids, prefix_ids))
     mask = causal_mask(keys, whole_ids, prefixes) if (
@@ -340,7 +384,8 @@ class Transformer(nnx.Module):
 
     kinds = tuple(dict.fromkeys(config.layer_kinds))
     views = [self.view(kind, positions, keys, mask) for kind in kinds]
-    # Of several kinds, the scan takes each layer's by its number.
+    # A scan runs one program for all layers. Where they are of several kinds,
+    # each picks its kind's view by its number.
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *views)
     numbers = jnp.array([kinds.index(kind) for kind in config.layer_kinds])
 
@@ -361,7 +406,13 @@ class Transformer(nnx.Module):
 
 
 def init(config: ModelConfig, seed: int) -> Transformer:
-  """A random model on the current mesh; the values do not depend on it."""
+  """Makes a random model on the current mesh.
+
+  The values depend on the seed alone, not on the mesh.
+
+  Raises:
+    ValueError: the mesh cannot hold the model.
+  """
   check_mesh(config)
   return _born(config, jax.random.key(seed))
 
@@ -371,7 +422,7 @@ _born = jax.jit(Transformer, static_argnums=0)
 
 
 def abstract(config: ModelConfig) -> Transformer:
-  """The same module with shapes, dtypes and shardings in place of arrays."""
+  """Makes the module with shapes, dtypes and shardings in place of arrays."""
   check_mesh(config)
   # The key is made inside: outside it would need a device, and the mesh of
   # a machine that is not here has none.
@@ -379,12 +430,12 @@ def abstract(config: ModelConfig) -> Transformer:
 
 
 def to_dict(model: Transformer) -> dict:
-  """Nested plain dict of arrays: what checkpoints and interop speak."""
+  """Makes the nested dict of arrays that checkpoints and interop read."""
   return nnx.to_pure_dict(nnx.state(model))
 
 
 def from_dict(config: ModelConfig, tree: dict) -> Transformer:
-  """The module around a nested dict of arrays (see `to_dict`)."""
+  """Makes the module of a nested dict of arrays (see `to_dict`)."""
   graph, state = nnx.split(abstract(config))
   nnx.replace_by_pure_dict(state, tree)
   return nnx.merge(graph, state)

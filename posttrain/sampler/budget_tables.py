@@ -131,7 +131,7 @@ class BudgetTables:
 
   @property
   def recalled(self) -> int:
-    """The most tokens that a match may retract besides the last one."""
+    """Tokens that a match may retract besides the last one, at most."""
     return max(map(len, self.delimiters), default=1) - 1
 
   @property

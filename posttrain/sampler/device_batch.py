@@ -227,6 +227,7 @@ no_earlier = jax.jit(decode.no_earlier)
 
 @jax.jit
 def _end(state, rows, reason):
+  """Ends rows [B] bool; see `budget.stop`."""
   return budget.stop(state, _by_row(rows), reason)
 
 

@@ -78,7 +78,7 @@ def nothing() -> None:
 
 
 class Engine:
-  """A queue of requests, and the device batch that decodes them.
+  """Engine of continuous batching: a queue, and the batch that decodes.
 
   Used inside `jax.set_mesh`. Not thread-safe.
   """

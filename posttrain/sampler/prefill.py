@@ -103,7 +103,7 @@ def place(
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prefilled prompt: row `row` of `rows`, which ends before slot `end`."""
+  """Prefilled prompt: row `row` of `rows`, which ends before slot `end`."""
 
   rows: Rows
   row: int

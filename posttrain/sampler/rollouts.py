@@ -116,7 +116,7 @@ class Row:
 
   @property
   def tokens(self) -> list[int]:
-    """The tokens so far."""
+    """Tokens so far."""
     return self.columns["token"]
 
   def add(self, record: Mapping[str, np.ndarray]) -> None:
@@ -151,12 +151,12 @@ class Recorder:
 
   @property
   def tokens(self) -> list[list[int]]:
-    """The tokens of each row so far."""
+    """Tokens of each row so far."""
     return [row.tokens for row in self._rows]
 
   @property
   def provenance(self) -> list[list[int]]:
-    """The provenance of each row's tokens, see `Rollouts`."""
+    """Provenance of each row's tokens, see `Rollouts`."""
     return [row.columns["provenance"] for row in self._rows]
 
   def add(self, record: Mapping[str, np.ndarray]) -> None:
