@@ -145,6 +145,11 @@ MODEL = ("published weights: a directory as transformers saves it, a GGUF "
          "import")
 
 
+RENAMED = {
+    "--policy": "--budget-schedule", "--hook": "--logits-processor",
+    "--hook-args": "--logits-processor-args"}
+
+
 class CommandError(ValueError):
   """The command line is wrong; the message says what to write."""
 
@@ -343,9 +348,11 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
           f"See `posttrain {verb} --help`.")
     if flag.startswith("--") and flag not in parser.flags() and not (
         flag.startswith("--config.") and "--config.KEY" in parser.flags()):
+      renamed = RENAMED.get(flag)
+      near = f"; it is called {renamed} now" if renamed in parser.flags() else (
+          keys.hint(flag, parser.flags(), "; the nearest is {}"))
       raise CommandError(
-          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}"
-          f"{keys.hint(flag, parser.flags(), '; the nearest is {}')}. "
+          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}{near}. "
           f"See `posttrain {verb} --help`.")
   rest, assignments = _take_assignments(rest)
   arguments, unexpected = parser.parse_known_args(rest)

@@ -8,7 +8,8 @@ from posttrain.config import keys
 from posttrain.model.config import SAMPLING_DTYPES
 from posttrain.text.instructions import CLASSES
 
-STEERING = ("suppress", "wait_order", "hook", "hook_args", "policy")
+STEERING = ("suppress", "wait_order", "logits_processor",
+            "logits_processor_args", "budget_schedule")
 
 
 def number(kind: type, bounds: str):
@@ -54,11 +55,12 @@ def add_sampling(group: Any) -> None:
                      default="compute", help=(
                          "of the matrices that decoding multiplies by: as "
                          "they are, or 8 bits with scales (compute)"))
-  group.add_argument("--hook", metavar="FUNCTION", default="", help=(
+  group.add_argument("--logits-processor", metavar="FUNCTION", default="",
+                     help=(
       "changes the logits of every step: module:function or file.py:function "
       "of vocab_size -> Hook, see docs/sampler.md"))
-  group.add_argument("--hook-args", metavar="JSON", default={},
-                     type=_object, help="an object, given to the hook")
+  group.add_argument("--logits-processor-args", metavar="JSON", default={},
+                     type=_object, help="an object, given to it")
 
 
 def add_thinking(group: Any) -> None:
@@ -83,7 +85,8 @@ def add_thinking(group: Any) -> None:
   group.add_argument("--suppress", metavar="WORD,WORD", default=(),
                      type=lambda text: tuple(text.split(",")), help=(
                          "words that are not sampled while thinking"))
-  group.add_argument("--policy", metavar="FUNCTION", default="", help=(
+  group.add_argument("--budget-schedule", metavar="FUNCTION", default="",
+                     help=(
       "changes the budgets of every step: module:function or "
       "file.py:function of (budgets, state) -> budgets"))
 

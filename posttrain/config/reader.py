@@ -143,8 +143,9 @@ class Reader:
       elif name in values:
         resolved[name] = self._value(node, values[name], prefix + name)
       elif node.default is keys.REQUIRED:
-        doc = node.doc[0].lower() + node.doc[1:].rstrip(".")
-        self._problem(prefix + name, f"missing; needed: {doc}.")
+        doc = node.doc.partition(". ")[0].rstrip(".")
+        self._problem(
+            prefix + name, f"missing; needed: {doc[0].lower()}{doc[1:]}.")
       else:
         resolved[name] = plain(node.default)
     return resolved

@@ -23,8 +23,8 @@ from posttrain.train import preemption
 
 # Of `make_steering`: what the flags of a verb have by default.
 PLAIN: Mapping[str, Any] = {
-    "suppress": (), "wait_order": "cycle", "hook": "", "hook_args": {},
-    "policy": ""}
+    "suppress": (), "wait_order": "cycle", "logits_processor": "",
+    "logits_processor_args": {}, "budget_schedule": ""}
 
 
 def thinking_ids(
@@ -67,8 +67,8 @@ def of_tables(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
-      slots=rollout.slots if "slots" in rollout
-      else rollout.batch_rows if rollout.refill else 0,
+      slots=rollout.max_num_seqs
+      if rollout.get("continuous_batching", True) else 0,
       steering=make_steering(rollout, tables.vocab_size),
       before_chunk=preemption.leave_if_requested)
 
@@ -86,31 +86,32 @@ def make_steering(
   """What a section, or the flags of a verb, name beside the budgets.
 
   Args:
-    settings: `wait_order` and `policy`, and where they are allowed
-      `suppress`, `hook` and `hook_args`.
+    settings: `wait_order` and `budget_schedule`, and where they are allowed
+      `suppress`, `logits_processor` and `logits_processor_args`.
 
   Raises:
     ValueError: a function is not there, or makes no hook.
   """
-  name, hook = settings.get("hook"), None
+  name, hook = settings.get("logits_processor"), None
   if name:
     hook = loading.load_function(name)(vocab_size)
     if not isinstance(hook, logits_processors.Hook):
       raise ValueError(
           f"{name} returned a {type(hook).__name__}, and a hook is needed: "
           "function(vocab_size) -> posttrain.sampler.logits_processors.Hook.")
-  args = settings.get("hook_args")
+  args = settings.get("logits_processor_args")
   return sampling_options.Steering(
       suppress=bool(settings.get("suppress")),
       draw_waits=settings["wait_order"] == "draw", hook=hook,
       argument=dict(args) if args else None,
-      policy=loading.load_function(settings["policy"])
-      if settings["policy"] else None)
+      policy=loading.load_function(settings["budget_schedule"])
+      if settings["budget_schedule"] else None)
 
 
 def with_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
   """What steered, for the record: with hashes of the functions' sources."""
-  names = [settings[key] for key in ("hook", "policy") if settings[key]]
+  names = [settings[key] for key in ("logits_processor", "budget_schedule")
+           if settings[key]]
   return {
       **settings, "suppress": list(settings["suppress"]),
       "sources": {name: loading.source_hash(name) for name in names}}
