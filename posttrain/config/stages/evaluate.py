@@ -30,25 +30,13 @@ def instructions() -> Section:
       short_text=text("short", "classes"), long_text=text("long", "classes"))
 
 
-_SAMPLED = Needs("rollout.temperature", ">", 0)
 ROLLOUT = Section(
     "Sampling of completions.",
     **sampling.ROLLOUT,
-    temperature=Key(
-        float, 1.0, "Sampling temperature. 0: greedy, the likeliest token.",
-        f"0 or {keys.TEMPERATURES}"),
-    top_k=Key(
-        int, 0, "Top-k sampling: likeliest tokens that are kept. 0: all.",
-        "[0, inf)", needs=_SAMPLED),
-    top_p=Key(
-        float, 1.0, "Top-p (nucleus) sampling: probability mass that is kept.",
-        "(0, 1]", needs=_SAMPLED),
-    min_p=Key(
-        float, 0.0, "Min-p sampling: least probability that is kept, relative "
-        "to the likeliest token's.", "[0, 1]", needs=_SAMPLED),
-    max_num_seqs=Key(
-        int, 64, "Sequences that are decoded at a time (vLLM: max_num_seqs).",
-        "[1, inf)"),
+    temperature=sampling.TEMPERATURE,
+    **sampling.TRUNCATIONS,
+    max_num_seqs=Key(int, 64, "Sequences that are decoded at a time (vLLM: "
+                     "max_num_seqs).", "[1, inf)"),
     continuous_batching=Key(
         bool, False, "Continuous batching: a completion that ends makes room "
         "for the next, and the beginning that all prompts share is prefilled "
@@ -66,31 +54,24 @@ KEYS = Section(
         "test", count=Key(
             int, 0, "Problems that are asked, the first of the split. 0: all.",
             "[0, inf)")),
-    reward=Key(
-        str, REQUIRED, "Reward function that scores a completion. 1 is "
-        "correct.", function=True),
-    extract=Key(
-        str, "", "Function that turns a completion into its canonical answer, "
-        "for majority votes.", function=True),
-    baseline=Key(
-        str, "", "Function that scores the best constant answer: "
-        "function(split, count=..., **args) -> answer, correct.",
-        function=True),
-    checkpoints=Key(
-        tuple[str, ...], (), 'Weights that are evaluated: earlier stages, '
-        '"init", or checkpoint directories. Unset: "init" and every earlier '
-        "training stage."),
-    samples_per_problem=Key(
-        int, 1, "Completions per problem and cell.", keys.SAMPLES,
-        needs=_SAMPLED),
-    pass_at=Key(
-        tuple[int, ...], (1,), "Values of k for pass@k.", "[1, inf)"),
+    reward=Key(str, REQUIRED, "Reward function that scores a completion. 1 is "
+               "correct.", function=True),
+    extract=Key(str, "", "Function that turns a completion into its canonical "
+                "answer, for majority votes.", function=True),
+    baseline=Key(str, "", "Function that scores the best constant answer: "
+                 "function(split, count=..., **args) -> answer, correct.",
+                 function=True),
+    checkpoints=Key(tuple[str, ...], (), "Weights that are evaluated: earlier "
+                    'stages, "init", or checkpoint directories. Unset: "init" '
+                    "and every earlier training stage."),
+    samples_per_problem=Key(int, 1, "Completions per problem and cell.",
+                            keys.SAMPLES, needs=sampling.SAMPLED),
+    pass_at=Key(tuple[int, ...], (1,), "Values of k for pass@k.", "[1, inf)"),
     max_thinking_tokens=Key(
         tuple[int, ...], (), "Budget forcing: budgets of thinking tokens, each "
         "a cell and a point of the scaling curve.", "[0, inf)"),
-    num_waits=Key(
-        tuple[int, ...], (), "Budget forcing: numbers of forced waits, each a "
-        "cell.", keys.WAITS),
+    num_waits=Key(tuple[int, ...], (), "Budget forcing: numbers of forced "
+                  "waits, each a cell.", keys.WAITS),
     wait_max_thinking_tokens=Key(
         tuple[int, ...], (), "Budgets of the cells of waits, each with every "
         "number of waits. -1: no maximum, so that a completion may use up its "

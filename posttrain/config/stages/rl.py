@@ -20,21 +20,9 @@ CORRECTIONS = ("none", "truncate", "mask")
 ROLLOUT = Section(
     "Sampling of completions (rollouts), and their thinking budget.",
     **sampling.ROLLOUT,
-    temperature=Key(
-        float, 1.0, "Sampling temperature, which the loss's logprobs have too.",
-        keys.TEMPERATURES),
-    max_thinking_tokens=Key(
-        int, -1, "Budget forcing: the thinking is closed at this many tokens. "
-        "-1: no maximum.", "[-1, inf)"),
-    min_thinking_tokens=Key(
-        int, 0, "Budget forcing: the thinking cannot end before this many "
-        "tokens.", "[0, inf)"),
-    num_waits=Key(
-        int, 0, "Budget forcing: this many ends of the thinking are replaced "
-        "by thinking.wait_text.", keys.WAITS),
-    max_thinking_steps=Key(
-        int, -1, "Budget forcing: the thinking is closed after this many "
-        "steps, which end in thinking.step. -1: no maximum.", "[-1, inf)"),
+    temperature=Key(float, 1.0, "Sampling temperature, which the loss's "
+                    "logprobs have too.", keys.TEMPERATURES),
+    **sampling.BUDGET,
     max_num_seqs=Key(
         int, 0, "Continuous batching with this many sequences at a time "
         "(vLLM: max_num_seqs): a completion that ends makes room for the next, "
@@ -45,7 +33,7 @@ ROLLOUT = Section(
     **{name: Refused(
         "the policy ratio would be against a truncated distribution; RL "
         "rollouts sample from the whole vocabulary")
-       for name in ("top_k", "top_p", "min_p")},
+       for name in sampling.TRUNCATIONS},
     **{name: Refused(
         "the policy ratio would be against another distribution than the "
         "model's; it is there for evaluation")
@@ -54,17 +42,14 @@ ROLLOUT = Section(
 
 LOSS = Section(
     "The clipped policy-gradient objective (PPO, GRPO, DAPO, Dr. GRPO).",
-    function=Key(
-        str, "posttrain.objectives.policy:policy_loss", "Function that turns "
-        "logprobs and advantages into the loss; see docs/changing.md.",
-        function=True),
-    clip_low=Key(
-        float, CLIP, "Clipping: the policy ratio is kept above 1 - clip_low "
-        "(TRL: epsilon).", "[1e-6, 1]"),
-    clip_high=Key(
-        float, CLIP, "Clipping: the policy ratio is kept below 1 + clip_high "
-        "(TRL: epsilon_high). DAPO's clip-higher sets it above clip_low.",
-        "[1e-6, 1e6]"),
+    function=Key(str, "posttrain.objectives.policy:policy_loss", "Function "
+                 "that turns logprobs and advantages into the loss; see "
+                 "docs/changing.md.", function=True),
+    clip_low=Key(float, CLIP, "Clipping: the policy ratio is kept above 1 - "
+                 "clip_low (TRL: epsilon).", "[1e-6, 1]"),
+    clip_high=Key(float, CLIP, "Clipping: the policy ratio is kept below 1 + "
+                  "clip_high (TRL: epsilon_high). DAPO's clip-higher sets it "
+                  "above clip_low.", "[1e-6, 1e6]"),
     aggregation=Key(
         str, AGGREGATION, "Mean over all tokens of the minibatch (token_mean, "
         "DAPO), mean of each completion's mean (sequence_mean, GRPO), or sum "
@@ -77,9 +62,8 @@ LOSS = Section(
     advantage_eps=Key(
         float, 1e-6, "Epsilon: added to that standard deviation.", "[0, 1]",
         needs=Needs("loss.advantage_std", "!=", "none")),
-    kl_coef=Key(
-        float, 0.0, "KL penalty: weight of the KL divergence from the "
-        "reference (TRL: beta). 0: no reference is held.", "[0, 1000]"),
+    kl_coef=Key(float, 0.0, "KL penalty: weight of the KL divergence from the "
+                "reference (TRL: beta). 0: no reference is held.", "[0, 1000]"),
     kl_estimator=Key(
         str, ESTIMATOR, "Estimator of the KL divergence. k1: the log ratio, "
         "for the reward; k2: half its square; k3: unbiased and positive, as in "
@@ -112,19 +96,16 @@ LOSS = Section(
 KEYS = Section(
     "Reinforcement learning against verifiable rewards. The defaults are "
     "GRPO: group-relative policy optimisation.",
-    num_steps=Key(
-        int, REQUIRED, "Optimizer updates. A batch of rollouts gives "
-        "num_minibatches x num_epochs of them.", "[1, inf)"),
-    num_groups=Key(
-        int, REQUIRED, "Prompts per batch of rollouts.", "[1, inf)"),
+    num_steps=Key(int, REQUIRED, "Optimizer updates. A batch of rollouts gives "
+                  "num_minibatches x num_epochs of them.", "[1, inf)"),
+    num_groups=Key(int, REQUIRED, "Prompts per batch of rollouts.", "[1, inf)"),
     group_size=Key(
         int, REQUIRED, "Completions per prompt. They are the group that "
         "advantages are relative to (TRL: num_generations).", "[2, inf)"),
     num_minibatches=Key(
         int, 1, "Updates per epoch over a batch of rollouts.", "[1, inf)"),
-    num_epochs=Key(
-        int, 1, "Epochs over a batch of rollouts (TRL: num_iterations).",
-        "[1, inf)"),
+    num_epochs=Key(int, 1, "Epochs over a batch of rollouts (TRL: "
+                   "num_iterations).", "[1, inf)"),
     sequence_length=Key(
         int, REQUIRED, "Tokens per packed row of the trainer.", "[2, inf)"),
     rows_per_microbatch=Key(
@@ -137,12 +118,10 @@ KEYS = Section(
     **training.weights(),
     **training.optimizer("constant"),
     problems=sampling.problems("train"),
-    rewards=Key(
-        tuple[str, ...], REQUIRED, "Reward functions that score a completion. "
-        "Their scores are added up.", function=True),
-    reward_weights=Key(
-        tuple[float, ...], (), "Weight of each reward. Unset: all 1.",
-        "[-1e6, 1e6]"),
+    rewards=Key(tuple[str, ...], REQUIRED, "Reward functions that score a "
+                "completion. Their scores are added up.", function=True),
+    reward_weights=Key(tuple[float, ...], (), "Weight of each reward. Unset: "
+                       "all 1.", "[-1e6, 1e6]"),
     rollout=ROLLOUT,
     loss=LOSS,
     staleness=Key(
@@ -157,25 +136,21 @@ KEYS = Section(
         "two share with the policy all that it does not train.",
         needs=Needs("loss.kl_coef", ">", 0)),
     health=training.health(
-        patience=Key(
-            int, 20, "Batches in a row without any signal, or with every "
-            "completion cut off at max_tokens, before the run stops.",
-            "[1, inf)"),
-        max_unscored=Key(
-            float, 0.25, "Largest share of a batch's completions without a "
-            "score, as a reward timed out or failed on them, or none applies. "
-            "1: any.", "[0, 1]"),
+        patience=Key(int, 20, "Batches in a row without any signal, or with "
+                     "every completion cut off at max_tokens, before the run "
+                     "stops.", "[1, inf)"),
+        max_unscored=Key(float, 0.25, "Largest share of a batch's completions "
+                         "without a score, as a reward timed out or failed on "
+                         "them, or none applies. 1: any.", "[0, 1]"),
         unscored_patience=Key(
             int, 3, "Batches in a row with a larger share before the run "
             "stops.", "[1, inf)", needs=Needs("health.max_unscored", "<", 1))),
     checkpoint=training.checkpoint(),
     log_every=training.LOG_EVERY,
     save_rollouts_every=Key(
-        int, 10, "Steps between saved rollouts (JSONL). 0: none.",
-        "[0, inf)"),
+        int, 10, "Steps between saved rollouts (JSONL). 0: none.", "[0, inf)"),
     show_sample_every=Key(
-        int, 10, "Steps between samples on the console. 0: none.",
-        "[0, inf)"),
+        int, 10, "Steps between samples on the console. 0: none.", "[0, inf)"),
 )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from posttrain.config import checks
+from posttrain.config import checks, keys
 from posttrain.config.keys import REQUIRED, Key, Needs, Renamed, Section
 from posttrain.model.config import SAMPLING_DTYPES
 from posttrain.text import budget_rules
@@ -23,48 +23,63 @@ def problems(split: str, **extra: Key) -> Section:
 
 # Of the section `rollout`.
 ROLLOUT: dict[str, Any] = dict(
-    max_prompt_tokens=Key(
-        int, REQUIRED, "Longest prompt, in tokens. A longer one is an error.",
-        "[1, inf)"),
-    max_tokens=Key(
-        int, REQUIRED, "Longest completion, in tokens, thinking included (TRL: "
-        "max_completion_length).", "[1, inf)"),
-    truncate=Key(
-        bool, False, "A completion that reaches its maximum of thinking tokens "
-        "or steps stops there. Otherwise budget forcing closes its thinking, "
-        "and it answers."),
-    chunk=Key(
-        int, 32, "Decode chunk: tokens that one call of the compiled decode "
-        "loop samples. It changes no token. Preemption (SIGTERM) is noticed "
-        "between two chunks, so a chunk should take well under the grace "
-        "period.", "[1, 65536]"),
-    cache_dtype=Key(
-        str, "compute", "Precision of the KV cache: compute.dtype, or int8 "
-        "with a float32 scale for each head and token.",
-        choices=SAMPLING_DTYPES),
+    max_prompt_tokens=Key(int, REQUIRED, "Longest prompt, in tokens. A longer "
+                          "one is an error.", "[1, inf)"),
+    max_tokens=Key(int, REQUIRED, "Longest completion, in tokens, thinking "
+                   "included (TRL: max_completion_length).", "[1, inf)"),
+    truncate=Key(bool, False, "A completion that reaches its maximum of "
+                 "thinking tokens or steps stops there. Otherwise budget "
+                 "forcing closes its thinking, and it answers."),
+    chunk=Key(int, 32, "Decode chunk: tokens that one call of the compiled "
+              "decode loop samples. It changes no token. Preemption (SIGTERM) "
+              "is noticed between two chunks, so a chunk should take well "
+              "under the grace period.", "[1, 65536]"),
+    cache_dtype=Key(str, "compute", "Precision of the KV cache: compute.dtype, "
+                    "or int8 with a float32 scale for each head and token.",
+                    choices=SAMPLING_DTYPES),
     weights_dtype=Key(
         str, "compute", "Precision of the matrices in the decode loop: as they "
         "are, or int8 with a float32 scale for each output, quantised again "
-        "at each call of the sampler. Not for experts.", choices=SAMPLING_DTYPES),
-    wait_order=Key(
-        str, "cycle", "Order of the wait texts: thinking.wait_text and "
-        "thinking.more_wait_texts in turn, or drawn at random.",
-        choices=("cycle", "draw")),
-    budget_schedule=Key(
-        str, "", "Budget schedule: function(budgets, state) -> budgets, which "
-        "may change each row's thinking budget at every step; see "
-        "docs/sampler.md.", function=True),
+        "at each call. Not for experts.", choices=SAMPLING_DTYPES),
+    wait_order=Key(str, "cycle", "Order of the wait texts: thinking.wait_text "
+                   "and thinking.more_wait_texts in turn, or drawn at random.",
+                   choices=("cycle", "draw")),
+    budget_schedule=Key(str, "", "Budget schedule: function(budgets, state) -> "
+                        "budgets, which may change each row's thinking budget "
+                        "at every step; see docs/sampler.md.", function=True),
     policy=Renamed("rollout.budget_schedule"))
+
+# Of that section, where one budget is for all completions.
+BUDGET: dict[str, Key] = dict(
+    max_thinking_tokens=Key(
+        int, -1, "Budget forcing: the thinking is closed at this many tokens. "
+        "-1: no maximum.", "[-1, inf)"),
+    min_thinking_tokens=Key(int, 0, "Budget forcing: the thinking cannot end "
+                            "before this many tokens.", "[0, inf)"),
+    num_waits=Key(int, 0, "Budget forcing: this many ends of the thinking are "
+                  "replaced by thinking.wait_text.", keys.WAITS),
+    max_thinking_steps=Key(
+        int, -1, "Budget forcing: the thinking is closed after this many "
+        "steps, which end in thinking.step. -1: no maximum.", "[-1, inf)"))
+
+SAMPLED = Needs("rollout.temperature", ">", 0)
+TEMPERATURE = Key(float, 1.0, "Sampling temperature. 0: greedy, the likeliest "
+                  "token.", f"0 or {keys.TEMPERATURES}")
+TRUNCATIONS: dict[str, Key] = dict(
+    top_k=Key(int, 0, "Top-k sampling: likeliest tokens that are kept. 0: all.",
+              "[0, inf)", needs=SAMPLED),
+    top_p=Key(float, 1.0, "Top-p (nucleus) sampling: probability mass that is "
+              "kept.", "(0, 1]", needs=SAMPLED),
+    min_p=Key(float, 0.0, "Min-p sampling: least probability that is kept, "
+              "relative to the likeliest token's.", "[0, 1]", needs=SAMPLED))
 
 # Of that section, where the distribution need not be the model's.
 LOGITS: dict[str, Any] = dict(
-    suppress=Key(
-        tuple[str, ...], (), "Words that are not sampled while the model "
-        "thinks (NoWait). Each must be one token."),
+    suppress=Key(tuple[str, ...], (), "Words that are not sampled while the "
+                 "model thinks (NoWait). Each must be one token."),
     logits_processor=Key(
         str, "", "Logits processor: function(vocab_size) -> Hook, which may "
-        "change the logits of every step; see docs/sampler.md.",
-        function=True),
+        "change the logits of every step; see docs/sampler.md.", function=True),
     logits_processor_args=Key(
         dict, {}, "Arguments of the logits processor, the same for every "
         "completion.", needs=Needs("rollout.logits_processor", "!=", "")),

@@ -21,19 +21,17 @@ def _source(**extra: Key) -> Section:
 
 def _handling(needs: Needs | None = None) -> dict[str, Key]:
   return dict(
-      on_overlong=Key(
-          str, "error", "An example longer than sequence_length: an error, "
-          "dropped, or truncated with its EOS kept.",
-          choices=("error", "drop", "truncate"), needs=needs),
+      on_overlong=Key(str, "error", "An example longer than sequence_length: "
+                      "an error, dropped, or truncated with its EOS kept.",
+                      choices=("error", "drop", "truncate"), needs=needs),
       on_no_target=Key(
           str, "error", "An example without a token in the loss: an error, or "
           "dropped.", choices=("error", "drop"), needs=needs),
       on_malformed=Key(
           str, "error", "A row that cannot be read: an error, or skipped and "
           "counted.", choices=("error", "skip"), needs=needs),
-      packing=Key(
-          bool, True, "Sequence packing: several examples share a row.",
-          needs=needs),
+      packing=Key(bool, True, "Sequence packing: several examples share a row.",
+                  needs=needs),
   )
 
 
@@ -43,9 +41,8 @@ KEYS = Section(
     "Supervised fine-tuning (SFT) on packed rows.",
     num_steps=Key(int, REQUIRED, "Optimizer updates.", "[1, inf)"),
     sequence_length=Key(int, REQUIRED, "Tokens per packed row.", "[2, inf)"),
-    rows=Key(
-        int, REQUIRED, "Batch size: packed rows per update, over all devices.",
-        "[1, inf)"),
+    rows=Key(int, REQUIRED, "Batch size: packed rows per update, over all "
+             "devices.", "[1, inf)"),
     num_microbatches=Key(
         int, 1, "Gradient accumulation: microbatches into which an update's "
         "rows are cut, to save memory. The update is the same.", "[1, inf)"),
@@ -65,9 +62,8 @@ KEYS = Section(
             "Sources, read one after the other. None by default.", (),
             _source()),
         **_handling(_HELD_OUT)),
-    eval_every=Key(
-        int, 0, "Steps between evaluation losses. 0: one, at the end.",
-        "[0, inf)", needs=_HELD_OUT),
+    eval_every=Key(int, 0, "Steps between evaluation losses. 0: one, at the "
+                   "end.", "[0, inf)", needs=_HELD_OUT),
     health=training.health(),
     checkpoint=training.checkpoint(),
     log_every=training.LOG_EVERY,
