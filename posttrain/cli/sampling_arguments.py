@@ -1,4 +1,4 @@
-"""Flags of the verbs that sample: they are the keys of a stage's `rollout`."""
+"""Flags of the verbs that sample, made from the keys of a `rollout`."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ STEERING = ("suppress", "wait_order", "logits_processor",
 
 
 def number(kind: type, bounds: str):
-  """An argparse type: a number within an interval."""
+  """Makes an argparse type: a number within an interval."""
   def parse(text: str) -> int | float:
     try:
       value = kind(text)
@@ -57,7 +57,7 @@ def add(group: Any, names: Sequence[str]) -> None:
 
 
 def add_asking(parser: Any) -> None:
-  """What the prompts ask for, in s1's words."""
+  """Adds flags for the instruction of the prompts, in s1's words."""
   group = parser.add_mutually_exclusive_group()
   group.add_argument("--ask-tokens", metavar="N",
                      type=number(int, "[1, inf)"),
@@ -69,7 +69,7 @@ def add_asking(parser: Any) -> None:
 
 
 def _object(text: str) -> dict[str, Any]:
-  """An argparse type: a JSON object."""
+  """Parses a JSON object, as an argparse type."""
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:

@@ -184,7 +184,7 @@ def check_kl(config, name: str, stage: Mapping) -> Iterator[str]:
 
 def check_importance_sampling(config, name: str, stage: Mapping) -> Iterator[
     str]:
-  """The sampler's policy is another one than the trainer's."""
+  """Requires it where the sampler's policy is not the trainer's."""
   if stage["loss"]["importance_sampling"] != "none":
     return
   if stage["staleness"]:

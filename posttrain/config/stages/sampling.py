@@ -21,7 +21,7 @@ def problems(split: str, **extra: Key) -> Section:
       **extra)
 
 
-# Of the section `rollout`.
+# Keys of the section `rollout`.
 ROLLOUT: dict[str, Any] = dict(
     max_prompt_tokens=Key(int, REQUIRED, "Longest prompt, in tokens. A longer "
                           "one is an error.", "[1, inf)"),
@@ -49,7 +49,7 @@ ROLLOUT: dict[str, Any] = dict(
                         "at every step; see docs/sampler.md.", function=True),
     policy=Renamed("rollout.budget_schedule"))
 
-# Of that section, where one budget is for all completions.
+# Keys of the same section where all completions have one budget.
 BUDGET: dict[str, Key] = dict(
     max_thinking_tokens=Key(
         int, -1, "Budget forcing: the thinking is closed at this many tokens. "
@@ -73,13 +73,14 @@ TRUNCATIONS: dict[str, Key] = dict(
     min_p=Key(float, 0.0, "Min-p sampling: least probability that is kept, "
               "relative to the likeliest token's.", "[0, 1]", needs=SAMPLED))
 
-# Of that section, where the distribution need not be the model's.
+# Keys of the same section where sampling may leave the model's distribution.
 LOGITS: dict[str, Any] = dict(
     suppress=Key(tuple[str, ...], (), "Words that are not sampled while the "
                  "model thinks (NoWait). Each must be one token."),
     logits_processor=Key(
-        str, "", "Logits processor: function(vocab_size) -> Hook, which may "
-        "change the logits of every step; see docs/sampler.md.", function=True),
+        str, "", "Logits processor: function(vocab_size) -> LogitsProcessor, "
+        "which may change the logits of every step; see docs/sampler.md.",
+        function=True),
     logits_processor_args=Key(
         dict, {}, "Arguments of the logits processor, the same for every "
         "completion.", needs=Needs("rollout.logits_processor", "!=", "")),
@@ -95,7 +96,7 @@ def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:
 
 
 def check_truncate(rollout: Mapping, maximum: Any, where: str) -> Iterator[str]:
-  """A budget schedule may set a maximum too."""
+  """Checks for a maximum, which a budget schedule may set too."""
   if rollout["truncate"] and not (maximum or rollout["budget_schedule"]):
     yield ("rollout.truncate: set, but it has no effect without a maximum of "
            f"thinking; set {where}.")
