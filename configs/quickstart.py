@@ -106,7 +106,7 @@ def measure(split, arg):
       wait_max_thinking_tokens=(8,) if debug else (204,),
       rollout=dict(
           max_prompt_tokens=8, max_tokens=24 if debug else 216,
-          chunk=24 if debug else 108, batch_rows=512),
+          chunk=24 if debug else 108, max_num_seqs=512),
   )
   if debug or full:
     section["majority"] = dict(max_samples=2 if debug else 4)

@@ -97,7 +97,7 @@ def get_config(arg=""):
       rollout=dict(
           max_prompt_tokens=48, max_tokens=8 if debug else 32,
           # The shapes of a rollout of `reason`: its programs serve again.
-          batch_rows=32),
+          max_num_seqs=32),
   )
   config.measure_gsm8k = dict(
       kind="evaluate",
@@ -108,6 +108,6 @@ def get_config(arg=""):
       rollout=dict(
           max_prompt_tokens=224, max_tokens=160, temperature=0.0,
           chunk=160,  # One size of the cache, so one program to compile.
-          batch_rows=32),
+          max_num_seqs=32),
   )
   return config

@@ -67,7 +67,7 @@ def get_config(arg=""):
       num_waits=(0, 1),
       rollout=dict(
           max_prompt_tokens=32, max_tokens=32 if debug else 96,
-          batch_rows=64),
+          max_num_seqs=64),
   )
   return config
 

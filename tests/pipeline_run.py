@@ -54,7 +54,7 @@ CONFIG = dict(
         reward=f"{TOY}:picky", extract=f"{TOY}:extract",
         samples_per_problem=4, pass_at=(1, 2, 4), majority=dict(max_samples=4),
         max_thinking_tokens=(0, 2, 5), num_waits=(0, 1, 2),
-        rollout=ROLLOUT | dict(batch_rows=16)),
+        rollout=ROLLOUT | dict(max_num_seqs=16)),
 )
 ALL = ["stages=cold_start,reason,measure"]
 

@@ -14,7 +14,7 @@ import pytest
 from posttrain import mistakes
 from posttrain.cli import main as main_lib
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs/tiny.py'}:debug"
 OUT = "--output=/nonexistent/x"
 
@@ -60,8 +60,8 @@ def said(capsys, *argv):
     (["--config.chat_template=" + "x" * 9999], "xxx does not exist. Set chat_"),
     (["--config.measure.reward=builtins:len"],
      "measure.reward: 'builtins:len': builtins has no source file"),
-    (["--config.reason.rollout.policy=a:b"],
-     "reason.rollout.policy: 'a:b': there is no module 'a'"),
+    (["--config.reason.rollout.budget_schedule=a:b"],
+     "reason.rollout.budget_schedule: 'a:b': there is no module 'a'"),
     (["--config.measure.reward={tmp}/cut.py:reward"], "cut.py, line 2: "),
     (["--config.measure.reward={tmp}/needs.py:reward"],
      "the package no_such_package is not installed in this environment, and "),

@@ -28,7 +28,7 @@ CHANGES = [
     "cold_start.learning_rate=2e-3",  # Enough is left for the rewards to vary.
     "reason.num_steps=8", "reason.num_minibatches=2",
     "reason.checkpoint.every=1", "reason.checkpoint.keep=8",
-    "reason.rollout.slots=8",  # Of 16 completions: they are refilled.
+    "reason.rollout.max_num_seqs=8",  # Of 16 completions: they are refilled.
     "reason.loss.kl_coef=0.1", "reason.loss.kl_in=reward",
     "reason.loss.kl_estimator=k1"]
 EIGHT = ["mesh.fsdp=4", "mesh.tensor=2"]

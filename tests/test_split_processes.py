@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 CHANGES = [
     "stages=reason", "reason.num_steps=4", "reason.num_minibatches=1",
-    "reason.rollout.slots=0", "reason.loss.kl_in=loss",
+    "reason.rollout.max_num_seqs=0", "reason.loss.kl_in=loss",
     "reason.loss.kl_estimator=k3",
     "reason.checkpoint.keep=4"]
 SPLIT = [*CHANGES, "mesh.roles=split", "mesh.sampling.devices=1"]

@@ -5,12 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from posttrain.cli.sampling_arguments import (
-  add_asking,
-  add_sampling,
-  add_thinking,
-  number,
-)
+from posttrain.cli import sampling_arguments
+from posttrain.cli.sampling_arguments import add_asking, number
 from posttrain.config import keys
 
 OVERVIEW = """\
@@ -145,6 +141,11 @@ MODEL = ("published weights: a directory as transformers saves it, a GGUF "
          "import")
 
 
+RENAMED = {
+    "--policy": "--budget-schedule", "--hook": "--logits-processor",
+    "--hook-args": "--logits-processor-args"}
+
+
 class CommandError(ValueError):
   """The command line is wrong; the message says what to write."""
 
@@ -232,9 +233,12 @@ def _add_weights(parser: _Parser) -> None:
 
 def _add_chat(parser: _Parser) -> None:
   _add_weights(parser)
-  add_sampling(parser.add_argument_group("sampling, to begin with"))
-  add_thinking(parser.add_argument_group(
-      "thinking, to begin with (its strings: --config.thinking.end=...)"))
+  sampling_arguments.add(
+      parser.add_argument_group("sampling, to begin with"),
+      sampling_arguments.SAMPLING)
+  sampling_arguments.add(parser.add_argument_group(
+      "thinking, to begin with (its strings: --config.thinking.end=...)"),
+      sampling_arguments.THINKING)
 
 
 def _add_sample(parser: _Parser) -> None:
@@ -248,9 +252,10 @@ def _add_sample(parser: _Parser) -> None:
   sampling = parser.add_argument_group("sampling")
   sampling.add_argument("--num-samples", metavar="N", default=1,
                         type=number(int, keys.SAMPLES), help="per prompt (1)")
-  add_sampling(sampling)
-  add_thinking(parser.add_argument_group(
-      "thinking (the strings are the config's: --config.thinking.end=...)"))
+  sampling_arguments.add(sampling, sampling_arguments.SAMPLING)
+  sampling_arguments.add(parser.add_argument_group(
+      "thinking (the strings are the config's: --config.thinking.end=...)"),
+      sampling_arguments.THINKING)
   parser.add_argument("--output", metavar="FILE.jsonl", help=(
       "write completions with tokens, logprobs and provenance"))
 
@@ -343,9 +348,11 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
           f"See `posttrain {verb} --help`.")
     if flag.startswith("--") and flag not in parser.flags() and not (
         flag.startswith("--config.") and "--config.KEY" in parser.flags()):
+      renamed = RENAMED.get(flag)
+      near = f"; it is called {renamed} now" if renamed in parser.flags() else (
+          keys.hint(flag, parser.flags(), "; the nearest is {}"))
       raise CommandError(
-          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}"
-          f"{keys.hint(flag, parser.flags(), '; the nearest is {}')}. "
+          f"posttrain {verb} has no flag {keys.shown(flag)[1:-1]}{near}. "
           f"See `posttrain {verb} --help`.")
   rest, assignments = _take_assignments(rest)
   arguments, unexpected = parser.parse_known_args(rest)

@@ -25,7 +25,7 @@ from posttrain.cli import sampling_arguments
 from posttrain.model import presets
 from posttrain.plan import environment
 from posttrain.tasks import exits, jsonl, loading
-from posttrain.text import instructions, messages
+from posttrain.text import budget_rules, instructions, messages
 from posttrain.train import health
 
 CommandError = arguments_lib.CommandError
@@ -118,7 +118,7 @@ def sample(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
-  _check_functions(arguments, "hook", "policy")
+  _check_functions(arguments, "logits_processor", "budget_schedule")
   from posttrain.cli import sample as sample_stage
   sample_stage.run(
       config, rows, output=arguments.output,
@@ -132,7 +132,7 @@ def chat(arguments: argparse.Namespace) -> int:
   config = _config(arguments)
   _check_sampling(arguments, config)
   _start(config)
-  _check_functions(arguments, "hook", "policy")
+  _check_functions(arguments, "logits_processor", "budget_schedule")
   from posttrain.cli import chat as chat_stage
   chat_stage.run(config, **_drawn(arguments))
   return 0
@@ -298,35 +298,25 @@ def _check_output(arguments: argparse.Namespace) -> None:
 def _check_sampling(
     arguments: argparse.Namespace, config: config_dict.ConfigDict,
 ) -> None:
-  low, high = arguments.min_thinking_tokens, arguments.max_thinking_tokens
-  if 0 <= high < low:
-    raise CommandError(
-        f"--min-thinking-tokens={low} is above --max-thinking-tokens={high}.")
-  inert = [f"--{flag.replace('_', '-')}"
-               for flag, unused in (("top_k", 0), ("top_p", 1), ("min_p", 0),
-                                    ("num_samples", 1))
-               if getattr(arguments, flag, unused) != unused]
+  thinking = config.thinking
+  for problem in budget_rules.problems(
+      vars(arguments), end=thinking.end, step=thinking.step,
+      more_wait_texts=thinking.more_wait_texts, name=_flag):
+    raise CommandError(problem)
+  unused = dict(top_k=0, top_p=1, min_p=0, num_samples=1)
+  inert = [_flag(name) for name, value in unused.items()
+           if getattr(arguments, name, value) != value]
   if arguments.temperature == 0 and inert:
     raise CommandError(
         f"{inert[0]} has no effect with --temperature=0 (the default).")
-  steps, thinking = arguments.max_thinking_steps, config.thinking
-  if not thinking.end and (
-      high >= 0 or low > 0 or steps >= 0 or arguments.num_waits
-      or arguments.suppress):
+  if arguments.logits_processor_args and not arguments.logits_processor:
     raise CommandError(
-        "thinking budgets and waits need the string that ends thinking; give "
-        "--config.thinking.end=TEXT.")
-  if steps >= 0 and not thinking.step:
-    raise CommandError(
-        "--max-thinking-steps needs the string that ends a step; give "
-        "--config.thinking.step=TEXT.")
-  if arguments.wait_order == "draw" and not (
-      thinking.more_wait_texts and arguments.num_waits):
-    raise CommandError(
-        "--wait-order=draw has no effect without thinking.more_wait_texts and "
-        "--num-waits.")
-  if arguments.hook_args and not arguments.hook:
-    raise CommandError("--hook-args has no effect without --hook.")
+        "--logits-processor-args has no effect without --logits-processor.")
+
+
+def _flag(name: str) -> str:
+  """The flag that sets a field, or a key of the config."""
+  return f"--config.{name}" if "." in name else f"--{name.replace('_', '-')}"
 
 
 def _check_functions(arguments: argparse.Namespace, *flags: str) -> None:
@@ -336,7 +326,7 @@ def _check_functions(arguments: argparse.Namespace, *flags: str) -> None:
       if name := getattr(arguments, flag):
         loading.load_function(name)
     except ValueError as error:
-      raise CommandError(f"--{flag}: {error}") from error
+      raise CommandError(f"{_flag(flag)}: {error}") from error
 
 
 def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:

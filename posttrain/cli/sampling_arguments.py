@@ -1,18 +1,29 @@
-"""Flags of the verbs that sample: sampling options and budgets."""
+"""Flags of the verbs that sample, made from the keys of a `rollout`."""
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from posttrain.config import keys
-from posttrain.model.config import SAMPLING_DTYPES
+from posttrain.config import keys, schema
+from posttrain.config.stages import sampling as stage_keys
 from posttrain.text.instructions import CLASSES
 
-OPTIONS = ("suppress", "wait_order", "hook", "hook_args", "policy")
+KEYS = {"seed": schema.TOP.keys["seed"], **stage_keys.ROLLOUT,
+        "temperature": stage_keys.TEMPERATURE, **stage_keys.TRUNCATIONS,
+        **stage_keys.BUDGET,
+        **stage_keys.LOGITS}
+DEFAULTS = {"max_tokens": 256, "temperature": 0.0}
+SAMPLING = ("max_tokens", "temperature", *stage_keys.TRUNCATIONS, "seed",
+            "cache_dtype", "weights_dtype", "logits_processor",
+           "logits_processor_args")
+THINKING = (*stage_keys.BUDGET, "wait_order", "suppress", "budget_schedule")
+OPTIONS = ("suppress", "wait_order", "logits_processor",
+           "logits_processor_args", "budget_schedule")
 
 
 def number(kind: type, bounds: str):
-  """An argparse type: a number within an interval."""
+  """Makes an argparse type: a number within an interval."""
   def parse(text: str) -> int | float:
     try:
       value = kind(text)
@@ -27,69 +38,26 @@ def number(kind: type, bounds: str):
   return parse
 
 
-def add_sampling(group: Any) -> None:
-  group.add_argument("--max-tokens", metavar="N", default=256,
-                     type=number(int, "[1, inf)"),
-                     help="per completion, thinking included (256)")
-  group.add_argument("--temperature", metavar="X", default=0.0,
-                     type=number(float, f"0 or {keys.TEMPERATURES}"),
-                     help="0 takes the likeliest token (0)")
-  group.add_argument("--top-k", metavar="N", default=0,
-                     type=number(int, "[0, inf)"),
-                     help="likeliest tokens kept (0: all)")
-  group.add_argument("--top-p", metavar="X", default=1.0,
-                     type=number(float, "(0, 1]"),
-                     help="probability mass kept (1.0)")
-  group.add_argument("--min-p", metavar="X", default=0.0,
-                     type=number(float, "[0, 1]"), help=(
-                         "least probability relative to the likeliest (0)"))
-  group.add_argument("--seed", metavar="N", default=0,
-                     type=number(int, "[0, 4294967295]"),
-                     help="the same seed draws the same completions (0)")
-  group.add_argument("--cache-dtype", choices=SAMPLING_DTYPES,
-                     default="compute", help=(
-                         "of cached keys and values: compute.dtype, or 8 "
-                         "bits with scales (compute)"))
-  group.add_argument("--weights-dtype", choices=SAMPLING_DTYPES,
-                     default="compute", help=(
-                         "of the matrices that decoding multiplies by: as "
-                         "they are, or 8 bits with scales (compute)"))
-  group.add_argument("--hook", metavar="FUNCTION", default="", help=(
-      "changes the logits of every step: module:function or file.py:function "
-      "of vocab_size -> LogitsProcessor, see docs/sampler.md"))
-  group.add_argument("--hook-args", metavar="JSON", default={},
-                     type=_object, help="an object, given to the hook")
-
-
-def add_thinking(group: Any) -> None:
-  group.add_argument("--max-thinking-tokens", metavar="N", default=-1,
-                     type=number(int, "[-1, inf)"),
-                     help="close the thinking there (-1: no maximum)")
-  group.add_argument("--min-thinking-tokens", metavar="N", default=0,
-                     type=number(int, "[0, inf)"),
-                     help="do not let it end before (0)")
-  group.add_argument("--max-thinking-steps", metavar="N", default=-1,
-                     type=number(int, "[-1, inf)"), help=(
-                         "close it behind so many steps, which end in "
-                         "thinking.step (-1: no maximum)"))
-  group.add_argument("--num-waits", metavar="N", default=0,
-                     type=number(int, keys.WAITS), help=(
-                         "replace its end by thinking.wait_text so many "
-                         "times (0)"))
-  group.add_argument("--wait-order", choices=("cycle", "draw"),
-                     default="cycle", help=(
-                         "take that and thinking.more_wait_texts in turn, or "
-                         "draw one (cycle)"))
-  group.add_argument("--suppress", metavar="WORD,WORD", default=(),
-                     type=lambda text: tuple(text.split(",")), help=(
-                         "words that are not sampled while thinking"))
-  group.add_argument("--policy", metavar="FUNCTION", default="", help=(
-      "changes the budgets of every step: module:function or "
-      "file.py:function of (budgets, state) -> budgets"))
+def add(group: Any, names: Sequence[str]) -> None:
+  """Adds a flag for each of these keys of a stage's `rollout`."""
+  for name in names:
+    key = KEYS[name]
+    default = DEFAULTS.get(name, key.default)
+    how = (dict(choices=key.choices) if key.choices else
+           dict(metavar="X", type=number(float, key.bounds))
+           if key.type is float else
+           dict(metavar="N", type=number(int, key.bounds))
+           if key.type is int else
+           dict(metavar="JSON", type=_object) if key.type is dict else
+           dict(metavar="FUNCTION") if key.function else
+           dict(metavar="WORD,WORD", type=lambda text: tuple(text.split(","))))
+    shown = "" if default in ((), {}, "") else f" Default: {default}."
+    group.add_argument(f"--{name.replace('_', '-')}", default=default,
+                       help=key.doc + shown, **how)
 
 
 def add_asking(parser: Any) -> None:
-  """What the prompts ask for, in s1's words."""
+  """Adds flags for the instruction of the prompts, in s1's words."""
   group = parser.add_mutually_exclusive_group()
   group.add_argument("--ask-tokens", metavar="N",
                      type=number(int, "[1, inf)"),
@@ -101,7 +69,7 @@ def add_asking(parser: Any) -> None:
 
 
 def _object(text: str) -> dict[str, Any]:
-  """An argparse type: a JSON object."""
+  """Parses a JSON object, as an argparse type."""
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Configs: read a file, apply overrides, check everything, fill in defaults.
+"""Reads a config file, applies overrides, checks it and fills in defaults.
 
 `load("configs/tiny.py:debug", ["seed=1"])` gives the resolved config, in which
 every key of `schema` and `stages` has a value. All problems are found before
@@ -34,7 +34,7 @@ class ConfigError(ValueError):
 
 
 def load(spec: str, assignments: Sequence[str] = ()) -> config_dict.ConfigDict:
-  """The resolved config of `FILE[:arg]` under `path=value` assignments.
+  """Resolves the config of `FILE[:arg]` under `path=value` assignments.
 
   Raises:
     ConfigError: anything wrong with the file, the assignments or the result.
@@ -46,7 +46,7 @@ def assign(
     config: config_dict.ConfigDict | Mapping, assignments: Sequence[str],
     origin: str, *, saved: bool = False,
 ) -> config_dict.ConfigDict:
-  """The resolved config after `path=value` assignments.
+  """Resolves a config after `path=value` assignments.
 
   Args:
     config: a config, resolved already where `saved`.
@@ -87,7 +87,7 @@ def read_file(spec: str) -> config_dict.ConfigDict:
 
 
 def read_sweep(spec: str) -> list[list[str]]:
-  """The runs of `get_sweep([arg])` of a config file, each checked.
+  """Lists the runs of `get_sweep([arg])` of a config file, each checked.
 
   Returns:
     One list of `path=value` assignments for each run.
@@ -149,7 +149,7 @@ def _call(spec: str, function: str) -> Any:
 
 
 def _fault(path: pathlib.Path, error: Exception) -> str:
-  """Where a config file went wrong: its own last line on the way, and why."""
+  """Names the last line of a config file before an error, and the error."""
   if isinstance(error, SyntaxError):
     return f"{error.filename}, line {error.lineno}: {error.msg}."
   own = [line for frame, line in traceback.walk_tb(error.__traceback__)
@@ -159,7 +159,7 @@ def _fault(path: pathlib.Path, error: Exception) -> str:
 
 
 def _run(path: pathlib.Path) -> Any:
-  """The module of a config file.
+  """Imports a config file as a module.
 
   Raises:
     ConfigError: it is no Python file, or does not run.
@@ -207,7 +207,7 @@ def resolve(
 
 
 def jsonable(config: config_dict.ConfigDict | Mapping) -> dict[str, Any]:
-  """Plain dicts and lists."""
+  """Converts a config to plain dicts and lists."""
   return _lists(reader.plain(config))
 
 
@@ -222,19 +222,19 @@ def from_jsonable(
     data: Mapping, assignments: Sequence[str] = (),
     origin: str = "config.json",
 ) -> config_dict.ConfigDict:
-  """The resolved config of a config.json, under `path=value` assignments."""
+  """Resolves the config of a config.json, under `path=value` assignments."""
   return assign(data, assignments, origin, saved=True)
 
 
 def functions(config: config_dict.ConfigDict) -> dict[str, str]:
-  """Every `module:function` of a resolved config, and what names it first."""
+  """Lists every `module:function` of a resolved config, and the first path."""
   return reader.functions(reader.plain(config))
 
 
 def tasks(
     config: config_dict.ConfigDict | Mapping,
 ) -> list[tuple[str, dict[str, Any]]]:
-  """(path, section) of every section that names a task, such as a source."""
+  """Lists (path, section) of every section that names a task."""
   return list(reader.tasks(reader.plain(config)))
 
 
@@ -242,7 +242,7 @@ def diff(
     old: config_dict.ConfigDict | Mapping,
     new: config_dict.ConfigDict | Mapping,
 ) -> list[str]:
-  """`path: old -> new` of every leaf that differs, long values shortened."""
+  """Lists `path: old -> new` of every leaf that differs; shortens values."""
   a, b = (dict(reader.leaves(reader.plain(side))) for side in (old, new))
   text = lambda side, path: repr(side[path]) if path in side else None
   show = lambda side, path: (

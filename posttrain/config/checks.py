@@ -1,4 +1,4 @@
-"""Checks conditions between keys, which a schema cannot say.
+"""Checks conditions between keys, which a schema cannot express.
 
 Each check is a small function that yields problems, which begin with a path.
 Those of one kind of stage stand in its file in `stages/`; those of the whole
@@ -138,7 +138,7 @@ def check_roles(config: Mapping) -> Iterator[str]:
 
 
 def check_frozen(config: Mapping) -> Iterator[str]:
-  """Frozen are a stage's reference, and what a stage does not train."""
+  """Looks for frozen parameters: a reference, or those not trained."""
   holds = [config[name] for name, kind in stage_schemas(config).items()
            if kind.trains and (
                kind.holds_reference(config[name])
@@ -180,7 +180,7 @@ def check_quantized(config: Mapping) -> Iterator[str]:
 
 
 def is_dense(config: Mapping) -> bool:
-  """The model is known, as far as its own checks allow, and has no experts."""
+  """Tests if the model is known and has no experts."""
   return experts(config) == 0
 
 
@@ -232,13 +232,13 @@ def check_whole_blocks(config: Mapping) -> Iterator[str]:
 
 
 def stage_schemas(config: Mapping) -> dict[str, stages.StageSchema]:
-  """Schemas of all sections of stages, by name."""
+  """Maps the names of all stage sections to their schemas."""
   return {name: stages.schema_of(section["kind"])
           for name, section in config.items() if name not in schema.TOP.keys}
 
 
 def _in_order(config: Mapping) -> dict[str, stages.StageSchema]:
-  """Schemas of the stages that run, in their order."""
+  """Maps the names of the stages that run, in order, to their schemas."""
   found = stage_schemas(config)
   return {name: found[name] for name in config["stages"] if name in found}
 
@@ -296,7 +296,7 @@ _READ_BY_STAGES = {"stages", "thinking", "compute", "mesh"}
 
 
 def run(read: reader.Reader) -> list[str]:
-  """The problems of a config that was read."""
+  """Lists the problems of a config that was read."""
   problems: list[str] = []
   faulty = read.faulty | {
       STAGES for name in read.faulty if name not in schema.TOP.keys}
@@ -316,7 +316,7 @@ def run(read: reader.Reader) -> list[str]:
 
 
 def without_effect(read: reader.Reader) -> list[tuple[str, str]]:
-  """Paths and problems of keys that are set and that nothing would read."""
+  """Lists paths and problems of keys that are set and have no effect."""
   problems: list[tuple[str, str]] = []
   for name, node in read.layout.keys.items():
     stage = name not in schema.TOP.keys

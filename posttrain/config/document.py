@@ -1,4 +1,4 @@
-"""The table of keys in docs/configs.md, made from the schema.
+"""Makes the table of keys in docs/configs.md from the schema.
 
   python -m posttrain.config.document docs/configs.md
 
@@ -17,7 +17,7 @@ END = "<!-- end of keys -->"
 
 
 def markdown() -> str:
-  """All keys, a table per kind of section."""
+  """Writes all keys, a table per kind of section."""
   parts = []
   titles = {"Top level": schema.TOP, **{
       f"Stages of kind `{kind}`": stages.schema_of(kind).keys
@@ -31,7 +31,7 @@ def markdown() -> str:
 
 
 def insert(text: str) -> str:
-  """A page with its table replaced.
+  """Replaces the table of a page.
 
   Raises:
     ValueError: the page lacks a marker.

@@ -1,4 +1,4 @@
-"""Schema elements: keys, sections, and paths through them.
+"""Elements of a schema: keys, sections, and paths through them.
 
 A dotted path names a key, `reason.loss.clip_high`; sources of a mixture are
 numbered, `cold_start.data.sources.0.path`.
@@ -29,7 +29,7 @@ LONGEST_SHOWN = 120  # Characters of a value in a message.
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-  """A condition on another key: `path` is relative to the stage or the top."""
+  """Condition on another key: `path` is relative to the stage or the top."""
 
   path: str
   operator: str  # ">", ">=", "<", "!=", "==" or "in".
@@ -45,7 +45,7 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """One key: `type` is int, float, bool, str, dict or tuple[X, ...].
+  """Key of a config: `type` is int, float, bool, str, dict or tuple[X, ...].
 
   `bounds` is an interval such as "[0, inf)"; for a tuple, of each element.
   `function`: a string here is `module:function` or `file.py:function`.
@@ -62,20 +62,20 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-  """A key that people look for here and that would be wrong: why."""
+  """Key that people look for here and that would be wrong: the reason."""
 
   reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Renamed:
-  """An old name of the key at `path`, which is relative to the stage."""
+  """Old name of the key at `path`, which is relative to the stage or top."""
 
   path: str
 
 
 class Section:
-  """A named group of keys, in reading order."""
+  """Group of keys, in reading order."""
 
   def __init__(
       self, doc: str, /, **keys: "Key | Refused | Renamed | Section | Items"):
@@ -84,7 +84,7 @@ class Section:
 
 
 class Items:
-  """A tuple of sections, such as the sources of a mixture."""
+  """Tuple of sections, such as the sources of a mixture."""
 
   def __init__(self, doc: str, default: Any, item: Section):
     self.doc = doc
@@ -93,7 +93,7 @@ class Items:
 
 
 def paths(section: Section, prefix: str = "") -> Iterator[str]:
-  """The dotted paths of all keys, in reading order."""
+  """Yields the dotted paths of all keys, in reading order."""
   for name, node in section.keys.items():
     if isinstance(node, Section):
       yield from paths(node, f"{prefix}{name}.")
@@ -105,7 +105,7 @@ def paths(section: Section, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(path: str, known: Iterable[str]) -> str:
-  """The most similar path, or "" where none is similar.
+  """Finds the most similar path, or "" where none is similar.
 
   Its last name counts as much as the whole, and must itself be similar: a
   suggestion of another key misleads.
@@ -119,13 +119,13 @@ def nearest(path: str, known: Iterable[str]) -> str:
 
 
 def hint(path: str, known: Iterable[str], text: str) -> str:
-  """`text` with the most similar path in place of {}; "" without one."""
+  """Puts the most similar path in place of {} in `text`; "" without one."""
   found = nearest(path, known)
   return text.format(found) if found else ""
 
 
 def shown(value: Any) -> str:
-  """A value as it stands in a message: its `repr`, shortened."""
+  """Writes a value for a message: its `repr`, shortened."""
   try:
     text = repr(value)
   except ValueError:  # Python writes no ints of thousands of digits.
@@ -173,7 +173,7 @@ def _fits(value: float, high: float) -> bool:
 
 
 def allowed(value: float, bounds: str) -> str:
-  """The interval with its limits, for a message about a number."""
+  """Writes an interval with its limits, for a message about a number."""
   if isinstance(value, int):
     bounds = bounds or f"[-{LARGEST_INT}, inf)"
     return bounds.replace("inf)", f"{LARGEST_INT}]")

@@ -1,4 +1,4 @@
-"""`--config.path=text` from the command line: text to a typed value."""
+"""Applies `--config.path=text` of a command line: text to a typed value."""
 
 import ast
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from posttrain.config import keys, reader
 
 
 def apply(values: Mapping, path: str, text: str) -> dict[str, Any]:
-  """Plain values with one key set from text, typed by the schema.
+  """Sets one key of plain values from text, typed by the schema.
 
   A tuple is written `a,b` (one element: `a`; none: nothing) or as a Python
   literal. Text that is not of the key's type, and a path that no key has, are
@@ -48,7 +48,7 @@ def _mutable(values: Any) -> Any:
 
 
 def _child(node: Any, name: str) -> Any:
-  """The node below; inside a free dict everything is a literal."""
+  """Steps to the node below; inside a free dict all are literals."""
   if isinstance(node, keys.Section):
     return node.keys.get(name)
   if isinstance(node, keys.Items):
@@ -73,7 +73,7 @@ def _parse(text: str, node: Any) -> Any:
 
 
 def _number(text: str, kind: Any) -> Any:
-  """An int, a float, or for a free dict any literal; else the text."""
+  """Parses an int, a float or any literal of a free dict; else the text."""
   if kind is dict:
     return _literal(text)
   try:

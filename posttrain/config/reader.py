@@ -1,4 +1,4 @@
-"""One pass over a config's values: typed values out, problems collected."""
+"""Reads a config's values in one pass: typed values out, problems kept."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from posttrain.config import keys, schema, stages
 
 
 def plain(config: Any) -> Any:
-  """Nested dicts and tuples, copied, of ConfigDicts, dicts and lists."""
+  """Copies ConfigDicts, dicts and lists to nested dicts and tuples."""
   if isinstance(config, config_dict.ConfigDict):
     config = config.to_dict()
   if isinstance(config, Mapping):
@@ -22,7 +22,7 @@ def plain(config: Any) -> Any:
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Dotted paths and values; the dicts in a tuple are numbered."""
+  """Yields dotted paths and values; dicts in a tuple are numbered."""
   if isinstance(values, dict) and values:
     for name, value in values.items():
       yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
@@ -35,14 +35,14 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def at(values: Any, path: str) -> Any:
-  """The value at a dotted path through dicts."""
+  """Returns the value at a dotted path through dicts."""
   for name in path.split("."):
     values = values[name]
   return values
 
 
 def layout(values: Mapping) -> keys.Section:
-  """The schema of one config: the top and its own stage sections."""
+  """Lays out the schema of a config: the top and its stage sections."""
   sections = {}
   for name, section in values.items():
     if isinstance(name, str) and name not in schema.TOP.keys and (
@@ -53,7 +53,7 @@ def layout(values: Mapping) -> keys.Section:
 
 
 def stage_section(kind: str) -> keys.Section:
-  """The keys of a stage of one kind, `kind` itself first.
+  """Lists the keys of a stage of one kind, `kind` itself first.
 
   Raises:
     ValueError: there is no such kind.
@@ -65,7 +65,7 @@ def stage_section(kind: str) -> keys.Section:
 
 
 def functions(values: Mapping) -> dict[str, str]:
-  """Every `module:function` of a resolved config, and what names it first."""
+  """Lists every `module:function` of a resolved config, and the first path."""
   found: dict[str, str] = {}
   _functions(layout(values), values, "", found)
   return found
@@ -86,7 +86,7 @@ def _functions(
 
 
 def tasks(values: Any, path: str = "") -> Iterator[tuple[str, dict]]:
-  """(path, section) of every section that names a task."""
+  """Yields (path, section) of every section that names a task."""
   if isinstance(values, tuple):
     values = {str(index): value for index, value in enumerate(values)}
   if isinstance(values, dict):
@@ -143,8 +143,9 @@ class Reader:
       elif name in values:
         resolved[name] = self._value(node, values[name], prefix + name)
       elif node.default is keys.REQUIRED:
-        doc = node.doc[0].lower() + node.doc[1:].rstrip(".")
-        self._problem(prefix + name, f"missing; needed: {doc}.")
+        doc = node.doc.partition(". ")[0].rstrip(".")
+        self._problem(
+            prefix + name, f"missing; needed: {doc[0].lower()}{doc[1:]}.")
       else:
         resolved[name] = plain(node.default)
     return resolved
@@ -230,7 +231,7 @@ class Reader:
 
 
 def typed_as(value: Any, kind: Any) -> Any:
-  """The value as its type in the schema, or None where it is not of it."""
+  """Converts a value to its type in the schema; None for another type."""
   if kind is float:
     return _as_float(value) if type(value) in (int, float) else None
   if kind is dict:
@@ -265,6 +266,6 @@ def _is_json(value: Any) -> bool:
 
 
 def _is_text(value: str) -> bool:
-  """Half a surrogate pair has no encoding, and a name ends at a NUL."""
+  """Tests for text without half surrogate pairs (no encoding) and NULs."""
   return "\0" not in value and not any(
       "\ud800" <= character <= "\udfff" for character in value)

@@ -64,12 +64,10 @@ def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
                  "optimizer's state)")
   else:
     now.append(
-        f"{stage}.rollout.batch_rows={section.rollout.batch_rows} (fewer)"
-        if section.kind == "evaluate" else
-        f"{stage}.rollout.slots={section.rollout.slots} (fewer)"
-        if section.rollout.slots else
-        f"{stage}.num_groups={section.num_groups} (fewer; or slots that are "
-        f"refilled, {stage}.rollout.slots)")
+        f"{stage}.rollout.max_num_seqs={section.rollout.max_num_seqs} (fewer)"
+        if section.rollout.max_num_seqs else
+        f"{stage}.num_groups={section.num_groups} (fewer; or continuous "
+        f"batching, {stage}.rollout.max_num_seqs)")
     now.append(f"{stage}.rollout.max_tokens={section.rollout.max_tokens} "
                "(fewer)")
     if compute.dtype == "float32":

@@ -224,7 +224,7 @@ def _evaluate(
   """A cell of each shape: of samples, and of waits where they count."""
   rollout, count = section.rollout, section.problems.count
   samples_of = evaluate.samples_of_cells(section)
-  waits = rollout.refill or rollout.wait_order == "draw"
+  waits = rollout.continuous_batching or rollout.wait_order == "draw"
   found: dict[tuple[int, int], Any] = {}
   for cell in evaluate.cells_of(section):
     found.setdefault(
@@ -232,7 +232,7 @@ def _evaluate(
   several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
   for (samples, _), cell in found.items():
     groups = evaluate.batch_size(section, samples)
-    if rollout.refill:  # All, of which there are enough for its slots.
+    if rollout.continuous_batching:  # All; enough for the engine's rows.
       groups = count or groups + 1
     detail = itertools.compress(
         (f"G={samples}", f"waits={cell.num_waits}"), several)

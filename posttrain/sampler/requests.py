@@ -11,7 +11,7 @@ import numpy as np
 
 from posttrain.sampler import budget, token_sampling
 from posttrain.sampler.budget_tables import BudgetTables
-from posttrain.text import thinking
+from posttrain.text import budget_rules, thinking
 
 PLAIN = token_sampling.SamplingParams()
 
@@ -199,24 +199,16 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
     limits: a request, or anything with the fields of its budget.
     tables: the thinking strings as token ids.
   """
-  maximum, minimum = limits.max_thinking_tokens, limits.min_thinking_tokens
-  steps = limits.max_thinking_steps
-  if not tables.used:
-    if maximum >= 0 or minimum or limits.num_waits or steps >= 0:
-      return ("A thinking budget is set and thinking.end is empty. Set it to "
-              "the string that ends the thinking.")
-    return ""
-  if steps >= 0 and not tables.step:
-    return ("max_thinking_steps is set and thinking.step is empty. Set it to "
-            "the string that ends a step.")
-  if maximum < 0:
-    return ""
-  if minimum > maximum:
-    return (f"min_thinking_tokens is above max_thinking_tokens: {minimum} and "
-            f"{maximum}.")
-  # The closing is forced at the maximum, and the answer needs one token.
+  fields = {name: getattr(limits, name) for name in (
+      "max_thinking_tokens", "min_thinking_tokens", "num_waits",
+      "max_thinking_steps")}
+  for contradiction in budget_rules.problems(
+      fields, end=tables.used, step=tables.step):
+    return contradiction
+  maximum = limits.max_thinking_tokens
   closing = sum(map(len, (tables.newline, tables.end, tables.final_answer)))
-  if not limits.truncate and maximum + closing + 1 > limits.max_tokens:
+  if maximum >= 0 and not limits.truncate and (
+      maximum + closing + 1 > limits.max_tokens):
     return (
         f"rollout.max_tokens={limits.max_tokens} leaves no room for an answer: "
         f"{maximum} thinking tokens and {closing} to close them need at least "

@@ -177,7 +177,8 @@ class Evaluation:
     """Collects the decoding parameters of a figure."""
     rollout = self.section.rollout
     options = config_lib.jsonable(training.pick(
-        rollout, "suppress hook hook_args policy wait_order"))
+        rollout, "suppress logits_processor logits_processor_args "
+        "budget_schedule wait_order"))
     return training.pick(
         rollout, "temperature top_k top_p min_p max_tokens truncate") | {
             name: value for name, value in options.items()
@@ -196,7 +197,7 @@ class Evaluation:
     """
     rollout = self.section.rollout
     limits = limits_of(self.section, cell)
-    size = len(self.problems) if rollout.refill else batch_size(
+    size = len(self.problems) if rollout.continuous_batching else batch_size(
         self.section, samples)
     records = []
     for start in range(0, len(self.problems), size):
@@ -337,7 +338,7 @@ def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
 
 def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
   """Problems that are asked together."""
-  return max(1, section.rollout.batch_rows // samples)
+  return max(1, section.rollout.max_num_seqs // samples)
 
 
 def clusters(problems: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

@@ -98,9 +98,9 @@ def _of_part(part: str, context: RunContext, sampled: bool) -> list[str]:
   name, section = context.name, context.section
   kind = section.kind
   if part == "cache" or (part == "logits" and sampled):
-    rows = ("rollout.batch_rows", "samples_per_problem") if (
-        kind == "evaluate") else ("rollout.slots",) if (
-            section.rollout.slots) else _ROWS[kind]
+    rows = ("rollout.max_num_seqs", "samples_per_problem") if (
+        kind == "evaluate") else ("rollout.max_num_seqs",) if (
+            section.rollout.max_num_seqs) else _ROWS[kind]
     return [f"{name}.{key}" for key in (
         *rows, "rollout.max_tokens", "rollout.max_prompt_tokens")]
   if part in ("activations", "logits"):

@@ -60,13 +60,13 @@ def of_section(
     sizes |= dict(
         rows=section.rows_per_microbatch,
         sequence_length=section.sequence_length,
-        cache_rows=section.rollout.slots
+        cache_rows=section.rollout.max_num_seqs
         or section.num_groups * section.group_size,
         offload=compute.offload)
   if section.kind == "evaluate":
     samples = max(section.samples_per_problem, section.majority.max_samples)
-    rows, count = section.rollout.batch_rows, section.problems.count
-    if not section.rollout.refill:  # An engine has all its slots.
+    rows, count = section.rollout.max_num_seqs, section.problems.count
+    if not section.rollout.continuous_batching:  # An engine has all its slots.
       rows = max(rows, samples)
       rows = min(rows, count * samples) if count else rows
     sizes |= dict(cache_rows=rows)

@@ -23,8 +23,8 @@ from posttrain.train import preemption
 
 # Of `make_sampling_options`: what the flags of a verb have by default.
 PLAIN: Mapping[str, Any] = {
-    "suppress": (), "wait_order": "cycle", "hook": "", "hook_args": {},
-    "policy": ""}
+    "suppress": (), "wait_order": "cycle", "logits_processor": "",
+    "logits_processor_args": {}, "budget_schedule": ""}
 
 
 def thinking_ids(
@@ -67,8 +67,8 @@ def of_tables(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
-      max_num_seqs=rollout.slots if "slots" in rollout
-      else rollout.batch_rows if rollout.refill else 0,
+      max_num_seqs=rollout.max_num_seqs
+      if rollout.get("continuous_batching", True) else 0,
       options=make_sampling_options(rollout, tables.vocab_size),
       before_chunk=preemption.leave_if_requested)
 
@@ -86,13 +86,13 @@ def make_sampling_options(
   """Loads the functions that a section, or the flags of a verb, name.
 
   Args:
-    settings: `wait_order` and `policy`, and where they are allowed
-      `suppress`, `hook` and `hook_args`.
+    settings: `wait_order` and `budget_schedule`, and where they are allowed
+      `suppress`, `logits_processor` and `logits_processor_args`.
 
   Raises:
     ValueError: a function is not there, or makes no logits processor.
   """
-  name, processor = settings.get("hook"), None
+  name, processor = settings.get("logits_processor"), None
   if name:
     processor = loading.load_function(name)(vocab_size)
     if not isinstance(processor, logits_processors.LogitsProcessor):
@@ -100,19 +100,20 @@ def make_sampling_options(
           f"{name} returned a {type(processor).__name__}, and a logits "
           "processor is needed: function(vocab_size) -> "
           "posttrain.sampler.logits_processors.LogitsProcessor.")
-  args = settings.get("hook_args")
+  args = settings.get("logits_processor_args")
   return sampling_options.SamplingOptions(
       suppress=bool(settings.get("suppress")),
       draw_waits=settings["wait_order"] == "draw",
       logits_processor=processor,
       logits_processor_args=dict(args) if args else None,
-      budget_schedule=loading.load_function(settings["policy"])
-      if settings["policy"] else None)
+      budget_schedule=loading.load_function(settings["budget_schedule"])
+      if settings["budget_schedule"] else None)
 
 
 def with_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Adds hashes of the functions' sources to the options, for the record."""
-  names = [settings[key] for key in ("hook", "policy") if settings[key]]
+  names = [settings[key] for key in ("logits_processor", "budget_schedule")
+           if settings[key]]
   return {
       **settings, "suppress": list(settings["suppress"]),
       "sources": {name: loading.source_hash(name) for name in names}}

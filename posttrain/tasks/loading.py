@@ -1,4 +1,4 @@
-"""Problem sources, rewards and answer extractors, found by name.
+"""Loads problem sources, rewards and answer extractors by name.
 
 A name is `module:function` ("posttrain.tasks.signs:reward") or
 `file.py:function` ("my_task.py:reward", relative to the working directory). A
@@ -84,7 +84,7 @@ _PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
 def source_hash(name: str) -> str:
-  """The sha256, as hex, of the file that defines the function.
+  """Computes the sha256, as hex, of the file that defines the function.
 
   Only that file: what it imports is not in the hash.
 
@@ -166,7 +166,7 @@ def _public_callables(module: ModuleType) -> list[str]:
 
 
 def _sibling_modules(place: str) -> list[str]:
-  """Modules beside a missing one, for the suggestion."""
+  """Lists modules near a missing one, for the suggestion."""
   package = sys.modules.get(place.rpartition(".")[0])
   return [f"{package.__name__}.{file.stem}"
           for folder in getattr(package, "__path__", ())

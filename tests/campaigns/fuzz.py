@@ -164,7 +164,7 @@ def small(config: config_dict.ConfigDict | None) -> bool:
     return True
   most = dict(
       num_steps=4, rows=16, sequence_length=512, num_groups=8, group_size=8,
-      rows_per_microbatch=32, max_tokens=128, batch_rows=256, count=64,
+      rows_per_microbatch=32, max_tokens=128, max_num_seqs=256, count=64,
       samples_per_problem=4, max_samples=4, max_prompt_tokens=256, chunk=256,
       num_epochs=4, num_waits=64, layers=4, embed=128, mlp=256, heads=8,
       kv_heads=8, head_dim=64, cpu_devices=8, unroll=4, rank=64)

@@ -161,16 +161,25 @@ def test_no_arguments_print_the_verbs(capsys):
     (["sample", "--model=smollm2-135m", "--prompt=a", "--max-thinking-steps=1"],
      "--config.thinking.step=TEXT"),
     (["sample", "--model=smollm2-135m", "--prompt=a", "--wait-order=draw",
-      "--num-waits=1"], "--wait-order=draw has no effect without"),
-    (["sample", "--model=smollm2-135m", "--prompt=a", '--hook-args={"a": 1}'],
-     "--hook-args has no effect without --hook"),
-    (["sample", "--model=smollm2-135m", "--prompt=a", "--hook-args=[1]"],
+      "--num-waits=1"],
+     "--wait-order: set to 'draw', but there is one text to draw from; set "
+     "--config.thinking.more_wait_texts."),
+    (["sample", "--model=smollm2-135m", "--prompt=a",
+      '--logits-processor-args={"a": 1}'],
+     "--logits-processor-args has no effect without --logits-processor"),
+    (["sample", "--model=smollm2-135m", "--prompt=a",
+      "--logits-processor-args=[1]"],
      "'[1]' is no object"),
     (["sample", "--model=smollm2-135m", "--prompt=a", "--ask-tokens=9",
       "--ask-length=long"], "not allowed with argument --ask-tokens"),
+    (["chat", "--model=smollm2-135m", "--policy=a:b"],
+     "has no flag --policy; it is called --budget-schedule now."),
+    (["sample", "--model=smollm2-135m", "--prompt=a", "--hook=a:b"],
+     "has no flag --hook; it is called --logits-processor now."),
+    (["train", "--hook=a:b"], "has no flag --hook. See"),
     (["chat", "--model=smollm2-135m",
-        "--policy=posttrain.sampler.logits_processors:no"],
-     "--policy: 'posttrain.sampler.logits_processors:no': "
+        "--budget-schedule=posttrain.sampler.logits_processors:no"],
+     "--budget-schedule: 'posttrain.sampler.logits_processors:no': "
      "posttrain.sampler.logits_processors has no function 'no'"),
 ])
 def test_a_mistake_is_named_with_its_remedy(argv, message, capsys, calls):
@@ -234,9 +243,9 @@ def test_sample_hands_over_every_flag(calls):
       "--max-thinking-steps=3", "--config.thinking.step=.",
       "--config.thinking.more_wait_texts=Hmm", "--wait-order=draw",
       "--suppress=wait,hmm",
-      "--hook=posttrain.sampler.logits_processors:token_bias",
-      '--hook-args={"7": -1.5}', "--ask-tokens=64",
-      "--policy=posttrain.sampler.logits_processors:token_bias"]) == 0
+      "--logits-processor=posttrain.sampler.logits_processors:token_bias",
+      '--logits-processor-args={"7": -1.5}', "--ask-tokens=64",
+      "--budget-schedule=posttrain.sampler.logits_processors:token_bias"]) == 0
   [(name, (config, rows), flags)] = calls
   assert name == "sample"
   assert config.model == "smollm2-135m"
@@ -247,9 +256,9 @@ def test_sample_hands_over_every_flag(calls):
       cache_dtype="int8", weights_dtype="int8",
       ask="Think for up to 64 tokens.", options=dict(
           suppress=("wait", "hmm"), wait_order="draw",
-          hook="posttrain.sampler.logits_processors:token_bias",
-          hook_args={"7": -1.5},
-          policy="posttrain.sampler.logits_processors:token_bias"),
+          logits_processor="posttrain.sampler.logits_processors:token_bias",
+          logits_processor_args={"7": -1.5},
+          budget_schedule="posttrain.sampler.logits_processors:token_bias"),
       params=token_sampling.SamplingParams(
           temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
       limits=sampler.Limits(

@@ -187,9 +187,9 @@ def test_a_prompt_that_cannot_run_errs_alone(config, tmp_path):
 def test_prompts_ask_and_completions_are_steered(config, several, tmp_path):
   """A line as it streams, and a batch: asked, hooked, suppressed."""
   one = {"prompt": "6 5 2 2 : 1 <think>"}
-  told = dict(suppress=("6", "5"), wait_order="cycle", policy="",
-              hook="posttrain.sampler.logits_processors:token_bias",
-              hook_args={"0": 0.0})
+  told = dict(suppress=("6", "5"), wait_order="cycle", budget_schedule="",
+              logits_processor="posttrain.sampler.logits_processors:token_bias",
+              logits_processor_args={"0": 0.0})
   output = tmp_path / "out.jsonl"
   records, _ = run(config, [one] * (1 + several), options=told,
                    ask="3 3", output=str(output))
@@ -198,8 +198,8 @@ def test_prompts_ask_and_completions_are_steered(config, several, tmp_path):
     thought = record["completion"].partition("</think>")[0].split()
     assert not {"5", "6"} & set(thought) and record["think_length"] > 2
   settings = json.loads(output.open().readline())["settings"]
-  assert settings["suppress"] == ["6", "5"] and settings["hook"] in (
-      settings["sources"])
+  assert settings["suppress"] == ["6", "5"]
+  assert settings["logits_processor"] in settings["sources"]
   with pytest.raises(ValueError, match=r"has words that this vocabulary"):
     run(config, [one], ask="Think for up to 64 tokens.")
 

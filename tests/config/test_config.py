@@ -325,7 +325,7 @@ def test_a_key_without_effect_is_an_error(assignment, condition):
     ["reason.rollout.truncate=true", "reason.rollout.max_thinking_tokens=8"],
     ["reason.rollout.truncate=true", "thinking.step=a",
      "reason.rollout.max_thinking_steps=2"],
-    ["reason.rollout.truncate=true", "reason.rollout.policy=a:b"],
+    ["reason.rollout.truncate=true", "reason.rollout.budget_schedule=a:b"],
     ["measure.rollout.truncate=true"],
     ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
      "measure.instructions.tokens=4", "measure.instructions.forced=true"],
@@ -333,7 +333,7 @@ def test_a_key_without_effect_is_an_error(assignment, condition):
      "thinking.step=a", "measure.instructions.steps=4",
      "measure.instructions.forced=true"],
     ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
-     "measure.rollout.policy=a:b"],
+     "measure.rollout.budget_schedule=a:b"],
     ["measure.rollout.truncate=true", "measure.max_thinking_tokens=",
      "measure.wait_max_thinking_tokens=9"],
 ])
@@ -487,10 +487,12 @@ def test_a_key_without_effect_in_a_source():
      "are cold_start, reason."),
     (["profile.steps=2", "stages=measure"],
      "profile.steps: set, but it has no effect: no stage here trains."),
-    (["reason.rollout.slots=32"],
-     "reason.rollout.slots: 32 is not below the num_groups x group_size = 32 "
-     "completions of a batch, so no place would be refilled. Use fewer, or 0"),
-    (["reason.rollout.slots=33"], "reason.rollout.slots: 33 is not below"),
+    (["reason.rollout.max_num_seqs=32"],
+     "reason.rollout.max_num_seqs: 32 is not below the num_groups x group_size "
+     "= 32 completions of a batch, so none would wait for a place. Use fewer, "
+     "or 0"),
+    (["reason.rollout.max_num_seqs=33"],
+     "reason.rollout.max_num_seqs: 33 is not below"),
     (["reason.rollout.max_thinking_steps=2"],
      "reason.rollout.max_thinking_steps: set, but thinking.step is empty"),
     (["reason.rollout.num_waits=1", "reason.rollout.wait_order=draw"],
@@ -502,9 +504,9 @@ def test_a_key_without_effect_in_a_source():
      "measure.rollout.wait_order: set to 'draw', but it has no effect unless"),
     (["reason.rollout.suppress=wait"], "reason.rollout.suppress: not allowed "
      "here: the policy ratio would be against another distribution"),
-    (["measure.rollout.hook_args={'a': 1}"],
-     "measure.rollout.hook_args: set to {'a': 1}, but it has no effect unless "
-     "measure.rollout.hook is set"),
+    (["measure.rollout.logits_processor_args={'a': 1}"],
+     "measure.rollout.logits_processor_args: set to {'a': 1}, but it has no "
+     "effect unless measure.rollout.logits_processor is set"),
     (["measure.instructions.steps=4"],
      "measure.instructions.steps: set, but thinking.step is empty"),
     (["measure.instructions.tokens=4,4"],
@@ -739,6 +741,38 @@ def nodes(section, prefix=""):
       yield from nodes(node.item, "")  # Its conditions are its own.
     elif isinstance(node, keys.Key):
       yield prefix + name, node
+
+
+def renamed(node, prefix=""):
+  """Old path -> new path, of all keys that had another name."""
+  if isinstance(node, keys.Section):
+    for name, child in node.keys.items():
+      yield from renamed(child, f"{prefix}.{name}")
+  elif isinstance(node, keys.Renamed):
+    yield prefix[1:], node.path
+
+
+@pytest.mark.parametrize("stage, kind", [
+    ("cold_start", "sft"), ("reason", "rl"), ("measure", "evaluate")])
+def test_an_old_key_names_the_new_one(stage, kind):
+  section = stages.schema_of(kind).keys
+  pairs = dict(renamed(section))
+  assert set(pairs.values()) <= set(keys.paths(section))
+  for old, new in pairs.items():
+    assert problem(f"{stage}.{old}=3") == (
+        f"{stage}.{old}: found '3', and this key is called {stage}.{new} now.")
+
+
+def test_renamed_keys_are_of_the_kinds_that_had_them():
+  names = lambda kind: {
+      old.rpartition(".")[2]
+      for old, _ in renamed(stages.schema_of(kind).keys)}
+  assert names("sft") == set()
+  assert names("rl") == {
+      "slots", "policy", "behaviour_correction", "behaviour_cap",
+      "behaviour_floor"}
+  assert names("evaluate") == {
+      "batch_rows", "refill", "policy", "hook", "hook_args"}
 
 
 SECTIONS = [schema.TOP, *(

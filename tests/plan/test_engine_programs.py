@@ -85,7 +85,7 @@ def test_calls_are_those_of_the_longest_rows(
     groups, group_size, slots, monkeypatch):
   meshes.eight()  # Or skips.
   monkeypatch.setattr(sampler_lib, "PREFILL_CHUNK", 8)
-  found = small_setup(slots=slots)
+  found = small_setup(max_num_seqs=slots)
   prompts = [[3 + n] * 16 for n in range(groups)]
   script = np.full((groups * group_size, 24), 7, np.int32)  # No end of text.
   with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
@@ -109,7 +109,7 @@ def test_no_program_runs_that_was_not_planned(monkeypatch):
   """Prompts of any length, a prefix that they share, and rows that end."""
   meshes.eight()
   monkeypatch.setattr(sampler_lib, "PREFILL_CHUNK", 4)
-  found = small_setup(slots=8)
+  found = small_setup(max_num_seqs=8)
   rng = np.random.default_rng(0)
   lengths = (16, 5, 9, 13, 6, 7, 16, 11, 10)
   prompts = [[5, 6, 7, 8, *rng.integers(9, 30, n - 4)] for n in lengths]
@@ -127,7 +127,7 @@ def test_no_program_runs_that_was_not_planned(monkeypatch):
 
 def test_a_hook_is_planned(monkeypatch):
   meshes.eight()
-  found = small_setup(slots=8)
+  found = small_setup(max_num_seqs=8)
   options = sampling.make_sampling_options
   processor = logits_processors.repetition_penalty(found.tables.vocab_size)
   monkeypatch.setattr(sampling, "make_sampling_options", lambda *args: (
@@ -152,7 +152,7 @@ def evaluation(count=0, **rollout):
           count=count),
       reward="posttrain.tasks.signs:reward", num_waits=(2,),
       rollout=dict(max_prompt_tokens=16, chunk=16,
-                   batch_rows=8, **{"max_tokens": 32, **rollout}))
+                   max_num_seqs=8, **{"max_tokens": 32, **rollout}))
   config.thinking = dict(newline="", wait_text="<think>")
   found = setup.set_up(config_lib.resolve(config))
   with jax.set_mesh(meshes.one()):
@@ -162,7 +162,7 @@ def evaluation(count=0, **rollout):
 def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
   """Waits need slots beyond the longest completion."""
   # Of 64 slots the prompt has 16 and the completion 47, its end takes one.
-  found = evaluation(refill=True, max_tokens=47)
+  found = evaluation(continuous_batching=True, max_tokens=47)
   assert not any(program.calls for program in found)
   names = [program.name for program in found]
   # One token for the delimiter, of each wait and of the end.
@@ -174,16 +174,16 @@ def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
 def test_few_problems_go_through_the_engine_too(count):
   """Of eight slots, which are what the memory estimate counts."""
   names = {program.name.partition("[")[0]
-           for program in evaluation(count=count, refill=True)}
+           for program in evaluation(count=count, continuous_batching=True)}
   assert "measure/begin" in names and "measure/grow" not in names
 
 
-@pytest.mark.parametrize("refill", [False, True])
-def test_words_that_are_suppressed_are_in_the_program(refill):
+@pytest.mark.parametrize("continuous", [False, True])
+def test_words_that_are_suppressed_are_in_the_program(continuous):
   texts = []
   for words in ((), ("0",)):
-    decode = [program for program in evaluation(
-        refill=refill, suppress=words) if program.kind == "decode"][-1]
+    found = evaluation(continuous_batching=continuous, suppress=words)
+    decode = [program for program in found if program.kind == "decode"][-1]
     with jax.set_mesh(meshes.one()):
       texts.append(decode.lower().as_text())
   assert len(texts[1]) > len(texts[0])

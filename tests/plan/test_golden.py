@@ -133,7 +133,7 @@ ROLES = (
     "--topology=v5e:2x2", "--config.mesh.roles=split",
     "--config.mesh.fsdp=2", "--config.mesh.tensor=1",
     "--config.mesh.sampling.devices=2", "--config.mesh.sampling.tensor=2",
-    "--config.mesh.sampling.fsdp=1", "--config.reason.rollout.slots=8")
+    "--config.mesh.sampling.fsdp=1", "--config.reason.rollout.max_num_seqs=8")
 
 
 @pytest.mark.slow

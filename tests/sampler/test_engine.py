@@ -307,7 +307,7 @@ BAD = [
     (dict(stop_strings=("a", "")), "stop string is empty"),
     (dict(stop_strings=("a",)), "no tokenizer"),
     (dict(max_thinking_tokens=2, min_thinking_tokens=3),
-     "min_thinking_tokens is above max_thinking_tokens: 3 and 2"),
+     "min_thinking_tokens: 3 is above max_thinking_tokens=2."),
     (dict(max_thinking_tokens=8), "leaves no room for an answer"),
     (dict(max_thinking_steps=1), r"thinking\.step is empty"),
     (dict(seed=-1), "seed is -1"),

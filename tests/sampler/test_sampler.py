@@ -329,7 +329,8 @@ def test_the_host_may_stop_rows():
     ([[V]], Limits(max_tokens=9), "outside of 0 to 12"),
     ([[-1]], Limits(max_tokens=9), "outside of 0 to 12"),
     ([[6]], Limits(max_tokens=30, max_thinking_tokens=4,
-                   min_thinking_tokens=5), "min_thinking_tokens is above"),
+                   min_thinking_tokens=5),
+     "min_thinking_tokens: 5 is above max_thinking_tokens=4."),
     ([[6]], Limits(max_tokens=9, max_thinking_tokens=4),
      "leaves no room for an answer: 4 thinking tokens and 5 to close them"),
 ])

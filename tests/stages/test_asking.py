@@ -28,8 +28,9 @@ ASK = [
     "measure.instructions.step_text=ask {n} steps",
     "measure.instructions.short_text=ask short",
     "measure.instructions.long_text=ask long"]
-STEER = ["measure.rollout.suppress=Pong,yes", f"measure.rollout.hook={HOOK}",
-         f"measure.rollout.policy={POLICY}"]
+STEER = ["measure.rollout.suppress=Pong,yes",
+         f"measure.rollout.logits_processor={HOOK}",
+         f"measure.rollout.budget_schedule={POLICY}"]
 FORCED = {"ask_tokens_2_forced": 2, "ask_tokens_5_forced": 5}
 
 
@@ -51,7 +52,8 @@ def run(tmp_path_factory):
         tmp_path_factory.mktemp("words"), ASK).renderer.tokenizer
     [unsaid] = words.encode("no")
     run = pipeline_run.make_pipeline(path, [
-        *ASK, *STEER, f"measure.rollout.hook_args={{'{unsaid}': -1e9}}"])
+        *ASK, *STEER,
+        f"measure.rollout.logits_processor_args={{'{unsaid}': -1e9}}"])
     evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
   result = json.loads((path / "measure/eval/init.json").read_text())
   return run, result
@@ -150,7 +152,8 @@ def test_every_cell_is_steered(run):
   assert {"pong", "yes"} & answers
   decoding = run[1]["decoding"]
   assert decoding["suppress"] == ["Pong", "yes"]
-  assert (decoding["hook"], decoding["policy"]) == (HOOK, POLICY)
+  assert decoding["logits_processor"] == HOOK
+  assert decoding["budget_schedule"] == POLICY
 
 
 def test_the_sources_of_what_steers_are_recorded(run):
@@ -169,4 +172,5 @@ def test_words_that_cannot_be_read_are_not_asked(tmp_path):
 
 def test_a_function_that_makes_no_hook_is_named():
   with pytest.raises(ValueError, match=r"zeros returned a ndarray, and a log"):
-    sampling.make_sampling_options(dict(sampling.PLAIN, hook="numpy:zeros"), 9)
+    sampling.make_sampling_options(
+        dict(sampling.PLAIN, logits_processor="numpy:zeros"), 9)

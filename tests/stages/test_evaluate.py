@@ -274,8 +274,8 @@ def test_another_batch_size_asks_the_same(result, tmp_path, refill):
   """One problem at a time, or four completions of any; near ties apart."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [
-        "stages=measure", "measure.rollout.batch_rows=4",
-        f"measure.rollout.refill={refill}", "measure.num_waits=",
+        "stages=measure", "measure.rollout.max_num_seqs=4",
+        f"measure.rollout.continuous_batching={refill}", "measure.num_waits=",
         "measure.max_thinking_tokens=2"])
     evaluation = evaluate.Evaluation(run.context("measure"))
     again = evaluation.evaluate("init", lambda: pipeline_run.start(run))

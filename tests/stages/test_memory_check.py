@@ -25,9 +25,9 @@ def problems(tmp_path, *changes):
      "cold_start.rows (or raise num_microbatches), cold_start.sequence_l"),
     (["reason.rows_per_microbatch=2147483647"], "reason",
      "reason.rows_per_microbatch, reason.sequence_length"),
-    (["measure.rollout.batch_rows=2147483647", "measure.problems.count=0"],
+    (["measure.rollout.max_num_seqs=2147483647", "measure.problems.count=0"],
      "measure",
-     "measure.rollout.batch_rows, measure.samples_per_problem, measure.roll"),
+     "measure.rollout.max_num_seqs, measure.samples_per_problem, measure.roll"),
     (["reason.num_groups=1000000000"], "reason reason",
      "reason.num_groups, reason.group_size, reason."),
     (["measure.rollout.max_tokens=2147483647"], "measure",
@@ -47,7 +47,7 @@ def test_what_cannot_fit_names_its_stage_and_keys(
 
 def test_what_fits_is_not_refused(tmp_path):
   assert not problems(tmp_path)
-  assert not problems(tmp_path, "measure.rollout.batch_rows=2147483647")
+  assert not problems(tmp_path, "measure.rollout.max_num_seqs=2147483647")
 
 
 def test_an_estimate_a_little_above_is_let_through(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_no_stage_begins_where_a_later_one_cannot_fit(
   started = []
   monkeypatch.setattr(pipeline, "run_stage", lambda run, name, *rest, **more: (
       started.append(name)))
-  changes = ["measure.rollout.batch_rows=2147483647",
+  changes = ["measure.rollout.max_num_seqs=2147483647",
              "measure.problems.count=0"]
   with pytest.raises(config_lib.ConfigError, match="measure: memory per dev"):
     pipeline_run.train(tmp_path, [*pipeline_run.ALL, *changes])

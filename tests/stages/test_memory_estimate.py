@@ -50,7 +50,8 @@ def test_sampling_in_int8_is_counted(stage):
 @pytest.mark.parametrize("changes, rows", [
     ([], 4096), (["measure.problems.count=5"], 10),
     (["measure.problems.count=5", "measure.majority.max_samples=7"], 35),
-    (["measure.problems.count=5", "measure.rollout.refill=True"], 4096),
+    (["measure.problems.count=5",
+      "measure.rollout.continuous_batching=True"], 4096),
     (["measure.problems.count=5000"], 4096)])
 def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
   """An engine apart, which has all its slots."""
@@ -67,9 +68,9 @@ def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
         config.measure, config.compute, PRESETS["qwen3-4b"], {},
         sharding.MeshSizes()).sampling["cache"]
 
-  one = cache("measure.samples_per_problem=1", "measure.rollout.batch_rows=1",
+  one = cache("measure.samples_per_problem=1", "measure.rollout.max_num_seqs=1",
               "measure.problems.count=0")
-  found = cache("measure.rollout.batch_rows=4096", "measure.problems.count=0",
+  found = cache("measure.rollout.max_num_seqs=4096", "measure.problems.count=0",
                 *changes)
   assert found == rows * one
 

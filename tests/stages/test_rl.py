@@ -453,7 +453,7 @@ def test_a_reward_that_can_be_learned_is_learned(tmp_path, slots):
   with jax.set_mesh(meshes.one()):
     pipeline_run.train(tmp_path, [
         "reason.num_steps=40", "reason.health.patience=40",
-        f"reason.rollout.slots={slots}"])
+        f"reason.rollout.max_num_seqs={slots}"])
   rows = metrics.read(tmp_path / "metrics.jsonl")
   rewards = [row["reward"] for row in rows]
   print(f"reward {np.mean(rewards[:4]):.2f} -> {np.mean(rewards[-4:]):.2f}")
@@ -712,7 +712,7 @@ def test_left_within_a_rollout_and_resumed_is_bitwise_the_whole_run(
   """
   whole, left = tmp_path / "whole", tmp_path / "left"
   changes = [*ALL, "reason.rollout.chunk=3", "reason.checkpoint.every=0",
-             "reason.rollout.slots=6", "compute.offload=optimizer"]
+             "reason.rollout.max_num_seqs=6", "compute.offload=optimizer"]
   with jax.set_mesh(meshes.one()):
     chunks = leave_in_chunk(monkeypatch, 0)
     pipeline_run.train(whole, changes)

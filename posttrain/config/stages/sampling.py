@@ -1,70 +1,91 @@
-"""Keys and checks that all kinds of stages have which sample completions."""
+"""Keys and checks shared by the kinds of stages that sample completions."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from posttrain.config import checks
-from posttrain.config.keys import REQUIRED, Key, Needs, Section
+from posttrain.config import checks, keys
+from posttrain.config.keys import REQUIRED, Key, Needs, Renamed, Section
 from posttrain.model.config import SAMPLING_DTYPES
+from posttrain.text import budget_rules
 
 
 def problems(split: str, **extra: Key) -> Section:
+  """Keys for the source of a stage's prompts."""
   return Section(
-      "Where prompts come from.",
-      task=Key(str, REQUIRED, "What gives problems.", function=True),
+      "Source of the prompts.",
+      task=Key(str, REQUIRED, "Function that gives the problems.",
+               function=True),
       split=Key(str, split, "The task's split."),
-      args=Key(dict, {}, "More keyword arguments of the task."),
+      args=Key(dict, {}, "Further keyword arguments of the task."),
       **extra)
 
 
-PROMPT_TOKENS = Key(
-    int, REQUIRED, "Room for the prompt; a longer one is an error.",
-    "[1, inf)")
-MAX_TOKENS = Key(
-    int, REQUIRED, "Room for the completion, thinking included.", "[1, inf)")
-TRUNCATE = Key(
-    bool, False, "At a maximum of thinking tokens or steps the completion "
-    "stops, unclosed.")
-CHUNK = Key(
-    int, 32, "Tokens decoded per device call; changes no token. SIGTERM is "
-    "looked at in between: a call should take well under the grace period.",
-    "[1, 65536]")
-DTYPES = dict(
-    cache_dtype=Key(
-        str, "compute", "Of cached keys and values: as compute.dtype, or 8 "
-        "bits with a float32 for each head and token.",
-        choices=SAMPLING_DTYPES),
+# Keys of the section `rollout`.
+ROLLOUT: dict[str, Any] = dict(
+    max_prompt_tokens=Key(int, REQUIRED, "Longest prompt, in tokens. A longer "
+                          "one is an error.", "[1, inf)"),
+    max_tokens=Key(int, REQUIRED, "Longest completion, in tokens, thinking "
+                   "included (TRL: max_completion_length).", "[1, inf)"),
+    truncate=Key(bool, False, "A completion that reaches its maximum of "
+                 "thinking tokens or steps stops there. Otherwise budget "
+                 "forcing closes its thinking, and it answers."),
+    chunk=Key(int, 32, "Decode chunk: tokens that one call of the compiled "
+              "decode loop samples. It changes no token. Preemption (SIGTERM) "
+              "is noticed between two chunks, so a chunk should take well "
+              "under the grace period.", "[1, 65536]"),
+    cache_dtype=Key(str, "compute", "Precision of the KV cache: compute.dtype, "
+                    "or int8 with a float32 scale for each head and token.",
+                    choices=SAMPLING_DTYPES),
     weights_dtype=Key(
-        str, "compute", "Of the matrices that the decode loop multiplies by: "
-        "as they are, or 8 bits with a float32 for each output, made anew "
-        "for each call. Not for experts.", choices=SAMPLING_DTYPES))
+        str, "compute", "Precision of the matrices in the decode loop: as they "
+        "are, or int8 with a float32 scale for each output, quantised again "
+        "at each call. Not for experts.", choices=SAMPLING_DTYPES),
+    wait_order=Key(str, "cycle", "Order of the wait texts: thinking.wait_text "
+                   "and thinking.more_wait_texts in turn, or drawn at random.",
+                   choices=("cycle", "draw")),
+    budget_schedule=Key(str, "", "Budget schedule: function(budgets, state) -> "
+                        "budgets, which may change each row's thinking budget "
+                        "at every step; see docs/sampler.md.", function=True),
+    policy=Renamed("rollout.budget_schedule"))
 
+# Keys of the same section where all completions have one budget.
+BUDGET: dict[str, Key] = dict(
+    max_thinking_tokens=Key(
+        int, -1, "Budget forcing: the thinking is closed at this many tokens. "
+        "-1: no maximum.", "[-1, inf)"),
+    min_thinking_tokens=Key(int, 0, "Budget forcing: the thinking cannot end "
+                            "before this many tokens.", "[0, inf)"),
+    num_waits=Key(int, 0, "Budget forcing: this many ends of the thinking are "
+                  "replaced by thinking.wait_text.", keys.WAITS),
+    max_thinking_steps=Key(
+        int, -1, "Budget forcing: the thinking is closed after this many "
+        "steps, which end in thinking.step. -1: no maximum.", "[-1, inf)"))
 
-def steering() -> dict[str, Key]:
-  """Keys for sampling options of a rollout other than its budgets."""
-  return dict(
-      wait_order=Key(
-          str, "cycle", "Which text a wait takes: thinking.wait_text and "
-          "thinking.more_wait_texts in turn, or one that is drawn.",
-          choices=("cycle", "draw")),
-      policy=Key(
-          str, "", "What changes the budgets of every step: function(budgets, "
-          "state) -> budgets; see docs/sampler.md.", function=True))
+SAMPLED = Needs("rollout.temperature", ">", 0)
+TEMPERATURE = Key(float, 1.0, "Sampling temperature. 0: greedy, the likeliest "
+                  "token.", f"0 or {keys.TEMPERATURES}")
+TRUNCATIONS: dict[str, Key] = dict(
+    top_k=Key(int, 0, "Top-k sampling: likeliest tokens that are kept. 0: all.",
+              "[0, inf)", needs=SAMPLED),
+    top_p=Key(float, 1.0, "Top-p (nucleus) sampling: probability mass that is "
+              "kept.", "(0, 1]", needs=SAMPLED),
+    min_p=Key(float, 0.0, "Min-p sampling: least probability that is kept, "
+              "relative to the likeliest token's.", "[0, 1]", needs=SAMPLED))
 
-
-def changed_logits() -> dict[str, Key]:
-  """Names the keys that change the sampling distribution."""
-  return dict(
-      suppress=Key(
-          tuple[str, ...], (), "Words that are not sampled while thinking "
-          "(NoWait), each a token of its own."),
-      hook=Key(
-          str, "", "What changes the logits of every step: "
-          "function(vocab_size) -> Hook; see docs/sampler.md.",
-          function=True),
-      hook_args=Key(
-          dict, {}, "What every completion gives to the hook.",
-          needs=Needs("rollout.hook", "!=", "")))
+# Keys of the same section where sampling may leave the model's distribution.
+LOGITS: dict[str, Any] = dict(
+    suppress=Key(tuple[str, ...], (), "Words that are not sampled while the "
+                 "model thinks (NoWait). Each must be one token."),
+    logits_processor=Key(
+        str, "", "Logits processor: function(vocab_size) -> LogitsProcessor, "
+        "which may change the logits of every step; see docs/sampler.md.",
+        function=True),
+    logits_processor_args=Key(
+        dict, {}, "Arguments of the logits processor, the same for every "
+        "completion.", needs=Needs("rollout.logits_processor", "!=", "")),
+    hook=Renamed("rollout.logits_processor"),
+    hook_args=Renamed("rollout.logits_processor_args"))
 
 
 def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -74,34 +95,21 @@ def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:
            "and the model has them. Use 'compute'.")
 
 
-def draws_waits(
-    config: Mapping, rollout: Mapping, num_waits: int,
-) -> Iterator[str]:
-  if rollout["wait_order"] == "cycle":
-    return
-  if not config["thinking"]["more_wait_texts"]:
-    yield ("rollout.wait_order: set to 'draw', but there is one text to draw "
-           "from; set thinking.more_wait_texts.")
-  if not num_waits:
-    yield ("rollout.wait_order: set to 'draw', but it has no effect unless "
-           "there are waits; set num_waits.")
-
-
-def truncates(
-    rollout: Mapping, maximum: Any, keys: str,
-) -> Iterator[str]:
-  """A policy may set a maximum too."""
-  if rollout["truncate"] and not (maximum or rollout["policy"]):
+def check_truncate(rollout: Mapping, maximum: Any, where: str) -> Iterator[str]:
+  """Checks for a maximum, which a budget schedule may set too."""
+  if rollout["truncate"] and not (maximum or rollout["budget_schedule"]):
     yield ("rollout.truncate: set, but it has no effect without a maximum of "
-           f"thinking; set {keys}.")
+           f"thinking; set {where}.")
 
 
-def counts_steps(config: Mapping, path: str) -> Iterator[str]:
-  if not config["thinking"]["step"]:
-    yield (f"{path}: set, but thinking.step is empty; set it to the string "
-           'that ends a step, such as "\\n\\n".')
-
-
-def thinks(config: Mapping, path: str) -> Iterator[str]:
-  if not config["thinking"]["end"]:
-    yield f"{path}: set, but thinking.end is empty; set thinking.end."
+def budget_problems(
+    config: Mapping, budget: Mapping[str, Any],
+    paths: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
+  """Checks the fields of a budget, which are at `paths`, else in `rollout`."""
+  thinking = config["thinking"]
+  return budget_rules.problems(
+      budget, end=thinking["end"], step=thinking["step"],
+      more_wait_texts=thinking["more_wait_texts"],
+      name=lambda field: paths.get(
+          field, field if "." in field else f"rollout.{field}"))

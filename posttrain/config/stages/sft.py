@@ -8,60 +8,62 @@ from posttrain.config.stages import StageSchema, training
 
 
 def _source(**extra: Key) -> Section:
+  of_task = Needs("task", "!=", "")
   return Section(
       "One source of examples: a file or a task, not both.",
       path=Key(str, "", "A .jsonl or .parquet file."),
-      task=Key(str, "", "What gives demonstrations.", function=True),
-      split=Key(
-          str, "train", "The task's split.", needs=Needs("task", "!=", "")),
-      args=Key(
-          dict, {}, "More keyword arguments of the task.",
-          needs=Needs("task", "!=", "")),
+      task=Key(str, "", "Function that gives demonstrations.", function=True),
+      split=Key(str, "train", "The task's split.", needs=of_task),
+      args=Key(dict, {}, "Further keyword arguments of the task.",
+               needs=of_task),
       **extra)
 
 
 def _handling(needs: Needs | None = None) -> dict[str, Key]:
   return dict(
-      on_overlong=Key(
-          str, "error", "An example longer than sequence_length; truncate "
-          "keeps EOS.", choices=("error", "drop", "truncate"), needs=needs),
+      on_overlong=Key(str, "error", "An example longer than sequence_length: "
+                      "an error, dropped, or truncated with its EOS kept.",
+                      choices=("error", "drop", "truncate"), needs=needs),
       on_no_target=Key(
-          str, "error", "An example without a token in the loss.",
-          choices=("error", "drop"), needs=needs),
+          str, "error", "An example without a token in the loss: an error, or "
+          "dropped.", choices=("error", "drop"), needs=needs),
       on_malformed=Key(
-          str, "error", "A row that cannot be read; skipped ones are counted.",
-          choices=("error", "skip"), needs=needs),
-      packing=Key(bool, True, "Several examples share a row.", needs=needs),
+          str, "error", "A row that cannot be read: an error, or skipped and "
+          "counted.", choices=("error", "skip"), needs=needs),
+      packing=Key(bool, True, "Sequence packing: several examples share a row.",
+                  needs=needs),
   )
 
 
 _HELD_OUT = Needs("eval_data.sources", "!=", ())
 
 KEYS = Section(
-    "Supervised fine-tuning on packed rows.",
+    "Supervised fine-tuning (SFT) on packed rows.",
     num_steps=Key(int, REQUIRED, "Optimizer updates.", "[1, inf)"),
     sequence_length=Key(int, REQUIRED, "Tokens per packed row.", "[2, inf)"),
-    rows=Key(int, REQUIRED, "Packed rows per step, over all devices.",
-             "[1, inf)"),
+    rows=Key(int, REQUIRED, "Batch size: packed rows per update, over all "
+             "devices.", "[1, inf)"),
     num_microbatches=Key(
-        int, 1, "Parts into which a step's rows are cut to save memory.",
-        "[1, inf)"),
+        int, 1, "Gradient accumulation: microbatches into which an update's "
+        "rows are cut, to save memory. The update is the same.", "[1, inf)"),
     **training.weights(),
     **training.optimizer("cosine"),
     data=Section(
         "Training examples.",
         sources=Items(
-            "Mixed by weight.", REQUIRED, _source(weight=Key(
-                float, 1.0, "Share of the mixture, relative.", "[1e-6, 1e6]"))),
+            "Sources, mixed by weight.", REQUIRED, _source(weight=Key(
+                float, 1.0, "Share of the mixture, relative to the others.",
+                "[1e-6, 1e6]"))),
         **_handling(),
         shuffle=Key(bool, True, "A new order each epoch, from the seed.")),
     eval_data=Section(
-        "Held-out examples, read once in order. None by default.",
-        sources=Items("Read one after the other.", (), _source()),
+        "Held-out examples for an evaluation loss, read once in order.",
+        sources=Items(
+            "Sources, read one after the other. None by default.", (),
+            _source()),
         **_handling(_HELD_OUT)),
-    eval_every=Key(
-        int, 0, "Steps between evaluation losses; 0: one, at the end.",
-        "[0, inf)", needs=_HELD_OUT),
+    eval_every=Key(int, 0, "Steps between evaluation losses. 0: one, at the "
+                   "end.", "[0, inf)", needs=_HELD_OUT),
     health=training.health(),
     checkpoint=training.checkpoint(),
     log_every=training.LOG_EVERY,

@@ -1,4 +1,4 @@
-"""Keys and checks that all kinds of stages have which train."""
+"""Keys and checks shared by the kinds of stages that train."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,46 +9,44 @@ from posttrain.config.keys import REQUIRED, Key, Needs, Section
 from posttrain.model.config import INPUT_AXES, LORA_DECODE
 
 LOG_EVERY = Key(
-    int, 10, "Steps between rows of the console's table.", "[1, inf)")
+    int, 10, "Steps between rows of the console's table. metrics.jsonl has a "
+    "row for every step.", "[1, inf)")
 
 
 def optimizer(schedule: str) -> dict[str, Key]:
-  decays = Needs("schedule", "!=", "constant")
+  """Keys for the optimizer and its learning rate."""
   return dict(
       learning_rate=Key(float, REQUIRED, "Peak learning rate.", "[1e-12, 10]"),
-      schedule=Key(
-          str, schedule, "What follows the warm-up.",
-          choices=("cosine", "linear", "constant")),
+      schedule=Key(str, schedule, "Learning rate schedule after the warm-up.",
+                   choices=("cosine", "linear", "constant")),
       warmup_steps=Key(
           int, 0, "Steps of linear warm-up from zero.", "[0, inf)"),
       final_learning_rate=Key(
           float, 0.0, "Learning rate at the last step.", "[0, inf)",
-          needs=decays),
-      weight_decay=Key(
-          float, 0.0, "Decoupled decay; skips norms and biases.", "[0, 100]"),
-      optimizer=Key(
-          str, "adamw", "Adafactor keeps the rows' and columns' means of the "
-          "squared gradients in place of the squares. Its steps are of AdamW's "
-          "size.", choices=("adamw", "adafactor")),
+          needs=Needs("schedule", "!=", "constant")),
+      weight_decay=Key(float, 0.0, "Decoupled weight decay. Norms and biases "
+                       "are left out.", "[0, 100]"),
+      optimizer=Key(str, "adamw", "AdamW, or Adafactor, which factors the "
+                    "second moment into means over rows and columns. Its steps "
+                    "are of AdamW's size.", choices=("adamw", "adafactor")),
       moments_dtype=Key(
-          str, "float32", "Of what the optimizer keeps that has the shape of "
-          "the parameters: AdamW's mean and square (this one rounded at "
-          "random, so that small changes count on average), Adafactor's mean.",
-          choices=("float32", "bfloat16")),
-      beta1=Key(float, 0.9, "Decay of the mean, which is of gradients (AdamW) "
-                "or of their directions (Adafactor; 0: none is kept).",
-                "[0, 1)"),
-      beta2=Key(float, 0.999, "Decay of the square; Adafactor's is "
-                "1 - step**-0.8 until that is larger.", "[0, 1)"),
-      eps=Key(float, 1e-8, "Added to the denominator.", "[1e-30, 1]",
-              needs=Needs("optimizer", "==", "adamw")),
-      max_grad_norm=Key(
-          float, 1.0, "Global norm to which gradients are clipped.",
-          "[1e-6, 1e12]"),
+          str, "float32", "Precision of the optimizer state that has the shape "
+          "of the parameters: AdamW's two moments (the second is rounded "
+          "stochastically, so that small changes count on average), or "
+          "Adafactor's first moment.", choices=("float32", "bfloat16")),
+      beta1=Key(
+          float, 0.9, "Decay of the first moment: a mean of gradients (AdamW) "
+          "or of their directions (Adafactor; 0: none is kept).", "[0, 1)"),
+      beta2=Key(float, 0.999, "Decay of the second moment. Adafactor's is 1 - "
+                "step**-0.8 until that is larger.", "[0, 1)"),
+      eps=Key(float, 1e-8, "Epsilon: added to AdamW's denominator.",
+              "[1e-30, 1]", needs=Needs("optimizer", "==", "adamw")),
+      max_grad_norm=Key(float, 1.0, "Gradient clipping: the largest global "
+                        "norm.", "[1e-6, 1e12]"),
       router_aux_coef=Key(
-          float, 0.0, "Weight of the loss that spreads tokens over experts, "
-          "with counts of the whole batch. For a model with experts.",
-          "[0, 1000]"),
+          float, 0.0, "Weight of the load-balancing loss, which spreads tokens "
+          "over experts, with counts of the whole batch. Only for a model with "
+          "experts.", "[0, 1000]"),
   )
 
 
@@ -56,73 +54,67 @@ def weights() -> dict[str, Any]:
   """Keys for the trainable parameters of a stage."""
   adapted = Needs("lora.rank", ">", 0)
   return dict(
-      trained=Key(
-          str, "", "A regular expression that matches the whole path of each "
-          'parameter that is trained, such as "blocks/(q|k|v|o)"; "": the '
-          "adapters if lora.rank is above 0, else everything. The rest is kept "
-          "as compute.frozen_dtype says."),
+      trained=Key(str, "", "Trainable parameters: a regular expression that "
+                  'matches the whole path of each, such as "blocks/(q|k|v|o)". '
+                  '"": the LoRA adapters if lora.rank is above 0, else '
+                  "everything. The rest is frozen, in compute.frozen_dtype."),
       lora=Section(
-          "Low-rank adapters. A stage goes on with those of the stage before "
-          "if they are alike; others are first added to the weights.",
-          rank=Key(int, 0, "Of the adapters; 0: none.", "[0, 65536]"),
-          alpha=Key(
-              float, 16.0, "The adapter's product counts alpha / rank times.",
-              "[1e-3, 1e6]", needs=adapted),
+          "LoRA: low-rank adapters. A stage goes on with the adapters of the "
+          "stage before if they are alike; others are first merged into the "
+          "weights.",
+          rank=Key(int, 0, "Rank of the adapters. 0: no LoRA.", "[0, 65536]"),
+          alpha=Key(float, 16.0, "Scale of the adapters: their product counts "
+                    "alpha / rank times.", "[1e-3, 1e6]", needs=adapted),
           targets=Key(
-              tuple[str, ...], tuple(INPUT_AXES), "The matrices beside which "
-              "adapters stand.", choices=tuple(INPUT_AXES), needs=adapted),
-          rslora=Key(
-              bool, False, "alpha / sqrt(rank) instead (rsLoRA).",
-              needs=adapted),
-          decode=Key(
-              str, "live", "What the sampler's decode loop multiplies by: "
-              "weights and adapters, or their sum, which is made anew for "
-              "each of its calls. The logprobs are the same to rounding.",
-              choices=LORA_DECODE, needs=adapted)))
+              tuple[str, ...], tuple(INPUT_AXES), "Matrices that get adapters "
+              "(target modules).", choices=tuple(INPUT_AXES), needs=adapted),
+          rslora=Key(bool, False, "Scales by alpha / sqrt(rank) instead "
+                     "(rsLoRA).", needs=adapted),
+          decode=Key(str, "live", "Weights and adapters in the sampler's "
+                     "decode loop: multiplied one by one (live), or merged at "
+                     "each call of the sampler (merged). The logprobs are the "
+                     "same to rounding.", choices=LORA_DECODE, needs=adapted)))
 
 
 def health(**more: Key) -> Section:
+  """Keys for the conditions that stop a run."""
   return Section(
-      "When to stop with advice, or to skip an update.",
+      "Conditions that stop the run with advice, or skip an update.",
       on_bad_step=Key(
-          str, "stop", "A loss or gradient norm that is not finite, or a "
-          "spike: the run stops and its batch is saved, or the update is "
-          "skipped and counted.", choices=("stop", "skip")),
+          str, "stop", "A loss or gradient norm that is not finite (NaN), or a "
+          "spike of the loss: the run stops and its batch is saved, or the "
+          "update is skipped and counted.", choices=("stop", "skip")),
       max_skips=Key(
-          int, 5, "Updates skipped so in a row before the run stops.",
-          "[1, inf)", needs=Needs("health.on_bad_step", "==", "skip")),
+          int, 5, "Updates skipped in a row before the run stops.", "[1, inf)",
+          needs=Needs("health.on_bad_step", "==", "skip")),
       spike_mads=Key(
-          float, 0.0, "A loss is a spike if it is above the median of the last "
-          "losses by more than so many of their median absolute deviations, "
-          "such as 10; 0: none is.", "0 or [0.01, 1e6]"),
-      spike_window=Key(
-          int, 64, "Losses that the median is of; before there are so many, "
-          "none is a spike.", "[4, 65536]",
-          needs=Needs("health.spike_mads", ">", 0)),
+          float, 0.0, "Loss spike: a loss that is above the median of the last "
+          "losses by more than this many median absolute deviations, such as "
+          "10. 0: none is a spike.", "0 or [0.01, 1e6]"),
+      spike_window=Key(int, 64, "Losses that the median is taken over. Until "
+                       "there are that many, none is a spike.", "[4, 65536]",
+                       needs=Needs("health.spike_mads", ">", 0)),
       **more)
 
 
 def checkpoint() -> Section:
+  """Keys for checkpoints."""
   best = Needs("checkpoint.keep_best", ">", 0)
   return Section(
-      "What is saved and kept.",
+      "Checkpoints. One is also saved at preemption (SIGTERM), and the same "
+      "command resumes from it.",
       every=Key(
-          int, 0, "Steps between checkpoints; 0: one, at the end.",
-          "[0, inf)"),
-      keep=Key(int, 2, "Most recent checkpoints kept.", "[1, inf)"),
+          int, 0, "Steps between checkpoints. 0: one, at the end.", "[0, inf)"),
+      keep=Key(int, 2, "Most recent checkpoints that are kept.", "[1, inf)"),
       keep_best=Key(
-          int, 0, "Best checkpoints kept beside the recent ones.",
-          "[0, inf)"),
+          int, 0, "Best checkpoints that are kept in addition.", "[0, inf)"),
       best_metric=Key(
-          str, "", "A name in metrics.jsonl that ranks checkpoints.",
-          needs=best),
-      best_mode=Key(
-          str, "max", "Which end of the metric is best.",
-          choices=("max", "min"), needs=best),
-      on_damaged=Key(
-          str, "error", "The newest checkpoint cannot be read at a resume: "
-          "stop, or move it away and go on from the one before.",
-          choices=("error", "previous")),
+          str, "", "Name in metrics.jsonl that ranks checkpoints.", needs=best),
+      best_mode=Key(str, "max", "End of the metric that is best.",
+                    choices=("max", "min"), needs=best),
+      on_damaged=Key(str, "error", "The newest checkpoint cannot be read at a "
+                     "resume: stop, or move it away and resume from the one "
+                     "before.", choices=("error", "previous")),
   )
 
 
