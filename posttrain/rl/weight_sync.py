@@ -32,6 +32,7 @@ class WeightSync:
   """Gives the sampler a version of the weights; moves what has changed.
 
   Attributes:
+    mesh: of the devices that only sample.
     seconds, bytes: of the last call, the bytes in the sampler's dtypes.
   """
 
@@ -41,7 +42,7 @@ class WeightSync:
       like: abstract arrays, as the sampler wants them.
       sampling: the mesh that they are to be on.
     """
-    self._sampling = sampling
+    self.mesh = sampling
     self._like = jax.tree.map(
         lambda x: sharding.on_mesh(x, sampling), like)
     self._held: dict[str, tuple[jax.Array, jax.Array]] = {}
@@ -71,7 +72,7 @@ class WeightSync:
   def _check(
       self, sent: dict[str, jax.Array], arrived: dict[str, jax.Array],
   ) -> None:
-    with jax.set_mesh(self._sampling):
+    with jax.set_mesh(self.mesh):
       found = fingerprint.of(arrived)
     cast = _cast(sent, {name: x.dtype for name, x in arrived.items()})
     for name, number in fingerprint.of(cast).items():

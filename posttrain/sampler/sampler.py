@@ -90,7 +90,7 @@ class Sampler:
   def generate(
       self, model: Transformer, prompts: Sequence[Sequence[int]],
       limits: Limits, *, prompt_id: Sequence[int], group_size: int = 1,
-      seed: int, stage: str, step: int = 0, first_sample: int = 0,
+      seed: int, stage: str, step: int = 0, first_sample: int | np.ndarray = 0,
       script: np.ndarray | None = None,
       on_chunk: Callable[[rollouts.Recorder, np.ndarray], np.ndarray | None]
       | None = None,
@@ -105,7 +105,9 @@ class Sampler:
         step and sample id, on the token's position, and on nothing else.
       group_size: G.
       seed, stage, step: see `token_sampling.row_keys`.
-      first_sample: sample ids are first_sample .. first_sample + G - 1.
+      first_sample: sample ids of a prompt are first_sample ..
+        first_sample + G - 1; one number, or one per prompt ([P]), so that a
+        prompt that stands there twice has other draws.
       script: [B, steps] choices to replay (`Rollouts.raw`).
       on_chunk: is called after each chunk with the record so far and [B] bool
         of the rows that are done. It may return [B] bool of rows to stop,
@@ -145,9 +147,8 @@ class Sampler:
         answer_lengths=take(state.answer), wait_count=take(state.wait_count),
         prompt_id=np.repeat(
             np.asarray(prompt_id, np.int32), group_size),
-        sample_id=np.tile(np.arange(
-            first_sample, first_sample + group_size, dtype=np.int32),
-            len(prompts)), **recorder.padded())
+        sample_id=np.array([request.sample_id for request in asked], np.int32),
+        **recorder.padded())
 
   @property
   def first_slots(self) -> int:
@@ -246,7 +247,8 @@ class Sampler:
 
   def make_requests(
       self, prompts: Sequence[Sequence[int]], limits: Limits, *,
-      prompt_id: Sequence[int], group_size: int = 1, first_sample: int = 0,
+      prompt_id: Sequence[int], group_size: int = 1,
+      first_sample: int | np.ndarray = 0,
       seed: int = 0, stage: str = "", step: int = 0,
   ) -> list[requests.Request]:
     """Makes a request for each completion, in order of prompt, then sample.
@@ -259,6 +261,7 @@ class Sampler:
     """
     self._check(prompts)
     rows = len(prompts) * group_size
+    first = np.broadcast_to(first_sample, len(prompts)).tolist()
     names = [field.name for field in dataclasses.fields(Limits)]
     columns = [np.broadcast_to(getattr(limits, name), (rows,)).tolist()
                for name in names]
@@ -268,7 +271,7 @@ class Sampler:
           prompt=tuple(prompts[row // group_size]), params=self.params,
           **dict(zip(names, values, strict=True)), seed=int(np.uint32(seed)),
           stage=stage, step=step, prompt_id=int(prompt_id[row // group_size]),
-          sample_id=first_sample + row % group_size)
+          sample_id=first[row // group_size] + row % group_size)
       problem = requests.budget_problem(request, self.tables)
       if problem:
         raise ValueError(problem)

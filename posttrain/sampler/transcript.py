@@ -6,6 +6,7 @@ from typing import Any
 
 from posttrain.sampler import budget
 from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
+from posttrain.tasks import scoring
 from posttrain.text import thinking
 from posttrain.text.thinking import ThinkingIds
 from posttrain.text.tokenizer import Tokenizer
@@ -122,3 +123,23 @@ def record(
       "answer_length": int(rollouts.answer_lengths[row]),
       "length": len(tokens),
       "wait_count": int(rollouts.wait_count[row])}
+
+
+def completions(
+    tokenizer: Tokenizer, ids: ThinkingIds, rollouts: Rollouts, rows: int,
+) -> list[scoring.Completion]:
+  """Texts for rewards of the first `rows` completions.
+
+  They are cut where the sampler's own record has the thinking end.
+  """
+  found = []
+  for row in range(rows):
+    tokens = rollouts.completion(row)
+    text = lambda part, of=tokens: completion_text(
+        tokenizer, of[part])
+    parts = split(rollouts, row, ids)
+    found.append(scoring.Completion(
+        answer=text(parts.answer), thinking=text(parts.thinking),
+        full_text=text(slice(None)), num_tokens=len(tokens),
+        finish_reason=rollouts.finish_name(row)))
+  return found

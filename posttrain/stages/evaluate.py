@@ -109,7 +109,8 @@ class Evaluation:
   def __init__(self, context: RunContext):
     section = context.section
     self.context, self.section = context, section
-    self.problems = problems_lib.load(context, section.problems.count)
+    self.problems = problems_lib.load_on_all_hosts(
+        context, section.problems.count)
     self.reward = loading.load_function(section.reward)
     self.extract = (
         loading.load_function(section.extract) if section.extract else None)
@@ -228,7 +229,7 @@ class Evaluation:
     scores, answers = distributed.on_first_host(
         lambda: self._judge(rollouts, repeated))
     if scores.reasons:
-      unscored = problems_lib.describe_unscored(
+      unscored = scoring.describe_unscored(
           scores, repeated, [self.section.reward])
       self.context.console.warning(
           f"{self.context.name}, {cell.name}: {unscored}. They count as wrong.")
@@ -250,7 +251,7 @@ class Evaluation:
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
   ) -> tuple[scoring.Scores, list[str | None]]:
     """Runs the task's code, on one host."""
-    texts = problems_lib.completions(
+    texts = transcript.completions(
         self.context.renderer.tokenizer, self.context.thinking_ids, rollouts,
         len(problems))
     scores = scoring.score(

@@ -1,10 +1,10 @@
-"""A stage's problems: loaded, looked at before the first step, and scored.
+"""Loads a stage's problems, and checks them before the first step.
 
 Rewards and graders run on process 0 alone, once; the other hosts are told
 scores, statuses and errors (`distributed.on_first_host`).
 """
 
-import collections
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,22 +12,19 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
+from posttrain import distributed, sharding
 from posttrain.evaluation import summary
 from posttrain.sampler import sampler as sampler_lib
-from posttrain.sampler import transcript
-from posttrain.sampler.rollouts import Rollouts
 from posttrain.stages import sampling
 from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading, scoring
-from posttrain.text.thinking import ThinkingIds
-from posttrain.text.tokenizer import Tokenizer
 
 Problem = Mapping[str, Any]
 EVERY = 10.0  # Seconds between lines of a check that takes long.
 
 
 def load(context: RunContext, count: int = 0) -> list[Problem]:
-  """The first `count` problems that the section names; 0: all.
+  """Loads the first `count` problems that the section names; 0: all.
 
   Raises:
     ValueError: the task gives something else, or fewer.
@@ -54,6 +51,26 @@ def load(context: RunContext, count: int = 0) -> list[Problem]:
     raise ValueError(
         f"{context.name}.problems: the {section.split} split of "
         f"{section.task} has no problems.")
+  return rows
+
+
+def load_on_all_hosts(context: RunContext, count: int = 0) -> list[Problem]:
+  """Loads the problems on each host, which all have to find the same.
+
+  Raises:
+    ValueError: as `load`; or the hosts' problems differ, on every host.
+  """
+  rows = load(context, count)
+  digest = hashlib.sha256(
+      repr([row.get("id") for row in rows]).encode()).digest()
+  # Process 0's first: a host may load for longer than a collective waits.
+  first = distributed.on_first_host(lambda: digest)
+  if sharding.on_any_host(digest != first):
+    raise ValueError(
+        f"{context.name}.problems.task: {context.section.problems.task} gives "
+        "another list of problems on another host (the ids, their order or "
+        "their number), and all hosts must ask the same. Is a file older "
+        "there, or does the order come from a set or an unseeded shuffle?")
   return rows
 
 
@@ -136,45 +153,6 @@ class Told:
         self._context.console.line(
             f"{self._context.name}: {done:,} of {self._size:,} {what} checked")
     return progress
-
-
-def completions(
-    tokenizer: Tokenizer, ids: ThinkingIds, rollouts: Rollouts, rows: int,
-) -> list[scoring.Completion]:
-  """Texts of the first `rows` completions, cut by the sampler's record."""
-  found = []
-  for row in range(rows):
-    tokens = rollouts.completion(row)
-    text = lambda part, of=tokens: transcript.completion_text(
-        tokenizer, of[part])
-    parts = transcript.split(rollouts, row, ids)
-    found.append(scoring.Completion(
-        answer=text(parts.answer), thinking=text(parts.thinking),
-        full_text=text(slice(None)), num_tokens=len(tokens),
-        finish_reason=rollouts.finish_name(row)))
-  return found
-
-
-def describe_unscored(
-    scores: scoring.Scores, problems: Sequence[Problem],
-    names: Sequence[str],
-) -> str:
-  """One line for a person; "" where all have a score."""
-  silent = int(
-      (scores.statuses == scoring.NOT_APPLICABLE).all(axis=1).sum())
-  if not scores.reasons:
-    return (f"no reward applies to {silent} of {len(problems)} completions"
-            if silent else "")
-  counts = collections.Counter(
-      f"{names[k]}: {scoring.STATUSES[scores.statuses[b, k]]}"
-      for b, k, _ in scores.reasons)
-  row, _, reason = scores.reasons[0]
-  told = ", ".join(f"{name} {count}" for name, count in counts.items())
-  lost = int((~scoring.scored(scores.statuses)).sum())
-  return (f"{lost} of {len(problems)} completions have no score ({told}"
-          + f", no reward applies: {silent}" * (silent > 0)
-          + f"); the first is of problem {problems[row]['id']}"
-          + (f": {' '.join(reason.split())[:200]}" if reason else ""))
 
 
 def constant_baseline(

@@ -29,8 +29,8 @@ from posttrain.data import random_streams
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_lib
-from posttrain.rl import packing
-from posttrain.stages import rl_parts, rollout_buffer, rollout_worker, training
+from posttrain.rl import packing, rollout_worker
+from posttrain.stages import rl_parts, training
 from posttrain.stages.monitor import Monitor
 from posttrain.stages.run_context import RunContext
 from posttrain.telemetry import flops
@@ -148,8 +148,8 @@ class Learner:
     offload.check(self.offload)
     self.updates = rl_parts.num_updates(section)
     self.worker = rl_parts.make_rollout_worker(context)
-    self.draws = rollout_buffer.RolloutBuffer(
-        context, self.worker, start.config, self.updates)
+    self.buffer = rl_parts.make_rollout_buffer(
+        context, self.worker, start.config)
     self.shapes = rl_parts.make_shapes(section)
     self.loss = rl_parts.make_loss(
         section, loss_chunk=context.config.compute.loss_chunk)
@@ -175,10 +175,10 @@ class Learner:
   def restore(self, found: checkpoints.Restored) -> None:
     """Takes over what a checkpoint held, rollouts in flight included."""
     self.step = found.step
-    if self.draws.staleness:
-      self.draws.restore(found.rollouts, self.step // self.updates)
-    else:
-      self.experience = found.rollouts
+    waiting = found.rollouts
+    if not self.buffer.staleness:
+      self.experience, waiting = waiting, None
+    self.buffer.restore(found.extras["problem_cursor"], waiting)
     self.rollout_metrics = found.extras["rollout_metrics"]
     self.health.set_state(found.extras["health"])
     self.scoring_health.set_state(found.extras["health"])
@@ -192,10 +192,11 @@ class Learner:
     self._move_optimizer(offload.to_devices)  # A rollout may have been left.
     training.save(
         self.context, saver, self.state, self.step, {
+            "problem_cursor": self.buffer.cursor.get_state(),
             "rollout_metrics": self.rollout_metrics, "health": (
                 self.health.get_state() | self.scoring_health.get_state()
                 | self.step_health.get_state())},
-        rollouts=self.draws.to_arrays() if self.experience is None
+        rollouts=self.buffer.to_arrays() if self.experience is None
         else self.experience, metrics=metrics)
 
   @property
@@ -209,10 +210,10 @@ class Learner:
     batch = self.step // self.updates
     if "optimizer" in self.offload:  # Until there is something to learn from.
       self._move_optimizer(offload.to_host)
-    collected = self.draws.take(model, batch)
+    collected = self.buffer.take(model, batch)
     started = time.monotonic()
     names = list(self.worker.rewards)
-    rewards, groups = collected.rewards, collected.rollouts.prompt_id
+    rewards, groups = collected.rewards, collected.group_ids
     rows = np.flatnonzero(
         ~np.isnan(rewards) if rl_parts.needs_all(section, self.loss)
         else advantages_lib.informative(rewards, groups))
@@ -231,11 +232,11 @@ class Learner:
           self.loss)
     self._move_optimizer(offload.to_devices)
     self.experience = experience
-    self.rollout_metrics = divergence | self.draws.metrics(
+    self.rollout_metrics = divergence | self.buffer.metrics(
         ) | rollout_worker.metrics(
         collected, advantages, names)
-    if self.draws.staleness:
-      self.rollout_metrics["staleness"] = float(self.draws.behind(batch))
+    if self.buffer.staleness:
+      self.rollout_metrics["staleness"] = float(self.buffer.behind(batch))
     self.prepare_seconds = time.monotonic() - started
     rl_parts.show_and_save(
         self.context, self.worker, collected, advantages, self.step)
@@ -260,11 +261,11 @@ class Learner:
     """
     index = self.step % self.updates
     if not self.sent:
-      stop = self.updates if self.draws.staleness else index + 1
+      stop = self.updates if self.buffer.staleness else index + 1
       self.sent = [self._send(number) for number in range(index, stop)]
-      if self.draws.staleness:
+      if self.buffer.staleness:
         sharding.settle(self.state)
-        self.draws.draw_ahead(self.step // self.updates)
+        self.buffer.draw_ahead(self.step // self.updates)
     return self._finish(self.sent.pop(0))
 
   def _send(self, index: int) -> rl_parts.Sent:
@@ -298,7 +299,7 @@ class Learner:
       self.experience = None
     self.flops = {"learn": sent.flops}
     if first:
-      self.flops["rollout"] = self.draws.flops
+      self.flops["rollout"] = self.buffer.flops
     learn = sent.seconds + time.monotonic() - started
     return values | self.rollout_metrics | self._timing(learn, first)
 
@@ -316,12 +317,12 @@ class Learner:
     if first and sums["ratio_deviation_max"] != 0:
       raise AssertionError("The first ratio of a batch of rollouts is not 1.")
     return kept | {"skipped_updates": 0.0} | packing.metrics_of_sums(
-        sums, fresh=first and not self.draws.staleness)
+        sums, fresh=first and not self.buffer.staleness)
 
   def _timing(self, learn: float, first: bool) -> dict[str, float]:
     seconds = {"learn": learn}
     if first:
-      seconds |= self.draws.seconds | {"prepare": self.prepare_seconds}
+      seconds |= self.buffer.seconds | {"prepare": self.prepare_seconds}
     total = sum(seconds.values())
     timing = {f"time/{name}": value for name, value in seconds.items()}
     timing["time/step"] = total
@@ -361,7 +362,7 @@ class Learner:
         self.loss, loss.kl_estimator, len(rewards))
     penalty = loss.kl_coef * advantages_lib.centred(
         np.where(np.isnan(rewards), np.nan, estimate),
-        collected.rollouts.prompt_id)
+        collected.group_ids)
     tokens = collected.rollouts.loss_mask[rows].sum()
     return penalty.astype(np.float32), {
         "kl": float(estimate[rows].sum() / max(tokens, 1))}

@@ -8,17 +8,25 @@ import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.config import checks
 from posttrain.config.stages import rl as schema
+from posttrain.data.problem_cursor import ProblemCursor
 from posttrain.model import lora
+from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import policy as policy_objective
-from posttrain.rl import packing
-from posttrain.stages import problems, rollout_worker, sampling
+from posttrain.rl import (
+  packing,
+  rollout_buffer,
+  rollout_worker,
+  weight_sync,
+)
+from posttrain.stages import problems, sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading, scoring
 from posttrain.train import offload, trainable
@@ -122,16 +130,37 @@ def needs_all(
 
 
 def make_rollout_worker(context: RunContext) -> rollout_worker.RolloutWorker:
-  """The task, the rewards and the sampler that the section names."""
+  """Makes the worker with the task, rewards and sampler of the section."""
   section, rewards = context.section, rewards_of(context)
   return rollout_worker.RolloutWorker(
       sampler=sampling.make_sampler(context, section.rollout),
       limits=sampling.make_limits(section.rollout),
-      renderer=context.renderer, problems=problems.load(context),
+      renderer=context.renderer, problems=problems.load_on_all_hosts(context),
       rewards=rewards, warn=context.console.warning,
       weights=section.reward_weights or (1.0,) * len(rewards),
-      num_groups=section.num_groups, group_size=section.group_size,
-      seed=context.config.seed, stage=context.name)
+      group_size=section.group_size, seed=context.config.seed,
+      stage=context.name)
+
+
+def make_rollout_buffer(
+    context: RunContext, worker: rollout_worker.RolloutWorker,
+    start: ModelConfig,
+) -> rollout_buffer.RolloutBuffer:
+  """Makes the empty buffer of a stage that starts from a model like `start`."""
+  section, config, sync = context.section, context.config, None
+  if config.mesh.roles == "split":
+    _, sampling_mesh = sharding.roles_of(config.mesh)
+    with jax.set_mesh(sampling_mesh):
+      like, _ = trainable.abstract(
+          start, training.plan(section, config.compute))
+    sync = weight_sync.WeightSync(
+        weight_sync.sampler_dtypes(
+            like, weights_dtype=section.rollout.weights_dtype), sampling_mesh)
+  updates = num_updates(section)
+  return rollout_buffer.RolloutBuffer(
+      worker, ProblemCursor(len(worker.problems), config.seed, context.name),
+      num_groups=section.num_groups, num_batches=section.num_steps // updates,
+      updates=updates, staleness=section.staleness, sync=sync)
 
 
 def rewards_of(context: RunContext) -> dict[str, scoring.Reward]:

@@ -17,6 +17,7 @@ reward of a list is the verifier: it must give 1 to every problem's `gold`,
 which is an answer.
 """
 
+import collections
 import inspect
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -251,6 +252,28 @@ def _number(value: Any) -> float | None:
   except OverflowError:  # 10**400.
     return None
   return number if abs(number) <= LARGEST else None
+
+
+def describe_unscored(
+    scores: Scores, problems: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+) -> str:
+  """Says in a line what has no score; "" where all have one."""
+  silent = int(
+      (scores.statuses == NOT_APPLICABLE).all(axis=1).sum())
+  if not scores.reasons:
+    return (f"no reward applies to {silent} of {len(problems)} completions"
+            if silent else "")
+  counts = collections.Counter(
+      f"{names[k]}: {STATUSES[scores.statuses[b, k]]}"
+      for b, k, _ in scores.reasons)
+  row, _, reason = scores.reasons[0]
+  told = ", ".join(f"{name} {count}" for name, count in counts.items())
+  lost = int((~scored(scores.statuses)).sum())
+  return (f"{lost} of {len(problems)} completions have no score ({told}"
+          + f", no reward applies: {silent}" * (silent > 0)
+          + f"); the first is of problem {problems[row]['id']}"
+          + (f": {' '.join(reason.split())[:200]}" if reason else ""))
 
 
 # What is looked at in all problems, before the first step.

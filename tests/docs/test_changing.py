@@ -18,6 +18,7 @@ from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain import workdir as workdir_lib
 from posttrain.cli import main
+from posttrain.data.problem_cursor import ProblemCursor
 from posttrain.objectives.advantages import group_advantages
 from posttrain.stages import rl_parts
 from posttrain.tasks import loading, signs
@@ -128,10 +129,13 @@ def first_rollouts(workdir):
   """Drawn again, which gives the same: advantages and logprobs in the loss."""
   with jax.set_mesh(sharding.make_mesh()):
     again = pipeline.set_up(workdir.config(), str(workdir.path))
-    collected = rl_parts.make_rollout_worker(again.context("reason")).collect(
-        again.weights_of("init"), step=0, batch=0)
-  advantages = group_advantages(
-      collected.rewards, collected.rollouts.prompt_id)
+    context = again.context("reason")
+    worker = rl_parts.make_rollout_worker(context)
+    indices, _ = ProblemCursor(
+        len(worker.problems), context.config.seed, context.name).take(
+            context.section.num_groups)
+    collected = worker.collect(again.weights_of("init"), indices, step=0)
+  advantages = group_advantages(collected.rewards, collected.group_ids)
   mask = collected.rollouts.loss_mask
   return (np.broadcast_to(advantages[:, None], mask.shape)[mask],
           collected.rollouts.logprobs[mask].astype(np.float64))

@@ -164,3 +164,17 @@ def test_samples_of_a_prompt_differ(rollouts):
   for row in range(0, len(rollouts.prompts), 2):
     assert rollouts.prompts[row] == rollouts.prompts[row + 1]
     assert rollouts.completion(row) != rollouts.completion(row + 1)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_a_prompt_asked_again_goes_on_with_its_samples(
+    params, rollouts, slots):
+  """Three asks in one step are the six samples of one, and all differ."""
+  asked = run(params, [12, 11, 12, 12], slots=slots,
+              first_sample=np.array([0, 0, 2, 4]))
+  assert asked.prompt_id.tolist() == [12, 12, 11, 11, 12, 12, 12, 12]
+  assert asked.sample_id.tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
+  assert_same(params, asked, run(params, [12], group_size=6), 6)
+  assert_same(params, asked, rollouts, 4)
+  texts = {tuple(asked.completion(row)) for row in (0, 1, 4, 5, 6, 7)}
+  assert len(texts) == 6

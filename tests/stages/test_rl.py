@@ -15,9 +15,9 @@ import pytest
 
 from posttrain.data import random_streams
 from posttrain.objectives import policy as policy_lib
-from posttrain.rl import packing
+from posttrain.rl import packing, rollout_buffer, rollout_worker
 from posttrain.sampler import budget
-from posttrain.stages import rl, rl_parts, rollout_buffer, rollout_worker
+from posttrain.stages import rl, rl_parts
 from posttrain.telemetry import metrics
 from posttrain.train import health, offload, preemption
 from tests import meshes, one_by_one, pipeline_run
@@ -548,7 +548,9 @@ def test_what_could_not_be_judged_is_no_zero(tmp_path, kept, capsys):
     assert (record["reward"] is None) == said[row]
     assert record["advantage"] == 0 or not said[row]
   saved = rollout_buffer._to_arrays(batch)
-  again = learner.draws._from_arrays(saved, 0)
+  again = learner.buffer._from_arrays(saved)
+  assert again.rollouts.prompts == batch.rollouts.prompts
+  assert again.problems == batch.problems
   np.testing.assert_array_equal(again.statuses, batch.statuses)
   np.testing.assert_array_equal(again.rewards, batch.rewards)
 

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import sharding
-from posttrain.stages import rollout_worker
+from posttrain.rl import rollout_worker
 from posttrain.train import preemption
 from tests import pipeline_run
 from tests.stages.test_rl import leave_in_chunk, repeatable, rollouts_of
@@ -57,11 +57,12 @@ def test_a_batch_is_by_the_policy_that_its_number_says(
   drawn = {}
   collect = rollout_worker.RolloutWorker.collect
 
-  def keep(self, model, *, step, batch):
-    assert batch not in drawn and step == 2 * batch
+  def keep(self, model, indices, *, step):
+    batch = step // 2
+    assert batch not in drawn and step % 2 == 0
     devices = {d.id for d in model.embedding[...].sharding.device_set}
     drawn[batch] = numbers(model), devices
-    return collect(self, model, step=step, batch=batch)
+    return collect(self, model, indices, step=step)
 
   monkeypatch.setattr(rollout_worker.RolloutWorker, "collect", keep)
   changes = [*STALE, f"reason.staleness={staleness}"]

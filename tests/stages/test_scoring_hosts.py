@@ -74,6 +74,15 @@ def test_a_gold_that_is_wrong_is_told_by_both(tmp_path):
   assert_both_say(result, "refuses gives 0.0 to problem 3's own gold answer")
 
 
+@pytest.mark.parametrize("stage", ["reason", "measure"])
+def test_problems_that_differ_between_hosts_are_told_by_both(tmp_path, stage):
+  """Each host would have asked its own, and scored the other's answers."""
+  result = launch(tmp_path, f"stages={stage}",
+                  f"{stage}.problems.task={TOY}:shuffled")
+  assert_both_say(result, f"{stage}.problems.task: {TOY}:shuffled gives "
+                  "another list of problems on another host")
+
+
 def test_a_reward_that_leaves_does_not_finish_the_run(tmp_path):
   """With status 0, which a launcher takes for finished; it said nothing."""
   result = launch(tmp_path, f"reason.rewards={TOY}:leaves", processes=1)

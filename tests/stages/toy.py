@@ -39,6 +39,13 @@ def nameless(split, *, count=24, thinks=False):
           for row in problems(split, count=count, thinks=thinks)]
 
 
+def shuffled(split, *, count=24, thinks=False):
+  """In another order on process 1, as from an unseeded shuffle."""
+  import jax
+  rows = problems(split, count=count, thinks=thinks)
+  return rows[::-1] if jax.process_index() else rows
+
+
 def kindred(split, *, count=24, thinks=False):
   """Problems of three clusters."""
   return [row | dict(cluster=row["word"])

@@ -1,6 +1,11 @@
-"""One batch of rollouts for GRPO: problems -> completions -> advantages.
+"""Rollout worker: problems -> completions -> scores, for one batch.
 
-Runs the same on every host; only what the model does is spread over them.
+It runs the same on every host; only the model's work is spread over them. A
+problem that a batch asks again is a group of its own, and its completions have
+the sample ids that follow those of the ask before, so that their draws differ.
+
+  P: problems asked (groups)    G: group_size    B: completions, P * G
+  K: reward functions
 """
 
 import dataclasses
@@ -11,24 +16,24 @@ from typing import Any
 import numpy as np
 
 from posttrain import distributed
-from posttrain.data import prompts as prompts_lib
+from posttrain.data import problem_cursor
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.sampler import budget, transcript
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.sampler.sampler import Limits, Sampler
-from posttrain.stages import problems as problems_lib
 from posttrain.tasks import scoring
 from posttrain.text.render import Renderer
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRollouts:
-  """A scored batch.
+  """A scored batch of rollouts.
 
   Attributes:
-    rollouts: B completions.
-    problems: [B], the problem of each.
+    rollouts: B completions, in order of group, then sample.
+    indices: [P], which of the task's problems were asked.
+    problems: [B], the problem of each completion.
     scores: [B, K] float32, per reward function, NaN where there is none.
     statuses: [B, K] int8, of `scoring.STATUSES`.
     rewards: [B] float64, weighted sums, nothing taken off them; NaN of a
@@ -37,6 +42,7 @@ class ScoredRollouts:
   """
 
   rollouts: Rollouts
+  indices: np.ndarray
   problems: list[Mapping[str, Any]]
   scores: np.ndarray
   statuses: np.ndarray
@@ -48,18 +54,24 @@ class ScoredRollouts:
     """[B] bool, false where no reward applied, or one could not judge."""
     return scoring.scored(self.statuses)
 
+  @property
+  def group_ids(self) -> np.ndarray:
+    """[B] int, the group of each completion: one group per ask."""
+    asks = len(self.indices)
+    return np.repeat(np.arange(asks), len(self.problems) // asks)
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutWorker:
-  """Draws and scores batches; everything but the model and the step is fixed.
+  """Draws and scores batches; only model, step and problems change.
 
   Attributes:
     sampler, limits: how completions are drawn.
     renderer: problems to prompt tokens.
     problems: the task's rows.
     rewards: functions by name, the verifier first; `weights`: one each.
-    num_groups, group_size: prompts, and completions of each.
-    seed, stage: with the step, what the draws depend on.
+    group_size: completions of each problem.
+    seed, stage: with step, prompt and sample ids, what draws depend on.
     warn: takes a line for a person.
   """
 
@@ -69,49 +81,46 @@ class RolloutWorker:
   problems: Sequence[Mapping[str, Any]]
   rewards: Mapping[str, scoring.Reward]
   weights: Sequence[float]
-  num_groups: int
   group_size: int
   seed: int
   stage: str
   warn: Callable[[str], None] = lambda text: None
 
-  def collect(self, model: Transformer, *, step: int,
-      batch: int) -> ScoredRollouts:
-    """Draws `num_groups` x `group_size` completions and scores them.
+  def collect(self, model: Transformer, indices: np.ndarray, *,
+      step: int) -> ScoredRollouts:
+    """Draws and scores `group_size` completions of each problem.
 
     Args:
+      indices: [P] of `problems`; one may stand there more than once.
       step: updates made so far.
-      batch: batches of rollouts drawn so far.
     """
     started = time.monotonic()
-    chosen = self.problems_of(batch)
+    asked = [self.problems[i] for i in indices]
     rollouts = self.sampler.generate(
-        model, [self.renderer.prompt_tokens(row) for row in chosen],
-        self.limits, prompt_id=[row["id"] for row in chosen],
+        model, [self.renderer.prompt_tokens(row) for row in asked],
+        self.limits, prompt_id=[row["id"] for row in asked],
         group_size=self.group_size, seed=self.seed, stage=self.stage,
-        step=step)
+        step=step, first_sample=self.group_size * (
+            problem_cursor.earlier_asks(indices)))
     sampled = time.monotonic()
-    problems = [row for row in chosen for _ in range(self.group_size)]
+    problems = self.per_completion(asked)
     scores = distributed.on_first_host(lambda: scoring.score(
-        self.rewards, problems, problems_lib.completions(
+        self.rewards, problems, transcript.completions(
             self.renderer.tokenizer, self.sampler.ids, rollouts,
             len(problems))))
-    unscored = problems_lib.describe_unscored(
-        scores, problems, list(self.rewards))
+    unscored = scoring.describe_unscored(scores, problems, list(self.rewards))
     if unscored:
       self.warn(f"{self.stage} step {step}: {unscored}")
     return ScoredRollouts(
-        rollouts=rollouts, problems=problems, scores=scores.values,
-        statuses=scores.statuses,
+        rollouts=rollouts, indices=indices, problems=problems,
+        scores=scores.values, statuses=scores.statuses,
         rewards=self.rewards_of(scores.values, scores.statuses),
         seconds={"rollout": sampled - started,
                  "reward": time.monotonic() - sampled})
 
-  def problems_of(self, batch: int) -> list[Mapping[str, Any]]:
-    """[num_groups] rows of the task."""
-    return [self.problems[i] for i in prompts_lib.problems_of_batch(
-        len(self.problems), self.num_groups, batch=batch,
-        seed=self.seed, stage=self.stage)]
+  def per_completion(self, values: Sequence[Any]) -> list[Any]:
+    """Repeats one value per problem for each of its completions."""
+    return [value for value in values for _ in range(self.group_size)]
 
   def rewards_of(
       self, scores: np.ndarray, statuses: np.ndarray) -> np.ndarray:
@@ -129,7 +138,7 @@ def metrics(
   """Computes the metrics of a batch of rollouts, under TRL's names."""
   rollouts, lengths = collected.rollouts, collected.rollouts.lengths
   ended = lengths[rollouts.finish_reason != budget.LENGTH]
-  result = _reward_metrics(collected.rewards, rollouts.prompt_id) | {
+  result = _reward_metrics(collected.rewards, collected.group_ids) | {
       "advantages/abs_mean": np.abs(advantages).mean(),
       "completions/mean_length": lengths.mean(),
       "completions/min_length": lengths.min(),
@@ -156,15 +165,15 @@ def metrics(
 
 
 def _reward_metrics(
-    rewards: np.ndarray, prompt_id: np.ndarray) -> dict[str, Any]:
-  """Means over what was scored, and shares of groups."""
+    rewards: np.ndarray, group_ids: np.ndarray) -> dict[str, Any]:
+  """Computes means over what was scored, and shares of groups."""
   known = ~np.isnan(rewards)
   if not known.any():
     return {"frac_reward_zero_std": 1.0, "frac_groups_solved": 0.0}
   _, first, group = np.unique(
-      prompt_id, return_index=True, return_inverse=True)
+      group_ids, return_index=True, return_inverse=True)
   silent = np.bincount(
-      group, advantages_lib.informative(rewards, prompt_id)) == 0
+      group, advantages_lib.informative(rewards, group_ids)) == 0
   best = np.full(len(first), -np.inf)
   np.maximum.at(best, group[known], rewards[known])
   return {
@@ -177,7 +186,7 @@ def records(
     collected: ScoredRollouts, advantages: np.ndarray, names: Sequence[str],
     worker: RolloutWorker, step: int,
 ) -> list[dict[str, Any]]:
-  """Every completion as a JSON-able row, for `rollouts/step_*.jsonl`."""
+  """Converts completions to JSON-able rows, for `rollouts/step_*.jsonl`."""
   rows = []
   for row in range(len(collected.problems)):
     scores = {

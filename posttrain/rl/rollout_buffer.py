@@ -1,0 +1,145 @@
+"""Rollout buffer: batches of rollouts in their order.
+
+Batch b is drawn by the policy as it is before the updates of batch
+max(0, b - staleness), however often a run is resumed. Without staleness a batch
+is drawn when it is needed. With asynchronous rollouts (staleness above 0, and
+devices that only sample) one is drawn while another is learned from. Which
+problems a batch asks is the cursor's word; it is recorded with the batch.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain.data.problem_cursor import ProblemCursor
+from posttrain.model.transformer import Transformer
+from posttrain.rl import rollout_worker, weight_sync
+from posttrain.sampler import rollouts as rollouts_lib
+from posttrain.telemetry import flops
+
+Arrays = dict[str, np.ndarray]
+
+
+class RolloutBuffer:
+  """Draws batches, and holds those that wait to be learned from.
+
+  Attributes:
+    cursor: behind the last problem that was asked.
+    staleness: off-policy lag, in batches of rollouts.
+    seconds, flops: of what was drawn last.
+  """
+
+  def __init__(
+      self, worker: rollout_worker.RolloutWorker, cursor: ProblemCursor, *,
+      num_groups: int, num_batches: int, updates: int, staleness: int,
+      sync: weight_sync.WeightSync | None):
+    """Makes an empty buffer.
+
+    Args:
+      worker: draws and scores a batch.
+      cursor: before the first problem.
+      num_groups: problems of a batch.
+      num_batches: of the stage.
+      updates: optimizer updates from one batch.
+      staleness: see the class.
+      sync: to devices that only sample; None where all devices do both.
+    """
+    self.cursor, self.staleness = cursor, staleness
+    self._worker, self._num_groups = worker, num_groups
+    self._num_batches, self._updates = num_batches, updates
+    self._sync = sync
+    self._drawn: list[rollout_worker.ScoredRollouts] = []
+    self._policy: Transformer | None = None
+    self.seconds: dict[str, float] = {}
+    self.flops = 0.0
+
+  def take(self, model: Transformer,
+      batch: int) -> rollout_worker.ScoredRollouts:
+    """Returns the batch to learn from now.
+
+    Args:
+      model: the policy before the batch's updates.
+      batch: its number.
+    """
+    self.seconds = {}
+    policy = model
+    if self._sync is not None:
+      policy = self._sync(model)
+      self.seconds["weight_sync"] = self._sync.seconds
+    # No earlier policy could draw the first batches.
+    while len(self._drawn) < min(
+        max(self.staleness, 1), self._num_batches - batch):
+      self._drawn.append(self._draw(policy, batch + len(self._drawn)))
+    self._policy = policy if self.staleness else None
+    return self._drawn.pop(0)
+
+  def draw_ahead(self, batch: int) -> None:
+    """Draws with the policy of the last `take`, which was of `batch`."""
+    if self._policy is not None and batch + self.staleness < self._num_batches:
+      self._drawn.append(self._draw(self._policy, batch + self.staleness))
+    self._policy = None
+
+  def behind(self, batch: int) -> int:
+    """Returns the batch's off-policy lag, in batches learned from since."""
+    return min(batch, self.staleness)
+
+  def metrics(self) -> dict[str, float]:
+    """Returns the metrics of the last `take`."""
+    return {} if self._sync is None else {
+        "perf/weight_sync_bytes": float(self._sync.bytes)}
+
+  def _draw(self, policy: Transformer,
+      batch: int) -> rollout_worker.ScoredRollouts:
+    indices, behind = self.cursor.take(self._num_groups)
+    with (contextlib.nullcontext() if self._sync is None
+          else jax.set_mesh(self._sync.mesh)):
+      found = self._worker.collect(
+          policy, indices, step=batch * self._updates)
+    self.cursor = behind  # A batch that was left half drawn asks again.
+    self.flops = flops.of_rollouts(policy.config, found.rollouts)
+    for name, value in found.seconds.items():
+      self.seconds[name] = self.seconds.get(name, 0.0) + value
+    return found
+
+  def to_arrays(self) -> Arrays | None:
+    """Converts waiting batches to arrays for a checkpoint; None without any."""
+    return {
+        f"waiting_{n}_{name}": x for n, drawn in enumerate(self._drawn)
+        for name, x in _to_arrays(drawn).items()} or None
+
+  def restore(self, cursor: Mapping[str, int], arrays: Arrays | None) -> None:
+    """Restores the cursor's state and the batches that waited, if any."""
+    self.cursor = self.cursor.at(cursor)
+    waiting: dict[int, Arrays] = {}
+    for key, x in (arrays or {}).items():
+      _, n, name = key.split("_", 2)
+      waiting.setdefault(int(n), {})[name] = x
+    self._drawn = [self._from_arrays(waiting[n]) for n in sorted(waiting)]
+
+  def _from_arrays(self, arrays: Arrays) -> rollout_worker.ScoredRollouts:
+    worker = self._worker
+    own = {name: arrays[name] for name in ("indices", "scores", "statuses")}
+    fields: dict[str, Any] = {
+        name: x for name, x in arrays.items() if name not in own}
+    problems = worker.per_completion(
+        [worker.problems[i] for i in own["indices"]])
+    return rollout_worker.ScoredRollouts(
+        rollouts=rollouts_lib.Rollouts(
+            prompts=list(map(worker.renderer.prompt_tokens, problems)),
+            **fields),
+        problems=problems, seconds={},
+        rewards=worker.rewards_of(own["scores"], own["statuses"]), **own)
+
+
+def _to_arrays(drawn: rollout_worker.ScoredRollouts) -> Arrays:
+  """Converts a batch, but for problems and prompts: its indices name them."""
+  own = {name: getattr(drawn, name)
+         for name in ("indices", "scores", "statuses")}
+  names = [field.name for field in dataclasses.fields(drawn.rollouts)]
+  return own | {
+      name: value for name in names
+      if isinstance(value := getattr(drawn.rollouts, name), np.ndarray)}
