@@ -31,13 +31,13 @@ def test_the_engine_of_the_page_answers(capsys):
       "eos", "budget", "length", "stop"}
 
 
-def test_the_hook_and_the_policy_of_the_page_do_what_they_say(tmp_path):
+def test_the_processor_and_the_schedule_of_the_page_do_what_they_say(tmp_path):
   """From a file, by name, as a config has them."""
   file = tmp_path / "my_hooks.py"
   file.write_text(HOOK + POLICY)
   named = sampling.make_sampling_options(
-      dict(sampling.PLAIN, hook=f"{file}:no_repeats",
-           policy=f"{file}:patience"), scene.V)
+      dict(sampling.PLAIN, logits_processor=f"{file}:no_repeats",
+           budget_schedule=f"{file}:patience"), scene.V)
   with jax.set_mesh(meshes.one()):
     busy = scene.make_engine(
         max_seq_len=256, logits_processor=named.logits_processor,
