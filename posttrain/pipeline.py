@@ -1,13 +1,14 @@
 """One config -> its stages, in order; each starts from the one before.
 
-`train` runs what has not finished; `evaluate` runs the evaluate stages of a
-workdir again. Both may be started any number of times.
+`train` runs what has not finished; `evaluate` runs the stages that do not train
+again. Both may be started any number of times. What a stage is, its record
+says (`stages.stage`).
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,25 +20,13 @@ from posttrain import lease as lease_lib
 from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.stages import evaluate as evaluate_stage
-from posttrain.stages import (
-  memory_check,
-  memory_estimate,
-  rl_parts,
-  sampling,
-  training,
-)
-from posttrain.stages import rl as rl_stage
-from posttrain.stages import sft as sft_stage
+from posttrain.stages import memory_check, memory_estimate, sampling
 from posttrain.stages.run_context import RunContext
+from posttrain.stages.stage import Stage, stage_of
 from posttrain.tasks import loading
 from posttrain.telemetry import console as console_lib
 from posttrain.telemetry import hardware, metrics
 from posttrain.text import render, thinking
-
-# Before the first step of the first stage.
-CHECKS = {"rl": rl_parts.check, "evaluate": evaluate_stage.check}
-TRAINING = {"sft": sft_stage.run, "rl": rl_stage.run}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +44,11 @@ class Pipeline:
     return RunContext(
         name=name, config=self.config, workdir=self.workdir,
         renderer=self.renderer, thinking_ids=self.thinking_ids,
-        console=self.console)
+        console=self.console, weights_of=self.weights_of)
+
+  def stage(self, name: str) -> Stage:
+    """The record of a stage's kind."""
+    return stage_of(self.config[name].kind)
 
   def weights_of(self, source: str) -> Transformer:
     """Loads weights of "init", an earlier stage, or a checkpoint's directory.
@@ -65,10 +58,10 @@ class Pipeline:
         another tokenizer or chat template and are not trained anew first.
     """
     if source == "init":
-      trained_anew = self.config[self.config.stages[0]].kind == "sft"
+      first = self.stage(self.config.stages[0]).schema
       return weights.initial(
           self.config, self.model,
-          None if trained_anew else self.renderer.hash)
+          None if first.fits_tokenizer else self.renderer.hash)
     if source in self.config.stages:
       if self.finished(source) is None:
         raise workdir_lib.WorkdirError(
@@ -78,31 +71,19 @@ class Pipeline:
           self.model, self.workdir, source, self.renderer.hash)
     return weights.of_directory(self.model, source, self.renderer.hash)
 
-  def finished(self, name: str) -> dict[str, Any] | None:
-    """The summary of a finished stage, or None; process 0's view.
-
-    A stage that evaluates is to be gone on with where a result is missing.
+  def finished(self, name: str) -> int | None:
+    """The rows of metrics of a finished stage, or None; process 0's view.
 
     Raises:
       WorkdirError: a file that says so is damaged.
     """
-    return distributed.on_first_host(lambda: self._finished(name))
-
-  def _finished(self, name: str) -> dict[str, Any] | None:
-    if self.config[name].kind in TRAINING:
-      return self.workdir.finished(name, "step")
-    summary = self.workdir.finished(name)
-    for checkpoint in summary or ():
-      file = evaluate_stage.result_file(self.context(name), checkpoint)
-      if not file.exists():
-        self.console.warning(f"{file} is missing, and is made again")
-        return None
-    return summary
+    return distributed.on_first_host(
+        lambda: self.stage(name).finished(self.context(name)))
 
   def start_of(self, name: str) -> str:
     """Names the training stage that a stage starts from, or "init"."""
     before = self.config.stages[:self.config.stages.index(name)]
-    trained = [n for n in before if self.config[n].kind in TRAINING]
+    trained = [n for n in before if self.stage(n).schema.trains]
     return trained[-1] if trained else "init"
 
 
@@ -232,8 +213,8 @@ def train(
     wait: for another run that holds the workdir, in place of an error.
   """
   with opened(config, path, wait=wait, may_differ=("profile",)) as pipeline:
-    summaries = {name: pipeline.finished(name) for name in config.stages}
-    todo = [name for name, found in summaries.items() if found is None]
+    rows = {name: pipeline.finished(name) for name in config.stages}
+    todo = [name for name, last in rows.items() if last is None]
     check_room(pipeline, todo)
     if hardware.find().peak is None:
       pipeline.console.line(
@@ -241,11 +222,10 @@ def train(
           f"{hardware.find().kind!r} is not known")
     check_problems(pipeline, todo)
     model: Transformer | None = None
-    for name in config.stages:
-      summary = summaries[name]
-      if summary is not None:
+    for name, last in rows.items():
+      if last is not None:
         pipeline.console.line(f"{name}: finished, skipped")
-        warn_of_missing_rows(pipeline, name, summary)
+        pipeline.context(name).warn_of_missing_rows(last)
         model = None  # Whoever needs its weights reads the checkpoint.
         continue
       model = run_stage(pipeline, name, model)
@@ -261,18 +241,8 @@ def check_problems(pipeline: Pipeline, names: Sequence[str]) -> None:
     ValueError: one could not be asked or scored, on every host.
   """
   for name in names:
-    check = CHECKS.get(pipeline.config[name].kind)
-    if check:
-      context = pipeline.context(name)
-      distributed.on_first_host(functools.partial(check, context))
-
-
-def warn_of_missing_rows(
-    pipeline: Pipeline, name: str, summary: Mapping[str, Any]) -> None:
-  """Says which steps of a finished stage have no row of metrics."""
-  training.warn_of_missing_rows(
-      pipeline.context(name), summary["step"]
-      if pipeline.config[name].kind in TRAINING else len(summary))
+    distributed.on_first_host(functools.partial(
+        pipeline.stage(name).check, pipeline.context(name)))
 
 
 def run_stage(
@@ -283,26 +253,21 @@ def run_stage(
 
   Args:
     model: what the stage before has just made; None to read its checkpoint.
-    again: an evaluate stage computes what it has computed before.
+    again: what a stage that does not train has computed before is made anew.
   """
-  context, section = pipeline.context(name), pipeline.config[name]
-  pipeline.console.heading(f"{name} ({section.kind})")
+  context, stage = pipeline.context(name), pipeline.stage(name)
+  pipeline.console.heading(f"{name} ({context.section.kind})")
   for role, estimate in memory_estimate.of_stage(context, pipeline.model).items(
       ):
     pipeline.console.line(f"{role}: " * bool(role) + estimate.line())
-  if section.kind == "evaluate":
-    evaluate_stage.run(context, pipeline.weights_of, again=again)
-    return model
-  if model is None:
+  if model is None and stage.schema.trains:
     model = pipeline.weights_of(pipeline.start_of(name))
-  if section.kind == "rl":
-    return rl_stage.run(context, model, pipeline.weights_of)
-  return sft_stage.run(context, model)
+  return stage.run(dataclasses.replace(context, again=again), model)
 
 
 def evaluate(
     config: config_dict.ConfigDict, path: str, *, wait: bool = False) -> None:
-  """Runs the evaluate stages, whether or not they have finished before.
+  """Runs the stages that do not train, whether they have finished or not.
 
   Args:
     wait: for another run that holds the workdir, in place of an error.
@@ -310,7 +275,8 @@ def evaluate(
   Raises:
     ValueError: a stage whose weights they need has not finished.
   """
-  stages = [n for n in config.stages if config[n].kind == "evaluate"]
+  stages = [name for name in config.stages
+            if not stage_of(config[name].kind).schema.trains]
   with opened(config, path, wait=wait, anew=False,
               may_differ=("stages", "profile", *stages)) as pipeline:
     check_room(pipeline, stages)

@@ -302,7 +302,8 @@ def _restore(
     raise ValueError(
         f"The weights in {directory} were trained with another tokenizer or "
         "chat template than this config's. Set chat_template and tokenizer "
-        "to theirs, or train on the new ones first (a stage of kind sft).")
+        "to theirs, or train on the new ones first, by supervised "
+        "fine-tuning.")
   # What was imported was not trained, and says nothing of it.
   plan = trainable.Plan.from_json(
       extras.get("plan", trainable.Plan().to_json()))

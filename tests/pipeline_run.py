@@ -8,6 +8,7 @@ tells a watcher. With SLOW_CHUNKS=n:seconds a chunk takes so long from the nth
 on.
 """
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -22,7 +23,8 @@ from posttrain import __main__, pipeline, sharding
 from posttrain import config as config_lib
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
-from posttrain.stages import rl
+from posttrain.stages import loop, rl
+from posttrain.stages.run_context import RunContext
 
 TOY = "tests.stages.toy"
 # One shape of prompts and completions, so that sampling compiles once.
@@ -69,17 +71,38 @@ def make_pipeline(path, assignments=()) -> pipeline.Pipeline:
       config_lib.assign(CONFIG, assignments, "test"), str(path))
 
 
-def make_learner(path, assignments=(), weights_of=None) -> rl.Learner:
+class Learner(rl.Learner):
+  """The stage's body, whose updates give their rows as the loop has them."""
+
+  def __init__(self, context, start):
+    super().__init__(context, start)
+    self.step_health = loop.step_health(context)
+
+  def update(self):
+    update = super().update()
+    return loop.row_of(
+        self.context, self.step_health, self.step, update,
+        jax.device_get(update.values))
+
+
+def make_learner(path, assignments=(), weights_of=None) -> Learner:
   """The stage "reason" before its first step, from random weights."""
   run = make_pipeline(path, assignments)
-  return rl.Learner(
-      run.context("reason"), start(run), weights_of or run.weights_of)
+  context = dataclasses.replace(
+      run.context("reason"), weights_of=weights_of or run.weights_of)
+  return Learner(context, start(run))
 
 
 def start(run: pipeline.Pipeline) -> Transformer:
   """Random weights whose choices are far from uniform."""
   scale = lambda w: w * 2 if w.ndim > 2 else w
   return jax.tree.map(scale, run.weights_of("init"))
+
+
+def from_start(run: pipeline.Pipeline, name: str) -> RunContext:
+  """A stage for which all weights are those of `start`."""
+  return dataclasses.replace(
+      run.context(name), weights_of=lambda source: start(run))
 
 
 def train(path, assignments=()) -> None:

@@ -1,5 +1,6 @@
 """Stages follow each other once; a workdir belongs to one config."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -45,9 +46,8 @@ def forbid(monkeypatch, *modules):
   def must_not(*args, **kwargs):
     raise AssertionError("this stage has finished")
   for module in modules:
-    monkeypatch.setattr(module, "run", must_not)
-  monkeypatch.setattr(pipeline, "TRAINING", {"sft": must_not,
-                                             "rl": must_not})
+    monkeypatch.setattr(module, "STAGE", dataclasses.replace(
+        module.STAGE, run=must_not))
 
 
 def test_every_stage_leaves_its_files(trained):

@@ -8,7 +8,7 @@ from posttrain import config as config_lib
 from posttrain import pipeline, weights, workdir
 from posttrain.cli import sample
 from posttrain.sampler import sampler, token_sampling
-from posttrain.stages import training
+from posttrain.stages import loop, training
 from posttrain.train import state
 from posttrain.train import step as step_lib
 from tests import meshes, pipeline_run
@@ -26,10 +26,10 @@ def save(run: pipeline.Pipeline, *seeds: int) -> None:
   """As if "cold_start" had been trained: a checkpoint per seed."""
   context = run.context("cold_start")
   adamw, _ = training.make_update(context.section, step_lib.Loss)
-  with training.open_checkpoints(context) as saver:
+  with loop.open_checkpoints(context) as saver:
     for number, seed in enumerate(seeds, 1):
       model = weights.transformer.init(run.model, seed)
-      training.save(
+      loop.save(
           context, saver, state.create(model, adamw), number, {})
   run.workdir.finish("cold_start", {"step": len(seeds)})
 

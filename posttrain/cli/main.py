@@ -22,6 +22,7 @@ from posttrain import lease, mistakes, rendezvous
 from posttrain import workdir as workdir_lib
 from posttrain.cli import arguments as arguments_lib
 from posttrain.cli import sampling_arguments
+from posttrain.config.stages import schema_of
 from posttrain.model import presets
 from posttrain.plan import environment
 from posttrain.tasks import exits, jsonl, loading
@@ -101,9 +102,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
   workdir_lib.open_existing(arguments.workdir)
   config = _config(arguments)
   kinds = {name: config[name].kind for name in config.stages}
-  if "evaluate" not in kinds.values():
+  if all(schema_of(kind).trains for kind in kinds.values()):
     raise CommandError(
-        f"the config has no stage of kind evaluate, only {kinds}; give "
+        f"the config has no stage that evaluates, only {kinds}; give "
         "--config=FILE with one.")
   _start(config)
   from posttrain import pipeline

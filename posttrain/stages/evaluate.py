@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from posttrain import config as config_lib
 from posttrain import distributed, sharding
 from posttrain import workdir as workdir_lib
+from posttrain.config.stages.evaluate import SCHEMA
 from posttrain.evaluation import plots, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import sampler as sampler_lib
@@ -27,6 +28,7 @@ from posttrain.sampler.rollouts import Rollouts
 from posttrain.stages import kept_cells, sampling, training
 from posttrain.stages import problems as problems_lib
 from posttrain.stages.run_context import RunContext
+from posttrain.stages.stage import Stage, stage_of
 from posttrain.tasks import loading, scoring
 from posttrain.telemetry import metrics as metrics_lib
 from posttrain.text import instructions
@@ -35,15 +37,8 @@ from posttrain.train import preemption
 
 
 def run(
-    context: RunContext, weights_of: Callable[[str], Transformer], *,
-    again: bool = False,
-) -> None:
-  """Evaluates every checkpoint that has no result yet.
-
-  Args:
-    context: the stage's config and places.
-    weights_of: by stage name, "init" or path.
-    again: evaluate those that have a result too.
+    context: RunContext, start: Transformer | None) -> Transformer | None:
+  """Evaluates every checkpoint that has no result yet; returns `start`.
 
   Raises:
     ValueError: the problems, the verifier or the budgets do not fit.
@@ -53,10 +48,11 @@ def run(
   results = {}
   try:
     for name in checkpoints_of(context):
-      results[name] = _result(evaluation, context, name, weights_of, again)
+      results[name] = _result(evaluation, context, name)
   except preemption.Preempted:
-    training.stop(context, "the cells that are finished are kept, and the one "
-                  "under way is dropped")
+    context.leave(
+        "the cells that are finished are kept, and the one under way is "
+        "dropped")
   log(context, results)
   if context.workdir.is_writer:
     plots.scaling_curve(
@@ -65,21 +61,21 @@ def run(
       name: {cell["name"]: cell["accuracy"] for cell in result["cells"]}
       for name, result in results.items()})
   evaluation.kept.clear()
+  return start
 
 
 def _result(
     evaluation: "Evaluation", context: RunContext, name: str,
-    weights_of: Callable[[str], Transformer], again: bool,
 ) -> dict[str, Any]:
   """One checkpoint's result, evaluated where it is not there."""
   file = result_file(context, name)
   # One host's view: files of others may show up late on a shared disk.
   there = bool(sharding.of_first_host(np.array(file.exists())))
-  if there and not again:
+  if there and not context.again:
     return workdir_lib.read_object(file, "cells")
   context.console.line(f"{context.name}: evaluating {name}")
   result = evaluation.evaluate(
-      label(name), functools.cache(lambda: weights_of(name)))
+      label(name), functools.cache(lambda: context.weights_of(name)))
   context.workdir.write_json(file.relative_to(context.workdir.path), result)
   return result
 
@@ -89,7 +85,19 @@ def checkpoints_of(context: RunContext) -> tuple[str, ...]:
   stages, config = context.config.stages, context.config
   before = stages[:stages.index(context.name)]
   return tuple(context.section.checkpoints) or (
-      "init", *(name for name in before if config[name].kind != "evaluate"))
+      "init", *(name for name in before
+                if stage_of(config[name].kind).schema.trains))
+
+
+def finished(context: RunContext) -> int | None:
+  """The number of results; None where one that was made is missing."""
+  summary = context.workdir.finished(context.name)
+  for checkpoint in summary or ():
+    file = result_file(context, checkpoint)
+    if not file.exists():
+      context.console.warning(f"{file} is missing, and is made again")
+      return None
+  return None if summary is None else len(summary)
 
 
 def result_file(context: RunContext, checkpoint: str) -> pathlib.Path:
@@ -246,7 +254,6 @@ class Evaluation:
         record["cluster"] = problem["cluster"]
     return records
 
-
   def _judge(
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
   ) -> tuple[scoring.Scores, list[str | None]]:
@@ -389,3 +396,6 @@ def log(context: RunContext, results: Mapping[str, Mapping]) -> None:
                 cell["mean_thinking_tokens"],
                 f"{prefix}/unscored": cell["unscored"]}
       writer.write(step, row)
+
+
+STAGE = Stage(schema=SCHEMA, run=run, check=check, finished=finished)

@@ -18,130 +18,60 @@ in the reward, https://arxiv.org/abs/1909.08593, section 2.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from posttrain import sharding
+from posttrain.config.stages.rl import SCHEMA
 from posttrain.data import random_streams
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_lib
 from posttrain.rl import packing, rollout_worker
-from posttrain.stages import rl_parts, training
-from posttrain.stages.monitor import Monitor
+from posttrain.stages import loop, rl_parts, training
 from posttrain.stages.run_context import RunContext
-from posttrain.telemetry import flops
-from posttrain.telemetry import metrics as metrics_lib
+from posttrain.stages.stage import Stage
+from posttrain.telemetry import flops, hardware
 from posttrain.train import checkpoints, health, offload, preemption
 from posttrain.train import state as state_lib
 
 
-def run(
-    context: RunContext, start: Transformer,
-    weights_of: Callable[[str], Transformer],
-) -> Transformer:
-  """Trains to the last step, from the newest checkpoint if there is one.
+def run(context: RunContext, start: Transformer) -> Transformer:
+  """Trains `start`, see `loop.run`."""
+  return loop.run(context, functools.partial(Learner, context, start))
 
-  Args:
-    context: the stage's config and places.
-    start: what to start from. Its buffers are consumed.
-    weights_of: by stage name, "init" or path: for the reference.
 
-  Returns:
-    The trained model.
+class Sent(NamedTuple):
+  """An update that the devices have been given.
 
-  Raises:
-    ValueError: a problem or a reward is not what the config says.
-    HealthError: an update was not made, and may not be skipped; or nothing
-      is left to learn from.
-    Preempted: SIGTERM came; the state is saved.
+  Attributes:
+    sums: on the devices; empty where there was nothing to learn from.
+    seconds: that it took to send.
+    flops: of the model.
   """
-  section = context.section
-  with Monitor(context) as monitor, training.open_checkpoints(
-      context) as saver:
-    learner = Learner(context, start, weights_of)
-    learner.state, found = training.resume(context, saver, learner.state)
-    if found is not None:
-      learner.restore(found)
-    latest = lambda: learner.state.step
-    monitor.begin(learner.step)
-    with metrics_lib.Writer(
-        context.workdir.metrics, context.workdir.tensorboard, context.name,
-        restored_step=learner.step,
-        check=context.workdir.check_known_lease,
-    ) as writer, context.console.progress(
-            context.name, section.num_steps, start=learner.step) as progress:
-      while learner.step < section.num_steps:
-        try:
-          with monitor.step(learner.step + 1, latest):
-            if learner.experience is None:
-              learner.collect()
-            row = learner.update()
-        except preemption.Preempted as request:
-          request.__traceback__ = None  # Its frames hold the rollout's arrays.
-          leave_rollout(context, monitor, saver, learner)
-        row |= learner.rates(monitor, row)
-        writer.write(learner.step, row)
-        progress.update(
-            learner.step, reward=row.get("reward", float("nan")),
-            length=row["completions/mean_length"])
-        last = learner.step == section.num_steps
-        if training.due(learner.step, section.log_every, last):
-          context.console.table(f"{context.name} step {learner.step}", row)
-        leaving = (
-            preemption.requested() and learner.may_stop and not last)
-        if leaving or training.due(
-            learner.step, section.checkpoint.every, last):
-          with monitor.saving(learner.step):
-            # Without a score there is nothing to rank a checkpoint by.
-            ranked = not leaving and row["frac_unscored"] < 1
-            learner.save(saver, metrics=row if ranked else None)
-        if leaving:
-          with monitor.span("checkpoint"):
-            training.leave(context, saver, learner.step)
-    with monitor.span("checkpoint"):
-      saver.wait()
-  context.workdir.finish(context.name, {"step": section.num_steps})
-  return learner.state.model
+
+  sums: dict[str, Any]
+  seconds: float
+  flops: float
 
 
-def leave_rollout(
-    context: RunContext, monitor: Monitor, saver: checkpoints.Checkpoints,
-    learner: "Learner",
-) -> NoReturn:
-  """Ends the process where SIGTERM came within a rollout, which is dropped.
-
-  It is drawn again, the same, as random bits go by the ids alone. A batch that
-  was drawn ahead is by a policy that the updates under way have replaced: from
-  the last checkpoint on both are made again.
-
-  Raises:
-    Preempted: the updates made so far are saved.
-  """
-  kept = saver.latest_step() or 0
-  if learner.may_stop and learner.step > kept:
-    kept = learner.step
-    with monitor.saving(kept):
-      learner.save(saver)
-  with monitor.span("checkpoint"):
-    saver.wait()
-  training.stop(
-      context, (f"saved at step {kept}" if kept else "nothing to save yet")
-      + "; the rollout under way is dropped, and will be drawn again")
-
-
-class Learner:
+class Learner(loop.Body):
   """The moving parts of the stage.
 
   Attributes:
     state: parameters, optimizer state, step.
+    step: updates made.
     experience: the packed rollouts in flight, or None between two batches.
   """
 
-  def __init__(self, context, start, weights_of):
+  runs_ahead = False
+  headline = ("reward", "completions/mean_length")
+
+  def __init__(self, context: RunContext, start: Transformer):
     section = context.section
     self.context, self.section = context, section
     self.offload = context.config.compute.offload
@@ -153,23 +83,18 @@ class Learner:
     self.shapes = rl_parts.make_shapes(section)
     self.loss = rl_parts.make_loss(
         section, loss_chunk=context.config.compute.loss_chunk)
-    model, trained = training.prepare(context, start)
-    fresh = start.config.lora != model.config.lora
-    self.reference = rl_parts.make_reference(
-        section, context.config.compute, model, trained, weights_of,
-        fresh=fresh)
     optimizer, self._update = training.make_update(section, self.loss)
-    self.state = state_lib.create(
-        model, optimizer, trained, training.spike_rule(section))
+    self.state = training.make_state(context, start, optimizer)
+    self.reference = rl_parts.make_reference(
+        context, self.state,
+        fresh=start.config.lora != self.state.trained.config.lora)
     self.experience: packing.Arrays | None = None
-    self.sent: list[rl_parts.Sent] = []
+    self.sent: list[Sent] = []
     self.rollout_metrics: dict[str, float] = {}
     self.prepare_seconds = 0.0
-    self.flops: dict[str, float] = {}
     self.health = health.RolloutHealth(section.health.patience)
     self.scoring_health = health.ScoringHealth(
         section.health.max_unscored, section.health.unscored_patience)
-    self.step_health = training.step_health(context)
     self.step = 0
 
   def restore(self, found: checkpoints.Restored) -> None:
@@ -182,27 +107,33 @@ class Learner:
     self.rollout_metrics = found.extras["rollout_metrics"]
     self.health.set_state(found.extras["health"])
     self.scoring_health.set_state(found.extras["health"])
-    self.step_health.set_state(found.extras["health"])
 
-  def save(
-      self, saver: checkpoints.Checkpoints,
-      metrics: dict[str, float] | None = None,
-  ) -> None:
-    """Saves what `restore` takes over, rollouts in flight included."""
-    self._move_optimizer(offload.to_devices)  # A rollout may have been left.
-    training.save(
-        self.context, saver, self.state, self.step, {
-            "problem_cursor": self.buffer.cursor.get_state(),
-            "rollout_metrics": self.rollout_metrics, "health": (
-                self.health.get_state() | self.scoring_health.get_state()
-                | self.step_health.get_state())},
-        rollouts=self.buffer.to_arrays() if self.experience is None
-        else self.experience, metrics=metrics)
+  def get_state(self) -> dict[str, Any]:
+    return {
+        "problem_cursor": self.buffer.cursor.get_state(),
+        "rollout_metrics": self.rollout_metrics, "health": (
+            self.health.get_state() | self.scoring_health.get_state())}
+
+  def arrays(self) -> packing.Arrays | None:
+    """Rollouts in flight, packed or waiting."""
+    return (self.buffer.to_arrays() if self.experience is None
+            else self.experience)
+
+  def ranks(self, row: loop.Row) -> bool:
+    """Without a score there is nothing to rank a checkpoint by."""
+    return row["frac_unscored"] < 1
 
   @property
-  def may_stop(self) -> bool:
+  def may_save(self) -> bool:
     """No update is under way whose batch could not be learned from again."""
     return not self.sent
+
+  def train_step(self, number: int, span: loop.Span) -> loop.Update:
+    """Draws a batch of rollouts where none is in flight; sends an update."""
+    del number, span
+    if self.experience is None:
+      self.collect()
+    return self.update()
 
   def collect(self) -> None:
     """Samples, scores and packs the next batch of rollouts."""
@@ -210,7 +141,11 @@ class Learner:
     batch = self.step // self.updates
     if "optimizer" in self.offload:  # Until there is something to learn from.
       self._move_optimizer(offload.to_host)
-    collected = self.buffer.take(model, batch)
+    try:
+      collected = self.buffer.take(model, batch)
+    except preemption.Preempted:  # What is saved is on the devices.
+      self._move_optimizer(offload.to_devices)
+      raise
     started = time.monotonic()
     names = list(self.worker.rewards)
     rewards, groups = collected.rewards, collected.group_ids
@@ -252,8 +187,8 @@ class Learner:
     self.state = dataclasses.replace(
         self.state, opt_state=to(self.state.opt_state))
 
-  def update(self) -> dict[str, float]:
-    """One optimizer update; returns its row of metrics.
+  def update(self) -> loop.Update:
+    """Sends one optimizer update to the devices.
 
     With rollouts that may be stale the devices are given all updates of the
     batch at once, and while they work others draw: in this order on every
@@ -266,9 +201,19 @@ class Learner:
       if self.buffer.staleness:
         sharding.settle(self.state)
         self.buffer.draw_ahead(self.step // self.updates)
-    return self._finish(self.sent.pop(0))
+    assert self.experience is not None
+    sent, first = self.sent.pop(0), index == 0
+    update = loop.Update(
+        sent.sums, self.experience,
+        functools.partial(self._row, sent, first, time.monotonic()),
+        flops=sent.flops + (self.buffer.flops if first else 0),
+        tokens=self.rollout_metrics["num_tokens"] if first else None)
+    self.step += 1
+    if self.step % self.updates == 0:
+      self.experience = None
+    return update
 
-  def _send(self, index: int) -> rl_parts.Sent:
+  def _send(self, index: int) -> Sent:
     """Starts an update, whose state is the next one's."""
     assert self.experience is not None
     started, part = time.monotonic(), index % self.section.num_minibatches
@@ -281,72 +226,46 @@ class Learner:
             name: self.experience[name][part]
             for name in ("positions", "segment_ids")},
         trained=training.trained_share(self.state))
-    sums = None
+    sums: dict[str, Any] = {}
     if used:
       self.state, sums = self._update(self.state, arrays, np.int32(used))
     else:
       self.state = state_lib.skip(self.state)
-    return rl_parts.Sent(index, sums, time.monotonic() - started, work)
+    return Sent(sums, time.monotonic() - started, work)
 
-  def _finish(self, sent: rl_parts.Sent) -> dict[str, float]:
-    """Waits for an update; its row of metrics."""
-    started, first = time.monotonic(), sent.index == 0
-    values: dict[str, float] = {"skipped_updates": 1.0}
-    if sent.sums is not None:
-      values = self._values(sharding.fetch(sent.sums), first)
-    self.step += 1
-    if self.step % self.updates == 0:
-      self.experience = None
-    self.flops = {"learn": sent.flops}
-    if first:
-      self.flops["rollout"] = self.buffer.flops
-    learn = sent.seconds + time.monotonic() - started
-    return values | self.rollout_metrics | self._timing(learn, first)
-
-  def _values(self, sums, first: bool) -> dict[str, float]:
-    """Metrics of an update; stops the run if it was not made."""
-    sums = {name: float(value) for name, value in sums.items()}
-    wrong = self.step_health.update(
-        self.step + 1, sums, self.experience or {})
-    kept = {name: sums[name] for name in ("loss", "grad_norm",
-                                          "learning_rate")}
-    if wrong:
-      self.context.console.warning(f"step {self.step + 1} skipped: it {wrong}")
-      return kept | {"skipped_updates": 1.0}
-    sums.pop("spike", None)
-    if first and sums["ratio_deviation_max"] != 0:
-      raise AssertionError("The first ratio of a batch of rollouts is not 1.")
-    return kept | {"skipped_updates": 0.0} | packing.metrics_of_sums(
-        sums, fresh=first and not self.buffer.staleness)
-
-  def _timing(self, learn: float, first: bool) -> dict[str, float]:
-    seconds = {"learn": learn}
-    if first:
-      seconds |= self.buffer.seconds | {"prepare": self.prepare_seconds}
-    total = sum(seconds.values())
-    timing = {f"time/{name}": value for name, value in seconds.items()}
-    timing["time/step"] = total
-    if first:
-      timing["perf/tokens_per_sec"] = (
-          self.rollout_metrics["num_tokens"] / total)
-    return timing
-
-  def rates(
-      self, monitor: Monitor, row: dict[str, float]) -> dict[str, float]:
-    """Computes the monitor's rates for the row of an update.
+  def _row(
+      self, sent: Sent, first: bool, since: float, values: dict[str, float],
+      skipped: bool,
+  ) -> loop.Row:
+    """Builds the row of an update, once it is made.
 
     Sampling is one forward pass; passes for old and reference logprobs are
     no part of the model FLOPs.
+
+    Args:
+      first: the update is the first of its batch of rollouts.
+      since: when waiting for it began.
     """
-    work = self.flops
-    rates = monitor.rates(
-        flops=sum(work.values()), seconds=row["time/step"],
-        tokens=row["num_tokens"] if "perf/tokens_per_sec" in row else None)
-    rates |= monitor.learn_mfu(work["learn"], row["time/learn"])
-    rates["time/compile"] = monitor.lap(1)["time/compile"]
-    if self.step % self.section.log_every == 0:
-      rates |= monitor.compare_hosts()
-    return rates
+    seconds = {"learn": sent.seconds + time.monotonic() - since}
+    if first:
+      seconds |= self.buffer.seconds | {"prepare": self.prepare_seconds}
+    return self._metrics(values, first, skipped) | self.rollout_metrics | {
+        f"time/{name}": value for name, value in seconds.items()
+    } | hardware.find().mfu("perf/learn_mfu", sent.flops, seconds["learn"])
+
+  def _metrics(
+      self, values: dict[str, float], first: bool, skipped: bool) -> loop.Row:
+    if not values:
+      return {"skipped_updates": 1.0}
+    kept = {name: values[name] for name in ("loss", "grad_norm",
+                                            "learning_rate")}
+    if skipped:
+      return kept | {"skipped_updates": 1.0}
+    values.pop("spike", None)
+    if first and values["ratio_deviation_max"] != 0:
+      raise AssertionError("The first ratio of a batch of rollouts is not 1.")
+    return kept | {"skipped_updates": 0.0} | packing.metrics_of_sums(
+        values, fresh=first and not self.buffer.staleness)
 
   def _kl_in_reward(
       self, collected: rollout_worker.ScoredRollouts, rows: np.ndarray,
@@ -393,3 +312,6 @@ class Learner:
             section.loss.aggregation, lengths[scored & (minibatch_of == index)],
             max_tokens=section.rollout.max_tokens) for index in numbers],
         self.shapes)
+
+
+STAGE = Stage(schema=SCHEMA, run=run, check=rl_parts.check)

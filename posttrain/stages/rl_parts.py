@@ -1,11 +1,10 @@
 """What a GRPO section names: shapes, the loss, what draws and scores, the
 reference; and what is shown and saved of a batch."""
 
-import dataclasses
 import inspect
 import json
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,23 +29,7 @@ from posttrain.stages import problems, sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading, scoring
 from posttrain.train import offload, trainable
-
-
-@dataclasses.dataclass(frozen=True)
-class Sent:
-  """An update that the devices have been given.
-
-  Attributes:
-    index: within the batch of rollouts.
-    sums: on the devices; None where there was nothing to learn from.
-    seconds: that it took to send.
-    flops: of the model.
-  """
-
-  index: int
-  sums: dict[str, Any] | None
-  seconds: float
-  flops: float
+from posttrain.train import state as state_lib
 
 
 def num_updates(section: config_dict.ConfigDict) -> int:
@@ -201,24 +184,23 @@ def check(context: RunContext) -> None:
 
 
 def make_reference(
-    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
-    model: Transformer, trained: Collection[str],
-    weights_of: Callable[[str], Transformer], *, fresh: bool,
+    context: RunContext, state: state_lib.TrainState, *, fresh: bool,
 ) -> Transformer | None:
   """Makes the KL's reference; it shares all that the policy does not move.
 
   What it does not share waits in the hosts' memory if it is to be offloaded.
 
   Args:
-    model, trained: the policy, and the paths that it trains.
-    weights_of: by stage name, "init" or path.
+    state: the policy.
     fresh: the policy's adapters are new, and so add nothing yet.
   """
+  section, compute = context.section, context.config.compute
   name, dtype = section.reference, compute.frozen_dtype
   if not section.loss.kl_coef:
     return None
+  model, trained = state.model, trainable.paths(state.trained)
   if name not in ("", checks.ADAPTER_OFF):
-    reference = trainable.at_rest(weights_of(name), (), dtype)
+    reference = trainable.at_rest(context.weights_of(name), (), dtype)
   else:
     like = lora.without(model) if (
         fresh or name == checks.ADAPTER_OFF) else model

@@ -4,10 +4,6 @@ A step takes one global batch of packed rows, cut into microbatches. The loss
 is the mean over the target tokens of the whole batch: numerator and
 denominator are added up before the one division.
 
-The host runs ahead of the devices: metrics stay there until a row is due at
-`log_every`, a checkpoint or the end. Every step still gets its own row. Rows
-up to a checkpoint's step are on disk before the checkpoint is.
-
   M: microbatches  R: rows of one, over all devices  T: length
 """
 
@@ -22,94 +18,86 @@ import optax
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.config.stages.sft import SCHEMA
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
-from posttrain.stages import training
-from posttrain.stages.monitor import Monitor
+from posttrain.stages import loop, training
 from posttrain.stages.run_context import RunContext
-from posttrain.telemetry import console as console_lib
-from posttrain.telemetry import flops, metrics
+from posttrain.stages.stage import Stage
+from posttrain.telemetry import flops
 from posttrain.text import render
-from posttrain.train import forward, microbatches, preemption, step
-from posttrain.train import state as state_lib
+from posttrain.train import checkpoints, forward, microbatches, step
 
 Sums = dict[str, jax.Array]
 
 
-def run(context: RunContext, model: Transformer) -> Transformer:
-  """Trains to the last step, from the newest checkpoint if there is one.
+def run(context: RunContext, start: Transformer) -> Transformer:
+  """Trains `start`, see `loop.run`."""
+  return loop.run(context, functools.partial(Body, context, start))
 
-  Args:
-    context: the stage's config and places.
-    model: what to start from. Its buffers are consumed.
 
-  Returns:
-    The trained model.
+class Body(loop.Body):
+  """One batch of packed rows a step."""
 
-  Raises:
-    ValueError: the data has what the config does not allow.
-    HealthError: an update was not made, and may not be skipped.
-    Preempted: SIGTERM came; the state is saved.
-  """
-  section = context.section
-  with Monitor(context) as monitor, training.open_checkpoints(
-      context) as saver:
-    batches, held_out = read_data(
+  def __init__(self, context: RunContext, start: Transformer):
+    section = context.section
+    self._section = section
+    self._batches, self._held_out = read_data(
         section, context.renderer, seed=context.config.seed,
         stage=context.name)
-    model, trained = training.prepare(context, model)
-    describe(context, batches, held_out)
-    optimizer, update, sums = make_programs(
+    optimizer, self._update, self._sums = make_programs(
         section, loss_chunk=context.config.compute.loss_chunk)
-    state = state_lib.create(
-        model, optimizer, trained, training.spike_rule(section))
-    state, found = training.resume(context, saver, state)
-    start = 0 if found is None else found.step
-    log = Log(context, monitor, start, functools.partial(
-        flops.of_batch, model.config, trained=training.trained_share(state)))
-    if found is not None:
-      batches.set_state(found.extras["data"])
-      log.set_state(found.extras)
-    latest = lambda: state.step
-    monitor.begin(start)
-    with log:
-      for number in range(start + 1, section.num_steps + 1):
-        with monitor.step(number, latest):
-          with monitor.span("input_wait"):
-            batch = next(batches)
-          with monitor.span("dispatch"):
-            state, values = update(
-                state, microbatches.stack(batch, section.num_microbatches),
-                section.num_microbatches)
-        log.add(number, values, batch)
-        last = number == section.num_steps
-        if held_out is not None and training.due(
-            number, section.eval_every, last):
-          # The updates under way are not its time.
-          with monitor.span("device_wait"), sharding.waiting():
-            jax.block_until_ready(state.step)
-          with monitor.span("evaluation"):
-            log.extend(evaluate(
-                sums, state.model, held_out, section.num_microbatches))
-        leaving = preemption.requested() and not last
-        saving = leaving or training.due(
-            number, section.checkpoint.every, last)
-        if saving or number % section.log_every == 0:
-          log.flush()
-        if saving:
-          with monitor.saving(number):
-            training.save(
-                context, saver, state, number,
-                {"data": batches.get_state(), **log.get_state()},
-                metrics=None if leaving else log.last_row)
-        if leaving:
-          with monitor.span("checkpoint"):
-            training.leave(context, saver, number)
-    with monitor.span("checkpoint"):
-      saver.wait()
-  context.workdir.finish(context.name, {"step": section.num_steps})
-  return state.model
+    self.state = training.make_state(context, start, optimizer)
+    describe(context, self._batches, self._held_out)
+    if self._held_out is not None:
+      self.eval_every = section.eval_every
+    self._flops = functools.partial(
+        flops.of_batch, self.state.model.config,
+        trained=training.trained_share(self.state))
+    self._num_tokens = 0  # Trained on so far, padding apart.
+
+  def train_step(self, number: int, span: loop.Span) -> loop.Update:
+    del number
+    count = self._section.num_microbatches
+    with span("input_wait"):
+      batch = next(self._batches)
+    with span("dispatch"):
+      self.state, values = self._update(
+          self.state, microbatches.stack(batch, count), count)
+    return loop.Update(
+        values, batch, functools.partial(self._row, batch),
+        flops=self._flops(batch),
+        tokens=int(np.count_nonzero(batch["segment_ids"])))
+
+  def _row(
+      self, batch: batches_lib.Batch, values: dict[str, float], skipped: bool,
+  ) -> loop.Row:
+    del skipped
+    tokens = np.count_nonzero(batch["segment_ids"])
+    self._num_tokens += int(tokens)
+    return {
+        **{name: values[name]
+           for name in ("loss", "grad_norm", "learning_rate")},
+        "entropy": values["entropy"] / values["denominator"],
+        "num_tokens": self._num_tokens,
+        "target_frac": values["denominator"] / tokens,
+        "pad_frac": 1 - tokens / batch["tokens"].size,
+        **{name: value for name, value in values.items()
+           if name.startswith("router/")}}
+
+  def evaluate(self) -> loop.Row:
+    assert self._held_out is not None
+    return evaluate(
+        self._sums, self.state.model, self._held_out,
+        self._section.num_microbatches)
+
+  def get_state(self) -> dict[str, Any]:
+    return {"data": self._batches.get_state(), "num_tokens": self._num_tokens}
+
+  def restore(self, found: checkpoints.Restored) -> None:
+    self._batches.set_state(found.extras["data"])
+    self._num_tokens = found.extras["num_tokens"]
 
 
 def make_programs(
@@ -180,105 +168,6 @@ def evaluate(
       "time/eval": time.perf_counter() - start}
 
 
-class Log:
-  """Rows that wait on the devices, and what is shown of them."""
-
-  def __init__(
-      self, context: RunContext, monitor: Monitor, start: int,
-      count: Callable[[batches_lib.Batch], float],
-  ):
-    """
-    Args:
-      start: the step that the rows follow.
-      count: gives the model FLOPs of a batch.
-    """
-    self.last_row: dict[str, float] = {}
-    self._num_tokens = 0  # Trained on so far, padding apart.
-    self._context, self._monitor, self._count = context, monitor, count
-    self._health = training.step_health(context)
-    self._waiting: list[tuple[int, Sums, batches_lib.Batch, dict]] = []
-    self._window = metrics.Window()
-    self._writer = metrics.Writer(
-        context.workdir.metrics, context.workdir.tensorboard, context.name,
-        restored_step=start, check=context.workdir.check_known_lease)
-    self._progress: console_lib.Progress = context.console.progress(
-        context.name, context.section.num_steps, start=start)
-
-  def get_state(self) -> dict[str, Any]:
-    """For the checkpoint's extras."""
-    return {"num_tokens": self._num_tokens, "health": self._health.get_state()}
-
-  def set_state(self, extras: dict[str, Any]) -> None:
-    self._num_tokens = extras["num_tokens"]
-    self._health.set_state(extras["health"])
-
-  def __enter__(self) -> "Log":
-    self._progress.__enter__()
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    self._progress.__exit__(*exception)
-    self._writer.close()
-
-  def add(self, number: int, values: Sums, batch: batches_lib.Batch) -> None:
-    """Takes a step's metrics without waiting for them."""
-    self._waiting.append((number, values, batch, {}))
-
-  def extend(self, row: dict[str, float]) -> None:
-    """Adds to the row of the newest step."""
-    self._waiting[-1][-1].update(row)
-
-  def flush(self) -> None:
-    """Waits for the devices; checks and writes every row there is.
-
-    Raises:
-      HealthError: an update was not made, and may not be skipped.
-    """
-    waiting, self._waiting = self._waiting, []
-    with self._monitor.span("device_wait"), sharding.waiting():
-      fetched = jax.device_get([values for _, values, _, _ in waiting])
-    timing = self._timing([batch for _, _, batch, _ in waiting])
-    if waiting[-1][0] % self._context.section.log_every == 0:
-      timing |= self._monitor.compare_hosts()
-    for (number, _, batch, more), values in zip(waiting, fetched, strict=True):
-      wrong = self._health.update(number, values, batch)
-      if wrong:
-        self._context.console.warning(f"step {number} skipped: it {wrong}")
-      self.last_row = self._row(values, batch) | timing | more
-      if self._context.section.health.on_bad_step == "skip":
-        self.last_row["skipped_updates"] = float(bool(wrong))
-      self._writer.write(number, self.last_row)
-      self._window.add(self.last_row)
-      if number % self._context.section.log_every == 0:
-        self._context.console.table(
-            f"{self._context.name} step {number}", self._window.means())
-        self._window.clear()
-    self._progress.update(number, loss=self.last_row["loss"])
-
-  def _timing(self, batches: list[batches_lib.Batch]) -> dict[str, float]:
-    timing = self._monitor.lap(len(batches))
-    seconds = timing["time/step"] * len(batches)
-    tokens = sum(
-        int(np.count_nonzero(batch["segment_ids"])) for batch in batches)
-    return timing | self._monitor.rates(
-        tokens=tokens, flops=sum(map(self._count, batches)), seconds=seconds)
-
-  def _row(
-      self, fetched: Sums, batch: batches_lib.Batch) -> dict[str, float]:
-    values = {name: float(value) for name, value in fetched.items()}
-    tokens = np.count_nonzero(batch["segment_ids"])
-    self._num_tokens += int(tokens)
-    return {
-        **{name: values[name]
-           for name in ("loss", "grad_norm", "learning_rate")},
-        "entropy": values["entropy"] / values["denominator"],
-        "num_tokens": self._num_tokens,
-        "target_frac": values["denominator"] / tokens,
-        "pad_frac": 1 - tokens / batch["tokens"].size,
-        **{name: value for name, value in values.items()
-           if name.startswith("router/")}}
-
-
 def describe(
     context: RunContext, batches: batches_lib.Batches,
     held_out: batches_lib.EvalBatches | None,
@@ -293,3 +182,6 @@ def describe(
   context.console.example(
       f"{context.name}: first example", *batches.first_example,
       decode=context.renderer.tokenizer.decode)
+
+
+STAGE = Stage(schema=SCHEMA, run=run)

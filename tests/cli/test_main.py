@@ -230,7 +230,7 @@ def test_eval_needs_a_stage_that_evaluates(calls, workdir, capsys):
   status, error = run("eval", f"--workdir={workdir}",
                       "--config.stages=reason", capsys=capsys)
   assert status == 2
-  assert "no stage of kind evaluate" in error
+  assert "no stage that evaluates" in error
 
 
 def test_sample_hands_over_every_flag(calls):

@@ -76,13 +76,13 @@ def make_context(path, assignments=()) -> RunContext:
       renderer=render.make_renderer(tokenizer, config.chat_template),
       thinking_ids=thinking.resolve(
           thinking.Thinking(**config.thinking), tokenizer),
-      console=console.Console(quiet=not first))
+      console=console.Console(quiet=not first), weights_of=lambda name: (
+          weights.initial(config, weights.model_config(
+              config, tokenizer.vocab_size))))
 
 
 def start(context: RunContext) -> Transformer:
-  shape = weights.model_config(
-      context.config, context.renderer.tokenizer.vocab_size)
-  return weights.initial(context.config, shape)
+  return context.weights_of("init")
 
 
 def run(path, assignments=()) -> Transformer:

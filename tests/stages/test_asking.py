@@ -54,7 +54,7 @@ def run(tmp_path_factory):
     run = pipeline_run.make_pipeline(path, [
         *ASK, *STEER,
         f"measure.rollout.logits_processor_args={{'{unsaid}': -1e9}}"])
-    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+    evaluate.run(pipeline_run.from_start(run, "measure"), None)
   result = json.loads((path / "measure/eval/init.json").read_text())
   return run, result
 

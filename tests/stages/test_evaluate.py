@@ -1,5 +1,6 @@
 """Oracle: every figure once more, from the records of the result's file."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp("measured")
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(path, MEASURE)
-    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+    evaluate.run(pipeline_run.from_start(run, "measure"), None)
   return path
 
 
@@ -245,7 +246,7 @@ def test_what_could_not_be_judged_is_counted_and_told(tmp_path, capsys):
     run = pipeline_run.make_pipeline(tmp_path, [
         "stages=measure", "measure.reward=tests.stages.toy:late",
         "measure.num_waits=", "measure.max_thinking_tokens=2"])
-    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+    evaluate.run(pipeline_run.from_start(run, "measure"), None)
   result = json.loads((tmp_path / "measure/eval/init.json").read_text())
   [row] = metrics.read(tmp_path / "metrics.jsonl")
   told = " ".join(capsys.readouterr().out.split())
@@ -316,7 +317,8 @@ def test_left_at_sigterm_finished_cells_are_kept(
     leave_before_chunk(monkeypatch, 16 + 4 + 2)  # Half of the cell is drawn.
     run = pipeline_run.make_pipeline(tmp_path, both)
     with pytest.raises(preemption.Preempted, match="finished are kept"):
-      evaluate.run(run.context("measure"), weights_of)
+      evaluate.run(dataclasses.replace(
+          run.context("measure"), weights_of=weights_of), None)
     first = tmp_path / "measure/eval/init.json"
     assert results_of(first) == results_of(workdir / "measure/eval/init.json")
     written = first.stat().st_mtime_ns
@@ -327,7 +329,8 @@ def test_left_at_sigterm_finished_cells_are_kept(
     leave_before_chunk(monkeypatch, 0)
     chunks = counted(monkeypatch)
     run = pipeline_run.make_pipeline(tmp_path, both)
-    evaluate.run(run.context("measure"), weights_of)
+    evaluate.run(dataclasses.replace(
+          run.context("measure"), weights_of=weights_of), None)
   assert len(chunks) == 6 * 2
   assert asked == ["init", "/some/where", "/some/where"]
   assert first.stat().st_mtime_ns == written
@@ -377,7 +380,7 @@ def test_votes_are_saved_and_can_be_graded_again(tmp_path):
         "stages=measure", "measure.samples_per_problem=2",
         "measure.pass_at=1,2", "measure.num_waits=",
         "measure.max_thinking_tokens="])
-    evaluate.run(run.context("measure"), lambda _: pipeline_run.start(run))
+    evaluate.run(pipeline_run.from_start(run, "measure"), None)
   found = json.loads((tmp_path / "measure/eval/init.json").read_text())
   assert {(r["id"], r["sample_id"]) for r in found["majority_records"]} == set(
       itertools.product(range(2000, 2006), (2, 3)))

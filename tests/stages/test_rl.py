@@ -4,6 +4,7 @@ The run that is taken apart has all there is: several minibatches and epochs,
 a KL term, a maximum of thinking tokens and waits in the rollouts.
 """
 
+import dataclasses
 import json
 import types
 
@@ -17,7 +18,7 @@ from posttrain.data import random_streams
 from posttrain.objectives import policy as policy_lib
 from posttrain.rl import packing, rollout_buffer, rollout_worker
 from posttrain.sampler import budget
-from posttrain.stages import rl, rl_parts
+from posttrain.stages import rl_parts
 from posttrain.telemetry import metrics
 from posttrain.train import health, offload, preemption
 from tests import meshes, one_by_one, pipeline_run
@@ -67,7 +68,8 @@ class Taken:
         path, [*ALL, "reason.reference=/elsewhere"])
     model = pipeline_run.start(run)
     self.reference = perturbed(model)
-    learner = rl.Learner(run.context("reason"), model, weights_of)
+    learner = pipeline_run.Learner(dataclasses.replace(
+        run.context("reason"), weights_of=weights_of), model)
     assert asked == ["/elsewhere"]
     learner.collect()
     self.batch, self.experience = kept[-1], learner.experience
@@ -131,8 +133,9 @@ def test_what_waits_on_the_hosts_changes_no_bit(taken, tmp_path, monkeypatch):
     return make(name, model, experience, loss)
   monkeypatch.setattr(packing, "add_logprobs", scored)
   with jax.set_mesh(meshes.one()):
-    learner = rl.Learner(run.context("reason"), pipeline_run.start(run),
-                           lambda source: taken.reference)
+    learner = pipeline_run.Learner(dataclasses.replace(
+        run.context("reason"), weights_of=lambda source: taken.reference),
+                                   pipeline_run.start(run))
     learner.collect()
     experience = learner.experience
     assert kinds_of_memory(learner.state.opt_state) == {"device"}
@@ -637,15 +640,14 @@ def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):
     learner = pipeline_run.make_learner(tmp_path)
     before = copy(learner.state.model)
     learner.collect()
-    learner.experience["advantages"] = np.full_like(
-        learner.experience["advantages"], np.inf)
+    experience = learner.experience
+    experience["advantages"] = np.full_like(experience["advantages"], np.inf)
     with pytest.raises(health.HealthError, match="Step 1 is not finite"):
       learner.update()
   [file] = (tmp_path / "reason").glob("bad_batch_*.npz")
   with np.load(file) as saved:
-    assert set(saved) == set(learner.experience)
-    np.testing.assert_array_equal(
-        saved["tokens"], learner.experience["tokens"])
+    assert set(saved) == set(experience)
+    np.testing.assert_array_equal(saved["tokens"], experience["tokens"])
   for a, b in zip(jax.tree.leaves(before),
                   jax.tree.leaves(learner.state.model), strict=True):
     np.testing.assert_array_equal(a, b)

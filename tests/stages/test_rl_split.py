@@ -77,8 +77,8 @@ def test_a_batch_is_by_the_policy_that_its_number_says(
         rows.append(learner.update())
         if learner.experience is None:
           break
-        assert not learner.may_stop
-      assert learner.may_stop
+        assert not learner.may_save
+      assert learner.may_save
   assert sorted(drawn) == [0, 1, 2, 3]
   for batch, (weights, devices) in drawn.items():
     assert devices == {0, 1, 2, 3}

@@ -4,45 +4,53 @@ Nothing here changes a number of the training.
 """
 
 import contextlib
+import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from posttrain.stages.run_context import RunContext
 from posttrain.telemetry import (
   compilation,
+  console,
   goodput,
   hardware,
   stragglers,
   trace,
 )
 
-# Parts of a step's time, where the host runs ahead of the devices.
+# Parts of a step's time, as far as a stage has spans of these names.
 PARTS = ("input_wait", "dispatch", "device_wait")
 APART = ("checkpoint", "evaluation", "profile")  # No part of a step.
 
 
-class Monitor:
+class StageTelemetry:
   """Telemetry of one start of one stage; a context manager around it."""
 
-  def __init__(self, context: RunContext):
-    writes, profile = context.workdir.is_writer, context.config.profile
-    self._context = context
+  def __init__(
+      self, name: str, directory: pathlib.Path, *,
+      console: console.Console, profile_steps: Sequence[int] = (),
+      is_writer: bool = True):
+    """
+    Args:
+      name: the stage's.
+      directory: the stage's; `goodput.json` and traces are written there.
+      profile_steps: the first and the last step of a trace; empty: none.
+      is_writer: false on all hosts but the first.
+    """
+    self._name, self._console = name, console
     self._ledger = goodput.Ledger(
-        context.directory / "goodput.json", write=writes,
-        warn=context.console.warning)
-    chosen = not profile.stages or context.name in profile.stages
+        directory / "goodput.json", write=is_writer, warn=console.warning)
     self._tracer = trace.Tracer(
-        context.directory / "profile", profile.steps if chosen else (),
-        say=context.console.line, write=writes)
+        directory / "profile", profile_steps, say=console.line,
+        write=is_writer)
     self._machine = hardware.find()
-    self._hosts = stragglers.Hosts(warn=context.console.warning)
+    self._hosts = stragglers.Hosts(warn=console.warning)
     self._compared = compilation.seconds()
     self._start_lap()
 
-  def __enter__(self) -> "Monitor":
+  def __enter__(self) -> "StageTelemetry":
     return self
 
   def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
@@ -50,11 +58,10 @@ class Monitor:
     self._ledger.write()
     if error is None:
       self._hosts.end()
-      self._context.console.line(
-          f"{self._context.name}: {self._ledger.line()}")
+      self._console.line(f"{self._name}: {self._ledger.line()}")
 
   def begin(self, step: int) -> None:
-    """The first step follows; what came before was set-up.
+    """Ends the set-up; the first step follows.
 
     Args:
       step: of the checkpoint that this start goes on from; 0 without one.
@@ -66,25 +73,25 @@ class Monitor:
 
   @contextlib.contextmanager
   def step(self, number: int, latest: Callable[[], Any]) -> Iterator[None]:
-    """Around a step, which is traced if the config says so.
+    """Surrounds a step, which is traced if the config says so.
 
     Args:
       latest: gives the newest arrays that the devices make.
     """
     with self._ledger.span("profile"):
       self._tracer.before(number, latest())
-    with jax.profiler.StepTraceAnnotation(self._context.name, step_num=number):
+    with jax.profiler.StepTraceAnnotation(self._name, step_num=number):
       yield
     with self._ledger.span("profile"):
       self._tracer.after(number, latest())
 
   def span(self, name: str) -> contextlib.AbstractContextManager[None]:
-    """Of `PARTS`, or `goodput.NAMES`."""
+    """Measures a part of the time: one of `PARTS`, or of `goodput.NAMES`."""
     return self._ledger.span(name)
 
   @contextlib.contextmanager
   def saving(self, step: int) -> Iterator[None]:
-    """Around the save of a checkpoint."""
+    """Surrounds the save of a checkpoint."""
     with self._ledger.span("checkpoint"):
       yield
     self._ledger.mark(step)
@@ -93,7 +100,7 @@ class Monitor:
     """Seconds per step since the last lap, without what is `APART`."""
     spans, compiled = self._ledger.spans, compilation.seconds()
     took = {name: spans.get(name, 0.0) - self._spans.get(name, 0.0)
-            for name in (*PARTS, *APART)}
+            for name in (*PARTS, *APART) if name in spans or name in APART}
     took["compile"] = compiled - self._compiled
     took["step"] = time.monotonic() - self._since - sum(
         took.pop(name) for name in APART)
@@ -113,12 +120,8 @@ class Monitor:
     return found | hardware.memory_in_use() | {
         "perf/goodput": self._ledger.goodput()}
 
-  def learn_mfu(self, flops: float, seconds: float) -> dict[str, float]:
-    """`perf/learn_mfu`: of an update alone, without its rollouts."""
-    return self._machine.mfu("perf/learn_mfu", flops, seconds)
-
   def compare_hosts(self) -> dict[str, float]:
-    """`Hosts.compare`; every host calls it after the same step."""
+    """Compares the hosts' own times; all call it after the same step."""
     compiled = compilation.seconds()
     found = self._hosts.compare(apart=compiled - self._compared)
     self._compared = compiled
