@@ -270,8 +270,7 @@ NAMES = {
     "completions/max_length", "completions/clipped_ratio",
     "think/mean_length", "think/forced_end_frac", "think/wait_count",
     "sampling/logp_difference/mean", "sampling/logp_difference/max",
-    "grad_norm", "learning_rate", "time/rollout", "time/reward", "time/learn",
-    "perf/tokens_per_sec"}
+    "grad_norm", "learning_rate", "time/rollout", "time/reward", "time/learn"}
 
 
 def test_metrics_have_the_names_that_users_know(taken):
@@ -460,6 +459,12 @@ def test_a_reward_that_can_be_learned_is_learned(tmp_path, slots):
   rows = metrics.read(tmp_path / "metrics.jsonl")
   rewards = [row["reward"] for row in rows]
   print(f"reward {np.mean(rewards[:4]):.2f} -> {np.mean(rewards[-4:]):.2f}")
+  for row in rows:
+    parts = [row[f"time/{name}"]
+             for name in ("rollout", "reward", "prepare", "learn")]
+    assert 0 < sum(parts) <= row["time/step"]
+    assert row["perf/tokens_per_sec"] == pytest.approx(
+        row["num_tokens"] / row["time/step"])
   assert np.mean(rewards[:4]) < 0.7
   assert np.mean(rewards[-4:]) > 0.9
   assert all(row["sampling/logp_difference/max"] < 5e-5
