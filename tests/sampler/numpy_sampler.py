@@ -14,7 +14,7 @@ import zlib
 import jax
 import numpy as np
 
-from posttrain.sampler import budget, token_sampling
+from posttrain.sampler import budget_state, token_sampling
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.sampler.sampler import Limits, Sampler
 from tests.model import numpy_transformer
@@ -23,9 +23,9 @@ from tests.sampler import forcing, test_token_sampling
 # Two perturbed logits that are nearer than this may trade places in float32.
 NEAR = 1e-4
 
-SOURCES = {budget.SAMPLED: "sampled", budget.FORCED: "forced"}
-CLOSED = {budget.OPEN: "open", budget.NATURAL: "natural",
-          budget.CLOSED: "budget"}
+SOURCES = {budget_state.SAMPLED: "sampled", budget_state.FORCED: "forced"}
+CLOSED = {budget_state.OPEN: "open", budget_state.NATURAL: "natural",
+          budget_state.CLOSED: "budget"}
 
 
 def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.sampler import budget, decode, prefill
+from posttrain.sampler import budget_state, decode, prefill
 from posttrain.sampler.sampler import Limits
 from tests import meshes
 from tests.model import build, numpy_transformer
@@ -122,14 +122,14 @@ def assert_is_teacher_forced(model, rollouts, strings, limits):
       want = numpy_transformer.log_softmax(left)[rollouts.tokens[i, t]]
       gaps.append(abs(want - rollouts.logprobs[i, t]))
     # What was forced is recorded under the model alone.
-    for t in np.flatnonzero(rollouts.provenance[i] == budget.FORCED):
+    for t in np.flatnonzero(rollouts.provenance[i] == budget_state.FORCED):
       own = numpy_transformer.log_softmax(
           logits[i, len(prompt) + t - 1].astype(np.float64))
       gaps.append(abs(own[rollouts.tokens[i, t]] - rollouts.logprobs[i, t]))
   print(f"{len(gaps)} tokens: max {max(gaps):.2g}, mean {np.mean(gaps):.2g}")
   assert max(gaps) < 5e-5
   np.testing.assert_array_equal(
-      rollouts.logprobs[rollouts.provenance == budget.NONE], 0)
+      rollouts.logprobs[rollouts.provenance == budget_state.NONE], 0)
 
 
 PLACES = [
