@@ -109,13 +109,17 @@ class DeviceBatch:
       admitted: rows whose request is new.
       place: copies their prompts into the cache.
     """
+    # The cache is donated to `place`: the old carry must not be read after it.
     placed = place(prefill.Rows(self.carry.cache, self.carry.hidden))
+    # The requests of all rows are sent again: they are small, and one program
+    # then serves any number of new ones.
     self._rows, state = self._run(
         ("begin",), begin, self.carry.state, self.tables,
         *begin_arguments(
             asked, admitted, self.tables, self.settings.max_ids))
     processor_state = self.carry.processor_state
     if self.settings.logits_processor is not None:
+      # A processor's state may be large ([V] a row), so only new rows are sent.
       for row in admitted:
         request = asked[row]
         assert request is not None
@@ -169,6 +173,7 @@ def begin_arguments(
   `asked` and `admitted` are those of `DeviceBatch.begin`.
   """
   budgets, params, banned_ids, keys = requests.columns(asked, max_ids)
+  # An idle row has a prompt of one token, and is done: nothing reads it.
   prompts = [request.prompt if request else (0,) for request in asked]
   lengths = np.array([len(p) for p in prompts], np.int32)
   return (
@@ -205,6 +210,7 @@ def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
       banned_ids)
   new = budget.init(
       tables, rows.budgets, *_by_row((in_thinking, last_tokens, ~admitted)))
+  # Rows that were not admitted keep their state, in the midst of decoding.
   pick = lambda a, b: jnp.where(
       _by_row(admitted).reshape(-1, *(1 for _ in a.shape[1:])), a, b)
   return rows, jax.tree.map(pick, new, state)

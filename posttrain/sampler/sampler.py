@@ -221,9 +221,11 @@ class Sampler:
     total = device["done"].shape[0]
     while True:
       self.before_chunk()
+      # Static batching never wraps the ring: it grows before it is full.
       if used + self.chunk > slots:
         slots = self.next_slots(slots)
         carry = decode.resize(carry, slots=slots)
+      # Steps so far, of all rows alike: where the script goes on.
       begin = used - self.max_prompt_tokens
       carry, record = decode.decode(
           model, blocks, carry, device["rows"],
@@ -242,7 +244,7 @@ class Sampler:
             carry.state, sharding.put(stopped, "rows"))
         carry = dataclasses.replace(carry, state=stopped_state)
         state = sharding.fetch(stopped_state)
-      if state.done.all():
+      if state.done.all():  # Padding rows are done from the start.
         _check_numbers(state)
         return recorder, state
 

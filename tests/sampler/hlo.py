@@ -1,4 +1,4 @@
-"""The decode loop as compiled, and what a step of it moves.
+"""Decode loop as compiled, and the bytes that a step of it moves.
 
   B: rows  S: cache slots  N: steps of a chunk
 """
@@ -30,7 +30,7 @@ FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant",
 def compile_decode(
     config: ModelConfig, *, rows: int, slots: int, steps: int,
     cache_dtype: str = "compute", weights_dtype: str = "compute"):
-  """On the current mesh, whose devices need not be here.
+  """Compiles the loop on the current mesh, whose devices need not be here.
 
   Returns:
     The compiled loop, bytes of what a step has to read of the weights (all

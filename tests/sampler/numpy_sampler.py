@@ -1,4 +1,4 @@
-"""The whole sampler, one row at a time, from parts that share no code with it.
+"""Sampler in NumPy, one row at a time, from parts that share no code with it.
 
 The NumPy transformer gives logits, the plain-Python account of budget forcing
 says which tokens are sampled and which forced, and the noise of each draw is
@@ -38,7 +38,7 @@ def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What the tokens of a row are a function of, besides the weights."""
+  """Request: all that a row's tokens depend on, besides the weights."""
 
   seed: int
   stage: str
@@ -79,7 +79,7 @@ def in_thinking(prompt, strings: forcing.Strings) -> bool:
 
 
 def as_row(rollouts: Rollouts, row: int) -> forcing.Row:
-  """What the sampler says of a row, in the words of the account."""
+  """Converts a row of the sampler to the words of the account."""
   length = rollouts.lengths[row]
   return forcing.Row(
       tokens=rollouts.completion(row),
