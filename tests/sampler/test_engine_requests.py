@@ -293,11 +293,11 @@ def test_aborted_requests_leave_the_others_alone():
       assert found.tokens == done.tokens
 
 
-def test_weights_do_not_change_under_live_rows():
+def test_weights_do_not_change_under_active_sequences():
   busy = scene.make_engine(scene.UNUSED)
   busy.submit(dataclasses.replace(PLAIN, banned_ids=(2,)))
   busy.step()
-  with pytest.raises(RuntimeError, match="under live rows"):
+  with pytest.raises(RuntimeError, match="under active sequences"):
     busy.use(busy.model)
 
 
