@@ -211,10 +211,10 @@ def _out(static, q, k, v, blocks):
   """
   q, k, v = (_split(static, x) for x in (q * static.scale, k, v))
   # Transposed once for all pairs: each product would else make its own copy.
-  turned = jnp.swapaxes(k, -1, -2)
+  k_t = jnp.swapaxes(k, -1, -2)
 
   def step(i, j, out, peak, total):
-    scores = soft_cap(_dot("bkrh,bkhc->bkrc", q[i], turned[j]), static.softcap)
+    scores = soft_cap(_dot("bkrh,bkhc->bkrc", q[i], k_t[j]), static.softcap)
     scores = _masked(_mask(blocks, i, j), scores, MASKED)
     # Online softmax: sums so far were made with a lower peak, so they are
     # scaled by exp(old peak - new peak) before this block is added. While a
@@ -253,13 +253,13 @@ def _backward(static, residuals, cotangent):
       _split(static, x) for x in (cotangent, q * static.scale, k, v))
   # All below is [keys, queries], so that none of the five products has to
   # transpose its operand.
-  turn = lambda x: jnp.swapaxes(x, -1, -2)
-  cotangent_t, q_t, k_t = map(turn, (cotangent, q, k))
+  transpose = lambda x: jnp.swapaxes(x, -1, -2)
+  cotangent_t, q_t, k_t = map(transpose, (cotangent, q, k))
 
   def step(i, j, dq, dk, dv):
     scores = soft_cap(_dot("bkch,bkhr->bkcr", k[j], q_t[i]), static.softcap)
     weights = jnp.exp(scores - normaliser[i][:, :, None])
-    weights = _masked_turned(_mask(blocks, i, j), weights)
+    weights = _masked_transposed(_mask(blocks, i, j), weights)
     d_weights = _dot("bkch,bkhr->bkcr", v[j], cotangent_t[i])
     d_scores = weights * (d_weights - delta[i][:, :, None])
     if static.softcap:  # Derivative of cap * tanh(x / cap), by its value.
@@ -274,12 +274,12 @@ def _backward(static, residuals, cotangent):
   zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
   dq, dk, dv = _over_pairs(
       blocks, step, (zeros(q_t), zeros(k), zeros(v)))
-  return (_join(turn(dq) * static.scale, shape_q), _join(dk, shape_k),
+  return (_join(transpose(dq) * static.scale, shape_q), _join(dk, shape_k),
           _join(dv, shape_k), None, None, None,
           *(() if blocks.prefix_ids is None else (None,)))
 
 
-def _masked_turned(mask: jax.Array, x: jax.Array) -> jax.Array:
+def _masked_transposed(mask: jax.Array, x: jax.Array) -> jax.Array:
   """Zeroes x [B, K, C, R] (keys, queries) where the mask is false.
 
   The mask is [B, C, C], of queries and keys.

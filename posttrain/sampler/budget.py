@@ -33,7 +33,6 @@ import numpy as np
 from posttrain import sharding
 from posttrain.sampler import budget_state, budget_tables
 from posttrain.sampler.budget_state import (
-    ABORTED,
     ANSWER,
     BUDGET,
     CLOSED,
@@ -44,18 +43,11 @@ from posttrain.sampler.budget_state import (
     LENGTH,
     NATURAL,
     NONE,
-    OPEN,
     PRE,
-    RUNNING,
     SAMPLED,
     STOP,
     THINK,
 )
-
-__all__ = [
-    "ABORTED", "ANSWER", "BUDGET", "CLOSED", "DONE", "EOS", "FAILED",
-    "FORCED", "LENGTH", "NATURAL", "NONE", "OPEN", "PRE", "RUNNING",
-    "SAMPLED", "STOP", "THINK"]
 
 BudgetTables = budget_tables.BudgetTables
 Budgets = budget_state.Budgets

@@ -28,7 +28,12 @@ from posttrain.model import cache as kv
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import budget, logits_processors, token_sampling
+from posttrain.sampler import (
+  budget,
+  budget_state,
+  logits_processors,
+  token_sampling,
+)
 from posttrain.sharding import shard, spec
 
 
@@ -313,14 +318,14 @@ def _choose(
   if tables.used:
     # A forced token that replaced a delimiter: `logprobs` is the delimiter's.
     # This is rare and another pass over the logits, hence the branch.
-    replaced = (emit.provenance == budget.FORCED) & ~was_forced
+    replaced = (emit.provenance == budget_state.FORCED) & ~was_forced
     logprobs = jax.lax.cond(
         jnp.any(replaced),
         lambda: jnp.where(replaced, own_logprobs(), logprobs),
         lambda: logprobs)
   state = budget.fail(state, failed)
   emit = dataclasses.replace(
-      emit, provenance=jnp.where(failed, budget.NONE, emit.provenance),
+      emit, provenance=jnp.where(failed, budget_state.NONE, emit.provenance),
       dropped=jnp.where(failed, 0, emit.dropped))
   record = {
       "token": emit.token, "provenance": emit.provenance,
@@ -358,10 +363,16 @@ def _draw(
     own = jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
     banned = own if banned is None else banned | own
   if tables.used:
-    # The logprob of a forced token is the model's own, so its row's
-    # distribution must be untouched.
-    shaped, banned, params = _plain(
-        was_forced, logits, shaped, banned, params)
+    # The logprob of a forced token is the model's own: logits processor, bans
+    # and parameters are undone in its row.
+    assert banned is not None
+    column = was_forced[:, None]
+    free = lambda value, x: jnp.where(was_forced, value, x)
+    shaped, banned = jnp.where(column, logits, shaped), ~column & banned
+    params = token_sampling.RowParams(
+        temperature=free(1.0, params.temperature),
+        top_k=free(0, params.top_k), top_p=free(1.0, params.top_p),
+        min_p=free(0.0, params.min_p))
   # Folded by the count of draws, not by the position: behind a retraction the
   # position comes again, and must not repeat its noise.
   return token_sampling.draw(
@@ -385,19 +396,6 @@ def _more(
     record["top_logprobs"], record["top_tokens"] = jax.lax.top_k(
         distribution, recorded.top_logprobs)
   return record
-
-
-def _plain(was_forced, logits, shaped, banned,
-           params: token_sampling.RowParams):
-  """Undoes logits processor, bans and parameters in rows that are forced."""
-  free = lambda value, x: jnp.where(was_forced, value, x)
-  column = was_forced[:, None]
-  return (
-      jnp.where(column, logits, shaped), ~column & banned,
-      token_sampling.RowParams(
-          temperature=free(1.0, params.temperature),
-          top_k=free(0, params.top_k), top_p=free(1.0, params.top_p),
-          min_p=free(0.0, params.min_p)))
 
 
 def _logits(

@@ -21,11 +21,11 @@ from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
   budget,
   decode,
-  logits_processors,
   prefill,
   requests,
   token_sampling,
 )
+from posttrain.sampler.engine_settings import Settings
 from posttrain.sampler.requests import Request
 from posttrain.sharding import shard, spec
 
@@ -62,32 +62,29 @@ class DeviceBatch:
 
   Attributes:
     tables: token ids that budget forcing reads.
+    settings: of the engine.
     carry: of the decode loop. Its buffers are donated to every program, so
       no older carry may be used.
   """
 
   def __init__(
-      self, config: ModelConfig, tables: budget.BudgetTables, *,
-      num_seqs: int, size: int, max_ids: int, cache_dtype: str,
-      recorded: decode.Recorded,
-      logits_processor: logits_processors.LogitsProcessor | None,
-      budget_schedule: decode.BudgetSchedule | None, run: Programs,
+      self, config: ModelConfig, tables: budget.BudgetTables,
+      settings: Settings, run: Programs,
   ):
-    """Makes a batch of `num_seqs` idle rows (B) with `size` cache slots (S)."""
-    self.tables, self._max_ids, self._recorded = tables, max_ids, recorded
-    self._logits_processor = logits_processor
-    self._budget_schedule, self._run = budget_schedule, run
+    """Makes a batch of idle rows, with the fewest cache slots of `settings`."""
+    self.tables, self.settings, self._run = tables, settings, run
     self._rows: decode.Rows | None = None
-    rows = run(("empty", num_seqs, size), prefill.empty, config, np.int32(0),
-               rows=num_seqs, slots=size, cache_dtype=cache_dtype)
-    budgets, *_ = requests.columns([None] * num_seqs, max_ids)
-    zeros = np.zeros(num_seqs, np.int32)
+    count, size = settings.rows, settings.sizes[0]
+    rows = run(("empty", count, size), prefill.empty, config, np.int32(0),
+               rows=count, slots=size, cache_dtype=settings.cache_dtype)
+    budgets, *_ = requests.columns([None] * count, settings.max_ids)
+    zeros = np.zeros(count, np.int32)
     self.carry = decode.Carry(
         rows.cache, rows.hidden,
         run(("done",), done, tables, budgets, zeros),
-        logits_processor and jax.tree.map(
-            lambda x: repeated(np.asarray(x), rows=num_seqs),
-            logits_processor.init((0,), None)),
+        settings.logits_processor and jax.tree.map(
+            lambda x: repeated(np.asarray(x), rows=count),
+            settings.logits_processor.init((0,), None)),
         run(("earlier",), no_earlier, rows.hidden, tables)
         if tables.recalled else None)
 
@@ -112,18 +109,23 @@ class DeviceBatch:
       admitted: rows whose request is new.
       place: copies their prompts into the cache.
     """
+    # The cache is donated to `place`: the old carry must not be read after it.
     placed = place(prefill.Rows(self.carry.cache, self.carry.hidden))
+    # The requests of all rows are sent again: they are small, and one program
+    # then serves any number of new ones.
     self._rows, state = self._run(
         ("begin",), begin, self.carry.state, self.tables,
-        *begin_arguments(asked, admitted, self.tables, self._max_ids))
+        *begin_arguments(
+            asked, admitted, self.tables, self.settings.max_ids))
     processor_state = self.carry.processor_state
-    if self._logits_processor is not None:
+    if self.settings.logits_processor is not None:
+      # A processor's state may be large ([V] a row), so only new rows are sent.
       for row in admitted:
         request = asked[row]
         assert request is not None
         processor_state = self._run(
             ("logits_processor",), set_row, processor_state,
-            self._logits_processor.init(
+            self.settings.logits_processor.init(
                 request.prompt, request.logits_processor_args), np.int32(row))
     self.carry = dataclasses.replace(
         self.carry, cache=placed.cache, hidden=placed.hidden, state=state,
@@ -147,9 +149,9 @@ class DeviceBatch:
     self.carry, record = self._run(
         ("decode", self.size), decode.decode, model, blocks, self.carry,
         self._rows, sharding.put(script, "rows", "slots"), np.int32(until),
-        self.tables, steps=script.shape[1], recorded=self._recorded,
-        logits_processor=self._logits_processor,
-        budget_schedule=self._budget_schedule)
+        self.tables, steps=script.shape[1], recorded=self.settings.recorded,
+        logits_processor=self.settings.logits_processor,
+        budget_schedule=self.settings.budget_schedule)
     return sharding.fetch((record, self.carry.state))
 
   def end(self, rows: Sequence[bool], reason: int) -> None:
@@ -171,6 +173,7 @@ def begin_arguments(
   `asked` and `admitted` are those of `DeviceBatch.begin`.
   """
   budgets, params, banned_ids, keys = requests.columns(asked, max_ids)
+  # An idle row has a prompt of one token, and is done: nothing reads it.
   prompts = [request.prompt if request else (0,) for request in asked]
   lengths = np.array([len(p) for p in prompts], np.int32)
   return (
@@ -207,6 +210,7 @@ def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
       banned_ids)
   new = budget.init(
       tables, rows.budgets, *_by_row((in_thinking, last_tokens, ~admitted)))
+  # Rows that were not admitted keep their state, in the midst of decoding.
   pick = lambda a, b: jnp.where(
       _by_row(admitted).reshape(-1, *(1 for _ in a.shape[1:])), a, b)
   return rows, jax.tree.map(pick, new, state)

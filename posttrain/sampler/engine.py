@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from posttrain import sharding
-from posttrain.model.block import Block
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
   budget,
+  budget_state,
   decode,
   device_batch,
   prefill,
@@ -67,10 +67,6 @@ class Stats:
   prefilled_tokens: int = 0
   surplus: int = 0
   programs: dict[tuple, float] = dataclasses.field(default_factory=dict)
-
-  def occupancy(self, max_num_seqs: int) -> float:
-    """Returns the share of the rows' steps in which a sequence was active."""
-    return self.row_steps / max(self.steps * max_num_seqs, 1)
 
 
 def nothing() -> None:
@@ -109,7 +105,6 @@ class Engine:
           f"max_num_seqs={settings.max_num_seqs} cannot be split over {parts} "
           f"parts of the mesh. Use a multiple of {parts}.")
     self.tables, self.settings = tables, settings
-    self.model, self._blocks = self._unstacked(model)
     self._text, self._before_chunk = text, before_chunk
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
@@ -127,11 +122,8 @@ class Engine:
         chunk=settings.prefill_chunk, prefixes=settings.prefixes,
         cache_dtype=settings.cache_dtype, run=run)
     self._batch = device_batch.DeviceBatch(
-        model.config, tables, num_seqs=len(self._active), size=self._sizes[0],
-        max_ids=settings.max_ids, cache_dtype=settings.cache_dtype,
-        recorded=settings.recorded,
-        logits_processor=settings.logits_processor,
-        budget_schedule=settings.budget_schedule, run=run)
+        model.config, tables, settings, run)
+    self.use(model)
 
   def submit(self, request: Request) -> int:
     """Queues a request and returns its number.
@@ -191,7 +183,8 @@ class Engine:
   @property
   def occupancy(self) -> float:
     """Share of the rows' steps in which a sequence was active, so far."""
-    return self.stats.occupancy(self.settings.max_num_seqs)
+    steps = self.stats.steps * self.settings.max_num_seqs
+    return self.stats.row_steps / max(steps, 1)
 
   @property
   def most_programs(self) -> int:
@@ -220,14 +213,9 @@ class Engine:
       raise RuntimeError(
           "Weights cannot change under active sequences. Take all results "
           "first.")
-    self.model, self._blocks = self._unstacked(model)
-    self._prefill.clear()
-
-  def _unstacked(
-      self, model: Transformer) -> tuple[Transformer, list[Block]]:
-    """Returns the model as the decode loop reads it."""
-    return decode.unstacked(
+    self.model, self._blocks = decode.unstacked(
         model, weights_dtype=self.settings.weights_dtype)
+    self._prefill.clear()
 
   def step(self) -> None:
     """Admits requests, decodes a chunk, and collects finished completions."""
@@ -271,7 +259,7 @@ class Engine:
     self._pending = kept
     self._end(
         [sequence is not None and sequence.number in self._aborted
-         for sequence in self._active], budget.ABORTED)
+         for sequence in self._active], budget_state.ABORTED)
     self._aborted.clear()
 
   def _admit(self) -> None:
@@ -340,7 +328,7 @@ class Engine:
     for row, sequence in enumerate(self._active):
       if sequence and state.done[row] and not stopped[row]:
         self._finish(row, state)
-    self._end(stopped, budget.STOP, state)
+    self._end(stopped, budget_state.STOP, state)
 
   def _end(self, rows: list[bool], reason: int, state: Any = None) -> None:
     """Ends active sequences from outside the loop, and finishes them.

@@ -65,6 +65,7 @@ def repetition_penalty(vocab_size: int) -> LogitsProcessor:
   retracted for a wait, its tokens but the last count as seen.
   """
   def init(prompt, argument):
+    # As a [V] mask: its shape is the same for every prompt.
     seen = np.zeros(vocab_size, bool)
     seen[list(prompt)] = True
     penalty = (argument or {"penalty": 1})["penalty"]

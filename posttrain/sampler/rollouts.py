@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from posttrain.sampler import budget
+from posttrain.sampler import budget_state
 from posttrain.sampler.requests import Completion
 
-FINISH_REASONS = {
-    budget.RUNNING: "running", budget.EOS: "eos", budget.BUDGET: "budget",
-    budget.LENGTH: "length", budget.STOP: "stop", budget.FAILED: "error",
-    budget.ABORTED: "abort"}
-THINK_ENDS = {
-    budget.OPEN: "open", budget.NATURAL: "natural", budget.CLOSED: "budget"}
+# Names of the numbers of `budget_state`: RUNNING, EOS, BUDGET, LENGTH, STOP,
+# FAILED and ABORTED; OPEN, NATURAL and CLOSED.
+FINISH_REASONS = dict(enumerate(
+    ("running", "eos", "budget", "length", "stop", "error", "abort")))
+THINK_ENDS = dict(enumerate(("open", "natural", "budget")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Rollouts:
   @property
   def loss_mask(self) -> np.ndarray:
     """[B, T] bool, true on tokens that the policy sampled."""
-    return self.provenance == budget.SAMPLED
+    return self.provenance == budget_state.SAMPLED
 
   def completion(self, row: int) -> list[int]:
     """Returns the token ids of one completion."""
@@ -122,7 +121,7 @@ class Row:
   def add(self, record: Mapping[str, np.ndarray]) -> None:
     """Adds steps: [steps, ...] arrays, "dropped" and "raw" among them."""
     dropped = record["dropped"]
-    emitted = record["provenance"] != budget.NONE
+    emitted = record["provenance"] != budget_state.NONE
     # Retractions are rare: split at them, extend in slices in between. A step
     # first drops earlier tokens and then emits its own, so it begins a slice.
     start = 0

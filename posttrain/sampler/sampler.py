@@ -22,7 +22,9 @@ import numpy as np
 from posttrain import sharding
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
+  active_sequence,
   budget,
+  budget_state,
   decode,
   engine,
   requests,
@@ -30,7 +32,6 @@ from posttrain.sampler import (
   sampling_options,
   token_sampling,
 )
-from posttrain.sampler.rollouts import Rollouts
 from posttrain.text import thinking as thinking_lib
 
 PREFILL_CHUNK = 256  # Tokens in one forward pass, in continuous batching.
@@ -94,7 +95,7 @@ class Sampler:
       script: np.ndarray | None = None,
       on_chunk: Callable[[rollouts.Recorder, np.ndarray], np.ndarray | None]
       | None = None,
-  ) -> Rollouts:
+  ) -> rollouts.Rollouts:
     """Samples `group_size` completions of every prompt.
 
     Args:
@@ -139,7 +140,7 @@ class Sampler:
     recorder, state = self._static(
         model, device, rows, group_size, script, on_chunk)
     take = lambda x: np.asarray(x)[:rows]
-    return Rollouts(
+    return rollouts.Rollouts(
         prompts=[list(p) for p in prompts for _ in range(group_size)],
         finish_reason=take(state.finish_reason).astype(np.int8),
         think_end=take(state.think_end).astype(np.int8),
@@ -184,7 +185,7 @@ class Sampler:
 
   def _continuous(
       self, model: Transformer, asked: list[requests.Request],
-  ) -> Rollouts:
+  ) -> rollouts.Rollouts:
     """Samples by continuous batching, through an engine."""
     queue = engine.Engine(
         model, self.tables, self.engine_settings(asked),
@@ -220,9 +221,11 @@ class Sampler:
     total = device["done"].shape[0]
     while True:
       self.before_chunk()
+      # Static batching never wraps the ring: it grows before it is full.
       if used + self.chunk > slots:
         slots = self.next_slots(slots)
         carry = decode.resize(carry, slots=slots)
+      # Steps so far, of all rows alike: where the script goes on.
       begin = used - self.max_prompt_tokens
       carry, record = decode.decode(
           model, blocks, carry, device["rows"],
@@ -241,7 +244,7 @@ class Sampler:
             carry.state, sharding.put(stopped, "rows"))
         carry = dataclasses.replace(carry, state=stopped_state)
         state = sharding.fetch(stopped_state)
-      if state.done.all():
+      if state.done.all():  # Padding rows are done from the start.
         _check_numbers(state)
         return recorder, state
 
@@ -403,12 +406,10 @@ def script_window(
 
 def _check_numbers(state: budget.BudgetState) -> None:
   """Raises ValueError where a row's logits were not finite."""
-  failed = state.finish_reason == budget.FAILED
+  failed = state.finish_reason == budget_state.FAILED
   if failed.any():
     raise ValueError(
-        f"The logits of {failed.sum()} of {failed.size} rows are not finite, "
-        "so nothing can be drawn from them. The weights have diverged, or "
-        "were loaded wrongly.")
+        f"{failed.sum()} of {failed.size} rows: {active_sequence.NOT_FINITE}")
 
 
 row_keys = jax.jit(token_sampling.row_keys, static_argnames=("stage",))

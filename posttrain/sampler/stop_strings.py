@@ -28,11 +28,13 @@ class Matcher:
     Args:
       tokens: all tokens so far that cannot be retracted any more.
     """
+    # The whole text is not decoded anew for every chunk, only its end.
     begin = self._begin(tokens)
     complete = lambda end: self._complete(self._decode(tokens[begin:end]))
     if not complete(len(tokens)):
       self._searched = len(tokens)
       return -1
+    # The first token that completes a string, whatever the chunk brought.
     return next(end for end in range(self._searched + 1, len(tokens) + 1)
                 if complete(end))
 

@@ -45,22 +45,14 @@ class SamplingParams:
   min_p: float = 0.0
 
   def __post_init__(self):
-    if self.temperature < 0:
-      raise ValueError(
-          f"The temperature is {self.temperature} and must be 0 (greedy) or "
-          "more. Change rollout.temperature.")
-    if self.top_k < 0:
-      raise ValueError(
-          f"top_k is {self.top_k} and must be 0 (off) or more. Change "
-          "rollout.top_k.")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(
-          f"top_p is {self.top_p} and must lie in (0, 1], 1 being off. Change "
-          "rollout.top_p.")
-    if not 0 <= self.min_p <= 1:
-      raise ValueError(
-          f"min_p is {self.min_p} and must lie in [0, 1], 0 being off. Change "
-          "rollout.min_p.")
+    for name, valid, needed in (
+        ("temperature", self.temperature >= 0, "be 0 (greedy) or more"),
+        ("top_k", self.top_k >= 0, "be 0 (off) or more"),
+        ("top_p", 0 < self.top_p <= 1, "lie in (0, 1], 1 being off"),
+        ("min_p", 0 <= self.min_p <= 1, "lie in [0, 1], 0 being off")):
+      if not valid:
+        raise ValueError(f"{name} is {getattr(self, name)} and must {needed}. "
+                         f"Change rollout.{name}.")
 
 
 @functools.partial(

@@ -1,10 +1,11 @@
 """Transcripts of completions: texts, and which part was sampled or forced."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.sampler import budget
+from posttrain.sampler import budget_state
 from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
 from posttrain.tasks import scoring
 from posttrain.text import thinking
@@ -36,7 +37,7 @@ def split(
     if begin < 0:
       return thinking.Split(slice(0, 0), whole, False)
     begin += len(ids.start)
-  if rollouts.think_end[row] == budget.OPEN:
+  if rollouts.think_end[row] == budget_state.OPEN:
     return thinking.Split(slice(begin, len(tokens)), nothing, False)
   stop = begin + int(rollouts.think_lengths[row])
   # `end` follows the thinking, behind a newline if the closing was forced. It
@@ -66,13 +67,15 @@ def segments(
   """
   names: list[str] = []
   for start, stop, code in _runs(list(provenance)):
-    if code != budget.FORCED:
+    if code != budget_state.FORCED:
       inside = range(len(tokens))[thought]
       names += ["thinking" if i in inside else "sampled"
                 for i in range(start, stop)]
       continue
-    spelt = max(_common(tokens[start:stop], wait)
-                for wait in (ids.wait, *ids.more_waits))
+    spelt = max(  # The length of what the two begin with in common.
+        sum(itertools.takewhile(
+            bool, map(operator.eq, tokens[start:stop], wait)))
+        for wait in (ids.wait, *ids.more_waits))
     names += ["wait"] * spelt + ["forced"] * (stop - start - spelt)
   # Differences of decoded prefixes: a tokenizer may drop a leading space, or
   # need several tokens for one character.
@@ -82,13 +85,6 @@ def segments(
     texts.append((text[len(done):], name))
     done = text
   return texts
-
-
-def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
-  """Returns the length of the common beginning of two sequences."""
-  pairs = zip(tokens, other, strict=False)
-  return next((i for i, (a, b) in enumerate(pairs) if a != b),
-              min(len(tokens), len(other)))
 
 
 def _runs(values: list) -> list[tuple[int, int, Any]]:

@@ -13,7 +13,7 @@ from tests.model import build
 from tests.sampler import engine_scene as scene
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs/sampler.md").read_text()
-USE, HOOK, POLICY = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+USE, PROCESSOR, SCHEDULE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 def test_the_engine_of_the_page_answers(capsys):
@@ -32,9 +32,9 @@ def test_the_engine_of_the_page_answers(capsys):
 
 
 def test_the_processor_and_the_schedule_of_the_page_do_what_they_say(tmp_path):
-  """From a file, by name, as a config has them."""
+  """They come from a file, by name, as a config has them."""
   file = tmp_path / "my_hooks.py"
-  file.write_text(HOOK + POLICY)
+  file.write_text(PROCESSOR + SCHEDULE)
   named = sampling.make_sampling_options(
       dict(sampling.PLAIN, logits_processor=f"{file}:no_repeats",
            budget_schedule=f"{file}:patience"), scene.V)

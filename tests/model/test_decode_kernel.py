@@ -38,7 +38,7 @@ def random_ring(rng):
 
 @functools.partial(jax.jit, static_argnames=("window", "block"))
 def both(q, k, v, positions, query, dtype, window, block):
-  """By the kernel and by the plain form."""
+  """Computes attention by the kernel and by the plain form."""
   layer = kv.stored(k, v, dtype.dtype)
   newer = query[:, None] - positions
   mask = (positions >= 0) & (newer >= 0) & (newer < (window or S))

@@ -88,7 +88,7 @@ KERNEL = functools.partial(grouped_kernel.product, interpret=True)
     moe.grouped, functools.partial(moe.grouped, product=KERNEL)],
     ids=["ragged", "kernel"])
 def test_both_forms_have_one_gradient(grouped_form):
-  """Of every input, on a device that holds experts 2 to 5 of eight."""
+  """Every input has it, on a device that holds experts 2 to 5 of eight."""
   x, choice, weights, *matrices = inputs()
   floats = (x, weights, *(w[2:6] for w in matrices))
   probe = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
@@ -186,7 +186,7 @@ def test_experts_are_split_over_their_axis_and_stay_there():
 
 
 def test_the_gradient_of_a_published_size_has_its_layout():
-  """On 256 chips that are not there."""
+  """The 256 chips are not there."""
   config = dataclasses.replace(
       PRESETS["qwen3-30b-a3b"], dtype="bfloat16", remat="full", moe="grouped")
   mesh = jax.sharding.AbstractMesh(

@@ -11,7 +11,7 @@ from posttrain import sharding
 from posttrain.model import attention, splash, transformer
 from tests import meshes
 from tests.model import build
-from tests.model.test_blocked import ANY, packed
+from tests.model.test_blockwise_attention import ANY, packed
 
 ROWS, LENGTH, KV, GROUPS, WIDTH = 4, 256, 2, 2, 16
 HEADS = ("batch", "length", "kv_heads", "groups", "head_dim")

@@ -50,7 +50,7 @@ def take(engine: Engine, asked) -> list:
 
 
 def random_request(rng, number: int, longest: int = 60) -> Request:
-  """Of any length, with any budget; half of the prompts open a thinking."""
+  """Draws a request of any length and budget; half open a thinking."""
   maximum = int(rng.integers(-1, 20))
   minimum = int(rng.integers(0, 6))
   truncate = bool(rng.random() < 0.2)
@@ -80,7 +80,7 @@ def limits_of(request: Request) -> Limits:
 
 
 def redrawn(done, strings=STRINGS):
-  """The completion in NumPy: its row, logprobs and near-ties."""
+  """Draws the completion in NumPy: its row, logprobs and near-ties."""
   request = done.request
   record = rollouts.of_completions([done])
   return numpy_sampler.sample(
@@ -90,7 +90,7 @@ def redrawn(done, strings=STRINGS):
 
 
 def flips(done, alone, strings=STRINGS) -> bool:
-  """Whether a near-tie parts two runs; an error if anything else does.
+  """Returns True if a near-tie parts two runs; fails if anything else does.
 
   Up to there tokens are equal, and logprobs to 5e-5.
   """

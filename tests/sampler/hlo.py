@@ -1,4 +1,4 @@
-"""The decode loop as compiled, and what a step of it moves.
+"""Decode loop as compiled, and the bytes that a step of it moves.
 
   B: rows  S: cache slots  N: steps of a chunk
 """
@@ -13,6 +13,7 @@ from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.sampler import budget_tables, decode, device_batch
+from posttrain.sampler.engine_settings import Settings
 from posttrain.sampler.requests import Request
 from posttrain.text import thinking
 
@@ -29,7 +30,7 @@ FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant",
 def compile_decode(
     config: ModelConfig, *, rows: int, slots: int, steps: int,
     cache_dtype: str = "compute", weights_dtype: str = "compute"):
-  """On the current mesh, whose devices need not be here.
+  """Compiles the loop on the current mesh, whose devices need not be here.
 
   Returns:
     The compiled loop, bytes of what a step has to read of the weights (all
@@ -42,9 +43,9 @@ def compile_decode(
 
   def make(model):
     made = device_batch.DeviceBatch(
-        config, tables, num_seqs=rows, size=slots, max_ids=4,
-        cache_dtype=cache_dtype, recorded=decode.Recorded(counts=True),
-        logits_processor=None, budget_schedule=None, run=call)
+        config, tables, Settings(
+            max_num_seqs=rows, max_seq_len=slots, min_seq_len=slots,
+            cache_dtype=cache_dtype), call)
     made.begin([Request(prompt=(1,), max_tokens=9)] * rows, range(rows),
                lambda placed: placed)
     script = jnp.full((rows, steps), -1, jnp.int32,

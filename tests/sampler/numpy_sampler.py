@@ -1,4 +1,4 @@
-"""The whole sampler, one row at a time, from parts that share no code with it.
+"""Sampler in NumPy, one row at a time, from parts that share no code with it.
 
 The NumPy transformer gives logits, the plain-Python account of budget forcing
 says which tokens are sampled and which forced, and the noise of each draw is
@@ -14,7 +14,7 @@ import zlib
 import jax
 import numpy as np
 
-from posttrain.sampler import budget, token_sampling
+from posttrain.sampler import budget_state, token_sampling
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.sampler.sampler import Limits, Sampler
 from tests.model import numpy_transformer
@@ -23,9 +23,9 @@ from tests.sampler import forcing, test_token_sampling
 # Two perturbed logits that are nearer than this may trade places in float32.
 NEAR = 1e-4
 
-SOURCES = {budget.SAMPLED: "sampled", budget.FORCED: "forced"}
-CLOSED = {budget.OPEN: "open", budget.NATURAL: "natural",
-          budget.CLOSED: "budget"}
+SOURCES = {budget_state.SAMPLED: "sampled", budget_state.FORCED: "forced"}
+CLOSED = {budget_state.OPEN: "open", budget_state.NATURAL: "natural",
+          budget_state.CLOSED: "budget"}
 
 
 def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
@@ -38,7 +38,7 @@ def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What the tokens of a row are a function of, besides the weights."""
+  """Request: all that a row's tokens depend on, besides the weights."""
 
   seed: int
   stage: str
@@ -79,7 +79,7 @@ def in_thinking(prompt, strings: forcing.Strings) -> bool:
 
 
 def as_row(rollouts: Rollouts, row: int) -> forcing.Row:
-  """What the sampler says of a row, in the words of the account."""
+  """Converts a row of the sampler to the words of the account."""
   length = rollouts.lengths[row]
   return forcing.Row(
       tokens=rollouts.completion(row),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import sharding
-from posttrain.sampler import budget
+from posttrain.sampler import budget, budget_state
 from tests import meshes
 from tests.sampler import forcing
 from tests.sampler.forcing import Limits, Strings
@@ -20,10 +20,11 @@ from tests.sampler.forcing import Limits, Strings
 TRACES = json.loads(
     (pathlib.Path(__file__).parents[1] / "data/oracles.json").read_text()
 )["budget_forcing_traces"]["cases"]
-FINISH = {budget.EOS: "eos", budget.BUDGET: "budget", budget.LENGTH: "length"}
-CLOSED = {budget.OPEN: "open", budget.NATURAL: "natural",
-          budget.CLOSED: "budget"}
-SOURCES = {budget.SAMPLED: "sampled", budget.FORCED: "forced"}
+FINISH = {budget_state.EOS: "eos", budget_state.BUDGET: "budget",
+          budget_state.LENGTH: "length"}
+CLOSED = {budget_state.OPEN: "open", budget_state.NATURAL: "natural",
+          budget_state.CLOSED: "budget"}
+SOURCES = {budget_state.SAMPLED: "sampled", budget_state.FORCED: "forced"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def drive(model, prompts, in_thinking, strings, limits, answer=True):
     forced, banned = sharding.fetch(plan_rows(tables, budgets, state))
     before = sharding.fetch(state)
     over = before.done | (not answer) & (
-        (before.phase == budget.ANSWER) & (forced < 0))
+        (before.phase == budget_state.ANSWER) & (forced < 0))
     if over.all():
       break
     token = [0 if over[i] else forced[i] if forced[i] >= 0 else next(
@@ -89,7 +90,7 @@ def record(records, prompts, before, after, over):
   state, emit = after
   for i, row in enumerate(records):
     if before.done[i]:
-      assert emit.provenance[i] == budget.NONE and not emit.refeed[i]
+      assert emit.provenance[i] == budget_state.NONE and not emit.refeed[i]
     if over[i]:
       continue
     if emit.dropped[i]:
@@ -372,7 +373,7 @@ def test_stop_from_outside():
   state = budget.init(tables, budgets, zeros == 0, zeros, zeros > 0)
   rows = sharding.put(np.array([False, True]), "batch")
   state = sharding.fetch(budget.stop(state, rows))
-  assert list(state.finish_reason) == [budget.RUNNING, budget.STOP]
+  assert list(state.finish_reason) == [budget_state.RUNNING, budget_state.STOP]
   assert list(state.done) == [False, True]
 
 

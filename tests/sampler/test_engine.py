@@ -25,7 +25,7 @@ def one_device():
 
 
 def soak(count: int, max_num_seqs: int, abort_every: int) -> None:
-  """Random requests through few slots; every result against a run alone."""
+  """Runs random requests through few rows; every result against a run alone."""
   rng = np.random.default_rng(count)
   asked = [scene.random_request(rng, i) for i in range(count)]
   busy = scene.make_engine(max_num_seqs=max_num_seqs)
@@ -59,7 +59,7 @@ def soak(count: int, max_num_seqs: int, abort_every: int) -> None:
 
 
 def test_an_error_before_a_chunk_leaves_the_engine_as_it_was():
-  """As SIGTERM does; whoever asked may also go on."""
+  """SIGTERM raises one; the caller may also go on."""
   rng = np.random.default_rng(3)
   asked = [scene.random_request(rng, i) for i in range(9)]
   looks = []
@@ -231,7 +231,7 @@ def test_what_a_queue_shares_is_what_all_of_it_begins_with(prompts):
 
 
 def test_prompts_that_wait_too_long_are_prefilled_again():
-  """Eight prompts in turn: two slots keep two of them."""
+  """Eight prompts in turn: two rows keep two of them."""
   prompts = [(12 + i, 20, 21) for i in range(8)]
   asked = [Request(prompt=p, max_tokens=4, prompt_id=i)
            for i, p in enumerate(prompts)]
@@ -255,7 +255,7 @@ def test_prefixes_that_are_not_used_are_dropped():
 
 @pytest.mark.parametrize("option", build.quick_options("gemma", "experts"))
 def test_logprobs_are_the_training_programs(option):
-  """Long rows in refilled slots behind a shared prefix, some of it forced."""
+  """Long sequences behind a shared prefix, some of it forced, in few rows."""
   config = build.make_config(
       **(build.OPTIONS[option] | dict(vocab_size=scene.V)))
   weights = build.random_params(config)

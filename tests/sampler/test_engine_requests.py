@@ -1,4 +1,4 @@
-"""What a single request may ask of the engine. Oracles: NumPy, free runs."""
+"""Options of a single request. Oracles: NumPy, free runs."""
 
 import dataclasses
 
@@ -218,7 +218,7 @@ def test_a_bias_is_added_where_it_is_asked_for():
 
 
 def test_a_repetition_penalty_is_that_of_its_definition():
-  """Mixed with rows that have none, and slots that had another's state."""
+  """Mixed with rows that have none, and rows that had another's state."""
   busy = scene.make_engine(
       scene.UNUSED,
       logits_processor=logits_processors.repetition_penalty(scene.V))
@@ -253,7 +253,7 @@ def test_logits_that_are_not_numbers_fail_their_row_alone():
   for done in found[::2]:
     assert done.finish_reason == "error" and done.tokens == []
     assert "not finite" in done.error
-  # Slots whose cache held NaNs serve the next request as if it had not.
+  # Rows whose cache held NaNs serve the next request as if it had not.
   assert [d.tokens for d in found[1::2]] == [d.tokens for d in want]
 
 
@@ -293,15 +293,15 @@ def test_aborted_requests_leave_the_others_alone():
       assert found.tokens == done.tokens
 
 
-def test_weights_do_not_change_under_live_rows():
+def test_weights_do_not_change_under_active_sequences():
   busy = scene.make_engine(scene.UNUSED)
   busy.submit(dataclasses.replace(PLAIN, banned_ids=(2,)))
   busy.step()
-  with pytest.raises(RuntimeError, match="under live rows"):
+  with pytest.raises(RuntimeError, match="under active sequences"):
     busy.use(busy.model)
 
 
-def test_slots_are_whole_rows_of_the_mesh():
+def test_max_num_seqs_is_whole_rows_of_the_mesh():
   with jax.set_mesh(meshes.eight()), pytest.raises(
       ValueError, match="multiple of 4"):
     scene.make_engine(max_num_seqs=6)
@@ -367,14 +367,14 @@ def test_reflections_are_left_out_of_the_thinking_that_asks_for_it():
 
 
 def half(budgets, state):
-  """A policy: half of what was asked for."""
+  """Budget schedule: half of what was asked for."""
   del state
   return dataclasses.replace(
       budgets, max_thinking_tokens=budgets.max_thinking_tokens // 2)
 
 
-def test_a_policy_moves_the_budgets():
-  """As if half had been asked for."""
+def test_a_budget_schedule_moves_the_budgets():
+  """The result is that of asking for half."""
   asked = [dataclasses.replace(
       PLAIN, prompt=(12, 3), max_tokens=60, num_waits=1, prompt_id=i,
       max_thinking_tokens=4 + 2 * i) for i in range(10)]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.sampler import budget, rollouts
+from posttrain.sampler import budget_state, rollouts
 from tests.model import numpy_transformer
 from tests.sampler import test_sampler
 
@@ -44,7 +44,7 @@ def test_the_recorder_follows_what_is_kept():
     tokens = np.array([tokens])
     return {
         "token": tokens, "raw": tokens, "dropped": np.array([dropped]),
-        "provenance": np.full(shape, budget.SAMPLED),
+        "provenance": np.full(shape, budget_state.SAMPLED),
         "logprob": np.zeros(shape, np.float32),
         "experts": (10 * tokens[..., None, None]).astype(np.uint8)}
 

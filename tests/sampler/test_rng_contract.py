@@ -71,7 +71,7 @@ def assert_same(params, a, b, at_least):
 
 
 def differs(params, a, b, row, other):
-  """Whether a near-tie parts the rows; an error if anything else does."""
+  """Returns True if a near-tie parts the rows; fails if anything else does."""
   x, y = a.completion(row), b.completion(other)
   same = next((i for i, (s, t) in enumerate(zip(x, y, strict=False))
                if s != t), min(len(x), len(y)))
@@ -105,13 +105,13 @@ def test_the_same_schedule_is_bitwise_equal(params, rollouts):
   np.testing.assert_array_equal(again.logprobs, rollouts.logprobs)
 
 
-def test_another_slot_and_other_neighbours_are_bitwise_equal(params, rollouts):
-  """In one program a row's slot and its neighbours change no bit."""
+def test_another_row_and_other_neighbours_are_bitwise_equal(params, rollouts):
+  """In one program a row's place and its neighbours change no bit."""
   others = PROMPTS | {21: [13, 14, 15], 22: [16, 3], 23: [10, 3]}
   moved = run(params, [21, 12, 22, 11], prompts=others)
-  rows, slots = by_request(rollouts), by_request(moved)
+  rows, others = by_request(rollouts), by_request(moved)
   for request in ((11, 0), (11, 1), (12, 0), (12, 1)):
-    i, j = rows[request], slots[request]
+    i, j = rows[request], others[request]
     assert i != j or request[0] == 12
     assert rollouts.completion(i) == moved.completion(j)
     np.testing.assert_array_equal(

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.sampler import budget, rollouts
+from posttrain.sampler import budget_state, rollouts
 
 ROWS = 3
 
@@ -76,12 +76,13 @@ def test_cutting_a_row_leaves_the_others():
 
 
 def test_names_and_masks():
-  provenance = np.array([[budget.SAMPLED, budget.FORCED, budget.NONE]])
+  provenance = np.array([[
+      budget_state.SAMPLED, budget_state.FORCED, budget_state.NONE]])
   zeros = np.zeros(1, np.int32)
   record = rollouts.Rollouts(
       prompts=[[1]], tokens=np.array([[5, 6, 0]]), logprobs=np.zeros((1, 3)),
       provenance=provenance, lengths=np.array([2]),
-      finish_reason=np.array([budget.BUDGET]), think_end=zeros,
+      finish_reason=np.array([budget_state.BUDGET]), think_end=zeros,
       think_lengths=zeros, think_steps=zeros, answer_lengths=zeros,
       wait_count=zeros, prompt_id=zeros, sample_id=zeros,
       raw=np.array([[5, -1]]))

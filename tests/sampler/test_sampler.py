@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.sampler import budget, decode, prefill
+from posttrain.sampler import budget_state, decode, prefill
 from posttrain.sampler.sampler import Limits
 from tests import meshes
 from tests.model import build, numpy_transformer
@@ -35,7 +35,7 @@ UNUSED = Strings(stop_ids=(2,), vocab_size=V)
 
 
 def make_prompts(seed=0, count=ROWS // GROUP_SIZE):
-  """Of all lengths; five in eight end inside an open thinking section."""
+  """Draws prompts of all lengths; five in eight open a thinking section."""
   rng = np.random.default_rng(seed)
   prompts = []
   for i in range(count):
@@ -122,14 +122,14 @@ def assert_is_teacher_forced(model, rollouts, strings, limits):
       want = numpy_transformer.log_softmax(left)[rollouts.tokens[i, t]]
       gaps.append(abs(want - rollouts.logprobs[i, t]))
     # What was forced is recorded under the model alone.
-    for t in np.flatnonzero(rollouts.provenance[i] == budget.FORCED):
+    for t in np.flatnonzero(rollouts.provenance[i] == budget_state.FORCED):
       own = numpy_transformer.log_softmax(
           logits[i, len(prompt) + t - 1].astype(np.float64))
       gaps.append(abs(own[rollouts.tokens[i, t]] - rollouts.logprobs[i, t]))
   print(f"{len(gaps)} tokens: max {max(gaps):.2g}, mean {np.mean(gaps):.2g}")
   assert max(gaps) < 5e-5
   np.testing.assert_array_equal(
-      rollouts.logprobs[rollouts.provenance == budget.NONE], 0)
+      rollouts.logprobs[rollouts.provenance == budget_state.NONE], 0)
 
 
 PLACES = [
@@ -178,8 +178,8 @@ def test_logprobs_are_the_training_programs(option, forcing):
   assert rollouts.loss_mask.sum() > 100
 
 
-def test_refilled_rows_are_numpy_and_replayed_bitwise():
-  """Sixteen rows through five slots, with budgets of their own."""
+def test_continuous_batching_is_numpy_and_replayed_bitwise():
+  """Sixteen sequences through five rows, with budgets of their own."""
   mesh, model, config, params = scene("tied", (1, 1))
   limits, prompts = random_limits(9), make_prompts(9)
   with jax.set_mesh(mesh):
@@ -263,16 +263,16 @@ def test_one_decode_program_per_cache_bucket():
   assert set(first.tokens.ravel().tolist()) == set(range(V))
 
 
-def test_refilled_calls_with_other_prompts_compile_nothing():
+def test_continuous_batching_of_other_prompts_compiles_nothing():
   """The ring is as large as the longest prompt allows, not the one at hand."""
   mesh, model, _, _ = scene("tied", (1, 1))
-  refilled = dataclasses.replace(FREE, max_num_seqs=3)
+  continuous = dataclasses.replace(FREE, max_num_seqs=3)
   programs = (decode.decode, decode.resize, prefill.empty, prefill.feed,
               prefill.place)
   count = lambda: sum(program._cache_size() for program in programs)
 
   def run(*prompts):
-    return refilled.generate(
+    return continuous.generate(
         model, prompts, Limits(max_tokens=40), prompt_id=range(len(prompts)),
         group_size=2, seed=0, stage="x")
 
@@ -283,7 +283,7 @@ def test_refilled_calls_with_other_prompts_compile_nothing():
     assert count() == before
 
 
-def test_fewer_rows_than_slots_are_drawn_by_the_engine_too(monkeypatch):
+def test_fewer_rows_than_max_num_seqs_go_through_the_engine_too(monkeypatch):
   """No other program than the one whose memory was estimated."""
   mesh, model, _, _ = scene("tied", (1, 1))
   run = lambda sampler: sampler.generate(
@@ -291,7 +291,7 @@ def test_fewer_rows_than_slots_are_drawn_by_the_engine_too(monkeypatch):
       stage="x")
   with jax.set_mesh(mesh):
     wanted = run(FREE)
-    monkeypatch.setattr(decode, "prefill", None)  # Of rows that wait.
+    monkeypatch.setattr(decode, "prefill", None)  # Static batching.
     found = run(dataclasses.replace(FREE, max_num_seqs=3))
   assert found.tokens.tolist() == wanted.tokens.tolist()
 

@@ -1,4 +1,4 @@
-"""What steers a whole call does so with slots that are refilled and without.
+"""Sampling options of a call, in continuous and in static batching.
 
 Oracles: the same tokens both ways, and steps, words, waits and budgets counted
 again in what came out.
@@ -27,7 +27,7 @@ STRINGS = dataclasses.replace(
 
 
 def half(budgets, state):
-  """And more tokens than were asked for, which a policy cannot give."""
+  """Asks for more tokens too, which a budget schedule cannot give."""
   del state
   return dataclasses.replace(
       budgets, max_thinking_tokens=budgets.max_thinking_tokens // 2,
@@ -77,14 +77,14 @@ def drawn(limits):
 
 
 def thought(drawn, row):
-  """What was sampled of the thinking, and what was forced of it."""
+  """Returns the sampled and the forced tokens of the thinking."""
   inside = slice(0, drawn.think_lengths[row])
   tokens = np.array(drawn.completion(row))[inside]
   forced = drawn.provenance[row, :len(tokens)] == 2
   return tokens[~forced].tolist(), tokens[forced].tolist()
 
 
-def test_refilled_slots_draw_the_same(limits, drawn):
+def test_continuous_batching_draws_the_same(limits, drawn):
   again = run(limits, 5, ALL)
   same = [drawn.completion(row) == again.completion(row)
           for row in range(ROWS)]
@@ -119,7 +119,7 @@ def test_texts_of_waits_are_drawn_by_the_rows_ids(limits, drawn):
   assert used == {0, 1, 2}
 
 
-def test_no_row_exceeds_the_policys_maximum_or_its_own_of_steps(limits, drawn):
+def test_no_row_exceeds_the_schedules_maximum_or_its_own(limits, drawn):
   ends = {"tokens": 0, "steps": 0}
   for row in range(ROWS):
     sampled, forced = thought(drawn, row)
@@ -128,7 +128,7 @@ def test_no_row_exceeds_the_policys_maximum_or_its_own_of_steps(limits, drawn):
     counted = sum(token in STRINGS.step_tokens for token in sampled)
     assert drawn.think_steps[row] == counted
     assert steps < 0 or counted <= steps
-    # The policy has no say before the first token.
+    # The schedule has no say before the first token.
     assert most < 0 or len(sampled) + len(forced) <= max(most // 2, 1)
     if drawn.think_end[row] == 2:  # By a budget.
       by = "steps" if counted == steps else "tokens"
@@ -148,9 +148,9 @@ def test_steps_need_what_ends_one():
 @pytest.mark.parametrize("maximum, options", [
     (dict(max_thinking_steps=2), NONE),
     ({}, SamplingOptions(budget_schedule=five))],
-    ids=["steps", "policy"])
+    ids=["steps", "schedule"])
 def test_truncation_needs_no_maximum_of_tokens(maximum, options):
-  """A row ends at that of steps, or of a policy, and nothing is closed."""
+  """A row ends at that of steps, or of a schedule, and nothing is closed."""
   cut = run(Limits(max_tokens=50, truncate=True, **maximum), 0, options)
   names = [THINK_ENDS[end] for end in cut.think_end]
   assert "budget" not in names

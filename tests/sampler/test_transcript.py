@@ -1,4 +1,4 @@
-"""What people read is what the tokens and their provenance say."""
+"""Transcripts say what the tokens and their provenance say."""
 
 import dataclasses
 import functools
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from posttrain.sampler import budget, transcript
+from posttrain.sampler import budget_state, transcript
 from posttrain.sampler.rollouts import FINISH_REASONS, THINK_ENDS, Rollouts
 from posttrain.text import thinking, vocabulary
 from tests.sampler import forcing, numpy_sampler, test_budget
 
-SAMPLED, FORCED = budget.SAMPLED, budget.FORCED
+SAMPLED, FORCED = budget_state.SAMPLED, budget_state.FORCED
 WORDS = vocabulary.train_sentencepiece(
     ["a b c wait hm so answer"], model_type="word",
     symbols=("<think>", "</think>"))
@@ -61,7 +61,7 @@ def test_the_text_keeps_delimiters_and_loses_the_stop():
 
 
 def rollouts_of(rows, prompts):
-  """What the sampler records of the rows of the plain-Python account."""
+  """Makes the sampler's record of rows of the plain-Python account."""
   codes = lambda names, key: np.array(
       [{name: code for code, name in names.items()}[getattr(r, key)]
        for r in rows])
@@ -86,7 +86,7 @@ def rollouts_of(rows, prompts):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(limits=test_budget.rows_of_limits, seed=st.integers(0, 10**6))
 def test_the_answer_is_what_follows_the_thinking(index, limits, seed):
-  """Of any strings, which overlap in every way, opened by prompt or model.
+  """The strings are any, overlap in every way, opened by prompt or model.
 
   The account knows when it leaves the thinking; what is tested has its
   record: tokens, and how long the thinking was.
@@ -122,8 +122,8 @@ def test_a_record_holds_the_rollouts_facts():
       prompts=[[], WORDS.encode("c <think>", special=True)],
       tokens=np.array([[0] * 6, tokens]), logprobs=np.zeros((2, 6)),
       provenance=np.array([[0] * 6, [1, 2, 2, 1, 1, 1]]),
-      lengths=np.array([0, 6]), finish_reason=np.array([1, budget.EOS]),
-      think_end=np.array([0, budget.NATURAL]),
+      lengths=np.array([0, 6]), finish_reason=np.array([1, budget_state.EOS]),
+      think_end=np.array([0, budget_state.NATURAL]),
       think_lengths=np.array([0, 3]), think_steps=np.array([0, 1]),
       answer_lengths=np.array([0, 1]),
       wait_count=np.array([0, 1]), prompt_id=np.array([1, 40]),

@@ -39,7 +39,7 @@ def test_both_hosts_admit_and_return_the_same(hosts):
 
 
 def test_two_hosts_are_one(hosts):
-  """On the same mesh, so the schedule is the same; sums may round apart."""
+  """The mesh is the same, so the schedule is, too; sums may round apart."""
   alone = two_hosts.serve()
   assert hosts[0]["admitted"] == alone["admitted"]
   assert hosts[0]["host_syncs"] == alone["host_syncs"]
