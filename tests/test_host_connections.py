@@ -37,7 +37,7 @@ class Processes:
     self.left: dict[int, int] = {}
     self._connections = connections
     self.lines = [
-        host_connections.Line(n, hosts, connections[n],
+        host_connections.Connections(n, hosts, connections[n],
             lost_seconds=lost_seconds,
                   leave=lambda status, n=n: self._leave(n, status))
         for n in range(count)]

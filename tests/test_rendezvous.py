@@ -24,7 +24,7 @@ def call_all(port, numbers, of, seconds, delay=lambda number: 0.0):
   def one(index, number):
     time.sleep(delay(number))
     try:
-      results[index] = rendezvous.call(
+      results[index] = rendezvous.meet(
           f"127.0.0.1:{port}", of, number, seconds=seconds, bind="127.0.0.1")
     except rendezvous.StartError as error:
       results[index] = str(error)
@@ -110,7 +110,7 @@ def test_a_pod_of_which_one_host_is_missing_is_refused(tmp_path, free_port):
   told = []
   def process_2():
     try:
-      rendezvous.call(f"127.0.0.1:{free_port}", 3, 2, seconds=60)
+      rendezvous.meet(f"127.0.0.1:{free_port}", 3, 2, seconds=60)
     except rendezvous.StartError as error:
       told.append(str(error))
   other = threading.Thread(target=process_2, daemon=True)

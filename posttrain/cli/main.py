@@ -69,14 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
-  line_lib.hear_out()  # That another process is lost is the better message.
+  # If another process is lost, that is the better message.
+  line_lib.wait_for_loss()
   print(f"posttrain: {message}", file=sys.stderr)
   return FAILED
 
 
 def _let_go() -> None:
   """Leaves nothing behind for which another start or process would wait."""
-  lease.let_go()
+  lease.release_all()
   here = line_lib.current()
   if here is not None:
     here.part(FAILED)

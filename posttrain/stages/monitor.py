@@ -38,7 +38,7 @@ class Monitor:
         context.directory / "profile", profile.steps if chosen else (),
         say=context.console.line, write=writes)
     self._machine = hardware.find()
-    self._hosts = stragglers.Hosts(warn=context.console.warning)
+    self._hosts = stragglers.Stragglers(warn=context.console.warning)
     self._compared = compilation.seconds()
     self._start_lap()
 
@@ -118,7 +118,7 @@ class Monitor:
     return self._machine.mfu("perf/learn_mfu", flops, seconds)
 
   def compare_hosts(self) -> dict[str, float]:
-    """`Hosts.compare`; every host calls it after the same step."""
+    """`Stragglers.compare`; every host calls it after the same step."""
     compiled = compilation.seconds()
     found = self._hosts.compare(apart=compiled - self._compared)
     self._compared = compiled
