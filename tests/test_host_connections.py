@@ -220,7 +220,7 @@ def test_a_forked_child_does_not_keep_the_line_of_its_parent():
       import os, signal, socket, sys, time
       from posttrain import host_connections as line
       connection = socket.socket(fileno=int(sys.argv[1]))
-      line.use(line.Line(
+      line.use(line.Connections(
           1, {0: "a", 1: "b"}, {0: connection}, lost_seconds=60).start())
       child = os.fork()
       if not child:

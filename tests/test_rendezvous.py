@@ -145,10 +145,10 @@ def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
   assert distributed.detect(5) == ("host:12", 4, 3)
   calls = []
   monkeypatch.setenv(distributed.COORDINATOR, "auto")
-  def call(*arguments, **more):
+  def meet(*arguments, **more):
     calls.append((arguments, more))
     return rendezvous.Answers({}, {})
-  monkeypatch.setattr(rendezvous, "call", call)
+  monkeypatch.setattr(rendezvous, "meet", meet)
   monkeypatch.setattr(host_connections, "use", lambda line: None)
   monkeypatch.setattr(distributed, "delay_aborts", lambda: None)
   monkeypatch.setattr(
