@@ -117,7 +117,7 @@ def test_padding_gives_nothing_and_takes_nothing():
 
 
 def test_only_pairs_that_can_see_each_other_are_visited():
-  """Of 32 tokens in blocks of 4: 36 causal pairs; fewer with segments."""
+  """32 tokens in blocks of 4 have 36 causal pairs; fewer with segments."""
   def count(lengths, window=ANY):
     return int(blockwise_attention.visited(
         *packed(lengths, 2, 32), np.int32(window), block=4).visits)
@@ -142,7 +142,7 @@ def test_a_prefix_is_visited_by_those_that_go_on_from_it():
 
 @jax.jit
 def gradient(model, tokens, positions, segment_ids):
-  """Of a loss that looks at one position at a time, however they lie."""
+  """Gradient of a loss that reads one position at a time, in any layout."""
   def loss(model):
     hidden = jnp.tanh(model(tokens, positions, segment_ids))
     weights = jnp.sin(jnp.arange(hidden.shape[-1]))

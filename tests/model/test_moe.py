@@ -88,7 +88,7 @@ KERNEL = functools.partial(grouped_kernel.product, interpret=True)
     moe.grouped, functools.partial(moe.grouped, product=KERNEL)],
     ids=["ragged", "kernel"])
 def test_both_forms_have_one_gradient(grouped_form):
-  """Of every input, on a device that holds experts 2 to 5 of eight."""
+  """The gradients of every input, on a device with experts 2 to 5 of eight."""
   x, choice, weights, *matrices = inputs()
   floats = (x, weights, *(w[2:6] for w in matrices))
   probe = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)

@@ -60,7 +60,7 @@ def test_every_number_is_the_nearest_that_its_block_can_hold(name, kind):
 
 @pytest.mark.parametrize("kind, bits", [("int8", 8), ("int4", 4), ("nf4", 4)])
 def test_bytes_at_rest(kind, bits):
-  """Of the buffers themselves: 4 bits are 4 bits on a CPU too."""
+  """The buffers themselves are measured: 4 bits are 4 bits on a CPU too."""
   with jax.set_mesh(meshes.one()):
     w, values, scale = stored("gate", kind)
   size = lambda x: x.addressable_shards[0].data.on_device_size_in_bytes()

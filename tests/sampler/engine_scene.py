@@ -50,7 +50,9 @@ def take(engine: Engine, asked) -> list:
 
 
 def random_request(rng, number: int, longest: int = 60) -> Request:
-  """Of any length, with any budget; half of the prompts open a thinking."""
+  """Draws a request of any length and budget; half of the prompts open
+  thinking.
+  """
   maximum = int(rng.integers(-1, 20))
   minimum = int(rng.integers(0, 6))
   truncate = bool(rng.random() < 0.2)
@@ -90,7 +92,7 @@ def redrawn(done, strings=STRINGS):
 
 
 def flips(done, alone, strings=STRINGS) -> bool:
-  """Whether a near-tie parts two runs; an error if anything else does.
+  """Tests if a near-tie parts two runs; raises if anything else does.
 
   Up to there tokens are equal, and logprobs to 5e-5.
   """

@@ -40,7 +40,7 @@ class Strings:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Of one row."""
+  """Limits of one row."""
 
   maximum: int = -1
   minimum: int = 0
@@ -54,7 +54,7 @@ class Limits:
 
 @dataclasses.dataclass
 class Row:
-  """What became of it."""
+  """Result of one row."""
 
   tokens: list
   sources: list  # "sampled" or "forced".

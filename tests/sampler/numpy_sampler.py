@@ -38,7 +38,7 @@ def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What the tokens of a row are a function of, besides the weights."""
+  """Everything that a row's tokens depend on, besides the weights."""
 
   seed: int
   stage: str
@@ -79,7 +79,7 @@ def in_thinking(prompt, strings: forcing.Strings) -> bool:
 
 
 def as_row(rollouts: Rollouts, row: int) -> forcing.Row:
-  """What the sampler says of a row, in the words of the account."""
+  """Converts the sampler's record of a row to the account's form."""
   length = rollouts.lengths[row]
   return forcing.Row(
       tokens=rollouts.completion(row),

@@ -1,4 +1,4 @@
-"""How far a coarser sampler is from the float32 model, token by token.
+"""Distance of a coarser sampler from the float32 model, token by token.
 
   python -m tests.sampler.precision     # SmolLM2-135M, 2,000 tokens a case
 
@@ -63,7 +63,8 @@ def fed(
 def differences(
     model: Transformer, exact: jax.Array, coarse: jax.Array, tokens: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Of the tokens' logprobs, and KL(coarse || exact); both [T - 1, B]."""
+  """Differences of the tokens' logprobs, and KL(coarse || exact); [T - 1, B].
+  """
   def step(_, column):
     exact, coarse, token = column
     logprobs = lambda hidden: jax.nn.log_softmax(

@@ -1,4 +1,4 @@
-"""Where two rules meet: a delimiter at the limit, or across a cache's end.
+"""Edges of two rules: a delimiter at the limit, or across a cache's end.
 
 Scripted models against rows written out by hand; the choices of a request,
 given as its script, against the same in a cache that does not grow.

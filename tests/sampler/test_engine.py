@@ -59,7 +59,7 @@ def soak(count: int, max_num_seqs: int, abort_every: int) -> None:
 
 
 def test_an_error_before_a_chunk_leaves_the_engine_as_it_was():
-  """As SIGTERM does; whoever asked may also go on."""
+  """SIGTERM raises one; the caller may also go on."""
   rng = np.random.default_rng(3)
   asked = [scene.random_request(rng, i) for i in range(9)]
   looks = []

@@ -1,4 +1,4 @@
-"""What a single request may ask of the engine. Oracles: NumPy, free runs."""
+"""Options of a single request to the engine. Oracles: NumPy, free runs."""
 
 import dataclasses
 
@@ -374,7 +374,7 @@ def half(budgets, state):
 
 
 def test_a_policy_moves_the_budgets():
-  """As if half had been asked for."""
+  """The result is that of half the budget."""
   asked = [dataclasses.replace(
       PLAIN, prompt=(12, 3), max_tokens=60, num_waits=1, prompt_id=i,
       max_thinking_tokens=4 + 2 * i) for i in range(10)]

@@ -1,4 +1,4 @@
-"""What the compiled decode loop copies and moves, here and on a TPU chip."""
+"""Copies and moves of the compiled decode loop, here and on a TPU chip."""
 
 import os
 

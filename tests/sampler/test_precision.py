@@ -23,7 +23,7 @@ INT8 = dict(cache_dtype="int8", weights_dtype="int8")
     pytest.param("bfloat16", 0.08, 0.7, 4e-3, marks=pytest.mark.slow),
     ("int8 both", 0.12, 1.5, 0.01)])
 def test_differences_on_a_tiny_model(case, mean, most, kl):
-  """Of weights at twice the usual scale."""
+  """Weights are at twice the usual scale."""
   config = build.make_config()
   with jax.set_mesh(meshes.one()):
     model = build.load(config, build.random_params(config))

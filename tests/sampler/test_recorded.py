@@ -1,4 +1,4 @@
-"""What a completion holds, over all combinations of what is recorded."""
+"""Records of a completion, over all combinations of what is recorded."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def one_device():
 
 @functools.cache
 def completions(recorded: decode.Recorded):
-  """Of `ASKED`, and of one that is ended before its first step."""
+  """Draws `ASKED`, and one that is ended before its first step."""
   engine = scene.make_engine(text=text, recorded=recorded)
   done = scene.take(engine, ASKED)
   number = engine.submit(PLAIN)
@@ -95,7 +95,7 @@ def test_completions_of_no_token_are_rows_of_a_batch():
 
 
 def test_waits_are_drawn_for_ids_of_any_sign():
-  """Of ids from 0 the draws are what they were; others have their own."""
+  """Draws of ids from 0 are what they were; other ids have their own."""
   drawn = {}
   for number, sample in itertools.product((-7, -1, 0, 7, 2**31 - 1), (-1, 0)):
     request = dataclasses.replace(

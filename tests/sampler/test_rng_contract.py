@@ -71,7 +71,7 @@ def assert_same(params, a, b, at_least):
 
 
 def differs(params, a, b, row, other):
-  """Whether a near-tie parts the rows; an error if anything else does."""
+  """Tests if a near-tie parts the rows; raises if anything else does."""
   x, y = a.completion(row), b.completion(other)
   same = next((i for i, (s, t) in enumerate(zip(x, y, strict=False))
                if s != t), min(len(x), len(y)))

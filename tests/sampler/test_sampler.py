@@ -35,7 +35,7 @@ UNUSED = Strings(stop_ids=(2,), vocab_size=V)
 
 
 def make_prompts(seed=0, count=ROWS // GROUP_SIZE):
-  """Of all lengths; five in eight end inside an open thinking section."""
+  """Makes prompts of all lengths; five in eight end inside open thinking."""
   rng = np.random.default_rng(seed)
   prompts = []
   for i in range(count):

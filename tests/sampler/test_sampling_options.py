@@ -1,4 +1,4 @@
-"""What steers a whole call does so with slots that are refilled and without.
+"""Sampling options of a whole call, with continuous and static batching.
 
 Oracles: the same tokens both ways, and steps, words, waits and budgets counted
 again in what came out.
@@ -77,7 +77,7 @@ def drawn(limits):
 
 
 def thought(drawn, row):
-  """What was sampled of the thinking, and what was forced of it."""
+  """Splits the thinking into sampled and forced tokens."""
   inside = slice(0, drawn.think_lengths[row])
   tokens = np.array(drawn.completion(row))[inside]
   forced = drawn.provenance[row, :len(tokens)] == 2

@@ -1,4 +1,4 @@
-"""What people read is what the tokens and their provenance say."""
+"""Transcripts say what the tokens and their provenance say."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def test_the_text_keeps_delimiters_and_loses_the_stop():
 
 
 def rollouts_of(rows, prompts):
-  """What the sampler records of the rows of the plain-Python account."""
+  """Makes the sampler's record of the rows of the plain-Python account."""
   codes = lambda names, key: np.array(
       [{name: code for code, name in names.items()}[getattr(r, key)]
        for r in rows])
@@ -86,7 +86,7 @@ def rollouts_of(rows, prompts):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(limits=test_budget.rows_of_limits, seed=st.integers(0, 10**6))
 def test_the_answer_is_what_follows_the_thinking(index, limits, seed):
-  """Of any strings, which overlap in every way, opened by prompt or model.
+  """Strings overlap in every way, and prompt or model open the thinking.
 
   The account knows when it leaves the thinking; what is tested has its
   record: tokens, and how long the thinking was.
