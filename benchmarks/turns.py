@@ -135,8 +135,6 @@ def locked(paths: Sequence[str]) -> Iterator[None]:
   """Locks files that the other programs of a shared machine lock, too.
 
   Compilation and warm-up come before it, as they do not need a quiet machine.
-
-  Compilation and warm-up come before it: they need no quiet.
   """
   if not paths:
     yield

@@ -141,8 +141,6 @@ class Slices:
 
     Workers on which nothing has been started are left out. Empty if some
     workers are out of reach.
-
-    A worker on which nothing has been started is not in it.
     """
     status, text = self.shell.output(self.on("all", f"{WORKER} status"))
     if status:

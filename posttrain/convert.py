@@ -34,10 +34,6 @@ def import_release(config: config_dict.ConfigDict, output: str) -> None:
   checkpoint may be used with any chat template, as nothing records which one
   the release was trained with.
 
-  Its arrays are float32 and can be read by any mesh, each host its part. The
-  checkpoint goes with any chat template, as nothing says what the release was
-  trained with.
-
   Args:
     config: resolved; `init` is of the kind "preset".
     output: the directory, which must not exist.

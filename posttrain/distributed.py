@@ -124,11 +124,6 @@ def delay_aborts() -> None:
   status that tell nothing. Its client cannot call back into Python, so SIGABRT
   is handled by C's `sleep`, which takes the signal's number, 6, for seconds.
   The abort goes on when it returns.
-
-  JAX does so as soon as its coordinator has gone, with a stack trace and a
-  status that tell nothing. Its client takes no other action: a callback in
-  Python cannot be called. So SIGABRT is handled by C's `sleep`, which takes the
-  signal's number, 6, for seconds; the abort goes on when it returns.
   """
   c = ctypes.CDLL(None)
   c.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -182,11 +177,6 @@ def on_first_host(function: Callable[[], T]) -> T:
   host, and a grader may be late on one of them. Every host has to call this.
   The others wait for as long as it takes, in the coordinator's store, as a
   collective on CPUs gives up after 30 s.
-
-  For what a host finds out by itself: a judge that is asked once rather than
-  once a host, a grader that may be late on one of them. Every host has to
-  call it, and the others wait meanwhile, for as long as it takes: in the
-  coordinator's store, as a collective on CPUs gives up after 30 s.
 
   Args:
     function: needs no other host. What it returns is pickled.

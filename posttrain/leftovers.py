@@ -73,8 +73,6 @@ def _files(
 
   Hidden files of the workdir itself are left out: it may be the root of a disk,
   with a `lost+found` or `.Trash`.
-
-  Hidden ones of the workdir itself are left out: it may be the root of a disk.
   """
   for path in folder.iterdir():
     name = path.relative_to(workdir)

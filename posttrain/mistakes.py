@@ -50,8 +50,6 @@ def mark_as_none(error: Exception) -> None:
   """Marks an exception as no user's mistake, though our `raise` passes it on.
 
   Another host has raised it, and its traceback is printed there.
-
-  Another host has raised it, and its traceback is there.
   """
   setattr(error, MARK, True)
 

@@ -74,9 +74,6 @@ def make_mesh(
   It has the axes "fsdp" and "tensor", and each of the others if its size is
   above 1: a program that uses two axes is compiled for two.
 
-  It has the axes "fsdp" and "tensor", and each of the others if there is more
-  than one of it: what does not use them knows two axes only.
-
   Args:
     fsdp, tensor, data, expert, context: sizes; at most one is -1, "the
       remaining devices".
@@ -137,12 +134,6 @@ def roles_of(
 
   With shared roles both are the same mesh. With split roles (`mesh.roles`)
   every process has devices of both: its first `sampling.devices` sample.
-
-  With shared roles both are the same mesh. With split roles (`mesh.roles`)
-  every process has devices of both: its first `sampling.devices` sample.
-
-  One and the same if the roles are shared. If they are split, every process
-  has devices of both: the first `sampling.devices` of its own sample.
 
   Raises:
     ValueError: a process has no device left to train with, or as `make_mesh`.
@@ -233,9 +224,6 @@ def _grid(sizes: dict[str, int], devices) -> np.ndarray:
 
   With several slices, the first axis alone goes across them: the network
   between slices is slower than that within one.
-
-  Of several slices, the first axis alone goes across them: the network
-  between slices is slower than that within one.
   """
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   (name, first), *others = sizes.items()
@@ -304,9 +292,6 @@ def gather_fsdp(w: jax.Array) -> jax.Array:
 
   Its split over "tensor" stays, and that of experts over "expert". A parameter
   that is whole already is returned as it is.
-
-  Its tensor split stays, and that of the experts over "expert". What is
-  whole already stays as it is.
   """
   at_rest = jax.typeof(w).sharding.spec
   resting = (*spec("embed"), *spec("expert_embed"))
@@ -320,9 +305,6 @@ def lengthwise(x: jax.Array, *axes: str | None) -> P:
   The stream of activations keeps the layout of its input: split over "batch"
   and "length" in training, over "rows" in the sampler. So the model names
   neither.
-
-  What is computed along the stream of activations lies as the stream does:
-  split over "batch" and "length" in training, over "rows" in the sampler.
   """
   return P(*jax.typeof(x).sharding.spec[:2], *spec(*axes))
 
@@ -367,8 +349,6 @@ def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:
   """Calls `function` on each device's own parts (`shard_map`).
 
   For code that is not written for sharded axes, and combines no two parts.
-
-  For code that is not written for sharded axes, and mixes no two parts.
 
   Args:
     function: takes and gives arrays; its results have the layout of the first.
@@ -444,9 +424,6 @@ def of_first_host(array: np.ndarray) -> np.ndarray:
   For what each host finds out by itself and may find differently, such as a
   grader's time-out or the existence of a file.
 
-  For what each host finds out by itself and may find differently, such as a
-  grader's time-out or whether a file is there.
-
   Args:
     array: the same shape and dtype on every host, with numbers of at most 32
       bits: JAX would cut wider ones.
@@ -473,10 +450,6 @@ def _all_devices():
 
 def settle(tree: Any) -> None:
   """Waits for arrays where programs on different devices cannot overlap.
-
-  Processes on CPUs send the messages of all programs over one connection each
-  (gloo), and those of two programs at once get mixed up. Accelerators have a
-  queue for each device.
 
   Processes on CPUs send the messages of all programs over one connection each
   (gloo), and those of two programs at once get mixed up. Accelerators have a

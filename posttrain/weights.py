@@ -161,8 +161,6 @@ def _check_sums(directory: pathlib.Path) -> None:
   """Raises WorkdirError if a file has changed since it was written.
 
   A vocabulary that was truncated may still load, as another vocabulary.
-
-  A vocabulary that was cut may still load, as another one.
   """
   file = directory / SUMS
   if not file.exists():

@@ -19,10 +19,6 @@ class Live:
   need several tokens: text that may still change is held back. `in_thinking`
   tells if the prompt opened thinking, which is then dimmed; None: nothing is
   dimmed.
-
-  A delimiter of several tokens may be taken back for a wait, and a character
-  may need several tokens: what is not settled yet is held back. With
-  `in_thinking` (whether the prompt opened it), thinking is dimmed.
   """
 
   def __init__(

@@ -95,8 +95,6 @@ class EvalBatches:
 
   The last batch is filled up with empty rows.
 
-  The last batch is filled up with empty rows.
-
   Attributes:
     report, warnings, first_example: as in `Batches`.
   """
@@ -245,10 +243,6 @@ class _PackedIterator(grain.DatasetIterator):
   wait, the fuller the rows are, and the further an example strays from its
   place. The first that waits always finds an empty row in the next batch, so
   none waits for ever.
-
-  A batch is closed when as many examples wait as it has rows: the more may
-  wait, the fuller the rows, and the further an example strays from its place.
-  The first that waits always finds an empty row, so none waits for ever.
   """
 
   def __init__(

@@ -139,9 +139,6 @@ def truncate(
   model would learn not to stop. A cut outside a turn goes back to the end of
   the turn before.
 
-  A turn that is cut keeps its end-of-turn token as its last one. A cut
-  outside a turn goes back to the end of the turn before.
-
   Args:
     tokens: [n] int32, longer than `length`.
     loss_mask: [n] bool.

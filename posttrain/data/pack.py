@@ -82,9 +82,6 @@ def first_fit(
   First-fit decreasing needs at most 11/9 of the fewest possible rows, plus 6/9
   of a row (Dosa, 2007).
 
-  First-fit decreasing needs at most 11/9 of the fewest possible rows, plus
-  6/9 of a row (Dosa, 2007).
-
   Args:
     sizes: [N] tokens per example.
     length: T.

@@ -36,9 +36,6 @@ def estimate(
   With several samples a question, give each question's mean score: its samples
   are not independent draws of questions.
 
-  With several samples a question, give each question's mean score: its
-  samples are not independent draws of questions.
-
   Args:
     scores: [Q].
     cluster: [Q], equal for related questions (those of one passage, or of one
@@ -188,11 +185,6 @@ def maj_at_k(
   samples of one answer right and others wrong (two spellings, a time-out): then
   any of the samples that voted for it speaks for it, equally often.
 
-  The most frequent answer wins; answers with equally many votes win equally
-  often. Where nobody votes the result is wrong. Where a grader found some
-  samples of one answer right and others wrong (two spellings, a time-out), any
-  of the samples that voted for it speaks for it, equally often.
-
   Args:
     answers: [M], M up to 1,000.
     correct: [M] bool.
@@ -275,10 +267,6 @@ def _share(
   The answer in question has `top` votes. No other may have more; if t have as
   many, it wins one time in 1 + t. A table over (places filled, t) is extended
   by one answer at a time.
-
-  The answer in question has `top` votes. No other may have more; where t have
-  as many, it wins one time in 1 + t. A table over (places filled, t) is
-  extended by one answer at a time.
   """
   ties = places // top
   table = np.zeros((places + 1, ties + 1))

@@ -214,8 +214,6 @@ def s1_figures(
   """Computes s1's Control, Scaling and Performance over the maxima, and flips.
 
   Scaling is in accuracy (1 = 100 points); a curve of one point has none.
-
-  Scaling is in accuracy (1 = 100 points); a curve of one point has none.
   """
   curve = [f for f in figures if f["max_thinking_tokens"] >= 0
            and not (f["num_waits"] or f["asked"])]
@@ -267,10 +265,6 @@ def asking_figures(
   step counts as 100 tokens. For classes, the short one must have fewer tokens
   than the free cell, and the long one more. Control per sample counts each
   sample's tokens or steps.
-
-  Control per run is s1's: the mean thinking tokens keep to the amount, of
-  steps to 100 tokens each; of classes, the short one has fewer than the free
-  cell and the long one more. Control per sample counts tokens or steps.
 
   Returns:
     Figures by family: "tokens", "steps", the same with "_forced", "classes".

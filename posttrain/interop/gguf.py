@@ -92,9 +92,6 @@ def load(
   One tensor at a time is whole on the host: for SmolLM2-135M at most the 113 MB
   of the embedding table, in addition to what is on the devices.
 
-  One tensor at a time is whole on the host: for SmolLM2-135M at most the
-  113 MB of the embedding table, beside what is already on the devices.
-
   Args:
     file: a file of a model with the config's shape.
     config: shape of the model.

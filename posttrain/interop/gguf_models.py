@@ -109,8 +109,6 @@ def model_fields(
   Those are all but vocab_size, tied_embeddings and a RoPE scaling that is a
   tensor.
 
-  All but vocab_size, tied_embeddings and a RoPE scaling that is a tensor.
-
   Raises:
     ValueError: the architecture is unknown, metadata are missing, or they ask
       for something that this model does not do.
@@ -180,9 +178,6 @@ def llama3_scaling(
 
   The factor is the largest divisor. The other values are the published
   constants, which all of the divisors have to confirm.
-
-  The factor is the largest divisor; the rest are the published constants,
-  which all of the divisors have to confirm.
 
   Raises:
     ValueError: the divisors belong to another scaling.

@@ -212,10 +212,6 @@ def bos_id(file: GGUFFile) -> int | None:
   Files name a BOS token even if the model was trained without one (SmolLM2's is
   "<|im_start|>"). `add_bos_token` says if it is used; without this key,
   llama.cpp uses it for SentencePiece and Llama 3.
-
-  Files name a BOS token even when the model was trained without one
-  (SmolLM2's is "<|im_start|>"); `add_bos_token` says whether it is used, and
-  where a file leaves it out, llama.cpp takes it for SentencePiece and Llama 3.
   """
   default = (_kind(file) == "llama" or
              file.metadata.get("tokenizer.ggml.pre") in LLAMA3_NAMES)

@@ -135,8 +135,6 @@ def _check_shard(path: pathlib.Path, name: str) -> None:
   """Checks that a shard is a file next to the index, whoever wrote the index.
 
   The file itself may be a link: caches of downloads are made of links.
-
-  The file itself may be a link: caches of downloads are made of them.
   """
   if name != pathlib.PurePath(name).name or "\\" in name or name == "..":
     raise ValueError(
@@ -195,9 +193,6 @@ def load(
   Shards are read one after the other, and each host reads the parts of its
   devices only. float16 and bfloat16 are converted to `dtype`, which is exact
   for float32.
-
-  Shards are read one after the other, and of each tensor only what this
-  host's devices hold. float16 and bfloat16 become `dtype`: exact in float32.
 
   Args:
     files: files of a model with the config's shape.
@@ -269,9 +264,6 @@ def save(
 
   Every process takes part, as tensors are gathered one at a time, and process 0
   writes, under a temporary name until all is there.
-
-  Every process takes part, as tensors are gathered one at a time, and process
-  0 writes: under a temporary name until all is there.
 
   Args:
     model: a model on the current mesh.

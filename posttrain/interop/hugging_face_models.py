@@ -118,9 +118,6 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
   It has no dtype and token ids. The result is read again and compared, so that
   no field gets lost.
 
-  Without dtype and token ids. What is written is read again and compared, so
-  that no field gets lost.
-
   Raises:
     ValueError: no family computes it; names the fields that the nearest family
       lacks.

@@ -370,9 +370,6 @@ def tensors(
 
   Every process has to take part. Values are rounded to `dtype` on the devices,
   before they are gathered.
-
-  Every process has to take part. Values are rounded to `dtype` where they
-  are, before they move.
   """
   arrays = _flatten(transformer.to_dict(model))
   for place in places(sources, model.config.layers):

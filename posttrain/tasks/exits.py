@@ -26,8 +26,6 @@ class Left(BaseException):
   """A task's code has tried to end the process.
 
   It is a BaseException, so that no `except Exception` of a task hides it.
-
-  No `except Exception` of its own shall hide that.
   """
 
 
@@ -54,9 +52,6 @@ def refused(
 
   A SystemExit of a class of its own, such as `Preempted`, passes: it is this
   project's.
-
-  What is raised as a SystemExit of a class of its own, as `Preempted` is, is
-  no such exit.
 
   Args:
     on_exit: is called before `os._exit` ends the process, which unwinds

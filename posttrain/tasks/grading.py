@@ -71,10 +71,6 @@ def canonical_number(text: str) -> str | None:
   Digits are never rounded: the text is cleaned, not converted. None if the text
   is not a number; a sign, a dollar sign, a percent sign, thousands commas and a
   final dot are allowed.
-
-  Digits are never rounded: the text is cleaned, not converted. None where the
-  text is anything but a number, whose sign, dollar sign, percent sign,
-  thousands commas and final dot are allowed.
   """
   text = re.sub(r"[$,%\s]", "", _with_minus(text))
   # The dot is needed for the second run of digits: with two runs next to each
@@ -94,10 +90,6 @@ def last_boxed(text: str) -> str | None:
   `\boxed x` without braces is read up to the next dollar sign or line end.
   Empty boxes, and those of more than `LONGEST` characters, are passed over. The
   time is linear in the length of the text.
-
-  `\boxed x` without braces is read up to the next dollar sign or line end.
-  Empty boxes, and those of more than `LONGEST` characters, are passed over.
-  The time is linear in the length of the text.
   """
   boxes = list(BOX.finditer(text))
   if not boxes:
@@ -128,10 +120,6 @@ def _partners(text: str, start: int) -> dict[int, int]:
   An escaped brace is none. Read from another start, pairs of backslashes might
   be grouped otherwise, but not after a brace that opens a box, which no
   backslash precedes.
-
-  An escaped brace is none. Read from another place than `start`, pairs of
-  backslashes might part otherwise, but not behind a brace that opens a box,
-  which no backslash precedes.
   """
   partners: dict[int, int] = {}
   opened: list[int] = []

@@ -24,8 +24,6 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
   """Yields the lines of a regular file, with their numbers from 1.
 
   They are bytes, so that a line that is not UTF-8 is one faulty row.
-
-  They are bytes, so that a line that is not UTF-8 is one faulty row.
   """
   with path.open("rb") as file:
     for number, line in enumerate(file, 1):

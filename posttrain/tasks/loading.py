@@ -58,9 +58,6 @@ def check_call(name: str, *args: Any, **kwargs: Any) -> None:
 
   It is not called. An argument must have its parameter's type, if that is int,
   float, str or bool. Raises as `load_function` does, too.
-
-  It is not called; an argument must be of its parameter's type, where that is
-  int, float, str or bool. What `load_function` raises, this does too.
   """
   signature = inspect.signature(load_function(name))
   try:

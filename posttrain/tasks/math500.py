@@ -54,8 +54,6 @@ def reward(
   """Scores 1 if the boxed answer is equivalent to the gold one, else 0.
 
   There is no score if comparing them took too long or failed.
-
-  Neither where comparing them took too long or failed.
   """
   del prompt, columns
   return scoring.judged(grade(completion, answer))
@@ -77,9 +75,6 @@ def extract(completion: str) -> str | None:
 
   Spacing, `\left`, `\right` and the kinds of fraction are ignored, and plain
   numbers are canonical. Different spellings of one value remain two votes.
-
-  Spacing, `\left`, `\right` and the kinds of fraction are ignored, and plain
-  numbers are canonical. Unequal spellings of one value stay two votes.
   """
   found = grading.last_boxed(completion)
   if found is None:

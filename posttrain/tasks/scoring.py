@@ -147,9 +147,6 @@ def brevity(
 
   A tiny model is never right, which would leave every group without a signal,
   and the learner would not run.
-
-  A model that is never right would leave every group without a signal, and
-  the learner would not run.
   """
   del prompt, completion, columns
   return 1 / (1 + len(full_text.split()))
@@ -291,8 +288,6 @@ def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
   """Raises ValueError if two problems have the same `id`, or one has none.
 
   Groups and random bits go by it: two problems with one id would be one group.
-
-  Groups and random bits go by it: two problems of one id would be one group.
   """
   seen = set()
   for number, problem in enumerate(problems):

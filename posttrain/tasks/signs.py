@@ -142,8 +142,6 @@ def reward(
 
   Everything else, a missing answer included, scores 0.
 
-  Everything else, no answer included, is 0.
-
   Args:
     completion: the text after the thinking.
     numbers, target: columns of the problem.
@@ -164,10 +162,6 @@ def extract(completion: str) -> str | None:
   None also if more text follows the expression, so that an answer that goes on
   does not pass. Two expressions with one value are two answers: a vote counts
   them apart.
-
-  None too where anything but the end of the text follows it, so that an
-  answer that goes on does not pass. Two expressions of one value are two
-  answers: a vote counts them apart.
   """
   answer = " ".join(completion.strip().removesuffix(EOS).split())
   return answer if EXPRESSION.fullmatch(answer) else None
@@ -178,8 +172,6 @@ def constant_baseline(
     high: int = HIGH, terms: int = TERMS,
 ) -> dict[str, Any]:
   """Scores the answers with the same signs for all problems.
-
-  The signs are those that are right most often on the training split.
 
   The signs are those that are right most often on the training split.
 

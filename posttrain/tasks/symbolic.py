@@ -67,9 +67,6 @@ def time_of_day(text: str) -> tuple[int, int, str] | None:
 
   math-verify reads that as 4/30, whatever the half of the day, and does not
   read `4:30 p.m.`.
-
-  math-verify reads that as 4/30, whatever the half of the day, and does not
-  read `4:30 p.m.`.
   """
   match = CLOCK.fullmatch(LAYOUT.sub("", text))
   return (int(match[1]), int(match[2]), match[3].lower()) if match else None

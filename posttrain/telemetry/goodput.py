@@ -39,8 +39,6 @@ class Ledger:
   """Times of one stage, from the first line of the first start on.
 
   Time between `begin` and now that is in no other part counts as `train`.
-
-  What lies between `begin` and now and is in no other part is `train`.
   """
 
   def __init__(
@@ -84,8 +82,6 @@ class Ledger:
     """Adds the time within to `spans[name]`, without what was spent compiling.
 
     A name that is not in `NAMES` is a part of `train`.
-
-    A name that is none of `NAMES` is a part of `train`.
     """
     start, compiled = self._clock(), self._compiled()
     try:

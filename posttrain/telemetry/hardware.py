@@ -54,9 +54,6 @@ def memory_in_use() -> dict[str, float]:
   On accelerators it is that of this host's fullest device. A CPU backend
   reports nothing: its arrays are in the memory of the process, which Linux
   reports.
-
-  A backend that does not say (CPU) has its arrays in the process's memory,
-  where Linux tells how large that is.
   """
   stats = [device.memory_stats() for device in jax.local_devices()]
   if all(stats):

@@ -29,8 +29,6 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
 
   A last line without its newline is the trace of a kill, and is left out.
 
-  A last line without its newline is the trace of a kill, and left out.
-
   Raises:
     WorkdirError: another line is no row; names the file and the line.
   """
@@ -123,8 +121,6 @@ def cut(path: str | os.PathLike, stage: str, step: int) -> int:
   """Removes the rows of `stage` after `step`, and an incomplete last line.
 
   The file is replaced in one piece: a kill leaves the old or the new one.
-
-  The file is replaced in one move: a kill leaves the old or the new one.
 
   Returns:
     The number of whole rows that were removed.
@@ -227,9 +223,6 @@ class Window:
 
   Rows carry the values of their own step; the console shows one line for
   several steps.
-
-  Rows carry the values of their own step; this is for the console, which
-  shows one line for several steps.
   """
 
   def __init__(self) -> None:

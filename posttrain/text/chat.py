@@ -217,9 +217,6 @@ class ChatTemplate:
 
     A mark may begin with the generation prompt and end in white space, as
     SmolLM3's do; neither is in the loss.
-
-    A mark may begin with the generation prompt and end in white space
-    (SmolLM3's do); neither is in the loss.
     """
     spans = [self._locate(text, messages, i) for i in turns]
     agree = len(marked) == len(spans) and all(

@@ -230,9 +230,6 @@ def prefix_at_start_only(
 
   The file itself is older than that setting, and puts a space after every added
   token too. Other pipelines are returned as they are.
-
-  The file itself, older than that setting, puts a space behind every added
-  token too. Other pipelines are returned as they are.
   """
   steps = list(_steps(_state(tokenizer.normalizer)))
   if [step["type"] for step in steps] != ["Prepend", "Replace"]:

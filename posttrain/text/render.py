@@ -104,9 +104,6 @@ class ChatRenderer:
     With `messages` alone every assistant turn is in the loss; with a
     `completion`, only the completion is.
 
-    With `messages` alone every assistant turn is in the loss; with a
-    `completion`, only that.
-
     Returns:
       Tokens [n] int32 and loss mask [n] bool.
 

@@ -21,8 +21,6 @@ def errors_name(path: pathlib.Path) -> Iterator[None]:
   """Turns any error of reading a tokenizer's file into one with its path.
 
   The libraries that read them have no common type of error.
-
-  The libraries that read them have no common type of error.
   """
   try:
     yield

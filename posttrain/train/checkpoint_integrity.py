@@ -69,10 +69,6 @@ def say_errors_once() -> None:
   Orbax logs each error from several threads, and Tensorstore's pending writes
   find their event loop closed. A full disk would otherwise print screens of
   that above the line that helps.
-
-  Orbax logs each error from several threads, and Tensorstore's writes that are
-  still under way find their event loop closed. A full disk is otherwise some
-  screens of that, and the line that helps stands below.
   """
   logging.getLogger("absl").addFilter(_is_not_raised)
   if not isinstance(sys.unraisablehook, _UnraisableHook):

@@ -298,8 +298,6 @@ class _Manager(ocp.CheckpointManager):
 
   Orbax asks JAX's preemption service, which is off (`distributed.py`): the
   hosts would otherwise agree on a step in two ways.
-
-  Orbax asks JAX's service for it, which does not run (`distributed.py`).
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -391,9 +389,6 @@ def _pack(rollouts: Mapping[str, np.ndarray]) -> np.ndarray:
   """Packs rollouts into one byte array: an .npz, whose zip has checksums.
 
   It keeps arrays of any dtype, and empty ones.
-
-  Arrays of any dtype and empty ones are kept as they are, which Tensorstore
-  does not do; and one file is faster than a dozen small ones.
   """
   buffer = io.BytesIO()
   np.savez(buffer, allow_pickle=False, **rollouts)  # type: ignore[arg-type]

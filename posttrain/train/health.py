@@ -34,9 +34,6 @@ class StepHealth:
   The compiled update itself decides (`step.update`): if the loss or the
   gradient norm is not finite, or the loss is a spike, the weights stay what
   they were.
-
-  The update itself decides (`step.update`): where the loss or the gradient
-  norm is not finite, or the loss a spike, the weights are what they were.
   """
 
   def __init__(
@@ -118,10 +115,6 @@ class ScoringHealth:
   A few graders that are late cost a few completions. A judge that is gone
   leaves nothing to learn from; and which scores are missing may depend on what
   they would have been, which biases the rest.
-
-  A few graders that are late cost a few completions; a judge that is gone
-  leaves nothing to learn from, and its answers may be missing for a reason
-  that has to do with what they would have been.
   """
 
   def __init__(self, max_unscored: float, patience: int):
@@ -167,10 +160,6 @@ class RolloutHealth:
   Either every completion was cut off at its maximum length, so that no answer
   was ever scored, or no group had two different rewards, so that every
   advantage is zero.
-
-  Two ways to get there: every completion was cut off at its maximum (so
-  that no answer was ever scored), or no group had two different rewards (so
-  that every advantage is zero).
   """
 
   def __init__(self, patience: int):

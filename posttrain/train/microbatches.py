@@ -20,9 +20,6 @@ def stack(
   Padding is zeros: segment 0, outside every loss. As denominators are sums over
   the whole batch, it changes no gradient.
 
-  Padding is zeros: segment 0, outside every loss. As denominators are global,
-  it changes no gradient.
-
   Args:
     batch: arrays [rows] or [rows, T, ...], the same on every host.
     num_microbatches: M.

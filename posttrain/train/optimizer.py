@@ -43,10 +43,6 @@ def make_schedule(
   nothing, as in Hugging Face's schedulers), then follows `schedule` down to
   `final_learning_rate` at `num_steps`.
 
-  Linear from 0 over `warmup_steps` (so that step 0 with a warm-up moves
-  nothing, as in Hugging Face's schedulers), then `schedule` down to
-  `final_learning_rate` at `num_steps`.
-
   Raises:
     ValueError: the schedule is unknown.
   """
@@ -84,9 +80,6 @@ def make_optimizer(
   The learning rate is applied by `step.update`, from the state's step. There is
   one counter, so that a skipped step cannot shift the schedule.
 
-  The learning rate is applied by `step.update`, from the step it is at: one
-  counter, so that a step that is skipped cannot shift the schedule.
-
   Args:
     beta1: decay of the mean of gradients (AdamW) or of scaled gradients
       (Adafactor, which keeps no mean if it is 0).
@@ -123,12 +116,6 @@ def _adafactor(
   The means are float32. Only a matrix whose sides are 128 or more is factored.
   Each of the stacked layers is factored for itself, and all of them are clipped
   together.
-
-  The means are float32. Only a matrix whose sides are 128 or more is factored.
-  Layers that are stacked count as one parameter for the clipping.
-
-  Only a matrix whose sides are 128 or more has such a square; layers that are
-  stacked are so many matrices, and are clipped together.
   """
   # Without the bound the decay tends to 1, and the square would stop to follow
   # the gradients in a long run.
@@ -152,11 +139,6 @@ def _kept_in_bfloat16(
   step changes it by less than half of the last place, so that it could never
   shrink. It is rounded up or down at random, so that it is right on average.
   The noise depends on the step and the parameter alone.
-
-  The mean is rounded to the nearest. The square is not: 0.999 of it is nearer
-  to itself than to its neighbour below, so it could never shrink. It is rounded
-  up or down at random, so that it is right on average. The noise depends on the
-  step and the parameter alone.
   """
   to = lambda dtype, tree: jax.tree.map(lambda w: w.astype(dtype), tree)
 

@@ -99,8 +99,6 @@ def prepare(
 
   A model that has these adapters keeps them; other adapters are merged first.
 
-  A model that has these adapters keeps them; other ones are added in first.
-
   Args:
     model: its buffers are deleted, except those that the result shares.
     seed, stage: new adapters depend on them.
@@ -139,9 +137,6 @@ def at_rest(
 
   Matrices of the blocks may be quantised, one at a time, so that there is never
   a second copy of the model.
-
-  Matrices of the blocks may be quantised: one at a time, so that no second
-  copy of the model is ever there.
 
   Args:
     copied: paths that the result must not share with `model`.
