@@ -1,1 +1,2 @@
-"""Our works and our peers', timed in turns, and as shares of the limit."""
+"""Benchmarks: our works and our peers', in turns, and as shares of the limit.
+"""

@@ -1,13 +1,13 @@
-"""`python -m benchmarks`: tokens per second, beside others' and the limit.
+"""`python -m benchmarks`: tokens per second, with peers' and the limit.
 
   python -m benchmarks --size=10m --json=speed.jsonl
   python -m benchmarks --size=10m --peers --work=sft  # Makes environments.
 
 A line of JSON for each system and work, and one table of ratios. Medians of
 `--repeats` runs after a warm-up; systems take turns; process CPU seconds are
-those of all threads. `share_of_limit` is the least time that the work's matrix
-products and bytes need, at the rates of those very products and the memory
-bandwidth measured in the same rounds, over the wall-clock time.
+those of all threads. `share_of_limit` is the least time of the work's matrix
+products and bytes over the wall-clock time. The rates of these products and the
+memory bandwidth are measured in the same rounds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def machine() -> str:
-  """One line: when and where."""
+  """Describes the machine and the time in one line."""
   cpu = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")
   if info.exists():
@@ -68,7 +68,8 @@ def _peers(arguments: argparse.Namespace, work: str) -> list[str]:
 def measure(
     arguments: argparse.Namespace, work: str,
 ) -> tuple[list[dict], dict]:
-  """The lines of one work, ours first, and the machine's rates."""
+  """Measures one work; returns its lines, ours first, and the machine's rates.
+  """
   size, shape = arguments.size, shapes.shape_of(work, rows=arguments.rows)
   command = lambda python, module: turns.command_of(
       python, module, size, work, shape)

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def variant(text: str) -> tuple[int, int, dict[str, Any]]:
-  """`8x2048:remat=full,unroll=4` -> 8, 2048, fields."""
+  """Parses `8x2048:remat=full,unroll=4` -> 8, 2048, fields."""
   sizes, _, fields = text.partition(":")
   rows, _, length = sizes.partition("x")
   pairs = [field.split("=") for field in fields.split(",") if field]
@@ -64,7 +64,7 @@ def variant(text: str) -> tuple[int, int, dict[str, Any]]:
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-  """Median; the first two calls, which compile and warm up, apart."""
+  """Median of the seconds; the first two calls compile and warm up."""
   for _ in range(2):
     jax.block_until_ready(run())
   taken = []
@@ -76,7 +76,8 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def matrix_rate() -> float:
-  """bfloat16 FLOPs per second of a large product of random matrices."""
+  """Measures bfloat16 FLOPs per second of a large product of random matrices.
+  """
   key = jax.random.key(0)
   x = jax.random.normal(key, (SIDE, SIDE), jnp.bfloat16)
   multiply = jax.jit(lambda x: x @ x)
@@ -86,7 +87,7 @@ def matrix_rate() -> float:
 def train(
     config: ModelConfig, rows: int, length: int, repeats: int,
 ) -> dict[str, float]:
-  """An SFT update on full rows, each of them one example."""
+  """Measures an SFT update on full rows, each of them one example."""
   batch = ours.full_rows(Shape(rows=rows, length=length), config.vocab_size)
   state, update = ours.trainer(
       transformer.init(config, 0),
@@ -109,7 +110,7 @@ def decode_loop(
     config: ModelConfig, rows: int, prompt: int, steps: int, repeats: int, *,
     cache_dtype: str = "compute", weights_dtype: str = "compute",
 ) -> dict[str, float]:
-  """Chunks of the loop, rows that never end, a cache of a bucket's size."""
+  """Measures chunks of the decode loop: rows that never end, one cache size."""
   tables = sides.tables(config, thinking.ThinkingIds())
   draws = sampler.Sampler(
       ids=thinking.ThinkingIds(), tables=tables,

@@ -1,13 +1,13 @@
-"""`python -m benchmarks.budget`: what budget forcing costs, and what it saves.
+"""`python -m benchmarks.budget`: cost and gain of budget forcing in the loop.
 
 Two comparisons, the sides of each in turns:
 
-- plain sampling against sampling with a thinking budget, of as many tokens;
-  and plain sampling against itself, which is the noise;
-- the budget inside the loop against the way of an engine that has none: stop
-  at the delimiter or the limit, edit the text, and start again from it as a
-  new prompt. Each row tries to stop twice, is told to wait, and is closed at
-  its limit. A row starts again as soon as it stopped, beside the others.
+- plain sampling against sampling as many tokens with a thinking budget; and
+  plain sampling against itself, which is the noise;
+- the budget inside the loop against the method for an engine that has none:
+  stop at the delimiter or the limit, edit the text, and start again from it as
+  a new prompt. Each row tries to stop twice, is told to wait, and is closed at
+  its limit. A row starts again as soon as it stopped, while others go on.
 
 A line of JSON for each.
 """
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cost(model, arguments: argparse.Namespace) -> dict:
-  """The same rows and tokens with and without a budget."""
+  """Compares the same rows and tokens with and without a budget."""
   config, new = model.config, arguments.new
   prompts = shapes.tokens(arguments.prompts, 64, config.vocab_size)
 
@@ -77,7 +77,8 @@ def cost(model, arguments: argparse.Namespace) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One row: where it would stop, and what it may think and say."""
+  """One row: where it would stop, and its limits of thinking and of all tokens.
+  """
 
   prompt: tuple[int, ...]
   stops: tuple[int, ...]  # Tokens of each stretch of thinking.
@@ -85,7 +86,8 @@ class Task:
   new: int
 
   def script(self, *stretches: int) -> np.ndarray:
-    """[new] choices: a delimiter behind each stretch, else drawn."""
+    """Makes [new] choices: a delimiter after each stretch, others drawn (-1).
+    """
     choices = np.full(self.new, -1, np.int32)
     at = 0
     for stretch in stretches:
@@ -104,7 +106,7 @@ def make_tasks(config, count: int, new: int) -> list[Task]:
 
 
 class InLoop:
-  """The engine forces the budget."""
+  """Forces the budget inside the engine's loop."""
 
   def __init__(self, model, tasks: list[Task]):
     self._tasks, self.computed = tasks, 0
@@ -124,7 +126,7 @@ class InLoop:
 
 
 class Restarting:
-  """Stop, edit, start again; the engine knows stop ids and nothing else."""
+  """Stops, edits and starts again, on an engine that knows stop ids only."""
 
   def __init__(self, model, tasks: list[Task]):
     self._tasks, self.computed = tasks, 0
@@ -142,7 +144,7 @@ class Restarting:
     return total
 
   def _think(self, task: Task, said: list[int], waits: int) -> None:
-    """A stretch of thinking, to the delimiter or the limit."""
+    """Requests a stretch of thinking, to the delimiter or the limit."""
     stretch = task.stops[waits:waits + 1]
     number = self._engine.submit(Request(
         prompt=task.prompt + tuple(said), max_tokens=task.think - len(said),
@@ -150,7 +152,9 @@ class Restarting:
     self._running[number] = task, said, waits
 
   def _go_on(self, row: Completion) -> int:
-    """What follows a stretch; tokens of the completion if it was the last."""
+    """Goes on after a stretch; returns the completion's tokens if it was the
+    last.
+    """
     task, said, waits = self._running.pop(row.id)
     said = said + list(row.tokens)
     if waits > WAITS:  # That was the answer.
@@ -173,12 +177,12 @@ def _engine(model, tasks: list[Task], ids=IDS) -> Engine:
 
 
 def _computed(engine: Engine) -> int:
-  """Tokens that went through the model so far."""
+  """Counts the tokens that went through the model so far."""
   return engine.stats.row_steps + engine.stats.prefilled_tokens
 
 
 def restart(model, arguments: argparse.Namespace) -> dict:
-  """The budget in the loop against stop, edit and restart."""
+  """Compares the budget in the loop with stop, edit and restart."""
   tasks = make_tasks(model.config, arguments.prompts, arguments.new)
   ways = {"in_loop": InLoop(model, tasks),
           "restarting": Restarting(model, tasks)}

@@ -1,11 +1,10 @@
-"""Work that cannot be avoided: its matrix products and bytes, from shapes.
+"""Limits: the matrix products and bytes that a work needs, from shapes.
 
-A multiply-add is two FLOPs. Counted is what the mathematics needs: causal
-attention, true vocabulary, a backward pass of two products for each of the
-forward's; not what the program computes beyond that (masked scores, softmax,
-norms, padding, recomputation). Each product is held against the rate of its
-own shape on this machine. So a share of the limit tells how much is lost to
-anything else.
+A multiply-add is two FLOPs. The count is what the mathematics needs: causal
+attention, the true vocabulary, and a backward pass of two products for each of
+the forward's. Masked scores, softmax, norms, padding and recomputation are not
+counted. Each product is compared with the rate of its own shape on this
+machine. So a share of the limit tells how much is lost to anything else.
 
   L: layers  D: embed  F: mlp  V: vocabulary  N: heads  K: kv heads
   H: head_dim
@@ -23,7 +22,7 @@ FLOAT32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """[batch, m, k] by [batch, k, n]."""
+  """A matrix product [batch, m, k] by [batch, k, n]."""
 
   batch: int
   m: int
@@ -36,14 +35,14 @@ class Product:
 
   @property
   def backward(self) -> tuple["Product", "Product"]:
-    """Those that give the gradients of both factors."""
+    """Returns the products that give the gradients of both factors."""
     return (Product(self.batch, self.m, self.n, self.k),
             Product(self.batch, self.k, self.m, self.n))
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Products, how often each (a part of one is a fraction), and bytes."""
+  """Products with their counts (a part of one is a fraction), and bytes."""
 
   products: Mapping[Product, float]
   bytes: float
@@ -65,7 +64,7 @@ class Work:
   def seconds(
       self, flops_per_sec: Mapping[Product, float], bytes_per_sec: float,
   ) -> float:
-    """The least time: arithmetic and traffic overlap at best."""
+    """Computes the least time, if arithmetic and traffic overlap perfectly."""
     arithmetic = sum(
         count * product.flops / flops_per_sec[product]
         for product, count in self.products.items())
@@ -81,13 +80,13 @@ def forward(
     config: ModelConfig, *, rows: int, queries: int, keys: int,
     seen: float = 1.0, logits: int,
 ) -> dict[Product, float]:
-  """The products of one forward pass of a dense model.
+  """Lists the products of one forward pass of a dense model.
 
   Args:
-    rows: sequences.
-    queries, keys: of each.
-    seen: the share of the keys that a query attends to, on the average.
-    logits: tokens whose logits are computed.
+    rows: number of sequences.
+    queries, keys: numbers of queries and keys of each.
+    seen: the mean share of the keys that a query attends to.
+    logits: number of tokens whose logits are computed.
   """
   tokens, products = rows * queries, {}
   batch, group = rows * config.kv_heads, queries * config.groups
@@ -106,7 +105,7 @@ def forward(
 
 
 def update(config: ModelConfig, *, rows: int, length: int) -> Work:
-  """An update on causal rows, all of whose tokens are in the loss."""
+  """Work of an update on causal rows, with all tokens in the loss."""
   return _with_backward(config, forward(
       config, rows=rows, queries=length, keys=length,
       seen=(length + 1) / 2 / length, logits=rows * length))
@@ -115,7 +114,7 @@ def update(config: ModelConfig, *, rows: int, length: int) -> Work:
 def group_update(
     config: ModelConfig, *, prompts: int, samples: int, prompt: int, new: int,
 ) -> Work:
-  """An update on the completions of prompts, each prompt computed once.
+  """Work of an update on completions, with each prompt computed once.
 
   The first token of each completion is predicted by the prompt; the last one
   predicts nothing.
@@ -130,7 +129,7 @@ def group_update(
 
 
 def _with_backward(config: ModelConfig, products: Mapping) -> Work:
-  """Forward and backward, and AdamW.
+  """Adds the backward pass and AdamW to a forward pass.
 
   Bytes: parameters are read forward and backward; gradients are written and
   read; AdamW reads and writes the parameters and two moments. Activations are
@@ -143,7 +142,7 @@ def _with_backward(config: ModelConfig, products: Mapping) -> Work:
 
 
 def prefill(config: ModelConfig, *, prompts: int, length: int) -> Work:
-  """Each prompt once; the cache is written."""
+  """Work of a prefill: each prompt once; the cache is written."""
   cache = memory.cache_bytes(config, rows=prompts, slots=length)
   return Work(
       forward(config, rows=prompts, queries=length, keys=length,
@@ -152,7 +151,7 @@ def prefill(config: ModelConfig, *, prompts: int, length: int) -> Work:
 
 
 def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
-  """One token for each row, over a cache of `context` earlier tokens.
+  """Work of a decode step: one token for each row, over `context` cached ones.
 
   Bytes: layers in the compute dtype and the float32 head are read once for
   all rows, the cache is read once and has one slot written.
@@ -171,7 +170,7 @@ def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
 
 
 def of(config: ModelConfig, shape: Shape) -> tuple[Work, ...]:
-  """The parts of a work, which follow one another."""
+  """Lists the parts of a work, which follow one another."""
   if shape.rows:
     return (update(config, rows=shape.rows, length=shape.length),)
   rows = shape.prompts * shape.samples

@@ -1,10 +1,10 @@
-"""What this machine does at best: the very products of a work, and traffic.
+"""Machine rates: the best of this machine for a work's products and traffic.
 
   python -m benchmarks.machine --size=10m --work=sft
 
-A process of its own that `benchmarks.serve` talks to, so that its arrays are
-in nobody's peak of memory: a shared machine is not the same from one minute to
-the next, and it is asked again in every round.
+This is a process of its own that `benchmarks.serve` talks to, so that its
+arrays are in no system's peak of memory. A shared machine changes from minute
+to minute, so it is measured again in every round.
 """
 
 import json
@@ -21,9 +21,8 @@ import numpy as np
 from benchmarks import limits, ours, serve, shapes
 from benchmarks.limits import Product
 
-# Of operands that are different in turn, and of the time of one measurement.
-OPERAND_BYTES = 2**26
-SECONDS = 0.02
+OPERAND_BYTES = 2**26  # Right factors of one measurement, all different.
+SECONDS = 0.02  # Least time of one measurement.
 TRAFFIC_BYTES = {"cpu": 2**28}  # Far beyond any cache.
 ACCELERATOR_BYTES = 2**30
 
@@ -40,14 +39,17 @@ def seconds_of(run: Callable[[], Any], repeats: int) -> float:
 
 
 def copies(product: Product) -> int:
-  """So many that a call's own cost is small; each has weights of its own."""
+  """Chooses how often a product is made, so that a call's own cost is small.
+
+  Each copy has weights of its own, since a cached factor would be too fast.
+  """
   size = 4 * product.batch * product.k * product.n
   return int(max(1, min(64, OPERAND_BYTES // size,
                         SECONDS * 1e11 // product.flops)))
 
 
 class Products:
-  """Programs that do one product many times, compiled once."""
+  """Programs that compute one product many times, compiled once."""
 
   def __init__(self, products: Iterable[Product], dtype: str):
     self._runs = {product: self._run(product, dtype) for product in products}
@@ -63,13 +65,14 @@ class Products:
     return lambda: multiply(left, rights)
 
   def rates(self, repeats: int) -> dict[Product, float]:
-    """FLOPs per second of each."""
+    """Measures FLOPs per second of each product."""
     return {product: copies(product) * product.flops / seconds_of(run, repeats)
             for product, run in self._runs.items()}
 
 
 def bandwidth(repeats: int) -> float:
-  """Bytes per second of the best of a copy, a sum and a matrix by a vector."""
+  """Measures bytes per second: the best of a copy, a sum and matrix by vector.
+  """
   width = 4096
   size = TRAFFIC_BYTES.get(jax.default_backend(), ACCELERATOR_BYTES)
   x = jnp.asarray(np.random.default_rng(0).standard_normal(

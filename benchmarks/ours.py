@@ -33,7 +33,7 @@ DEVICES = {"sft": 1, "generate": 2, "grpo": 2}
 
 
 def model_config(size: Size) -> ModelConfig:
-  """As `docs/performance.md` advises for a CPU."""
+  """Makes the config that `docs/performance.md` advises for a CPU."""
   return ModelConfig(
       vocab_size=size.vocab_size, embed=size.embed, mlp=size.mlp,
       layers=size.layers, heads=size.heads, kv_heads=size.kv_heads,
@@ -42,7 +42,7 @@ def model_config(size: Size) -> ModelConfig:
 
 
 def random_model(config: ModelConfig) -> transformer.Transformer:
-  """Norms are one, all else normal: what the peers start from."""
+  """Makes random weights as the peers do: norms are one, all else normal."""
   draw = np.random.default_rng(0).standard_normal
   def fill(x: jax.Array) -> jax.Array:
     if (x == 1).all():  # A norm.

@@ -1,10 +1,10 @@
-r"""How much of the ring cache the decode kernel fetches: modelled, not run.
+r"""Ring cache: the share that the decode kernel fetches, modelled, not run.
 
   python -m benchmarks.ring --mean=1024 --prompt=128
 
-Requests of lognormal lengths go through an engine's slots; the ring doubles
-and halves by the engine's rule. Of every step it is counted which blocks of
-slots a live row has tokens in, beside all blocks, which plain attention reads.
+Requests of lognormal lengths go through an engine's rows; the ring doubles and
+halves by the engine's rule. For every step it counts the blocks of slots in
+which a live row has tokens, and all blocks, which plain attention reads.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from collections import deque
 
 import numpy as np
 
-from benchmarks.refill import lognormal_lengths
+from benchmarks.batching import lognormal_lengths
 from posttrain.model.decode_kernel import MOST_SLOTS
 
 
 def fetched(
     lengths: np.ndarray, *, rows: int, prompt: int, block: int, chunk: int = 32,
 ) -> tuple[float, float]:
-  """Shares of the ring, over all steps: blocks fetched, and slots in use.
+  """Returns shares of the ring, over all steps: blocks fetched, slots in use.
 
   Args:
     lengths: new tokens of each request, in the order of the queue.

@@ -1,4 +1,4 @@
-"""A process that does one work when it is told to, and says what it took.
+"""Worker protocol: a process does one work when asked, and reports the time.
 
 A line on its standard input asks for one run; the answer is a line of JSON:
 `tokens`, `wall` and `cpu` seconds (all threads of the process), and
@@ -25,7 +25,10 @@ from benchmarks import shapes
 
 
 class Turns:
-  """Both ends of a run. Standard output is the driver's from then on."""
+  """Both ends of a run, over standard input and output.
+
+  Standard output is the driver's from then on.
+  """
 
   def __init__(self, tokens: int):
     self._tokens = tokens
@@ -36,17 +39,17 @@ class Turns:
     self._begun = (0.0, 0.0)
 
   def begin(self) -> bool:
-    """Waits to be asked; False: there is nothing more to do."""
+    """Waits for a request; returns False if there is nothing more to do."""
     if self._warm and not sys.stdin.readline():
       return False
     self._begun = (time.perf_counter(), time.process_time())
     return True
 
   def end(self, tokens: int | None = None) -> None:
-    """Answers. `tokens` if they were counted: they must be all.
+    """Reports a run; `tokens`, if they were counted, must be all.
 
     Raises:
-      RuntimeError: fewer or more tokens than the work has.
+      RuntimeError: the run made another number of tokens than the work has.
     """
     wall = time.perf_counter() - self._begun[0]
     cpu = time.process_time() - self._begun[1]
@@ -61,7 +64,7 @@ class Turns:
 
 
 def peak_rss_mb() -> float:
-  """Of this process, compilation and warm-up included."""
+  """Peak memory of this process, compilation and warm-up included."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -78,7 +81,7 @@ def runs(tokens: int) -> Iterator[int]:
 
 def arguments(description: str, works: tuple[str, ...]) -> tuple[
     shapes.Size, str, shapes.Shape]:
-  """Of the command line: the model, the work and its shape."""
+  """Parses the command line: the model, the work and its shape."""
   parser = argparse.ArgumentParser(description=description)
   parser.add_argument("--size", choices=sorted(shapes.SIZES), required=True)
   parser.add_argument("--work", choices=works, required=True)

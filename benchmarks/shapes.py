@@ -1,4 +1,4 @@
-"""What is timed: sizes of models and works, the same for every system.
+"""Shapes of the benchmarks: sizes of models and works, for every system.
 
 Standard library only: peers read it in environments of their own.
 """
@@ -34,12 +34,12 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Of one work; 0 where it has no such thing.
+  """Shape of a work; 0 for numbers that it does not have.
 
   Attributes:
     rows, length: full rows of an SFT step; all but the first token of each
       are in the loss.
-    prompts, prompt: and tokens of each.
+    prompts, prompt: number of prompts, and tokens of each.
     samples: completions of each prompt.
     new: tokens of each completion; none ends early.
   """
@@ -53,7 +53,7 @@ class Shape:
 
   @property
   def tokens(self) -> int:
-    """That a run is counted as: those trained on, or those drawn."""
+    """Number of tokens that a run counts as: trained on, or drawn."""
     return self.rows * self.length or self.prompts * self.samples * self.new
 
   def __str__(self) -> str:
@@ -72,19 +72,19 @@ def shape_of(work: str, *, rows: int = 8) -> Shape:
 
 def tokens(count: int, length: int, vocab_size: int, *, seed: int = 0,
            ) -> list[list[int]]:
-  """[count, length] ids, uniform."""
+  """Draws [count, length] ids, uniformly."""
   drawn = random.Random(seed)
   return [[drawn.randrange(vocab_size) for _ in range(length)]
           for _ in range(count)]
 
 
 def rule_reward(completion: list[int]) -> float:
-  """The share of even ids: a rule that every completion half follows."""
+  """Scores the share of even ids: a rule that every completion half follows."""
   return sum(token % 2 == 0 for token in completion) / len(completion)
 
 
 def word(token: int) -> str:
-  """A token as text, for systems that know prompts as text only."""
+  """Writes a token as text, for systems that know prompts as text only."""
   return f"t{token}"
 
 

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.shared_prompts`: training with a prompt once a group.
+"""`python -m benchmarks.shared_prompts`: training on one prompt per group.
 
-A GRPO update on full groups, each completion behind a prompt of its own and
-all of a group behind one, in turns. A row holds a group's pieces; microbatches
-have as many tokens either way, or one row. A line of JSON for each length.
+A GRPO update on full groups: each completion with its own copy of the prompt,
+against a group that shares one copy, in turns. A row holds a group.
+Microbatches have as many tokens either way, or one row. A line of JSON for each
+length.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def rollouts(
     config, *, groups: int, samples: int, prompt: int, new: int) -> Rollouts:
-  """Groups of full completions, of random tokens."""
+  """Makes groups of full completions, of random tokens."""
   count = groups * samples
   of_group = np.repeat(np.arange(groups), samples)
   prompts = shapes.tokens(groups, prompt, config.vocab_size)
@@ -58,7 +59,9 @@ def rollouts(
 def make_side(
     update: Callable, state, drawn: Rollouts, *, length: int, share: bool,
 ) -> tuple[Callable[[], int], int]:
-  """One update on copies of the state; and the tokens in its rows."""
+  """Makes one update on copies of the state; returns the tokens in its rows
+  too.
+  """
   count = len(drawn.lengths)
   ones = np.ones(count, np.float32)
   experience = packing.pack_experience(
@@ -78,7 +81,8 @@ def make_side(
 
 
 def compare(arguments: argparse.Namespace, prompt: int) -> dict:
-  """Seconds of an update either way, and the tokens that it computes."""
+  """Measures seconds of an update either way, and the tokens that it computes.
+  """
   config = ours.model_config(shapes.SIZES[arguments.size])
   groups, samples, new = arguments.groups, arguments.samples, arguments.new
   drawn = rollouts(

@@ -1,4 +1,5 @@
-"""Ways of one program that take turns in one process."""
+"""Sides of a comparison: variants of one program that take turns in a process.
+"""
 
 import argparse
 import statistics
@@ -14,7 +15,7 @@ from posttrain.text import thinking
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Those that all comparisons have."""
+  """Adds the arguments that all comparisons have."""
   parser.add_argument("--size", choices=sorted(shapes.SIZES), default="10m")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--lock", action="append", default=[],
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def seconds(run: Callable[[], int], tokens: int) -> dict[str, float]:
-  """Of the wall, and of all cores.
+  """Measures the seconds of a run, on the wall and of all cores.
 
   Raises:
     RuntimeError: the run made another number of tokens.
@@ -39,7 +40,7 @@ def take(
     sides: dict[str, Callable[[], int]], tokens: int, *, repeats: int,
     locks: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
-  """Medians of each side's seconds; all take turns, after a warm-up."""
+  """Measures each side in turns, after a warm-up; returns medians."""
   for run in sides.values():
     run()
   taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -56,6 +57,6 @@ def take(
 def tables(
     config: ModelConfig, ids: thinking.ThinkingIds,
 ) -> budget_tables.BudgetTables:
-  """Nothing but the budgets stops a row."""
+  """Makes budget tables with which nothing but the budgets stops a row."""
   return budget_tables.BudgetTables.build(
       ids, (), np.zeros(config.vocab_size, bool), config.vocab_size)

@@ -1,4 +1,4 @@
-"""Who takes part in which work, and how much faster we mean to be."""
+"""Systems: which takes part in which work, and the targets of our speed."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ OURS = "posttrain"
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """Attributes: its script, the environment of that, and what it does."""
+  """A system: its script, the script's environment, and its works."""
 
   module: str
   environment: str
@@ -22,7 +22,7 @@ PEERS = {
     "tunix": System("benchmarks.peers.tunix_jax", "tunix",
                     ("generate", "sft", "grpo"))}
 
-# (size, work, peer): times its tokens per second.
+# (size, work, peer) -> our tokens per second over the peer's, at least.
 TARGETS = {
     ("10m", "generate", "transformers"): 3.5,
     ("10m", "generate", "tunix"): 2.0,
@@ -34,12 +34,12 @@ TARGETS = {
     ("135m", "sft", "trl"): 1.7,
     ("10m", "grpo", "trl"): 2.5,
     ("10m", "grpo", "tunix"): 2.5}
-# Of the peer's peak of memory, at most.
+# (size, work, peer) -> our peak of memory over the peer's, at most.
 MEMORY = {("135m", "sft", "trl"): 0.5, ("10m", "grpo", "trl"): 0.5,
           ("10m", "grpo", "tunix"): 0.5}
 LIMIT = 0.5  # Share of the machine's limit, at least.
 
 
 def peers_of(size: str, work: str) -> list[str]:
-  """Those that there is a target against."""
+  """Lists the peers with a target."""
   return [name for name in PEERS if (size, work, name) in TARGETS]

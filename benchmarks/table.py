@@ -1,4 +1,4 @@
-"""The lines of a run as one Markdown table of ratios."""
+"""Markdown table of ratios, from the lines of a run."""
 
 from benchmarks import systems
 
@@ -7,7 +7,7 @@ HEADER = ("work", "shape", "system", "tokens/s", "per CPU s", "peak MB",
 
 
 def of(lines: list[dict]) -> str:
-  """`lines`: of any works; those of a work hold one of ours."""
+  """Formats `lines` of any works; those of a work must include ours."""
   ours = {(line["size"], line["work"]): line for line in lines
           if line["system"] == systems.OURS}
   rows = [_row(line, ours[line["size"], line["work"]]) for line in lines]

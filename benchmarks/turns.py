@@ -1,4 +1,4 @@
-"""Systems that take turns at one work, each in a process of its own.
+"""Turns: systems take turns at one work, each in a process of its own.
 
 In turn, so that whatever else the machine does meets all of them; in its own
 process, so that the peak of memory is of that system and that work. While one
@@ -32,10 +32,10 @@ SETTINGS = {
 
 
 class Worker:
-  """A process that `serve` answers for."""
+  """A process that runs `serve`."""
 
   def __init__(self, name: str, command: Sequence[str]):
-    """Starts it; `turn` waits until it is there."""
+    """Starts the process; `turn` waits until it is ready."""
     self.name = name
     self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - see close.
     self._process = subprocess.Popen(
@@ -44,10 +44,10 @@ class Worker:
         env=os.environ | SETTINGS)
 
   def turn(self, *, ask: bool = True) -> dict:
-    """What it answers when it is asked, or of itself when it is warm.
+    """Asks for a run, and returns its report (or the first one, when warm).
 
     Raises:
-      RuntimeError: it ended; its last words are in the message.
+      RuntimeError: the process has ended; its last lines are in the message.
     """
     assert self._process.stdin and self._process.stdout
     answer = ""
@@ -65,7 +65,7 @@ class Worker:
     return json.loads(answer)
 
   def close(self) -> None:
-    """Ends it, gently if it listens."""
+    """Ends the process, gently if it listens."""
     assert self._process.stdin
     self._process.stdin.close()
     try:
@@ -78,7 +78,7 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-  """A system's answers, one for each round."""
+  """Reports of a system, one for each round."""
 
   rounds: tuple[dict, ...]
 
@@ -94,15 +94,15 @@ def take(
     commands: dict[str, Sequence[str]], machine: Sequence[str], *,
     repeats: int, locks: Sequence[str] = (),
 ) -> tuple[dict[str, Taken], dict]:
-  """All systems `repeats` times, and what the machine did beside them.
+  """Runs all systems `repeats` times, and measures the machine in each round.
 
   Args:
-    commands: how each system's process is started.
-    machine: how that of `benchmarks.machine` is.
+    commands: the command of each system's process.
+    machine: the command of `benchmarks.machine`.
     locks: files to lock while they take turns; see `locked`.
 
   Returns:
-    By system; and the round of the machine whose limit is the median.
+    Reports by system, and the machine's round whose limit is the median.
   """
   workers: dict[str, Worker] = {}
   rounds: dict[str, list[dict]] = {name: [] for name in commands}
@@ -120,7 +120,7 @@ def take(
     bench.turn()
     stack.enter_context(locked(locks))
     for number in range(repeats):
-      # No system is always the one behind the same other.
+      # The order alternates, so that no system always follows the same other.
       order = list(commands) if number % 2 else list(commands)[::-1]
       for name in order:
         rounds[name].append(workers[name].turn())
@@ -132,14 +132,14 @@ def take(
 
 @contextlib.contextmanager
 def locked(paths: Sequence[str]) -> Iterator[None]:
-  """Holds files that the other programs of a shared machine lock, too.
+  """Locks files that the other programs of a shared machine lock, too.
 
-  Compilation and warm-up come before it: they need no quiet.
+  Compilation and warm-up come before it, as they do not need a quiet machine.
   """
   if not paths:
     yield
     return
-  import fcntl  # Not everywhere.
+  import fcntl  # Unix only.
 
   with contextlib.ExitStack() as stack:
     for path in paths:

@@ -1,1 +1,2 @@
-"""Starts posttrain where the devices are; runs on a laptop, without JAX."""
+"""Launchers: start posttrain where the devices are; no JAX is needed here.
+"""

@@ -1,4 +1,4 @@
-"""What each launcher calls the slices of `posttrain plan`.
+"""Accelerator names: each launcher's words for the slices of `posttrain plan`.
 
 The sizes are those of `posttrain.plan.topology`, so that what was planned is
 what is launched. Sources: https://docs.cloud.google.com/tpu/docs/v5p and its
@@ -14,12 +14,12 @@ from posttrain.plan.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """One chip's names.
+  """Names of one chip.
 
   Attributes:
     accelerator: the prefix of an accelerator type, as in `v5litepod-16`.
     cores: units per chip that an accelerator type counts.
-    runtime: the image of a TPU VM; "" where there are no TPU VMs.
+    runtime: the image of a TPU VM; "" if the chip has no TPU VMs.
     gke: the node label `cloud.google.com/gke-tpu-accelerator`.
   """
 
@@ -42,13 +42,14 @@ def names(topology: Topology) -> Names:
 
 
 def accelerator_type(topology: Topology) -> str:
-  """Of one slice, such as `v5p-128` for v5p:4x4x4."""
+  """Returns the accelerator type of one slice, such as `v5p-128` for v5p:4x4x4.
+  """
   found = names(topology)
   return f"{found.accelerator}-{chips_per_slice(topology) * found.cores}"
 
 
 def runtime_version(topology: Topology) -> str:
-  """The image of a TPU VM.
+  """Returns the image of a TPU VM.
 
   Raises:
     ValueError: the chip is not offered as TPU VMs.
@@ -66,7 +67,8 @@ def chips_per_slice(topology: Topology) -> int:
 
 
 def chips_per_host(topology: Topology) -> int:
-  """On GKE's machines for slices; a TPU VM of v5e or v6e may have eight."""
+  """Chips of a GKE machine for slices; a TPU VM of v5e or v6e may have eight.
+  """
   return min(4, chips_per_slice(topology))
 
 

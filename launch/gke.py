@@ -6,9 +6,9 @@
 
 Each slice is a job of the set and each host a pod. A run that was preempted
 (status 75, and 143 of SIGTERM before Python ran), or whose pod the cluster
-disrupted, is started again as often as it takes; one that failed or lost a host
-(69), up to --max-restarts times. Secrets are a
-Secret of the job's name. Status 0: completed; 1: failed.
+disrupted, is started again as often as needed; one that failed or lost a host
+(69), up to --max-restarts times. Secrets are a Secret of the job's name. Status
+0: completed; 1: failed.
 
 Needs kubectl with a context, JobSet in the cluster, node pools of these slices,
 and an image with posttrain[tpu] that has this config. --volume mounts an
@@ -37,7 +37,7 @@ def parser() -> job_lib.Parser:
   found.add_argument("--max-restarts", type=int, default=3, metavar="N",
                      help="after failures; preemptions are not counted (3)")
   found.add_argument("--poll-seconds", type=float, default=30.0,
-                     help="between looks (30)")
+                     help="between two queries of the state (30)")
   actions = found.add_mutually_exclusive_group()
   for action, text in (
       ("logs", "follow the log of the first host"),
@@ -57,7 +57,7 @@ def secret(job: job_lib.Job, values: dict[str, str]) -> dict[str, Any]:
 def job_set(
     job: job_lib.Job, *, volume: str = "", max_restarts: int = 3,
 ) -> dict[str, Any]:
-  """The manifest: one job per slice, one pod per host."""
+  """Makes the manifest: one job per slice, one pod per host."""
   hosts = accelerators.hosts_per_slice(job.topology)
   pod_failures = {"rules": [
       {"action": "FailJob", "onExitCodes": {
@@ -72,8 +72,8 @@ def job_set(
           "alpha.jobset.sigs.k8s.io/exclusive-topology":
           "cloud.google.com/gke-nodepool"}},
       "spec": {
-          # The rules of a pod decide what its job's failure is; any other
-          # failure counts, since hosts that lose another one fail too.
+          # Preemptions fail a job by its pod failure policy, and are not
+          # counted. Other failures are: hosts that lose another one fail too.
           "failurePolicy": {"maxRestarts": max_restarts, "rules": [{
               "action": "RestartJobSetAndIgnoreMaxRestarts",
               "onJobFailureReasons": ["PodFailurePolicy"]}]},
@@ -117,13 +117,17 @@ def _pod(job: job_lib.Job, volume: str) -> dict[str, Any]:
 
 
 def script(job: job_lib.Job) -> str:
-  """exec: SIGTERM goes to posttrain, and its status is the container's."""
+  """Makes the container's script.
+
+  It ends in exec, so that SIGTERM goes to posttrain, and its status is the
+  container's.
+  """
   setup = f"{job.setup}\n" if job.setup else ""
   return f'set -e\n{setup}exec python -m posttrain "$@"'
 
 
 class Cluster:
-  """kubectl in one namespace."""
+  """Calls kubectl in one namespace."""
 
   def __init__(self, job: job_lib.Job, shell: job_lib.Shell, namespace: str):
     self.job, self.shell = job, shell
@@ -146,7 +150,7 @@ class Cluster:
         check=False)
 
   def terminal_state(self) -> str:
-    """Completed or Failed; "" while it runs.
+    """Returns Completed or Failed; "" while it runs.
 
     Raises:
       JobError: there is no such JobSet, or the cluster does not answer.
@@ -160,7 +164,7 @@ class Cluster:
     return text
 
   def logs(self) -> list[str]:
-    """The command that follows the first host's."""
+    """Makes the command that follows the first host's log."""
     return [*self._kubectl, "logs", "--follow", "--ignore-errors",
             "--selector=batch.kubernetes.io/job-completion-index=0,"
             f"jobset.sigs.k8s.io/jobset-name={self.job.name},"
@@ -168,7 +172,7 @@ class Cluster:
 
 
 def follow(cluster: Cluster, poll_seconds: float) -> int:
-  """Shows the log until the set has ended; 0 if it completed."""
+  """Shows the log until the set has ended; returns 0 if it completed."""
   if cluster.shell.dry_run:
     cluster.shell.run(cluster.logs())
     cluster.shell.say("until the terminal state is Completed or Failed:")
@@ -178,7 +182,8 @@ def follow(cluster: Cluster, poll_seconds: float) -> int:
   try:
     while not (state := cluster.terminal_state()):
       if following is None or following.poll() is not None:
-        following = subprocess.Popen(  # Of the pods that are there now.
+        # kubectl follows the pods that exist now; a restart makes others.
+        following = subprocess.Popen(
             cluster.logs(), stdin=subprocess.DEVNULL)
       time.sleep(poll_seconds)
     if following is not None:  # It comes to its own end with the pods.

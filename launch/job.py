@@ -1,12 +1,12 @@
-"""One description of a job, which every launcher takes the same flags for.
+"""Job description, with the same flags for every launcher.
 
   python -m launch.tpu_vm --name=r1 --topology=v5p:4x4x4 --zone=us-east5-a \
       -- train --config=configs/mine.py --workdir=/mnt/runs/mine
 
-`--topology` and `--num_slices` are those of `posttrain plan`. What follows `--`
-is the `posttrain` command of every host; it and its config are checked here,
-before anything is paid for. Flags may stand in a file, one a line, named as
-@FILE. Secrets are given by the names of variables: their values go from this
+`--topology` and `--num_slices` are those of `posttrain plan`. The words after
+`--` are the `posttrain` command of every host; it and its config are checked
+here, before anything is paid for. Flags may stand in a file, one a line, named
+as @FILE. Secrets are given by the names of variables: their values go from this
 process's environment to the workers by a file or a pipe, never by a command
 line, and are never printed.
 """
@@ -28,8 +28,9 @@ from posttrain.plan import environment
 from posttrain.plan import topology as topology_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
-PREEMPTED = os.EX_TEMPFAIL  # Of `posttrain`: state saved, start it again.
-LOST = os.EX_UNAVAILABLE  # Of `posttrain`: another host is gone.
+# Exit statuses of `posttrain`.
+PREEMPTED = os.EX_TEMPFAIL  # State is saved: start it again.
+LOST = os.EX_UNAVAILABLE  # Another host is gone.
 TERMINATED = 128 + signal.SIGTERM  # Before Python ran, or after its last line.
 USAGE_ERROR = 2
 
@@ -43,14 +44,14 @@ class Job:
   """Describes a job: the command, the accelerators, the place.
 
   Attributes:
-    name: of the slice or the workload.
-    topology: with the number of slices.
-    zone, project: "": as the cloud's own tool has it configured.
+    name: name of the slice or the workload.
+    topology: shape and number of slices.
+    zone, project: "": as the cloud's own tool is configured.
     command: arguments of `posttrain`, the same on every host.
-    image: of the container, where there are containers.
-    setup: shell, run on every worker before each start; such as a mount.
+    image: the container's image, for launchers with containers.
+    setup: shell commands for every worker before each start, such as a mount.
     secrets: names of variables of this process's environment.
-    spot: may be preempted, and costs less.
+    spot: take slices that may be preempted, and cost less.
   """
 
   name: str
@@ -64,7 +65,7 @@ class Job:
   spot: bool
 
   def slice_names(self) -> list[str]:
-    """As the cloud numbers them; of one slice, the job's own."""
+    """Names the slices as the cloud numbers them; a single one as the job."""
     count = self.topology.num_slices
     return [f"{self.name}-{number}" for number in range(count)
             ] if count > 1 else [self.name]
@@ -74,7 +75,7 @@ class Job:
 
 
 class Parser(argparse.ArgumentParser):
-  """The flags of a job. A launcher adds its own, and the keys it needs."""
+  """Parses the flags of a job; a launcher adds its own, and those it needs."""
 
   def __init__(self, text: str, *, needs: Sequence[str] = ()):
     super().__init__(
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     add = self.add_argument
     add("--name", help="of the slice or workload")
     add("--topology", help="CHIP:SIZE in chips, as for `posttrain plan`")
-    add("--num_slices", type=int, default=1, help="so many slices (1)")
+    add("--num_slices", type=int, default=1, help="number of slices (1)")
     add("--zone", default="")
     add("--project", default="")
     add("--image", default="", help="container with posttrain installed")
@@ -98,10 +99,11 @@ class Parser(argparse.ArgumentParser):
   def read(
       self, argv: Sequence[str], *, starts: Callable = lambda options: True,
   ) -> tuple[Job, argparse.Namespace]:
-    """The job, and all flags.
+    """Parses a command line; returns the job and all flags.
 
     Args:
-      starts: whether these flags start a run, which needs a command.
+      argv: the command line.
+      starts: tells if these flags start a run, which needs a command.
 
     Raises:
       JobError: a flag is missing or wrong.
@@ -134,7 +136,7 @@ def check_command(command: Sequence[str]) -> None:
   """Reads the command and its config as `posttrain` will.
 
   Raises:
-    JobError: it would end with a usage error there.
+    JobError: it would end with a usage error on the hosts.
   """
   if not command:
     raise JobError(
@@ -154,7 +156,7 @@ def check_command(command: Sequence[str]) -> None:
 
 
 def check_secrets(names: Sequence[str], given: Sequence[str]) -> None:
-  """Raises a JobError for a secret without a value, or with it in a flag."""
+  """Raises JobError for a secret without a value, or with it in a flag."""
   for name in names:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
       raise JobError("--secret takes the name of a variable, not its value.")
@@ -167,17 +169,17 @@ def check_secrets(names: Sequence[str], given: Sequence[str]) -> None:
 
 
 def shell_variables(values: Mapping[str, str]) -> str:
-  """Lines that a shell reads, for a file of mode 600."""
+  """Writes lines that a shell reads, for a file of mode 600."""
   return "".join(
       f"export {name}={shlex.quote(value)}\n"
       for name, value in values.items())
 
 
 def exit_status(status: int) -> int:
-  """A process's status; one that SIGTERM ended is preempted.
+  """Converts a process's status; one that SIGTERM ended counts as preempted.
 
   Args:
-    status: as `subprocess` or a shell gives it.
+    status: as `subprocess` or a shell reports it.
   """
   status = 128 - status if status < 0 else status
   return PREEMPTED if status == TERMINATED else status
@@ -190,31 +192,32 @@ class Shell:
     self.dry_run = dry_run
 
   def say(self, text: str) -> None:
-    """To people; a comment among printed commands."""
+    """Tells a person something; a comment among printed commands."""
     print(f"# {text}" if self.dry_run else text, flush=True)
 
   def run(
       self, command: Sequence[str], *, text: str = "", shown: str = "",
       check: bool = True,
   ) -> int:
-    """The status of a command, its output going where ours goes.
+    """Runs a command with our own output; returns its status.
 
     Args:
-      text: given to it on its standard input.
-      shown: what a dry run prints of that.
-      check: a status other than 0 is an error.
+      command: the words of the command.
+      text: its standard input.
+      shown: the standard input that a dry run prints.
+      check: raise JobError for a status other than 0.
     """
     if self.dry_run:
       print(shlex.join(command) + (f" <<'END'\n{shown}END" if shown else ""))
       return 0
-    # Nobody may be there to answer a question.
+    # Its input is never the terminal: nobody may be there to answer a question.
     status = subprocess.run(command, input=text, text=True).returncode
     if check and status:
       raise JobError(f"status {status} of: {shlex.join(command)}")
     return status
 
   def output(self, command: Sequence[str]) -> tuple[int, str]:
-    """Status and standard output; in a dry run, that of a success."""
+    """Runs a command; returns status and standard output (0 and "" if dry)."""
     if self.dry_run:
       print(shlex.join(command))
       return 0, ""
@@ -224,7 +227,7 @@ class Shell:
 
 
 def main(run: Callable[[Sequence[str]], int]) -> None:
-  """Ends the process with what `run` makes of the command line."""
+  """Ends the process with the status of `run` for the command line."""
   try:
     sys.exit(run(sys.argv[1:]))
   except (JobError, ValueError) as error:

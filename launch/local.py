@@ -4,7 +4,7 @@
   python launch/local.py --processes=2 --devices-per-process=4 -- \
       train --config=configs/quickstart.py:debug --workdir=runs/two
 
-What follows `--` goes to `python -m posttrain` in every process. The same
+The words after `--` go to `python -m posttrain` in every process. The same
 program then runs as on a pod slice: one process per host, one global mesh.
 The first process prints as usual; the lines of the others are prefixed with
 their number. When one process fails or is killed it is named, and the rest are
@@ -25,8 +25,8 @@ import time
 
 GRACE_SECONDS = 60.0  # Between SIGTERM, which saves a checkpoint, and SIGKILL.
 PREEMPTED = 75  # State saved; the same command goes on.
-LOST = 69  # Says a process that misses another one.
-LOSS_SECONDS = 3.0  # Between that and the other one's end.
+LOST = 69  # Status of a process that has lost another one.
+LOSS_SECONDS = 3.0  # Time for the lost process to end too.
 DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\S*")
 
 
@@ -59,7 +59,8 @@ def free_port() -> int:
 def process_environment(
     options: argparse.Namespace, port: int | str, process_id: int,
 ) -> dict[str, str]:
-  """The variables that process `process_id` has on top of this one's."""
+  """Returns the variables that process `process_id` has on top of this one's.
+  """
   flags = DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", ""))
   devices = options.devices_per_process
   count = f"--xla_force_host_platform_device_count={devices}"
@@ -87,7 +88,7 @@ def prefix_lines(process: subprocess.Popen, process_id: int) -> None:
 def start(
     options: argparse.Namespace, port: int, process_id: int,
 ) -> tuple[subprocess.Popen, threading.Thread | None]:
-  """A process, and the thread that copies its output (not the first's)."""
+  """Starts a process, and a thread that copies its output (not the first's)."""
   first = process_id == 0
   process = subprocess.Popen(
       command(options),
@@ -110,7 +111,7 @@ def wait_until(processes: list[subprocess.Popen], deadline: float) -> None:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-  """SIGTERM, then SIGKILL for those that are still there a minute later."""
+  """Sends SIGTERM, and after a minute SIGKILL to those that still run."""
   for process in processes:
     if process.poll() is None:
       process.terminate()
@@ -131,7 +132,8 @@ def wait(processes: list[subprocess.Popen]) -> int:
   """Waits for all; ends the rest when one fails. Returns the exit status."""
   while True:
     statuses = [process.poll() for process in processes]
-    if set(statuses) - {None, 0} == {LOST}:  # What it misses is still dying.
+    # The lost process may still be ending, and its status is the reason.
+    if set(statuses) - {None, 0} == {LOST}:
       wait_until(processes, time.monotonic() + LOSS_SECONDS)
       statuses = [process.poll() for process in processes]
     failed = [(status in (LOST, PREEMPTED), i, status)

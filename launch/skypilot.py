@@ -6,11 +6,11 @@
 
 Writes the task as YAML and submits it: SkyPilot finds a zone, copies this
 checkout, runs the command on every host, and recovers it on other slices when
-they are preempted or the run says so (status 75, 143 of SIGTERM before Python
-ran, and 69 of a host that misses another one); after other failures up to
---max-restarts times. SkyPilot takes any name of an accelerator and fails when
-it has none; the names here are those of the table that `posttrain plan` has. It
-knows no several slices in one job.
+they are preempted or the status asks for it (75, 143 of SIGTERM before Python
+ran, and 69 of a host that has lost another one); after other failures up to
+--max-restarts times. SkyPilot accepts any name of an accelerator and fails
+later if there is none; the names here are those of `posttrain plan`. It cannot
+run one job on several slices.
 
 Needs the command `sky`, set up for Google Cloud.
 """
@@ -69,10 +69,10 @@ def parser() -> job_lib.Parser:
 
 
 def task(job: job_lib.Job, *, max_restarts: int = 0) -> str:
-  """The YAML of a task.
+  """Makes the YAML of a task.
 
   Raises:
-    JobError: several slices, or no TPU VMs.
+    JobError: there are several slices, or the chip has no TPU VMs.
   """
   if job.topology.num_slices > 1:
     raise job_lib.JobError(

@@ -36,7 +36,7 @@ LONGEST_NAME = 120
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One entry: its overrides, its workdir, and the command that runs it."""
+  """One entry of a sweep: overrides, workdir, and the command that runs it."""
 
   assignments: tuple[str, ...]
   workdir: pathlib.Path
@@ -51,10 +51,13 @@ class Run:
 def expand(
     spec: str, folder: str, common: Sequence[str], launcher: Sequence[str],
 ) -> list[Run]:
-  """The runs of a sweep, every config of them checked.
+  """Lists the runs of a sweep, after checking all of their configs.
 
   Args:
-    launcher: the words that `train ...` follows; {number} is the run's.
+    spec: the config, FILE[:ARG].
+    folder: the folder of all workdirs.
+    common: overrides for all runs.
+    launcher: the words before `train ...`; {number} is the run's.
 
   Raises:
     ConfigError: a config is wrong, or there is no sweep.
@@ -72,7 +75,7 @@ def expand(
 
 
 def name(assignments: Sequence[str]) -> str:
-  """A folder's name that says what is special about the run."""
+  """Names a run's folder by its overrides."""
   whole = ",".join(assignments) or "default"
   text = re.sub(r"[^\w.=,+-]", "_", whole)[:LONGEST_NAME]
   if text == whole:
@@ -81,7 +84,7 @@ def name(assignments: Sequence[str]) -> str:
 
 
 def headline(run: Run) -> dict[str, str]:
-  """The last figures of each stage, by column."""
+  """Reads the last figures of each stage, by column."""
   from posttrain.telemetry import metrics
   file = run.workdir / "metrics.jsonl"
   last = {row["stage"]: row for row in (
@@ -92,14 +95,14 @@ def headline(run: Run) -> dict[str, str]:
   for stage in run.stages:
     for path in sorted((run.workdir / stage / "eval").glob("*.json")):
       free = workdir_lib.read_json(path)["cells"][0]
-      error = free["standard_error"]  # None of a single problem.
+      error = free["standard_error"]  # None for a single problem.
       found[f"{stage} {path.stem}"] = f"{free['accuracy']:.3f}" + (
           "" if error is None else f" ± {error:.3f}")
   return found
 
 
 def table(runs: Sequence[Run], states: Sequence[str]) -> str:
-  """One row per run: its overrides, how it stands and its last figures."""
+  """Formats one row per run: overrides, state and last figures."""
   figures = [headline(run) for run in runs]
   columns = list(dict.fromkeys(key for row in figures for key in row))
   rows = [["run", "state", *columns]] + [
@@ -113,7 +116,7 @@ def table(runs: Sequence[Run], states: Sequence[str]) -> str:
 
 
 def run_all(runs: Sequence[Run]) -> list[str]:
-  """Runs what has not finished; how each stands then."""
+  """Runs the entries that have not finished; returns the state of each."""
   stopped = False
   child: subprocess.Popen | None = None
 
@@ -142,7 +145,7 @@ def run_all(runs: Sequence[Run]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  """The flags, and the assignments that are for all runs."""
+  """Parses the flags, and the overrides for all runs."""
   parser = argparse.ArgumentParser(
       description=__doc__, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)

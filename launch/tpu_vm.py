@@ -1,4 +1,4 @@
-"""Runs posttrain on TPU VMs, from asking for the slices to giving them back.
+"""Runs posttrain on TPU VMs, from requesting the slices to deleting them.
 
   python -m launch.tpu_vm --name=r1 --topology=v5p:4x4x4 --zone=us-east5-a \\
       --spot -- train --config=configs/mine.py --workdir=/mnt/runs/mine
@@ -9,8 +9,8 @@ first. A worker whose run was preempted (status 75, and 143 of SIGTERM before
 Python ran) or has lost another one (69) starts it again; slices that were taken
 away are requested anew, and the run goes on from its workdir. When all workers
 have finished, the slices are deleted and the status is 0; when one has failed,
-its last lines are shown and the status is its. The same command follows a run
-that is under way; ^C leaves it running.
+its last lines are shown and its status is returned. The same command follows a
+run that is under way; ^C leaves it running.
 
 The workdir must be a directory that every worker sees under the same name, such
 as a bucket that --setup mounts. Needs gcloud, signed in.
@@ -32,8 +32,8 @@ from launch import job as job_lib
 PLACE = "posttrain"  # Under the workers' home folder.
 WORKER = f"bash {PLACE}/checkout/launch/worker.sh"
 STATE = re.compile(r"^worker (\S+): (?:(running|none)|exit (\d+))$", re.M)
-TAKEN = ("SUSPENDING", "SUSPENDED")  # By the cloud, not by its user.
-ATTEMPTS = 10  # To reach what should be there.
+TAKEN = ("SUSPENDING", "SUSPENDED")  # Preempted by the cloud.
+ATTEMPTS = 10  # Tries to reach workers or a request that should exist.
 
 
 def parser() -> job_lib.Parser:
@@ -44,7 +44,8 @@ def parser() -> job_lib.Parser:
   found.add_argument(
       "--keep", action="store_true", help="do not delete the slices at the end")
   found.add_argument(
-      "--poll-seconds", type=float, default=30.0, help="between looks (30)")
+      "--poll-seconds", type=float, default=30.0,
+      help="between two queries of the state (30)")
   actions = found.add_mutually_exclusive_group()
   for action, text in (
       ("logs", "follow the log of the first worker"),
@@ -58,7 +59,7 @@ def parser() -> job_lib.Parser:
 
 
 class Slices:
-  """The queued resource of a job, through gcloud."""
+  """Slices of a job as a queued resource, through gcloud."""
 
   def __init__(self, job: job_lib.Job, shell: job_lib.Shell, create_flags):
     self.job, self.shell = job, shell
@@ -83,7 +84,7 @@ class Slices:
         *(["--spot"] if job.spot else []), *self._create_flags))
 
   def state(self) -> str:
-    """Such as ACTIVE; "" where there is no such resource."""
+    """Returns the state, such as ACTIVE; "" if there is no such resource."""
     status, text = self.shell.output(self._gcloud(
         "describe", self.job.name, "--format=value(state.state)"))
     return text if status == 0 else ""
@@ -92,7 +93,7 @@ class Slices:
     self.shell.run(self._gcloud("delete", self.job.name, "--force", "--quiet"))
 
   def copy(self, files: Sequence[pathlib.Path]) -> None:
-    """To every worker, into PLACE."""
+    """Copies files to every worker, into PLACE."""
     self.shell.run(self._gcloud(
         "scp", *map(str, files), f"{self.job.name}:{PLACE}/",
         "--node=all", "--worker=all"))
@@ -103,10 +104,10 @@ class Slices:
         f"--command={command}")
 
   def ready(self, poll_seconds: float) -> None:
-    """Requests the slices unless they are there, and waits for them.
+    """Requests the slices unless they exist, and waits for them.
 
     Raises:
-      JobError: the request failed, or is gone.
+      JobError: the request has failed, or is gone.
     """
     state = self.state()
     while state == "SUSPENDING":
@@ -136,9 +137,10 @@ class Slices:
     return None
 
   def workers(self) -> dict[str, int | None]:
-    """Status by worker, None while it runs; {} if some are out of reach.
+    """Returns the status by worker, None while it runs.
 
-    A worker on which nothing has been started is not in it.
+    Workers on which nothing has been started are left out. Empty if some
+    workers are out of reach.
     """
     status, text = self.shell.output(self.on("all", f"{WORKER} status"))
     if status:
@@ -148,7 +150,7 @@ class Slices:
 
 
 def install_and_start(slices: Slices) -> None:
-  """The checkout, the secrets and the command, on every worker."""
+  """Copies checkout and secrets to every worker, and starts the command."""
   job, shell = slices.job, slices.shell
   with tempfile.TemporaryDirectory(prefix="posttrain.") as scratch:
     archive = pathlib.Path(scratch, "checkout.tar")
@@ -170,7 +172,8 @@ def install_and_start(slices: Slices) -> None:
   shell.run(slices.on(
       "all", f"set -e; tar -xf {PLACE}/checkout.tar -C {PLACE}/checkout; "
       f"git -C {PLACE}/checkout reset --quiet; {WORKER} install"))
-  names = shlex.quote(",".join(job.slice_names()))  # For a start that fails.
+  # Names for the message of a start for which some hosts are missing.
+  names = shlex.quote(",".join(job.slice_names()))
   shell.run(slices.on(
       "all", f"POSTTRAIN_SLICES={names} {WORKER} start "
       f"{shlex.join(job.command)}"))
@@ -180,8 +183,8 @@ def follow(slices: Slices, poll_seconds: float) -> int | None:
   """Shows the log until every worker has ended.
 
   Returns:
-    0, or the first worker's status that is another; None if slices were taken
-    away.
+    0 if all workers succeeded, else the status of the one that failed; None if
+    slices were taken away.
   """
   shell = slices.shell
   log = slices.on("0", f"{WORKER} log")
@@ -199,14 +202,15 @@ def follow(slices: Slices, poll_seconds: float) -> int | None:
       found = slices.workers()
       known |= found.keys()
       if len(found) < len(known):
-        found = {}  # One did not answer, and may be running.
+        found = {}  # A worker that did not answer may be running.
       if found and None in found.values():
         failures = 0
         continue
       if found and not any(found.values()):
         show_rest(following)
         return 0
-      # Ended, or out of reach. If slices were taken away, that is why.
+      # The workers have ended or are out of reach. Slices that were taken away
+      # may be the reason, which the cloud shows a little later.
       time.sleep(poll_seconds)
       state = slices.state()
       if state in TAKEN:
@@ -224,24 +228,24 @@ def follow(slices: Slices, poll_seconds: float) -> int | None:
 
 
 def show_rest(following: subprocess.Popen) -> None:
-  """Lets the log of a run that has ended come to its own end."""
+  """Waits until the log of an ended run has been shown."""
   with contextlib.suppress(subprocess.TimeoutExpired):
     following.wait(timeout=30)
 
 
 def failed(slices: Slices, found: dict[str, int | None]) -> int:
-  """Shows what the workers said last; the status that counts."""
+  """Shows the last lines of the workers; returns the status that counts."""
   bad = {host: status for host, status in found.items() if status}
   slices.shell.run(slices.on("all", f"{WORKER} tail"), check=False)
   slices.shell.say(f"{slices.job.name}: " + ", ".join(
       f"{host} ended with status {status}" for host, status in bad.items()))
-  # A host that saved, or lost the others, is not the reason.
+  # Hosts that saved their state, or lost another one, are not the cause.
   return min(bad.values(), key=lambda status: (
       status in (job_lib.PREEMPTED, job_lib.LOST), status > 128, status))
 
 
 def supervise(slices: Slices, poll_seconds: float) -> int:
-  """The run to its end, over as many slices as it takes."""
+  """Follows the run to its end, over as many slices as it needs."""
   while True:
     slices.ready(poll_seconds)
     running = not slices.shell.dry_run and None in slices.workers().values()
@@ -251,7 +255,7 @@ def supervise(slices: Slices, poll_seconds: float) -> int:
       if not running:
         install_and_start(slices)
       status = follow(slices, poll_seconds)
-    except job_lib.JobError:  # Of a command whose slices went away under it.
+    except job_lib.JobError:  # A command fails if its slices are taken away.
       if slices.state() not in TAKEN:
         raise
       status = None
@@ -263,7 +267,7 @@ def supervise(slices: Slices, poll_seconds: float) -> int:
 
 def run(argv: Sequence[str]) -> int:
   job, options = parser().read(argv, starts=lambda options: not options.action)
-  accelerators.runtime_version(job.topology)  # Or there is no such TPU VM.
+  accelerators.runtime_version(job.topology)  # Raises without such TPU VMs.
   shell = job_lib.Shell(options.dry_run)
   slices = Slices(job, shell, options.create_flag)
   if options.action == "delete":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.py runs on every worker of a slice, in ~/posttrain.
+# Actions of launch/tpu_vm.py on every worker of a slice, in ~/posttrain.
 #
 #   worker.sh install            a virtual environment with this checkout
 #   worker.sh start ARGUMENT...  `posttrain ARGUMENT...`, in the background
@@ -8,7 +8,7 @@
 #   worker.sh log                the log, until the run ends
 #   worker.sh tail               its last lines, each with the host's name
 #
-# Beside the checkout are setup.sh, run before each start, and secrets.sh, which
+# Next to the checkout are setup.sh, run before each start, and secrets.sh, which
 # exports variables and is readable by its owner alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

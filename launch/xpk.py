@@ -39,7 +39,7 @@ def workload(
     job: job_lib.Job, *, cluster: str, storage: Sequence[str],
     max_restarts: int,
 ) -> list[str]:
-  """The command that submits the job.
+  """Makes the command that submits the job.
 
   Raises:
     JobError: xpk does not know the slice, or would show a secret.

@@ -1,8 +1,8 @@
-"""`python -m posttrain` is the `posttrain` command.
+"""`python -m posttrain` is the `posttrain` command: a process's start and end.
 
-A process's beginning and its end, around `main.main`. SIGTERM means "preempted"
-from the first line on, and nothing any more once there is an exit status. The
-other processes of a run are told that status, so that this one is not lost.
+SIGTERM means "preempted" from the first line on, and is ignored once there is
+an exit status. The other processes of a run are told that status, so that this
+one does not count as lost.
 """
 
 import os
@@ -21,6 +21,8 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
   """Runs a command, and ends the process with its status."""
+  # Before the other imports, which take seconds: a SIGTERM during them would
+  # otherwise kill the process with a status that no launcher restarts.
   preemption.install()
   from posttrain.cli import main
   try:
@@ -32,7 +34,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
       raise
     status = INTERRUPTED
     if not isinstance(error, KeyboardInterrupt):
-      host_connections.hear_out()
+      host_connections.wait_for_loss()
       traceback.print_exc()
       status = FAILED
   finally:
@@ -43,10 +45,10 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def part(status: int | str | None) -> None:
-  """Tells the other processes; ends this one if it has failed.
+  """Tells the other processes the status; ends this one if it has failed.
 
-  JAX would wait for all of them before it lets a process go, and those that a
-  failed one has left do not come.
+  A failed process ends without the interpreter's shutdown, in which JAX would
+  wait for all processes: those that still need this one would never come.
   """
   if isinstance(status, str):
     print(status, file=sys.stderr)

@@ -1,10 +1,10 @@
-"""Published weights in, and trained weights out: `import` and `export`.
+"""Imports published weights, and exports trained ones: `import` and `export`.
 
   posttrain import   a release -> <output>/model.json, tokenizer/, checkpoints/
   posttrain export   a checkpoint or a release -> what transformers loads
 
 Both write under a temporary name and rename at the end. On several hosts all
-take part, and process 0 writes what is not an array.
+take part, and process 0 writes everything except arrays.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from posttrain.train import checkpoints, state
 
 
 def import_release(config: config_dict.ConfigDict, output: str) -> None:
-  """Writes a release as a checkpoint that `init.kind="directory"` names.
+  """Imports a release as a checkpoint that `init.kind="directory"` can name.
 
-  Its arrays are float32 and can be read by any mesh, each host its part. The
-  checkpoint goes with any chat template, as nothing says what the release was
-  trained with.
+  Its arrays are float32 and can be read into any mesh, each host its part. The
+  checkpoint may be used with any chat template, as nothing records which one
+  the release was trained with.
 
   Args:
     config: resolved; `init` is of the kind "preset".
@@ -52,7 +52,7 @@ def import_release(config: config_dict.ConfigDict, output: str) -> None:
     with _progress(console, "import: tensors") as progress:
       model = released.load(files, shape, progress=progress)
     if first:
-      shutil.rmtree(partial, ignore_errors=True)  # What a kill has left.
+      shutil.rmtree(partial, ignore_errors=True)  # Left by a killed import.
       tokenizer.save(partial / "tokenizer")
     weights.keep_shape(
         workdir_lib.Workdir(partial, is_writer=first), shape)
@@ -71,19 +71,20 @@ def export(
     dtype: str = "float32", shard_bytes: int = hugging_face.SHARD_BYTES,
     adapter_of: str = "",
 ) -> None:
-  """Writes a directory that transformers loads, adapters merged, or `peft`.
+  """Exports a directory that transformers loads, or adapters that `peft` loads.
 
   Args:
-    config: resolved; of the workdir where there is one.
+    config: resolved; the workdir's own if there is a workdir.
     output: the directory, which must not exist.
-    workdir: take the weights of a stage of this run; without one, what
-      `config.init` names.
-    stage: which; "" for its last finished training stage, "init" for what
-      the run started from.
-    step: of the stage's checkpoints; the last by default.
+    workdir: export the weights of a stage of this run; without a workdir,
+      the weights that `config.init` names.
+    stage: name of the stage; "" for the last finished training stage, "init"
+      for the weights that the run started from.
+    step: one of the stage's checkpoints; the last by default.
     dtype, shard_bytes: see `hugging_face.save`.
-    adapter_of: write the adapters alone, for `peft`; the name or directory
-      of the base model, for whoever loads them.
+    adapter_of: write the LoRA adapters alone, for `peft`: the name or
+      directory of the base model, which `peft` loads under them. "": merge the
+      adapters and write a whole model.
 
   Raises:
     ValueError: the directory exists, no family of transformers computes the
@@ -117,7 +118,8 @@ def _source(
       path, is_writer=False) if path else None
   tokenizer = weights.tokenizer(config, workdir)
   shape = weights.model_config(config, tokenizer.vocab_size, workdir)
-  # Before the weights are read, which takes long: whether there is a family.
+  # Raises if no family of transformers fits, before the weights are read,
+  # which takes long.
   hugging_face.config_json(shape, tokenizer, "float32")
   if workdir is None or stage == "init":
     return weights.initial(config, shape), tokenizer
@@ -128,8 +130,10 @@ def _source(
 
 
 def _new(output: str) -> pathlib.Path:
-  """The path, on every host, if it is not taken."""
+  """Returns the absolute path of a new directory; raises if it exists."""
   path = pathlib.Path(output).absolute()
+  # Process 0's answer: on a network disk the hosts may disagree, and one that
+  # raised alone would leave the others in a collective.
   if sharding.of_first_host(np.array(path.exists())):
     raise ValueError(
         f"{path} exists, and is not overwritten. Name a new --output.")
@@ -142,7 +146,11 @@ def _mesh(config: config_dict.ConfigDict):
 
 @contextlib.contextmanager
 def _progress(console: console_lib.Console, title: str) -> Iterator[Progress]:
-  """A line that begins with the first report, which says how many there are."""
+  """Opens a progress line at the first report, which says how many tensors.
+
+  Yields:
+    A function of the number of tensors done and of all tensors.
+  """
   with contextlib.ExitStack() as stack:
     lines: list[console_lib.Progress] = []
 

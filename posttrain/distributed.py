@@ -8,8 +8,8 @@ environment, which `launch/` sets:
   POSTTRAIN_NUM_PROCESSES  how many there are      (not with "auto")
   POSTTRAIN_PROCESS_ID     which one this is, 0..  (not with "auto")
   POSTTRAIN_START_SECONDS  how long to wait for the others (300)
-  POSTTRAIN_LOST_SECONDS   how long one may be silent before it is lost (100);
-                           one that is killed is known to be at once
+  POSTTRAIN_LOST_SECONDS   how long a process may be silent before it counts
+                           as lost (100); a killed one is noticed at once
   POSTTRAIN_SLICES         names of the slices, for messages   (optional)
 
 Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
@@ -41,7 +41,9 @@ LOST_SECONDS = "POSTTRAIN_LOST_SECONDS"
 STORE = "posttrain/first_host/"
 PART = 1 << 20  # Bytes of a message, of which gRPC takes 4 MiB.
 WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
-_calls = itertools.count()  # The same on every host, as each calls alike.
+# Keys in the store, which no two calls may share. Every host makes the same
+# calls in the same order, so they count alike without talking to each other.
+_calls = itertools.count()
 
 
 def initialize(*, cpu_devices: int = 1) -> None:
@@ -80,7 +82,7 @@ def initialize(*, cpu_devices: int = 1) -> None:
     raise ValueError(
         f"{PROCESS_ID}={process_id} is not in 0..{num_processes - 1}, which "
         f"{NUM_PROCESSES}={num_processes} needs.")
-  # Of effect on CPU devices only; no other CPU implementation is built in.
+  # This matters on CPU devices only; gloo is the one that is built in.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # Binding to the given address alone keeps loopback runs off the network.
   _join(coordinator, num_processes, process_id, seconds=seconds,
@@ -91,30 +93,37 @@ def _join(
     coordinator: str, num_processes: int, process_id: int, *, seconds: int,
     bind: str = "",
 ) -> None:
-  """Calls the roll, opens the line and joins the processes."""
+  """Waits for all processes, connects them, and joins them in JAX.
+
+  The order matters: JAX's own start would abort without naming who is missing,
+  and its detection of a lost process is slower than a closed connection.
+  """
   lost_seconds = _integer(LOST_SECONDS, "100")
-  answers = rendezvous.call(
+  answers = rendezvous.meet(
       coordinator, num_processes, process_id, seconds=seconds, bind=bind)
-  host_connections.use(host_connections.Line(
+  host_connections.use(host_connections.Connections(
       process_id, answers.hosts, answers.connections,
       lost_seconds=lost_seconds, waits=sharding.waits, leave=_leave).start())
   delay_aborts()
-  # The line has SIGTERM, and is the first to find that a process is lost.
+
+  # The connections take SIGTERM and notice a lost process first; two services
+  # that answer to one signal would stop the hosts at different steps.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
       coordinator, num_processes, process_id,
       coordinator_bind_address=(
           coordinator if bind and process_id == 0 else None),
+      # JAX's heartbeat is the second line only: it aborts with a stack trace.
       heartbeat_timeout_seconds=max(100, 2 * lost_seconds))
 
 
 def delay_aborts() -> None:
-  """Gives the line some seconds to end this process before JAX aborts it.
+  """Gives this process some seconds to end by itself before JAX aborts it.
 
-  JAX does so as soon as its coordinator has gone, with a stack trace and a
-  status that tell nothing. Its client takes no other action: a callback in
-  Python cannot be called. So SIGABRT is handled by C's `sleep`, which takes the
-  signal's number, 6, for seconds; the abort goes on when it returns.
+  JAX aborts as soon as its coordinator has gone, with a stack trace and a
+  status that tell nothing. Its client cannot call back into Python, so SIGABRT
+  is handled by C's `sleep`, which takes the signal's number, 6, for seconds.
+  The abort goes on when it returns.
   """
   c = ctypes.CDLL(None)
   c.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -123,10 +132,13 @@ def delay_aborts() -> None:
 
 
 def detect(seconds: int) -> tuple[str, int, int]:
-  """Coordinator, number of processes and our own, as JAX finds them itself.
+  """Asks JAX for the coordinator, the number of processes and this one's.
+
+  Args:
+    seconds: to wait for the cluster's metadata.
 
   Raises:
-    ValueError: the machine knows no cluster that it is in.
+    ValueError: the machine knows no cluster that it is part of.
   """
   from jax._src import clusters  # JAX gives them to nobody else.
   coordinator, num_processes, process_id, _ = (
@@ -140,8 +152,7 @@ def detect(seconds: int) -> tuple[str, int, int]:
 
 
 def spare_threads(cpu_devices: int) -> None:
-  """Gives devices that share the cores more threads than there are cores.
-
+  """Raises the number of XLA's threads where CPU devices share the cores.
   A device that waits for another in a collective holds a thread of the pool
   that both use, and so does one that waits for parts of its own product. With
   as many threads as cores all can end up waiting: a run of the quickstart was
@@ -154,18 +165,18 @@ def spare_threads(cpu_devices: int) -> None:
 
 
 def _leave(status: int) -> None:
-  """Ends the process at once; the next start need not wait for its lease."""
-  lease.let_go()
+  """Ends the process at once, and frees its lease for the next start."""
+  lease.release_all()
   exits.leave(status)
 
 
 def on_first_host(function: Callable[[], T]) -> T:
-  """Calls a function on process 0 alone; every host has what came of it.
+  """Calls a function on process 0 alone, and broadcasts its result.
 
-  For what a host finds out by itself: a judge that is asked once rather than
-  once a host, a grader that may be late on one of them. Every host has to
-  call it, and the others wait meanwhile, for as long as it takes: in the
-  coordinator's store, as a collective on CPUs gives up after 30 s.
+  For what a host finds out by itself: a judge is asked once rather than once a
+  host, and a grader may be late on one of them. Every host has to call this.
+  The others wait for as long as it takes, in the coordinator's store, as a
+  collective on CPUs gives up after 30 s.
 
   Args:
     function: needs no other host. What it returns is pickled.
@@ -178,7 +189,8 @@ def on_first_host(function: Callable[[], T]) -> T:
   """
   if jax.process_count() == 1:
     return function()
-  # Process 0 waits too: it is not to be told from the others as a slow host.
+  # Process 0's time counts as waiting too: otherwise it would look like a
+  # straggler, whose own time is longer than the others'.
   with sharding.waiting():
     if jax.process_index() != 0:
       found, failure, is_mistake = pickle.loads(_exchange(None))
@@ -191,6 +203,7 @@ def on_first_host(function: Callable[[], T]) -> T:
       found = function()
       outcome = pickle.dumps((found, None, False))
     except Exception as error:
+      # The others must get an answer before this host leaves the call.
       _exchange(pickle.dumps((
           None, _portable(error), mistakes.line(error) is not None)))
       raise
@@ -211,7 +224,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _exchange(content: bytes | None) -> bytes:
-  """Process 0's bytes, through the coordinator's store, on every host."""
+  """Sends process 0's bytes to every host, through the coordinator's store."""
   client, key = store.global_state.client, f"{STORE}{next(_calls)}"
   assert client is not None
   if content is not None:
@@ -224,7 +237,9 @@ def _exchange(content: bytes | None) -> bytes:
         f"{key}/{name}", WAIT_MILLISECONDS)
     content = b"".join(
         read(number) for number in range(int(read("count"))))
-  client.wait_at_barrier(key, WAIT_MILLISECONDS)  # All have read it.
+  # The key may be deleted only when all have read it: the store would otherwise
+  # grow with every batch that is scored.
+  client.wait_at_barrier(key, WAIT_MILLISECONDS)
   if jax.process_index() == 0:
     client.key_value_delete(f"{key}/")
   return content

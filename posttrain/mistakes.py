@@ -1,15 +1,16 @@
-"""A user's mistake is told from a bug by where an exception was raised.
+"""Tells a user's mistake from a bug, by where an exception was raised.
 
 The convention of this project is that its own code raises ValueError, or an
 OSError that names a path, for what a user can cause. So a mistake is
 
-  - an exception that a `raise` statement of ours raised, with nobody's code
-    but ours and libraries' between the command line and that statement;
+  - an exception that a `raise` statement of this package raised, when all
+    frames between the command line and that statement are this package's or
+    libraries';
   - a path that does not exist or is of the wrong kind, whoever opened it;
   - a package that is not installed.
 
 Everything else, such as a ValueError of JAX, of NumPy or of a user's own loss
-function, keeps its traceback, which says where to look.
+function, keeps its traceback, which shows where to look.
 """
 
 import dis
@@ -26,13 +27,13 @@ LIBRARIES = tuple({
     for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
               errno.ENAMETOOLONG, errno.ELOOP)
-# A bug report wants the traceback behind a line.
+# An environment variable: with it set, mistakes keep their traceback too.
 TRACEBACK = "POSTTRAIN_TRACEBACK"
 MARK = "no_mistake"  # An attribute of exceptions.
 
 
 def line(error: Exception) -> str | None:
-  """The error in one line, or None where it is no mistake of a user's."""
+  """Returns the error in one line, or None if it is not a user's mistake."""
   if os.environ.get(TRACEBACK) or getattr(error, MARK, False):
     return None
   if isinstance(error, ModuleNotFoundError):
@@ -46,17 +47,19 @@ def line(error: Exception) -> str | None:
 
 
 def mark_as_none(error: Exception) -> None:
-  """Says that it is no user's mistake, though a `raise` of ours passes it on.
+  """Marks an exception as no user's mistake, though our `raise` passes it on.
 
-  Another host has raised it, and its traceback is there.
+  Another host has raised it, and its traceback is printed there.
   """
   setattr(error, MARK, True)
 
 
 def _missing_package(error: ModuleNotFoundError) -> str | None:
+  """Writes the line for a package that is not installed; None for our own."""
   name = (error.name or "").partition(".")[0]
   if not name or name == PACKAGE.name:
     return None
+  # The last frame outside of the import machinery is where `import` stands.
   frames = [(frame, number) for frame, number in traceback.walk_tb(
       error.__traceback__) if not _is_importing(frame)]
   frame, number = frames[-1]
@@ -71,7 +74,7 @@ def _is_importing(frame: FrameType) -> bool:
 
 
 def _raised_by_us(error: Exception) -> bool:
-  """Tests if a `raise` of this package did it, through no user's code.
+  """Tests if a `raise` of this package raised it, with no user's code between.
 
   `int("x")` is a ValueError without a `raise`, and most likely a bug.
   """
@@ -87,6 +90,8 @@ def _raised_by_us(error: Exception) -> bool:
 
 
 def _is_raise(entry: TracebackType) -> bool:
+  # The last instruction that ran: `raise` has an opcode of its own, while an
+  # error inside a C function ends in a call.
   code = entry.tb_frame.f_code.co_code
   return dis.opname[code[entry.tb_lasti]] == "RAISE_VARARGS"
 

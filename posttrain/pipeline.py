@@ -139,14 +139,14 @@ def held(path: str, wait: bool) -> Iterator[lease_lib.Lease | None]:
   """
   workdir = workdir_lib.Workdir(path)
   console = console_lib.Console(quiet=jax.process_index() != 0)
-  taking = lease_lib.Taking(workdir.path, wait=wait, say=console.line)
+  request = lease_lib.LeaseRequest(workdir.path, wait=wait, say=console.line)
   lease: lease_lib.Lease | None = None
 
   def take() -> None:
     nonlocal lease
     try:
       while lease is None:
-        lease = taking.look()
+        lease = request.try_acquire()
     except OSError as error:
       raise workdir_lib.unwritable(workdir.path, error) from error
 

@@ -21,17 +21,19 @@ PACKAGES = (
 def environment(
     functions: Iterable[str], devices: Sequence[str],
 ) -> dict[str, Any]:
-  """Records what the numbers of a run depend on beside its config.
+  """Records what the numbers of a run depend on besides its config.
 
   Args:
-    functions: `module:function`, of tasks and rewards.
-    devices: what it computes on.
+    functions: names (`module:function`) of tasks, rewards and the like.
+    devices: descriptions of the devices that the run computes on.
   """
   return dict(
       time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
       command=sys.argv,
       python=platform.python_version(),
       platform=platform.platform(),
+      # XLA splits sums on CPUs by the cores that it may use, so the last bits
+      # depend on them.
       cores=len(os.sched_getaffinity(0)) if hasattr(
           os, "sched_getaffinity") else os.cpu_count(),
       versions={name: version for name in PACKAGES
@@ -51,7 +53,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-  """Commit of the source tree, and the tracked files that differ from it."""
+  """Reads the commit of the source tree, and the tracked files that differ."""
   here = pathlib.Path(__file__).parent
   ask = lambda *args: subprocess.run(
       ["git", "-C", here, *args], capture_output=True, text=True, check=True,

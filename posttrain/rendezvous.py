@@ -1,10 +1,10 @@
-"""Who has started: asked before JAX joins the processes of a run.
+"""Rendezvous of a run's processes, before JAX joins them.
 
 JAX waits for all processes too, but when its time is out it aborts each of them
-without saying which one is missing. So process 0 calls the roll first, on the
-coordinator's address before JAX has it, and all of them end with the names of
-those that did not answer. The connections stay, for `line.py`. Nothing but
-sockets here.
+without saying which one is missing. So process 0 first listens on the
+coordinator's address itself, and all processes end with the names of those that
+did not connect. The connections stay open, for `host_connections`. This module
+uses sockets only.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 SLICES = "POSTTRAIN_SLICES"  # Names of the slices in order, for messages.
-HEARING_SECONDS = 5.0  # For a caller to say who it is.
+HEARING_SECONDS = 5.0  # Time for a caller to say who it is.
 
 
 class StartError(RuntimeError):
@@ -24,22 +24,23 @@ class StartError(RuntimeError):
 
 
 class Answers(NamedTuple):
-  """Who is there.
+  """All processes of a run, as the rendezvous found them.
 
   Attributes:
-    hosts: of all processes, by number.
-    connections: of process 0 with the others, and of each of those with it.
+    hosts: names of the hosts of all processes, by process number.
+    connections: process 0 has one with each other process, and each of those
+      has one with process 0.
   """
 
   hosts: dict[int, str]
   connections: dict[int, socket.socket]
 
 
-def call(
+def meet(
     coordinator: str, num_processes: int, process_id: int, *,
     seconds: float, bind: str = "",
 ) -> Answers:
-  """Returns when every process has called it, or raises in each that has.
+  """Waits until every process has connected; raises in each that has, if not.
 
   Args:
     coordinator: host:port of process 0.
@@ -47,7 +48,7 @@ def call(
     bind: the host that process 0 listens on; "": all of its addresses.
 
   Raises:
-    StartError: names the processes that are missing, or two of one number.
+    StartError: processes are missing, or two have one number; names them.
   """
   deadline = time.monotonic() + seconds
   if process_id == 0:
@@ -61,7 +62,9 @@ def call(
 def _listen(
     address: tuple[str, int], num_processes: int, deadline: float,
 ) -> Answers:
-  """Hears the others, and tells them all who is there or what is wrong."""
+  """Accepts the other processes, and tells them all who is there or what is
+  wrong.
+  """
   hosts = {0: socket.gethostname()}
   callers: dict[int, socket.socket] = {}
   problem = ""
@@ -85,10 +88,12 @@ def _listen(
             f"process {number} of {caller['of']} on {caller['host']} is one "
             f"too many: process 0 on {hosts[0]} expects {num_processes} "
             "different ones. Is another run under way?")
-        callers[-1] = connection  # It is told too.
+        callers[-1] = connection  # So that it is told the problem too.
         break
       callers[number], hosts[number] = connection, caller["host"]
-      if len(callers) == num_processes - 1:  # None may have left meanwhile.
+      # A caller that gave up and started again would otherwise count twice: its
+      # first connection is still in the backlog.
+      if len(callers) == num_processes - 1:
         for gone in [n for n, c in callers.items() if not _is_there(c)]:
           callers.pop(gone).close()
           del hosts[gone]
@@ -100,7 +105,7 @@ def _listen(
 
 
 def _hear(connection: socket.socket) -> dict[str, Any] | None:
-  """Reads a caller's message; None if it is none of ours."""
+  """Reads a caller's message; None if it is not from a process of ours."""
   connection.settimeout(HEARING_SECONDS)
   try:
     caller = json.loads(connection.makefile("rb").readline(4096))
@@ -111,7 +116,9 @@ def _hear(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def _is_there(connection: socket.socket) -> bool:
-  """Tests if the caller still waits: it is silent until it is told."""
+  """Tests if a caller is still connected."""
+  # A peek takes no byte and does not wait. No byte and no end of the stream
+  # means that the other side is there, since it is silent until it is told.
   connection.setblocking(False)
   try:
     return bool(connection.recv(1, socket.MSG_PEEK))
@@ -130,6 +137,8 @@ def _tell(
   with contextlib.suppress(OSError):
     connection.sendall(json.dumps(verdict).encode() + b"\n")
     if problem:
+      # Let the caller close first: a connection that is closed with unread
+      # bytes is reset, and the message could be lost.
       connection.recv(1)
   if problem:
     connection.close()
@@ -138,10 +147,14 @@ def _tell(
 def _answer(
     coordinator: str, caller: Mapping[str, str | int], deadline: float,
 ) -> Answers:
-  """Tells process 0 that this one is there; what it says once all are."""
+  """Connects to process 0, and returns its answer once all processes are there.
+  """
   host, _, port = coordinator.rpartition(":")
   while (left := deadline - time.monotonic()) > 0:
-    # Process 0 may have started later: its deadline is its own.
+
+    # A connection is refused until process 0 listens: try again. It may have
+    # started later than this process, and its deadline is its own; so the
+    # answer may take up to twice the time that is left here.
     verdict = None
     with contextlib.suppress(OSError, ValueError):
       connection = socket.create_connection(
@@ -161,12 +174,17 @@ def _answer(
 def _ask(
     connection: socket.socket, caller: Mapping[str, str | int], seconds: float,
 ) -> dict[str, Any] | None:
-  """The verdict of process 0; None, and it is closed, if that hangs up."""
+  """Sends who calls, and reads the verdict of process 0.
+
+  Returns: None if process 0 hangs up; the connection is then closed.
+  """
   try:
     connection.sendall(json.dumps(dict(caller)).encode() + b"\n")
     connection.settimeout(seconds)
     line = b""
-    while not line.endswith(b"\n"):  # What follows is no part of it.
+    # Byte by byte: what follows the line belongs to `host_connections`, and a
+    # buffered reader would take it.
+    while not line.endswith(b"\n"):
       byte = connection.recv(1)
       if not byte:
         break
@@ -181,7 +199,7 @@ def _ask(
 
 
 def _missing(hosts: Mapping[int, str], num_processes: int) -> str:
-  """The message for a roll call that some did not answer."""
+  """Writes the message that names the processes that did not connect."""
   names = {n: _name(n, num_processes) for n in range(num_processes)}
   absent = [name for number, name in names.items() if number not in hosts]
   there = [f"{names[number]} on {host}" for number, host in sorted(
@@ -194,7 +212,7 @@ def _missing(hosts: Mapping[int, str], num_processes: int) -> str:
 
 
 def _name(number: int, num_processes: int) -> str:
-  """By its slice, if the launcher has named them."""
+  """Names a process, by its slice if the launcher has named the slices."""
   slices = [name for name in os.environ.get(SLICES, "").split(",") if name]
   if not slices or num_processes % len(slices):
     return f"process {number}"

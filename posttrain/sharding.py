@@ -1,4 +1,13 @@
-"""Logical axis names -> mesh axes. The only module that knows the mesh.
+"""Logical axis names to mesh axes; the only module that names mesh axes.
+
+Five kinds of parallelism are axes of one mesh:
+
+  data     data parallelism: replicas, each with all parameters
+  fsdp     fully sharded data parallelism: parameters at rest are split, and
+           gathered where they are used
+  expert   expert parallelism: each device holds some of the experts
+  context  context parallelism: each device holds a part of the length
+  tensor   tensor parallelism: heads, feed-forward and vocabulary are split
 
 The mesh is Explicit: an array's sharding is part of its type. An operation
 whose output layout is ambiguous is a trace-time error, on any machine, so a
@@ -17,35 +26,41 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# From the slowest network to the fastest: of several slices the first axis
-# goes across them, and neighbours on the last are neighbours on the torus.
+# From the slowest network to the fastest. The first axis alone goes across
+# slices, since data parallelism sends one gradient per update. The last axis
+# has its neighbours on the torus, since tensor parallelism sends activations
+# in every layer.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-ALWAYS = ("fsdp", "tensor")  # In every mesh; the others if there are several.
+ALWAYS = ("fsdp", "tensor")  # In every mesh; the others if larger than 1.
 
-# Where a name has several mesh axes, it is split over all of them that the
+# A logical axis with several mesh axes is split over all of them that the
 # mesh has. "expert" and "context" split the parameters at rest, as "fsdp"
-# does; "data" does not: each of its parts holds all of them.
+# does, so that no device keeps a copy that another one has. "data" does not:
+# each replica holds all parameters.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
-    "length": ("context",),  # Of what is trained on.
-    # The sampler's batch: a row's tokens stay together, its cache with them.
+    "length": ("context",),  # In training and in logprobs of whole sequences.
+    # The sampler's batch. A row stays on one device, since its KV cache would
+    # otherwise be exchanged for every token; so "context" splits rows here.
     "rows": ("data", "fsdp", "expert", "context"),
-    "slots": (),
-    "embed": ("fsdp", "expert", "context"),  # At rest; gathered by layer.
+    "slots": (),  # Slots of the KV cache, see "rows".
+    # Weights at rest; a layer's are gathered when that layer is computed.
+    "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),  # Never gathered: tokens come to them.
     "expert_embed": ("fsdp", "context"),  # As "embed", of experts' weights.
-    "router": (),  # Every device knows the whole choice.
+    "router": (),  # Every device computes the choice among all experts.
     "layers": (),
     "groups": (),  # Query heads of one kv head; completions of one prompt.
     "head_dim": (),
-    # While a length that is split is whole, its heads are split further.
+    # In attention under context parallelism (Ulysses) the length is whole, and
+    # the heads are split over "context" in its place.
     "kv_heads_of_length": ("tensor", "context"),
     "groups_of_length": ("context",),
     "act_embed": (),
-    "rank": (),  # Of an adapter.
+    "rank": (),  # The low rank of a LoRA adapter.
 }
 
 
@@ -54,17 +69,17 @@ def make_mesh(
     expert: int = 1, context: int = 1, in_order: bool = False,
     section: str = "mesh",
 ) -> jax.sharding.Mesh:
-  """An Explicit mesh over `devices` (all of them by default).
+  """Makes an Explicit mesh over `devices`, by default all of them.
 
-  It has the axes "fsdp" and "tensor", and each of the others if there is more
-  than one of it: what does not use them knows two axes only.
+  It has the axes "fsdp" and "tensor", and each of the others if its size is
+  above 1: a program that uses two axes is compiled for two.
 
   Args:
     fsdp, tensor, data, expert, context: sizes; at most one is -1, "the
       remaining devices".
-    in_order: take the devices as they come, and not as the torus has them:
-      for those that are no whole torus.
-    section: of the config, for messages.
+    in_order: keep the order of `devices` rather than follow the links of the
+      torus; needed for devices that form no whole torus.
+    section: the config's section that the sizes are from, for messages.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or the
@@ -91,7 +106,7 @@ def make_mesh(
 
 def _does_not_fit(
     asked: Mapping[str, int], count: int, section: str) -> str:
-  """Why sizes do not multiply to so many devices, and what would."""
+  """Explains why sizes do not multiply to the number of devices."""
   names = [name for name, size in asked.items() if name in ALWAYS or size != 1]
   found = [f"{section}.{name}={asked[name]}" for name in names]
   here = f"{count} device{'s' if count > 1 else ''}"
@@ -108,18 +123,17 @@ def _does_not_fit(
 
 
 def mesh_of(sizes: Mapping[str, Any], devices=None) -> jax.sharding.Mesh:
-  """The mesh that trains, of a config's section `mesh`: all devices, or a part.
-  """
+  """Makes the mesh that trains, from the config's section `mesh`."""
   return roles_of(sizes, devices)[0]
 
 
 def roles_of(
     sizes: Mapping[str, Any], devices=None,
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-  """The mesh that trains and that which samples, of a section `mesh`.
+  """Makes the mesh that trains and that which samples, from section `mesh`.
 
-  One and the same if the roles are shared. If they are split, every process
-  has devices of both: the first `sampling.devices` of its own sample.
+  With shared roles both are the same mesh. With split roles (`mesh.roles`)
+  every process has devices of both: its first `sampling.devices` sample.
 
   Raises:
     ValueError: a process has no device left to train with, or as `make_mesh`.
@@ -132,18 +146,20 @@ def roles_of(
   sampling, training = split_devices(
       jax.devices() if devices is None else devices,
       sizes["sampling"]["devices"])
-  # A part is no torus, so there is no order that the links prefer.
+
+  # A part of the devices is no torus, so no order is preferred by the links.
   return (make(sizes, devices=training, in_order=True),
           make(sizes["sampling"], devices=sampling, in_order=True,
                section="mesh.sampling"))
 
 
 def split_devices(devices: Iterable[Any], count: int) -> tuple[list, list]:
-  """The first `count` devices of each process, and the others.
+  """Splits the devices into the first `count` of each process, and the others.
 
   Raises:
-    ValueError: a process has no more than `count`.
+    ValueError: a process has `count` devices or fewer.
   """
+  # By process and id, so that every host computes the same two lists.
   of_process: dict[int, list] = {}
   for device in sorted(devices, key=lambda d: (d.process_index, d.id)):
     of_process.setdefault(device.process_index, []).append(device)
@@ -161,7 +177,7 @@ def split_devices(devices: Iterable[Any], count: int) -> tuple[list, list]:
 
 
 class MeshSizes(NamedTuple):
-  """Devices along each axis; 1 where the mesh has no such axis."""
+  """Devices along each mesh axis; 1 where the mesh lacks the axis."""
 
   data: int = 1
   fsdp: int = 1
@@ -171,48 +187,50 @@ class MeshSizes(NamedTuple):
 
   @property
   def parts(self) -> int:
-    """Of a parameter at rest, its split over "tensor" apart."""
+    """Parts of a parameter at rest, before its split over "tensor"."""
     return self.fsdp * self.expert * self.context
 
   @property
   def batch(self) -> int:
-    """Parts of a training batch; `length` is split besides."""
+    """Number of parts of a training batch's rows (data parallel degree)."""
     return self.data * self.fsdp * self.expert
 
   @property
   def rows(self) -> int:
-    """Parts of the sampler's rows."""
+    """Number of parts of the sampler's rows."""
     return self.batch * self.context
 
 
 def mesh_sizes() -> MeshSizes:
-  """Of the current mesh."""
+  """Returns the sizes of the current mesh."""
   here = jax.sharding.get_abstract_mesh().shape
   return MeshSizes(**{name: here.get(name, 1) for name in MESH_AXES})
 
 
 def platform() -> str | None:
-  """Of the current mesh's devices, such as "tpu"; None where it has none."""
+  """Returns the current mesh's platform, such as "tpu"; None if abstract."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else None
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-  """The axes of the current mesh that split a logical axis."""
+  """Returns the axes of the current mesh that split a logical axis."""
   here = jax.sharding.get_abstract_mesh().axis_names
   return tuple(name for name in RULES[axis] if name in here)
 
 
 def _grid(sizes: dict[str, int], devices) -> np.ndarray:
-  """Devices where neighbours on an axis are neighbours on the torus.
+  """Arranges devices so that neighbours on an axis are neighbours on the torus.
 
-  Of several slices, the first axis alone goes across them: the network
+  With several slices, the first axis alone goes across them: the network
   between slices is slower than that within one.
   """
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   (name, first), *others = sizes.items()
   within = tuple(size for _, size in others)
   if slices == 1:
+    # A v5e slice of 2x4 has no axis of 8: an axis may take parts of two
+    # physical axes.
     return mesh_utils.create_device_mesh(
         (first, *within), devices, allow_split_physical_axes=True)
   if first % slices:
@@ -226,8 +244,13 @@ def _grid(sizes: dict[str, int], devices) -> np.ndarray:
 
 
 def spec(*axes: str | None) -> P:
-  """`spec("batch", "vocab", None)` -> `P("fsdp", "tensor", None)`."""
+  """Maps logical axes to a PartitionSpec of the current mesh.
+
+  `spec("batch", "vocab", None)` is `P("fsdp", "tensor", None)` on a mesh with
+  the axes "fsdp" and "tensor".
+  """
   def entry(axis):
+
     names = () if axis is None else mesh_axes(axis)
     return names if len(names) > 1 else names[0] if names else None
 
@@ -235,40 +258,40 @@ def spec(*axes: str | None) -> P:
 
 
 def axis_size(axis: str) -> int:
-  """In how many parts the current mesh splits a logical axis."""
+  """Returns in how many parts the current mesh splits a logical axis."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes[name] for name in mesh_axes(axis))
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Reshards `x`, inside or outside `jit`."""
+  """Reshards `x` to logical axes, inside or outside `jit`."""
   return jax.sharding.reshard(x, spec(*axes))
 
 
 def whole(x: jax.Array) -> jax.Array:
-  """All of it on every device of the current mesh."""
+  """Replicates `x`: every device of the current mesh holds all of it."""
   return jax.sharding.reshard(x, P())
 
 
 def on_mesh(
     like: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh,
 ) -> jax.ShapeDtypeStruct:
-  """Abstract arrays, made for a mesh like this one, on its devices."""
+  """Gives an abstract array the devices of a mesh with the same axes."""
   return jax.ShapeDtypeStruct(
       like.shape, like.dtype,
       sharding=NamedSharding(mesh, like.sharding.spec))
 
 
 def alone(device: Any):
-  """A mesh of one device: for what is done with its own arrays only."""
+  """Sets a mesh of one device, for programs on that device's arrays."""
   return jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",)))
 
 
 def gather_fsdp(w: jax.Array) -> jax.Array:
-  """All-gathers a parameter where it rests split as "embed" is.
+  """All-gathers a parameter that rests split as "embed" is (FSDP).
 
-  Its tensor split stays, and that of the experts over "expert". What is
-  whole already stays as it is.
+  Its split over "tensor" stays, and that of experts over "expert". A parameter
+  that is whole already is returned as it is.
   """
   at_rest = jax.typeof(w).sharding.spec
   resting = (*spec("embed"), *spec("expert_embed"))
@@ -277,73 +300,76 @@ def gather_fsdp(w: jax.Array) -> jax.Array:
 
 
 def lengthwise(x: jax.Array, *axes: str | None) -> P:
-  """The layout of [B, T, ...] `x`, with other axes behind the first two.
+  """Returns the layout of [B, T, ...] `x` with other axes after the first two.
 
-  What is computed along the stream of activations lies as the stream does:
-  split over "batch" and "length" in training, over "rows" in the sampler.
+  The stream of activations keeps the layout of its input: split over "batch"
+  and "length" in training, over "rows" in the sampler. So the model names
+  neither.
   """
   return P(*jax.typeof(x).sharding.spec[:2], *spec(*axes))
 
 
 def splits_length(x: jax.Array) -> bool:
-  """Whether devices hold parts of the length of [B, T, ...] `x`."""
+  """Tests if devices hold parts of the length of [B, T, ...] `x`."""
   return jax.typeof(x).sharding.spec[1] is not None
 
 
 def whole_length(x: jax.Array) -> jax.Array:
-  """[B, T, ...], its length gathered if it was split."""
+  """All-gathers the length of [B, T, ...] `x` if it is split."""
   rows, _, *rest = jax.typeof(x).sharding.spec
   return jax.sharding.reshard(
       x, P(rows, None, *rest)) if splits_length(x) else x
 
 
 def length_to_rows(x: jax.Array) -> jax.Array:
-  """[B, T, ...] -> [B * n, T / n, ...]: each device's part is rows of its own.
+  """Views each device's part of the length as rows: [B * n, T / n, ...].
 
-  For what looks at one position only. Nothing moves, so that the rows come in
-  the order of the devices.
+  `x` is [B, T, ...], its length split in `n`. For code that looks at one
+  position at a time, such as the head. Nothing moves between devices, so the
+  new rows are in the order of the devices, not of the sequences.
   """
   return _taken_as(
       x, ("batch", "length"), ("rows", None), *(None,) * (x.ndim - 2))
 
 
 def rows_to_length(x: jax.Array) -> jax.Array:
-  """Back from `length_to_rows`."""
+  """Undoes `length_to_rows`."""
   return _taken_as(
       x, ("rows", None), ("batch", "length"), *(None,) * (x.ndim - 2))
 
 
 def _taken_as(x: jax.Array, before, after, *rest: str | None) -> jax.Array:
-  """The array of the same parts in another layout: of another shape."""
+  """Gives an array another layout and shape over the same buffers."""
   return jax.shard_map(
       lambda x: x, in_specs=spec(*before, *rest),
       out_specs=spec(*after, *rest))(x)
 
 
 def per_shard(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-  """`function` of each device's own parts.
+  """Calls `function` on each device's own parts (`shard_map`).
 
-  For code that is not written for sharded axes, and mixes no two parts.
+  For code that is not written for sharded axes, and combines no two parts.
 
   Args:
-    function: its results are laid out as the first array is.
-    *arrays: laid out alike wherever `function` combines them.
+    function: takes and gives arrays; its results have the layout of the first.
+    *arrays: any shapes, with equal layouts along the axes that `function`
+      combines.
   """
   specs = tuple(jax.typeof(x).sharding.spec for x in arrays)
-  # Nothing here is a collective, which is what the check is about.
+  # The check is about the results of collectives; nothing here is one.
   return jax.shard_map(
       function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def abstract(array: np.ndarray, *axes: str | None) -> jax.ShapeDtypeStruct:
-  """What `put` would make, without making it: for devices elsewhere."""
+  """Describes the array that `put` would make, for devices elsewhere."""
   return jax.ShapeDtypeStruct(
       array.shape, array.dtype,
       sharding=NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
 
 def put(array: np.ndarray, *axes: str | None) -> jax.Array:
-  """A global array from one that every host holds whole; each takes its part.
+  """Makes a global array of one that every host holds; each takes its part.
 
   Args:
     array: any shape; the same on every host.
@@ -355,13 +381,15 @@ def put(array: np.ndarray, *axes: str | None) -> jax.Array:
       array.shape, sharding, lambda index: array[index])
 
 
+# Module state, as the wait is a property of the process: `telemetry.stragglers`
+# and the connections between hosts read it from other threads.
 _waited = 0.0
 _waits_since: float | None = None
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-  """Around what waits for devices, and so for the other hosts."""
+  """Counts the time within as a wait for devices, and so for other hosts."""
   global _waited, _waits_since
   _waits_since = start = time.monotonic()
   try:
@@ -372,18 +400,18 @@ def waiting() -> Iterator[None]:
 
 
 def waits() -> float:
-  """Seconds of the `waiting` that this host is in now; 0 if it is in none."""
+  """Returns the seconds of the current `waiting`; 0 outside of one."""
   since = _waits_since
   return 0.0 if since is None else time.monotonic() - since
 
 
 def waited() -> float:
-  """Seconds within `waiting` so far; the rest is this host's own time."""
+  """Returns the seconds in `waiting` so far; the rest is this host's own."""
   return _waited
 
 
 def fetch(tree: Any) -> Any:
-  """Whole NumPy arrays, on every host, of a tree of global arrays."""
+  """Fetches a tree of global arrays as whole NumPy arrays, on every host."""
   with waiting():
     if jax.process_count() == 1:
       return jax.device_get(tree)
@@ -391,13 +419,14 @@ def fetch(tree: Any) -> Any:
 
 
 def of_first_host(array: np.ndarray) -> np.ndarray:
-  """Process 0's array, on every host.
+  """Broadcasts process 0's array to every host.
 
   For what each host finds out by itself and may find differently, such as a
-  grader's time-out or whether a file is there.
+  grader's time-out or the existence of a file.
 
   Args:
-    array: of the same shape and dtype everywhere; at most 32 bits a number.
+    array: the same shape and dtype on every host, with numbers of at most 32
+      bits: JAX would cut wider ones.
   """
   if jax.process_count() == 1:
     return array
@@ -406,13 +435,16 @@ def of_first_host(array: np.ndarray) -> np.ndarray:
 
 
 def of_all_hosts(array: np.ndarray) -> np.ndarray:
-  """Every process's array, on every host, along a new first axis."""
+  """All-gathers every process's array, along a new first axis."""
   with _all_devices():
     return np.asarray(multihost_utils.process_allgather(array))
 
 
 def _all_devices():
-  """The mesh may be of a part of them, and all processes are to meet."""
+  """Sets a mesh of all devices, as all processes take part in the collective.
+
+  The current mesh may have a part of the devices only (`mesh.roles`).
+  """
   return jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), ("devices",)))
 
 
@@ -429,7 +461,7 @@ def settle(tree: Any) -> None:
 
 
 def on_any_host(flag: bool) -> bool:
-  """Whether it is true on one host at least; every host has to ask."""
+  """Tests if a flag is true on one host at least; every host has to call it."""
   if jax.process_count() == 1:
     return flag
   with waiting():

@@ -1,14 +1,15 @@
-"""Where a model's shape, tokenizer and weights come from.
+"""Sources of a model's shape, tokenizer and weights, by `init.kind`.
 
   init.kind  tokenizer, unless `tokenizer` names one;   weights
              shape, unless `model` names one
   random     both must be named                         from the seed
   preset     those of the published files               those files
   workdir    the workdir's                              a stage's last step
-  directory  those beside the checkpoint, if any        one checkpoint
+  directory  those next to the checkpoint, if any       one checkpoint
 
-Both are kept in the workdir, as `tokenizer/` and `model.json`: what a run
-started from may be moved away. `posttrain import` writes such a directory.
+Tokenizer and shape are copied to the workdir, as `tokenizer/` and `model.json`,
+since their sources may be moved away. `posttrain import` writes a directory for
+the last kind.
 """
 
 import dataclasses
@@ -34,29 +35,30 @@ from posttrain.text import render, vocabulary
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import checkpoints, fingerprint, state, trainable
 
-FROZEN = "frozen"  # In a workdir: weights that its stages do not train.
+FROZEN = "frozen"  # Folder of a workdir: weights that stages do not train.
 
-# Presets whose published files can be found, and how.
+# Presets whose published files can be found, and a function that reads them.
 PUBLISHED: dict[str, Callable[[], released.Release]] = {
     smollm2.PRESET: smollm2.read}
 
-SHAPE = "model.json"  # In a workdir, beside the tokenizer.
-SUMS = "SHA256SUMS"  # In a workdir's tokenizer, as sha256sum writes it.
+SHAPE = "model.json"  # In a workdir, next to the tokenizer's folder.
+SUMS = "SHA256SUMS"  # In that folder, in the format of sha256sum.
 
 
 def model_config(
     config: config_dict.ConfigDict, vocab_size: int,
     workdir: workdir_lib.Workdir | None = None,
 ) -> ModelConfig:
-  """The model's shape, with the config's overrides and compute settings.
+  """Returns the model's shape, with the config's overrides and compute
+  settings.
 
   Args:
-    vocab_size: of the tokenizer.
-    workdir: holds the shape from an earlier start, if it had one.
+    vocab_size: the tokenizer's number of ids.
+    workdir: holds the shape of an earlier start, if there was one.
 
   Raises:
-    ValueError: unknown preset or field, nothing that tells the shape, or a
-      vocabulary that does not fit.
+    ValueError: the preset or a field is unknown, nothing gives the shape, or
+      the vocabulary does not fit.
   """
   if config.model and config.model not in PRESETS:
     raise ValueError(
@@ -83,14 +85,14 @@ def model_config(
 
 
 def keep_shape(workdir: workdir_lib.Workdir, model: ModelConfig) -> None:
-  """Writes the shape where later starts, exports and other runs look."""
+  """Writes the shape, for later starts, exports and other runs."""
   workdir.write_json(SHAPE, model.to_json())
 
 
 def _shape(
     config: config_dict.ConfigDict, workdir: workdir_lib.Workdir | None,
 ) -> ModelConfig:
-  """That of what `init` names; as it was kept, if it was."""
+  """Reads the shape that `init` names, or the workdir's copy of it."""
   kept = [workdir.path] if workdir else []
   for folder in (*kept, *_folders(config)):
     if (folder / SHAPE).exists():
@@ -113,7 +115,11 @@ def _read_shape(path: pathlib.Path) -> ModelConfig:
 
 
 def _folders(config: config_dict.ConfigDict) -> Iterator[pathlib.Path]:
-  """`init.path` and above: it may be <workdir>/<stage>/checkpoints/<step>."""
+  """Yields `init.path` and its parents.
+
+  The path may be `<workdir>/<stage>/checkpoints/<step>`, and the shape and the
+  tokenizer are in the workdir.
+  """
   if config.init.kind in ("workdir", "directory"):
     path = pathlib.Path(config.init.path).absolute()
     yield from (path, *path.parents[:3])
@@ -122,11 +128,13 @@ def _folders(config: config_dict.ConfigDict) -> Iterator[pathlib.Path]:
 def tokenizer(
     config: config_dict.ConfigDict, workdir: workdir_lib.Workdir | None,
 ) -> tokenizer_lib.Tokenizer:
-  """The run's tokenizer; that of the workdir if it holds one already.
+  """Loads the run's tokenizer: the workdir's copy if there is one.
+
+  Without a copy it is made or loaded as the config says, and copied.
 
   Raises:
-    ValueError: the config names none and `init` brings none.
-    WorkdirError: a file of the workdir's is not as it was written.
+    ValueError: the config names no tokenizer and `init` brings none.
+    WorkdirError: a file of the copy has changed since it was written.
   """
   kept = workdir.path / "tokenizer" if workdir else None
   if kept and kept.exists():
@@ -134,7 +142,7 @@ def tokenizer(
     return tokenizer_lib.load(kept)
   found = _make_tokenizer(config)
   if workdir and workdir.is_writer:
-    # Whole or not at all: a kill in between must not leave half of one.
+    # Renamed when complete: a kill in between must not leave half of one.
     partial = workdir.path / "tokenizer.partial"
     found.save(partial)
     (partial / SUMS).write_text("".join(
@@ -144,15 +152,15 @@ def tokenizer(
 
 
 def _sums(directory: pathlib.Path) -> dict[str, str]:
-  """sha256 of each file, by name."""
+  """Returns the sha256 of each file, by name."""
   return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
           for file in sorted(directory.iterdir()) if file.name != SUMS}
 
 
 def _check_sums(directory: pathlib.Path) -> None:
-  """Raises WorkdirError where a file is not as it was written.
+  """Raises WorkdirError if a file has changed since it was written.
 
-  A vocabulary that was cut may still load, as another one.
+  A vocabulary that was truncated may still load, as another vocabulary.
   """
   file = directory / SUMS
   if not file.exists():
@@ -206,13 +214,14 @@ def initial(
     config: config_dict.ConfigDict, model: ModelConfig,
     renderer_hash: str | None = None,
 ) -> Transformer:
-  """The weights that the first stage starts from, float32, on the mesh.
+  """Loads the weights that the first stage starts from: float32, on the mesh.
 
   Args:
-    renderer_hash: that a checkpoint must have been trained with; None: any.
+    renderer_hash: the hash of tokenizer and chat template that a checkpoint
+      must have been trained with; None: any.
 
   Raises:
-    ValueError: the checkpoint is not as the config needs it.
+    ValueError: the checkpoint does not fit the config.
     WorkdirError: there is no such run, or the stage has not finished.
   """
   init = config.init
@@ -243,7 +252,8 @@ def _last_stage(workdir: workdir_lib.Workdir) -> str:
 
 
 def trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:
-  """A stage with a checkpoint: the one asked for, or the last finished."""
+  """Names a stage with a checkpoint: the one asked for, or the last finished.
+  """
   stages = workdir.config().stages
   trained = [name for name in stages if workdir.checkpoints(name).exists()]
   finished = [name for name in trained if workdir.finished(name)]
@@ -260,23 +270,23 @@ def of_stage(
     model: ModelConfig, workdir: workdir_lib.Workdir, stage: str,
     renderer_hash: str | None = None,
 ) -> Transformer:
-  """The last checkpoint of a stage; see `of_directory`."""
+  """Loads the last checkpoint of a stage; see `of_directory`."""
   return _restore(model, workdir.checkpoints(stage), None, renderer_hash)
 
 
 def of_directory(
     model: ModelConfig, path: str, renderer_hash: str | None = None,
 ) -> Transformer:
-  """One checkpoint, `<...>/checkpoints/<step>`, or the last of a folder.
+  """Loads one checkpoint, `<...>/checkpoints/<step>`, or a folder's last.
 
   The folder is `checkpoints`, or what `posttrain import` has made.
 
   Args:
-    renderer_hash: that it must have been trained with; None: any.
+    renderer_hash: as in `initial`.
 
   Returns:
-    The model on the mesh as it was trained: its adapters live, its frozen
-    weights at rest as they were.
+    The model on the mesh as it was trained: adapters not merged, and frozen
+    weights in the dtype in which they were at rest.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or not what was frozen in it.
@@ -305,6 +315,7 @@ def _restore(
         "to theirs, or train on the new ones first, by supervised "
         "fine-tuning.")
   # What was imported was not trained, and says nothing of it.
+  # An imported release has no plan of trainable parameters.
   plan = trainable.Plan.from_json(
       extras.get("plan", trainable.Plan().to_json()))
   trained, frozen = trainable.split(*trainable.abstract(model, plan))
@@ -318,10 +329,12 @@ def _restore(
 
 def _restore_frozen(
     directory: pathlib.Path, name: str, like: Transformer) -> Transformer:
-  """The weights that a checkpoint was trained beside.
+  """Loads the frozen weights that a checkpoint was trained with.
 
   Args:
-    directory: of the checkpoint: `<workdir>/<stage>/checkpoints`.
+    directory: the checkpoint's folder, `<workdir>/<stage>/checkpoints`.
+    name: their hash, from the checkpoint.
+    like: the model's frozen part, abstract.
   """
   kept = directory.parent.parent / FROZEN / name
   if not kept.exists():
@@ -334,7 +347,7 @@ def _restore_frozen(
 
 
 def frozen_name(frozen: Transformer) -> str:
-  """A hash of the weights that a stage does not train; "" for none."""
+  """Hashes the weights that a stage does not train; "" if it trains all."""
   names = trainable.paths(frozen)
   if not names:
     return ""
@@ -345,7 +358,9 @@ def frozen_name(frozen: Transformer) -> str:
 
 
 def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> str:
-  """Keeps these weights in the workdir, unless it has them; their name."""
+  """Saves frozen weights in the workdir, unless it has them; returns their
+  name.
+  """
   name = frozen_name(frozen)
   if not name:
     return name
@@ -357,10 +372,10 @@ def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> str:
 
 
 def on_mesh(tree: Any) -> Any:
-  """Abstract arrays with the shardings of the current, concrete mesh."""
+  """Gives abstract arrays the shardings of the current, concrete mesh."""
   mesh = jax.sharding.get_mesh()
 
-  def placed(x):  # A constant's type has no sharding: it is everywhere.
+  def placed(x):  # A constant's type has no sharding: it is replicated.
     spec = x.sharding.spec if x.sharding else sharding.spec()
     return jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))

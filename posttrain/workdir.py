@@ -1,4 +1,4 @@
-"""The directory of one run: what is where, what is finished, what made it.
+"""Workdir: the directory of one run, its files, and how they are replaced.
 
   config.json            the resolved config; another one is refused, once
                          something has been trained
@@ -9,13 +9,13 @@
   metrics.jsonl          one row per stage and step
   tensorboard/           the same as events
   report.html            `posttrain report`
-  frozen/<hash>/         weights that stages keep beside those they train
+  frozen/<hash>/         weights that a stage does not train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
   <stage>/rollouts/      <stage>/goodput.json       <stage>/profile/
   <stage>/damaged/       checkpoints that could not be read and were passed over
   <stage>/done.json      once the stage has finished
   .lease                 who writes here now, see `posttrain.lease`
-  NAME.damaged           a record that could not be read, and was begun anew
+  NAME.damaged           a record that could not be read, and was begun again
 
 Every process of a run sees the same directory; process 0 alone writes. Files
 are replaced in one piece, so that a reader never meets half of one.
@@ -34,7 +34,8 @@ from posttrain import config as config_lib
 from posttrain import lease as lease_lib
 from posttrain import leftovers, provenance
 
-# What a run may go on with changed: no number depends on it beyond rounding.
+# Keys that may change between two starts of a run: numbers depend on them by
+# rounding at most.
 MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: "
                         r"|compute\.on_too_large: ")
 
@@ -52,13 +53,14 @@ class Workdir:
 
   Attributes:
     path: the directory.
-    is_writer: whether this process writes; elsewhere writing does nothing.
-    lease: that this process holds; None elsewhere and for readers.
+    is_writer: true if this process writes; elsewhere writing does nothing.
+    lease: the lease that this process holds; None elsewhere and for readers.
   """
 
   lease: lease_lib.Lease | None = None
 
   def __init__(self, path: str | os.PathLike, *, is_writer: bool = True):
+    # pathlib would take "gs://bucket" as a relative directory "gs:".
     if re.match(r"\w+://", str(path)):
       raise WorkdirError(
           f"--workdir={path} is no directory. Mount the bucket on every host, "
@@ -77,7 +79,7 @@ class Workdir:
     return self.path / "tensorboard"
 
   def stage(self, name: str) -> pathlib.Path:
-    """The directory of a stage; made where this process writes."""
+    """Returns the directory of a stage; makes it where this process writes."""
     path = self.path / name
     if self.is_writer:
       path.mkdir(parents=True, exist_ok=True)
@@ -87,11 +89,11 @@ class Workdir:
     return self.path / stage / "checkpoints"
 
   def config(self) -> config_dict.ConfigDict:
-    """The resolved config that the directory was made with."""
+    """Reads the resolved config that the directory was made with."""
     return read_config(self.path)
 
   def environments(self) -> list[dict[str, Any]]:
-    """One entry per start of the run, oldest first."""
+    """Reads the record of starts: one entry each, oldest first."""
     path = self.path / "environment.json"
     found = read_json(path) if path.exists() else []
     if not isinstance(found, list) or not all(
@@ -105,17 +107,17 @@ class Workdir:
       self.lease.check()
 
   def check_known_lease(self) -> None:
-    """Raises the same if the heartbeat has found so; reads no file."""
+    """Raises `LostError` if the heartbeat has found it lost; reads no file."""
     if self.lease is not None:
       self.lease.check_known()
 
   def write_json(self, name: str | os.PathLike, data: Any) -> None:
-    """Writes a file below the directory, whole or not at all."""
+    """Writes a JSON file below the directory, whole or not at all."""
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     self.write_text(name, text + "\n")
 
   def write_text(self, name: str | os.PathLike, text: str) -> None:
-    """Writes a text in the same way.
+    """Writes a text file below the directory, whole or not at all.
 
     Raises:
       LostError: another run writes here now.
@@ -129,7 +131,9 @@ class Workdir:
     self.write_json(pathlib.Path(stage, "done.json"), dict(summary))
 
   def finished(self, stage: str, *needed: str) -> dict[str, Any] | None:
-    """The summary of a finished stage, with these keys, or None."""
+    """Reads the summary of a finished stage, with these keys; None if not
+    finished.
+    """
     path = self.path / stage / "done.json"
     return read_object(path, *needed) if path.exists() else None
 
@@ -142,22 +146,22 @@ def create(
   """Makes the directory of a run, or returns to it.
 
   As long as nothing has been trained there the directory belongs to no config:
-  a first start that fails does not refuse the corrected command. That holds
-  only where the run is one of ours beyond doubt and no other file is there.
+  after a first start that fails, the corrected command may run in it. This
+  holds only if the directory is without doubt a run's and has no other files.
 
   Args:
     path: the directory; it may exist.
     config: resolved.
-    devices: what the run computes on, for the record.
+    devices: descriptions of the devices, for the record.
     is_writer: true in process 0.
     may_differ: names of sections that may differ from the saved config, such
       as those of stages that are evaluated again; config.json stays as it is.
-    anew: whether a directory without anything trained is begun anew.
+    anew: begin a directory again if nothing was trained in it.
 
   Returns:
-    The workdir, and what a person should know: what differs from config.json
-    and from the environment of the last start, and records that were damaged.
-    Lines for the console, none at the first start.
+    The workdir, and lines for the console: differences from config.json and
+    from the environment of the last start, and records that were damaged. None
+    at the first start.
 
   Raises:
     WorkdirError: the directory belongs to a run of another config, holds
@@ -167,6 +171,7 @@ def create(
   workdir = Workdir(path, is_writer=is_writer)
   found = provenance.environment(config_lib.functions(config), devices)
   news: list[str] = []
+  # All checks come before the first write: a refused start changes no file.
   saved = _saved(workdir)
   exists = saved is not None
   if not exists and is_writer and _holds_files(workdir.path):
@@ -194,7 +199,7 @@ def create(
 
 
 def _saved(workdir: Workdir) -> dict[str, Any] | None:
-  """The saved config as it is; None where there is none.
+  """Reads the saved config as it is; None if there is none.
 
   Raises:
     WorkdirError: config.json is damaged, or is not that of a run.
@@ -209,7 +214,8 @@ def _saved(workdir: Workdir) -> dict[str, Any] | None:
 
 
 def _starts(workdir: Workdir) -> list[dict[str, Any]]:
-  """The record of starts; none where it is damaged, which `create` mends."""
+  """Reads the record of starts; empty if it is damaged, which `create` mends.
+  """
   try:
     return workdir.environments()
   except WorkdirError:
@@ -232,10 +238,10 @@ def _config_changes(
     workdir: Workdir, config: config_dict.ConfigDict,
     may_differ: Sequence[str], untrained: bool,
 ) -> list[str]:
-  """Lines about what differs from the saved config.
+  """Describes how a config differs from the saved one, in lines.
 
   Raises:
-    WorkdirError: something that must not.
+    WorkdirError: a key differs that must not change after training.
   """
   kept = lambda side: {name: value for name, value in side.items()
                        if name not in may_differ}
@@ -258,13 +264,15 @@ def or_anew(
     path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None], *,
     keep: bool = True,
 ) -> Any:
-  """Reads a record; None if it is damaged, which is said.
+  """Reads a record; if it is damaged, moves it aside and returns None.
 
-  For records of how a run went, on which nothing depends that is computed.
+  Only for records of how a run went, which no computed number depends on.
 
   Args:
-    path: the record; moved aside where it is damaged.
-    keep: whether this process may move it.
+    path: the record; it is moved aside if it is damaged.
+    read: reads it.
+    say: takes a warning about it.
+    keep: true if this process may move the file.
   """
   try:
     return read()
@@ -277,14 +285,17 @@ def or_anew(
 
 
 def _holds_files(path: pathlib.Path) -> bool:
-  """Hidden ones apart: a start killed at its first write leaves one."""
+  """Tests if a directory has files; hidden ones do not count.
+
+  A start that was killed at its first write leaves a hidden one.
+  """
   return path.exists() and any(
       not file.name.startswith(".") for file in path.iterdir())
 
 
 def open_existing(
     path: str | os.PathLike, *, is_writer: bool = True) -> Workdir:
-  """The workdir of an earlier run.
+  """Opens the workdir of an earlier run.
 
   Raises:
     WorkdirError: there is none.
@@ -298,13 +309,13 @@ def open_existing(
 
 
 def damaged(path: str | os.PathLike, what: str) -> WorkdirError:
-  """The error of a file that does not hold what was written to it."""
+  """Makes the error for a file that does not hold what was written to it."""
   remove = ", or remove it" * (pathlib.Path(path).name != "config.json")
   return WorkdirError(f"{path} is damaged: {what}. Put a copy back{remove}.")
 
 
 def read_text(path: str | os.PathLike) -> str:
-  """Reads UTF-8; a WorkdirError names the file where it is none."""
+  """Reads UTF-8 text; raises WorkdirError with the file's name otherwise."""
   try:
     return pathlib.Path(path).read_bytes().decode()
   except UnicodeDecodeError as error:
@@ -312,7 +323,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-  """Reads a JSON file; a WorkdirError names it where it is damaged."""
+  """Reads a JSON file; raises WorkdirError with its name if it is damaged."""
   try:
     return json.loads(read_text(path))
   except (json.JSONDecodeError, RecursionError) as error:
@@ -320,7 +331,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_object(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
-  """`read_json` of an object that has these keys."""
+  """Reads a JSON object that has the needed keys; raises as `read_json`."""
   found = read_json(path)
   if not isinstance(found, dict):
     raise damaged(path, f"found {str(found)[:40]!r}, needed an object")
@@ -333,7 +344,7 @@ def read_object(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
 def read_config(
     path: str | os.PathLike, assignments: Sequence[str] = (),
 ) -> config_dict.ConfigDict:
-  """The config of a workdir, under `path=value` assignments.
+  """Reads the config of a workdir, with `path=value` assignments applied.
 
   Raises:
     WorkdirError: config.json is no JSON object.
@@ -344,18 +355,19 @@ def read_config(
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is at all times the old one or the new one."""
+  """Replaces a file in one piece: readers see the old one or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
   with partial.open("wb") as file:
     file.write(content)
+    # Without fsync a power cut may keep the rename and lose the content.
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Differences between two starts, apart from when and how they were made."""
+  """Describes differences between two starts, apart from time and command."""
   kept = lambda side: {key: value for key, value in side.items()
                        if key not in ("time", "command")}
   return config_lib.diff(kept(old), kept(new))

@@ -58,8 +58,8 @@ def work(argv: list[str]) -> int:
 if __name__ == "__main__":
   host_connections.PULSE, host_connections.SILENT = 0.3, 2.0
   if "LATE" in os.environ:  # As on a machine that is busy.
-    lose = host_connections.Line._lose
-    host_connections.Line._lose = lambda *arguments: (
+    lose = host_connections.Connections._lose
+    host_connections.Connections._lose = lambda *arguments: (
         time.sleep(float(os.environ["LATE"])), lose(*arguments))
   # Nobody's code but ours is between the command line and `on_first_host`.
   mistakes.LIBRARIES += (os.path.dirname(__file__),)

@@ -111,7 +111,7 @@ def train(path, assignments=()) -> None:
 
 
 def parameters(path, assignments=(), stage="reason") -> dict[str, np.ndarray]:
-  """Of a finished stage's last checkpoint, by path; on one device."""
+  """Reads a finished stage's last checkpoint, by path; on one device."""
   with jax.set_mesh(sharding.make_mesh(1, 1, jax.devices()[:1])):
     model = make_pipeline(path, assignments).weights_of(stage)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(model))
@@ -130,7 +130,7 @@ def before_chunks(do: Callable[[int], None]) -> None:
 
 
 def misbehave() -> None:
-  """As the environment says."""
+  """Fails in the way that the environment names."""
   if "KILL_IN_CHUNK" in os.environ:
     number = int(os.environ["KILL_IN_CHUNK"])
     before_chunks(lambda chunk: chunk == number and os.kill(

@@ -141,7 +141,7 @@ def test_a_shape_that_nothing_tells(tmp_path):
 
 
 def test_tokens_that_the_model_has_no_embedding_for(release, tmp_path):
-  """As Gemma 3's smallest have one; the rest of the ids stay as they are."""
+  """Gemma 3's smallest have one; the rest of the ids stay as they are."""
   path, config, _ = release
   file = path / "tokenizer.json"
   tokenizer = tokenizers.Tokenizer.from_file(str(file))

@@ -1,4 +1,4 @@
-"""Who is lost, and when all stop: in threads, and with real processes."""
+"""Lost processes, and the common stop: in threads, and with real processes."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ class Processes:
     self.left: dict[int, int] = {}
     self._connections = connections
     self.lines = [
-        host_connections.Line(n, hosts, connections[n],
+        host_connections.Connections(n, hosts, connections[n],
             lost_seconds=lost_seconds,
                   leave=lambda status, n=n: self._leave(n, status))
         for n in range(count)]
@@ -56,7 +56,7 @@ class Processes:
     raise SystemExit
 
   def close(self, number):
-    """As the kernel does for a process that is gone."""
+    """Closes a connection, as the kernel does for a process that is gone."""
     for connection in self._connections[number].values():
       with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -90,7 +90,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_all_stop_at_the_same_call(seed):
-  """Of processes at their own speeds, of which one or all get SIGTERM."""
+  """Processes go at their own speeds, and one or all get SIGTERM."""
   rng = random.Random(seed)
   count = rng.randint(1, 5)
   processes = Processes(count)
@@ -142,7 +142,7 @@ def test_a_closed_connection_is_a_lost_process(gone, named, capfd):
 
 
 def test_a_loss_after_sigterm_is_a_preemption():
-  """Of slices that are taken away, one host may have no time to save."""
+  """When slices are taken away, one host may have no time to save."""
   processes = Processes(3)
   processes.stop(1)
   processes.left[2] = 137
@@ -220,7 +220,7 @@ def test_a_forked_child_does_not_keep_the_line_of_its_parent():
       import os, signal, socket, sys, time
       from posttrain import host_connections as line
       connection = socket.socket(fileno=int(sys.argv[1]))
-      line.use(line.Line(
+      line.use(line.Connections(
           1, {0: "a", 1: "b"}, {0: connection}, lost_seconds=60).start())
       child = os.fork()
       if not child:

@@ -1,4 +1,4 @@
-"""Who may import whom: read from the sources, nothing is imported here.
+"""Layers of imports: read from the sources, nothing is imported here.
 
 The table below is the one of docs/design.md. A module that is new at the top
 of `posttrain/` has to be given a place in it.
@@ -146,7 +146,7 @@ def test_whole_configs_stay_above_the_stages():
 
 
 def test_only_sharding_names_a_mesh_axis():
-  """As a string, which is how JAX is told; keyword names are config keys.
+  """JAX is given axes as strings; keyword names are config keys.
 
   Two of the axes have names that mean other things elsewhere.
   """

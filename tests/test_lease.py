@@ -27,8 +27,8 @@ HOLD = """
 import sys
 from posttrain import lease
 try:
-  taking = lease.Taking(sys.argv[1])
-  while (held := taking.look()) is None:
+  request = lease.LeaseRequest(sys.argv[1])
+  while (held := request.try_acquire()) is None:
     pass
 except lease.HeldError as error:
   print(error, flush=True)
@@ -47,9 +47,9 @@ def short(monkeypatch):
 
 
 def take(path, **options):
-  taking = lease_lib.Taking(path, **options)
+  request = lease_lib.LeaseRequest(path, **options)
   while True:
-    lease = taking.look()
+    lease = request.try_acquire()
     if lease is not None:
       return lease
 
@@ -111,11 +111,11 @@ def test_a_start_that_stands_still_while_it_takes_holds_up_nobody(tmp_path):
   with lease_lib._lock(tmp_path) as alone:
     assert alone
     said = []
-    taking = lease_lib.Taking(tmp_path, say=said.append)
-    assert taking.look() is None
+    request = lease_lib.LeaseRequest(tmp_path, say=said.append)
+    assert request.try_acquire() is None
     assert said == [f"{tmp_path} is being taken by another start"]
     elsewhere(tmp_path)
-    taking.look()
+    request.try_acquire()
     assert "for a sign of life" in said[-1]
   assert take(tmp_path) is not None
 
@@ -128,7 +128,7 @@ def test_what_a_killed_holder_leaves_is_taken_at_once(tmp_path):
   deadline = time.monotonic() + 30
   while lease_lib.is_running(process.pid):
     assert time.monotonic() < deadline
-  lease = lease_lib.Taking(tmp_path).look()  # The first look.
+  lease = lease_lib.LeaseRequest(tmp_path).try_acquire()  # The first look.
   assert lease is not None
   lease.release()
   process.communicate()
@@ -139,7 +139,7 @@ def test_a_process_id_that_was_given_out_again_is_not_the_holder(tmp_path):
   me = lease_lib._me(tmp_path)
   dead = dataclasses.replace(me, pid=1, started=me.started + 10**6)
   (tmp_path / ".lease").write_bytes(lease_lib._text(dead, 3))
-  assert lease_lib.Taking(tmp_path).look() is not None
+  assert lease_lib.LeaseRequest(tmp_path).try_acquire() is not None
 
 
 def test_a_holder_elsewhere_that_lives_is_found_out(tmp_path):
@@ -164,18 +164,18 @@ def test_waiting_for_a_holder_until_it_dies_or_leaves(tmp_path):
   holder, said = elsewhere(tmp_path), []
   with Beating(tmp_path, holder):
     thread = threading.Timer(1.0, lambda: None)
-    taking = lease_lib.Taking(tmp_path, wait=True, say=said.append)
+    request = lease_lib.LeaseRequest(tmp_path, wait=True, say=said.append)
     thread.start()
     while thread.is_alive():
-      assert taking.look() is None
-  while (lease := taking.look()) is None:
+      assert request.try_acquire() is None
+  while (lease := request.try_acquire()) is None:
     pass
   assert [line.partition("; ")[2] for line in said] == [
       "waiting up to 0 s for a sign of life", "waiting until it leaves"]
-  other = lease_lib.Taking(tmp_path, wait=True)
-  assert other.look() is None
+  other = lease_lib.LeaseRequest(tmp_path, wait=True)
+  assert other.try_acquire() is None
   lease.release()
-  assert other.look() is not None
+  assert other.try_acquire() is not None
 
 
 def test_a_copy_of_a_workdir_is_not_held(tmp_path):
@@ -199,7 +199,7 @@ def test_without_proc_or_in_another_container_ids_mean_nothing(
   (tmp_path / ".lease").write_bytes(lease_lib._text(other, 0))
   if not boot:
     monkeypatch.setattr(lease_lib, "PROC", tmp_path / "none")
-  assert lease_lib.Taking(tmp_path).look() is None
+  assert lease_lib.LeaseRequest(tmp_path).try_acquire() is None
   assert take(tmp_path) is not None
 
 

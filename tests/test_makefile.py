@@ -15,7 +15,7 @@ PYTHONS = ("3.11", "3.12")
 
 
 def planned(folder, *arguments):
-  """What `make lint` would run with an environment that is there."""
+  """Lists what `make lint` would run with an environment that exists."""
   (folder / "bin").mkdir(parents=True, exist_ok=True)
   python = folder / "bin/python"
   python.unlink(missing_ok=True)

@@ -148,7 +148,7 @@ def test_what_python_raises_is_a_bug(name):
 
 
 def test_what_our_code_raises_below_a_users_function_shows_that_function():
-  """Of a loss of one's own: the traceback says where it calls us wrongly."""
+  """A user's loss calls us wrongly: the traceback says where."""
   def call():
     raise caught(OURS, "within_a_context")
   assert mistakes.line(caught(OURS, "through", call)) is None

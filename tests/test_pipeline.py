@@ -209,7 +209,7 @@ def told(act, path, capsys):
 
 
 def resume(path):
-  """As `posttrain train --workdir=PATH`."""
+  """Resumes as `posttrain train --workdir=PATH` does."""
   workdir.open_existing(path)
   pipeline.train(workdir.read_config(path), str(path))
 

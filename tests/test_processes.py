@@ -137,7 +137,7 @@ def test_grpo_draws_and_learns_the_same(paths):
 
 
 def gradient(path, step):
-  """Of the first update with a signal, clipped: Adam's mean, over 1 - beta1."""
+  """Gradient of the first update with a signal: Adam's mean, over 1 - beta1."""
   path = path / f"reason/checkpoints/{step}/state"
   handler = ocp.PyTreeCheckpointHandler()
   whole = jax.tree.map(  # Devices of two hosts are not here.

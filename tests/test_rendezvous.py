@@ -24,7 +24,7 @@ def call_all(port, numbers, of, seconds, delay=lambda number: 0.0):
   def one(index, number):
     time.sleep(delay(number))
     try:
-      results[index] = rendezvous.call(
+      results[index] = rendezvous.meet(
           f"127.0.0.1:{port}", of, number, seconds=seconds, bind="127.0.0.1")
     except rendezvous.StartError as error:
       results[index] = str(error)
@@ -110,7 +110,7 @@ def test_a_pod_of_which_one_host_is_missing_is_refused(tmp_path, free_port):
   told = []
   def process_2():
     try:
-      rendezvous.call(f"127.0.0.1:{free_port}", 3, 2, seconds=60)
+      rendezvous.meet(f"127.0.0.1:{free_port}", 3, 2, seconds=60)
     except rendezvous.StartError as error:
       told.append(str(error))
   other = threading.Thread(target=process_2, daemon=True)
@@ -145,10 +145,10 @@ def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
   assert distributed.detect(5) == ("host:12", 4, 3)
   calls = []
   monkeypatch.setenv(distributed.COORDINATOR, "auto")
-  def call(*arguments, **more):
+  def meet(*arguments, **more):
     calls.append((arguments, more))
     return rendezvous.Answers({}, {})
-  monkeypatch.setattr(rendezvous, "call", call)
+  monkeypatch.setattr(rendezvous, "meet", meet)
   monkeypatch.setattr(host_connections, "use", lambda line: None)
   monkeypatch.setattr(distributed, "delay_aborts", lambda: None)
   monkeypatch.setattr(

@@ -213,7 +213,7 @@ def test_parts_of_a_length_become_rows_and_parts_again():
 
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
-  """What a mesh asks of a device of some slice."""
+  """A device of some slice, as far as a mesh needs it."""
 
   id: int
   slice_index: int

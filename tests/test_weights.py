@@ -23,7 +23,7 @@ def one_device():
 
 
 def save(run: pipeline.Pipeline, *seeds: int) -> None:
-  """As if "cold_start" had been trained: a checkpoint per seed."""
+  """Saves a checkpoint per seed, as if "cold_start" had been trained."""
   context = run.context("cold_start")
   adamw, _ = training.make_update(context.section, step_lib.Loss)
   with loop.open_checkpoints(context) as saver:

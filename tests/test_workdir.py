@@ -22,7 +22,7 @@ def create(path, config, devices=("cpu:0",), **kwargs):
 
 
 def trained(workdir):
-  """As after the first checkpoint."""
+  """Leaves the files of a first checkpoint."""
   (workdir.path / "reason/checkpoints/4").mkdir(parents=True)
 
 

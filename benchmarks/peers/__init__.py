@@ -1,5 +1,5 @@
-"""Other systems, each a script that `benchmarks.serve` talks to.
+"""Peers: other systems, each a script that `benchmarks.serve` talks to.
 
-Nothing here is imported by ours: a script runs in the environment of its
+Ours imports none of them: a script runs in the environment of its
 `requirements`, which `environments.py` makes.
 """

@@ -1,4 +1,4 @@
-"""An environment for each peer, with the versions that its `.txt` pins.
+"""Environments of the peers, with the versions that a `.txt` pins.
 
   python -m benchmarks.peers.environments  # All of them.
 """
@@ -16,7 +16,7 @@ REQUIREMENTS = {
 
 
 def python(name: str, directory: str = DIRECTORY) -> str:
-  """The interpreter of an environment; made, or made anew, if it must be."""
+  """Returns the interpreter of an environment; makes it if needed."""
   place, wanted = pathlib.Path(directory) / name, REQUIREMENTS[name]
   program = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
   stamp = place / "installed.txt"

@@ -1,4 +1,4 @@
-"""The model, the tokenizer and the settings of the systems that use torch."""
+"""Torch models: model, tokenizer and settings of the systems that use torch."""
 
 import os
 
@@ -10,7 +10,8 @@ from benchmarks import shapes
 
 
 def model(size: shapes.Size) -> transformers.LlamaForCausalLM:
-  """Random weights; no end-of-sequence id, so that nothing stops early."""
+  """Makes random weights; no end-of-sequence id, so that nothing stops early.
+  """
   torch.manual_seed(0)
   torch.set_num_threads(os.cpu_count() or 1)
   config = transformers.LlamaConfig(
@@ -26,7 +27,7 @@ def model(size: shapes.Size) -> transformers.LlamaForCausalLM:
 
 
 def tokenizer(size: shapes.Size) -> transformers.PreTrainedTokenizerFast:
-  """A word for each id; end and padding are ids that no model ever draws."""
+  """Makes a word for each id; end and padding are ids that no model draws."""
   special = {"eos_token": "<eos>", "pad_token": "<pad>"}
   vocabulary = {shapes.word(i): i for i in range(size.vocab_size)}
   vocabulary |= {name: size.vocab_size + i
@@ -39,7 +40,7 @@ def tokenizer(size: shapes.Size) -> transformers.PreTrainedTokenizerFast:
 
 
 class Hooks(transformers.TrainerCallback):
-  """A Trainer's step is a run: all that it does from one to the next."""
+  """A Trainer's callback that makes each of its steps a run."""
 
   def __init__(self, turns):
     self._turns = turns
@@ -53,7 +54,7 @@ class Hooks(transformers.TrainerCallback):
 
 
 def trainer_settings() -> dict:
-  """Float32 on the CPU, AdamW, nothing written, no end in sight."""
+  """Settings: float32 on the CPU, AdamW, nothing written, no end in sight."""
   return dict(
       output_dir="/tmp/never-written", use_cpu=True, bf16=False, fp16=False,
       gradient_checkpointing=False, optim="adamw_torch",

@@ -25,7 +25,7 @@ from benchmarks import serve, shapes
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """A word for each id; end and padding are ids that no model ever draws."""
+  """A word for each id; end and padding are ids that no model draws."""
 
   vocab_size: int
 

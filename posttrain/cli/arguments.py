@@ -1,4 +1,7 @@
-"""The flags of every verb, their help, and errors that name the nearest."""
+"""Command-line arguments: flags of every verb, their help, and their errors.
+
+An error names the nearest flag or verb.
+"""
 
 import argparse
 import re
@@ -151,7 +154,7 @@ class CommandError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-  """Long flags in full, and errors that name the nearest flag or verb."""
+  """Parses long flags in full; its errors name the nearest flag or verb."""
 
   def __init__(self, **kwargs: Any):
     super().__init__(
@@ -167,7 +170,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parsers() -> dict[str, _Parser]:
-  """One parser per verb."""
+  """Makes one parser per verb."""
   parsers = {
       verb: _Parser(prog=f"posttrain {verb}", description=text,
                     epilog=EXIT_STATUS)
@@ -248,7 +251,7 @@ def _add_sample(parser: _Parser) -> None:
                        default=[], help="may be given several times")
   prompts.add_argument("--prompts", metavar="FILE.jsonl", help=(
       "one object per line, with a prompt or messages"))
-  add_asking(parser.add_argument_group("what the prompts ask for, one of"))
+  add_asking(parser.add_argument_group("instructions in the prompts, one of"))
   sampling = parser.add_argument_group("sampling")
   sampling.add_argument("--num-samples", metavar="N", default=1,
                         type=number(int, keys.SAMPLES), help="per prompt (1)")
@@ -278,12 +281,12 @@ def _add_export(parser: _Parser) -> None:
       "training stage)"))
   parser.add_argument(
       "--step", metavar="N", type=number(int, "[0, inf)"),
-      help="with --workdir: of the stage's checkpoints (default: the last)")
+      help="with --workdir: the checkpoint's step (default: the last)")
   _add_output(parser)
   parser.add_argument(
       "--dtype", choices=("float32", "bfloat16"), default="float32",
-      help="of the weights; bfloat16 rounds them and halves their size, and "
-      "is what most releases have (float32)")
+      help="dtype of the weights; bfloat16, as most releases have, rounds them "
+      "and halves their size (float32)")
   parser.add_argument(
       "--shard-gb", metavar="X", type=number(float, "[0.001, 1e6]"),
       default=5.0, help="largest file of weights, in gigabytes (5)")
@@ -311,7 +314,7 @@ def _add_plan(parser: _Parser) -> None:
       help="a slice, its size in chips, such as v5p:4x4x4")
   parser.add_argument(
       "--num_slices", metavar="N", default=1, type=number(int, "[1, 65536]"),
-      help="so many slices of it (1)")
+      help="number of slices (1)")
   parser.add_argument("--json", metavar="FILE", default="",
                       help="write figures for scripts")
   parser.add_argument("--html", metavar="FILE", default="",
@@ -323,14 +326,14 @@ def _add_plan(parser: _Parser) -> None:
       "compile the best"))
   parser.add_argument(
       "--compile-best", metavar="N", type=number(int, "[0, inf)"),
-      help="with --sweep: compile so many of the best (3)")
+      help="with --sweep: number of the best plans to compile (3)")
 
 
 def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
-  """Verb and arguments; `assignments` has the texts of --config.path=value.
+  """Parses verb and arguments; `assignments` holds --config.path=value texts.
 
   Raises:
-    CommandError: an unknown verb or flag, or a wrong value.
+    CommandError: a verb or flag is unknown, or a value is wrong.
   """
   parsers = make_parsers()
   verb, rest = argv[0], list(argv[1:])

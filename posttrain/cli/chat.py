@@ -1,6 +1,6 @@
-"""A conversation in the terminal, with budgets that change between turns.
+"""Chat in the terminal, with budgets that change between turns.
 
-No stage of a pipeline: the `chat` verb runs it. Thinking is dimmed, forced
+The `chat` verb runs it; it is no stage. Thinking is dimmed, forced
 tokens are marked, and earlier turns are given back to the model without their
 thinking, as the families' templates do.
 """
@@ -42,7 +42,7 @@ def run(
     weights_dtype: str = "compute", lines: Iterable[str] | None = None,
     stream: TextIO | None = None,
 ) -> list[dict[str, str]]:
-  """Talks until the input ends.
+  """Answers lines until the input ends.
 
   Args:
     config, workdir, stage: whose weights, as in `sample.run`.
@@ -94,9 +94,10 @@ def _check_range(name: str, value: float, bounds: str) -> None:
 
 
 def typed() -> Iterator[str]:
-  """Lines of the terminal, until end of input."""
+  """Yields lines of the terminal, until end of input."""
   while True:
-    preemption.begin_anew()  # SIGTERM need not wait for the line.
+    # A person may think for hours: SIGTERM need not wait for the next line.
+    preemption.begin_anew()
     try:
       yield input("\n> ")
     except EOFError:
@@ -104,17 +105,17 @@ def typed() -> Iterator[str]:
 
 
 class Chat:
-  """The conversation so far, and how the next turn is drawn.
+  """Conversation so far, and the settings of the next turn.
 
   Attributes:
-    messages: with roles, thinking left out.
+    messages: with roles, without thinking.
   """
 
   def __init__(
       self, renderer: render.ChatRenderer, how: sampler.Sampler,
       limits: sampler.Limits, seed: int, stream: TextIO,
   ):
-    """How turns are drawn; the room for the prompt is each turn's own."""
+    """Takes the sampler; each turn sets its own room for the prompt."""
     self.messages: list[dict[str, str]] = []
     self._renderer, self._how = renderer, how
     self._limits, self._seed = limits, seed
@@ -123,7 +124,7 @@ class Chat:
     self._turns = 0
 
   def hear(self, model, line: str) -> bool:
-    """Answers a line, or obeys a command; false to leave."""
+    """Answers a line, or obeys a command; returns False to leave."""
     if not line:
       return True
     if line == "/exit":
@@ -134,15 +135,15 @@ class Chat:
     asked = [*self.messages, {"role": "user", "content": line}]
     try:
       answer = self._answer(model, asked)
-    except ValueError as error:  # Of this turn; the conversation goes on.
+    except ValueError as error:  # This turn fails; the conversation goes on.
       self._console.line(str(error), "red")
       return True
     self.messages = [*asked, {"role": "assistant", "content": answer}]
     return True
 
   def _obey(self, name: str, value: str) -> str:
-    """Carries out a command; what to say of it."""
-    limits = {  # And the range, as of the flags.
+    """Carries out a command; returns a line about it."""
+    limits = {  # Fields of the limits, with the ranges of the flags.
         "budget": ("max_thinking_tokens", "[-1, inf)"),
         "least": ("min_thinking_tokens", "[0, inf)"),
         "wait": ("num_waits", keys.WAITS), "tokens": ("max_tokens", "[1, inf)")}
@@ -168,7 +169,7 @@ class Chat:
     return HELP
 
   def _answer(self, model, messages: list[dict[str, str]]) -> str:
-    """Draws and prints a turn; its text, without the thinking."""
+    """Draws and prints a turn; returns its text without the thinking."""
     tokenizer = self._renderer.tokenizer
     prompt = self._renderer.prompt_tokens({"messages": messages})
     slots = 64

@@ -1,4 +1,4 @@
-"""The command line: `posttrain train | eval | sample | report | ...`.
+"""Command line: `posttrain train | eval | sample | report | ...`.
 
 Arguments and the config are checked before JAX is imported, so that a typing
 mistake costs a second. Exit status: 0 finished; 1 failed; 2 the command or
@@ -32,10 +32,10 @@ from posttrain.train import health
 CommandError = arguments_lib.CommandError
 
 FAILED, USAGE_ERROR = 1, 2
-# A disk's fault rather than ours: no traceback.
+# Errors of a disk rather than ours, for which a traceback is no help.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
         errno.EPERM, errno.EIO)
-BEST_OF_SWEEP = 3  # Compiled where --compile-best does not say.
+BEST_OF_SWEEP = 3  # The default of --compile-best.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if argv else USAGE_ERROR
   try:
     verb, arguments = arguments_lib.parse(argv)
-    with exits.refused(_let_go):
+    with exits.refused(_release_and_part):
       return VERBS[verb](arguments)
   except (CommandError, config_lib.ConfigError, environment.PlanError,
           workdir_lib.WorkdirError, lease.HeldError) as error:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return USAGE_ERROR
   except (health.HealthError, rendezvous.StartError, exits.Unfinished,
           lease.LostError,
-          workdir_lib.StorageError) as error:  # The advice is all that helps.
+          workdir_lib.StorageError) as error:  # Their message is the remedy.
     return _failed(str(error))
   except Exception as error:
     if isinstance(error, OSError) and error.errno in DISK:
@@ -70,20 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
-  line_lib.hear_out()  # That another process is lost is the better message.
+  # If another process is lost, that is the better message.
+  line_lib.wait_for_loss()
   print(f"posttrain: {message}", file=sys.stderr)
   return FAILED
 
 
-def _let_go() -> None:
-  """Leaves nothing behind for which another start or process would wait."""
-  lease.let_go()
+def _release_and_part() -> None:
+  """Frees the lease and the other processes, which would otherwise wait."""
+  lease.release_all()
   here = line_lib.current()
   if here is not None:
     here.part(FAILED)
 
 
-# JAX is imported within the verbs: not before their arguments are right.
+# JAX is imported within the verbs, once their arguments are known to be right.
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -246,22 +247,23 @@ def _start(config: config_dict.ConfigDict) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> config_dict.ConfigDict:
-  """The config that the flags name: a file's, a preset's or a workdir's."""
+  """Loads the config that the flags name: a file's, a preset's or a workdir's.
+  """
   if getattr(arguments, "config", None):
     return config_lib.load(arguments.config, arguments.assignments)
   if getattr(arguments, "model", None):
     return config_lib.assign(
         _of_model(arguments.model), arguments.assignments, "--model")
   if not pathlib.Path(arguments.workdir, "config.json").exists():
-    if "stage" not in arguments:  # Of train; others go on from a run.
+    if "stage" not in arguments:  # `train`; other verbs need a run.
       raise CommandError(
           f"{arguments.workdir} holds no run yet; give --config=FILE.")
-    workdir_lib.open_existing(arguments.workdir)  # Says so.
+    workdir_lib.open_existing(arguments.workdir)  # Raises, as there is none.
   return workdir_lib.read_config(arguments.workdir, arguments.assignments)
 
 
 def _of_model(name: str) -> dict[str, Any]:
-  """A config that starts from what --model names."""
+  """Makes a config that starts from the weights that --model names."""
   path = pathlib.Path(name)
   if not path.exists():
     if name not in presets.PACKAGED:
@@ -289,7 +291,7 @@ def _one_source(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-  """Before JAX is imported; it is asked again where it is written."""
+  """Checks --output before JAX is imported; the writer checks it again."""
   if pathlib.Path(arguments.output).exists():
     raise CommandError(
         f"{arguments.output} exists, and is not overwritten. Name a new "
@@ -321,7 +323,7 @@ def _flag(name: str) -> str:
 
 
 def _check_functions(arguments: argparse.Namespace, *flags: str) -> None:
-  """Once JAX may be imported, as their modules will."""
+  """Checks functions that flags name, once JAX may be imported with them."""
   for flag in flags:
     try:
       if name := getattr(arguments, flag):
@@ -331,14 +333,15 @@ def _check_functions(arguments: argparse.Namespace, *flags: str) -> None:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-  """Rows with a `prompt` or `messages`, from the flags."""
+  """Reads rows with a `prompt` or `messages` from the flags."""
   if bool(arguments.prompt) == bool(arguments.prompts):
     raise CommandError("give one of --prompt=TEXT and --prompts=FILE.jsonl.")
   if arguments.prompt:
     rows = [dict(prompt=text) for text in arguments.prompt]
     try:
       jsonl.check(rows)
-    except ValueError as error:  # Of bytes that are not UTF-8.
+    # Bytes in the arguments that are not UTF-8 become surrogates.
+    except ValueError as error:
       raise CommandError(f"--prompt: {error}.") from error
     return rows
   path = pathlib.Path(arguments.prompts)

@@ -1,7 +1,7 @@
-"""Completions of given prompts, printed while they are drawn.
+"""Samples completions of given prompts, and prints them while they are drawn.
 
-No stage of a pipeline: the `sample` verb runs it on a preset's weights, on a
-trained stage of a workdir, or on what a config starts with.
+It is no stage of a pipeline: the `sample` verb runs it with a preset's weights,
+with those of a trained stage, or with those that a config starts with.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def run(
 @contextlib.contextmanager
 def _told_at_sigterm(
     stream: TextIO, kept: Callable[[], str]) -> Iterator[None]:
-  """Says what is kept where SIGTERM ends the process between two chunks."""
+  """Tells what is kept, if SIGTERM ends the process between two chunks."""
   try:
     yield
   except preemption.Preempted:
@@ -137,7 +137,7 @@ def _told_at_sigterm(
 
 
 class _Queue:
-  """Many completions, through an engine; those in the file are there."""
+  """Many completions, through an engine; those in the output file are kept."""
 
   def __init__(
       self, tokenizer: tokenizer_lib.Tokenizer, how: sampler.Sampler,
@@ -152,13 +152,16 @@ class _Queue:
     return len(self._records)
 
   def ordered(self) -> list[dict[str, Any]]:
-    """By prompt, then sample."""
+    """Lists the records by prompt, then by sample."""
     return [self._records[key] for key in sorted(self._records)]
 
   def records(
       self, model: Transformer, asked: Sequence[requests.Request],
   ) -> Iterator[dict[str, Any]]:
-    """Those that are not in the file, as they finish; it grows with them."""
+    """Yields the records that are not in the file, as completions finish.
+
+    Each is appended to the file at once.
+    """
     self._resume(asked)
     todo = [r for r in asked
             if (r.prompt_id, r.sample_id) not in self._records]
@@ -195,10 +198,10 @@ class _Queue:
     yield from queue.results()
 
   def _resume(self, asked: Sequence[requests.Request]) -> None:
-    """Takes what an interrupted run has left in the file.
+    """Takes the completions that an interrupted run has left in the file.
 
     Raises:
-      ValueError: it is of other prompts or settings.
+      ValueError: they have other prompts or settings.
     """
     path = pathlib.Path(self._output) if self._output else None
     there = bool(path and path.exists())
@@ -209,7 +212,7 @@ class _Queue:
     for line in path.read_text().splitlines():
       try:
         record = json.loads(line)
-      except json.JSONDecodeError:  # Left in the middle of a line.
+      except json.JSONDecodeError:  # A kill may leave half of a line.
         continue
       if "error" in record:
         continue
@@ -227,7 +230,7 @@ def _live(
     model: Transformer, prompt: Sequence[int], limits: sampler.Limits,
     seed: int, stream: TextIO,
 ) -> dict[str, Any]:
-  """One completion, printed while it is drawn."""
+  """Draws one completion, printed as it grows."""
   first = jax.process_index() == 0
   how = dataclasses.replace(
       how, max_prompt_tokens=-(-len(prompt) // 64) * 64)
@@ -271,7 +274,7 @@ def _record(
     tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
     ids: thinking.ThinkingIds,
 ) -> dict[str, Any]:
-  if done.error:  # Its own; the others have their completions.
+  if done.error:  # Only this request failed.
     return {"prompt_id": done.request.prompt_id,
             "sample_id": done.request.sample_id,
             "prompt": tokenizer.decode(list(done.request.prompt)),

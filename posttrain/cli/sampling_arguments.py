@@ -61,9 +61,9 @@ def add_asking(parser: Any) -> None:
   group = parser.add_mutually_exclusive_group()
   group.add_argument("--ask-tokens", metavar="N",
                      type=number(int, "[1, inf)"),
-                     help="put 'Think for up to N tokens.' behind the prompts")
+                     help="append 'Think for up to N tokens.' to the prompts")
   group.add_argument("--ask-steps", metavar="N", type=number(int, "[1, inf)"),
-                     help="put 'Think for up to N steps.' behind the prompts")
+                     help="append 'Think for up to N steps.' to the prompts")
   group.add_argument("--ask-length", metavar="CLASS", choices=CLASSES, help=(
       "ask for a short or a long amount of thinking: short, long"))
 

@@ -1,4 +1,4 @@
-"""One completion on the console, as it grows."""
+"""Stream printer: one completion on the console, as it grows."""
 
 from typing import TextIO
 
@@ -13,11 +13,12 @@ from posttrain.text import tokenizer as tokenizer_lib
 
 
 class Live:
-  """Prints one completion as it grows, forced tokens marked.
+  """Prints one completion as it grows, with forced tokens marked.
 
-  A delimiter of several tokens may be taken back for a wait, and a character
-  may need several tokens: what is not settled yet is held back. With
-  `in_thinking` (whether the prompt opened it), thinking is dimmed.
+  A delimiter of several tokens may be retracted for a wait, and a character may
+  need several tokens: text that may still change is held back. `in_thinking`
+  tells if the prompt opened thinking, which is then dimmed; None: nothing is
+  dimmed.
   """
 
   def __init__(
@@ -64,7 +65,7 @@ class Live:
       self._console.print(
           rich.text.Text(text, style=console_lib.STYLES[name]), end="",
           soft_wrap=True)
-    else:  # Without Rich, which would replace tabs.
+    else:  # Not through Rich, which would replace tabs.
       self._console.file.write(
           text if name in ("sampled", "thinking") else f"[{name}: {text}]")
     self._console.file.flush()

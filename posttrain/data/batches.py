@@ -1,13 +1,13 @@
-"""Sources -> examples -> packed batches, through Grain.
+"""Packed batches for training and evaluation, through Grain.
 
-Every source is read and tokenised once, at the start, so that what is wrong
-with the data is known before the first step, and a batch costs a few copies.
-Tokens and masks stay in memory, at 5 bytes a token.
+Every source is read and tokenised once, at the start, so that errors in the
+data are found before the first step, and a batch costs a few copies. Tokens and
+masks stay in memory, at 5 bytes a token.
 
 Grain repeats each source, in a new order each epoch, and mixes them by weight
 into an endless stream of examples with random access. Packing walks along it:
-examples that no row has room for wait and go first into the next batch. So
-the state is a position in the stream and the few that wait, and a batch is a
+examples that no row has room for wait, and go first into the next batch. So the
+state is a position in the stream and the few that wait, and a batch is a
 function of data, config and seed only. It is the global batch, the same on
 every host; `sharding.put` gives each host its rows.
 """
@@ -27,7 +27,7 @@ from posttrain.text import render as render_lib
 
 Batch = dict[str, np.ndarray]
 
-# At most as many examples are looked over to report the share of padding.
+# The most examples that are packed at the start, for the report's padding.
 REPORTED_EXAMPLES = 20_000
 
 
@@ -35,8 +35,8 @@ class Batches:
   """An endless iterator of packed batches whose state can be saved.
 
   Attributes:
-    report: what the data is, for `data_report.json`.
-    warnings: what a person should know of it.
+    report: statistics of the data, for `data_report.json`.
+    warnings: lines for the console, about data that is used as it is.
     first_example: (tokens [n] int32, loss_mask [n] bool) of the first example
       of the stream.
   """
@@ -60,23 +60,27 @@ class Batches:
     return self
 
   def __next__(self) -> Batch:
-    """tokens, positions, segment_ids int32 and loss_mask bool, [rows, T]."""
+    """Returns a batch of [rows, T] arrays.
+
+    They are tokens, positions and segment_ids (int32), and loss_mask (bool).
+    """
     return next(self._iterator)
 
   @property
   def epoch(self) -> float:
-    """Examples taken so far, over examples in all sources."""
+    """Number of examples taken so far, over the examples of all sources."""
     return self._iterator.get_state()["position"] / self._examples
 
   def get_state(self) -> dict[str, Any]:
-    """JSON-able; `set_state` makes the same batches follow."""
+    """Returns the state, JSON-able; after `set_state` the same batches follow.
+    """
     return self._iterator.get_state() | {"data": self._fingerprint}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to a saved state.
 
     Raises:
-      ValueError: the state is of other data or another data config.
+      ValueError: the state was saved with other data or another data config.
     """
     if state["data"] != self._fingerprint:
       raise ValueError(
@@ -87,7 +91,7 @@ class Batches:
 
 
 class EvalBatches:
-  """One pass over the data in order; iterate as often as you like.
+  """One pass over the data in order; may be iterated any number of times.
 
   The last batch is filled up with empty rows.
 
@@ -118,14 +122,14 @@ def make_batches(
     on_overlong: str = "error", on_no_target: str = "error",
     on_malformed: str = "error", packing: bool = True, shuffle: bool = True,
 ) -> Batches:
-  """The endless batches of a training stage.
+  """Makes the endless batches of a training stage.
 
   Args:
     sources: entries of `data.sources`; see `sources.Source`.
-    renderer: rows -> tokens and loss mask.
+    renderer: makes tokens and a loss mask of a source's row.
     sequence_length: T, tokens per packed row.
     rows: packed rows of the global batch.
-    seed, stage: of the order.
+    seed, stage: the order of examples depends on them.
     on_overlong: "error", "drop" or "truncate", which keeps EOS.
     on_no_target: "error" or "drop".
     on_malformed: "error" or "skip".
@@ -133,8 +137,8 @@ def make_batches(
     shuffle: False keeps the order of each source.
 
   Raises:
-    ValueError: a source cannot be read, or the data has what the config does
-      not allow; the message names the rows.
+    ValueError: a source cannot be read, or rows are not as the config allows;
+      the message names them.
   """
   parsed = [sources_lib.Source(**source) for source in sources]
   examples = [
@@ -165,7 +169,7 @@ def eval_batches(
     on_no_target: str = "error", on_malformed: str = "error",
     packing: bool = True,
 ) -> EvalBatches:
-  """One pass over held-out data, source after source, in order.
+  """Makes one pass over held-out data, source after source, in order.
 
   Arguments and errors as in `make_batches`.
   """
@@ -184,7 +188,7 @@ def eval_batches(
 
 
 def empty(*, rows: int, sequence_length: int) -> Batch:
-  """A batch without an example: for its shapes."""
+  """Makes a batch without an example, for its shapes."""
   example = {"tokens": np.zeros(0, np.int32), "loss_mask": np.zeros(0, bool)}
   first = np.zeros(1, int)
   return pack.assemble(
@@ -193,7 +197,7 @@ def empty(*, rows: int, sequence_length: int) -> Batch:
 
 
 class _EpochShuffle(grain.MapDataset):
-  """A new order in each epoch of its parent.
+  """Shuffles its parent anew in each epoch.
 
   Grain's own `shuffle` takes milliseconds for an element of a small data set
   (0.2.18: it draws from 2**16 indices until one is in range), and counts its
@@ -204,7 +208,7 @@ class _EpochShuffle(grain.MapDataset):
       self, parent: grain.MapDataset,
       stream: Callable[[int], np.random.Generator]):
     super().__init__(parent)
-    # Two: an example of the last epoch may still wait for room.
+    # Two orders are kept: an example of the last epoch may wait for room.
     self._order = functools.lru_cache(maxsize=2)(
         lambda epoch: stream(epoch).permutation(len(parent)))
 
@@ -217,7 +221,7 @@ class _EpochShuffle(grain.MapDataset):
 
 
 class _PackedBatches(grain.IterDataset):
-  """Grain's side of packing: a dataset of batches over one of examples."""
+  """Packs a dataset of examples into one of batches, as Grain's API asks."""
 
   def __init__(
       self, stream: grain.MapDataset, *, rows: int, length: int,
@@ -235,9 +239,10 @@ class _PackedBatches(grain.IterDataset):
 class _PackedIterator(grain.DatasetIterator):
   """Packs examples in stream order, with a queue of those that must wait.
 
-  A batch is closed when as many examples wait as it has rows: the more may
-  wait, the fuller the rows, and the further an example strays from its place.
-  The first that waits always finds an empty row, so none waits for ever.
+  A batch is closed when as many examples wait as it has rows. The more may
+  wait, the fuller the rows are, and the further an example strays from its
+  place. The first that waits always finds an empty row in the next batch, so
+  none waits for ever.
   """
 
   def __init__(
@@ -246,8 +251,10 @@ class _PackedIterator(grain.DatasetIterator):
     super().__init__()
     self._stream = stream
     self._rows, self._length, self._packing = rows, length, packing
-    self._position = 0  # Of the next example that was never looked at.
-    self._waiting: list[int] = []  # Stream positions, in order.
+    self._position = 0  # Position of the next example that was never taken.
+    # Positions rather than examples, so that the state is small; the stream
+    # has random access.
+    self._waiting: list[int] = []
 
   def get_state(self) -> dict[str, Any]:
     return {"position": self._position, "waiting": list(self._waiting)}
@@ -261,6 +268,8 @@ class _PackedIterator(grain.DatasetIterator):
     chosen, placed = [], []
     waiting: list[int] = []
     queue = iter(self._waiting)
+    # Without packing each example takes an empty row, so the first one that
+    # finds none closes the batch.
     limit = self._rows if self._packing else 1
     while len(waiting) < limit and not rows.full:
       index = next(queue, None)
@@ -276,6 +285,7 @@ class _PackedIterator(grain.DatasetIterator):
         continue
       chosen.append(example)
       placed.append(place)
+    # What is left of the queue keeps its place after those that were tried.
     self._waiting = [*waiting, *queue]
     if not chosen:
       raise StopIteration
@@ -287,7 +297,8 @@ class _PackedIterator(grain.DatasetIterator):
 def _padding_share(
     stream: grain.MapDataset, count: int | None, *, rows: int, length: int,
     packing: bool) -> float:
-  """The share of padding while the first `count` examples are packed."""
+  """Measures the share of padding while the first `count` examples are packed.
+  """
   iterator = iter(_PackedBatches(
       stream, rows=rows, length=length, packing=packing))
   filled = total = 0

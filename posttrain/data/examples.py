@@ -1,8 +1,8 @@
-"""Rows -> examples: tokenised once, checked, counted, kept in memory.
+"""Examples: rows that are tokenised once, checked, counted, kept in memory.
 
 Nothing disappears silently: every row is an example, or is counted and named
-in the report as malformed, dropped or truncated, and by default each of these
-is an error before the first step.
+in the report as malformed, dropped or truncated. By default each of these is an
+error before the first step.
 """
 
 import dataclasses
@@ -26,14 +26,15 @@ class Examples:
   """The examples of one source, with random access, for Grain.
 
   Attributes:
-    source: where they come from.
-    tokens: int32, all examples one behind the other.
+    source: the source of their rows.
+    tokens: int32, all examples one after the other. One array rather than N:
+      a Python object per example would need more memory than its tokens.
     loss_mask: bool, as `tokens`.
-    offsets: [N + 1] int, where each example begins.
+    offsets: [N + 1] int; example n is tokens[offsets[n]:offsets[n + 1]].
     counts: rows, examples, malformed, overlong, no_target, repeated_keys,
       unknown_tokens.
-    malformed, dropped, truncated, repeated: the place and the reason of each
-      such row; of a damaged part of a file, of all its rows.
+    malformed, dropped, truncated, repeated: place and reason of each such row;
+      one entry for all rows of a damaged part of a file.
   """
 
   source: sources_lib.Source
@@ -55,11 +56,11 @@ class Examples:
 
   @property
   def sizes(self) -> np.ndarray:
-    """[N] tokens per example."""
+    """Number of tokens of each example, [N]."""
     return np.diff(self.offsets)
 
   def checksum(self, start: int) -> int:
-    """CRC-32 of all examples, continued from `start`."""
+    """Computes the CRC-32 of all examples, continued from `start`."""
     for array in (self.tokens, self.loss_mask, self.offsets):
       start = zlib.crc32(array.tobytes(), start)
     return start
@@ -132,10 +133,11 @@ def load(
 def truncate(
     tokens: np.ndarray, loss_mask: np.ndarray, length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts an example to at most `length` tokens; what is learnt still ends.
+  """Cuts an example to at most `length` tokens, so that it still ends a turn.
 
-  A turn that is cut keeps its end-of-turn token as its last one. A cut
-  outside a turn goes back to the end of the turn before.
+  A turn that is cut keeps its end-of-turn token as its last one: otherwise the
+  model would learn not to stop. A cut outside a turn goes back to the end of
+  the turn before.
 
   Args:
     tokens: [n] int32, longer than `length`.
@@ -143,7 +145,7 @@ def truncate(
     length: at least 2.
 
   Returns:
-    Both, cut; no token is in the loss when no turn begins before the cut.
+    Both, cut; no token is in the loss if no turn begins before the cut.
   """
   head = loss_mask[:length - 1]
   if head.size and head[-1] and loss_mask[length - 1]:
@@ -203,12 +205,13 @@ def warnings(examples: Sequence[Examples]) -> list[str]:
 def _render(
     place: str, row: dict | sources_lib.Fault, renderer: render_lib.Renderer,
 ) -> tuple[np.ndarray, np.ndarray] | sources_lib.Fault:
-  """The tokens and mask of a row, or what is wrong with it."""
+  """Tokenises a row; returns a Fault if it is malformed."""
   if isinstance(row, sources_lib.Fault):
     return row
   try:
     return renderer.example_tokens(row)
-  except sandbox.TemplateLimitError as error:  # Wrong is the template.
+  # The template is at fault, and not this row: the others would fail too.
+  except sandbox.TemplateLimitError as error:
     raise ValueError(f"{place}: {error}") from error
   except ValueError as error:
     return sources_lib.Fault(str(error))
@@ -231,7 +234,7 @@ def _entry(place: str, reason: str) -> dict[str, str]:
 def _require_none(
     entries: list[dict[str, str]], rows: int, what: str, remedy: str,
     count: int | None = None) -> None:
-  """Raises ValueError where there are entries, of `count` rows in all."""
+  """Raises ValueError if there are entries; `count` is their number of rows."""
   if not entries:
     return
   named = "; ".join(f"{e['place']}: {e['reason']}" for e in entries[:SHOWN])

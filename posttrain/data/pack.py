@@ -1,9 +1,9 @@
-"""Packing: examples of different lengths into rows of one length.
+"""Packing: puts examples of different lengths into rows of one length.
 
-A row holds whole examples one behind the other; `segment_ids` (1, 2, ..; 0 is
-padding) keep their attention apart and `positions` restart in each. An
-example is never cut and never lost: what does not fit is an error or is
-handed back.
+A row holds whole examples one after the other. `segment_ids` (1, 2, ..; 0 is
+padding) keep their attention apart, and `positions` restart in each. An example
+is never cut and never lost: one that does not fit is an error or is handed
+back.
 
   N: examples    R: rows    T: length of a row
 """
@@ -20,12 +20,12 @@ RESERVED = ("positions", "segment_ids")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where each example went: `row[n]`, from column `start[n]`.
+  """Places of examples in packed rows: `row[n]`, from column `start[n]`.
 
   Attributes:
-    row: [N] int, MISFIT where there was no room.
+    row: [N] int, MISFIT if there was no room.
     start: [N] int.
-    segment: [N] int, its segment id.
+    segment: [N] int, the example's segment id.
   """
 
   row: np.ndarray
@@ -34,10 +34,10 @@ class Placement:
 
 
 class Rows:
-  """First-fit, one example at a time: the first row that has room."""
+  """First-fit: each example goes into the first row that has room."""
 
   def __init__(self, length: int, rows: int | None):
-    """`rows=None`: a new row is opened when no row has room."""
+    """Takes the length and number of rows; None: as many as are needed."""
     self._length, self._bounded = length, rows is not None
     self._used = [0] * (rows or 0)
     self._segments = [0] * (rows or 0)
@@ -47,18 +47,18 @@ class Rows:
 
   @property
   def full(self) -> bool:
-    """No row has room for any example."""
+    """Tests if no row has room for any example."""
     return self._bounded and min(self._used) == self._length
 
   def place(self, size: int, *, alone: bool = False) -> tuple[int, int, int]:
-    """Takes room for `size` tokens: (row, start, segment).
+    """Reserves room for `size` tokens.
 
     Args:
       size: in 1..length.
-      alone: in an empty row only.
+      alone: take an empty row only.
 
     Returns:
-      The row is MISFIT when there was no room.
+      Row, start and segment; the row is MISFIT if there was no room.
     """
     room = 0 if alone else self._length - size
     row = next((r for r, used in enumerate(self._used) if used <= room), MISFIT)
@@ -79,13 +79,13 @@ def first_fit(
     rows: int | None = None) -> Placement:
   """Places examples, longest first, each in the first row with room.
 
-  First-fit decreasing needs at most 11/9 of the fewest possible rows, plus
-  6/9 of a row (Dosa, 2007).
+  First-fit decreasing needs at most 11/9 of the fewest possible rows, plus 6/9
+  of a row (Dosa, 2007).
 
   Args:
     sizes: [N] tokens per example.
     length: T.
-    rows: as many rows at most; None: as many as are needed.
+    rows: the most rows; None: as many as are needed.
 
   Raises:
     ValueError: an example is empty or longer than a row.
@@ -97,6 +97,7 @@ def first_fit(
         f"row has room for 1 to {length}. Raise sequence_length.")
   bins = Rows(length, rows)
   placed = np.zeros((sizes.size, 3), int)
+  # Stable, so that every host and NumPy version has the same placement.
   for n in np.argsort(-sizes, kind="stable"):
     placed[n] = bins.place(int(sizes[n]))
   return Placement(*placed.T)
@@ -137,12 +138,12 @@ def pack_rows(
 
   Returns:
     [R, T, ...] arrays of the examples' columns (0 is padding), `positions` and
-    `segment_ids` (int32); and where each example went, to take per-token
-    results out again: `result[p.row[n], p.start[n]:p.start[n] + size]`.
+    `segment_ids` (int32); and the placement `p`, to take per-token results out
+    again: `result[p.row[n], p.start[n]:p.start[n] + size]`.
 
   Raises:
-    ValueError: no example, an empty one, one longer than a row, unequal
-      columns, or more examples than `rows` rows have room for.
+    ValueError: there is no example, one is empty or longer than a row, columns
+      differ, or `rows` rows have no room for all.
   """
   if not examples:
     raise ValueError("there are no examples to pack.")

@@ -1,4 +1,4 @@
-"""Random streams of the host, told apart by what they are for."""
+"""Random streams of the host, one for each purpose."""
 
 import zlib
 
@@ -14,10 +14,11 @@ def stream(
   the order of another's, or minibatches in the order of the data.
 
   Args:
-    seed: of the run.
-    stage: its name.
-    purpose: what is drawn, such as "problems".
-    numbers: an epoch or a batch; as many for every stream of a purpose.
+    seed: the run's seed.
+    stage: the stage's name.
+    purpose: names the things that are drawn, such as "problems".
+    numbers: an epoch or a batch; the same number of them for all streams of a
+      purpose.
   """
   return np.random.default_rng([
       seed, zlib.crc32(stage.encode()), zlib.crc32(purpose.encode()),

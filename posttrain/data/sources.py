@@ -1,7 +1,7 @@
 """Sources of rows: JSONL and Parquet files, and procedural tasks.
 
-A source is read once, front to back. Every row comes with the place that it
-came from ("train.jsonl:17"), so that whatever is wrong with it can be found.
+A source is read once, front to back. Every row comes with its place, such as
+"train.jsonl:17", so that an error in it can be found.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ PARQUET_ROWS = 1024
 
 
 def read(source: Source) -> Iterator[tuple[str, dict | Fault]]:
-  """Yields each row, or its fault, with its place; in order.
+  """Yields each row, or its fault, with its place, in order.
 
   Lines count from 1, as editors do; rows of a Parquet file or a task from 0.
   A JSON object that names a key twice is a `jsonl.Repeated`.
@@ -77,7 +77,7 @@ def read(source: Source) -> Iterator[tuple[str, dict | Fault]]:
   if path.suffix not in FORMATS:
     raise ValueError(
         f"{path} is neither {' nor '.join(FORMATS)}. Check data.sources.")
-  if not path.is_file():  # A pipe would be waited for.
+  if not path.is_file():  # Opening a pipe would wait for its writer.
     what = ("does not exist" if not path.exists() else "is a directory"
             if path.is_dir() else "is no regular file")
     raise ValueError(f"{path} {what}. Check data.sources.")
@@ -126,7 +126,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
 
 
 def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Fault]:
-  """Rows as Python values: one by one where a text is not UTF-8."""
+  """Converts to Python values, row by row if a text is not UTF-8."""
   try:
     rows = batch.to_pylist()
   except UnicodeDecodeError:
@@ -142,7 +142,7 @@ def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Fault]:
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:
-  """Without nulls: a Parquet row has every column."""
+  """Drops nulls: a Parquet row has every column."""
   return {key: value for key, value in row.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""How accuracy follows thinking tokens: the metrics of s1, and its baseline.
+"""Scaling of accuracy with thinking tokens: s1's metrics and its baseline.
 
 A *point* is one evaluation run: mean thinking tokens a question, and accuracy.
 Slopes have the unit of the accuracies (give percent for percentage points).
@@ -19,7 +19,7 @@ from posttrain.evaluation import statistics
 
 
 class Flips(NamedTuple):
-  """What one step did to the same n questions."""
+  """Answers to the same n questions that changed from one step to the next."""
   correct_to_wrong: int
   wrong_to_correct: int
   n: int
@@ -34,7 +34,7 @@ def control(
   Args:
     thinking_tokens: [N], mean tokens of each run, as s1 counts, or the tokens
       of each sample, which is stricter.
-    maximum, minimum: [N] or scalars, both allowed values themselves.
+    maximum, minimum: [N] or scalars; both bounds are allowed values.
   """
   tokens = np.asarray(thinking_tokens)
   return float(np.mean((tokens >= minimum) & (tokens <= maximum)))
@@ -53,7 +53,7 @@ def scaling_per_doubling(
     thinking_tokens, accuracy: [N], one entry for each run.
 
   Returns:
-    The mean, or None where no pair has a slope.
+    The mean, or None if no pair has a slope.
   """
   tokens, accuracy = _points(thinking_tokens, accuracy)
   some = tokens > 0
@@ -72,15 +72,15 @@ def scaling_per_1k(
 
 
 def performance(accuracy: np.ndarray) -> float:
-  """The best accuracy of any run."""
+  """Best accuracy of any run (s1's Performance)."""
   return float(np.max(accuracy))
 
 
 def flips(before: np.ndarray, after: np.ndarray) -> Flips:
-  """Answers that changed between right and wrong.
+  """Counts answers that changed between right and wrong.
 
   Args:
-    before, after: [Q] bool, of the same questions (or samples) in the same
+    before, after: [Q] bool, for the same questions (or samples) in the same
       order.
 
   Raises:
@@ -96,7 +96,7 @@ def flips(before: np.ndarray, after: np.ndarray) -> Flips:
 
 
 def flips_per_wait(correct: Sequence[np.ndarray]) -> list[Flips]:
-  """Flips from each number of waits to the next.
+  """Counts flips from each number of waits to the next.
 
   Args:
     correct: [W] arrays of [Q] bool, in the order of the waits (0, 1, 2, 4).
@@ -123,7 +123,7 @@ def majority_curve(
     Mean tokens a question [M] and accuracy [M].
 
   Raises:
-    ValueError: no questions, or not M samples of each question.
+    ValueError: there are no questions, or not M samples of each.
   """
   counts = {len(row) for rows in (tokens, answers, correct) for row in rows}
   if len(counts) != 1 or not len(tokens) == len(answers) == len(correct):
@@ -151,8 +151,8 @@ def majority_at_tokens(
     tokens, accuracy: [M] each, from `majority_curve`.
 
   Returns:
-    None where the budget is below a single sample's tokens, or above those of
-    all samples.
+    None if the budget is below a single sample's tokens, or above those of all
+    samples.
   """
   if not tokens[0] <= budget <= tokens[-1]:
     return None

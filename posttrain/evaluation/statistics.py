@@ -1,10 +1,10 @@
-"""Accuracies, votes and their uncertainty. NumPy only.
+"""Statistics of evaluations: accuracies, votes and their errors, in NumPy.
 
   Q: questions    M: samples per question, of which k are used
 
-A score is 0 or 1, or a mean of such. An answer is a canonical text, or None
-where a sample gave none: such a sample is wrong, takes up its place among the
-k, and abstains from votes.
+A score is 0 or 1, or a mean of such. An answer is a canonical text, or None if
+a sample gave none: such a sample is wrong, takes up its place among the k, and
+abstains from votes.
 
 References: pass@k, https://arxiv.org/abs/2107.03374; errors,
 https://arxiv.org/abs/2411.00640; votes, https://arxiv.org/abs/2203.11171.
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Z = 1.959963984540054  # 95 % of a normal distribution, two-sided.
-ENOUGH_CLUSTERS = 10  # With fewer, their own variance is hardly known.
+Z = 1.959963984540054  # Two-sided 95 % of a normal distribution.
+ENOUGH_CLUSTERS = 10  # With fewer, the variance between them is hardly known.
 
 
 class Estimate(NamedTuple):
@@ -31,25 +31,25 @@ class Estimate(NamedTuple):
 def estimate(
     scores: np.ndarray, cluster: np.ndarray | None = None,
 ) -> Estimate:
-  """Mean and standard error over questions.
+  """Computes the mean and its standard error over questions.
 
-  With several samples a question, give each question's mean score: its
-  samples are not independent draws of questions.
+  With several samples a question, give each question's mean score: its samples
+  are not independent draws of questions.
 
   Args:
     scores: [Q].
-    cluster: [Q], equal for related questions (those of one passage, or
-      of one multiset of numbers); None where each is a cluster of its own.
+    cluster: [Q], equal for related questions (those of one passage, or of one
+      multiset of numbers); None: questions are independent.
 
   Returns:
     The error is cluster-robust: with r the sum of s - mean over each of the C
     clusters, sqrt(sum r^2 / Q^2 * C / (C - 1)) (Miller 2024, equation 4, with
-    the correction for few clusters). Where each question is a cluster, that
-    is sqrt(sum (s - mean)^2 / (Q (Q - 1))). It is NaN for a single cluster,
-    whose r is 0 whatever the scores are.
+    the correction for few clusters). If each question is a cluster, that is
+    sqrt(sum (s - mean)^2 / (Q (Q - 1))). It is NaN for a single cluster, whose
+    r is 0 for any scores.
 
   Raises:
-    ValueError: no scores.
+    ValueError: there are no scores.
   """
   scores = np.asarray(scores, np.float64)
   n = scores.size
@@ -68,10 +68,10 @@ def estimate(
 
 
 def caution(num_clusters: int | None) -> str:
-  """A remark on standard errors of so few clusters, or "".
+  """Warns of standard errors with few clusters; "" if there are enough.
 
   Args:
-    num_clusters: None where questions are independent.
+    num_clusters: None if questions are independent.
   """
   if num_clusters is None or num_clusters >= ENOUGH_CLUSTERS:
     return ""
@@ -86,7 +86,7 @@ def caution(num_clusters: int | None) -> str:
 
 
 def cautions(cells: Iterable[Mapping[str, Any]]) -> list[str]:
-  """The remarks on cells as they are saved, each once."""
+  """Lists the warnings about saved cells, each once."""
   said = (caution(cell.get("num_clusters")) for cell in cells)
   return list(dict.fromkeys(filter(None, said)))
 
@@ -95,10 +95,10 @@ def paired_difference(
     scores: np.ndarray, baseline: np.ndarray,
     cluster: np.ndarray | None = None,
 ) -> Estimate:
-  """Mean and standard error of `scores - baseline` on the same questions.
+  """Computes mean and standard error of `scores - baseline`, paired.
 
   Args:
-    scores, baseline: [Q], of the same questions in the same order.
+    scores, baseline: [Q], for the same questions in the same order.
     cluster: as in `estimate`; the error is NaN for a single one.
 
   Raises:
@@ -113,7 +113,7 @@ def wilson(
   """Wilson's interval for a proportion of single yes-or-no outcomes.
 
   Raises:
-    ValueError: not 0 <= correct <= n, or n is 0.
+    ValueError: n is 0, or `correct` is not in 0..n.
   """
   if n < 1 or not 0 <= correct <= n:
     raise ValueError(f"{correct} of {n} is not a proportion.")
@@ -131,13 +131,13 @@ def bootstrap(
 
   Args:
     scores: [Q].
-    baseline: [Q] of the same questions, subtracted; None for none.
-    seed: of the resampling.
-    resamples: how many times the questions are drawn with replacement.
+    baseline: [Q], for the same questions, subtracted; None for none.
+    seed: seed of the resampling.
+    resamples: number of draws of Q questions with replacement.
     level: the share of resampled means inside the interval.
 
   Raises:
-    ValueError: no scores, or the two differ in length.
+    ValueError: there are no scores, or the two differ in length.
   """
   scores = np.asarray(scores, np.float64)
   if baseline is not None:
@@ -153,22 +153,24 @@ def bootstrap(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-  """P(at least one of k samples is right), unbiased: 1 - C(n-c, k) / C(n, k).
+  """Unbiased pass@k: P(one of k samples is right) = 1 - C(n-c, k) / C(n, k).
 
   Args:
-    n: samples of the question.
-    correct: how many of them are right.
-    k: how many are drawn without replacement.
+    n: number of samples of the question.
+    correct: number of right samples, c.
+    k: number of samples that are drawn without replacement.
 
   Raises:
-    ValueError: not 1 <= k <= n, or not 0 <= correct <= n.
+    ValueError: k is not in 1..n, or `correct` not in 0..n.
   """
   _check_counts(n, correct, k)
+  # Python's integers are exact here, where products of floats would not be.
   return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def pass_hat_k(n: int, correct: int, k: int) -> float:
-  """P(all of k samples are right), unbiased; arguments as `pass_at_k`."""
+  """Unbiased pass^k: P(all of k samples are right); arguments as `pass_at_k`.
+  """
   _check_counts(n, correct, k)
   return math.comb(correct, k) / math.comb(n, k)
 
@@ -176,20 +178,20 @@ def pass_hat_k(n: int, correct: int, k: int) -> float:
 def maj_at_k(
     answers: Sequence[str | None], correct: Sequence[bool], k: int,
 ) -> float:
-  """P(a majority vote of k of the samples is right), over all subsets.
+  """Majority vote of k samples (maj@k): P(it is right), over all subsets.
 
   The most frequent answer wins; answers with equally many votes win equally
-  often. Where nobody votes the result is wrong. Where a grader found some
-  samples of one answer right and others wrong (two spellings, a time-out), any
-  of the samples that voted for it speaks for it, equally often.
+  often. If nobody votes the result is wrong. A grader may have found some
+  samples of one answer right and others wrong (two spellings, a time-out): then
+  any of the samples that voted for it speaks for it, equally often.
 
   Args:
     answers: [M], M up to 1,000.
     correct: [M] bool.
-    k: how many samples vote, drawn without replacement.
+    k: number of samples that vote, drawn without replacement.
 
   Raises:
-    ValueError: not 1 <= k <= M, or lengths that differ.
+    ValueError: k is not in 1..M, or the lengths differ.
   """
   _check_votes(answers, correct, k)
   votes = Counter(answer for answer in answers if answer is not None)
@@ -200,6 +202,8 @@ def maj_at_k(
   for answer, n in votes.items():
     if not right[answer]:
       continue
+    # Counted over subsets rather than sampled: for each number of votes `top`
+    # of this answer, the ways to draw the other votes so that it wins.
     others = [m for other, m in votes.items() if other != answer]
     ways = sum(math.comb(n, top) * _share(others, abstaining, top, k - top)
                for top in range(1, min(n, k) + 1))
@@ -210,7 +214,7 @@ def maj_at_k(
 def majority_of_first_k(
     answers: Sequence[str | None], correct: Sequence[bool], k: int,
 ) -> float:
-  """Scores a majority vote of the first k samples, as s1's maj@k.
+  """Majority vote of the first k samples, as s1's maj@k: 1 if it is right.
 
   A tie goes to the answer that came first, and the first sample of an answer
   speaks for it. `maj_at_k` is the mean of this over all orders.
@@ -228,15 +232,16 @@ def majority_of_first_k(
 def best_of_n(
     scores: Sequence[float], correct: Sequence[bool], n: int,
 ) -> float:
-  """P(the highest-scored of n samples is right), over all subsets.
+  """Best of n: P(the highest-scored of n samples is right), over all subsets.
 
   Args:
-    scores: [M], a verifier's; equal ones are chosen equally often.
+    scores: [M], a verifier's; samples with equal scores are chosen equally
+      often.
     correct: [M] bool.
-    n: how many samples are drawn without replacement.
+    n: number of samples that are drawn without replacement.
 
   Raises:
-    ValueError: not 1 <= n <= M, or lengths that differ.
+    ValueError: n is not in 1..M, or the lengths differ.
   """
   if len(scores) != len(correct):
     raise ValueError(
@@ -247,6 +252,8 @@ def best_of_n(
   wins = 0.0
   for value in np.unique(values):
     below, upto = int((values < value).sum()), int((values <= value).sum())
+    # Subsets whose highest score is this value: all within it, less those
+    # below it.
     ways = math.comb(upto, n) - math.comb(below, n)
     wins += ways * float(outcomes[values == value].mean())
   return wins / math.comb(total, n)
@@ -255,11 +262,11 @@ def best_of_n(
 def _share(
     others: Sequence[int], abstaining: int, top: int, places: int,
 ) -> float:
-  """Ways to fill the other places, each counted as a share of the win.
+  """Counts the ways to fill the other places, each as a share of the win.
 
-  The answer in question has `top` votes. No other may have more; where t have
-  as many, it wins one time in 1 + t. A table over (places filled, t) is
-  extended by one answer at a time.
+  The answer in question has `top` votes. No other may have more; if t have as
+  many, it wins one time in 1 + t. A table over (places filled, t) is extended
+  by one answer at a time.
   """
   ties = places // top
   table = np.zeros((places + 1, ties + 1))

@@ -1,7 +1,7 @@
-"""Scored completions of one model -> the figures of an evaluation.
+"""Figures of an evaluation, from the scored completions of one model.
 
-A cell is one setting of the budgets, on the same problems with the same
-random bits: what differs between two cells is the budget alone.
+A cell is one setting of the budgets, on the same problems with the same random
+bits: two cells differ in the budget alone.
 
   Q: problems    M: samples of each
 """
@@ -15,19 +15,19 @@ import numpy as np
 
 from posttrain.evaluation import scaling, statistics
 
-UNSCORED = ("timeout", "error")  # Statuses of what nothing could judge.
-TOKENS_PER_STEP = 100  # By which s1 holds a mean to a budget of steps.
+UNSCORED = ("timeout", "error")  # Statuses of completions without a score.
+TOKENS_PER_STEP = 100  # s1 compares mean tokens with a budget of steps so.
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One setting; no maximum is -1.
+  """One setting of the budgets; -1 is no maximum.
 
   Attributes:
-    asked: what the prompt asks for: "tokens", "steps", "short" or "long"; ""
-      for nothing.
-    amount: of tokens or steps. The budget is another thing: it may enforce
-      the amount.
+    asked: unit or class that the prompt asks for: "tokens", "steps", "short" or
+      "long"; "" for no instruction.
+    amount: number of tokens or steps that the prompt asks for. It is a request;
+      only a budget (`max_thinking_...`) enforces it.
   """
 
   max_thinking_tokens: int = -1
@@ -38,7 +38,7 @@ class Cell:
 
   @property
   def forced(self) -> bool:
-    """The thinking has a maximum."""
+    """Tests if the thinking has a maximum."""
     return max(self.max_thinking_tokens, self.max_thinking_steps) >= 0
 
   @property
@@ -55,13 +55,15 @@ def cells(
     max_thinking_tokens: Sequence[int], num_waits: Sequence[int],
     wait_maxima: Sequence[int] = (),
 ) -> list[Cell]:
-  """The free cell, one per maximum, and those of waits; each once.
+  """Lists the free cell, one per maximum, and those with waits; each once.
 
   Args:
-    wait_maxima: of the cells of waits, every number with every maximum,
-      without waits too: that is what they are compared with. By default the
-      largest of all maxima: a row that waits until its tokens are used up
-      would have no answer.
+    max_thinking_tokens: maxima of the cells without waits.
+    num_waits: numbers of waits.
+    wait_maxima: maxima of the cells with waits, each combined with each number
+      of waits, and with none for comparison. By default the largest of all
+      maxima: without one, a row that waits until its tokens are used up would
+      have no answer.
   """
   wait_maxima = wait_maxima or (max(max_thinking_tokens, default=-1),)
   maxima = *max_thinking_tokens, *(wait_maxima if num_waits else ())
@@ -75,11 +77,12 @@ def asking_cells(
     tokens: Sequence[int], steps: Sequence[int], classes: Sequence[str], *,
     forced: bool,
 ) -> list[Cell]:
-  """Cells whose prompts ask for an amount of thinking.
+  """Lists cells whose prompts ask for an amount of thinking.
 
   Args:
-    tokens, steps: amounts. classes: "short", "long".
-    forced: each amount is there once more, with a budget that enforces it.
+    tokens, steps: amounts.
+    classes: "short", "long".
+    forced: add each amount once more, with a budget that enforces it.
   """
   found = []
   for enforced in (False, True)[:1 + forced]:
@@ -92,13 +95,14 @@ def asking_cells(
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """The completions of one cell, all [Q, M].
+  """Completions of one cell with their scores, all [Q, M].
 
   Attributes:
-    correct: bool. answers: str or None, canonical; all None without votes.
-    tokens, thinking_tokens: int, of the completion and of its thinking.
-    thinking_steps: int, of its thinking.
-    finish: names of the reasons, str.
+    correct: bool.
+    answers: str or None, canonical; all None without votes.
+    tokens: int, number of tokens of the completion.
+    thinking_tokens, thinking_steps: int, numbers in its thinking.
+    finish: str, names of finish reasons.
     unscored: bool, the verifier timed out or failed; counted as wrong.
   """
 
@@ -111,14 +115,15 @@ class Scored:
   unscored: np.ndarray
 
 
-# What the figures of a cell are made from, of each of its records.
+# Fields of a record that the figures of a cell are made from.
 SCORED_FROM = ("sample_id", "correct", "answer", "length", "think_length",
                "think_steps", "finish_reason", "status")
 
 
 def scored(
     records: Sequence[Mapping[str, Any]], questions: int) -> Scored:
-  """The completions of a cell from their records, by question, then sample."""
+  """Collects the completions of a cell from records, by question, then sample.
+  """
   column = lambda name, dtype: np.array(
       [record[name] for record in records], dtype).reshape(questions, -1)
   return Scored(
@@ -133,16 +138,16 @@ def scored(
 def accuracy(
     scores: Sequence[float] | np.ndarray, cluster: np.ndarray | None,
 ) -> dict[str, Any]:
-  """Accuracy, standard error and n, as they are saved.
+  """Computes accuracy, standard error and n, as they are saved.
 
   Args:
     scores: [Q], the mean over each question's samples.
-    cluster: [Q], equal for questions that are alike, which then count as
-      less than so many independent ones; None where there are none such.
+    cluster: [Q], equal for related questions, which count as fewer than
+      independent ones; None: questions are independent.
 
   Returns:
-    `n`, `accuracy`, `standard_error` (None where it is undefined: of one
-    question or of one cluster), and `num_clusters` if there are clusters.
+    `n`, `accuracy`, `standard_error` (None for one question or one cluster,
+    where it is undefined), and `num_clusters` if there are clusters.
   """
   found = statistics.estimate(np.asarray(scores), cluster)
   clusters = {} if cluster is None else {
@@ -153,7 +158,7 @@ def accuracy(
 
 
 def in_clusters(figures: Mapping[str, Any]) -> str:
-  """`" in 25 clusters"` behind a cell's n; "" where there are none."""
+  """Writes `" in 25 clusters"`, to follow a cell's n; "" without clusters."""
   count = figures.get("num_clusters")
   return "" if count is None else f" in {count} cluster{'s' * (count != 1)}"
 
@@ -162,11 +167,13 @@ def cell_figures(
     cell: Cell, scored: Scored, pass_at: Sequence[int], *, votes: bool,
     cluster: np.ndarray | None = None,
 ) -> dict[str, Any]:
-  """Accuracy with its error, pass@k, maj@k, lengths and control.
+  """Computes accuracy with its error, pass@k, maj@k, lengths and control.
 
   Args:
-    cell, scored: the setting, and what came of it.
-    pass_at: values of k. votes: whether there are answers to vote with.
+    cell: the setting.
+    scored: its completions.
+    pass_at: values of k.
+    votes: true if there are answers to vote with.
     cluster: [Q], see `accuracy`.
   """
   samples = scored.correct.shape[1]
@@ -204,7 +211,7 @@ def cell_figures(
 def s1_figures(
     figures: Sequence[Mapping[str, Any]], scored: Mapping[Cell, Scored],
 ) -> dict[str, Any]:
-  """Control, Scaling and Performance over the maxima; flips per wait.
+  """Computes s1's Control, Scaling and Performance over the maxima, and flips.
 
   Scaling is in accuracy (1 = 100 points); a curve of one point has none.
   """
@@ -224,7 +231,7 @@ def s1_figures(
 
 def _flips(
     scored: Mapping[Cell, Scored], maximum: int) -> list[dict[str, Any]]:
-  """From each number of waits to the next, under one maximum."""
+  """Counts flips from each number of waits to the next, under one maximum."""
   waits = sorted((c for c in scored if c.max_thinking_tokens == maximum
                   and c.max_thinking_steps < 0 and not c.asked),
                  key=lambda cell: cell.num_waits)
@@ -237,7 +244,7 @@ def _flips(
 def waits_by_maximum(
     figures: Sequence[Mapping[str, Any]],
 ) -> dict[int, list[Mapping[str, Any]]]:
-  """Cells that ask for nothing, by the maximum of those with waits.
+  """Groups cells that ask for nothing by the maximum of those with waits.
 
   Each series begins with the cell without waits, if there is one.
   """
@@ -252,14 +259,15 @@ def waits_by_maximum(
 def asking_figures(
     figures: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-  """Control, Scaling and Performance of s1's conditional control (table 3).
+  """Computes s1's conditional control (its table 3) for prompts that ask.
 
-  Control per run is s1's: the mean thinking tokens keep to the amount, of
-  steps to 100 tokens each; of classes, the short one has fewer than the free
-  cell and the long one more. Control per sample counts tokens or steps.
+  Control per run is s1's: the mean thinking tokens keep to the amount, where a
+  step counts as 100 tokens. For classes, the short one must have fewer tokens
+  than the free cell, and the long one more. Control per sample counts each
+  sample's tokens or steps.
 
   Returns:
-    By family: "tokens", "steps", the same with "_forced", "classes".
+    Figures by family: "tokens", "steps", the same with "_forced", "classes".
   """
   free = next(f for f in figures if f["name"] == "free")
   families: dict[str, list[Mapping[str, Any]]] = {}
@@ -285,7 +293,7 @@ def asking_figures(
 
 
 def _over(family: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Scaling and Performance over some cells."""
+  """Computes Scaling and Performance over some cells."""
   tokens, accuracy = _columns(family, "mean_thinking_tokens", "accuracy")
   return {
       "scaling_per_doubling": scaling.scaling_per_doubling(tokens, accuracy),

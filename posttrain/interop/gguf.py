@@ -1,7 +1,7 @@
-"""GGUF files: metadata, dequantised tensors, and the one model from them.
+"""GGUF files: metadata, dequantised tensors, and the model from them.
 
-`gguf_file` reads the format, and the `gguf` package dequantises; what an
-architecture's tensors mean is in `gguf_models`, and its tokenizer in
+`gguf_file` reads the format, and the `gguf` package dequantises. The meaning of
+an architecture's tensors is in `gguf_models`, and its tokenizer in
 `gguf_tokenizer`. One tensor at a time is on the host: a layer of a parameter
 goes to its place in the stacked arrays on the devices before the next one is
 read.
@@ -21,12 +21,12 @@ from posttrain.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-  """A parsed file. Tensors stay on disk (memory-mapped) until they are read.
+  """A parsed GGUF file; tensors stay on disk (memory-mapped) until read.
 
   Attributes:
-    path: where it was read from.
+    path: the file's path.
     metadata: every key of the file, as Python values and lists.
-    tensors: by name.
+    tensors: places of the tensors in the file, by name.
   """
 
   path: Path
@@ -34,11 +34,11 @@ class GGUFFile:
   tensors: dict[str, gguf_file.Tensor]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Row-major: `[out, in]` of a projection."""
+    """Returns a tensor's shape, row-major: `[out, in]` of a projection."""
     return self.tensors[name].shape
 
   def tensor(self, name: str) -> np.ndarray:
-    """One tensor, dequantised to float32.
+    """Reads one tensor, dequantised to float32.
 
     Raises:
       ValueError: the `gguf` package cannot dequantise its type.
@@ -57,7 +57,7 @@ def read(path: str | Path) -> GGUFFile:
   """Parses a GGUF file.
 
   Raises:
-    ValueError: the path is not a file, or not one in the GGUF format.
+    ValueError: the path is not a file, or the file not in the GGUF format.
   """
   path = Path(path)
   if not path.is_file():
@@ -66,11 +66,11 @@ def read(path: str | Path) -> GGUFFile:
 
 
 def model_config(file: GGUFFile) -> ModelConfig:
-  """The shape of the model in a file; compute fields keep their defaults.
+  """Reads the model's shape from a file; compute fields keep their defaults.
 
   Raises:
-    ValueError: another architecture, metadata that is missing, or metadata
-      that asks for something the model does not do.
+    ValueError: the architecture is unknown, metadata are missing, or they ask
+      for something that this model does not do.
   """
   fields = gguf_models.model_fields(file.metadata, file.path)
   if "token_embd.weight" not in file.tensors:
@@ -87,16 +87,16 @@ def load(
     file: GGUFFile, config: ModelConfig, *, dtype: str = "float32",
     progress: parameters.Progress | None = None,
 ) -> transformer.Transformer:
-  """The model with the file's weights, sharded over the current mesh.
+  """Loads the file's weights into a model, sharded over the current mesh.
 
-  One tensor at a time is whole on the host: for SmolLM2-135M at most the
-  113 MB of the embedding table, beside what is already on the devices.
+  One tensor at a time is whole on the host: for SmolLM2-135M at most the 113 MB
+  of the embedding table, in addition to what is on the devices.
 
   Args:
-    file: a file whose shape is the config's.
-    config: of the model to fill.
-    dtype: of the parameters: "float32" where they are trained.
-    progress: told of every tensor.
+    file: a file of a model with the config's shape.
+    config: shape of the model.
+    dtype: dtype of the parameters; "float32" if they are trained.
+    progress: called after every tensor.
 
   Raises:
     ValueError: the file holds another model, or other tensors.

@@ -1,9 +1,9 @@
-"""The GGUF format: metadata and an index of tensors, then the tensors' bytes.
+"""GGUF format: metadata and an index of tensors, then the tensors' bytes.
 
-Every count and size is held against the bytes that are left before anything
-of that size is made: a header of a few bytes can announce 2**40 elements. The
-`gguf` package's own reader believes it; it dequantises what is read here, and
-the tests compare the two.
+Every count and size is compared with the bytes that are left before anything of
+that size is made: a header of a few bytes can announce 2**40 elements. The
+`gguf` package's own reader believes it. That package only dequantises here, and
+the tests compare the two readers.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2
 and 3, little-endian; magic, version, number of tensors, number of fields; the
@@ -21,9 +21,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-LONGEST_HEADER = 100_000_000  # As of safetensors; vocabularies take 10 MB.
-DEEPEST_ARRAY = 4  # Arrays in arrays.
-MOST_DIMENSIONS = 4  # Of the format.
+LONGEST_HEADER = 100_000_000  # As in safetensors; vocabularies take 10 MB.
+DEEPEST_ARRAY = 4  # Most levels of nested arrays.
+MOST_DIMENSIONS = 4  # The format's limit.
 
 Kind = gguf.GGUFValueType
 SCALARS = {
@@ -31,24 +31,25 @@ SCALARS = {
     Kind.UINT32: "<u4", Kind.INT32: "<i4", Kind.UINT64: "<u8",
     Kind.INT64: "<i8", Kind.FLOAT32: "<f4", Kind.FLOAT64: "<f8",
     Kind.BOOL: "u1"}
-# The fewest bytes that a value takes: a length; a type and a length.
+# The fewest bytes of a value: a string has a length, an array also a type.
 SMALLEST = {kind: np.dtype(dtype).itemsize for kind, dtype in SCALARS.items()
             } | {Kind.STRING: 8, Kind.ARRAY: 12}
 SMALLEST_FIELD, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
-# What is not in blocks; of all others the `gguf` package takes bytes.
+# Types that are not stored in blocks; the `gguf` package takes all others as
+# bytes.
 PLAIN = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2",
          "I32": "<i4", "I64": "<i8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies.
+  """Place of a tensor in a GGUF file.
 
   Attributes:
-    path: of its file.
-    kind: how its values are stored.
+    path: the file's path.
+    kind: the type in which its values are stored.
     shape: row-major, `[out, in]` of a projection. GGUF writes it reversed.
-    offset: of its first byte in the file.
+    offset: its first byte in the file.
   """
 
   path: pathlib.Path
@@ -67,23 +68,23 @@ class Tensor:
 
   @property
   def size(self) -> int:
-    """In bytes."""
+    """Size in bytes."""
     dtype, shape = self.stored
     return math.prod(shape) * dtype.itemsize
 
   def view(self) -> np.ndarray:
-    """What is stored, read from disk where it is touched."""
+    """Maps the stored array, which is read from disk where it is touched."""
     dtype, shape = self.stored
     return np.memmap(self.path, dtype, "r", self.offset, shape)
 
 
 def read_header(
     path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-  """The metadata, as Python values and lists, and the tensors, by name.
+  """Reads the metadata, as Python values and lists, and the tensors, by name.
 
   Raises:
-    ValueError: it is cut short, damaged or in another format; the message
-      names the field.
+    ValueError: the file is cut short, damaged or in another format; the
+      message names the field.
   """
   with path.open("rb") as file:
     size = file.seek(0, 2)
@@ -94,7 +95,10 @@ def read_header(
 
 
 class _Header:
-  """A position in the header, and what is being read."""
+  """A reader with a position in the header.
+
+  `_what` names the part that is being read, for error messages.
+  """
 
   def __init__(self, path: pathlib.Path, data: mmap.mmap):
     self._path, self._data = path, data
@@ -129,7 +133,7 @@ class _Header:
     return metadata, self._place(found, metadata)
 
   def _tensor(self) -> Tensor:
-    """With its offset from where the data begin."""
+    """Reads a tensor's entry; its offset is from where the data begin."""
     dimensions = self._number("<I")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
       raise self._error(f"has {dimensions} dimensions, and the format has up "
@@ -150,7 +154,9 @@ class _Header:
   def _place(
       self, tensors: dict[str, Tensor], metadata: dict[str, Any],
   ) -> dict[str, Tensor]:
-    """Offsets from the file's start, held against its size."""
+    """Makes offsets start at the file's start, and checks them against its
+    size.
+    """
     self._what = "field 'general.alignment'"
     unit = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if type(unit) is not int or unit < 1 or unit & (unit - 1):
@@ -193,7 +199,7 @@ class _Header:
       raise self._error(f"is of type {number}, which is not known") from error
 
   def _count(self, what: str, smallest: int) -> int:
-    """A number of things that take at least `smallest` bytes each."""
+    """Reads a number of things that take at least `smallest` bytes each."""
     count, left = self._number("<Q"), self._end - self._at
     if count * smallest > left:
       raise self._error(

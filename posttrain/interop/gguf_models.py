@@ -1,19 +1,19 @@
-"""Architectures as llama.cpp's converter lays them out in GGUF files.
+"""GGUF architectures, as llama.cpp's converter writes them.
 
 A family is a row of `ARCHITECTURES`: the fields of its ModelConfig that the
-file does not spell out, and the metadata keys that it may have beside the
-common ones. What the converter does to weights:
+file does not have, and the metadata keys that it may have in addition to the
+common ones. The converter changes weights in these ways:
 
 * "llama" and "smollm3": the rows of the q and k projections are permuted, head
-  by head, for a rotary embedding that turns neighbouring dimensions (2i,
-  2i + 1); ours turns (i, i + H/2), so the permutation is undone. The other
+  by head, for a rotary embedding that rotates neighbouring dimensions (2i,
+  2i + 1); ours rotates (i, i + H/2), so the permutation is undone. The other
   architectures are stored as they were released.
-* "gemma2" and "gemma3": 1 is added to every norm, and taken off here, since
+* "gemma2" and "gemma3": 1 is added to every norm, and subtracted here, since
   the model adds it (`norm_offset`).
 * Llama 3's RoPE scaling is not in the metadata but a tensor of divisors of the
-  frequencies, `rope_freqs.weight`; its parameters are found from it.
+  frequencies, `rope_freqs.weight`; its parameters are computed from it.
 
-What a file asks for beyond that is an error. Source: llama.cpp,
+Anything else that a file asks for is an error. Source: llama.cpp,
 `conversion/*.py` and `src/llama-model.cpp`.
 
   D: embed  H: head_dim
@@ -36,14 +36,14 @@ LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """What is not in the metadata.
+  """Properties of an architecture that its files' metadata lack.
 
   Attributes:
-    fields: of the ModelConfig.
-    keys: metadata that this architecture has beside the common ones, field
-      -> key without the architecture's name.
-    optional: as `keys`, where `fields` has a default.
-    permuted: q and k are laid out for interleaved RoPE.
+    fields: fields of its ModelConfig.
+    keys: metadata that this architecture has in addition to the common ones:
+      field -> key without the architecture's name.
+    optional: as `keys`, for fields with a default in `fields`.
+    permuted: q and k are stored for interleaved RoPE.
     wide: number of layers of the size whose queries are scaled by
       (D / heads) ** -0.5 instead of H ** -0.5; 0: none.
   """
@@ -82,7 +82,7 @@ REQUIRED = {
     "layers": "block_count", "heads": "attention.head_count",
     "norm_eps": "attention.layer_norm_rms_epsilon"}
 
-# Checked, or of no consequence for the computation.
+# Keys that are checked, or do not affect the computation.
 OTHER = {
     "attention.head_count_kv", "attention.key_length",
     "attention.value_length", "rope.dimension_count", "rope.freq_base",
@@ -93,7 +93,7 @@ FLOATS = ("rope_theta", "rope_local_theta", "norm_eps", "attention_softcap",
 
 
 def architecture(metadata: Mapping[str, Any], path: Any) -> str:
-  """The name of an architecture that is known here, or ValueError."""
+  """Returns the file's architecture; raises ValueError if it is unknown."""
   name = metadata.get("general.architecture")
   if name not in ARCHITECTURES:
     raise ValueError(
@@ -104,13 +104,14 @@ def architecture(metadata: Mapping[str, Any], path: Any) -> str:
 
 def model_fields(
     metadata: Mapping[str, Any], path: Any) -> dict[str, Any]:
-  """The ModelConfig's fields that metadata decide.
+  """Reads the fields of a ModelConfig that the metadata determine.
 
-  All but vocab_size, tied_embeddings and a RoPE scaling that is a tensor.
+  Those are all but vocab_size, tied_embeddings and a RoPE scaling that is a
+  tensor.
 
   Raises:
-    ValueError: another architecture, metadata that is missing, or metadata
-      that asks for something the model does not do.
+    ValueError: the architecture is unknown, metadata are missing, or they ask
+      for something that this model does not do.
   """
   name = architecture(metadata, path)
   row = ARCHITECTURES[name]
@@ -139,7 +140,8 @@ def model_fields(
     fields["rope_scaling"] = scaling
   if row.wide == fields["layers"]:
     fields["query_scale"] = (fields["embed"] / fields["heads"]) ** -0.5
-  # Stored as float32: 9.999999747378752e-06 is 1e-05 again.
+  # Files store float32: 9.999999747378752e-06 becomes 1e-05 again, as in
+  # config.json.
   return {key: float(str(np.float32(value))) if key in FLOATS else value
           for key, value in fields.items()}
 
@@ -172,13 +174,13 @@ def _linear_scaling(found, name, path) -> RopeScaling | None:
 
 def llama3_scaling(
     divisors: np.ndarray, rope_theta: float, path: Any) -> RopeScaling:
-  """Llama 3's scaling out of `rope_freqs.weight`, [H / 2].
+  """Finds Llama 3's RoPE scaling from `rope_freqs.weight`, [H / 2].
 
-  The factor is the largest divisor; the rest are the published constants,
-  which all of the divisors have to confirm.
+  The factor is the largest divisor. The other values are the published
+  constants, which all of the divisors have to confirm.
 
   Raises:
-    ValueError: the divisors are of another scaling.
+    ValueError: the divisors belong to another scaling.
   """
   scaling = RopeScaling(
       kind="llama3", factor=float(f"{divisors.max():.6g}"),
@@ -209,10 +211,14 @@ NAMES = {
 
 
 def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-  """[heads * H, D] rows for interleaved RoPE -> rows for half-split RoPE.
+  """Reorders rows for interleaved RoPE to rows for half-split RoPE.
 
   The converter's `permute` splits the H rows of each head in two halves and
   interleaves them; here row 2i goes back to i and row 2i + 1 to H/2 + i.
+
+  Args:
+    weight: [heads * H, D].
+    heads: number of heads of the projection.
   """
   rows, width = weight.shape
   pairs = weight.reshape(heads, rows // heads // 2, 2, width)
@@ -221,7 +227,7 @@ def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def sources(
     config: ModelConfig, permuted: bool) -> dict[str, parameters.Source]:
-  """For every parameter path of the model, the tensors that hold it."""
+  """Maps every parameter path of the model to the tensors that hold it."""
   c = config
   prepare: dict[str, Callable] = {}
   if permuted:

@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer, from the vocabulary in its metadata.
+"""GGUF tokenizer: built from the vocabulary in a file's metadata.
 
 `tokenizer.ggml.model` names one of two kinds.
 
@@ -6,17 +6,17 @@
 of a pre-tokenizer, but not the pre-tokenizer itself. That is an expression in
 llama.cpp's source, rebuilt here by name as the published pipelines have it. A
 wrong one gives other ids than the model was trained on, without any other
-sign, so a name that is not known here is an error.
+sign, so an unknown name is an error.
 
-"llama" is SentencePiece's BPE: pieces, scores and types, out of which a
-SentencePiece model is put together.
+"llama" is SentencePiece's BPE: pieces, scores and types, from which a
+SentencePiece model is built.
 
-A byte without a token is left out by llama.cpp, by Hugging Face's pipeline of
+A byte without a token is dropped by llama.cpp, by Hugging Face's pipeline of
 the same model, and here. SmolLM2 has none for six ASCII control characters
-(0x04, 06, 13, 14, 16, 1d) and for what only unassigned code points need.
+(0x04, 06, 13, 14, 16, 1d) and for bytes of unassigned code points only.
 
-Source: llama.cpp, `src/llama-vocab.cpp`. It differs in one thing: Qwen's
-pipeline composes characters (NFC) before it splits, llama.cpp does not.
+Source: llama.cpp, `src/llama-vocab.cpp`. This module differs in one thing:
+Qwen's pipeline composes characters (NFC) before it splits, llama.cpp does not.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ from posttrain.text.tokenizer import Tokenizer
 # llama.cpp's token types; SentencePiece's have the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# Tokens that end an answer whatever the metadata name: llama.cpp finds its
-# end-of-generation tokens by such a list of texts, too.
+# Tokens that end an answer, even if the metadata do not name them: llama.cpp
+# finds its end-of-generation tokens by such a list of texts, too.
 END_TEXTS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>",
              "<|end_of_text|>", "<end_of_turn>")
 
@@ -45,13 +45,14 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # Digits one by one.
 
-# What splits a text, by `tokenizer.ggml.pre`: an expression, or "digits" (each
-# numeric character alone, then GPT-2's splitter) or "gpt2" (that alone).
+# Pre-tokenizers by `tokenizer.ggml.pre`: an expression, or "digits" (each
+# numeric character alone, then GPT-2's splitter), or "gpt2" (GPT-2's alone).
 SPLITTERS = {
     "smollm": "digits", "gpt-2": "gpt2", "olmo": "gpt2", "qwen2": QWEN2,
     "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "dbrx": LLAMA3,
     "smaug-bpe": LLAMA3}  # SmolLM3's files have this name.
-# Llama 3 takes a word that is an entry whole, and begins a text with BOS.
+# Llama 3 does not split a word that is in its vocabulary (`ignore_merges`), and
+# begins a text with BOS.
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
@@ -59,11 +60,11 @@ NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
 
 
 def load(file: GGUFFile) -> Tokenizer:
-  """The tokenizer with its special ids and its chat template.
+  """Builds the tokenizer, with its special ids and its chat template.
 
   Raises:
-    ValueError: metadata that is missing, a tokenizer of another kind, or a
-      file that does not say what ends an answer.
+    ValueError: metadata are missing, the tokenizer is of another kind, or no
+      token ends an answer.
   """
   stops = stop_ids(file)
   template = file.metadata.get("tokenizer.chat_template")
@@ -95,7 +96,7 @@ def _kind(file: GGUFFile) -> str:
 
 
 def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
-  """Texts and types of the tokens, by id."""
+  """Reads texts and types of the tokens, by id."""
   tokens, types = _get(file, "tokens", "token_type")
   known = {NORMAL, CONTROL, USER_DEFINED, UNUSED}
   if _kind(file) == "llama":
@@ -110,7 +111,7 @@ def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
 
 
 def splitter(name: str) -> pre_tokenizers.PreTokenizer:
-  """The pre-tokenizer that `tokenizer.ggml.pre` names."""
+  """Makes the pre-tokenizer that `tokenizer.ggml.pre` names."""
   if name not in SPLITTERS:
     raise ValueError(
         f"tokenizer.ggml.pre is {name!r}; this reader knows "
@@ -127,10 +128,10 @@ def splitter(name: str) -> pre_tokenizers.PreTokenizer:
 
 
 def build(file: GGUFFile) -> tokenizers.Tokenizer:
-  """The pipeline of a "gpt2" file; encodes without BOS or EOS.
+  """Builds the pipeline of a "gpt2" file; it adds no BOS or EOS.
 
   Raises:
-    ValueError: metadata that is missing, or not known here.
+    ValueError: metadata are missing or unknown.
   """
   tokens, types = _vocabulary(file)
   pre, merges = _get(file, "pre", "merges")
@@ -152,18 +153,20 @@ def build(file: GGUFFile) -> tokenizers.Tokenizer:
 
 
 def build_sentencepiece(file: GGUFFile) -> bytes:
-  """The SentencePiece model of a "llama" file, serialised.
+  """Builds the SentencePiece model of a "llama" file, serialised.
 
   Raises:
-    ValueError: metadata that is missing, or that make no model.
+    ValueError: metadata are missing, or do not make a model.
   """
   tokens, types = _vocabulary(file)
   scores, = _get(file, "scores")
   unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
   if UNKNOWN not in types and unknown is not None:
-    # The converter calls Gemma's <unk> a control token; a model needs one.
+    # The converter makes Gemma's <unk> a control token, and SentencePiece needs
+    # an unknown one.
     types = [UNKNOWN if i == unknown else kind for i, kind in enumerate(types)]
-  # It also writes the spaces of symbols as spaces.
+  # The converter also writes the spaces of symbols as spaces, where
+  # SentencePiece has its own character.
   tokens = [
       token.replace(" ", "\u2581") if kind == USER_DEFINED else token
       for token, kind in zip(tokens, types, strict=True)]
@@ -181,7 +184,7 @@ def build_sentencepiece(file: GGUFFile) -> bytes:
 
 
 def stop_ids(file: GGUFFile) -> tuple[int, ...]:
-  """EOS first, then the other ids that end an answer."""
+  """Lists the ids that end an answer, EOS first."""
   tokens, types = _vocabulary(file)
   eos_id, = _get(file, "eos_token_id")
   ids = {token: index for index, token in enumerate(tokens)}
@@ -196,7 +199,7 @@ def stop_ids(file: GGUFFile) -> tuple[int, ...]:
 
 
 def named_tokens(file: GGUFFile) -> Mapping[str, str]:
-  """`Tokenizer.named`: the texts of BOS, EOS and others."""
+  """Returns `Tokenizer.named`: the texts of BOS, EOS and others."""
   tokens, = _get(file, "tokens")
   found = {name: file.metadata.get(f"tokenizer.ggml.{key}")
            for name, key in NAMED.items()}
@@ -204,11 +207,11 @@ def named_tokens(file: GGUFFile) -> Mapping[str, str]:
 
 
 def bos_id(file: GGUFFile) -> int | None:
-  """The id that starts every sequence; None where the family has none.
+  """Returns the id that starts every sequence; None for families without one.
 
-  Files name a BOS token even when the model was trained without one
-  (SmolLM2's is "<|im_start|>"); `add_bos_token` says whether it is used, and
-  where a file leaves it out, llama.cpp takes it for SentencePiece and Llama 3.
+  Files name a BOS token even if the model was trained without one (SmolLM2's is
+  "<|im_start|>"). `add_bos_token` says if it is used; without this key,
+  llama.cpp uses it for SentencePiece and Llama 3.
   """
   default = (_kind(file) == "llama" or
              file.metadata.get("tokenizer.ggml.pre") in LLAMA3_NAMES)

@@ -1,4 +1,4 @@
-"""Directories of transformers: config.json and safetensors, in and out.
+"""Hugging Face directories: reads and writes config.json and safetensors.
 
   files = read(path)                 headers only; no tensor is read
   config = model_config(files)       the shape, from config.json
@@ -34,30 +34,30 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# The text model of a release that sees images too: its prefixes, which
-# transformers 4 and 5 write differently, and what belongs to the images.
+# The text model of a multimodal release: its prefixes, which transformers 4 and
+# 5 write differently, and those of tensors for images.
 TEXT = {"language_model.model.": "model.", "language_model.lm_head.":
         "lm_head.", "model.language_model.": "model."}
 IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
           "model.multi_modal_projector.")
 
-DTYPES = ("float32", "bfloat16")  # That are written.
-SHARD_BYTES = 5 * 10**9  # Of a file, at most, unless a tensor is larger.
+DTYPES = ("float32", "bfloat16")  # Dtypes that can be written.
+SHARD_BYTES = 5 * 10**9  # Largest file, unless a tensor is larger.
 
 PART = 2**22  # Numbers that are compared at a time.
 
-# Buffers that old releases saved and that config.json implies.
+# Buffers that old releases saved, and that follow from config.json.
 DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """A directory that was looked through.
+  """A release's directory, read up to the headers of its weights.
 
   Attributes:
     path: the directory.
     config: config.json of the text model.
-    tensors: by the names of a text model.
+    tensors: places of the tensors, by their names in a text model.
   """
 
   path: pathlib.Path
@@ -69,8 +69,8 @@ def read(path: str | pathlib.Path) -> Files:
   """Reads config.json and the headers of the weights.
 
   Raises:
-    ValueError: no such directory, no safetensors, an index that names other
-      places, or a file that is damaged.
+    ValueError: there is no such directory or no safetensors in it, an index
+      names files elsewhere, or a file is damaged.
   """
   path = pathlib.Path(path).expanduser()
   if not (path / "config.json").is_file():
@@ -83,7 +83,7 @@ def read(path: str | pathlib.Path) -> Files:
   tensors = _tensors(path)
   if isinstance(config.get("text_config"), dict):
     quantized = {key: value for key, value in config.items()
-                 if key == "quantization_config"}  # Of the text model too.
+                 if key == "quantization_config"}  # Holds for the text model.
     config = config["text_config"] | quantized
     tensors = {
         _text_name(name): tensor for name, tensor in tensors.items()
@@ -111,7 +111,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _tensors(path: pathlib.Path) -> dict[str, safetensors_file.Tensor]:
-  """Of all shards, by name."""
+  """Reads the tensors of all shards, by name."""
   if not (path / INDEX).exists():
     return safetensors_file.read_header(_single(path))
   index = _json(path / INDEX).get("weight_map")
@@ -132,9 +132,9 @@ def _tensors(path: pathlib.Path) -> dict[str, safetensors_file.Tensor]:
 
 
 def _check_shard(path: pathlib.Path, name: str) -> None:
-  """A shard is a file beside the index, whoever wrote the index.
+  """Checks that a shard is a file next to the index, whoever wrote the index.
 
-  The file itself may be a link: caches of downloads are made of them.
+  The file itself may be a link: caches of downloads are made of links.
   """
   if name != pathlib.PurePath(name).name or "\\" in name or name == "..":
     raise ValueError(
@@ -166,7 +166,7 @@ def _single(path: pathlib.Path) -> pathlib.Path:
 
 
 def pickled(path: pathlib.Path, names: list[str]) -> ValueError:
-  """The error of weights that are not read, and what helps."""
+  """Makes the error for weights that are not read, with the remedy."""
   return ValueError(
       f"{path} holds its weights as {', '.join(names[:3])}: pickled Python, "
       "which can run any program when it is read. It is not read. Use a "
@@ -175,7 +175,7 @@ def pickled(path: pathlib.Path, names: list[str]) -> ValueError:
 
 
 def model_config(files: Files) -> ModelConfig:
-  """The shape of the model; compute fields keep their defaults.
+  """Reads the model's shape; compute fields keep their defaults.
 
   Raises:
     ValueError: config.json asks for what the model does not do.
@@ -188,16 +188,17 @@ def load(
     files: Files, config: ModelConfig, *, dtype: str = "float32",
     progress: Progress | None = None,
 ) -> transformer.Transformer:
-  """The model with the files' weights, sharded over the current mesh.
+  """Loads the files' weights into a model, sharded over the current mesh.
 
-  Shards are read one after the other, and of each tensor only what this
-  host's devices hold. float16 and bfloat16 become `dtype`: exact in float32.
+  Shards are read one after the other, and each host reads the parts of its
+  devices only. float16 and bfloat16 are converted to `dtype`, which is exact
+  for float32.
 
   Args:
-    files: of a model whose shape is the config's.
-    config: of the model to fill.
-    dtype: of the parameters: "float32" where they are trained.
-    progress: told of every tensor.
+    files: files of a model with the config's shape.
+    config: shape of the model.
+    dtype: dtype of the parameters; "float32" if they are trained.
+    progress: called after every tensor.
 
   Raises:
     ValueError: the files hold another model, or other tensors.
@@ -224,10 +225,10 @@ def load(
 
 def _without_tied_head(
     files: Files, config: ModelConfig) -> dict[str, safetensors_file.Tensor]:
-  """Without a head that says again what the embedding table says.
+  """Drops a head that is equal to the embedding table it is tied to.
 
   Raises:
-    ValueError: it says something else.
+    ValueError: it differs from the table.
   """
   embedding, head = (hugging_face_models.NAMES[leaf]
                      for leaf in ("embedding", "head"))
@@ -244,7 +245,7 @@ def _without_tied_head(
 
 
 def _equal(a: safetensors_file.Tensor, b: safetensors_file.Tensor) -> bool:
-  """By parts, so that neither is ever whole in memory."""
+  """Compares two tensors by parts, so that neither is ever whole in memory."""
   if (a.dtype, a.shape) != (b.dtype, b.shape) or (
       a.dtype not in safetensors_file.DTYPES):
     return False
@@ -261,17 +262,16 @@ def save(
 ) -> None:
   """Writes a directory that transformers loads with no code of ours.
 
-  Every process takes part, as tensors are gathered one at a time, and process
-  0 writes: under a temporary name until all is there.
+  Every process takes part, as tensors are gathered one at a time, and process 0
+  writes, under a temporary name until all is there.
 
   Args:
-    model: on the current mesh.
-    path: of the directory, which must not exist.
+    model: a model on the current mesh.
+    path: the directory, which must not exist.
     tokenizer: its files and the chat template are written too.
-    dtype: of the tensors, "float32" or "bfloat16"; rounded to it.
-    shard_bytes: how large a file may become; with several, an index is
-      written.
-    progress: told of every tensor.
+    dtype: dtype of the tensors, "float32" or "bfloat16"; rounded to it.
+    shard_bytes: the largest file; several files get an index.
+    progress: called after every tensor.
 
   Raises:
     ValueError: the directory exists, the dtype is another, or no family of
@@ -287,7 +287,7 @@ def save(
   partial = path.with_name(f".{path.name}.partial")
   writes = jax.process_index() == 0
   if writes:
-    shutil.rmtree(partial, ignore_errors=True)  # What a kill has left.
+    shutil.rmtree(partial, ignore_errors=True)  # Left by a killed export.
     partial.mkdir(parents=True)
   _write_weights(
       model, partial if writes else None, dtype, shard_bytes, progress)
@@ -302,9 +302,9 @@ def save(
 
 def config_json(
     config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-  """config.json of a model with this tokenizer; raises as `save`."""
+  """Makes config.json of a model with this tokenizer; raises as `save`."""
   token = lambda name: tokenizer.controls.get(tokenizer.named.get(name, ""))
-  # Null is said too: without it the family's own ids would be taken.
+  # Null is written too: without the key the family's default id would be used.
   return hugging_face_models.to_json(config) | {
       "torch_dtype": dtype, "bos_token_id": token("bos_token"),
       "eos_token_id": list(tokenizer.stop_ids),
@@ -315,7 +315,8 @@ def _write_weights(
     model: transformer.Transformer, path: pathlib.Path | None, dtype: str,
     shard_bytes: int, progress: Progress | None,
 ) -> None:
-  """All shards and their index; `path` is None where nothing is written."""
+  """Writes all shards and their index; `path` is None where nothing is written.
+  """
   kind = np.dtype(jax.numpy.dtype(dtype))
   sources = hugging_face_models.table(model.config)
   shapes = parameters.shapes(sources, model.config.layers)
@@ -347,7 +348,7 @@ def _write_weights(
 def _shards(
     shapes: Mapping[str, tuple[int, ...]], itemsize: int, most: int,
 ) -> list[list[str]]:
-  """Names in order, cut where a file would become larger than `most`."""
+  """Splits names, in order, into files of at most `most` bytes."""
   shards: list[list[str]] = [[]]
   size = 0
   for name, shape in shapes.items():

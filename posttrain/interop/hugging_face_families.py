@@ -1,4 +1,4 @@
-"""The families of transformers: a row of `FAMILIES` each.
+"""Families of transformers: a row of `FAMILIES` each.
 
 Source: `configuration_*.py` and `modeling_*.py` of transformers, 5.24.
 """
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What its config.json does not say, and how it says the rest.
+  """Properties of a family that its config.json lacks, and its keys.
 
   Attributes:
     architecture: the class in transformers.
-    fields: of the ModelConfig, the same for all of its models.
-    defaults: what transformers takes for a key that is not there.
+    fields: fields of the ModelConfig that all of its models share.
+    defaults: transformers' values for keys that are missing.
     activation: the key of the activation.
-    keys: of layer kinds and what only this family has; see `_kinds`.
-    period: where `layer_types` is not there: one layer in so many is global.
+    keys: keys of layer kinds, and keys that only this family has; see `_kinds`.
+    period: without `layer_types`, each `period`-th layer is global.
   """
 
   architecture: str
@@ -31,7 +31,7 @@ class Family:
 
 QWEN = ("use_sliding_window", "sliding_window", "max_window_layers",
         "layer_types")
-MOE = {  # Our fields of the experts, and their keys.
+MOE = {  # Our fields of the experts, and transformers' keys.
     "mlp": "moe_intermediate_size", "num_experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
     "normalize_router": "norm_topk_prob"}

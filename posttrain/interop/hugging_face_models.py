@@ -1,12 +1,12 @@
-"""config.json of transformers <-> ModelConfig, and the names of tensors.
+"""Hugging Face models: config.json to ModelConfig and back, names of tensors.
 
 A family is a row of `FAMILIES`: the fields that all of its models have, and
-the keys of its config.json beside the common ones. What a key says is read in
-the spelling of transformers 4 (`rope_theta`, `rope_scaling`) and of 5
+the keys of its config.json in addition to the common ones. Keys are read in the
+spelling of transformers 4 (`rope_theta`, `rope_scaling`) and of 5
 (`rope_parameters`), and written in that of 4, which both read.
 
-A key that is not known here is an error unless it is off (false, null, 0):
-it might change what the model computes.
+An unknown key is an error unless it is off (false, null, 0): it might change
+what the model computes.
 
 Source: `configuration_*.py` and `modeling_*.py` of transformers, 5.24.
 """
@@ -25,16 +25,16 @@ SIZES = {
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
 KINDS = {"global": "full_attention", "local": "sliding_attention"}
-SCALINGS = {  # Our fields of a scaling, and its keys.
+SCALINGS = {  # Our fields of a RoPE scaling, and transformers' keys.
     "linear": {"factor": "factor"},
     "llama3": {
         "factor": "factor", "low_freq_factor": "low_freq_factor",
         "high_freq_factor": "high_freq_factor",
         "original_context": "original_max_position_embeddings"}}
 
-# Known, and of no consequence for the computation: where the release comes
-# from, its token ids, how it was initialised, what its cache is, how it likes
-# to be sampled, and notes of other programs.
+# Known keys that do not affect the computation: the release's origin, token
+# ids, initialisation, kind of cache, recommended sampling, and notes of other
+# programs.
 INERT = {
     "architectures", "model_type", "transformers_version", "torch_dtype",
     "dtype", "use_cache", "cache_implementation", "initializer_range",
@@ -43,9 +43,10 @@ INERT = {
     "chunk_size_feed_forward", "do_sample", "temperature", "top_k", "top_p",
     "max_length", "router_aux_loss_coef", "output_router_logits",
     "is_llama_config", "transformers.js_config",
-    "sliding_window_size"}  # Gemma 2 says it twice; this one is not read.
+    "sliding_window_size"}  # Gemma 2 has a second name for it.
 
-# The tensors of a parameter, where the norms' names do not say it.
+# Tensors of parameters. The name of a norm depends on the norms' placement,
+# since "post_attention_layernorm" is `mlp_norm` in some families.
 NAMES = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight", "head": "lm_head.weight",
@@ -68,7 +69,7 @@ BETWEEN = "pre_feedforward_layernorm.weight"  # `mlp_norm`, if both are there.
 
 
 def table(config: ModelConfig) -> dict[str, parameters.Source]:
-  """For every parameter path of the model, the tensors that hold it."""
+  """Maps every parameter path of the model to the tensors that hold it."""
   both = {"mlp_norm": BETWEEN} if config.norm_placement == "both" else {}
   experts = EXPERTS if config.num_experts else {}
   return parameters.table(
@@ -76,15 +77,15 @@ def table(config: ModelConfig) -> dict[str, parameters.Source]:
 
 
 def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
-  """The shape that a config.json describes; compute fields keep defaults.
+  """Reads the shape that a config.json describes; compute fields keep defaults.
 
   Args:
     data: config.json of a text model.
-    path: where it was read from, for errors.
+    path: names the file in errors.
 
   Raises:
-    ValueError: another family, a size that is missing, or a key that asks
-      for something the model does not do.
+    ValueError: the family is unknown, a size is missing, or a key asks for
+      something that the model does not do.
   """
   name = data.get("model_type")
   if name not in FAMILIES:
@@ -106,19 +107,20 @@ def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
     raise ValueError(f"{path}: {error}") from error
 
 
-# Null is an answer here, and no key that was left out.
+# Keys for which null is a value ("off"), and not the same as a missing key.
 NULLABLE = ("sliding_window", "final_logit_softcapping",
             "attn_logit_softcapping")
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-  """The config.json of a model: of the first family that computes the same.
+  """Writes a model's config.json, for the first family that computes the same.
 
-  Without dtype and token ids. What is written is read again and compared, so
-  that no field gets lost.
+  It has no dtype and token ids. The result is read again and compared, so that
+  no field gets lost.
 
   Raises:
-    ValueError: no family computes it; names what the nearest does not do.
+    ValueError: no family computes it; names the fields that the nearest family
+      lacks.
   """
   wanted = parameters.comparable(config)
   nearest: dict[str, Any] = {}
@@ -127,7 +129,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     try:
       found = parameters.comparable(model_config(data, "config.json"))
     except ValueError:
-      continue  # The family cannot even say it.
+      continue  # The family has no keys for it.
     lost = {f"{field}={value}": name for field, value in wanted.items()
             if value != found[field]}
     if not lost:
@@ -141,7 +143,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 def _written(
     name: str, family: Family, config: ModelConfig) -> dict[str, Any]:
-  """What a family's config.json can say of a model."""
+  """Writes the config.json that describes a model best within a family."""
   c, kinds = config, config.layer_kinds
   own = {
       "use_sliding_window": "local" in kinds,
@@ -169,7 +171,7 @@ def _written(
               key: getattr(c.rope_scaling, field)
               for field, key in SCALINGS[c.rope_scaling.kind].items()}}}
   if "num_experts" in family.keys:
-    # Of dense layers, which there are none of; as the releases have it.
+    # The width of dense layers, which there are none of; as in the releases.
     data["intermediate_size"] = c.mlp * c.experts_per_token
   if c.max_positions:
     data["max_position_embeddings"] = c.max_positions
@@ -177,7 +179,7 @@ def _written(
 
 
 def _whole(value: float) -> float:
-  """A whole number that rounding has missed; any other as it is."""
+  """Rounds a number that is whole up to rounding errors."""
   return round(value) if abs(value - round(value)) < 1e-9 * value else value
 
 
@@ -224,7 +226,7 @@ def _fields(data: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _experts(data: Mapping[str, Any]) -> dict[str, Any]:
-  """Every layer has experts, in number and width the same."""
+  """Reads the fields of experts; all layers have the same number and width."""
   data = {"num_experts": data.get("num_local_experts"), **data}
   if data["decoder_sparse_step"] != 1 or data.get("mlp_only_layers"):
     raise ValueError(
@@ -237,7 +239,7 @@ def _experts(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_of(value: Any, known: Mapping[str, str], key: str) -> str:
-  """Our name of a value."""
+  """Translates a value to our name of it."""
   for ours, theirs in known.items():
     if value == theirs:
       return ours
@@ -247,7 +249,7 @@ def _one_of(value: Any, known: Mapping[str, str], key: str) -> str:
 
 def _kinds(
     data: Mapping[str, Any], family: Family, layers: int) -> list[str]:
-  """The kind of every layer, by whichever keys the family says it."""
+  """Lists the kind of every layer, by the keys that the family has for it."""
   given = [_one_of(kind, KINDS, "layer_types")
            for kind in data.get("layer_types") or ()]
   numbers = range(layers)
@@ -279,7 +281,7 @@ def _kinds(
 
 
 def _shortest(kinds: list[str]) -> tuple[str, ...]:
-  """The shortest pattern that repeats to `kinds`."""
+  """Finds the shortest pattern that repeats to `kinds`."""
   return next(
       tuple(kinds[:n]) for n in range(1, len(kinds) + 1)
       if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
@@ -287,7 +289,7 @@ def _shortest(kinds: list[str]) -> tuple[str, ...]:
 
 def _rope(
     data: Mapping[str, Any], family: Family, local: bool) -> dict[str, Any]:
-  """rope_theta, rope_local_theta and rope_scaling."""
+  """Reads rope_theta, rope_local_theta and rope_scaling."""
   if data.get("rope_parameters") and data.get("rope_scaling"):
     raise ValueError("rope_parameters and rope_scaling are both set; keep the "
                      "one that is meant.")
@@ -317,7 +319,7 @@ def _rope(
 
 
 def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
-  """Of rope_parameters or rope_scaling, without its theta."""
+  """Reads the scaling of rope_parameters or rope_scaling, without its theta."""
   rope = dict(rope)
   old = rope.pop("type", "default")
   kind = rope.pop("rope_type", old)

@@ -1,12 +1,12 @@
-"""Tensors of a released file and parameters of the model, both ways.
+"""Maps tensors of a released file to parameters of the model, and back.
 
 A release holds projections as [out, in], one tensor per layer; the model has
-them as [L, in..., out...], heads split, the vocabulary padded. Which tensor is
-which is a table of names per format; what lies between is the same for all.
+them as [L, in..., out...], with heads split and the vocabulary padded. A format
+gives a table of names; the conversion is the same for all formats.
 
-One layer of one parameter is on the host at a time, and of it only what this
-host's devices hold: a file that is mapped into memory is read where a device
-needs it.
+One layer of one parameter is on the host at a time, and each host reads the
+parts of its own devices only: a file that is mapped into memory is read where a
+device needs it.
 
   L: layers  D: embed  F: mlp  K: kv heads  G: query heads per kv head
   H: head_dim  V: vocab
@@ -30,21 +30,22 @@ from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 # Fields of a ModelConfig that do not make it another model.
 NO_SHAPE = (*COMPUTE_FIELDS, "max_positions", "lora", "quantized")
 
-# Told how many tensors are done, and how many there are.
+# Takes the number of tensors that are done, and of all tensors.
 Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The tensors of a parameter: one, or one per layer, or per expert of each.
+  """Tensors of a parameter: one, one per layer, or one per layer and expert.
 
   Attributes:
-    name: with `{layer}` where it belongs to a block, and with `{expert}`
-      where each expert's part is a tensor of its own.
-    shape: of a layer's tensor, or tensors together, row-major.
-    parameter: of one layer of the parameter, without padding.
+    name: has `{layer}` if it belongs to a block, and `{expert}` if each
+      expert's part is a tensor of its own.
+    shape: shape of a layer's tensor, or of its experts' tensors together,
+      row-major.
+    parameter: shape of one layer of the parameter, without padding.
     transposed: the tensor's last two axes are swapped.
-    prepare: of the tensor as it is stored, before anything else.
+    prepare: converts the tensor as it is stored, before anything else.
   """
 
   name: str
@@ -59,17 +60,19 @@ class Source:
 
   @property
   def tensor_shape(self) -> tuple[int, ...]:
-    """Of a single tensor."""
+    """Shape of a single tensor."""
     return self.shape[1:] if self.by_expert else self.shape
 
   def names(self, layer: int) -> tuple[str, ...]:
-    """The tensors of a layer, by expert; of no layer, the one."""
+    """Names the tensors of a layer, by expert; the one without layers."""
     name = self.name.replace("{layer}", str(layer))
     experts = range(self.shape[0] if self.by_expert else 1)
     return tuple(name.replace("{expert}", str(expert)) for expert in experts)
 
   def to_parameter(self, tensors: Sequence[np.ndarray]) -> "Stack | np.ndarray":
-    """Tensors as the model has them: views, wherever `prepare` gives one."""
+    """Converts tensors to the model's layout: views, wherever `prepare` gives
+    one.
+    """
     shape = self.parameter[1:] if self.by_expert else self.parameter
 
     def view(tensor):
@@ -82,8 +85,8 @@ class Source:
     return Stack(views) if self.by_expert else views[0]
 
   def to_tensors(self, parameter: np.ndarray) -> Iterator[np.ndarray]:
-    """The way back, for a format that is written (its `prepare` is idle)."""
-    parameter = parameter[tuple(map(slice, self.parameter))]  # Padding.
+    """Converts back, for a format that is written, which has no `prepare`."""
+    parameter = parameter[tuple(map(slice, self.parameter))]  # Drops padding.
     *experts, rows, columns = self.shape if self.transposed else (0, 0)
     whole = (parameter.reshape(*experts, columns, rows).swapaxes(-1, -2)
              if self.transposed else parameter.reshape(self.shape))
@@ -92,7 +95,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Arrays along a new first axis; only what is asked for is read."""
+  """Stacks arrays along a new first axis; reads only the parts asked for."""
 
   parts: Sequence[np.ndarray]
 
@@ -104,11 +107,12 @@ class Stack:
 def table(
     config: ModelConfig, names: Mapping[str, str], block: str,
 ) -> dict[str, Source]:
-  """For every parameter path of the model, the tensors that hold it.
+  """Maps every parameter path of the model to the tensors that hold it.
 
   Args:
-    config: of the model.
-    names: by the last part of the path, in a block without its prefix.
+    config: the model's shape.
+    names: names of tensors, by the last part of the parameter's path; without
+      the prefix for those of a block.
     block: the prefix, with `{layer}`.
 
   Raises:
@@ -183,7 +187,11 @@ def _block(c: ModelConfig) -> dict[str, Source]:
 
 
 def comparable(config: ModelConfig) -> dict[str, Any]:
-  """Fields by name; what has no effect, and two ways to say it, are equal."""
+  """Returns fields by name, normalised so that equal models have equal fields.
+
+  Fields without effect on the shape are left out, and fields with two spellings
+  have one.
+  """
   fields = {
       field.name: getattr(config, field.name)
       for field in dataclasses.fields(config)
@@ -193,7 +201,7 @@ def comparable(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_config(found: ModelConfig, wanted: ModelConfig, path: Any) -> None:
-  """Raises ValueError naming every field in which file and config differ."""
+  """Raises ValueError with every field in which file and config differ."""
   have, want = comparable(found), comparable(wanted)
   differences = [
       f"{name} is {have[name]} in the file and {want[name]} in the config"
@@ -213,9 +221,9 @@ def check_tensors(
 
   Args:
     found: shapes by name, row-major.
-    sources: what should be there.
-    layers: of the model.
-    path: of the file or directory, for the error.
+    sources: the expected tensors.
+    layers: the model's number of layers.
+    path: names the file or directory in the error.
   """
   expected = shapes(sources, layers)
   faults = [f"missing: {name} {list(shape)}"
@@ -235,11 +243,12 @@ def check_tensors(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """A layer of a parameter, or, with `layer` None, the whole of one.
+  """Place of tensors in the model: a layer of a parameter, or all of one.
 
   Attributes:
-    names: of the tensors that hold it.
-    path: of the parameter.
+    names: names of the tensors that hold it.
+    path: the parameter's path.
+    layer: None for a parameter without layers.
   """
 
   names: tuple[str, ...]
@@ -248,7 +257,10 @@ class Place:
 
 
 def places(sources: Mapping[str, Source], layers: int) -> list[Place]:
-  """In order: what is before the blocks, layer by layer, the rest."""
+  """Lists all places in order: embedding, layer by layer, the rest.
+
+  A model is computed in this order, and files are mostly written in it.
+  """
   found = [
       Place(source.names(layer or 0), path, layer)
       for path, source in sources.items()
@@ -260,7 +272,7 @@ def places(sources: Mapping[str, Source], layers: int) -> list[Place]:
 
 def shapes(
     sources: Mapping[str, Source], layers: int) -> dict[str, tuple[int, ...]]:
-  """Of all tensors, in the order in which `tensors` gives them."""
+  """Lists the shapes of all tensors, in the order of `tensors`."""
   return {name: sources[place.path].tensor_shape
           for place in places(sources, layers) for name in place.names}
 
@@ -271,15 +283,15 @@ def load(
     order: Callable[[str], Any] | None = None,
     progress: Progress | None = None,
 ) -> transformer.Transformer:
-  """The model with these tensors, sharded over the current mesh.
+  """Loads tensors into a model, sharded over the current mesh.
 
   Args:
-    config: of the model.
+    config: the model's shape.
     sources: the tensors of every parameter path.
-    tensor: gives one by its name; on every host the same.
-    dtype: of the parameters; tensors are rounded to it.
-    order: sorts the names, for a file that is best read in its own order.
-    progress: told of every layer of every parameter.
+    tensor: reads a tensor by its name; the same on every host.
+    dtype: dtype of the parameters; tensors are rounded to it.
+    order: a sort key of names, for a file that is best read in its own order.
+    progress: called after every layer of every parameter.
   """
   layout = _flatten(transformer.to_dict(transformer.abstract(config)))
   if layout.keys() != sources.keys():
@@ -304,29 +316,31 @@ def _filled(
     whole: jax.Array | None, like: jax.ShapeDtypeStruct, layer: int | None,
     value: Stack | np.ndarray, dtype: str,
 ) -> jax.Array:
-  """A parameter after one more of its layers, or after the whole of it."""
+  """Returns a parameter with one more of its layers, or with all of it."""
   if layer is None:
     return put_like(value, like, dtype)
   if whole is None:
     whole = _zeros(like.shape, dtype, like.sharding.spec)
   part = put_like(value, jax.eval_shape(lambda w: w[0], like), dtype)
-  # Waited for, or tensors would pile up on the host.
+  # Wait, or tensors would pile up on the host: reading is faster than copying
+  # to the device.
   return jax.block_until_ready(_set_layer(whole, part, layer))
 
 
 def put_like(
     array: Stack | np.ndarray, like: jax.ShapeDtypeStruct, dtype: str,
 ) -> jax.Array:
-  """A global array, laid out as an abstract one; padded with zeros to it.
+  """Makes a global array in the layout of an abstract one, padded with zeros.
 
   Args:
-    array: [...] of any dtype; only what this host holds of it is read.
-    like: shape and sharding; no axis shorter than the array's.
-    dtype: of the result.
+    array: any shape and dtype; only the parts of this host's devices are read.
+    like: shape and sharding; no axis is shorter than the array's.
+    dtype: dtype of the result.
   """
   def part(index: tuple[slice, ...] | None) -> np.ndarray:
     assert index is not None
-    # A copy always: a device array must not live in a mapped file.
+    # Always a copy: JAX on CPUs may use NumPy's memory, and a device array must
+    # not be a part of a mapped file.
     block = np.zeros([
         len(range(*cut.indices(size)))
         for cut, size in zip(index, like.shape, strict=True)], dtype)
@@ -352,10 +366,10 @@ def tensors(
     model: transformer.Transformer, sources: Mapping[str, Source],
     dtype: str,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Names and whole tensors of a model, one at a time, on every host.
+  """Yields names and whole tensors of a model, one at a time, on every host.
 
-  Every process has to take part. Values are rounded to `dtype` where they
-  are, before they move.
+  Every process has to take part. Values are rounded to `dtype` on the devices,
+  before they are gathered.
   """
   arrays = _flatten(transformer.to_dict(model))
   for place in places(sources, model.config.layers):
@@ -374,7 +388,7 @@ def _get_layer(whole: jax.Array, index: int, dtype: str) -> jax.Array:
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Leaves by slash-separated path."""
+  """Flattens nested dicts to leaves by slash-separated path."""
   flat: dict[str, Any] = {}
   for name, value in tree.items():
     if isinstance(value, Mapping):

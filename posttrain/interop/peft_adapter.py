@@ -1,4 +1,4 @@
-"""A model's adapters as a directory that `peft` loads onto the base model.
+"""LoRA adapters as a directory that `peft` loads onto the base model.
 
   adapter_config.json          rank, alpha, targets
   adapter_model.safetensors    lora_A [r, in], lora_B [out, r] per layer
@@ -29,10 +29,11 @@ MODULES = {
 
 
 def config(model: Transformer, base: str) -> dict[str, Any]:
-  """The contents of adapter_config.json.
+  """Makes the content of adapter_config.json.
 
   Args:
-    base: name or directory of the base model, for whoever loads it.
+    model: a model with adapters.
+    base: name or directory of the base model, which `peft` loads.
 
   Raises:
     ValueError: the model has no adapters.
@@ -53,12 +54,14 @@ def config(model: Transformer, base: str) -> dict[str, Any]:
 
 
 def tensors(model: Transformer) -> dict[str, np.ndarray]:
-  """Float32 arrays by peft's names; the same on every host."""
+  """Gathers float32 arrays by peft's names; the same on every host."""
   assert model.config.lora is not None
   found: dict[str, np.ndarray] = {}
   for name in model.config.lora.targets:
     a, b = sharding.fetch([
         getattr(model.blocks, f"{name}_lora_{x}")[...] for x in "ab"])
+    # The axes of inputs (or outputs), such as heads and head_dim, are one axis
+    # in transformers.
     rank, cut = a.shape[-1], 1 + INPUT_AXES[name]
     assert a.ndim == cut + 1
     a = a.reshape(len(a), -1, rank).swapaxes(1, 2)  # [L, r, in]

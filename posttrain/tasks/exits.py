@@ -1,13 +1,13 @@
-"""Keeps the code of tasks and rewards from ending a run that is unfinished.
+"""Exits: keeps the code of tasks and rewards from ending an unfinished run.
 
 A launcher takes status 0 for finished, and 75 for preempted. `sys.exit` is an
 exception, which can be caught; `os._exit` is not, so that function is replaced
-while a run is on. It is a plain attribute of a module: the replacement is also
-what a task's `from os import _exit` gets, since a run imports tasks later.
+during a run. It is a plain attribute of a module: a task's `from os import
+_exit` gets the replacement too, since a run imports tasks later.
 
-Not caught is what leaves without Python: `exit` called through ctypes or by a
-C extension, `posix._exit`, and `os.exec...` of another program. A process that
-is killed, by itself or by another, has a status of its own that is not 0.
+Not caught are exits without Python: `exit` called through ctypes or by a C
+extension, `posix._exit`, and `os.exec...` of another program. A process that is
+killed, by itself or by another, has a status of its own that is not 0.
 Processes that a task forks may end as they like.
 """
 
@@ -23,19 +23,19 @@ leave = os._exit  # For our own code, which may leave.
 
 
 class Left(BaseException):
-  """Code that was called has tried to end the process.
+  """A task's code has tried to end the process.
 
-  No `except Exception` of its own shall hide that.
+  It is a BaseException, so that no `except Exception` of a task hides it.
   """
 
 
 class Unfinished(RuntimeError):
-  """A run has been ended, by code that it called, before it had finished."""
+  """A task's code has ended the run before it had finished."""
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-  """Turns `os._exit` of this thread into `Left`, around a call."""
+  """Turns `os._exit` in this thread into `Left`, around a call of a task."""
   with _replaced():
     before = getattr(_called, "depth", 0)
     _called.depth = before + 1
@@ -50,16 +50,17 @@ def refused(
     on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
   """Turns the exit of an unfinished run into a failure, around the run.
 
-  What is raised as a SystemExit of a class of its own, as `Preempted` is, is
-  no such exit.
+  A SystemExit of a class of its own, such as `Preempted`, passes: it is this
+  project's.
 
   Args:
     on_exit: is called before `os._exit` ends the process, which unwinds
       nothing.
 
   Raises:
-    Unfinished: by `sys.exit`. After `os._exit` the process ends with status 1
-      at once, as it may be called on any thread.
+    Unfinished: after `sys.exit`. After `os._exit` the process ends at once,
+      with status 1: it may be called in any thread, where an exception would
+      not reach the run.
   """
   with _replaced(on_exit):
     try:
@@ -77,7 +78,7 @@ def refused(
 @contextlib.contextmanager
 def _replaced(
     on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
-  """Puts `_exit_of` in the place of `os._exit`; nested, once."""
+  """Replaces `os._exit` by `_exit_of`; nested calls replace it once."""
   real = os._exit
   if getattr(real, "of_posttrain", False):
     yield
@@ -95,7 +96,7 @@ def _exit_of(
   owner = os.getpid()
 
   def refuse(status: int) -> NoReturn:
-    if os.getpid() != owner:  # A child that was forked.
+    if os.getpid() != owner:  # A forked child may end as it likes.
       real(status)
     if getattr(_called, "depth", 0):
       raise Left(f"os._exit({status})")

@@ -1,8 +1,8 @@
-r"""Grades answers that are numbers, and extracts answers.
+r"""Grades answers that are numbers, and extracts answers from text.
 
-An answer is what follows the thinking, as `posttrain.tasks.scoring` has it.
-Text in, text out: no model, no process. `posttrain.tasks.symbolic` judges
-answers that are formulas.
+An answer is the text after the thinking, see `posttrain.tasks.scoring`. This
+module has functions of text only: no model, no process.
+`posttrain.tasks.symbolic` judges answers that are formulas.
 
 A grade has one of five statuses, so that a low score can be told from a
 broken grader:
@@ -23,22 +23,22 @@ NUMBER = re.compile(
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
     r"|(?<![0-9])\.[0-9]+)")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # Or what is escaped.
-# Characters of what is in a box. MATH's longest answer has 53; what a looping
-# policy puts there is no answer, and keeps busy whoever compares it.
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # An escaped brace is no brace.
+# Most characters of a box's content. MATH's longest answer has 53. The output
+# of a policy that repeats itself is no answer, and takes long to compare.
 LONGEST = 2_000
 LINE = re.compile(rf"[^$\n]{{0,{LONGEST + 1}}}")
 
 
 class Grade(NamedTuple):
-  """A score of 0 or 1, why (see the module), and the answer as read."""
+  """A score of 0 or 1, its status (see the module), and the answer as read."""
   score: float
   status: str
   parsed: str | None
 
 
 def grade_number(answer: str | None, gold: str) -> Grade:
-  """Compares canonical numbers, as `canonical_number` gives them.
+  """Compares canonical numbers, see `canonical_number`.
 
   Raises:
     ValueError: the gold answer is not a number.
@@ -54,27 +54,27 @@ def grade_number(answer: str | None, gold: str) -> Grade:
 
 
 def first_number(text: str) -> str | None:
-  """The first number of a text in canonical form, or None."""
+  """Finds the first number of a text, in canonical form; None without one."""
   number = NUMBER.search(_with_minus(text))
   return canonical_number(number[0]) if number else None
 
 
 def last_number(text: str) -> str | None:
-  """The last number of a text in canonical form, or None."""
+  """Finds the last number of a text, in canonical form; None without one."""
   numbers = NUMBER.findall(_with_minus(text))
   return canonical_number(numbers[-1]) if numbers else None
 
 
 def canonical_number(text: str) -> str | None:
-  """One spelling for each value: "$1,080.50" -> "1080.5", "-0." -> "0".
+  """Spells each value one way: "$1,080.50" -> "1080.5", "-0." -> "0".
 
-  Digits are never rounded: the text is cleaned, not converted. None where the
-  text is anything but a number, whose sign, dollar sign, percent sign,
-  thousands commas and final dot are allowed.
+  Digits are never rounded: the text is cleaned, not converted. None if the text
+  is not a number; a sign, a dollar sign, a percent sign, thousands commas and a
+  final dot are allowed.
   """
   text = re.sub(r"[$,%\s]", "", _with_minus(text))
-  # One way only to read the digits: two runs of them side by side would be
-  # tried at every length.
+  # The dot is needed for the second run of digits: with two runs next to each
+  # other the engine would try every split, which takes quadratic time.
   match = re.fullmatch(r"([+-]?)([0-9]*)(?:\.([0-9]*))?", text)
   if match is None or not (match[2] or match[3]):
     return None
@@ -84,11 +84,12 @@ def canonical_number(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""The content of the last `\boxed{}` or `\fbox{}` whose braces balance.
+  r"""Finds the content of the last `\boxed{}` or `\fbox{}` with balanced
+  braces.
 
   `\boxed x` without braces is read up to the next dollar sign or line end.
-  Empty boxes, and those of more than `LONGEST` characters, are passed over.
-  The time is linear in the length of the text.
+  Empty boxes, and those of more than `LONGEST` characters, are passed over. The
+  time is linear in the length of the text.
   """
   boxes = list(BOX.finditer(text))
   if not boxes:
@@ -114,11 +115,11 @@ def _with_minus(text: str) -> str:
 
 
 def _partners(text: str, start: int) -> dict[int, int]:
-  """Where each brace that opens at or behind `start` closes, if it does.
+  """Finds where each brace that opens at or after `start` closes, if it does.
 
-  An escaped brace is none. Read from another place than `start`, pairs of
-  backslashes might part otherwise, but not behind a brace that opens a box,
-  which no backslash precedes.
+  An escaped brace is none. Read from another start, pairs of backslashes might
+  be grouped otherwise, but not after a brace that opens a box, which no
+  backslash precedes.
   """
   partners: dict[int, int] = {}
   opened: list[int] = []

@@ -21,19 +21,19 @@ MARK = "####"
 def problems(
     split: str, *, path: str, count: int = 0, instruction: str = "",
 ) -> Sequence[dict[str, Any]]:
-  """The problems in the file's order.
+  """Reads the problems, in the file's order.
 
   Args:
     split: "train" or "test".
     path: the folder that holds the two files.
-    count: the first so many; 0 for all.
-    instruction: a paragraph to put behind every question.
+    count: number of problems from the start; 0 for all.
+    instruction: a paragraph to append to every question.
 
   Returns:
     Rows of `id` (the line, from 0), `prompt`, `gold` and `answer`.
 
   Raises:
-    ValueError: an unknown split, a missing file or a malformed row.
+    ValueError: the split is unknown, the file missing or a row malformed.
   """
   if split not in SPLITS:
     raise ValueError(
@@ -48,7 +48,7 @@ def problems(
 def demonstrations(
     split: str, *, path: str, count: int = 0, instruction: str = "",
 ) -> Sequence[dict[str, Any]]:
-  """Questions with their written solutions, as `prompt` and `completion`.
+  """Reads questions with their written solutions: `prompt` and `completion`.
 
   Arguments and errors are those of `problems`.
   """
@@ -61,7 +61,7 @@ def demonstrations(
 def reward(
     prompt: str, completion: str, *, answer: str, **columns: Any,
 ) -> float:
-  """1 if the completion's number is the answer, else 0."""
+  """Scores 1 if the completion's number is the answer, else 0."""
   del prompt, columns
   return grade(completion, answer).score
 
@@ -71,7 +71,7 @@ def grade(completion: str, answer: str) -> grading.Grade:
 
 
 def extract(completion: str) -> str | None:
-  """The first number behind the last `####`, else the last number.
+  """Finds the first number after the last `####`, else the last number.
 
   Commas, dollar and percent signs and a final dot do not matter, and 18.00
   is 18.

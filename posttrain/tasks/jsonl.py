@@ -1,4 +1,4 @@
-"""Rows of JSONL files: the one reader for data, benchmarks and prompts."""
+"""JSONL rows: the one reader for data, benchmarks and prompts."""
 
 import collections
 import json
@@ -7,21 +7,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-DEEPEST = 100  # Objects and lists in each other.
+DEEPEST = 100  # Most levels of nested objects and lists.
 
 
 class Repeated(dict):
-  """A row in which an object names a key twice; the last one counts.
+  """A row with an object that has a key twice; the last value counts.
 
   Attributes:
-    keys_twice: these keys.
+    keys_twice: the keys that occur twice.
   """
 
   keys_twice: tuple[str, ...] = ()
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-  """The lines of a regular file, with their numbers from 1.
+  """Yields the lines of a regular file, with their numbers from 1.
 
   They are bytes, so that a line that is not UTF-8 is one faulty row.
   """
@@ -32,10 +32,10 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse(line: bytes) -> dict[str, Any]:
-  """The object of a line; a `Repeated` where it names a key twice.
+  """Parses a line's object; a `Repeated` if it has a key twice.
 
   Raises:
-    ValueError: what is wrong with it.
+    ValueError: the line is no row; the message is the reason.
   """
   twice: list[str] = []
 
@@ -71,7 +71,9 @@ _TOO_DEEP = f"nested more than {DEEPEST} deep"
 
 
 def check(row: Any) -> None:
-  """Raises ValueError where a row is too deep, or has what is no text."""
+  """Raises ValueError if a row is nested too deeply, or has half a surrogate.
+  """
+  # A loop rather than recursion: Python's own limit is near that depth.
   waiting = [(row, 0)]
   while waiting:
     value, depth = waiting.pop()
@@ -92,18 +94,18 @@ def check(row: Any) -> None:
 def read_rows(
     path: str, name: str, fields: Sequence[str], *, count: int, remedy: str,
 ) -> list[dict[str, Any]]:
-  """The first rows of `path`/`name`.
+  """Reads the first rows of `path`/`name`.
 
   Args:
     path: the folder that a config gives as `args.path`.
     name: the file in it.
-    fields: keys that every row has, with texts as values.
-    count: how many rows; 0 for all.
-    remedy: how to get the file, for the error where there is none.
+    fields: keys that every row must have, with texts as values.
+    count: number of rows; 0 for all.
+    remedy: tells how to get the file, in the error without one.
 
   Raises:
-    ValueError: no such file, fewer rows than `count`, or a malformed row; the
-      message names file, line and fault.
+    ValueError: there is no file, it has fewer rows than `count`, or a row is
+      malformed; the message names file, line and fault.
   """
   file = Path(path) / name
   if not path or not file.is_file():

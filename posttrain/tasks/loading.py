@@ -2,7 +2,7 @@
 
 A name is `module:function` ("posttrain.tasks.signs:reward") or
 `file.py:function` ("my_task.py:reward", relative to the working directory). A
-file is executed once per process, whatever the number of its functions used.
+file is executed once per process, even if several of its functions are used.
 """
 
 import difflib
@@ -33,7 +33,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def load(name: str, what: str = "function") -> Any:
-  """Imports what a name stands for.
+  """Imports the object that a name stands for.
 
   Args:
     name: "module:function" or "file.py:function".
@@ -54,10 +54,10 @@ def load(name: str, what: str = "function") -> Any:
 
 
 def check_call(name: str, *args: Any, **kwargs: Any) -> None:
-  """Raises ValueError where a function does not take these arguments.
+  """Raises ValueError if a function does not take these arguments.
 
-  It is not called; an argument must be of its parameter's type, where that is
-  int, float, str or bool. What `load_function` raises, this does too.
+  It is not called. An argument must have its parameter's type, if that is int,
+  float, str or bool. Raises as `load_function` does, too.
   """
   signature = inspect.signature(load_function(name))
   try:
@@ -79,7 +79,8 @@ def check_call(name: str, *args: Any, **kwargs: Any) -> None:
           f"{reprlib.repr(value)}, a {type(value).__name__}.")
 
 
-# Annotations that say what an argument may be; a float may be written 1.
+# Annotations that are checked, and the types of values; a float may be written
+# as 1.
 _PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
@@ -134,7 +135,7 @@ def _load_module(place: str, name: str) -> ModuleType:
 def _load_file(path: Path, name: str) -> ModuleType:
   _require_file(path, name)
   path = path.resolve()
-  # The path is in the key: two folders may each hold a rewards.py.
+  # The path is in the key, since two folders may each hold a rewards.py.
   digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
   key = f"_posttrain_file_{path.stem}_{digest}"
   if key not in sys.modules:

@@ -20,20 +20,20 @@ INSTRUCTION = r"Put the final answer within \boxed{}."
 def problems(
     split: str, *, path: str, count: int = 0, instruction: str = INSTRUCTION,
 ) -> Sequence[dict[str, Any]]:
-  r"""The problems in the file's order.
+  r"""Reads the problems, in the file's order.
 
   Args:
     split: "test".
     path: the folder that holds `test.jsonl`.
-    count: the first so many; 0 for all.
-    instruction: a paragraph to put behind every problem; "" for none.
+    count: number of problems from the start; 0 for all.
+    instruction: a paragraph to append to every problem; "" for none.
 
   Returns:
     Rows of `id` (the line, from 0), `prompt`, `gold` (the written solution),
     `answer` (LaTeX), `subject` and `level`.
 
   Raises:
-    ValueError: an unknown split, a missing file or a malformed row.
+    ValueError: the split is unknown, the file missing or a row malformed.
   """
   if split != "test":
     raise ValueError(f"MATH-500 has no split {split!r}, only 'test'.")
@@ -51,9 +51,9 @@ def problems(
 def reward(
     prompt: str, completion: str, *, answer: str, **columns: Any,
 ) -> float | scoring.Score:
-  """1 if the boxed answer is equivalent to the gold one, else 0.
+  """Scores 1 if the boxed answer is equivalent to the gold one, else 0.
 
-  Neither where comparing them took too long or failed.
+  There is no score if comparing them took too long or failed.
   """
   del prompt, columns
   return scoring.judged(grade(completion, answer))
@@ -62,7 +62,7 @@ def reward(
 def grade(
     completion: str, answer: str, *, seconds: float = 5.0,
 ) -> grading.Grade:
-  """The grade with its status; `seconds` bounds the comparison."""
+  """Grades a completion, with a status; `seconds` bounds the comparison."""
   found = grading.last_boxed(completion)
   if found is None:
     return grading.Grade(0.0, "unparseable", None)
@@ -71,10 +71,10 @@ def grade(
 
 
 def extract(completion: str) -> str | None:
-  r"""The last boxed answer, spelled one way, or None.
+  r"""Finds the last boxed answer, in a canonical spelling; None without one.
 
   Spacing, `\left`, `\right` and the kinds of fraction are ignored, and plain
-  numbers are canonical. Unequal spellings of one value stay two votes.
+  numbers are canonical. Different spellings of one value remain two votes.
   """
   found = grading.last_boxed(completion)
   if found is None:

@@ -1,20 +1,20 @@
-"""Plain reward functions -> scores, each with a status.
+"""Scoring: plain reward functions give scores, each with a status.
 
-A reward is `def reward(prompt, completion, **columns) -> float | None`. It is
-given the answer alone as `completion`: what follows the thinking, "" where the
-thinking never ended, and all of the text where there is no thinking. If it
-names them as parameters it is also given
+A reward is `def reward(prompt, completion, **columns) -> float | None`. Its
+`completion` is the answer alone: the text after the thinking, "" if the
+thinking never ended, and all of the text if there is no thinking. If it has
+these parameters it is also given
 
   thinking       the text of the thinking section, without its delimiters
   full_text      the whole completion, thinking and delimiters included
-  num_tokens     of the whole completion
+  num_tokens     number of tokens of the whole completion
   finish_reason  why it ended: "eos", "budget", "length", ...
 
-None means that the reward does not apply. A `Score`, or a grader's `Grade`,
-says that it could not be judged (`timeout`, `error`); such a completion leaves
-its group and is counted. An exception is a failure of the run. The first
-reward of a list is the verifier: it must give 1 to every problem's `gold`,
-which is an answer.
+None means that the reward does not apply. A `Score`, or a grader's `Grade`, may
+say that the completion could not be judged (`timeout`, `error`); it then leaves
+its group and is counted. An exception is a failure of the run. The first reward
+of a list is the verifier: it must give 1 to every problem's `gold`, which is an
+answer.
 """
 
 import collections
@@ -31,16 +31,16 @@ from posttrain.tasks.grading import Grade
 STATUSES = ("ok", "not_applicable", "timeout", "error")
 OK, NOT_APPLICABLE, TIMEOUT, ERROR = range(len(STATUSES))
 UNSCORED = (TIMEOUT, ERROR)
-LARGEST = float(np.finfo(np.float32).max)  # Of a reward.
+LARGEST = float(np.finfo(np.float32).max)  # The largest reward.
 
 
 class Score(NamedTuple):
-  """Score with a status, which a reward may return for a number.
+  """A score with a status; a reward may return it in place of a number.
 
   Attributes:
-    value: None where the status is not "ok".
+    value: None if the status is not "ok".
     status: one of `STATUSES`.
-    reason: of a time-out or an error, for people.
+    reason: why there was a time-out or an error, for people.
   """
 
   value: float | None
@@ -70,7 +70,7 @@ class Scores(NamedTuple):
   Attributes:
     values: [B, K] float32, NaN where the status is not "ok".
     statuses: [B, K] int8, indices into `STATUSES`.
-    reasons: for each that was not judged: row, column and why.
+    reasons: row, column and reason of each score that could not be given.
   """
 
   values: np.ndarray
@@ -79,7 +79,11 @@ class Scores(NamedTuple):
 
 
 def scored(statuses: np.ndarray) -> np.ndarray:
-  """[B] bool of [B, K] statuses: one reward applies, and none has failed."""
+  """Marks completions that have a score: [B] bool, from [B, K] statuses.
+
+  At least one reward must apply, and none may have failed: a sum without the
+  failed one would be compared with other completions' full sums.
+  """
   return (~np.isin(statuses, UNSCORED)).all(axis=1) & (
       statuses == OK).any(axis=1)
 
@@ -91,14 +95,14 @@ def score(
   """Calls every reward on every completion.
 
   Args:
-    rewards: by name.
+    rewards: K reward functions, by name.
     problems: [B], the problem of each completion; a reward is given all of
       its columns.
     completions: [B].
 
   Raises:
-    ValueError: a reward fails, tries to leave, or returns something that is
-      no finite number; names the reward, the problem and the value.
+    ValueError: a reward fails, tries to exit, or returns no finite number;
+      names the reward, the problem and the value.
   """
   shape = len(completions), len(rewards)
   values = np.full(shape, np.nan, np.float32)
@@ -120,7 +124,7 @@ def extract(
     name: str, function: Callable[[str], str | None],
     problems: Sequence[Mapping[str, Any]], completions: Sequence[Completion],
 ) -> list[str | None]:
-  """The answers in one spelling, for votes.
+  """Extracts the answers in a canonical spelling, for majority votes.
 
   Raises:
     ValueError: the function fails, or returns neither a text nor None.
@@ -139,17 +143,17 @@ def extract(
 
 def brevity(
     prompt: str, completion: str, *, full_text: str, **columns: Any) -> float:
-  """1 / (1 + words), thinking included. `:debug` configs add it to a verifier.
+  """Scores 1 / (1 + words), thinking included; `:debug` configs add it.
 
-  A model that is never right would leave every group without a signal, and
-  the learner would not run.
+  A tiny model is never right, which would leave every group without a signal,
+  and the learner would not run.
   """
   del prompt, completion, columns
   return 1 / (1 + len(full_text.split()))
 
 
 def judged(grade: Grade) -> float | Score:
-  """A grade as a reward: its number, or that there is none."""
+  """Converts a grade to a reward: its number, or a Score without one."""
   return grade.score if grade.status not in STATUSES[TIMEOUT:] else Score(
       None, grade.status, f"comparing {shown(grade.parsed)}")
 
@@ -166,7 +170,7 @@ def arguments(
 
 
 def shown(value: Any) -> str:
-  """`repr`, short, of whatever code has returned."""
+  """Shows a value that unknown code returned: a short `repr`."""
   try:
     return _repr.repr(value)
   except Exception:  # Such as an integer of 5,000 digits.
@@ -186,23 +190,24 @@ _repr.maxstring = _repr.maxother = 80
 
 
 def _named(reward: Reward) -> tuple[str, ...]:
-  """The parts of a completion that a reward has as parameters."""
+  """Lists the parts of a completion that a reward has as parameters."""
   try:
     parameters = inspect.signature(reward).parameters
-  except (TypeError, ValueError):  # Not written in Python.
+  except (TypeError, ValueError):  # A function in C has no signature.
     return ()
   return tuple(name for name in OFFERED if name in parameters)
 
 
 def _guarded(
     where: str, problem: Mapping[str, Any], call: Callable[[], Any]) -> Any:
-  """Calls code of a task, which may not end the run by itself."""
+  """Calls a task's code, which may not end the run by itself."""
   try:
     with exits.raised():
       return call()
   except KeyboardInterrupt:
     raise
-  except BaseException as error:  # SystemExit and the like are among them.
+  # Also SystemExit, which would end an unfinished run with status 0.
+  except BaseException as error:
     said = " ".join(str(error).split())[:500]
     kind = "" if isinstance(error, exits.Left) else f"{type(error).__name__}: "
     raise ValueError(
@@ -243,7 +248,7 @@ def _call(
 
 
 def _number(value: Any) -> float | None:
-  """As a float; None of what is no number, or too large a one."""
+  """Converts to float; None if it is no number, or too large for float32."""
   if not isinstance(value, (
       bool, int, float, np.bool_, np.integer, np.floating)):
     return None
@@ -280,9 +285,9 @@ def describe_unscored(
 
 
 def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
-  """Raises ValueError where problems are not told apart by their `id`.
+  """Raises ValueError if two problems have the same `id`, or one has none.
 
-  Groups and random bits go by it: two problems of one id would be one group.
+  Groups and random bits go by it: two problems with one id would be one group.
   """
   seen = set()
   for number, problem in enumerate(problems):
@@ -301,14 +306,15 @@ def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
 def check_arguments(
     name: str, reward: Reward, problems: Sequence[Mapping[str, Any]],
 ) -> None:
-  """Raises ValueError where a reward does not take a problem's columns.
+  """Raises ValueError if a reward does not take a problem's columns.
 
   It is not called.
   """
   try:
     signature = inspect.signature(reward)
-  except (TypeError, ValueError):  # Not written in Python.
+  except (TypeError, ValueError):  # A function in C has no signature.
     return
+  # Once per set of columns: a task of a million problems has very few.
   fine = set()
   for problem in problems:
     columns = frozenset(problem)
@@ -335,10 +341,12 @@ def check_gold(
     name: str, verifier: Reward, problems: Sequence[Mapping[str, Any]], *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-  """Raises ValueError where a problem's own `gold` does not score 1.
+  """Raises ValueError if a problem's own `gold` does not score 1.
 
   Args:
-    progress: is told how many are through.
+    name: the verifier's name.
+    verifier: the first reward of a stage.
+    progress: takes the number of problems that are checked.
   """
   for done, problem in enumerate(problems):
     progress(done)
@@ -350,7 +358,8 @@ def check_gold(
     gold = problem["gold"]
     completion = Completion(gold, full_text=gold)
     found = _call(name, verifier, problem, completion)
-    if STATUSES.index(found.status) in UNSCORED:  # The machine may be busy.
+    # A busy machine may make one comparison late: try once more.
+    if STATUSES.index(found.status) in UNSCORED:
       found = _call(name, verifier, problem, completion)
     shown_gold = f"problem {problem.get('id')}'s own gold answer {gold[-80:]!r}"
     if STATUSES.index(found.status) in UNSCORED:

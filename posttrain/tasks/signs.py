@@ -5,9 +5,9 @@
               6 - 5 = 1 + 2 = 3 - 2 = 1 vs 1 OK </think> 6 - 5 + 2 - 2
   answer      6 - 5 + 2 - 2
 
-Everything is words between single spaces, a whole number (-7 too) being one
+Everything is words between single spaces, and a whole number (-7 too) is one
 word, so that a word-level tokenizer has under a hundred tokens. An attempt
-says its target again before its verdict: a small model learns to compare two
+repeats its target before its verdict: a small model learns to compare two
 neighbours much sooner than a value with one far back. Any signs that reach the
 target are right.
 
@@ -16,8 +16,8 @@ The problems are all pairs of an ordered tuple of `terms` numbers from `low` to
 *multiset* of the numbers, through a hash: a reordering of training numbers is
 never a test problem, and a multiset keeps its split when the range changes.
 
-The demonstrations are those of an imperfect searcher (see `demonstrations`),
-so that fine-tuning leaves room to reinforcement learning.
+The demonstrations are those of an imperfect searcher (see `demonstrations`), so
+that fine-tuning leaves something to improve for reinforcement learning.
 """
 
 import functools
@@ -44,22 +44,22 @@ def problems(
     split: str, *, count: int = 0, seed: int = 0, low: int = LOW,
     high: int = HIGH, terms: int = TERMS,
 ) -> Sequence[dict[str, Any]]:
-  """Distinct problems of a split, in an order given by the seed.
+  """Makes the distinct problems of a split, in an order given by the seed.
 
   Args:
     split: "train", "validation" or "test".
-    count: the first so many of that order; 0 for all.
-    seed: of the order. An `id` does not depend on it, nor on `count`.
+    count: number of problems from the start of that order; 0 for all.
+    seed: gives the order. An `id` does not depend on it, nor on `count`.
     low, high: the numbers' range, both ends included; `low` at least 1.
-    terms: how many numbers a problem has.
+    terms: number of numbers of a problem.
 
   Returns:
     Rows of `id`, `prompt`, `gold` (a right answer), `numbers`, `target` and
-    `cluster`: problems of one multiset of numbers are alike.
+    `cluster`, which is equal for problems with one multiset of numbers.
 
   Raises:
-    ValueError: an unknown split, an empty range, or a `count` above what the
-      split holds.
+    ValueError: the split is unknown, the range empty, or the split has fewer
+      problems than `count`.
   """
   rows = _all_problems(split, low, high, terms)
   if not 0 <= count <= len(rows):
@@ -68,11 +68,12 @@ def problems(
         f"{low} to {high}, and args.count={count} asks for another number. "
         "Lower args.count or raise args.high.")
   order = random.Random(f"signs problems {split} {seed}").sample(
-      range(len(rows)), len(rows))  # Of all: a smaller sample is no prefix.
+      # All rows: a sample of fewer would not be a prefix of this order.
+      range(len(rows)), len(rows))
   return [_row(*rows[i], low, high) for i in order[:count or None]]
 
 
-MOST = 10_000_000  # Demonstrations; some gigabytes.
+MOST = 10_000_000  # The most demonstrations, which take some gigabytes.
 
 
 def demonstrations(
@@ -81,7 +82,7 @@ def demonstrations(
     repeat: float = 0.2, recheck: float = 0.3,
     patience: Sequence[float] = PATIENCE,
 ) -> Sequence[dict[str, Any]]:
-  """Thinking traces of an imperfect searcher, which is right half the time.
+  """Makes thinking traces of an imperfect searcher, right half the time.
 
   It tries signs until they reach the target or it gives up, and then answers
   with its last attempt. Its sums and verdicts are always true.
@@ -89,10 +90,10 @@ def demonstrations(
   Args:
     split, seed, low, high, terms: as in `problems`. Problems repeat, with
       other traces, only when `count` is above the number of problems.
-    count: how many; the first n do not depend on it.
+    count: number of demonstrations; the first n do not depend on it.
     right: P(an attempt reaches the target).
     repeat: P(a wrong attempt is one it has already made). Without these a
-      model learns that whatever is repeated is right, because of `recheck`.
+      model learns that every repeated attempt is right, because of `recheck`.
       A searcher that has tried all wrong signs repeats too.
     recheck: P(a success is followed by a Wait and the same attempt again).
     patience: P(it gives up after K attempts), for K = 1, 2, ...
@@ -101,7 +102,7 @@ def demonstrations(
     Rows of `id`, `prompt` and `completion`; the text ends at the answer.
 
   Raises:
-    ValueError: as in `problems`, or more than a machine holds.
+    ValueError: as in `problems`, or `count` is above `MOST`.
   """
   if not 0 <= count <= MOST:
     raise ValueError(
@@ -126,7 +127,7 @@ def demonstrations(
 def corpus(
     *, low: int = LOW, high: int = HIGH, terms: int = TERMS,
 ) -> Iterator[str]:
-  """Texts that hold every word of the task, to train its tokenizer on."""
+  """Yields texts with every word of the task, to train its tokenizer on."""
   least, most = low - (terms - 1) * high, terms * high
   for number in range(least, most + 1):
     yield (f"{number} {number} + - = : {AGAINST} {RIGHT} {WRONG} {WAIT} "
@@ -137,12 +138,13 @@ def reward(
     prompt: str, completion: str, *, numbers: Sequence[int], target: int,
     **columns: Any,
 ) -> float:
-  """1 if the answer keeps the numbers in order and reaches the target.
+  """Scores 1 if the answer keeps the numbers in order and reaches the target.
 
-  Everything else, no answer included, is 0.
+  Everything else, a missing answer included, scores 0.
 
   Args:
-    completion: what follows the thinking.
+    completion: the text after the thinking.
+    numbers, target: columns of the problem.
   """
   del prompt, columns
   answer = extract(completion)
@@ -155,11 +157,11 @@ def reward(
 
 
 def extract(completion: str) -> str | None:
-  """The expression that an answer is, or None.
+  """Extracts the expression of an answer, or None.
 
-  None too where anything but the end of the text follows it, so that an
-  answer that goes on does not pass. Two expressions of one value are two
-  answers: a vote counts them apart.
+  None also if more text follows the expression, so that an answer that goes on
+  does not pass. Two expressions with one value are two answers: a vote counts
+  them apart.
   """
   answer = " ".join(completion.strip().removesuffix(EOS).split())
   return answer if EXPRESSION.fullmatch(answer) else None
@@ -169,7 +171,7 @@ def constant_baseline(
     split: str, *, count: int = 0, seed: int = 0, low: int = LOW,
     high: int = HIGH, terms: int = TERMS,
 ) -> dict[str, Any]:
-  """Scores always answering with the same signs.
+  """Scores the answers with the same signs for all problems.
 
   The signs are those that are right most often on the training split.
 
@@ -178,7 +180,7 @@ def constant_baseline(
       `problems`.
 
   Returns:
-    `answer` (signs, such as "+ - +") and `correct`, a bool per problem.
+    `answer` (signs, such as "+ - +") and `correct`, [Q] bool.
   """
   signs = _best_constant(low, high, terms)
   rows = problems(
@@ -209,7 +211,7 @@ def _signs_of(words: Sequence[str]) -> list[int]:
 def _all_problems(
     split: str, low: int, high: int, terms: int,
 ) -> tuple[tuple[tuple[int, ...], int], ...]:
-  """All (numbers, target) of a split, in lexicographic order."""
+  """Lists all (numbers, target) of a split, in lexicographic order."""
   splits.require_split(split, "signs")
   if not 1 <= low < high or terms < 2:
     raise ValueError(
@@ -234,8 +236,8 @@ def _row(
 ) -> dict[str, Any]:
   signs = next(s for s in _patterns(len(numbers))
                if _value(numbers, s) == target)
-  # A number in mixed radix: each of the numbers, then the sum of those that
-  # are subtracted, which tells the target.
+  # The id in mixed radix: each of the numbers, then the sum of the subtracted
+  # ones, which determines the target. So it depends on nothing but the problem.
   subtracted = (sum(numbers) - target) // 2
   index = functools.reduce(
       lambda index, n: index * (high - low + 1) + n - low, numbers, 0)
@@ -261,7 +263,7 @@ def _completion(
 def _attempt(
     numbers: Sequence[int], signs: Sequence[int], target: int,
 ) -> str:
-  """`6 - 5 = 1 + 2 = 3 - 2 = 1 vs 1 OK`, with every running value."""
+  """Writes `6 - 5 = 1 + 2 = 3 - 2 = 1 vs 1 OK`, with every running value."""
   words, value = [str(numbers[0])], numbers[0]
   for sign, number in zip(signs, numbers[1:], strict=True):
     value += sign * number
@@ -281,7 +283,7 @@ def _search(
     rng: random.Random, numbers: Sequence[int], target: int, right: float,
     repeat: float, recheck: float, patience: Sequence[float],
 ) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-  """The attempts in order, and the answer."""
+  """Draws the attempts, in order, and the answer."""
   hits: list[tuple[int, ...]] = []
   misses: list[tuple[int, ...]] = []
   for signs in _patterns(len(numbers)):

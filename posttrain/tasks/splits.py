@@ -1,7 +1,7 @@
-"""Training, validation and test by a hash of what a problem is made of.
+"""Splits: training, validation and test, by a hash of a problem's numbers.
 
-The split of a multiset of numbers never changes: not with the range that
-problems are drawn from, the number of problems, a seed or the machine.
+The split of a multiset of numbers never changes: it does not depend on the
+range that problems are drawn from, their number, a seed or the machine.
 """
 
 import functools
@@ -14,7 +14,7 @@ SPLITS = {"train": range(70), "validation": range(70, 85),
 
 
 def split_of(numbers: Iterable[int]) -> str:
-  """The split that every ordering of these numbers is in."""
+  """Returns the split that every ordering of these numbers is in."""
   return _split_of(tuple(sorted(numbers)))
 
 

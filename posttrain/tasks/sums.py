@@ -11,29 +11,29 @@ from typing import Any
 from posttrain.tasks import grading, splits
 
 PROMPT = "What is {sum}?"
-ENUMERABLE = 100_000  # So many problems are listed; more are drawn.
+ENUMERABLE = 100_000  # Up to so many problems are listed; more are drawn.
 
 
 def problems(
     split: str, count: int, *, seed: int = 0, low: int = 1, high: int = 9,
     terms: int = 2, prompt: str = PROMPT,
 ) -> Sequence[dict[str, Any]]:
-  """Distinct sums of a split, in a random order given by the seed.
+  """Draws distinct sums of a split, in a random order given by the seed.
 
   Args:
     split: "train", "validation" or "test".
-    count: how many. The first n do not depend on it.
-    seed: of the order. An `id` does not depend on it, nor on `count`.
+    count: number of problems. The first n do not depend on it.
+    seed: gives the order. An `id` does not depend on it, nor on `count`.
     low, high: the terms' range, both ends included; `low` at least 0.
-    terms: how many terms a sum has.
-    prompt: the question, with {sum} where "47 + 38" goes.
+    terms: number of terms of a sum.
+    prompt: the question, in which {sum} is replaced by "47 + 38".
 
   Returns:
     Rows of `id`, `prompt`, `gold` and `answer`.
 
   Raises:
-    ValueError: an unknown split, an impossible range, a `count` above what
-      the split holds, or a prompt without {sum}.
+    ValueError: the split is unknown, the range impossible, the prompt without
+      {sum}, or the split has fewer problems than `count`.
   """
   splits.require_split(split, "sums")
   if not 0 <= low < high or terms < 2 or (high - low + 1)**terms >= 2**31:
@@ -63,18 +63,18 @@ def problems(
 def reward(
     prompt: str, completion: str, *, answer: str, **columns: Any,
 ) -> float:
-  """1 if the last number of the answer is the sum, else 0."""
+  """Scores 1 if the last number of the answer is the sum, else 0."""
   del prompt, columns
   return grading.grade_number(extract(completion), answer).score
 
 
 def extract(completion: str) -> str | None:
-  """The last number, in canonical form, or None."""
+  """Finds the last number, in canonical form, or None."""
   return grading.last_number(completion)
 
 
 def _indices(size: int, rng: random.Random) -> Iterator[int]:
-  """Each of range(size) once, in a random order."""
+  """Yields each of range(size) once, in a random order."""
   if size <= ENUMERABLE:
     yield from rng.sample(range(size), size)
     return

@@ -1,9 +1,9 @@
-r"""Are two answers the same formula? math-verify, in a process of its own.
+r"""Symbolic equivalence of two answers: math-verify, in a process of its own.
 
-Parsing and simplifying what a model wrote can take for ever, or all memory,
-and math-verify's own time-out is a signal that works in a main thread only. So
-one worker process is started on the first question, reused, and killed when it
-is late; the next question starts another.
+Parsing and simplifying a model's text can take for ever, or all memory, and
+math-verify's own time-out is a signal that works in a main thread only. So one
+worker process is started at the first question, reused, and killed when it is
+late; the next question starts another.
 
 `python -m posttrain.tasks.symbolic` is the worker: JSON lines in and out.
 """
@@ -25,23 +25,23 @@ from typing import Any, NamedTuple
 START_SECONDS = 120  # Importing sympy on a busy machine.
 LAYOUT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\b|\\[,!;: ]|[\s{}$~]")
 CLOCK = re.compile(r"([0-9]{1,2}):([0-9]{2})([ap])\.?m\.?", re.IGNORECASE)
-MEMORY = 4 * 1024**3  # Bytes of address space, of which sympy needs 0.3 GiB.
+MEMORY = 4 * 1024**3  # Bytes of address space; sympy needs 0.3 GiB.
 
 
 class Verdict(NamedTuple):
-  """A status of `posttrain.tasks.grading`, and for "error" the reason."""
+  """A status of `posttrain.tasks.grading`, and the reason of an "error"."""
   status: str
   reason: str
 
 
 def compare(gold: str, answer: str, *, seconds: float = 5.0) -> Verdict:
-  """Compares an answer with the gold one. Safe in threads.
+  """Compares an answer with the gold one; safe in threads.
 
   Two times of day are compared here, everything else by math-verify.
 
   Args:
     gold, answer: LaTeX, as found inside a box.
-    seconds: the time-out, in which starting the worker does not count.
+    seconds: the time-out; starting the worker is not counted.
 
   Returns:
     "ok", "wrong", "timeout", "error", or "unparseable" (the answer).
@@ -63,7 +63,7 @@ def compare(gold: str, answer: str, *, seconds: float = 5.0) -> Verdict:
 
 
 def time_of_day(text: str) -> tuple[int, int, str] | None:
-  r"""Hours, minutes and "a" or "p" of `4:30 \text{ p.m.}`, however spelled.
+  r"""Reads hours, minutes and "a" or "p" of `4:30 \text{ p.m.}`.
 
   math-verify reads that as 4/30, whatever the half of the day, and does not
   read `4:30 p.m.`.
@@ -73,7 +73,7 @@ def time_of_day(text: str) -> tuple[int, int, str] | None:
 
 
 def _spelled(gold: str) -> str:
-  """A gold answer as math-verify can parse it."""
+  """Spells a gold answer so that math-verify can parse it."""
   time_read = time_of_day(gold)
   if not time_read:
     return gold
@@ -82,11 +82,11 @@ def _spelled(gold: str) -> str:
 
 
 class _Worker:
-  """The process and its pipes."""
+  """The worker process and its pipes."""
 
   def __init__(self):
-    # A session of its own: what interrupts the run, Ctrl-C or a launcher's
-    # SIGTERM to the group, must not change a grade.
+    # A session of its own: a signal that interrupts the run (Ctrl-C, or a
+    # launcher's SIGTERM to the group) must not change a grade.
     self.process = subprocess.Popen(
         [sys.executable, "-m", "posttrain.tasks.symbolic"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -105,7 +105,7 @@ class _Worker:
           "what it lacks, for example with `pip install math-verify`.")
 
   def ask(self, question: dict[str, Any]) -> Verdict:
-    """Raises EOFError if the worker dies, TimeoutError if it is late."""
+    """Asks one question; EOFError if the worker dies, TimeoutError if late."""
     assert self.process.stdin is not None
     try:
       self.process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -153,7 +153,8 @@ def _ask(question: dict[str, Any]) -> Verdict:
         _discard()
         return Verdict("timeout", f"more than {question['seconds']:g} s")
       except EOFError:
-        _discard()  # It may have died of something else: ask once more.
+        # It may have died of something else than this question: ask once more.
+        _discard()
     return Verdict("error", "the worker died twice on this answer")
 
 
@@ -170,7 +171,7 @@ atexit.register(_discard)
 def _serve() -> None:
   """Answers questions until the pipe closes."""
   replies = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)  # What a library prints is not a reply.
+  os.dup2(2, 1)  # A library's prints must not be taken for replies.
   resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
   reply = lambda status, reason="": print(
       json.dumps(dict(status=status, reason=reason)), file=replies)
@@ -191,7 +192,7 @@ def _serve() -> None:
 
 
 def _judge(gold: str, answer: str) -> tuple[str, str]:
-  """Runs in the worker. "gold" is the status of a gold that has no parse."""
+  """Judges one answer, in the worker; "gold": the gold answer has no parse."""
   import math_verify
   parse = lambda text: math_verify.parse(
       rf"\boxed{{{text}}}", parsing_timeout=None)
@@ -204,7 +205,7 @@ def _judge(gold: str, answer: str) -> tuple[str, str]:
       return "unparseable", ""
     same = math_verify.verify(
         wanted, found, timeout_seconds=None, raise_on_error=True)
-  except Exception as error:  # Whatever a library makes of a model's text.
+  except Exception as error:  # A model's text may make any library fail.
     return "error", f"{type(error).__name__}: {error}"[:500]
   if not same and all(isinstance(form, str) for form in found):
     return "unparseable", ""

@@ -1,10 +1,10 @@
-"""What the chips of TPU slices can do, and how fast GPUs multiply.
+"""Published rates of TPU chips, and of GPUs for their utilisation.
 
 Rates and links are those that Google Cloud publishes per chip
 (https://docs.cloud.google.com/tpu/docs/v5p and its neighbours). The memory is
-what libtpu 0.0.42 names when a program is too large for it, and the first of
-`kinds` what it calls its devices; jax knows the other names too. Chips are
-listed for which training and decoding programs of this size have been compiled.
+the limit that libtpu 0.0.42 names when a program is too large. The first of
+`kinds` is libtpu's name of the device; JAX knows the other names too. A chip is
+listed if training and decoding programs have been compiled for it.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device, as JAX sees it: all of a chip, or a half of a tpu7x.
+  """A TPU device, as JAX sees it: all of a chip, or half of a tpu7x.
 
   Attributes:
-    kinds: what JAX's `device_kind` says of it.
-    flops: per second, bfloat16.
-    hbm_bytes: that a program may use.
-    hbm_rate: bytes per second.
+    kinds: names of the device in JAX (`device_kind`).
+    flops: FLOPs per second, bfloat16.
+    hbm_bytes: memory that a program may use.
+    hbm_rate: memory bandwidth, bytes per second.
     axis_rate: bytes per second that a device sends along one axis of the
       torus, both ways together: half of the published bidirectional rate,
       over the axes.
@@ -51,7 +51,7 @@ def _chip(
     hbm_gbps: float, ici_gbps: float, dcn_gbits: float,
     sizes: tuple[str, ...], per_chip: int = 1,
 ) -> Chip:
-  """From figures per chip, except `usable_gib`, which is per device."""
+  """Converts figures per chip to a device's; `usable_gib` is per device."""
   axes = sizes[0].count("x") + 1
   return Chip(
       name=name, kinds=kinds, flops=teraflops * 1e12 / per_chip,
@@ -61,7 +61,7 @@ def _chip(
 
 
 CHIPS = {chip.name: chip for chip in (
-    # Of v5e and v6e the network's rate is published per pod of 256 chips.
+    # The network's rate of v5e and v6e is published per pod of 256 chips.
     _chip("v5e", "TPU v5 lite", "TPU v5e", teraflops=197, usable_gib=15.75,
           hbm_gbps=819, ici_gbps=400, dcn_gbits=25, sizes=_FLAT),
     _chip("v5p", "TPU v5", "TPU v5p", teraflops=459, usable_gib=95.74,
@@ -73,12 +73,12 @@ CHIPS = {chip.name: chip for chip in (
 )}
 
 # bfloat16 FLOPs per second without sparsity, from NVIDIA's data sheets, by
-# what JAX calls the device. For utilisation alone: no slice is planned of them.
+# JAX's `device_kind`. For MFU alone: plans are made for TPU slices only.
 GPUS = {
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 def find(kind: str) -> Chip | None:
-  """The chip whose devices JAX calls so; None: it is not in the table."""
+  """Finds the chip with a JAX device kind; None if the table lacks it."""
   return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

@@ -1,8 +1,8 @@
-"""Seconds that this process has spent compiling, as JAX reports them.
+"""Compile time: seconds that this process has spent compiling.
 
-JAX tells when a trace, a lowering or a compilation has ended and how long it
-took. These lie within each other where one jitted function calls another, so
-the time is that of their union.
+JAX reports when a trace, a lowering or a compilation has ended and how long it
+took. These intervals overlap where one jitted function calls another, so the
+time is the length of their union.
 """
 
 import time
@@ -13,14 +13,14 @@ PREFIX = "/jax/core/compile/"  # Tracing, lowering, XLA or its cache.
 
 
 class Union:
-  """The length of what intervals cover, told by their ends, in order."""
+  """Length of the union of intervals, which come in the order of their ends."""
 
   def __init__(self) -> None:
     self.seconds = 0.0
-    self._intervals: list[tuple[float, float]] = []  # Apart, in order.
+    self._intervals: list[tuple[float, float]] = []  # Disjoint, in order.
 
   def add(self, start: float, end: float) -> None:
-    """Takes the next: its end is not before any other's."""
+    """Adds an interval whose end is not before that of any earlier one."""
     while self._intervals and self._intervals[-1][1] > start:
       before = self._intervals.pop()
       self.seconds -= before[1] - before[0]
@@ -34,7 +34,8 @@ _listening = False
 
 
 def seconds() -> float:
-  """So far, from the first call on."""
+  """Returns the compile time since the first call of this function."""
+  # JAX cannot remove a single listener, so it is registered once per process.
   global _listening
   if not _listening:
     _listening = True

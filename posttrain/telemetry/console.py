@@ -1,4 +1,4 @@
-"""What a person sees while a run is on: progress, tables, samples.
+"""Console: progress, tables and samples that a person sees during a run.
 
 On a terminal this is a live progress line with tables and coloured samples
 above it. Anywhere else (a log file, a pipe) it is plain lines, with the same
@@ -24,7 +24,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-# Colour and a second mark each, for those who cannot see the colour.
+# Each style differs in more than its colour, for those who cannot see it.
 STYLES = {
     "sampled": "",
     "forced": "bold magenta underline",
@@ -38,12 +38,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-  """`text` with its control characters, save newline and tab, as escapes."""
+  """Escapes control characters of `text`, except newline and tab."""
   return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def format_value(value: float | int | str) -> str:
-  """Four significant digits; whole numbers in full."""
+  """Formats four significant digits; whole numbers in full."""
   if isinstance(value, str):
     return value
   if isinstance(value, bool) or not math.isfinite(value):
@@ -54,17 +54,17 @@ def format_value(value: float | int | str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-  """`3725.2` -> `1:02:05`."""
+  """Formats seconds as hours: `3725.2` -> `1:02:05`."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 class Progress:
-  """One progress line: steps, rate, time left and a few headline metrics.
+  """Progress line: steps, rate, time left and a few headline metrics.
 
-  The rate counts from the end of the first step seen, which is the one that
-  compiles, and is that of the last `RATE_WINDOW` updates.
+  The rate is the mean of the last `RATE_WINDOW` updates. It counts from the end
+  of the first step seen, so that this step's compilation is not in it.
   """
 
   def __init__(
@@ -100,7 +100,8 @@ class Progress:
       self._bar.stop()
 
   def seconds_per_step(self) -> float | None:
-    """None until two updates at different steps have been seen."""
+    """Returns the seconds per step; None until two different steps were seen.
+    """
     if len(self._times) < 2 or self._times[-1][1] == self._times[0][1]:
       return None
     (t0, step0), (t1, step1) = self._times[0], self._times[-1]
@@ -113,7 +114,7 @@ class Progress:
     return rate * (self._num_steps - self._times[-1][1])
 
   def update(self, step: int, **headline: float) -> None:
-    """Says that `step` steps are done.
+    """Records that `step` steps are done, and redraws the line.
 
     Args:
       step: number of finished steps, in 0..num_steps.
@@ -142,7 +143,7 @@ class Progress:
 
 
 class Console:
-  """Prints to one stream; see the module's text.
+  """Prints to one stream, see the module's text.
 
   Args:
     quiet: print nothing at all (`jax.process_index() != 0`).
@@ -163,11 +164,11 @@ class Console:
 
   @property
   def coloured(self) -> bool:
-    """Whether colour can be relied on to carry meaning."""
+    """Tests if colour can be relied on to carry meaning."""
     return self._console.is_terminal and not self._console.no_color
 
   def line(self, text: str, style: str = "") -> None:
-    """One line of text; `style` is Rich's and is lost off a terminal."""
+    """Prints one line; `style` is Rich's and has no effect off a terminal."""
     self._console.print(
         rich.text.Text(printable(text), style=style), soft_wrap=True)
 
@@ -175,7 +176,7 @@ class Console:
     self.line(f"warning: {text}", style="bold yellow")
 
   def heading(self, text: str) -> None:
-    """Opens a stage."""
+    """Prints the heading of a stage."""
     if self._console.is_terminal:
       self._console.rule(rich.text.Text(printable(text), style="bold"))
     else:
@@ -183,18 +184,20 @@ class Console:
 
   def progress(
       self, title: str, num_steps: int, *, start: int = 0) -> Progress:
-    """A context manager; what is printed inside goes above the line."""
+    """Makes a progress line; text printed inside the context goes above it."""
     return Progress(
         self._console, title, num_steps, start=start, clock=self._clock,
         plain_every=self._plain_every)
 
   def table(self, title: str, metrics: Mapping[str, float | int | str]) -> None:
-    """One table of metrics, grouped by the part of the name before "/"."""
+    """Prints a table of metrics, grouped by the part of the name before "/"."""
     cells = [(name, format_value(metrics[name]))
              for name in sorted(metrics, key=lambda name: ("/" in name, name))]
     if not self._console.is_terminal:
       self.line(f"{title}: " + ", ".join(f"{n} {v}" for n, v in cells))
       return
+    # Up to four pairs side by side, filled column by column, so that metrics
+    # of one group stay below each other.
     width = 4 + max((len(n) + len(v) for n, v in cells), default=0)
     columns = max(1, min(4, (self._console.width - 2) // (width + 2)))
     rows = math.ceil(len(cells) / columns)
@@ -213,10 +216,11 @@ class Console:
       self, title: str, segments: Sequence[tuple[str, str]], *,
       prompt: str = "", facts: Mapping[str, float | int | str] | None = None,
   ) -> None:
-    """One completion, with what the policy did not choose marked.
+    """Prints one completion, with the text that the policy did not choose
+    marked.
 
     Args:
-      title: what it is a sample of.
+      title: names the prompt or problem.
       segments: (text, provenance) in order; provenance is "sampled",
         "forced" or "wait".
       prompt: shown dimmed in front.
@@ -232,12 +236,13 @@ class Console:
       self, title: str, tokens: Sequence[int], loss_mask: Sequence[bool],
       decode: Callable[[list[int]], str],
   ) -> None:
-    """One rendered training example with the tokens in the loss marked.
+    """Prints one rendered training example, with the tokens in the loss marked.
 
     Args:
-      tokens, loss_mask: [T], of one example.
+      tokens, loss_mask: [T].
       decode: token ids to text, special tokens included.
     """
+    # Whole runs are decoded: a character may be spread over several tokens.
     runs: list[tuple[list[int], bool]] = []
     for token, in_loss in zip(tokens, loss_mask, strict=True):
       if not runs or runs[-1][1] != bool(in_loss):

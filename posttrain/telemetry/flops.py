@@ -1,10 +1,10 @@
-"""FLOPs that a model needs, from shapes alone; a multiply-add is two.
+"""Model FLOPs from shapes alone, for the model-FLOPs utilisation (MFU).
 
-Counted is what the mathematics needs: causal attention within a segment and a
-window, the true vocabulary, experts that are chosen, a backward pass of twice
-the forward; not what a program computes beyond that (masked scores, padding,
-recomputation). This is the count of the model-FLOPs utilisation (MFU) in the
-metrics.
+A multiply-add counts as two. The count is what the mathematics needs: causal
+attention within a segment and a window, the true vocabulary, chosen experts
+only, and a backward pass of twice the forward pass. Padding and recomputation
+(remat) are not counted, as in PaLM (https://arxiv.org/abs/2204.02311, appendix
+B). It differs from PaLM's count in that masked scores are not counted either.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from posttrain.telemetry import memory
 def forward(
     config: ModelConfig, tokens: float, context: float, *, logits: float,
 ) -> float:
-  """Of one forward pass.
+  """Counts the FLOPs of one forward pass.
 
   Args:
-    tokens: that go through the layers.
-    context: keys that a token attends to in a layer, itself included, on the
-      average.
-    logits: tokens whose logits are computed.
+    tokens: number of tokens that go through the layers.
+    context: mean number of keys that a token attends to in a layer, itself
+      included.
+    logits: number of tokens whose logits are computed.
   """
   return _products(config, tokens, logits) + _attention(
       config, tokens, context)
@@ -35,12 +35,13 @@ def update(
     config: ModelConfig, tokens: float, context: float, *, logits: float,
     trained: float = 1.0,
 ) -> float:
-  """Of a forward and a backward pass.
+  """Counts the FLOPs of a forward and a backward pass.
 
   Args:
-    tokens, context, logits: as of `forward`.
-    trained: the share of the weights that is; the others need no gradient of
-      their own, one of three products.
+    tokens, context, logits: as in `forward`.
+    trained: the share of the weights that is trained. Each weight takes part
+      in three products: the output, its input's gradient and its own; a frozen
+      one does not need the last.
   """
   return ((2 + trained) * _products(config, tokens, logits)
           + 3 * _attention(config, tokens, context))
@@ -49,10 +50,11 @@ def update(
 def of_batch(
     config: ModelConfig, batch: Mapping[str, np.ndarray], *, trained: float,
 ) -> float:
-  """`update` on packed rows.
+  """Counts the FLOPs of an update on packed rows.
 
   Args:
     batch: `positions` and `segment_ids`, of one shape, whatever it is.
+    trained: as in `update`.
   """
   positions = batch["positions"][batch["segment_ids"] > 0]
   return update(
@@ -61,7 +63,10 @@ def of_batch(
 
 
 def of_rollouts(config: ModelConfig, rollouts: Rollouts) -> float:
-  """Of sampling: each prompt once, then each token but a row's last."""
+  """Counts the FLOPs of sampling: prompts once each, then tokens but the last.
+
+  The last token of a row is never fed, since nothing follows it.
+  """
   _, first = np.unique(rollouts.prompt_id, return_index=True)
   prompts = [np.arange(len(rollouts.prompts[row])) for row in first]
   fed = [len(prompt) + np.arange(length - 1) for prompt, length in zip(
@@ -73,10 +78,10 @@ def of_rollouts(config: ModelConfig, rollouts: Rollouts) -> float:
 
 
 def mean_context(config: ModelConfig, positions: np.ndarray) -> float:
-  """`context` of tokens at these positions of their segments; 0 of none.
+  """Returns the mean `context` of tokens at these positions; 0 without tokens.
 
   Args:
-    positions: any shape, from 0.
+    positions: positions in the tokens' segments, from 0; any shape.
   """
   if not positions.size:
     return 0.0
@@ -88,13 +93,13 @@ def mean_context(config: ModelConfig, positions: np.ndarray) -> float:
 
 
 def _products(config: ModelConfig, tokens: float, logits: float) -> float:
-  """With weights; adapters left out."""
+  """Counts the products with weights; LoRA's are left out as negligible."""
   layers = config.layers * memory.layer_parameters(
       config, config.experts_per_token)
   return 2.0 * (tokens * layers + logits * config.embed * config.vocab_size)
 
 
 def _attention(config: ModelConfig, tokens: float, context: float) -> float:
-  """Scores, and the weighted values."""
+  """Counts the attention scores and the weighted sums of values."""
   return 4.0 * tokens * config.layers * context * (
       config.heads * config.head_dim)

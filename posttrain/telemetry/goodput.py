@@ -1,4 +1,4 @@
-"""Where the wall time of a stage went, over all of its starts.
+"""Goodput: the parts of a stage's wall time, over all of its starts.
 
   train       steps that count: their results are in a checkpoint, or still may
               be
@@ -9,14 +9,14 @@
   evaluation  the held-out loss
   profile     writing a trace
   setup       before the first step of the first start
-  restart     what an interruption cost: the time down, the set-up of the
+  restart     the cost of interruptions: the time down, the set-up of the
               starts after the first, and the steps that were made again
 
-Goodput is the share of `train`. The record is a file in the stage's
-directory, so that a start knows what went before; one that is damaged is moved
-aside and begun anew. It is at most `EVERY`
-seconds old when a process dies: that much may count as time down in place of
-steps made again, which changes no other figure.
+Goodput is the share of `train`. The record is a file in the stage's directory,
+so that a start knows the times of earlier ones; one that is damaged is moved
+aside and begun again. It is at most `EVERY` seconds old when a process dies:
+that much may count as time down in place of steps made again, which changes no
+other figure.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ MARKS = 100  # Checkpoints whose time is remembered.
 
 
 class Ledger:
-  """The times of one stage, from the first start's first line on.
+  """Times of one stage, from the first line of the first start on.
 
-  What lies between `begin` and now and is in no other part is `train`.
+  Time between `begin` and now that is in no other part counts as `train`.
   """
 
   def __init__(
@@ -53,11 +53,14 @@ class Ledger:
     Args:
       path: `goodput.json`.
       write: false on all hosts but the first, whose figures go nowhere.
-      wall, clock: seconds since the epoch; monotonic ones.
-      compiled: seconds spent compiling.
-      warn: is told of a record that is damaged.
+      wall: seconds since the epoch.
+      clock: monotonic seconds.
+      compiled: seconds spent compiling so far.
+      warn: takes a line about a damaged record.
     """
     self._path, self._write = path, write
+    # Two clocks: a process's own time must not jump when the machine's time is
+    # set, and the time between two processes has no monotonic clock.
     self._wall, self._clock, self._compiled = wall, clock, compiled
     self._opened, self._compiled_before = clock(), compiled()
     self._written = clock()
@@ -76,9 +79,9 @@ class Ledger:
 
   @contextlib.contextmanager
   def span(self, name: str) -> Iterator[None]:
-    """Adds the time within, compiling apart, to `spans[name]`.
+    """Adds the time within to `spans[name]`, without what was spent compiling.
 
-    A name that is none of `NAMES` is a part of `train`.
+    A name that is not in `NAMES` is a part of `train`.
     """
     start, compiled = self._clock(), self._compiled()
     try:
@@ -88,11 +91,13 @@ class Ledger:
       self.spans[name] = self.spans.get(name, 0.0) + seconds
 
   def begin(self, step: int) -> None:
-    """The first step follows.
+    """Ends the set-up: the first step follows.
 
     Args:
-      step: of the checkpoint that this start goes on from; 0 without one.
+      step: the restored checkpoint's step; 0 without one.
     """
+    # Steps after that checkpoint are made again, so their time, which the
+    # record has as `train`, was lost to the restart.
     self._marks = [mark for mark in self._marks if mark[0] <= step]
     kept = self._marks[-1][1] if self._marks else 0.0
     lost = max(0.0, self._before["train"] - kept)
@@ -103,13 +108,14 @@ class Ledger:
     self.write()
 
   def mark(self, step: int) -> None:
-    """A checkpoint holds all that was made up to now."""
+    """Notes that a checkpoint holds all steps made up to now."""
     self._marks.append([step, self.seconds()["train"]])
     self._marks = self._marks[-MARKS:]
     self.write()
 
   def seconds(self) -> dict[str, float]:
-    """By `NAMES`; they add up to the wall time since the first start."""
+    """Returns the seconds by `NAMES`, which add up to the time since the start.
+    """
     rest = "train" if self._began else self._setting_up()
     now = {"compile": self._compiled() - self._compiled_before,
            **self.spans}
@@ -121,7 +127,7 @@ class Ledger:
     return seconds["train"] / max(sum(seconds.values()), 1e-9)
 
   def tick(self) -> None:
-    """Writes the record if it is old."""
+    """Writes the record if the last write is `EVERY` seconds ago."""
     if self._clock() - self._written >= EVERY:
       self.write()
 
@@ -133,7 +139,7 @@ class Ledger:
           "seconds": self.seconds(), "marks": self._marks}).encode())
 
   def line(self) -> str:
-    """For the end of a stage."""
+    """Describes the times in one line, for the end of a stage."""
     return describe({"seconds": self.seconds(), "starts": self._starts})
 
   def _setting_up(self) -> str:
@@ -147,7 +153,7 @@ class Ledger:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """The record of a file; a WorkdirError names one that is damaged."""
+  """Reads the record of a file; raises WorkdirError if it is damaged."""
   record = workdir.read_object(path, "written", "starts", "seconds", "marks")
   is_number = lambda value: type(value) in (int, float)
   seconds, marks = record["seconds"], record["marks"]
@@ -162,7 +168,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def describe(record: dict[str, Any]) -> str:
-  """A record in one line."""
+  """Describes a record in one line."""
   seconds, starts = record["seconds"], record["starts"]
   total = max(sum(seconds.values()), 1e-9)
   parts = ", ".join(

@@ -1,4 +1,4 @@
-"""What the devices of a run do: rates per chip, their peak, memory in use."""
+"""Hardware of a run: chips and their peak, and memory in use."""
 
 import dataclasses
 import os
@@ -16,9 +16,9 @@ class Machine:
   """All devices of a run.
 
   Attributes:
-    kind: what JAX calls them.
-    chips: how many; devices, where the kind is not in the table.
-    peak: FLOPs per second of all, in bfloat16; None if not known.
+    kind: JAX's name for the kind of device.
+    chips: number of chips; of devices, if the kind is not in the table.
+    peak: FLOPs per second of all chips, in bfloat16; None if not known.
   """
 
   kind: str
@@ -26,15 +26,20 @@ class Machine:
   peak: float | None
 
   def mfu(self, name: str, flops: float, seconds: float) -> dict[str, float]:
-    """The share of the peak that all devices together had, as a metric.
+    """Returns the model-FLOPs utilisation (MFU) as a metric.
 
-    Empty where the peak is not known.
+    Empty if the peak is not known.
+
+    Args:
+      name: the metric's name.
+      flops: model FLOPs on all devices, see `telemetry.flops`.
+      seconds: in which they were computed.
     """
     return {} if self.peak is None else {name: flops / seconds / self.peak}
 
 
 def find() -> Machine:
-  """The devices of this run."""
+  """Finds the devices of this run."""
   kind, count = jax.devices()[0].device_kind, jax.device_count()
   chip = chips.find(kind)
   if chip is None:
@@ -44,10 +49,11 @@ def find() -> Machine:
 
 
 def memory_in_use() -> dict[str, float]:
-  """Bytes, as metrics: of this host's fullest device, or of the process.
+  """Measures memory in use, as metrics in bytes.
 
-  A backend that does not say (CPU) has its arrays in the process's memory,
-  where Linux tells how large that is.
+  On accelerators it is that of this host's fullest device. A CPU backend
+  reports nothing: its arrays are in the memory of the process, which Linux
+  reports.
   """
   stats = [device.memory_stats() for device in jax.local_devices()]
   if all(stats):
@@ -56,5 +62,5 @@ def memory_in_use() -> dict[str, float]:
         "perf/device_bytes_peak": max(s["peak_bytes_in_use"] for s in stats)}
   if not PAGES.exists():
     return {}
-  pages = int(PAGES.read_text().split()[1])
+  pages = int(PAGES.read_text().split()[1])  # Resident set size.
   return {"perf/host_bytes": float(pages * os.sysconf("SC_PAGE_SIZE"))}

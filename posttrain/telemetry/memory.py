@@ -1,9 +1,9 @@
 """Memory estimate per device, from shapes alone, before compilation.
 
-An estimate: XLA fuses and reuses buffers in ways that shapes do not tell.
-Parameters, gradients, optimizer and cache are exact up to padding;
-an update's total is within a third of the compiler's own figure for the
-shapes in the tests. No JAX here, so that it runs before devices are touched.
+XLA fuses and reuses buffers in ways that shapes do not tell. Parameters,
+gradients, optimizer and KV cache are exact up to padding; an update's total is
+within a third of the compiler's own figure for the shapes in the tests. This
+module has no JAX, so that it runs before devices are touched.
 
   r: rows of a microbatch on one device  T: length  S: cache slots
 """
@@ -16,18 +16,18 @@ from posttrain.model.config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = BYTES["float32"]
-# A number and its part of the float32 scale of 64.
+# One number and a 64th of the float32 scale that a block of 64 shares.
 QUANTIZED_BYTES = {"int8": 1 + 1 / 16, "int4": 1 / 2 + 1 / 16,
                    "nf4": 1 / 2 + 1 / 16}
-# Live at once in the head's backward pass: logits, softmax, their gradient.
+# Alive at once in the head's backward pass: logits, softmax, their gradient.
 LOGIT_BUFFERS = 3
-# Of the layer whose backward pass is under way: its values, and gradients of
-# about half of them.
+# The layer whose backward pass is running has its recomputed values, and
+# gradients of about half of them.
 LAYER_IN_PROGRESS = 1.5
 
 
 def format_bytes(size: float) -> str:
-  """`3 * 2**30` -> "3.0 GiB"."""
+  """Formats a size with its unit: `3 * 2**30` -> "3.0 GiB"."""
   for unit in ("B", "KiB", "MiB", "GiB"):
     if size < 1024:
       return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -40,10 +40,10 @@ class Estimate:
   """Bytes on one device, by part.
 
   Attributes:
-    persistent: there all the time (parameters, optimizer, reference).
-    training: on top of that during an update; empty without one.
-    sampling: on top of it during generation; empty without one.
-    scoring: on top of it while a reference that waits on the hosts is read.
+    persistent: at all times (parameters, optimizer, reference).
+    training: in addition during an update; empty without training.
+    sampling: in addition during generation; empty without sampling.
+    scoring: in addition while an offloaded reference is used.
   """
 
   persistent: dict[str, int]
@@ -58,10 +58,10 @@ class Estimate:
         for phase in (self.training, self.sampling, self.scoring))
 
   def line(self, available: int | None = None) -> str:
-    """One line for a person.
+    """Describes the estimate in one line.
 
     Args:
-      available: bytes that the device has, where that is known.
+      available: the device's memory in bytes, if it is known.
     """
     def parts(sizes):
       return " + ".join(
@@ -81,10 +81,10 @@ class Estimate:
 
 
 def layer_parameters(config: ModelConfig, experts: int | None = None) -> int:
-  """Of one layer; norms and biases, which no mesh splits, left out.
+  """Counts the matrix parameters of one layer; norms and biases are left out.
 
   Args:
-    experts: so many of them; None: all.
+    experts: number of experts to count; None: all.
   """
   experts = config.num_experts if experts is None else experts
   attention = config.embed * config.head_dim * 2 * (
@@ -94,7 +94,7 @@ def layer_parameters(config: ModelConfig, experts: int | None = None) -> int:
 
 
 def parameters(config: ModelConfig) -> int:
-  """All, the padding of the vocabulary included."""
+  """Counts all parameters, the padding of the vocabulary included."""
   tables = 1 if config.tied_embeddings else 2
   padding = config.padded_vocab_size - config.vocab_size
   return config.num_parameters + tables * padding * config.embed
@@ -104,10 +104,13 @@ def cache_bytes(
     config: ModelConfig, *, rows: int, slots: int, parts: int = 1,
     tensor: int = 1, dtype: str = "compute",
 ) -> int:
-  """Keys and values of `rows` rows (global) with `slots` slots, per device.
+  """Bytes of the KV cache on one device.
 
   Args:
-    parts: that the mesh splits the rows in.
+    rows: rows (sequences) decoded at once, over all devices.
+    slots: cache slots of a row.
+    parts: number of parts into which the mesh splits the rows.
+    tensor: number of parts into which it splits the kv heads.
     dtype: "compute", or "int8" with a float32 scale for each vector.
   """
   heads = config.kv_heads // tensor
@@ -119,7 +122,10 @@ def cache_bytes(
 def _layer_activations(
     config: ModelConfig, rows: int, length: int, tensor: int, expert: int,
 ) -> tuple[int, int, int]:
-  """Bytes of one layer that a backward pass reads: input, products, rest."""
+  """Bytes of one layer that a backward pass reads: input, products, rest.
+
+  The three parts are those between which `compute.remat` chooses.
+  """
   size = BYTES[config.dtype]
   tokens = rows * length
   heads = (config.heads + 2 * config.kv_heads) * config.head_dim // tensor
@@ -138,17 +144,18 @@ def _layer_activations(
     scores = rows * (config.heads // tensor) * length * length
     rest += scores * (FLOAT32 + size)
   else:
-    # What it gives is kept as the products are, and its normalisers.
+    # Blockwise attention never has the scores. Its output and the softmax's
+    # normalisers are kept like products, for its own backward pass.
     products += tokens * (
         attended * size + config.heads // tensor * FLOAT32)
   return stream, products, rest
 
 
 def _mlp_widths(config: ModelConfig, expert: int) -> tuple[int, int]:
-  """Per token of a device: width of the MLPs, and bytes of the routing.
+  """Width of a token's MLPs on a device, and bytes of its routing.
 
   `expert` devices share their tokens. In the dense form each of them runs its
-  experts on all of these; the grouped form has room for k rows of each.
+  experts on all of these; the grouped form has room for k rows of each token.
   """
   if not config.num_experts:
     return config.mlp, 0
@@ -157,7 +164,7 @@ def _mlp_widths(config: ModelConfig, expert: int) -> tuple[int, int]:
   if config.moe != "grouped":
     return config.mlp * config.num_experts, routed
   rows = expert * config.experts_per_token
-  # Sorted on the way in, computed, and sorted back.
+  # Three buffers of rows: sorted by expert, computed, and sorted back.
   return config.mlp * rows, routed + (
       3 * rows * config.embed * BYTES[config.dtype])
 
@@ -166,12 +173,14 @@ def activation_bytes(
     config: ModelConfig, *, rows: int, length: int, batch: int = 1,
     tensor: int = 1, expert: int = 1, context: int = 1,
 ) -> int:
-  """Kept from the forward for the backward pass, and one layer's own peak.
+  """Bytes kept from the forward for the backward pass, and one layer's peak.
 
   Args:
-    rows, length: of one microbatch, global.
-    batch: parts that the mesh splits the rows in, those of `expert` too.
-    context: parts of the length; while that is whole, of the heads.
+    rows, length: of one microbatch, over all devices.
+    batch: parts into which the mesh splits the rows, over "expert" too.
+    tensor, expert: sizes of these mesh axes.
+    context: parts of the length. In attention the length is whole and the
+      heads are split instead, so that everything is divided by it.
   """
   stream, products, rest = _layer_activations(
       config, math.ceil(rows / batch), length, tensor, expert)
@@ -189,27 +198,28 @@ def _training(
   size = BYTES[config.dtype]
   chunk = math.ceil(rows / batch) * min(loss_chunk, length // context)
   table = config.padded_vocab_size * config.embed // tensor
-  # The experts stay apart.
+  # Experts are never gathered: a device has its own only.
   layer = layer_parameters(config, config.num_experts // expert) // tensor
   gathered = config.unroll * layer * size
   return {
-      # Of the microbatch, and the sum over microbatches.
+      # The gradient of one microbatch, and the sum over microbatches.
       "gradients": 2 * FLOAT32 * trained // shards,
       "activations": activation_bytes(
           config, rows=rows, length=length, batch=batch, tensor=tensor,
           expert=expert, context=context),
       "logits": (
           LOGIT_BUFFERS * FLOAT32 * chunk * config.padded_vocab_size // tensor),
-      # The head is whole for all chunks, and so is its gradient.
+      # The head is gathered once for all chunks, and so is its gradient.
       "gathered weights": gathered + 2 * table * FLOAT32 if parts > 1 else 0,
-      # Three parts, which take the place of a gathered float32 head.
+      # Three bfloat16 tables in place of a gathered float32 head; see
+      # `model.head`.
       "head in parts": 0 if config.dtype == "float32" else table * (
           3 * size - (FLOAT32 if parts > 1 else 0)),
   }
 
 
 def decode_bytes(config: ModelConfig, weights_dtype: str) -> float:
-  """Of a number; int8's scales, one for each output, are left out."""
+  """Bytes of one weight in the decode loop; int8's scales are left out."""
   if weights_dtype == "int8":
     return 1
   merged = config.lora is not None and config.lora.decode == "merged"
@@ -228,23 +238,24 @@ def estimate(
     frozen_bytes: int = 0, reference_bytes: int = 0,
     offload: Collection[str] = (),
 ) -> Estimate:
-  """Bytes per device for training, sampling, or both in turn.
+  """Estimates bytes per device for training, sampling, or both in turn.
 
   Args:
     config: with the vocabulary filled in.
     data, fsdp, expert, context, tensor: sizes of the mesh.
-    rows, sequence_length: of one microbatch, global; rows=0: no training.
+    rows, sequence_length: of one microbatch, over all devices; rows=0: no
+      training.
     loss_chunk: positions whose logits exist at once.
-    cache_rows, cache_slots: rows decoded at once, global, and the longest
-      cache; cache_rows=0: no sampling.
-    cache_dtype, weights_dtype: of sampling: "compute" or "int8".
-    trained: parameters that an update moves, over all devices; None: all.
-    optimizer_bytes: of its state, over all devices; None: AdamW's moments in
-      float32.
-    frozen_bytes: of the other ones at rest, over all devices.
-    reference_bytes: of a reference, what it does not share with the policy.
-    offload: "optimizer" and "reference" are on the devices only while they
-      are needed.
+    cache_rows: rows decoded at once, over all devices; 0: no sampling.
+    cache_slots: slots of the longest KV cache.
+    cache_dtype, weights_dtype: in sampling: "compute" or "int8".
+    trained: parameters that an update changes, over all devices; None: all.
+    optimizer_bytes: the optimizer's state, over all devices; None: AdamW's
+      moments in float32.
+    frozen_bytes: frozen parameters at rest, over all devices.
+    reference_bytes: the reference, without what it shares with the policy.
+    offload: host offload; names in it ("optimizer", "reference") are on the
+      devices only while they are needed.
   """
   parts, batch = fsdp * expert * context, data * fsdp * expert
   shards = parts * tensor  # Of all parameters at rest.
@@ -275,8 +286,9 @@ def estimate(
         "cache": cache_bytes(
             config, rows=cache_rows, slots=cache_slots, parts=batch * context,
             tensor=tensor, dtype=cache_dtype),
-        # Decode holds every layer gathered over "fsdp", and cast unless it
-        # is quantised; and the tables, if they rest split.
+        # The decode loop holds every layer gathered over "fsdp" (FSDP's
+        # gathers per token would cost more than the token), and cast unless
+        # it is quantised; and both tables, if they rest split.
         "decode weights": whole + int(
             config.layers * decode_bytes(config, weights_dtype)
             * layer_parameters(

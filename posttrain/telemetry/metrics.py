@@ -1,13 +1,13 @@
-"""`metrics.jsonl` and TensorBoard: one row per stage and step.
+"""Metrics: `metrics.jsonl` and TensorBoard, one row per stage and step.
 
 A row is a flat JSON object: "stage", "step", then names such as "loss" or
 "completions/mean_length" with numbers; null stands for a value that is not
-finite. Names under "time/" and "perf/" are measurements of the machine, all
+finite. Names under "time/" and "perf/" are measurements of the machine. All
 others are functions of config, data and seed, and repeat bit for bit.
 
 Only process 0 writes. Each row is flushed, so that a kill loses none, and is on
-the disk before a checkpoint of its step is; rows beyond the checkpoint that a
-run resumes from are cut before it goes on, so that each step is there once.
+the disk before a checkpoint of its step is. When a run resumes, rows after its
+checkpoint are cut, so that each step is there once.
 """
 
 import json
@@ -25,9 +25,9 @@ from posttrain.workdir import WorkdirError, replace_file
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """All whole rows of a metrics file, in order.
+  """Reads all whole rows of a metrics file, in order.
 
-  A last line without its newline is the trace of a kill, and left out.
+  A last line without its newline is the trace of a kill, and is left out.
 
   Raises:
     WorkdirError: another line is no row; names the file and the line.
@@ -46,10 +46,10 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def mend(path: str | os.PathLike) -> list[str]:
-  """Takes lines that are no rows out; they are kept in another file.
+  """Moves lines that are no rows to another file.
 
   Returns:
-    What a person should know; nothing where all is well.
+    A line for the console about it; empty if all lines are rows.
   """
   path = pathlib.Path(path)
   lines, bad = _lines(path) if path.exists() else [], []
@@ -71,7 +71,7 @@ def mend(path: str | os.PathLike) -> list[str]:
 
 def missing(
     rows: Iterable[Mapping[str, Any]], stage: str, last: int) -> str:
-  """The steps of 1..`last` without a row, such as "3-8, 12"; "" for none."""
+  """Lists the steps of 1..`last` without a row, such as "3-8, 12"."""
   steps = {row["step"] for row in rows if row["stage"] == stage}
   spans: list[list[int]] = []
   for step in range(1, last + 1):
@@ -84,7 +84,11 @@ def missing(
 
 
 def sync(path: str | os.PathLike) -> None:
-  """Waits until the file is on the disk."""
+  """Waits until the file is on the disk.
+
+  A checkpoint must not be there without the rows of its steps: a resumed run
+  does not make them again.
+  """
   if pathlib.Path(path).exists():
     with pathlib.Path(path).open("ab") as file:
       os.fsync(file.fileno())
@@ -95,7 +99,7 @@ def _lines(path: str | os.PathLike) -> list[bytes]:
 
 
 def _row(line: bytes) -> dict[str, Any]:
-  """Raises ValueError where the line is no row."""
+  """Parses a row; raises ValueError if it is none."""
   try:
     row = json.loads(line.decode())
   except RecursionError as error:
@@ -114,12 +118,12 @@ def _shown(line: bytes) -> str:
 
 
 def cut(path: str | os.PathLike, stage: str, step: int) -> int:
-  """Removes the rows of `stage` after `step`, and a torn last line.
+  """Removes the rows of `stage` after `step`, and an incomplete last line.
 
-  The file is replaced in one move: a kill leaves the old or the new one.
+  The file is replaced in one piece: a kill leaves the old or the new one.
 
   Returns:
-    The number of whole rows removed.
+    The number of whole rows that were removed.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -141,14 +145,14 @@ class Writer:
       stage: str, *, restored_step: int,
       check: Callable[[], None] = lambda: None,
   ):
-    """Cuts what lies beyond `restored_step` and opens both outputs.
+    """Cuts rows after `restored_step` and opens both outputs.
 
     Args:
-      path: of `metrics.jsonl`, shared by all stages of a workdir.
+      path: `metrics.jsonl`, shared by all stages of a workdir.
       tensorboard: directory; the stage becomes a run in it.
       stage: name of the stage.
-      restored_step: of the checkpoint resumed from; 0 at a fresh start.
-      check: called before each write; raises where none may be made.
+      restored_step: the step of the restored checkpoint; 0 at a fresh start.
+      check: called before each write; raises if another run has taken over.
     """
     self._check = check
     self._stage = stage
@@ -170,7 +174,7 @@ class Writer:
     """Appends one row and flushes it.
 
     Args:
-      step: larger than that of the row before.
+      step: larger than the last row's.
       values: scalars (Python, NumPy or JAX) by metric name.
 
     Raises:
@@ -185,6 +189,7 @@ class Writer:
     if not self._writes:
       return
     self._check()
+    # JSON has no NaN, and other readers would refuse Python's.
     row = {"stage": self._stage, "step": step} | {
         name: value if math.isfinite(value) else None
         for name, value in scalars.items()}
@@ -214,10 +219,10 @@ def _scalar(name: str, value: Any) -> int | float:
 
 
 class Window:
-  """Running means since the last `clear`, for a person to read.
+  """Running means since the last `clear`, for the console.
 
-  Rows carry the values of their own step; this is for the console, which
-  shows one line for several steps.
+  Rows carry the values of their own step; the console shows one line for
+  several steps.
   """
 
   def __init__(self) -> None:
@@ -225,13 +230,13 @@ class Window:
     self._counts: dict[str, int] = {}
 
   def add(self, values: Mapping[str, Any]) -> None:
-    """Adds one step. A name may be missing from some steps."""
+    """Adds one step's values; a name may be missing from some steps."""
     for name, value in values.items():
       self._sums[name] = self._sums.get(name, 0.0) + float(value)
       self._counts[name] = self._counts.get(name, 0) + 1
 
   def means(self) -> dict[str, float]:
-    """The mean of each name over the steps that had it."""
+    """Returns the mean of each name over the steps that had it."""
     return {
         name: total / self._counts[name] for name, total in self._sums.items()}
 

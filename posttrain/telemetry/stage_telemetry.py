@@ -46,7 +46,7 @@ class StageTelemetry:
         directory / "profile", profile_steps, say=console.line,
         write=is_writer)
     self._machine = hardware.find()
-    self._hosts = stragglers.Hosts(warn=console.warning)
+    self._hosts = stragglers.Stragglers(warn=console.warning)
     self._compared = compilation.seconds()
     self._start_lap()
 
@@ -121,7 +121,7 @@ class StageTelemetry:
         "perf/goodput": self._ledger.goodput()}
 
   def compare_hosts(self) -> dict[str, float]:
-    """Compares the hosts' own times; all call it after the same step."""
+    """`Stragglers.compare`; every host calls it after the same step."""
     compiled = compilation.seconds()
     found = self._hosts.compare(apart=compiled - self._compared)
     self._compared = compiled

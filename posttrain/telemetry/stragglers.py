@@ -1,18 +1,19 @@
-"""Finds stragglers and lost hosts.
+"""Finds stragglers, and hosts that hang or are lost.
 
 Hosts that share a program wait for each other within it, so all of their steps
-take as long as those of the slowest. What differs is a host's own time: that
-in which it did not wait for devices (`sharding.waited`). At `log_every` the
-own times are gathered, and a host is named whose own time is more than
-`FACTOR` times the median host's, if the others lost at least `LEAST` of the
-time and a second to it. A chip that is slow by itself does not show here: all
-hosts wait for it alike; a trace of a step does (`profile.steps`).
+take as long as those of the slowest. They differ in their own time, in which
+they do not wait for devices (`sharding.waited`). At `log_every` the own times
+are gathered. A host is named a straggler if its own time is more than `FACTOR`
+times the median host's, and the others lost at least `LEAST` of the time and a
+second to it. A chip that is slow by itself does not show here, since all hosts
+wait for it alike; a trace of a step shows it (`profile.steps`).
 
-On the line between the processes (`line.py`) each says every few seconds that
-it is there, and whether it waits. Process 0 warns of one that it has not heard
-of for `line.SILENT` seconds, and of one that does not wait while all others
-have for `STUCK` seconds: it hangs, and will reach no `log_every`. A thread of
-each also measures for how long the whole process stood still.
+Over the connections between processes (`host_connections`) each sends a sign of
+life every few seconds, with the seconds that it has waited. Process 0 warns of
+a process that was silent for `host_connections.SILENT` seconds. It also warns
+of one that does not wait while all others have waited for `STUCK` seconds: it
+hangs, and will reach no `log_every`. A thread of each process also measures for
+how long the whole process was stopped.
 """
 
 import threading
@@ -23,23 +24,24 @@ import numpy as np
 
 from posttrain import host_connections, sharding
 
-FACTOR = 2.0
-LEAST = 0.1
-STUCK = 60.0
+FACTOR = 2.0  # A straggler's own time over the median host's.
+LEAST = 0.1  # Share of the wall time that the others lose to it.
+STUCK = 60.0  # Seconds.
 
 
 def slow_hosts(
     own: np.ndarray, wall: float) -> list[tuple[int, float, float]]:
-  """Processes that hold the others up; see the module's text.
+  """Finds stragglers: processes that hold the others up.
 
   Args:
     own: [N] seconds of each process's own time.
-    wall: seconds that they are a part of.
+    wall: seconds of wall time in which they were measured.
 
   Returns:
-    Of each such process its number, its seconds and the median's.
+    For each straggler its number, its seconds and the median's; slowest first.
   """
-  # With two hosts that is the faster one.
+  # The lower median: with two hosts it is the faster one, so that the slower
+  # one can be found at all.
   median = float(np.sort(own)[(len(own) - 1) // 2])
   return [
       (int(i), float(own[i]), median) for i in np.argsort(-own)
@@ -47,26 +49,27 @@ def slow_hosts(
 
 
 def stuck_hosts(waits: dict[int, float]) -> list[int]:
-  """Processes that all others wait for.
+  """Finds processes that all others wait for.
 
   Args:
-    waits: seconds that each has waited by now, 0 if it does not wait.
+    waits: seconds that each process has waited by now, 0 if it does not wait.
   """
   busy = [process for process, seconds in waits.items() if not seconds]
   others = [seconds for seconds in waits.values() if seconds]
   return busy if others and min(others) >= STUCK else []
 
 
-class Hosts:
-  """The hosts of a run; does nothing in a run of one process."""
+class Stragglers:
+  """Compares the hosts of a run; does nothing in a run of one process."""
 
   def __init__(self, warn: Callable[[str], None]):
-    """
+    """Begins to measure.
+
     Args:
-      warn: takes a line for a person; from a thread too.
+      warn: takes a line for a person; it is called from a thread too.
     """
     self._warn = warn
-    self._line = host_connections.current()
+    self._connections = host_connections.current()
     self._stopped = threading.Event()
     self._stalled = 0.0
     self._silent: set[int] = set()
@@ -74,17 +77,17 @@ class Hosts:
     self.restart()
 
   def begin(self) -> None:
-    """Says who is who, and starts the thread."""
-    if self._line is not None:
+    """Starts the thread that measures stalls and warns of silent hosts."""
+    if self._connections is not None:
       threading.Thread(
-          target=self._watch, args=(self._line,), daemon=True).start()
+          target=self._watch, args=(self._connections,), daemon=True).start()
     self.restart()
 
   def end(self) -> None:
     self._stopped.set()
 
   def restart(self) -> None:
-    """What comes next is compared; what came before is not."""
+    """Begins a new interval: time before this call is not compared."""
     self._since = time.monotonic()
     self._waited, self._was_stalled = sharding.waited(), self._stalled
 
@@ -94,14 +97,17 @@ class Hosts:
     All hosts call this together.
 
     Args:
-      apart: seconds that are no host's own time, such as compiling.
+      apart: seconds that count as no host's own time, such as compiling.
 
     Returns:
-      Seconds of the slowest and the median host, as metrics; none alone.
+      Seconds of the slowest and the median host, as metrics; empty in a run of
+      one process.
     """
-    if self._line is None:
+    if self._connections is None:
       return {}
     wall = time.monotonic() - self._since
+    # A process that was stopped within a wait for devices seems to have waited;
+    # the stall that its thread measured is then the larger number.
     own = max(
         wall - apart - (sharding.waited() - self._waited),
         self._stalled - self._was_stalled)
@@ -109,34 +115,35 @@ class Hosts:
     times = np.asarray(found, np.float64).ravel()
     for process, seconds, median in slow_hosts(times, wall):
       self._warn(
-          f"{self._line.name(process)} holds the others up: {seconds:.1f} s of "
-          f"its own in the last {wall:.1f} s, where the median host has "
-          f"{median:.1f} s.")
+          f"{self._connections.name(process)} holds the others up: "
+          f"{seconds:.1f} s of its own in the last {wall:.1f} s, where the "
+          f"median host has {median:.1f} s.")
     self.restart()
     return {"time/host_slowest": float(times.max()),
             "time/host_median": float(np.median(times))}
 
-  def _watch(self, here: host_connections.Line) -> None:
+  def _watch(self, here: host_connections.Connections) -> None:
     last = time.monotonic()
     while not self._stopped.wait(host_connections.PULSE):
       now = time.monotonic()
       late = now - last - host_connections.PULSE
-      if late > 0.5:  # The whole process stood still.
+      # A thread that sleeps wakes late only if the whole process was stopped.
+      if late > 0.5:
         self._stalled += late
       last = now
       if here.number == 0:
-        self.look(here.silences(), here.waiting(), here.name)
+        self.check(here.silences(), here.waiting(), here.name)
 
-  def look(
+  def check(
       self, silences: dict[int, float], waits: dict[int, float],
       name: Callable[[int], str],
   ) -> None:
-    """Warns of who has fallen silent or hangs, and of who is back.
+    """Warns of processes that are silent or hang, and of those that are back.
 
     Args:
-      silences: seconds since each other process was heard of.
-      waits: seconds that each has waited by now, 0 if it does not wait.
-      name: of a process.
+      silences: seconds since the last message of each other process.
+      waits: seconds that each process has waited by now, 0 if it does not wait.
+      name: names a process, by its number.
     """
     silent = {process for process, seconds in silences.items()
               if seconds >= host_connections.SILENT}

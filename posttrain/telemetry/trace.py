@@ -1,10 +1,10 @@
-"""An XProf trace of some steps: what host and devices did, by the operation.
+"""Profiling: an XProf trace of some steps, on host and devices, by operation.
 
   pip install xprof && xprof --logdir=WORKDIR/STAGE/profile
 
-shows it. Process 0 traces its own devices: under one program the others do
-the same. Before the first step and after the last the devices finish what
-they have, so that a trace holds these steps and no other.
+shows it. Process 0 traces its own devices, since under one program the others
+do the same. Before the first step and after the last the devices finish their
+queues, so that a trace holds exactly these steps.
 """
 
 import pathlib
@@ -15,15 +15,16 @@ import jax
 
 
 class Tracer:
-  """Writes the trace of a range of steps, once they are run."""
+  """Traces a range of steps, and writes the trace after the last one."""
 
   def __init__(
       self, directory: pathlib.Path, steps: Sequence[int], *,
       say: Callable[[str], None], write: bool = True):
-    """
+    """Takes the range of steps.
+
     Args:
-      directory: where traces go, each into a folder named by its time.
-      steps: the first and the last, or one of both; empty: none.
+      directory: for the traces, each in a folder named by its time.
+      steps: the first and the last step, or a single one; empty: none.
       say: takes a line for a person.
       write: false on all hosts but the first.
     """
@@ -33,10 +34,10 @@ class Tracer:
     self._active = False
 
   def before(self, step: int, latest: Any) -> None:
-    """Begins, if the step is the first; a run that resumes after it does not.
+    """Starts the trace if the step is the first; a later resume starts none.
 
     Args:
-      latest: arrays of the step before, which the devices may still make.
+      latest: results of the step before, which the devices may still compute.
     """
     if step == self._first:
       jax.block_until_ready(latest)
@@ -44,13 +45,13 @@ class Tracer:
       self._active = True
 
   def after(self, step: int, latest: Any) -> None:
-    """Ends and writes, if the step is the last."""
+    """Ends and writes the trace if the step is the last."""
     if self._active and step == self._last:
       jax.block_until_ready(latest)
       self.close()
 
   def close(self) -> None:
-    """Writes what was traced so far, if anything."""
+    """Writes the trace as far as it is, if one is running."""
     if self._active:
       self._active = False
       jax.profiler.stop_trace()

@@ -1,11 +1,11 @@
-"""Delimiters that a tokenizer merges with what stands beside them.
+"""Delimiter boundaries: where a tokenizer merges delimiters with other text.
 
-The sampler and `thinking.split` look for a delimiter by its token ids. Where
-it is not one added token, BPE may merge across its edges: ".</think>" begins
-with the token ".</" in many vocabularies, and the ids of "</think>" are not
-there. A model writes what it has learnt, and SFT renders its examples so, too.
+The sampler and `thinking.split` search for a delimiter by its token ids. If it
+is not one added token, BPE may merge across its edges: ".</think>" begins with
+the token ".</" in many vocabularies, and the ids of "</think>" are not there. A
+model writes what it has learnt, and SFT renders its examples in the same way.
 
-Wait texts and the like are forced and never looked for: they may merge.
+Wait texts and the like are forced and never searched for: they may merge.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from posttrain.text import thinking as thinking_lib
 from posttrain.text import tokenizer as tokenizer_lib
 
-# What stands before and behind delimiters in a model's text.
+# Text before and after delimiters, as models write it.
 BEFORE = ("", " ", ".", "\n", "a", "1")
 BEHIND = ("", " ", "\n", "\n\n", "a", "1")
 
@@ -21,7 +21,8 @@ BEHIND = ("", " ", "\n", "\n\n", "a", "1")
 def warning(
     strings: thinking_lib.Thinking, tokenizer: tokenizer_lib.Tokenizer,
 ) -> str:
-  """Says which delimiters are not always seen, and the remedy; or ""."""
+  """Describes the delimiters that are not always found, and the remedy; or "".
+  """
   named = [("start", strings.start), ("end", strings.end),
            *(("delimiters", text) for text in strings.delimiters)]
   missed = {
@@ -45,15 +46,15 @@ def warning(
 
 def _merged(
     text: str, tokenizer: tokenizer_lib.Tokenizer) -> Iterator[str]:
-  """The contexts in which the ids of a text are not those of it alone."""
+  """Yields contexts in which the ids of a text are not those of it alone."""
   own = _encode(text, tokenizer)
   for before in BEFORE:
     for behind in BEHIND:
       if _one_word(before, text) or _one_word(text, behind):
-        continue  # Another word than the delimiter.
+        continue  # A longer word, which is not the delimiter.
       found = _encode(before + text + behind, tokenizer)
       if tokenizer.unk_id is not None and tokenizer.unk_id in found:
-        continue  # A vocabulary of words cannot write it so.
+        continue  # A vocabulary of words cannot write this.
       if thinking_lib.find(found, own) < 0:
         yield before + text + behind
 
@@ -63,6 +64,6 @@ def _one_word(left: str, right: str) -> bool:
 
 
 def _encode(text: str, tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
-  """As within a completion: behind other text, which here is "a"."""
+  """Encodes a text as in a completion: after other text, which here is "a"."""
   return tokenizer.encode(
       text, special=True, after=tokenizer.encode("a")[-1])

@@ -1,19 +1,19 @@
-"""Chat templates: messages -> tokens, and the tokens that an assistant wrote.
+"""Chat templates: messages to tokens, with a mask of the assistant's tokens.
 
 Templates are the Jinja sources that model publishers ship, rendered as
 transformers renders them, in a sandbox with limits. Control tokens come from
 the template's own text only: control strings inside messages are hidden from
-it behind Unicode noncharacters and come back as ordinary text.
+the template behind Unicode noncharacters, and come back as ordinary text.
 
-An assistant turn is what follows the prompt that the sampler would be given
-at that point, up to and with its end-of-turn token. That is exact when the
-prompt is a prefix of the whole conversation; where it is not, no mask is
-right, and that is an error. So is a turn that has lost text, as Qwen 3's
-template cuts the reasoning out of earlier turns; white space at the edges of
-a turn may be the template's (Llama's and Gemma's trim it).
+An assistant turn is the text from the end of the prompt that the sampler would
+be given at that point to the turn's end-of-turn token, inclusive. That is exact
+if the prompt is a prefix of the whole conversation; otherwise no mask is right,
+and it is an error. A turn that has lost text is an error too, as Qwen 3's
+template cuts the reasoning out of earlier turns. White space at the edges of a
+turn may be removed by the template (Llama's and Gemma's trim it).
 
-Not done: images, and a date. `strftime_now` always answers 26 July 2024 (the
-default of the Llama templates), so that a prompt is the same on every day.
+Not done: images, tools, and a date. `strftime_now` always answers 26 July 2024
+(the default of the Llama templates), so that a prompt is the same on every day.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from posttrain.text import tokenizer as tokenizer_lib
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Noncharacters: no valid text has them. They stand around the number of a
-# control token in a message, and around a {% generation %} block.
+# Noncharacters: no valid text has them. The first pair encloses the number of a
+# control token in a message, the second the text of a {% generation %} block.
 HIDE, HIDE_END = "\ufdd0", "\ufdd1"
 TURN, TURN_END = sandbox.TURN_BEGIN, sandbox.TURN_END
 
@@ -44,16 +44,20 @@ class ChatTemplate:
   def __init__(
       self, source: str, tokenizer: tokenizer_lib.Tokenizer,
       name: str = "the chat template"):
-    """Raises ValueError when the source is not a Jinja template.
+    """Compiles the template.
 
     Args:
-      source: of the template.
-      tokenizer: that the template was made for.
-      name: for messages.
+      source: the Jinja source.
+      tokenizer: the tokenizer that the template was made for.
+      name: names the template in error messages.
+
+    Raises:
+      ValueError: the source is not a Jinja template.
     """
     self.source = source
     self.hash = hashlib.sha256(source.encode()).hexdigest()
     self._tokenizer = tokenizer
+    # Longest first: one control token's text may begin another's.
     self._controls = sorted(tokenizer.controls, key=len, reverse=True)
     self._hidden = re.compile(f"{HIDE}(\\d+){HIDE_END}")
     stops = [text for text, i in tokenizer.controls.items()
@@ -65,11 +69,11 @@ class ChatTemplate:
     self._template = sandbox.Template(source, name)
 
   def render(self, messages: Messages, add_generation_prompt: bool) -> str:
-    """The text, as transformers' `apply_chat_template` gives it."""
+    """Renders the text, as transformers' `apply_chat_template` does."""
     return self._reveal(self._render(messages, add_generation_prompt)[0])
 
   def prompt_tokens(self, messages: Messages) -> list[int]:
-    """Tokenizes the messages and the generation prompt for the sampler.
+    """Tokenizes the messages and the generation prompt, for the sampler.
 
     Raises:
       ValueError: the template refuses the messages, or the last one is an
@@ -86,11 +90,11 @@ class ChatTemplate:
   def example_tokens(
       self, messages: Messages, *, last_only: bool = False,
   ) -> tuple[list[int], list[bool]]:
-    """A whole conversation and its loss mask.
+    """Tokenizes a whole conversation, with its loss mask.
 
     Args:
-      messages: at least one is the assistant's.
-      last_only: only the last assistant turn is in the loss.
+      messages: a conversation with at least one message of the assistant's.
+      last_only: put only the last assistant turn in the loss.
 
     Returns:
       Token ids, and a mask of the same length: true on each assistant turn
@@ -113,7 +117,8 @@ class ChatTemplate:
   def _render(
       self, messages: Messages, add_generation_prompt: bool,
   ) -> tuple[str, list[tuple[int, int]]]:
-    """Text with hidden message content, and the {% generation %} spans."""
+    """Renders with hidden message content; returns {% generation %} spans too.
+    """
     text = self._template.render(
         messages=[self._hide(_reasoning(message)) for message in messages],
         add_generation_prompt=add_generation_prompt, tools=None,
@@ -123,17 +128,22 @@ class ChatTemplate:
   def _encode(
       self, text: str, messages: Messages, targets: frozenset[int],
   ) -> tuple[list[int], list[bool]]:
-    """Encodes turn by turn: no token straddles the start of a turn."""
+    """Encodes turn by turn: no token straddles the start of a turn.
+
+    The sampler's prompt ends where a turn starts. A token across that edge
+    would be in training and never in sampling.
+    """
     ids: list[int] = []
     mask: list[bool] = []
     for piece, in_loss in self._pieces(text, messages, targets):
       tokens = self._encode_piece(piece, ids[-1] if ids else None)
       ids += tokens
       mask += [in_loss] * len(tokens)
+    # Some templates write BOS and some leave it to the tokenizer.
     bos = self._tokenizer.bos_id
     if bos is not None and ids[:1] != [bos]:
       ids, mask = [bos, *ids], [False, *mask]
-    # A family whose BOS also ends a turn has more of them further on.
+    # If BOS is a stop token too, it also ends turns: count at the start only.
     many = ids[:2] if bos in self._tokenizer.stop_ids else ids
     if bos is not None and many.count(bos) != 1:
       raise ValueError(
@@ -144,7 +154,8 @@ class ChatTemplate:
   def _pieces(
       self, text: str, messages: Messages, targets: frozenset[int],
   ) -> Iterator[tuple[str, bool]]:
-    """Cuts a text at assistant turns: (piece, it is a target)."""
+    """Cuts a text at assistant turns; yields pieces, and if they are targets.
+    """
     done = 0
     for i, message in enumerate(messages):
       if message["role"] != "assistant":
@@ -164,9 +175,11 @@ class ChatTemplate:
 
   def _locate(
       self, text: str, messages: Messages, i: int) -> tuple[int, int] | str:
-    """Where turn i lies in the text, end of turn included, or why not."""
+    """Locates turn i in the text, its end-of-turn included; or says why not."""
     if i == 0:
       return "comes first, with no prompt before it"
+    # Rendered again for each turn: a template may render a message in another
+    # way when more follow, and then the sampler's prompt was another text.
     prompt, _ = self._render(messages[:i], True)
     if not text.startswith(prompt):
       return ("does not begin behind the generation prompt: the conversation "
@@ -178,8 +191,9 @@ class ChatTemplate:
     return len(prompt), stop.end()
 
   def _check_turn(self, turn: str, messages: Messages, i: int) -> None:
-    """All of the message is in the turn, and no role header is."""
+    """Checks that a turn has all of its message, and no role header."""
     message = self._hide(_reasoning(messages[i]))
+    # Without white space, which templates trim and add.
     squeezed = "".join(turn.split())
     for key in ("reasoning_content", "content"):
       wanted = "".join((message.get(key) or "").split())
@@ -188,6 +202,8 @@ class ChatTemplate:
             f"loses text: its `{key}` is not all there (some templates cut "
             "the reasoning out of earlier turns: make one example per "
             "assistant turn)"))
+    # The text before the content: a header of the turn (a control token, or any
+    # text if the template has no generation prompt) must not be in the loss.
     lead = squeezed[:squeezed.index(wanted)]
     without = self._render(messages[:i], False)[0]
     ignored = without == self._render(messages[:i], True)[0]
@@ -197,10 +213,10 @@ class ChatTemplate:
           "prompt"))
 
   def _check_marked(self, text, marked, messages, turns):
-    """The template's own {% generation %} marks must agree.
+    """Checks that the template's own {% generation %} marks agree.
 
-    A mark may begin with the generation prompt and end in white space
-    (SmolLM3's do); neither is in the loss.
+    A mark may begin with the generation prompt and end in white space, as
+    SmolLM3's do; neither is in the loss.
     """
     spans = [self._locate(text, messages, i) for i in turns]
     agree = len(marked) == len(spans) and all(
@@ -217,6 +233,8 @@ class ChatTemplate:
   def _encode_piece(self, text: str, after: int | None) -> list[int]:
     if HIDE not in text:
       return self._tokenizer.encode(text, special=True, after=after)
+    # Control tokens of the template are found first; the hidden ones become
+    # text again only after that, and are encoded as text.
     ids: list[int] = []
     for part in filter(None, self._control.split(text)):
       control = self._tokenizer.controls.get(part)
@@ -226,7 +244,8 @@ class ChatTemplate:
     return ids
 
   def _hide(self, value: Any) -> Any:
-    """Replaces control strings in every string of a message."""
+    """Replaces control strings in every string of a message by noncharacters.
+    """
     if isinstance(value, Mapping):
       return {key: self._hide(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -247,7 +266,7 @@ class ChatTemplate:
 
 
 def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-  """A message whose reasoning has every name that templates read it by."""
+  """Gives a message's reasoning every name by which templates read it."""
   found = next((message[key] for key in messages_lib.REASONING
                 if message.get(key) is not None), None)
   if found is None:
@@ -256,7 +275,7 @@ def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
-  """Removes the generation marks and says where they were."""
+  """Removes the generation marks, and returns where they were."""
   spans: list[tuple[int, int]] = []
   clean = ""
   start = 0
@@ -271,7 +290,7 @@ def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _parting(text: str, prompt: str) -> str:
-  """Where two texts part, for an error message."""
+  """Shows where two texts begin to differ, for an error message."""
   same = next(
       (i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b),
       min(len(text), len(prompt)))

@@ -1,8 +1,8 @@
-"""A `tokenizer.json` as a `Tokenizer` (see `posttrain.text.tokenizer`).
+"""Hugging Face tokenizer: a `tokenizer.json` as a `Tokenizer`.
 
-Some pipelines put a space before a text (Llama 2, Mistral), at its start
-alone ("first") or behind every added token too ("always"). A text that goes
-on after other tokens gets none: `encode(text, after=token)`.
+Some pipelines put a space before a text (Llama 2, Mistral): only at its start
+("first"), or also after every added token ("always"). A text that continues
+other tokens gets none: `encode(text, after=token)`.
 """
 
 import functools
@@ -26,9 +26,9 @@ class HuggingFaceTokenizer:
       chat_template: str | None = None,
       named: Mapping[str, str] | None = None,
   ):
-    """`stop_ids` are in addition to EOS; `tokenizer` is copied."""
+    """Copies the tokenizer; `stop_ids` are in addition to EOS."""
     self._special = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    # What files may ask for, and no encoding here wants.
+    # Files may ask for both, which would change the ids of a text.
     self._special.no_padding()
     self._special.no_truncation()
     self.bos_id, self.eos_id = bos_id, eos_id
@@ -46,7 +46,7 @@ class HuggingFaceTokenizer:
         for i in ends if i not in _special_ids(self._special)])
     self._plain = _as_text(self._special)
     self._prefix = _prefix_scheme(self._special)
-    # By `special`: the pipelines that put no space before a text.
+    # Pipelines that put no space before a text, by `special`.
     self._bare = {True: self._special, False: self._plain}
     if self._prefix != "never":
       special = _without_prefix(self._special)
@@ -59,14 +59,14 @@ class HuggingFaceTokenizer:
     self.unk_id = None if unk is None else self._special.token_to_id(unk)
     self._keep_text_plain()
     # Decoders strip a leading space at the start of a sequence only, so
-    # `token_text` decodes a token behind this one.
+    # `token_text` decodes a token after this one.
     self._probe = self.encode("a")
     self._probe_length = len(self.decode(self._probe))
 
   def encode(
       self, text: str, *, special: bool = False, after: int | None = None,
   ) -> list[int]:
-    """Token ids; special tokens are parsed with `special` only."""
+    """Encodes a text; control tokens in it are parsed with `special` only."""
     whole = self._special if special else self._plain
     if after is None or self._prefix == "never":
       return _ids(whole, text)
@@ -75,7 +75,7 @@ class HuggingFaceTokenizer:
       return _ids(bare, text)
     if after in self._added.values():
       return _ids(whole, text)
-    # Up to the first added token there is no space, and behind it there is.
+    # Up to the first added token there is no space, and after it there is.
     parsed = [token for token in self._added
               if special or token not in self.controls]
     head = next(iter(token_files.splitter(parsed)(text)), "")
@@ -84,10 +84,10 @@ class HuggingFaceTokenizer:
     return _ids(bare, head) + _ids(whole, text[len(head):])
 
   def _keep_text_plain(self) -> None:
-    """Merges must not put a control token together out of a user's text.
+    """Removes merges that would make a control token of a user's text.
 
-    The text of one alone decides: a merge across its edge would leave it in
-    parts.
+    Only the text of a control token alone is tested: with other text next to
+    it, a merge across its edge would leave it in parts.
     """
     found = self._read_from_text()
     if found:
@@ -111,39 +111,42 @@ class HuggingFaceTokenizer:
 
   def decode(
       self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-    """Text; bytes that are not UTF-8 become U+FFFD."""
+    """Decodes to text; bytes that are not UTF-8 become U+FFFD."""
     return self._special.decode(
         [int(i) for i in ids], skip_special_tokens=skip_special)
 
   def token_text(self, token: int) -> str:
-    """The text of one token; its vocabulary entry if it is a part of one."""
+    """Returns a token's text; its vocabulary entry if it is a part of a
+    character.
+    """
     text = self.decode([*self._probe, int(token)])[self._probe_length:]
     if "\ufffd" in text:
       return piece_of(self._special, int(token))
     return text
 
   def fingerprint(self) -> str:
-    """sha256 of the vocabulary, rules and special ids."""
+    """Computes the sha256 of the vocabulary, rules and special ids."""
     contents = json.dumps(
         [self._special.to_str(), self.bos_id, self.eos_id, self.stop_ids])
     return hashlib.sha256(contents.encode()).hexdigest()
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes what `load(directory)` needs, under the usual file names."""
+    """Writes the files that `load(directory)` reads, under their usual names.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     self._special.save(str(directory / "tokenizer.json"))
-    # The class of transformers that takes the file as it is; a family's own
+    # This class of transformers takes the file as it is; a family's own class
     # would rebuild parts of it.
     token_files.write(
         directory, self, tokenizer_class="PreTrainedTokenizerFast")
 
 
 def piece_of(tokenizer: tokenizers.Tokenizer, token: int) -> str:
-  """The vocabulary entry of an id.
+  """Returns the vocabulary entry of an id.
 
   Raises:
-    ValueError: there is none.
+    ValueError: the vocabulary has no such id.
   """
   piece = tokenizer.id_to_token(token)
   if piece is None:
@@ -158,7 +161,7 @@ def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _as_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  """A copy that reads control tokens in a text as text."""
+  """Copies a tokenizer, to read control tokens in a text as text."""
   copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
   copy.encode_special_tokens = True  # The library's name for it.
   return copy
@@ -170,7 +173,7 @@ def _special_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 
 def _steps(component: dict | None) -> Iterator[dict]:
-  """The steps of a serialised normalizer or pre-tokenizer, in order."""
+  """Yields the steps of a serialised normalizer or pre-tokenizer, in order."""
   if component is None:
     return
   inner = component.get("normalizers", component.get("pretokenizers"))
@@ -185,7 +188,7 @@ def _state(component: Any) -> dict | None:
 
 
 def _prefix_scheme(tokenizer: tokenizers.Tokenizer) -> str:
-  """Where a space is put before a text: "never", "first" or "always"."""
+  """Finds where a space is put before a text: "never", "first" or "always"."""
   found = {"never"}
   for step in (*_steps(_state(tokenizer.normalizer)),
                *_steps(_state(tokenizer.pre_tokenizer))):
@@ -212,7 +215,7 @@ def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def _without_merges(
     tokenizer: tokenizers.Tokenizer, results: Sequence[str],
 ) -> tokenizers.Tokenizer:
-  """A copy that merges nothing into one of `results`."""
+  """Copies a tokenizer without the merges that result in one of `results`."""
   spec = json.loads(tokenizer.to_str())
   model = spec["model"]
   if "merges" in model:  # A Unigram model has none.
@@ -223,9 +226,9 @@ def _without_merges(
 
 def prefix_at_start_only(
     tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  """A Llama 2 pipeline as `"legacy": false` beside it means it.
+  """Reads a Llama 2 pipeline as `"legacy": false` in its config means it.
 
-  The file itself, older than that setting, puts a space behind every added
+  The file itself is older than that setting, and puts a space after every added
   token too. Other pipelines are returned as they are.
   """
   steps = list(_steps(_state(tokenizer.normalizer)))
@@ -240,7 +243,7 @@ def prefix_at_start_only(
 
 def without_added(
     tokenizer: tokenizers.Tokenizer, first: int) -> tokenizers.Tokenizer:
-  """A copy without the added tokens from the id `first` on."""
+  """Copies a tokenizer without its added tokens from the id `first` on."""
   if max(tokenizer.get_added_tokens_decoder(), default=0) < first:
     return tokenizer
   spec = json.loads(tokenizer.to_str())

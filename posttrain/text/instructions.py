@@ -1,8 +1,8 @@
-"""Prompts that ask for an amount of thinking: s1's conditional control.
+"""Instructions for an amount of thinking: s1's conditional control.
 
 The texts are those of s1's tasks (https://arxiv.org/abs/2501.19393, appendix
-E). Asking is all they do; budgets enforce. A model that was not trained on
-them may get worse by them, as s1's did (its table 14).
+E). They ask; only budgets enforce. A model that was not trained on them may get
+worse by them, as s1's did (its table 14).
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,20 @@ CLASSES = ("short", "long")
 
 
 def with_amount(text: str, amount: int) -> str:
-  """A text with its `{n}` filled in."""
+  """Fills in the `{n}` of a text."""
   return text.replace("{n}", str(amount))
 
 
 def ask(
     row: Mapping[str, Any], text: str, think_start: str = "",
 ) -> dict[str, Any]:
-  """The row of data with the text behind its question, a blank line between.
+  """Appends a text to the question of a row, after a blank line.
 
   Args:
-    row: with a `prompt` or `messages`, see `posttrain.text.render`.
-    text: what to ask for.
-    think_start: opens a thinking; a bare prompt that ends in it still does.
+    row: has a `prompt` or `messages`, see `posttrain.text.render`.
+    text: the instruction.
+    think_start: opens thinking. If a bare prompt ends in it, the text goes
+      before it, so that the prompt still opens thinking.
 
   Raises:
     ValueError: no message is the user's, or one is malformed.
@@ -54,7 +55,7 @@ def ask(
 
 
 def _ask_last(messages: list[dict[str, Any]], text: str) -> list[Any]:
-  """Behind the last message of the user."""
+  """Appends to the last message of the user."""
   for i in range(len(messages) - 1, -1, -1):
     message = messages[i]
     if message["role"] == "user":

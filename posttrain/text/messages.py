@@ -1,9 +1,8 @@
-"""Messages of a chat, as a row of data gives them.
+"""Messages of a chat, as a row of data has them.
 
-The content of a message is a text, or a list of parts of which each is
-`{"type": "text", "text": ...}`: one text, without anything between its parts.
-Whatever else stands there is an error, as a template would write it in its
-Python form.
+The content of a message is a text, or a list of parts of the form
+`{"type": "text", "text": ...}`, which are joined without anything between.
+Other content is an error, as a template would write it in its Python form.
 """
 
 import reprlib
@@ -12,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-# Names of a message's reasoning; templates read the first two.
+# Keys that data sets use for a message's reasoning; templates read the first
+# two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def check_text(text: str, name: str) -> str:
-  """The text itself.
+  """Returns the text itself, if it can be encoded.
 
   Raises:
-    ValueError: half of a surrogate pair is in it, which no encoding has.
+    ValueError: it has half of a surrogate pair, which no encoding has.
   """
   try:
     text.encode()
@@ -33,10 +33,10 @@ def check_text(text: str, name: str) -> str:
 
 
 def of_row(row: Mapping[str, Any]) -> list[dict]:
-  """The messages of a row with `messages` or a `prompt`.
+  """Reads the messages of a row with `messages` or a `prompt`.
 
   Raises:
-    ValueError: it has not one of them, or they are malformed.
+    ValueError: the row has none or both of them, or they are malformed.
   """
   if ("messages" in row) == ("prompt" in row):
     raise ValueError(
@@ -48,11 +48,11 @@ def of_row(row: Mapping[str, Any]) -> list[dict]:
 
 
 def turns(value: Any, role: str | None) -> list[dict]:
-  """Messages with texts, from a list of them or from a string.
+  """Reads messages with texts from a list of messages, or from a string.
 
   Args:
     value: the list, or the string.
-    role: who says a string; None where it may be none.
+    role: the role of a string's message; None if a string is not allowed.
 
   Raises:
     ValueError: it is neither, or a message lacks a role or a content.
@@ -83,7 +83,7 @@ def _turn(message: Any, name: str) -> dict[str, Any]:
 
 
 def _content(content: Any, name: str) -> str:
-  """The text of a content."""
+  """Reads a message's content as one text."""
   if isinstance(content, str):
     return check_text(content, name)
   if content is None:

@@ -1,7 +1,7 @@
-"""Rows of data -> tokens: the one path for SFT, rollouts and sampling.
+"""Renderers: rows of data to tokens, for SFT, rollouts and sampling alike.
 
 A row has `prompt` and `completion` (strings, or lists of messages), or
-`messages`. A prompt is encoded alone and the completion behind it, so that a
+`messages`. A prompt is encoded by itself and the completion after it, so that a
 training example begins with exactly the tokens that the sampler is given.
 """
 
@@ -24,10 +24,12 @@ Row = Mapping[str, Any]
 
 
 class Renderer(Protocol):
-  """Rows to tokens.
+  """Turns rows into tokens.
 
   Attributes:
-    hash: sha256 of the template and the tokenizer; kept with checkpoints.
+    tokenizer: encodes the rendered text.
+    hash: sha256 of the template and the tokenizer; kept in checkpoints, so that
+      weights are not used with another template than they were trained with.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
@@ -39,14 +41,14 @@ class Renderer(Protocol):
 
 
 class PlainRenderer:
-  """No template: [BOS] + prompt, completion + EOS."""
+  """Renders without a template: [BOS] + prompt, completion + EOS."""
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
     self.tokenizer = tokenizer
     self.hash = _hash(PLAIN, tokenizer)
 
   def prompt_tokens(self, row: Row) -> list[int]:
-    """Tokens of `prompt`.
+    """Tokenizes `prompt`.
 
     Raises:
       ValueError: the row has messages, or a prompt that is not a string.
@@ -57,11 +59,14 @@ class PlainRenderer:
     return lead + self.tokenizer.encode(prompt)
 
   def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [n] int32 and loss mask [n] bool: completion and EOS.
+    """Tokenizes prompt and completion; completion and EOS are in the loss.
+
+    Returns:
+      Tokens [n] int32 and loss mask [n] bool.
 
     Raises:
-      ValueError: as `prompt_tokens`, or there is no token to predict the
-        first completion token from.
+      ValueError: as `prompt_tokens`, or no token precedes the completion, from
+        which its first token could be predicted.
     """
     prompt = self.prompt_tokens(row)
     if not prompt:
@@ -76,7 +81,8 @@ class PlainRenderer:
 
 
 class ChatRenderer:
-  """Messages through a chat template; a `prompt` string is a user's turn."""
+  """Renders messages with a chat template; a `prompt` string is a user's turn.
+  """
 
   def __init__(
       self, template: chat.ChatTemplate, tokenizer: tokenizer_lib.Tokenizer):
@@ -85,7 +91,7 @@ class ChatRenderer:
     self.hash = _hash(template.source, tokenizer)
 
   def prompt_tokens(self, row: Row) -> list[int]:
-    """Tokens of the messages and the generation prompt.
+    """Tokenizes the messages and the generation prompt.
 
     Raises:
       ValueError: as `ChatTemplate.prompt_tokens`, or the row is malformed.
@@ -93,10 +99,13 @@ class ChatRenderer:
     return self.template.prompt_tokens(messages_lib.of_row(row))
 
   def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [n] int32 and loss mask [n] bool.
+    """Tokenizes a conversation, with its loss mask.
 
     With `messages` alone every assistant turn is in the loss; with a
-    `completion`, only that.
+    `completion`, only the completion is.
+
+    Returns:
+      Tokens [n] int32 and loss mask [n] bool.
 
     Raises:
       ValueError: as `ChatTemplate.example_tokens`, or the row is malformed.
@@ -111,10 +120,10 @@ class ChatRenderer:
 
 def make_renderer(
     tokenizer: tokenizer_lib.Tokenizer, chat_template: str = "") -> Renderer:
-  """The renderer that the config asks for.
+  """Makes the renderer that the config asks for.
 
   Args:
-    tokenizer: also gives the template, unless one is named.
+    tokenizer: also has the template, unless another one is named.
     chat_template: "" for the tokenizer's own, "plain" for none, or the path
       of a Jinja file.
 
@@ -125,7 +134,8 @@ def make_renderer(
     return PlainRenderer(tokenizer)
   if chat_template:
     path = pathlib.Path(chat_template).expanduser()
-    if not os.path.isfile(path):  # False, too, of a name that is too long.
+    # Unlike `Path.is_file`, this is False for a name that is too long.
+    if not os.path.isfile(path):
       what = "is a directory" if os.path.isdir(path) else "does not exist"
       raise ValueError(
           f'chat_template: {str(path)[:200]} {what}. Set chat_template to a '

@@ -1,11 +1,11 @@
-"""The sandbox that chat templates run in: Jinja's, with limits.
+"""Sandbox for chat templates: Jinja's own, with limits on work and size.
 
 A template is a program of whoever published it. Jinja's sandbox keeps it from
-Python's internals, not from `"a" * 10**10` or loops in loops; `template_work`
-counts what it makes and stops it. The count is asked for where Jinja has a
-hook (operators, calls, filters, the joining of output), and where it has none
-(loops, literals, slices, `~`) by filters that are put into the syntax tree,
-under names that no template can write.
+Python's internals, but not from `"a" * 10**10` or loops in loops.
+`template_worker` counts the size of its results, and stops it. Where Jinja has
+a hook (operators, calls, filters, the joining of output) the count is taken
+there. Where it has none (loops, literals, slices, `~`) filters are put into the
+syntax tree, under names that no template can write.
 """
 
 import datetime
@@ -24,28 +24,29 @@ from posttrain.text import template_worker as work
 
 LONGEST_SOURCE = 2**20
 DATE = datetime.datetime(2024, 7, 26)
-# Around what a {% generation %} block makes; no valid text has them.
+# These enclose the text of a {% generation %} block; no valid text has them.
 TURN_BEGIN, TURN_END = "\ufdd2", "\ufdd3"
 
 TemplateLimitError = work.TemplateLimitError
 
 
 class Template:
-  """A template of a chat.
+  """Compiles a chat template, and renders conversations with it.
 
   Attributes:
-    name: for messages.
+    name: names it in error messages.
   """
 
   def __init__(self, source: str, name: str):
-    """Raises ValueError when the source is not a Jinja template."""
+    """Compiles the source; raises ValueError if it is not a Jinja template."""
     self.name = name
     if len(source) > LONGEST_SOURCE:
       raise ValueError(
           f"{name} has {len(source):,} characters, and a template may have "
           f"{LONGEST_SOURCE:,}. Check chat_template.")
     try:
-      with work.limited(name):  # Constants are computed here.
+      # Jinja computes constant expressions when it compiles.
+      with work.limited(name):
         self._template = _Environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(
@@ -57,11 +58,11 @@ class Template:
           "Check chat_template.") from error
 
   def render(self, **values: Any) -> str:
-    """The text of a conversation.
+    """Renders the text of a conversation.
 
     Raises:
-      TemplateLimitError: the template does too much for it.
-      ValueError: the template fails, or refuses it.
+      TemplateLimitError: the template exceeds its allowance.
+      ValueError: the template fails, or refuses the conversation.
     """
     try:
       with work.limited(self.name):
@@ -85,7 +86,7 @@ def _joined(value: Any) -> Any:
   return value
 
 
-@jinja2.pass_context  # So that it is no constant.
+@jinja2.pass_context  # Otherwise Jinja computes it once, when it compiles.
 def _turn(context: Any, value: Any) -> Any:
   work.spend(work.TURN)
   return value
@@ -95,7 +96,7 @@ _HOOKS = {" made": _made, " joined": _joined, " turn": _turn}
 
 
 class _Hooks(jinja2.visitor.NodeTransformer):
-  """Puts the hooks into a template's syntax tree."""
+  """Puts the counting filters into a template's syntax tree."""
 
   def visit_For(self, node: Any) -> Any:
     self.generic_visit(node)
@@ -131,7 +132,7 @@ def _hook(name: str, node: Any) -> jinja2.nodes.Filter:
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """Jinja's sandbox, whose operations say how large their results are."""
+  """Jinja's sandbox, with operations that count the size of their results."""
 
   intercepted_binops = frozenset(("+", "*", "**", "%"))
   concat = staticmethod(work.concat)
@@ -149,7 +150,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     self.globals |= {
         "raise_exception": _raise_exception, "strftime_now": DATE.strftime,
         "namespace": _Namespace,
-        # Called, it is `dict`; as an object it leads nowhere.
+        # A function rather than the type, whose attributes lead to others.
         "dict": lambda *args, **kwargs: dict(*args, **kwargs)}
 
   def _generate(self, source: Any, *args: Any, **kwargs: Any) -> str:
@@ -158,14 +159,16 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def call_binop(
       self, context: Any, operator: str, left: Any, right: Any) -> Any:
     if operator == "+" and isinstance(left, str) and isinstance(right, str):
-      work.spend(len(left) + len(right))  # Most operations of a template.
+      # A short way for the most frequent operation.
+      work.spend(len(left) + len(right))
       return left + right
     work.before_operation(operator, left, right)
     result = self.binop_table[operator](left, right)
     work.check_number(result)
     return result
 
-  # As Jinja names them: a template may pass arguments of any other name.
+  # Jinja's own names of the parameters: a template may pass keyword arguments
+  # of any other name.
   def call(
       __self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
     work.spend(work.TURN)
@@ -176,12 +179,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         __obj.catch_varargs or __obj.catch_kwargs):
       work.spend(work.nodes([*args, *kwargs.values()]))
     result = super().call(__context, __obj, *args, **kwargs)
-    if not isinstance(owner, dict):  # Of which it was a part.
+    # What a dict's method returns is a part of the dict, and was counted.
+    if not isinstance(owner, dict):
       work.spend_on(result)
     return result
 
   def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-    """`str.format`, which the sandbox replaces wherever it is read."""
+    """Limits `str.format`, which the sandbox replaces wherever it is read."""
     inner = super().wrap_str_format(value)
     if inner is None:
       return None
@@ -194,14 +198,16 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _printed(value: Any) -> Any:
-  """What an output is made of; texts count where they are joined."""
+  """Counts an output that is no text; texts are counted when they are joined.
+  """
   if not isinstance(value, str):
     work.spend(work.as_text(value))
   return value
 
 
 class _Generation(jinja2.ext.Extension):
-  """`{% generation %}...{% endgeneration %}`: marks what it encloses."""
+  """`{% generation %}...{% endgeneration %}`: marks the text that it encloses.
+  """
 
   tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
 
@@ -219,7 +225,7 @@ class _Namespace(jinja2.utils.Namespace):
   """`namespace()`, closed to names that reach into Python's internals."""
 
   def __init__(*args: Any, **kwargs: Any):
-    self, *positional = args  # So that a template may call a field `self`.
+    self, *positional = args  # A template may have a field named `self`.
     fields = dict(*positional, **kwargs)
     for name in fields:
       _check_name(name)
@@ -230,7 +236,7 @@ class _Namespace(jinja2.utils.Namespace):
     super().__setitem__(name, value)
 
   def __repr__(self) -> str:
-    return "<Namespace>"  # Not of what is in it, which has no measured size.
+    return "<Namespace>"  # Its content was not counted, and may be large.
 
 
 def _check_name(name: Any) -> None:

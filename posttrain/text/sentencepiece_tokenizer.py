@@ -1,10 +1,10 @@
-"""A SentencePiece model as a `Tokenizer` (see `posttrain.text.tokenizer`).
+"""SentencePiece tokenizer: a `.model` file as a `Tokenizer`.
 
-A release can name more tokens beside its `.model` than the model has, or say
-of a piece in it that it is a control token (Gemma's "<start_of_turn>" is a
-plain symbol in the model and special in `tokenizer_config.json`). Both are
-written into the model when it is loaded: SentencePiece then finds symbols in
-any text and control pieces in none, and one file holds the whole tokenizer.
+A release can name tokens that its `.model` lacks, or declare a piece of the
+model to be a control token (Gemma's "<start_of_turn>" is a plain symbol in the
+model and special in `tokenizer_config.json`). Both are written into the model
+when it is loaded. SentencePiece then finds symbols in any text and control
+pieces in none, and one file holds the whole tokenizer.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece  # type: ignore[attr-d
 
 
 class SentencePieceTokenizer:
-  """A SentencePiece model. See `Tokenizer` for the attributes."""
+  """Wraps a SentencePiece model. See `Tokenizer` for the attributes."""
 
   def __init__(
       self, proto: bytes, *, chat_template: str | None = None,
@@ -36,8 +36,8 @@ class SentencePieceTokenizer:
       add_bos: every sequence begins with the model's BOS, if it has one.
       stop_ids: in addition to the model's EOS; they become control tokens.
       named: `Tokenizer.named`; None: the model's BOS and EOS.
-      prefix_each: where the model puts a space before a text, it also puts
-        one behind every control token ("legacy" in transformers).
+      prefix_each: if the model puts a space before a text, it also puts one
+        after every control token ("legacy" in transformers).
 
     Raises:
       ValueError: the model has no EOS piece.
@@ -72,7 +72,7 @@ class SentencePieceTokenizer:
   def encode(
       self, text: str, *, special: bool = False, after: int | None = None,
   ) -> list[int]:
-    """Token ids; control pieces are parsed with `special` only."""
+    """Encodes a text; control pieces in it are parsed with `special` only."""
     ids: list[int] = []
     for part in self._split(text) if special else [text]:
       control = self.controls.get(part) if special else None
@@ -85,10 +85,11 @@ class SentencePieceTokenizer:
 
   def decode(
       self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-    """Text; SentencePiece itself would drop control pieces silently."""
+    """Decodes to text; SentencePiece itself would drop control pieces silently.
+    """
     parts: list[str] = []
     run: list[int] = []
-    before = None  # What the run follows.
+    before = None  # The control token before the run.
     for token in map(int, ids):
       if not self._model.is_control(token):
         run.append(token)
@@ -101,13 +102,13 @@ class SentencePieceTokenizer:
     return "".join(parts)
 
   def _model_behind(self, token: int | None):
-    """The model, or the one that puts no space before a text."""
+    """Chooses the model, or the one that puts no space before a text."""
     starts = token is None or (
         self._prefix_each and self._model.is_control(token))
     return self._model if starts else self._bare
 
   def token_text(self, token: int) -> str:
-    """The text of one token, its leading space included."""
+    """Returns the text of one token, its leading space included."""
     piece = self._model.id_to_piece(int(token))
     if self._model.is_byte(int(token)):
       value = int(piece[3:-1], 16)  # "<0x0A>"
@@ -115,26 +116,27 @@ class SentencePieceTokenizer:
     return piece.replace("\u2581", " ")
 
   def fingerprint(self) -> str:
-    """sha256 of the model and of what is added to a text."""
+    """Computes the sha256 of the model and of the settings around it."""
     contents = json.dumps([
         hashlib.sha256(self._proto).hexdigest(), self.bos_id, self.stop_ids,
         self._prefix_each])
     return hashlib.sha256(contents.encode()).hexdigest()
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes what `load(directory)` needs, under the usual file names."""
+    """Writes the files that `load(directory)` reads, under their usual names.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(self._proto)
-    # transformers then makes its pipeline from the model, and not from what it
-    # knows of a family. (It has none for models of the type "word".)
+    # With this class transformers makes its pipeline from the model, rather
+    # than from its knowledge of a family. (The type "word" it cannot read.)
     token_files.write(
         directory, self, legacy=self._prefix_each,
         tokenizer_class="PreTrainedTokenizerFast")
 
 
 def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:
-  """A model with the tokens that are named beside it.
+  """Adds tokens to a model that are named in other files of its release.
 
   Args:
     proto: the model file.
@@ -146,7 +148,7 @@ def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:
   model = _parse(proto)
   size = len(model.pieces)
   for token, (text, control) in sorted(added.items()):
-    while len(model.pieces) < token:  # Ids that nothing names.
+    while len(model.pieces) < token:  # Fill ids that no file names.
       model.pieces.add(
           piece=f"[UNUSED_{len(model.pieces)}]", score=0.0, type=_Piece.UNUSED)
     kind = _Piece.CONTROL if control else _Piece.USER_DEFINED
@@ -168,13 +170,13 @@ def bpe_model(
     named: Mapping[str, str], dummy_prefix: bool,
     remove_extra_whitespaces: bool,
 ) -> bytes:
-  """A BPE model out of a vocabulary that was taken out of one.
+  """Makes a BPE model from a vocabulary, such as that of a GGUF file.
 
   Args:
-    pieces, scores, types: by id; types as SentencePiece numbers them.
+    pieces, scores, types: [V], by id; types are SentencePiece's numbers.
     named: `Tokenizer.named`.
-    dummy_prefix: a space is put before a text.
-    remove_extra_whitespaces: runs of spaces become one.
+    dummy_prefix: put a space before a text.
+    remove_extra_whitespaces: make runs of spaces one space.
 
   Raises:
     RuntimeError: SentencePiece does not accept the vocabulary.
@@ -194,12 +196,13 @@ def bpe_model(
   normalizer.remove_extra_whitespaces = remove_extra_whitespaces
   normalizer.escape_whitespaces = True
   proto = model.SerializeToString(deterministic=True)
-  sentencepiece.SentencePieceProcessor(model_proto=proto)  # Or it raises.
+  sentencepiece.SentencePieceProcessor(model_proto=proto)  # Raises if invalid.
   return proto
 
 
 def _as_controls(proto: bytes, ids: Sequence[int]) -> bytes:
-  """A user must not end a turn by typing its end: see the module."""
+  """Makes stop tokens control pieces: a user must not end a turn by typing one.
+  """
   model = _parse(proto)
   symbols = [i for i in ids if model.pieces[i].type != _Piece.CONTROL]
   for token in symbols:
@@ -208,7 +211,10 @@ def _as_controls(proto: bytes, ids: Sequence[int]) -> bytes:
 
 
 def _without_prefix(proto: bytes) -> bytes:
-  """A word of a word vocabulary has its space wherever it stands."""
+  """Copies a model so that it puts no space before a text.
+
+  Word vocabularies are left alone: each of their pieces begins with a space.
+  """
   model = _parse(proto)
   trainer = model.trainer_spec
   if trainer.model_type != trainer.WORD:

@@ -1,13 +1,13 @@
 """Limits the work of a chat template in one rendering.
 
-Whatever makes a text or a list says how large it will be before it is made:
-operators, methods, filters, literals and the output itself. All of it together
-and the turns of all loops may not exceed `MOST_WORK` in one rendering. That is
-a count and no clock, so that it is the same on every host and under any load;
-what is left over (comparisons, searches) is held by `SECONDS` of the thread's
-own processor time, looked at as the count goes on.
+Each operation that makes a text or a list announces the size of its result
+before it is made: operators, methods, filters, literals and the output itself.
+All sizes together and the iterations of all loops may not exceed `MOST_WORK` in
+one rendering. This is a count rather than a time, so that it is the same on
+every host and under any load. The rest (comparisons, searches) is limited by
+`SECONDS` of the thread's own processor time, which is read now and then.
 
-`sandbox` says where in a template this is asked.
+`sandbox` says where in a template this is called.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ import jinja2
 
 # In characters. A conversation of a million tokens needs a fifth of it.
 MOST_WORK = 2**27
-# As so many characters: an element of a list, a turn of a loop.
+# Characters that an element of a list and an iteration of a loop count as.
 ELEMENT, TURN = 16, 32
 SECONDS = 5.0
-LOOK_EVERY = 2**12  # Characters between two looks at the clock.
-MOST_BITS = 1024  # Of a whole number.
-WIDEST = 1000  # Of a field in a format.
+LOOK_EVERY = 2**12  # Characters between two readings of the clock.
+MOST_BITS = 1024  # The largest whole number.
+WIDEST = 1000  # The widest field of a format, in characters.
 
 # Methods of texts and numbers, and filters, whose results can have any size or
 # take any time, and that no chat template needs.
@@ -50,11 +50,11 @@ _WIDE = re.compile(
 
 
 class TemplateLimitError(ValueError):
-  """A rendering that does too much: of the template, not of a row."""
+  """A rendering exceeds its limits: the template is at fault, not a row."""
 
 
 class _Work:
-  """Remaining allowance of a rendering."""
+  """The remaining allowance of a rendering."""
 
   def __init__(self, name: str):
     self._name = name
@@ -62,7 +62,7 @@ class _Work:
     self._deadline = time.thread_time() + SECONDS
 
   def check(self) -> None:
-    """Raises TemplateLimitError where the allowance or the time is over."""
+    """Raises TemplateLimitError if the allowance or the time is used up."""
     self.look = self.left - LOOK_EVERY
     if self.left < 0:
       self.fail(f"makes more than {MOST_WORK:,} characters (an element of a "
@@ -81,10 +81,10 @@ _WORK: contextvars.ContextVar[_Work] = contextvars.ContextVar("work")
 
 @contextlib.contextmanager
 def limited(name: str) -> Iterator[None]:
-  """Gives what runs inside, in this thread, one allowance.
+  """Gives the code within, in this thread, one allowance.
 
   Args:
-    name: of the template, for messages.
+    name: names the template in error messages.
   """
   token = _WORK.set(_Work(name))
   try:
@@ -97,7 +97,7 @@ def spend(size: int) -> None:
   """Takes from the allowance.
 
   Raises:
-    TemplateLimitError: there is not so much left.
+    TemplateLimitError: less than that is left.
   """
   work = _WORK.get()
   work.left -= size
@@ -106,12 +106,14 @@ def spend(size: int) -> None:
 
 
 def nodes(value: Any, texts: bool = False) -> int:
-  """Size of a value with all that is in it; texts as elements, or in full.
+  """Returns the size of a value with its content; texts as elements or in full.
 
-  What is in it twice counts twice, as it does where it becomes text.
+  An object that is in it twice counts twice, as it does when it becomes text.
   """
   if isinstance(value, str):
     return len(value) if texts else ELEMENT
+  # A loop rather than recursion, as a value may be nested deeply; and it stops
+  # at the limit, as a value that shares its parts may be exponentially large.
   waiting: list[Any] = [value]
   total = ELEMENT
   while waiting and total <= MOST_WORK:
@@ -128,12 +130,12 @@ def nodes(value: Any, texts: bool = False) -> int:
 
 
 def as_text(value: Any) -> int:
-  """Size of a value as text."""
+  """Returns the size of a value as text."""
   return nodes(value, texts=True)
 
 
 def spend_on(value: Any) -> None:
-  """Takes what a value that was just made is worth, if it is large at all."""
+  """Takes the size of a value that was just made from the allowance."""
   if isinstance(value, str):
     spend(len(value))
   elif isinstance(value, CONTAINERS):
@@ -141,7 +143,7 @@ def spend_on(value: Any) -> None:
 
 
 def concat(parts: Iterable[str]) -> str:
-  """Joins all that a template, macro or block puts out."""
+  """Joins the output of a template, macro or block."""
   kept = []
   for part in parts:
     spend(len(part))
@@ -150,7 +152,7 @@ def concat(parts: Iterable[str]) -> str:
 
 
 def before_operation(operator: str, left: Any, right: Any) -> None:
-  """Takes what the result of +, *, ** or % will be worth."""
+  """Takes the size of the result of +, *, ** or % from the allowance."""
   if operator == "%":
     spend(_percent(left, right) if isinstance(left, str) else 1)
   elif operator == "*":
@@ -164,7 +166,7 @@ def before_operation(operator: str, left: Any, right: Any) -> None:
 
 
 def check_number(value: Any) -> None:
-  """Raises TemplateLimitError where a whole number is too long."""
+  """Raises TemplateLimitError if a whole number has too many bits."""
   if isinstance(value, int) and value.bit_length() > MOST_BITS:
     _WORK.get().fail(f"computes a number of more than {MOST_BITS} bits")
 
@@ -177,14 +179,14 @@ def _times(value: Any, times: Any) -> int:
 
 
 def _percent(form: str, values: Any) -> int:
-  """Size of `form % values`."""
+  """Returns the largest size of `form % values`."""
   if _WIDE.search(form):
     _too_wide(form)
   return _repeated(form, form.count("%"), values)
 
 
 def before_format(form: str, values: Any) -> None:
-  """Takes what `form.format(*values)` will be worth."""
+  """Takes the largest size of `form.format(*values)` from the allowance."""
   fields = 0
   for _, field, spec, _ in string.Formatter().parse(form):
     fields += field is not None
@@ -199,15 +201,16 @@ def _too_wide(form: str) -> NoReturn:
 
 
 def _repeated(form: str, fields: int, values: Any) -> int:
-  """Size of a format's result, if each of its fields took all values."""
+  """Returns the size of a format's result if each field took all values."""
   return len(form) + fields * (as_text(values) + WIDEST)
 
 
 def before_method(owner: str | int, name: str, args: Any) -> Any:
-  """Takes what a method of a text or a number will make.
+  """Takes the size of a method's result, of a text or number, from the
+  allowance.
 
   Returns:
-    The arguments, of which a generator has become a list.
+    The arguments; a generator among them is a list, as its size was needed.
 
   Raises:
     SecurityError: there is no such method in a chat template.
@@ -229,7 +232,7 @@ def before_method(owner: str | int, name: str, args: Any) -> Any:
   return args
 
 
-# Sizes of what filters make, where that is not of the order of what they get.
+# Sizes of the results of filters, where they may exceed those of the arguments.
 
 def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> int:
   times = text.count(old) if isinstance(text, str) and isinstance(
@@ -238,7 +241,7 @@ def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> int:
 
 
 def _split(text: Any, separator: Any = None, *_: Any, **__: Any) -> int:
-  """Of words, if there is no separator: every other character ends one."""
+  """Returns the size of a split; by words, every other character ends one."""
   if isinstance(separator, str) and separator:
     return len(text) + ELEMENT * text.count(separator)
   return as_text(text) * ELEMENT // 2
@@ -254,7 +257,7 @@ def _indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
 
 
 def _lines(value: Any, *args: Any, **kwargs: Any) -> int:
-  """Of `batch` and `slice`: a number of lines, or of their elements."""
+  """Returns the size of `batch` and `slice`: lines, or their elements."""
   given = [*args, *kwargs.values()]
   numbers = [each for each in given if isinstance(each, int)]
   return max(numbers, default=0) * nodes(given)
@@ -262,7 +265,7 @@ def _lines(value: Any, *args: Any, **kwargs: Any) -> int:
 
 def _sum(value: Any, attribute: Any = None, start: Any = 0) -> int:
   if not isinstance(start, (int, float)):
-    raise TypeError("`sum` adds numbers only")  # Of lists it is quadratic.
+    raise TypeError("`sum` adds numbers only")  # A sum of lists is quadratic.
   return TURN
 
 
@@ -283,13 +286,14 @@ _SIZES: Mapping[str, Callable[..., int]] = {
         ("capitalize", "e", "escape", "forceescape", "lower", "safe",
          "string", "trim", "truncate", "upper", "urlencode"),
         lambda value, *_, **__: as_text(value))}
-# Their results were there before.
+# Filters that return a part of their argument, which was counted.
 _PICKS = frozenset(("attr", "d", "default", "first", "last", "max", "min"))
 
 
 def bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-  """A filter that says how much it makes."""
-  first = int(hasattr(function, "jinja_pass_arg"))  # Behind the context.
+  """Wraps a filter so that it counts the size of its result."""
+  # The first argument is the context or environment, if the filter wants it.
+  first = int(hasattr(function, "jinja_pass_arg"))
   size = _SIZES.get(name, lambda *_, **__: TURN)
 
   @functools.wraps(function)
@@ -311,13 +315,14 @@ def tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None,
     separators: tuple[str, str] | None = None, sort_keys: bool = False,
 ) -> str:
-  """JSON; Jinja's own filter escapes for HTML."""
+  """Writes JSON; Jinja's own filter escapes for HTML."""
   between = (indent if isinstance(indent, int) else as_text(indent or "")) + (
       as_text(separators or ""))
   spend(as_text(value) + between * nodes(value))
   encoder = json.JSONEncoder(
       ensure_ascii=ensure_ascii, indent=indent, separators=separators,
       sort_keys=sort_keys)
-  # Indents grow with the depth.
+  # Indents grow with the depth, which the estimate above leaves out: so the
+  # parts are counted as they come.
   return concat(
       [encoder.encode(value)] if indent is None else encoder.iterencode(value))

@@ -1,7 +1,7 @@
-"""The strings that open, close and prolong thinking, as token ids.
+"""Thinking delimiters and wait texts, as token ids (budget forcing).
 
-Budget forcing works on token sequences; this module resolves the strings of
-the config once, and finds the thinking part in a finished completion.
+Budget forcing works on token sequences. This module encodes the strings of the
+config once, and finds the thinking part in a finished completion.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ FORCED = 2  # Provenance of a token that budget forcing put there.
 
 @dataclasses.dataclass(frozen=True)
 class Thinking:
-  """The config's strings. An empty `end` means that thinking is unused.
+  """Strings of the config's section `thinking`; an empty `end`: no thinking.
 
   Attributes:
     start: opens thinking; empty: a completion begins in thinking.
-    end: closes it; what a budget forces.
-    delimiters: further strings that close thinking when the model says them.
+    end: closes thinking; a budget forces it.
+    delimiters: further strings that close thinking when the model writes them.
     newline: forced before `end` unless the text already ends in a line break.
     final_answer: forced after `end` when a maximum closed the thinking.
-    wait_text: replaces a delimiter and lets the model go on.
-    more_wait_texts: a row's waits take these and that one in turn.
+    wait_text: replaces a delimiter, and lets the model go on.
+    more_wait_texts: further wait texts; a row's waits take them in turn.
     step: ends a step of the thinking; empty: steps are not counted.
   """
 
@@ -41,9 +41,9 @@ class Thinking:
 
 @dataclasses.dataclass(frozen=True)
 class ThinkingIds:
-  """`Thinking` as token ids; `delimiters` has `end` first.
+  """Token ids of the strings of `Thinking`; `delimiters` has `end` first.
 
-  `step_tokens` have the text of `step` in theirs.
+  `step_tokens` are all tokens whose text contains `step`.
   """
 
   start: tuple[int, ...] = ()
@@ -59,12 +59,13 @@ class ThinkingIds:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Where thinking lies in a completion: `tokens[thinking]` and so on.
+  """Places of thinking and answer in a completion: `tokens[thinking]` and so
+  on.
 
   Attributes:
-    thinking: without its delimiter, and without a newline forced before it.
-    answer: everything behind the delimiter.
-    closed: the delimiter is there.
+    thinking: without its delimiter, and without a newline forced before that.
+    answer: all tokens after the delimiter.
+    closed: true if the delimiter is there.
   """
 
   thinking: slice
@@ -77,8 +78,8 @@ def resolve(
   """Encodes each string once, special tokens allowed.
 
   Raises:
-    ValueError: a string has no tokens, or has unknown ones: forcing it would
-      put something else into the text.
+    ValueError: a string has no tokens, or unknown ones: forcing them would put
+      another text into the completion.
   """
   if not thinking.end:
     return ThinkingIds()
@@ -108,15 +109,15 @@ def split(
 ) -> Split:
   """Finds thinking and answer in a completion.
 
-  One case is not decidable from the tokens alone: a wait text that begins
-  with a line break, cut off by the maximum right behind it, looks like a
+  One case cannot be decided from the tokens alone: a wait text that begins with
+  a line break, and is cut off by the maximum right after it, looks like a
   forced newline. The sampler's own count (`think_lengths`) has it right.
 
   Args:
-    tokens: [n] a completion, end of text included or not.
+    tokens: [n] a completion, with or without the end of text.
     provenance: [n] 1 sampled, 2 forced.
     ids: the resolved strings.
-    in_thinking: the prompt already opened thinking.
+    in_thinking: true if the prompt already opened thinking.
   """
   tokens = [int(token) for token in tokens]
   n = len(tokens)
@@ -132,8 +133,8 @@ def split(
       bool(part) and end - len(part) >= start
       and tuple(tokens[end - len(part):end]) == part
       and all(p == FORCED for p in provenance[end - len(part):end]))
-  # A newline is forced only behind a token that does not end in one, so one
-  # that a wait text ends in is the wait's.
+  # A newline is forced only after a token that does not end in one. So where a
+  # wait text ends in a newline, that newline is a part of the wait.
   if ends_with(ids.newline) and not any(
       map(ends_with, (ids.wait, *ids.more_waits))):
     end -= len(ids.newline)
@@ -154,7 +155,7 @@ def opens(
 
 def find(
     tokens: Sequence[int], part: Sequence[int], begin: int = 0) -> int:
-  """The first index from `begin` where `part` occurs, or -1."""
+  """Returns the first index from `begin` where `part` occurs, or -1."""
   part = list(part)
   for i in range(begin, len(tokens) - len(part) + 1):
     if list(tokens[i:i + len(part)]) == part:
@@ -163,7 +164,7 @@ def find(
 
 
 def _find_last(tokens: Sequence[int], part: Sequence[int]) -> int:
-  """The last index where `part` occurs, or -1."""
+  """Returns the last index where `part` occurs, or -1."""
   tokens, part = list(tokens), list(part)
   return next((i for i in range(len(tokens) - len(part), -1, -1)
                if tokens[i:i + len(part)] == part), -1)

@@ -1,4 +1,4 @@
-"""The JSON files beside a tokenizer, and what they say about it.
+"""JSON files next to a tokenizer: special tokens, stop ids, chat template.
 
   tokenizer_config.json   names of BOS, EOS and others, added tokens, template
   chat_template.jinja     the template, in newer releases
@@ -18,7 +18,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @contextlib.contextmanager
 def errors_name(path: pathlib.Path) -> Iterator[None]:
-  """Turns what reading a tokenizer's file raises into an error with its path.
+  """Turns any error of reading a tokenizer's file into one with its path.
 
   The libraries that read them have no common type of error.
   """
@@ -34,7 +34,7 @@ def errors_name(path: pathlib.Path) -> Iterator[None]:
 
 
 def read(path: pathlib.Path) -> dict:
-  """A JSON object; empty when there is no such file."""
+  """Reads a JSON object; empty if there is no such file."""
   if not path.exists():
     return {}
   with errors_name(path):
@@ -45,7 +45,7 @@ def read(path: pathlib.Path) -> dict:
 
 
 def named(config: dict) -> dict[str, str]:
-  """The texts under `NAMED`, whichever way they are serialised."""
+  """Reads the texts of `NAMED`, which may be strings or objects."""
   found = {key: config.get(key) for key in NAMED}
   texts = {key: value["content"] if isinstance(value, dict) else value
            for key, value in found.items()}
@@ -53,7 +53,7 @@ def named(config: dict) -> dict[str, str]:
 
 
 def stop_ids(directory: pathlib.Path) -> list[int]:
-  """`eos_token_id` of generation_config.json: one id, several or none."""
+  """Reads `eos_token_id` of generation_config.json: one id, several or none."""
   stops = read(directory / "generation_config.json").get("eos_token_id")
   if stops is None:
     return []
@@ -61,17 +61,18 @@ def stop_ids(directory: pathlib.Path) -> list[int]:
 
 
 def added_tokens(config: dict) -> dict[int, tuple[str, bool]]:
-  """`added_tokens_decoder`: id -> (text, it is a control token)."""
+  """Reads `added_tokens_decoder`: id -> (text, true if it is a control token).
+  """
   return {
       int(token): (entry["content"], bool(entry.get("special")))
       for token, entry in config.get("added_tokens_decoder", {}).items()}
 
 
 def chat_template(directory: pathlib.Path, config: dict) -> str | None:
-  """The template of a release.
+  """Reads the template of a release.
 
   Raises:
-    ValueError: there are several, and none is the default.
+    ValueError: there are several templates, and none is called "default".
   """
   file = directory / "chat_template.jinja"
   if file.exists():
@@ -90,10 +91,10 @@ def chat_template(directory: pathlib.Path, config: dict) -> str | None:
 
 
 def write(directory: pathlib.Path, tokenizer: Any, **config: Any) -> None:
-  """The two JSON files of a `Tokenizer`, and its template.
+  """Writes the two JSON files of a `Tokenizer`, and its template.
 
   Args:
-    directory: exists.
+    directory: an existing directory.
     tokenizer: a `Tokenizer`.
     config: further entries of tokenizer_config.json.
   """
@@ -109,7 +110,7 @@ def write(directory: pathlib.Path, tokenizer: Any, **config: Any) -> None:
 
 
 def splitter(words: Iterable[str]) -> Callable[[str], list[str]]:
-  """A function that splits a text around `words` and keeps them."""
+  """Makes a function that splits a text around `words`, and keeps them."""
   longest_first = sorted(words, key=len, reverse=True)
   if not longest_first:
     return lambda text: [text]

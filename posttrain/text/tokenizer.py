@@ -7,10 +7,10 @@ with `special=False`, where the same characters are ordinary text: a user
 cannot end a turn by typing its name. Symbols that are not control tokens
 (`<think>` as a plain vocabulary entry) are recognised in both.
 
-Some tokenizers put a space before a text. `after` is the token that the text
-follows, None at the start of a sequence: within one there is no such space.
+Some tokenizers put a space before a text at the start of a sequence, and not
+within one. `after` is the token that the text follows, None at the start.
 
-No BOS or EOS is ever added here; `posttrain.text.render` does that once.
+No BOS or EOS is added here; `posttrain.text.render` does that, once.
 """
 
 import pathlib
@@ -35,14 +35,14 @@ class Tokenizer(Protocol):
 
   Attributes:
     vocab_size: ids are in [0, vocab_size).
-    bos_id: the id that every sequence begins with; None where the family has
-      none (Qwen, SmolLM2).
-    eos_id: ends a completion.
+    bos_id: the id that every sequence begins with; None for families without
+      one (Qwen, SmolLM2).
+    eos_id: the id that ends a completion.
     stop_ids: EOS and the other ids at which sampling stops (end of turn).
-    unk_id: stands for text that the vocabulary cannot spell, or None.
+    unk_id: the id for text that the vocabulary cannot spell, or None.
     controls: control tokens, text -> id.
-    named: what a chat template may write by name, "bos_token" and others; a
-      family can name a BOS that it does not begin with (OLMo 2).
+    named: texts that a chat template may write by name, "bos_token" and others.
+      A family can name a BOS that its sequences do not begin with (OLMo 2).
     chat_template: Jinja source, or None.
   """
 
@@ -78,13 +78,13 @@ def load(
   from the same directory.
 
   Args:
-    path: of the file or directory.
-    vocab_size: of the model; a `tokenizer.json` without the tokens that were
-      added behind it. (Gemma 3's smallest models have no embedding for the
-      token that stands for images, which their tokenizer names.)
+    path: the file or directory.
+    vocab_size: the model's; added tokens of a `tokenizer.json` from this id on
+      are left out. (Gemma 3's smallest models have no embedding for the token
+      of images, which their tokenizer names.)
 
   Raises:
-    ValueError: no tokenizer there, or its EOS is not named anywhere.
+    ValueError: there is no tokenizer, or no file names its EOS.
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
@@ -109,14 +109,15 @@ def load(
 
 
 def newline_ends(tokenizer: Tokenizer) -> np.ndarray:
-  """[vocab_size] bool: the token's text ends in a line break."""
+  """Marks the tokens whose text ends in a line break: [vocab_size] bool."""
   return np.array([
       tokenizer.token_text(i).endswith("\n")
       for i in range(tokenizer.vocab_size)], bool)
 
 
 def check_known(tokenizer: Tokenizer, text: str, name: str) -> None:
-  """Raises ValueError where the vocabulary cannot spell a text of this name."""
+  """Raises ValueError if the vocabulary cannot spell a text; `name` names it.
+  """
   if tokenizer.unk_id is not None and (
       tokenizer.unk_id in tokenizer.encode(text)):
     raise ValueError(
@@ -125,15 +126,15 @@ def check_known(tokenizer: Tokenizer, text: str, name: str) -> None:
 
 
 def spellings(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
-  """[vocab_size] bool: the token is one of the words.
+  """Marks the tokens that spell one of the words: [vocab_size] bool.
 
-  Case does not count, nor do spaces and punctuation around it: " Wait," is
-  "wait", and "await" is not. (NoWait, https://arxiv.org/abs/2506.08343, takes
-  every token with the word in it, and leaves those like "await" out by hand.)
+  Case, and spaces and punctuation around a word, do not matter: " Wait," spells
+  "wait", and "await" does not. (NoWait, https://arxiv.org/abs/2506.08343, takes
+  every token that contains the word, and removes those like "await" by hand.)
   Control tokens are no words.
 
   Raises:
-    ValueError: no token is this word.
+    ValueError: no token spells a word.
   """
   plain = lambda text: re.sub(r"^\W+|\W+$", "", text).casefold()
   controls = {*tokenizer.controls.values(), *tokenizer.stop_ids}
@@ -185,7 +186,7 @@ def _load_hugging_face(
 
 
 def _begins_with(tokenizer, config, named, path) -> int | None:
-  """BOS, if the family puts it in front; naming one is not using it.
+  """Returns BOS if the family puts it in front; naming one is not using it.
 
   Qwen and SmolLM2 name a BOS (or a stand-in) and never prepend it.
   """

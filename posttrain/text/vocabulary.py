@@ -1,4 +1,4 @@
-"""Training of small SentencePiece vocabularies, for tasks of our own.
+"""Trains small SentencePiece vocabularies, for tasks of our own.
 
 The same texts and options give the same model, byte for byte.
 """
@@ -78,7 +78,7 @@ def _train(texts: list[str], **options) -> bytes:
         sentence_iterator=iter(texts), model_writer=writer, unk_id=0,
         eos_id=1, bos_id=-1, pad_id=-1, num_threads=1, minloglevel=2,
         character_coverage=1.0,
-        # The default skips longer sentences without a word.
+        # The default drops longer sentences silently.
         max_sentence_length=1 << 24, **options)
   except RuntimeError as error:
     raise ValueError(
@@ -93,7 +93,10 @@ def _train(texts: list[str], **options) -> bytes:
 
 
 def _word_options(texts, vocab_size, symbols):
-  """A symbol is a word here: one more text makes sure that it is seen."""
+  """Chooses the options of a word vocabulary, and checks its size.
+
+  A symbol is a word here; one more text makes sure that the trainer sees it.
+  """
   spaced = [symbol for symbol in symbols if len(symbol.split()) != 1]
   if spaced:
     raise ValueError(

@@ -1,4 +1,5 @@
-"""Checkpoints that cannot be read or written: what to say, on which hosts."""
+"""Checkpoint integrity: errors of reading and writing, the same on all hosts.
+"""
 
 import contextlib
 import logging
@@ -13,7 +14,7 @@ from posttrain.workdir import StorageError
 
 
 class DamagedError(StorageError):
-  """A checkpoint that is there cannot be read; every host raises it."""
+  """A checkpoint exists and cannot be read; every host raises it."""
 
 
 def damaged(path: epath.Path, what: str) -> DamagedError:
@@ -26,9 +27,10 @@ def damaged(path: epath.Path, what: str) -> DamagedError:
 
 @contextlib.contextmanager
 def on_every_host(path: epath.Path) -> Iterator[None]:
-  """`errors_name` of reading, on all hosts if it is on one.
+  """Raises on all hosts if reading failed on one, as `errors_name` does.
 
-  Each host reads its own files, and what one does next all have to do.
+  Each host reads its own files. All must take the same way afterwards: a host
+  that goes on alone waits in the next collective.
   """
   error: DamagedError | None = None
   try:
@@ -42,7 +44,7 @@ def on_every_host(path: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_name(path: epath.Path, verb: str) -> Iterator[None]:
-  """Turns whatever a storage layer raises into an error with the path."""
+  """Turns any error of a storage layer into one that names the path."""
   try:
     yield
   except Exception as error:  # Tensorstore's errors have no common type.
@@ -61,11 +63,12 @@ def errors_name(path: epath.Path, verb: str) -> Iterator[None]:
 
 
 def say_errors_once() -> None:
-  """Keeps storage layers from printing tracebacks of what they raise too.
+  """Keeps storage layers from printing tracebacks of errors that they also
+  raise.
 
-  Orbax logs each error from several threads, and Tensorstore's writes that are
-  still under way find their event loop closed. A full disk is otherwise some
-  screens of that, and the line that helps stands below.
+  Orbax logs each error from several threads, and Tensorstore's pending writes
+  find their event loop closed. A full disk would otherwise print screens of
+  that above the line that helps.
   """
   logging.getLogger("absl").addFilter(_is_not_raised)
   if not isinstance(sys.unraisablehook, _UnraisableHook):
@@ -77,7 +80,7 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 class _UnraisableHook:
-  """Python's hook, but for callbacks into a loop that an error has ended."""
+  """Python's hook, without errors of callbacks into a closed event loop."""
 
   def __init__(self, before: Callable[[Any], Any]):
     self._before = before

@@ -9,9 +9,9 @@ A checkpoint is a directory named by its step, with three items:
   rollouts  optional: a dict of NumPy arrays, RL rollouts in flight.
 
 Orbax writes under a temporary name and renames when all hosts are done, so a
-checkpoint that is there is whole. Its array files carry no checksum; here a
-fingerprint of every array is computed on the devices when saving, and again
-after restoring: a damaged file is an error, never a slightly wrong model.
+checkpoint with its final name is complete. Its array files carry no checksum.
+So a fingerprint of every array is computed on the devices when saving, and
+again after restoring: a damaged file is an error, never a slightly wrong model.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Tree = Mapping[str, Any]  # Nested dict with string keys; leaves are arrays.
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """Contents of a checkpoint; `tree` as far as it was asked for."""
+  """Contents of a checkpoint; `tree` holds the arrays that were asked for."""
 
   step: int
   tree: dict[str, Any]
@@ -44,7 +44,7 @@ class Restored:
 
 
 class Checkpoints:
-  """The checkpoints of one stage; a context manager.
+  """Checkpoints of one stage; a context manager.
 
   Every process makes the same calls in the same order. Leaving the context
   waits for a save in flight.
@@ -54,12 +54,12 @@ class Checkpoints:
       self, directory: epath.PathLike, *, keep: int, keep_best: int = 0,
       best_metric: str = "", best_mode: str = "max",
   ):
-    """Opens or makes the directory; what a kill left half-written is removed.
+    """Opens or makes the directory, and removes what a kill left half-written.
 
     Args:
       directory: shared by all hosts.
-      keep: how many of the latest checkpoints stay, at least one.
-      keep_best: how many of the best stay beside those.
+      keep: number of the latest checkpoints that stay, at least one.
+      keep_best: number of the best checkpoints that stay in addition.
       best_metric: the metric that ranks; needed with `keep_best`.
       best_mode: "max" or "min".
 
@@ -95,7 +95,7 @@ class Checkpoints:
           self._directory, item_handlers=_handlers(), options=options)
 
   def latest_step(self) -> int | None:
-    """The newest whole checkpoint, or None."""
+    """Returns the step of the newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
   def steps(self) -> list[int]:
@@ -103,7 +103,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """The best by `best_metric`; None without one."""
+    """Returns the step that is best by `best_metric`; None without one."""
     return self._manager.best_step() if self._best_metric else None
 
   def save(
@@ -111,13 +111,13 @@ class Checkpoints:
       rollouts: Mapping[str, np.ndarray] | None = None,
       metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Copies the state to the host and returns; writing goes on behind.
+    """Copies the state to the host and returns; a thread writes it.
 
-    The arrays may be donated or changed right after. A step that is already
-    saved is left as it is.
+    The arrays may be donated right after. A step that is already saved is left
+    as it is.
 
     Args:
-      step: optimizer updates made.
+      step: number of optimizer updates made.
       tree: nested dict of global arrays.
       extras: JSON-able.
       rollouts: flat dict of NumPy arrays, the same on every host.
@@ -128,11 +128,16 @@ class Checkpoints:
       ValueError: `tree` is not a dict of arrays, or the metric is missing.
       StorageError: this save, or the one before, could not be written.
     """
+    # An error of the save before is raised here, with its own path, and at most
+    # one copy of the state waits in the host's memory.
     self.wait()
+    # A preemption may fall on a step that was just saved.
     if step in self._manager.all_steps():
       return
     tree = _plain(tree)
     ranking = self._ranking(metrics)
+    # Kept as a string, so that its checksum is of the very bytes: Orbax may
+    # format JSON in another way.
     body = json.dumps(dict(extras), sort_keys=True, allow_nan=False)
     items = {
         "state": ocp.args.PyTreeSave(tree),
@@ -159,12 +164,12 @@ class Checkpoints:
     return {"value": float(metrics[self._best_metric])}
 
   def restore(self, abstract: Tree, step: int | None = None) -> Restored:
-    """Like the function `restore`, from this stage."""
+    """Restores from this stage, as the function `restore`."""
     self.wait()
     return restore(self._directory, abstract, step)
 
   def wait(self) -> None:
-    """Until the save in flight is whole.
+    """Waits until the save in flight is complete.
 
     Raises:
       StorageError: it could not be written.
@@ -173,14 +178,14 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def set_aside(self, step: int) -> epath.Path:
-    """Moves a checkpoint out of the way, to `damaged`; returns where it is."""
+    """Moves a checkpoint to the folder `damaged`; returns its new path."""
     target = self._directory.parent / "damaged" / str(step)
     if jax.process_index() == 0:
       target.parent.mkdir(parents=True, exist_ok=True)
       if target.exists():
         target.rmtree()
       (self._directory / str(step)).rename(target)
-    sharding.of_first_host(np.array(True))  # Nobody looks before it is done.
+    sharding.of_first_host(np.array(True))  # A barrier: all list it after.
     self._manager.reload()
     return target
 
@@ -196,7 +201,8 @@ class Checkpoints:
 
 
 def abstract(tree: Tree) -> dict[str, Any]:
-  """Shapes, dtypes and shardings of a tree of arrays: what to restore into."""
+  """Describes a tree of arrays: shapes, dtypes and shardings to restore into.
+  """
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       _plain(tree))
@@ -205,18 +211,18 @@ def abstract(tree: Tree) -> dict[str, Any]:
 def restore(
     directory: epath.PathLike, abstract: Tree, step: int | None = None,
 ) -> Restored:
-  """Reads a checkpoint into the shardings that `abstract` names.
+  """Reads a checkpoint into the shardings of `abstract`.
 
   The mesh may differ from the one that saved. `abstract` may be a part of
   what was saved, for instance `{"model": ...}` alone.
 
   Args:
-    directory: of a stage's checkpoints.
+    directory: a stage's folder of checkpoints.
     abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
-    step: which one; the latest by default.
+    step: the checkpoint's step; the latest by default.
 
   Raises:
-    FileNotFoundError: no such checkpoint; names those that are there.
+    FileNotFoundError: no such checkpoint; names those that exist.
     ValueError: an array is missing or has another shape or dtype.
     DamagedError: a file is damaged or missing; names the path.
   """
@@ -224,8 +230,8 @@ def restore(
   step = find_step(directory, step)
   path = directory / str(step)
   abstract = _plain(abstract)
-  # Orbax's handlers, and not its manager: that would wait for the other hosts
-  # after reading, and for ever if one of them had found damage.
+  # Orbax's handlers rather than its manager: the manager waits for the other
+  # hosts after reading, and would wait for ever if one of them found damage.
   handler = ocp.PyTreeCheckpointHandler()
   with checkpoint_integrity.on_every_host(path):
     saved = _flatten(handler.metadata(path / "state").tree)
@@ -238,7 +244,8 @@ def restore(
             sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
             abstract)))
     extras, found = _read_extras(path)
-    # Checkpoints of version 0.1.0 do not say whether they had any.
+    # Checkpoints of version 0.1.0 do not record if they had rollouts. Where it
+    # is recorded, a folder that is missing is damage.
     if found.get("has_rollouts", (path / "rollouts").exists()):
       rollouts = _unpack(handler.restore(path / "rollouts")["npz"])
   _check_fingerprints(
@@ -249,7 +256,7 @@ def restore(
 def read_extras(
     directory: epath.PathLike, step: int | None = None,
 ) -> dict[str, Any]:
-  """The JSON part alone, without touching a device; raises as `restore`."""
+  """Reads the JSON part alone, without a device; raises as `restore` does."""
   directory = _absolute(directory)
   path = directory / str(find_step(directory, step))
   with checkpoint_integrity.errors_name(path / "extras", "read"):
@@ -257,7 +264,7 @@ def read_extras(
 
 
 def find_step(directory: epath.PathLike, step: int | None = None) -> int:
-  """The latest whole checkpoint, or `step`; FileNotFoundError without it."""
+  """Finds the latest whole checkpoint, or checks that `step` is one."""
   directory = _absolute(directory)
   if not directory.exists():
     raise FileNotFoundError(
@@ -273,7 +280,7 @@ def find_step(directory: epath.PathLike, step: int | None = None) -> int:
 
 
 def check_same(restored: Restored, **expected: Any) -> None:
-  """Compares extras such as hashes with those of this run.
+  """Compares extras, such as hashes, with those of this run.
 
   Raises:
     ValueError: one differs; names it, both values and the step.
@@ -287,9 +294,10 @@ def check_same(restored: Restored, **expected: Any) -> None:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, which leaves preemption to `train/preemption.py`.
+  """Orbax's manager, without its preemption; see `train/preemption.py`.
 
-  Orbax asks JAX's service for it, which does not run (`distributed.py`).
+  Orbax asks JAX's preemption service, which is off (`distributed.py`): the
+  hosts would otherwise agree on a step in two ways.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -309,7 +317,10 @@ def _absolute(directory: epath.PathLike) -> epath.Path:
 
 
 def _plain(tree: Any, path: str = "") -> dict[str, Any]:
-  """The tree itself, if it is nested dicts of arrays; else a ValueError."""
+  """Checks that the tree is nested dicts of arrays, and copies it as such.
+
+  Orbax would save other pytrees too, under paths that depend on their classes.
+  """
   if not isinstance(tree, Mapping):
     raise ValueError(
         f"Checkpoint state at {path or 'the top'} is a {type(tree).__name__}; "
@@ -327,7 +338,7 @@ def _plain(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-  """Leaves by slash-separated path, sorted."""
+  """Flattens nested dicts to leaves by slash-separated path, sorted."""
   flat: dict[str, Any] = {}
   for name in sorted(tree):
     here = f"{path}/{name}" if path else name
@@ -366,7 +377,7 @@ def _check_fingerprints(
 
 
 def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The JSON part of a checkpoint, and what else its file says."""
+  """Reads the JSON part of a checkpoint, and the rest of its file."""
   found = json.loads((path / "extras" / "metadata").read_text())
   body = found["extras"]
   if zlib.crc32(body.encode()) != found["extras_crc32"]:
@@ -375,7 +386,10 @@ def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _pack(rollouts: Mapping[str, np.ndarray]) -> np.ndarray:
-  """One byte array: any dtype and empty arrays too, with zip's checksums."""
+  """Packs rollouts into one byte array: an .npz, whose zip has checksums.
+
+  It keeps arrays of any dtype, and empty ones.
+  """
   buffer = io.BytesIO()
   np.savez(buffer, allow_pickle=False, **rollouts)  # type: ignore[arg-type]
   return np.frombuffer(buffer.getvalue(), np.uint8)

@@ -1,8 +1,8 @@
-"""Rules that stop a run which has stopped learning, and say what to change.
+"""Health rules: stop a run that has stopped learning, and say what to change.
 
 Each rule is a function or a small counter over numbers that the stage logs
-anyway. A stop is a `HealthError`: what was seen, for how long, and which
-config keys to look at.
+anyway. A stop is a `HealthError`, which says what was seen, for how long, and
+which config keys to change.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class HealthError(RuntimeError):
 
 @dataclasses.dataclass
 class Streak:
-  """For how many steps running a condition has held."""
+  """Counts for how many steps in a row a condition has held."""
 
   length: int = 0
 
@@ -29,19 +29,21 @@ class Streak:
 
 
 class StepHealth:
-  """Stops on a step whose update was not made, or counts those in a row.
+  """Stops at an update that was not made, or after several of them in a row.
 
-  The update itself decides (`step.update`): where the loss or the gradient
-  norm is not finite, or the loss a spike, the weights are what they were.
+  The compiled update itself decides (`step.update`): if the loss or the
+  gradient norm is not finite, or the loss is a spike, the weights stay what
+  they were.
   """
 
   def __init__(
       self, directory: pathlib.Path, *, max_skips: int = 0, write: bool = True):
-    """
+    """Takes the limits.
+
     Args:
-      directory: where a batch that stops the run goes, as
+      directory: the batch that stops the run is written there, as
         `bad_batch_step_%06d.npz`.
-      max_skips: so many skipped updates in a row are let pass; 0: none.
+      max_skips: number of skipped updates in a row that are tolerated.
       write: false on all hosts but the first.
     """
     self._directory, self._write = directory, write
@@ -52,21 +54,21 @@ class StepHealth:
       self, step: int, values: Mapping[str, Any],
       batch: Mapping[str, np.ndarray],
   ) -> str:
-    """Takes one step.
+    """Checks one step.
 
     Args:
       step: the step just made.
-      values: the step's metrics; "loss", "grad_norm" and, where there is a
-        rule for spikes, "spike" are looked at.
-      batch: what the step was given; saved if the run stops.
+      values: the step's metrics; "loss", "grad_norm", "denominator" and, with
+        a rule for spikes, "spike" are read.
+      batch: the step's batch, [..] arrays; saved if the run stops.
 
     Returns:
-      What was wrong, where the update was skipped and the run goes on; "" of
-      an update that was made.
+      The reason why the update was skipped, if the run goes on; "" if the
+      update was made.
 
     Raises:
-      HealthError: the update was not made, and none may be skipped, or as
-        many as may be in a row have been before it.
+      HealthError: the update was not made, and `max_skips` updates before it
+        were not made either.
     """
     found = _what_is_wrong(values)
     skipped = self._skipped.update(bool(found))
@@ -85,7 +87,9 @@ class StepHealth:
         "compute.dtype=float32.")
 
   def get_state(self) -> dict[str, int]:
-    """For the checkpoint, so that a resumed run stops at the same step."""
+    """Returns the counts for the checkpoint: a resumed run stops at the same
+    step.
+    """
     return {"skipped": self._skipped.length}
 
   def set_state(self, state: Mapping[str, int]) -> None:
@@ -106,27 +110,28 @@ def _what_is_wrong(values: Mapping[str, Any]) -> str:
 
 
 class ScoringHealth:
-  """Stops when rewards could not judge too many completions, several times.
+  """Stops when rewards could not score too many completions, several times.
 
-  A few graders that are late cost a few completions; a judge that is gone
-  leaves nothing to learn from, and its answers may be missing for a reason
-  that has to do with what they would have been.
+  A few graders that are late cost a few completions. A judge that is gone
+  leaves nothing to learn from; and which scores are missing may depend on what
+  they would have been, which biases the rest.
   """
 
   def __init__(self, max_unscored: float, patience: int):
-    """
+    """Takes the limits.
+
     Args:
-      max_unscored: share of a batch; `health.max_unscored`.
-      patience: batches in a row; `health.unscored_patience`.
+      max_unscored: tolerated share of a batch (`health.max_unscored`).
+      patience: batches in a row (`health.unscored_patience`).
     """
     self._most, self._patience = max_unscored, patience
     self._unscored = Streak()
 
   def update(self, step: int, share: float) -> None:
-    """Takes the share of one batch of rollouts without a score.
+    """Checks the share of one batch of rollouts that has no score.
 
     Raises:
-      HealthError: it has been above the maximum for `patience` batches.
+      HealthError: it was above the maximum for `patience` batches in a row.
     """
     length = self._unscored.update(share > self._most)
     if length >= self._patience:
@@ -140,7 +145,9 @@ class ScoringHealth:
           "completions); mend it, or raise health.max_unscored.")
 
   def get_state(self) -> dict[str, int]:
-    """For the checkpoint, so that a resumed run stops at the same step."""
+    """Returns the count for the checkpoint: a resumed run stops at the same
+    step.
+    """
     return {"unscored": self._unscored.length}
 
   def set_state(self, state: Mapping[str, int]) -> None:
@@ -150,15 +157,16 @@ class ScoringHealth:
 class RolloutHealth:
   """Stops when rollouts have carried no signal for `patience` steps.
 
-  Two ways to get there: every completion was cut off at its maximum (so
-  that no answer was ever scored), or no group had two different rewards (so
-  that every advantage is zero).
+  Either every completion was cut off at its maximum length, so that no answer
+  was ever scored, or no group had two different rewards, so that every
+  advantage is zero.
   """
 
   def __init__(self, patience: int):
-    """
+    """Takes the limit.
+
     Args:
-      patience: steps; the config key `health.patience`.
+      patience: steps in a row (`health.patience`).
 
     Raises:
       ValueError: patience is less than one.
@@ -173,7 +181,7 @@ class RolloutHealth:
   def update(
       self, step: int, *, clipped_ratio: float, frac_reward_zero_std: float,
   ) -> None:
-    """Takes one rollout's figures.
+    """Checks one batch of rollouts.
 
     Args:
       step: the step just made.
@@ -201,7 +209,9 @@ class RolloutHealth:
           "rollout.temperature, or check the reward function on a sample.")
 
   def get_state(self) -> dict[str, int]:
-    """For the checkpoint, so that a resumed run stops at the same step."""
+    """Returns the counts for the checkpoint: a resumed run stops at the same
+    step.
+    """
     return {"clipped": self._clipped.length, "silent": self._silent.length}
 
   def set_state(self, state: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""A host's NumPy batch -> microbatches on the mesh.
+"""Gradient accumulation: cuts a host batch into microbatches on the mesh.
 
   M: microbatches  R: rows of one, over all devices  T: length
 """
@@ -17,13 +17,13 @@ def stack(
 ) -> dict[str, Any]:
   """Cuts rows into microbatches, padded to what the mesh divides.
 
-  Padding is zeros: segment 0, outside every loss. As denominators are global,
-  it changes no gradient.
+  Padding is zeros: segment 0, outside every loss. As denominators are sums over
+  the whole batch, it changes no gradient.
 
   Args:
     batch: arrays [rows] or [rows, T, ...], the same on every host.
     num_microbatches: M.
-    put: what makes device arrays; `sharding.abstract` for their shapes.
+    put: makes device arrays; `sharding.abstract` gives their shapes only.
 
   Returns:
     Arrays [M, R] or [M, R, T, ...], sharded over "batch" and "length".

@@ -1,7 +1,7 @@
-"""Arrays that wait in the hosts' memory while others need the devices'.
+"""Host offload: keeps arrays in the hosts' memory while they are not needed.
 
 A sharding says which devices hold the parts of an array; its memory kind says
-whether they lie in the devices' own memory or, pinned, in that of their hosts.
+if they are in the devices' own memory or, pinned, in that of their hosts.
 Each host keeps the parts of its own devices. Moving changes no bit.
 """
 
@@ -14,10 +14,10 @@ HOST = "pinned_host"
 
 
 def check(names: Collection[str]) -> None:
-  """Raises ValueError where the backend cannot keep arrays on the host.
+  """Raises ValueError if the backend cannot keep arrays on the host.
 
   Args:
-    names: of `compute.offload`; none of them asks for nothing.
+    names: content of `compute.offload`; empty if nothing is offloaded.
   """
   device = jax.local_devices()[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
@@ -29,19 +29,21 @@ def check(names: Collection[str]) -> None:
 
 
 def to_host(tree: Any, *, but: Any = ()) -> Any:
-  """Copies of the arrays in the hosts' memory.
+  """Copies arrays to the hosts' memory.
 
   Args:
-    tree: of arrays.
+    tree: any tree of arrays.
     but: arrays of this tree are left where they are.
   """
+  # By identity: a reference shares its frozen weights with the policy, which
+  # needs them on the devices.
   shared = {id(x) for x in jax.tree.leaves(but)}
   return jax.tree.map(
       lambda x: x if id(x) in shared else _moved(x, HOST), tree)
 
 
 def to_devices(tree: Any) -> Any:
-  """The arrays in the devices' memory; those that are there are not copied."""
+  """Copies arrays to the devices' memory, unless they are there."""
   return jax.tree.map(
       lambda x: _moved(x, "device") if x.sharding.memory_kind == HOST else x,
       tree)

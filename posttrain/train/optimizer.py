@@ -1,14 +1,17 @@
-"""AdamW, Adafactor and their schedules; decay skips norms and biases.
+"""Optimizers AdamW and Adafactor, and learning-rate schedules.
 
-What is kept per trained parameter, in bytes, and beside it the vectors of a
-factored square, which are small:
+Weight decay skips norms and biases. Bytes of optimizer state per trained
+parameter, without the vectors of a factored square, which are small:
 
   AdamW, float32: 8          AdamW, bfloat16: 4
-  Adafactor, float32: 4      Adafactor, bfloat16: 2      without a mean: 0
+  Adafactor, float32: 4      Adafactor, bfloat16: 2      beta1=0: 0
+
+Adafactor differs from the paper in that its step is not scaled by the
+parameter's own size, so that learning rates are those of AdamW.
 
 References: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101; Shazeer and
-Stern, https://arxiv.org/abs/1804.04235; its decay with a largest value and a
-mean in bfloat16: Zhai et al., https://arxiv.org/abs/2106.04560.
+Stern, https://arxiv.org/abs/1804.04235. The upper bound on Adafactor's decay
+and its mean in bfloat16: Zhai et al., https://arxiv.org/abs/2106.04560.
 """
 
 import zlib
@@ -23,9 +26,9 @@ from posttrain.train import trainable
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
 MOMENTS_DTYPES = ("float32", "bfloat16")
-# Adafactor's, as published: the square's decay at step t is 1 - t**-0.8, and
-# no parameter moves by more than this, root mean square, before the learning
-# rate.
+# Adafactor's constants, as published (sections 6 and 7): the decay of the
+# square at step t is 1 - t**-0.8, and the root mean square of a parameter's
+# update is clipped to 1 before the learning rate.
 DECAY_EXPONENT = 0.8
 LARGEST_RMS = 1.0
 
@@ -34,14 +37,14 @@ def make_schedule(
     *, schedule: str, learning_rate: float, warmup_steps: int, num_steps: int,
     final_learning_rate: float,
 ) -> optax.Schedule:
-  """Learning rate at optimizer step `s` (0-based, before the update).
+  """Makes the schedule: learning rate at step `s`, 0-based, before the update.
 
-  Linear from 0 over `warmup_steps` (so that step 0 with a warm-up moves
-  nothing, as in Hugging Face's schedulers), then `schedule` down to
+  It is linear from 0 over `warmup_steps` (so that step 0 of a warm-up moves
+  nothing, as in Hugging Face's schedulers), then follows `schedule` down to
   `final_learning_rate` at `num_steps`.
 
   Raises:
-    ValueError: an unknown schedule.
+    ValueError: the schedule is unknown.
   """
   if schedule == "constant":
     after: optax.Schedule = optax.constant_schedule(learning_rate)
@@ -59,7 +62,7 @@ def make_schedule(
 
 
 def decay_mask(params: Any) -> Any:
-  """True on the leaves that weight decay shrinks: no norm, no bias."""
+  """Marks the leaves that weight decay shrinks: all but norms and biases."""
   def decays(path, _):
     name = jax.tree_util.keystr(path)
     return not ("norm" in name or "bias" in name)
@@ -72,22 +75,24 @@ def make_optimizer(
     max_grad_norm: float, optimizer: str = "adamw",
     moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-  """Global-norm clipping, then the optimizer's direction and weight decay.
+  """Chains global-norm clipping, the optimizer's direction and weight decay.
 
-  The learning rate is applied by `step.update`, from the step it is at: one
-  counter, so that a step that is skipped cannot shift the schedule.
+  The learning rate is applied by `step.update`, from the state's step. There is
+  one counter, so that a skipped step cannot shift the schedule.
 
   Args:
-    beta1: decay of the mean: of gradients (AdamW), or of the scaled ones
-      (Adafactor, which keeps none if it is 0).
+    beta1: decay of the mean of gradients (AdamW) or of scaled gradients
+      (Adafactor, which keeps no mean if it is 0).
     beta2: decay of the square; Adafactor's grows up to it.
-    eps: AdamW's.
+    eps: AdamW's epsilon.
+    weight_decay: decoupled, times the learning rate.
+    max_grad_norm: the gradient's global norm is clipped to it.
     optimizer: "adamw" or "adafactor".
-    moments_dtype: "float32" or "bfloat16", of what has the shape of the
-      parameters.
+    moments_dtype: "float32" or "bfloat16", for moments that have the shape of
+      a parameter.
 
   Raises:
-    ValueError: another optimizer or dtype.
+    ValueError: the optimizer or dtype is unknown.
   """
   if optimizer not in OPTIMIZERS or moments_dtype not in MOMENTS_DTYPES:
     raise ValueError(
@@ -106,11 +111,14 @@ def make_optimizer(
 
 def _adafactor(
     beta1: float, beta2: float, dtype: str) -> optax.GradientTransformation:
-  """The square is a product of its rows' and columns' means, in float32.
+  """Adafactor's direction: the square is a product of row and column means.
 
-  Only a matrix whose sides are 128 or more has such a square; layers that are
-  stacked are so many matrices, and are clipped together.
+  The means are float32. Only a matrix whose sides are 128 or more is factored.
+  Each of the stacked layers is factored for itself, and all of them are clipped
+  together.
   """
+  # Without the bound the decay tends to 1, and the square would stop to follow
+  # the gradients in a long run.
   grown = lambda step, exponent: jnp.minimum(
       beta2, 1 - (step + 1.0) ** -exponent)
   parts = [
@@ -125,12 +133,12 @@ def _adafactor(
 
 def _kept_in_bfloat16(
     adam: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Adam's moments in bfloat16 between steps, and float32 within one.
+  """Keeps Adam's moments in bfloat16 between steps, and float32 within one.
 
-  The mean is rounded to the nearest. The square is not: 0.999 of it is nearer
-  to itself than to its neighbour below, so it could never shrink. It is rounded
-  up or down at random, so that it is right on average. The noise depends on the
-  step and the parameter alone.
+  The mean is rounded to the nearest. The square cannot be: with beta2 = 0.999 a
+  step changes it by less than half of the last place, so that it could never
+  shrink. It is rounded up or down at random, so that it is right on average.
+  The noise depends on the step and the parameter alone.
   """
   to = lambda dtype, tree: jax.tree.map(lambda w: w.astype(dtype), tree)
 
@@ -145,6 +153,8 @@ def _kept_in_bfloat16(
     key = jax.random.fold_in(jax.random.key(0), state.count)
 
     def rounded(path, square):
+      # By name rather than by order, so that a resumed run with another set of
+      # trained parameters rounds the shared ones alike.
       name = trainable.path_name(path)
       return stochastic_bfloat16(
           square, jax.random.fold_in(key, zlib.crc32(name.encode())))
@@ -157,7 +167,7 @@ def _kept_in_bfloat16(
 
 
 def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
-  """Rounds up or down at random; the mean is `x`.
+  """Rounds to bfloat16 at random, up or down; the mean is `x`.
 
   Args:
     x: any shape, float32, finite.
@@ -165,6 +175,8 @@ def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
   noise = jax.random.bits(
       key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-  # The upper half of a float32 is the bfloat16 towards zero.
+  # The upper half of a float32 is the bfloat16 towards zero. Noise that is
+  # uniform over the lower half carries into it with just the probability of
+  # the part that is cut off.
   return jax.lax.bitcast_convert_type(
       (bits >> 16).astype(jnp.uint16), jnp.bfloat16)

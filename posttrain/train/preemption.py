@@ -1,21 +1,22 @@
-"""SIGTERM -> every host leaves its loop after the same step, with status 75.
+"""Preemption: SIGTERM makes every host leave its loop after the same step.
 
 Cluster schedulers announce an eviction with SIGTERM and grant some seconds.
-A stage asks `requested()` once between two steps, on every host; when it is
+A stage calls `requested()` once between two steps, on every host; when it is
 true, the stage saves a checkpoint and raises `Preempted`, which ends the
 process with status 75 (EX_TEMPFAIL of sysexits.h: "try again later"). A rollout
-may last for longer than the seconds that are granted: between two of its chunks
-`leave_if_requested()` raises, and whoever asked for the rollout catches it and
-says what is kept.
+may take longer than the seconds that are granted: between two of its decode
+chunks `leave_if_requested()` raises, and the caller of the rollout catches it
+and reports what is kept.
 
-Until a process has asked for the first time there is nothing to save, and
-SIGTERM ends it at once, with status 75 too: while it imports JAX, reads weights
-or compiles. Several processes agree on the step over their line (`line.py`).
+Until a process has called `requested` for the first time there is nothing to
+save, and SIGTERM ends it at once, with status 75 too: while it imports JAX,
+reads weights or compiles. Several processes agree on the step over their
+connections (`host_connections`).
 
 A thread takes the signal, since the main one may be waiting for devices, and
 those for a host that is gone. A forked child has no part in this: SIGTERM ends
-it, and it alone. Only what needs the standard library alone is imported here:
-this comes before all else.
+it alone. This module imports the standard library and modules without JAX only,
+since it is imported before all else.
 """
 
 import os
@@ -31,7 +32,9 @@ _pipe: tuple[int, int] | None = None
 _exit = os._exit  # A run replaces it, see `tasks.exits`.
 _received = False
 _calls = 0
-_forking = threading.local()  # The signals that the thread had blocked.
+# The signals that a thread had blocked before its fork; forks of two threads
+# may overlap.
+_forking = threading.local()
 
 
 class Preempted(SystemExit):
@@ -46,27 +49,29 @@ class Preempted(SystemExit):
 
 
 def install() -> None:
-  """Makes SIGTERM a request; for the main thread, which may call it again."""
+  """Makes SIGTERM a request; call it in the main thread, any number of times.
+  """
   global _pipe
   if _pipe is None:
     _pipe = os.pipe()
     os.set_blocking(_pipe[1], False)
     threading.Thread(target=_listen, name="sigterm", daemon=True).start()
-  # Written to at once, by whichever thread the signal comes to.
+  # Python runs signal handlers in the main thread, between two bytecodes: in a
+  # call into XLA that may be minutes later. The descriptor is written to at
+  # once, in C, by whichever thread the signal comes to.
   signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
   signal.signal(signal.SIGTERM, _handle)
 
 
 def ignore() -> None:
-  """Lets a process that has its exit status keep it; call it at the end.
-
+  """Ignores SIGTERM, so that a process at its end keeps its exit status.
   Python puts the default handler back when it ends, but leaves this.
   """
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def requested() -> bool:
-  """Tests if all save and leave now; every host calls it at every step.
+  """Tests if all hosts save and leave now; every host calls it at every step.
 
   The count of the calls, rather than the step, is what hosts agree on: it
   goes on rising when the next stage starts at step 0. Once true, it stays so.
@@ -80,7 +85,8 @@ def requested() -> bool:
 
 
 def begin_anew() -> None:
-  """Says that there is nothing to save: SIGTERM ends the process at once."""
+  """Declares that there is nothing to save: SIGTERM ends the process at once.
+  """
   global _calls
   _calls = 0
   if _received:
@@ -88,13 +94,17 @@ def begin_anew() -> None:
 
 
 def leave_if_requested() -> None:
-  """Raises `Preempted` where SIGTERM has come; every host calls it alike."""
+  """Raises `Preempted` if SIGTERM has come; every host calls it equally often.
+  """
   if requested():
     raise Preempted("SIGTERM within a rollout, which is dropped.")
 
 
 def _before_fork() -> None:
-  """Holds a SIGTERM to the child back until the child is one of its own."""
+  """Blocks SIGTERM until the child has handlers of its own.
+
+  A signal to the child before that would be written to the parent's pipe.
+  """
   _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
@@ -103,9 +113,9 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-  """Takes our handler away: its pipe is heard by the parent, not by the child.
+  """Removes our handler in the child: its pipe is read by the parent.
 
-  A child that calls `install` has a pipe and a thread of its own.
+  A child that calls `install` gets a pipe and a thread of its own.
   """
   global _pipe
   if _pipe is not None:
@@ -124,7 +134,7 @@ os.register_at_fork(
 
 
 def _handle(signum: int, frame: object) -> None:
-  """Wakes the thread, if an event loop has taken Python's own way to do so."""
+  """Wakes the thread, if an event loop has replaced the wakeup descriptor."""
   del frame
   assert _pipe is not None
   os.write(_pipe[1], bytes([signum]))
@@ -146,5 +156,5 @@ def _terminate() -> None:
   elif not _calls:
     print("posttrain: SIGTERM before the first step: nothing is lost, and the "
           "same command starts again.", file=sys.stderr, flush=True)
-    lease.let_go()
+    lease.release_all()
     _exit(EXIT_STATUS)

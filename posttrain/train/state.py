@@ -1,4 +1,4 @@
-"""What training carries from step to step, and its plain-dict form."""
+"""Train state: what is carried from step to step, and its plain-dict form."""
 
 import dataclasses
 from collections.abc import Collection
@@ -19,11 +19,13 @@ class TrainState:
   """Parameters, optimizer state and the number of updates made (int32).
 
   Attributes:
-    trained: the part of the model that updates move (`partition.split`).
-    opt_state: of that part alone.
+    trained: the trained part of the model (`trainable.split`).
+    opt_state: the optimizer's state, for that part alone.
     step: scalar int32.
-    frozen: the other part; None where a compiled update moves the rest.
-    losses: the last ones, for a `spikes.Rule`; None without a rule.
+    frozen: the frozen part; None inside a compiled update, to which it is an
+      argument of its own.
+    losses: [window] float32, the last losses for a `spikes.Rule`; None without
+      a rule.
   """
 
   trained: Transformer
@@ -34,7 +36,7 @@ class TrainState:
 
   @property
   def model(self) -> Transformer:
-    """Both parts, without a copy."""
+    """Joins both parts, without a copy."""
     return trainable.join(self.trained, self.frozen)
 
 
@@ -43,16 +45,16 @@ def create(
     trained: Collection[str] | None = None,
     spikes: spikes_lib.Rule | None = None,
 ) -> TrainState:
-  """Step 0. The optimizer state takes the layout of the parameters.
+  """Makes the state of step 0, in the layout of the parameters.
 
   Args:
-    trained: paths of the parameters that updates move; None: all.
-    spikes: the rule of the updates, if they have one.
+    trained: paths of the trained parameters; None: all.
+    spikes: the rule for loss spikes; None: no rule.
   """
   moving, frozen = trainable.split(
       model, trainable.paths(model) if trained is None else trained)
-  # The step too is born under jit, on the whole mesh: of an array on one
-  # device, hosts cannot save parts.
+  # The step is made under jit too, so that it is on the whole mesh: hosts
+  # cannot save an array together that is on a single device.
   opt_state, step, losses = jax.jit(
       lambda model: (optimizer.init(model), jnp.zeros((), jnp.int32),
                      spikes and spikes.start()))(moving)
@@ -62,19 +64,19 @@ def create(
 
 
 def skip(state: TrainState) -> TrainState:
-  """One step further without an update: there was nothing to learn from."""
+  """Advances the step without an update: there was nothing to learn from."""
   return dataclasses.replace(state, step=state.step + 1)
 
 
 def to_checkpoint(state: TrainState) -> dict:
-  """All that moves, as `to_dict` has it: what a checkpoint holds."""
+  """Returns the parts that change, as nested dicts: a checkpoint's content."""
   seen = {} if state.losses is None else {"losses": state.losses}
   return {"model": to_dict(state.trained), "opt_state": to_dict(
       state.opt_state), "step": state.step, **seen}
 
 
 def from_checkpoint(like: TrainState, tree: dict) -> TrainState:
-  """The state `like` with the arrays of `to_checkpoint`'s result."""
+  """Returns the state `like` with the arrays of a checkpoint."""
   return dataclasses.replace(
       like, trained=from_dict(like.trained, tree["model"]),
       opt_state=from_dict(like.opt_state, tree["opt_state"]),
@@ -82,7 +84,7 @@ def from_checkpoint(like: TrainState, tree: dict) -> TrainState:
 
 
 def to_dict(tree: Any) -> dict:
-  """Any pytree as nested plain dicts of its leaves, for checkpoints."""
+  """Converts a pytree to nested plain dicts of its leaves, for checkpoints."""
   nested: dict = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     *parents, last = trainable.path_name(path).split("/")
@@ -94,7 +96,7 @@ def to_dict(tree: Any) -> dict:
 
 
 def from_dict(like: Any, nested: dict) -> Any:
-  """The pytree `like` with the leaves of `to_dict`'s result.
+  """Returns the pytree `like` with the leaves of nested dicts.
 
   Raises:
     KeyError: a leaf of `like` is not in `nested`.

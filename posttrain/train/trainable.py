@@ -1,9 +1,9 @@
-"""Which weights of a stage are trained, and how the others rest.
+"""Trainable parameters: which are trained, and the dtype of the frozen ones.
 
-A parameter's path is "blocks/q" or "embedding". Trained ones are float32 and
-have gradients and optimizer state; frozen ones are kept beside them, as
-compute.frozen_dtype says, and have neither. A part of a model is the same
-module with None in place of the leaves of the other part.
+A parameter's path is "blocks/q" or "embedding". Trained parameters are float32
+and have gradients and optimizer state. Frozen ones rest in the dtype of
+`compute.frozen_dtype`, and have neither. A part of a model is the same module
+with None in place of the leaves of the other part.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from posttrain.model.config import (
 )
 from posttrain.model.transformer import Transformer
 
-# What quantises matrices leaves norms, biases and tables in this.
+# The dtype of norms, biases and tables in a model whose matrices are quantised.
 BESIDE_QUANTIZED = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a stage does with its weights; hashable.
+  """Plan of a stage's trainable and frozen weights; hashable.
 
   Attributes:
-    lora: its adapters, or None.
-    pattern: a regular expression that matches the whole path of what is
-      trained; "": the adapters where there are some, else everything.
-    frozen_dtype: of the rest: a float's, or "int8", "int4", "nf4" for the
-      matrices of the blocks.
+    lora: the LoRA adapters, or None.
+    pattern: a regular expression that matches the whole path of a trained
+      parameter; "": the adapters if there are some, else all parameters.
+    frozen_dtype: dtype of the frozen ones: a float's, or "int8", "int4", "nf4"
+      for the matrices of the blocks.
   """
 
   lora: LoraConfig | None = None
@@ -48,7 +48,7 @@ class Plan:
   frozen_dtype: str = "float32"
 
   def to_json(self) -> dict[str, Any]:
-    """As a JSON file gives it back: with lists for tuples."""
+    """Converts to JSON data as a file gives it back: with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
   @classmethod
@@ -59,7 +59,7 @@ class Plan:
 
 
 def path_name(path) -> str:
-  """"blocks/q" of a key path: no trace of Flax's classes."""
+  """Names a key path, as "blocks/q": without a trace of Flax's classes."""
   parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
   return "/".join(part for part in parts if part != "value")
 
@@ -69,10 +69,10 @@ def paths(model: Any) -> list[str]:
 
 
 def trained_paths(model: Transformer, plan: Plan) -> frozenset[str]:
-  """The paths that the plan trains.
+  """Returns the paths of the parameters that the plan trains.
 
   Raises:
-    ValueError: there are none, or none of the adapters that the plan asks for.
+    ValueError: no parameter matches, or the plan has adapters and trains none.
   """
   here = [path for path in paths(model) if not path.endswith(quantized.SCALE)]
   adapters = [path for path in here if lora_lib.is_adapter(path)]
@@ -94,13 +94,14 @@ def trained_paths(model: Transformer, plan: Plan) -> frozenset[str]:
 def prepare(
     model: Transformer, plan: Plan, *, seed: int, stage: str,
 ) -> tuple[Transformer, frozenset[str]]:
-  """The model with the plan's adapters, everything at rest; what is trained.
+  """Gives a model the plan's adapters and dtypes; returns the trained paths
+  too.
 
-  A model that has these adapters keeps them; other ones are added in first.
+  A model that has these adapters keeps them; other adapters are merged first.
 
   Args:
-    model: its buffers are consumed, but for those that the result shares.
-    seed, stage: what fresh adapters depend on.
+    model: its buffers are deleted, except those that the result shares.
+    seed, stage: new adapters depend on them.
   """
   if model.config.lora != plan.lora:
     if model.config.lora is not None:
@@ -114,7 +115,8 @@ def prepare(
 
 def abstract(
     config: ModelConfig, plan: Plan) -> tuple[Transformer, frozenset[str]]:
-  """As `prepare` of a model of this shape, with shapes in place of arrays."""
+  """Does as `prepare` with a model of this shape, on shapes instead of arrays.
+  """
   transformer.check_mesh(config)
   trained: list[frozenset[str]] = []
 
@@ -131,17 +133,17 @@ def at_rest(
     model: Transformer, trained: Collection[str], dtype: str, *,
     copied: Collection[str] = (), consume: bool = True,
 ) -> Transformer:
-  """Trained leaves and adapters in float32, all others in `dtype`.
+  """Casts trained leaves and adapters to float32, all others to `dtype`.
 
-  Matrices of the blocks may be quantised: one at a time, so that no second
-  copy of the model is ever there.
+  Matrices of the blocks may be quantised, one at a time, so that there is never
+  a second copy of the model.
 
   Args:
     copied: paths that the result must not share with `model`.
-    consume: delete what is replaced.
+    consume: delete the arrays that are replaced.
 
   Returns:
-    A model that shares every array that was at rest already.
+    A model that shares every array whose dtype was right already.
   """
   kind = dtype if dtype in QUANTIZED else ""
   other = lora_lib.with_config(model, quantized=kind)
@@ -191,7 +193,9 @@ def _set_stored(
 
 def reference(
     model: Transformer, trained: Collection[str], dtype: str) -> Transformer:
-  """The model as it is now, to be kept: frozen leaves shared, others copied.
+  """Copies the model as the reference (for KL); frozen leaves are shared.
+
+  The trained leaves are copies, since updates consume the originals.
   """
   return at_rest(model, (), dtype, copied=trained, consume=False)
 
@@ -199,7 +203,7 @@ def reference(
 def split(
     model: Transformer, trained: Collection[str],
 ) -> tuple[Transformer, Transformer]:
-  """The trained part and the frozen one."""
+  """Splits a model into its trained part and its frozen part."""
   part = lambda inside: jax.tree_util.tree_map_with_path(
       lambda path, w: w if (path_name(path) in trained) == inside else None,
       model)
@@ -207,14 +211,18 @@ def split(
 
 
 def join(trained: Transformer, frozen: Transformer) -> Transformer:
-  """The model of two parts; it shares their arrays."""
+  """Joins the two parts of a model; the result shares their arrays."""
   return jax.tree.map(
       lambda a, b: b if a is None else a, trained, frozen,
       is_leaf=lambda x: x is None)
 
 
 def _replaced(function: Callable, *args: Any, consume: bool) -> Any:
-  """What the function gives; its arrays are deleted if they are consumed."""
+  """Calls the function, and deletes its arguments' arrays if `consume`.
+
+  JAX would free them only when the last Python reference is gone, and callers
+  up the stack still hold the model.
+  """
   made = function(*args)
   if consume:
     for array in jax.tree.leaves(args):

@@ -59,7 +59,7 @@ class TooLong(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a command ended: `fault` says what is wrong with that; "": nothing."""
+  """End of a command; `fault` says what is wrong with it; "": nothing."""
 
   kind: str
   fault: str = ""
@@ -128,7 +128,7 @@ def _accepted(config: config_dict.ConfigDict | None) -> Outcome:
 
 
 def _judged(case: mutations.Case, status: int, said: str) -> Outcome:
-  """Of a command that has ended by itself."""
+  """Judges a command that has ended by itself."""
   lines = [line for line in said.splitlines() if line]
   message = said[said.find("posttrain: "):]
   if "Traceback (most recent" in said:
@@ -159,7 +159,7 @@ def _write(case: mutations.Case, folder: pathlib.Path) -> None:
 
 
 def small(config: config_dict.ConfigDict | None) -> bool:
-  """Whether what is asked for takes seconds: amounts are no mistakes."""
+  """Tests if a request takes seconds only: large amounts are no mistakes."""
   if config is None:
     return True
   most = dict(

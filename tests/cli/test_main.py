@@ -1,4 +1,5 @@
-"""What a person types: help, mistakes, and what reaches the stages."""
+"""The command line as a person types it: help, mistakes, and the stages' part.
+"""
 
 import json
 import pathlib

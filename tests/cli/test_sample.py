@@ -1,4 +1,4 @@
-"""What streams out is what was sampled, and only when it is settled."""
+"""Streaming prints the sampled text, and only when it is settled."""
 
 import io
 import itertools
@@ -71,7 +71,7 @@ def test_forced_tokens_and_waits_are_marked():
 
 
 def test_a_completion_of_no_token_prints_nothing():
-  """As one that a maximum of 0 truncates, or whose logits are not finite."""
+  """A maximum of 0 truncates so, and logits that are not finite do."""
   stream = io.StringIO()
   live = sample.Live(Bytes(), IDS, stream, in_thinking=True)
   live(recorder([]), np.array([False]))

@@ -21,7 +21,7 @@ def posttrain(*arguments):
 
 
 def cpu_seconds() -> float:
-  """Of all children that have ended."""
+  """CPU seconds of all children that have ended."""
   used = resource.getrusage(resource.RUSAGE_CHILDREN)
   return used.ru_utime + used.ru_stime
 

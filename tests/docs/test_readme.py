@@ -1,4 +1,4 @@
-"""What the pages name exists: files, make targets, flags, keys, links."""
+"""Names on the pages exist: files, make targets, flags, keys, links."""
 
 import importlib
 import pathlib
@@ -60,7 +60,7 @@ def test_commands_are_accepted(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_launchers_take_their_commands(page, monkeypatch, capsys):
-  """As a dry run, which checks the command that is launched too."""
+  """A dry run also checks the command that is launched."""
   monkeypatch.chdir(ROOT)
   for command in commands(page):
     if command.startswith("python -m launch."):

@@ -1,4 +1,4 @@
-"""What is on the axes is what was measured."""
+"""The axes show the measured values."""
 
 import numpy as np
 import pytest

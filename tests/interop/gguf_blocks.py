@@ -98,7 +98,8 @@ def q3_k(block):
 
 
 def scale_and_min(packed, i):
-  """Of the eight groups of Q4_K and Q5_K: six bits each, in twelve bytes."""
+  """Scales and minima of eight groups of Q4_K and Q5_K: six bits, twelve bytes.
+  """
   if i < 4:
     return packed[i] & 63, packed[i + 4] & 63
   return ((packed[i + 4] & 15) | (packed[i - 4] >> 6) << 4,
@@ -118,7 +119,7 @@ def q4_k(block):
 
 
 def q5_k(block):
-  """As Q4_K, with a fifth bit of each weight."""
+  """Q4_K with a fifth bit of each weight."""
   d, dmin, packed = half(block, 0), half(block, 2), block[4:16]
   high, qs = block[16:48], block[48:]
   out = []

@@ -1,4 +1,4 @@
-"""How much memory reading a large release takes, in a process of its own.
+"""Memory of reading a large release, in a process of its own.
 
 The bound: peak resident memory, less what importing the libraries takes, is at
 most 1.3 times the largest shard and the parameters of this host.

@@ -110,11 +110,11 @@ class Cloud:
     return [line for line in lines if word in line]
 
   def program(self, text):
-    """What the workers run in place of Python."""
+    """Sets the program that workers run in place of Python."""
     executable(self.path / "program", f"#!/usr/bin/env bash\n{text}")
 
   def answer(self, *lines):
-    """How kubectl says that a JobSet stands; the last one stays."""
+    """Sets kubectl's answers about a JobSet; the last one stays."""
     (self.path / "answers").write_text("".join(f"{x}\n" for x in lines))
 
   def checkout(self):

@@ -1,4 +1,4 @@
-"""What `distributed.on_first_host` gives each process, as lines of text."""
+"""Prints the results of `distributed.on_first_host` on each process."""
 
 import os
 import sys

@@ -72,7 +72,7 @@ def test_flags_from_a_file(tmp_path):
 
 
 def test_every_slice_of_a_plan_has_one_name():
-  """As Google Cloud publishes a few; and no two sizes share one."""
+  """Google Cloud publishes a few of them; and no two sizes share one."""
   assert set(accelerators.NAMES) == set(topology_lib.CHIPS)
   types = {}
   for chip in topology_lib.CHIPS.values():

@@ -210,7 +210,7 @@ print(jax.device_count(), sum("Eigen" in name for name in names))
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
 def test_devices_that_share_cores_have_threads_to_spare():
-  """As many threads as cores can all wait for each other."""
+  """With as many threads as cores, all can wait for each other."""
   env = {name: value for name, value in os.environ.items()
          if name not in ("PJRT_NPROC", "XLA_FLAGS")}
   devices, threads = map(int, subprocess.run(

@@ -135,7 +135,7 @@ cp -r ../checkout ../pip.log ../secrets.sh ../mounted "$CLOUD/kept"
 
 
 def test_a_failure_is_the_status_and_is_shown(cloud, capfd):
-  """Of several: not that of a host that was ended by a signal."""
+  """If several failed, it is not that of a host that a signal ended."""
   cloud.checkout()
   cloud.program(PROGRAM + r"""
 case $WORKER_NAME in

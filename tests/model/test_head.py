@@ -32,7 +32,8 @@ def draw(*shape, seed, dtype):
 
 
 def test_the_product_is_of_float32():
-  """As near to float64 as `product`; two parts are a hundred times off."""
+  """It is as near to float64 as `product`; two parts are a hundred times off.
+  """
   x = draw(3, 8, 256, seed=0, dtype="bfloat16")
   table = draw(256, 384, seed=1, dtype="float32")
   exact = np.asarray(x, np.float64) @ np.asarray(table, np.float64)

@@ -94,7 +94,7 @@ def write(directory: pathlib.Path, name: str):
 
 
 def read(directory: pathlib.Path):
-  """What transformers makes of a directory, float32 on eager attention."""
+  """Reads a directory with transformers, float32, on eager attention."""
   return transformers.AutoModelForCausalLM.from_pretrained(
       directory, dtype=torch.float32, attn_implementation="eager").eval()
 

@@ -114,8 +114,8 @@ def test_sigterm_gives_the_workdir_back(starts):
 
 
 def test_sigterm_ends_a_start_that_waits(starts):
-  taking = lease_lib.Taking(starts.path)
-  lease = taking.look()
+  request = lease_lib.LeaseRequest(starts.path)
+  lease = request.try_acquire()
   process, log = starts.start("--wait-for-workdir")
   forked.wait_until(
       process, log, lambda: "waiting until it leaves" in log.read_text())
@@ -129,7 +129,8 @@ def test_sigterm_ends_a_start_that_waits(starts):
 def test_a_holder_that_was_taken_over_writes_no_checkpoint(tmp_path):
   with jax.set_mesh(meshes.one()):
     context = sft_run.make_context(tmp_path)
-    context.workdir.lease = lease = lease_lib.Taking(tmp_path).look()
+    request = lease_lib.LeaseRequest(tmp_path)
+    context.workdir.lease = lease = request.try_acquire()
     start = sft_run.start(context)
     theirs = lease.holder.__class__(**{
         **vars(lease.holder), "token": "theirs", "host": "elsewhere"})
@@ -146,7 +147,7 @@ def test_a_holder_that_was_taken_over_writes_no_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_every_process_of_a_second_start_learns_that_it_was_refused(tmp_path):
   """This process holds it; none of the two is left in a collective."""
-  lease = lease_lib.Taking(tmp_path).look()
+  lease = lease_lib.LeaseRequest(tmp_path).try_acquire()
   result = subprocess.run(
       [sys.executable, "launch/local.py", "--processes=2",
        "--devices-per-process=1", "--", *ARGV, f"--workdir={tmp_path}"],

@@ -73,9 +73,9 @@ def test_before_the_end_the_lease_is_let_go_and_the_others_are_told(tmp_path):
       from posttrain import host_connections as line, lease
       from posttrain.cli import arguments, main
       def work(argv):
-        assert lease.Taking(sys.argv[1]).look()
+        assert lease.LeaseRequest(sys.argv[1]).try_acquire()
         connection = socket.socket(fileno=int(sys.argv[2]))
-        line.use(line.Line(
+        line.use(line.Connections(
             1, {0: "a", 1: "b"}, {0: connection}, lost_seconds=60).start())
         thread = threading.Thread(target=os._exit, args=(0,))
         thread.start()

@@ -34,7 +34,7 @@ def test_the_context_is_what_tokens_attend_to(positions):
 
 
 def token_by_token(config, positions) -> float:
-  """Of a forward pass whose every token has logits."""
+  """FLOPs of a forward pass whose every token has logits."""
   total = 0.0
   for position in positions:
     for kind in config.layer_kinds:

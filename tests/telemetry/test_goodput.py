@@ -159,7 +159,7 @@ KILLED = textwrap.dedent("""
 
 
 def test_a_process_that_is_killed_and_started_again(tmp_path):
-  """What it lost is no training any more; the time down is counted."""
+  """Lost steps are no training any more; the time down is counted."""
   path, first, begun = tmp_path / "goodput.json", 0, time.time()
   for _ in range(2):
     process = subprocess.Popen(
@@ -200,7 +200,7 @@ def test_the_union_of_intervals(pairs):
 
 
 def test_compiling_is_measured():
-  """Of a new program; a call of one that is there compiles nothing."""
+  """A new program compiles; a call of one that exists does not."""
   before = compilation.seconds()
   program = jax.jit(lambda x: jnp.sort(x * 3.25 + 1)[::-1])
   start = time.monotonic()

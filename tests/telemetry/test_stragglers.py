@@ -35,11 +35,11 @@ def test_a_host_that_all_others_wait_for_is_named(waits, named):
 
 def test_silence_is_told_once_and_so_is_a_return():
   told = []
-  watched = stragglers.Hosts(told.append)
+  watched = stragglers.Stragglers(told.append)
 
   def look(*silences, waits=()):
     told.clear()
-    watched.look(dict(enumerate(silences, 1)), dict(enumerate(waits)),
+    watched.check(dict(enumerate(silences, 1)), dict(enumerate(waits)),
                  "process {}".format)
     return [(text.split()[1], "heard" in text) for text in told]
 
@@ -54,19 +54,19 @@ def test_silence_is_told_once_and_so_is_a_return():
 
 def test_one_that_is_silent_does_not_count_as_hanging():
   told = []
-  watched = stragglers.Hosts(told.append)
+  watched = stragglers.Stragglers(told.append)
   waits = {0: 70.0, 1: 0.0, 2: 70.0}
-  watched.look({1: 100.0}, waits, str)
+  watched.check({1: 100.0}, waits, str)
   assert len(told) == 1 and "has not been heard of" in told[0]
-  watched.look({1: 0.0}, waits, str)
+  watched.check({1: 0.0}, waits, str)
   assert len(told) == 3 and "all others have waited for 1" in told[2]
-  watched.look({1: 0.0}, waits, str)
+  watched.check({1: 0.0}, waits, str)
   assert len(told) == 3
 
 
 def test_alone_nothing_is_compared():
   warnings = []
-  alone = stragglers.Hosts(warnings.append)
+  alone = stragglers.Stragglers(warnings.append)
   alone.begin()
   assert alone.compare() == {}
   alone.end()

@@ -1,4 +1,4 @@
-"""What a trace holds: the steps of its range and no other."""
+"""A trace holds the steps of its range and no other."""
 
 import jax
 import jax.numpy as jnp

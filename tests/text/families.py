@@ -64,7 +64,7 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """How a family's release is put together.
+  """Parts of a family's release.
 
   Attributes:
     kind: "llama3", "qwen2", "smollm", "gpt-2", "gemma" or "mistral".

@@ -1,4 +1,4 @@
-"""Where a delimiter merges with its neighbours. Oracles: merges by hand."""
+"""Delimiters that merge with their neighbours. Oracles: merges by hand."""
 
 import io
 

@@ -11,7 +11,7 @@ TOLD = {"role": "assistant", "content": "4"}
 
 
 def test_the_texts_are_s1s():
-  """As `{Q}\\n\\n...` in its tasks."""
+  """Its tasks have them as `{Q}\n\n...`."""
   assert instructions.ask({"prompt": "2 + 2?"}, TEXT) == {
       "prompt": "2 + 2?\n\nThink for up to 512 tokens."}
   assert instructions.with_amount(

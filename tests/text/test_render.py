@@ -84,7 +84,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://a"}}
 ])
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_a_content_of_another_type_is_an_error(content, message, role):
-  """Of every role, as a prompt, and as what is learnt."""
+  """In every role, as a prompt, and as a target."""
   renderer = render.make_renderer(CHATML)
   user, said = {"role": "user", "content": "hi"}, {
       "role": role, "content": content}

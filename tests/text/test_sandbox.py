@@ -18,7 +18,7 @@ MESSAGES = [
 
 
 def plain_jinja(source: str) -> str:
-  """As transformers renders; `{% generation %}` is no tag of Jinja's."""
+  """Renders as transformers does; `{% generation %}` is no tag of Jinja's."""
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True,
       extensions=[jinja2.ext.loopcontrols])

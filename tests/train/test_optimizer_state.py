@@ -180,7 +180,7 @@ def test_the_plans_bytes_are_those_of_real_shards(name, dtype):
 
 
 def test_a_checkpoint_keeps_every_bit(tmp_path):
-  """Of the states of two optimizers, after an update."""
+  """The states of two optimizers, after an update."""
   both = [make("adamw", "bfloat16"), make("adafactor", "bfloat16")]
   [grads] = gradients(1)
   with jax.set_mesh(meshes.eight()):

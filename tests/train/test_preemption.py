@@ -107,7 +107,7 @@ def test_sigterm_ends_a_process_at_once_before_its_first_step():
 
 
 def handles_sigterm(process):
-  """Whether the kernel has a handler for it."""
+  """Tests if the kernel has a handler for it."""
   status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
   caught = next(line.split()[1] for line in status.splitlines()
                 if line.startswith("SigCgt:"))

@@ -1,4 +1,4 @@
-"""What is trained, what rests, and what is shared: by buffers and by bytes."""
+"""Trained, frozen and shared parameters: by buffers and by bytes."""
 
 import dataclasses
 
@@ -166,7 +166,7 @@ def test_a_whole_reference_outlives_what_it_was_made_from():
 
 
 def gradients(plan, mesh, microbatches):
-  """Of the adapters, at values that leave nothing zero."""
+  """Gradients of the adapters, at values that leave nothing zero."""
   with jax.set_mesh(mesh):
     model, trained = prepare(plan)
     moving, frozen = trainable.split(model, trained)

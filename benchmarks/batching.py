@@ -1,11 +1,11 @@
-"""`python -m benchmarks.refill`: what refilling gains on long-tailed lengths.
+"""`python -m benchmarks.batching`: continuous against static batching.
 
-Completions whose lengths are lognormal, the longest at least `--tail` times
-the mean, are drawn twice by the same model with the same number of rows
-decoded together: in batches that wait for their longest row, and by the
-engine, which refills a row when it ends. Both sides take turns, so that what
-else the machine does meets both; a line of JSON has medians and their ratio,
-on the wall and in process CPU seconds.
+Completions of lognormal lengths, the longest at least `--tail` times the mean,
+are drawn twice by the same model with the same number of rows decoded together:
+with static batching, where a batch waits for its longest row, and by the
+engine's continuous batching, where a row that ends makes room for the next
+request. Both sides take turns, so that other load meets both. A line of JSON
+has medians and their ratio, on the wall and in process CPU seconds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from posttrain.text import thinking
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-      prog="python -m benchmarks.refill", description=__doc__,
+      prog="python -m benchmarks.batching", description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   sides.add_arguments(parser)
   parser.add_argument("--requests", type=int, default=256)
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def lognormal_lengths(count: int, mean: float, tail: float) -> np.ndarray:
-  """[count] int, of one seed; spread until longest / mean is `tail`."""
+  """Draws [count] int lengths, spread until longest / mean is `tail`."""
   normal = np.random.default_rng(0).normal(size=count)
   for sigma in np.arange(0.2, 3, 0.05):
     shape = np.exp(sigma * normal)
@@ -46,8 +46,8 @@ def lognormal_lengths(count: int, mean: float, tail: float) -> np.ndarray:
   raise ValueError(f"{count} lengths do not reach a tail of {tail}.")
 
 
-class Waiting:
-  """Batches of `rows`, each of which waits for its longest."""
+class Static:
+  """Static batching: batches of `rows`, which wait for their longest row."""
 
   def __init__(self, model, tables, prompts, lengths, rows):
     self._model, self._prompts = model, prompts
@@ -65,14 +65,14 @@ class Waiting:
       drawn = self._sampler.generate(
           self._model, self._prompts[part],
           sampler.Limits(self._lengths[part]),
-          prompt_id=range(start, start + self._rows), seed=0, stage="refill")
+          prompt_id=range(start, start + self._rows), seed=0, stage="benchmark")
       tokens += int(drawn.lengths.sum())
       self.steps += int(drawn.lengths.max())
     return tokens
 
 
-class Refilling:
-  """The engine, with as many slots."""
+class Continuous:
+  """Continuous batching: the engine, with as many rows."""
 
   def __init__(self, model, tables, prompts, lengths, rows):
     longest = len(prompts[0]) + int(lengths.max())
@@ -81,7 +81,7 @@ class Refilling:
         prefill_chunk=len(prompts[0])))
     self._asked = [
         Request(prompt=tuple(prompt), max_tokens=int(length), prompt_id=i,
-                stage="refill")
+                stage="benchmark")
         for i, (prompt, length) in enumerate(
             zip(prompts, lengths, strict=True))]
     self.steps = 0
@@ -100,28 +100,28 @@ class Refilling:
 
 
 def measure(model, arguments: argparse.Namespace) -> dict:
-  """Both ways of drawing the same lengths."""
+  """Measures both ways of drawing the same lengths."""
   config = model.config
   lengths = lognormal_lengths(
       arguments.requests, arguments.mean, arguments.tail)
   prompts = shapes.tokens(len(lengths), arguments.prompt, config.vocab_size)
   tables = sides.tables(config, thinking.ThinkingIds())
   given = model, tables, prompts, lengths, arguments.rows
-  waiting, refilling = Waiting(*given), Refilling(*given)
-  ways = {"waiting": waiting, "refilling": refilling}
+  static, continuous = Static(*given), Continuous(*given)
+  ways = {"static": static, "continuous": continuous}
   total = int(lengths.sum())
   found = sides.take(
       dict(ways), total, repeats=arguments.repeats, locks=arguments.lock)
   return {
-      "benchmark": "refill", "size": arguments.size,
+      "benchmark": "batching", "size": arguments.size,
       "requests": len(lengths), "rows": arguments.rows, "tokens": total,
       "longest_to_mean": lengths.max() / lengths.mean(),
-      "occupancy": refilling.occupancy,
+      "occupancy": continuous.occupancy,
       **{f"{name}_steps": way.steps for name, way in ways.items()},
       **{f"{name}_tokens_per_{clock}_sec": total / found[name][clock]
          for name in ways for clock in ("wall", "cpu")},
-      **{f"ratio_{clock}": found["waiting"][clock] / found[
-          "refilling"][clock] for clock in ("wall", "cpu")}}
+      **{f"ratio_{clock}": found["static"][clock] / found[
+          "continuous"][clock] for clock in ("wall", "cpu")}}
 
 
 def main(argv: list[str] | None = None) -> None:
