@@ -25,14 +25,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from posttrain import sharding
+from posttrain.config.stages import rl as config_schema
 from posttrain.data import random_streams
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_lib
 from posttrain.rl import packing, rollout_worker
-from posttrain.stages import rl_parts, training
+from posttrain.stages import rl_charts, rl_parts, rl_programs, training
 from posttrain.stages.monitor import Monitor
 from posttrain.stages.run_context import RunContext
+from posttrain.stages.stage import Stage
 from posttrain.telemetry import flops
 from posttrain.telemetry import metrics as metrics_lib
 from posttrain.train import checkpoints, health, offload, preemption
@@ -393,3 +395,12 @@ class Learner:
             section.loss.aggregation, lengths[scored & (minibatch_of == index)],
             max_tokens=section.rollout.max_tokens) for index in numbers],
         self.shapes)
+
+
+STAGE = Stage(
+    schema=config_schema.SCHEMA, run=run,
+    check=rl_parts.check, programs=rl_programs.programs,
+    memory=rl_programs.memory, work=rl_programs.work,
+    padding={"prompts": rl_programs.padding,
+             "completions": rl_programs.no_lengths},
+    charts=rl_charts.CHARTS, leaves=("rows", "rollouts"))

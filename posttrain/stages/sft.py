@@ -22,12 +22,14 @@ import optax
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.config.stages import sft as config_schema
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
-from posttrain.stages import training
+from posttrain.stages import sft_charts, sft_programs, training
 from posttrain.stages.monitor import Monitor
 from posttrain.stages.run_context import RunContext
+from posttrain.stages.stage import Stage
 from posttrain.telemetry import console as console_lib
 from posttrain.telemetry import flops, metrics
 from posttrain.text import render
@@ -293,3 +295,12 @@ def describe(
   context.console.example(
       f"{context.name}: first example", *batches.first_example,
       decode=context.renderer.tokenizer.decode)
+
+
+STAGE = Stage(
+    schema=config_schema.SCHEMA, run=run,
+    programs=functools.partial(sft_programs.programs, make_programs),
+    memory=sft_programs.memory, work=sft_programs.work,
+    padding={"packed rows": functools.partial(
+        sft_programs.padding, read_data)},
+    charts=sft_charts.CHARTS, leaves=("rows",))

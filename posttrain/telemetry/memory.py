@@ -44,12 +44,14 @@ class Estimate:
     training: on top of that during an update; empty without one.
     sampling: on top of it during generation; empty without one.
     scoring: on top of it while a reference that waits on the hosts is read.
+    note: says what the estimate leaves out.
   """
 
   persistent: dict[str, int]
   training: dict[str, int]
   sampling: dict[str, int]
   scoring: dict[str, int] = dataclasses.field(default_factory=dict)
+  note: str = ""
 
   @property
   def peak(self) -> int:
@@ -77,7 +79,7 @@ class Estimate:
       text += f"; sampling adds {parts(self.sampling)}"
     if self.scoring:
       text += f"; scoring adds {parts(self.scoring)}"
-    return text + ")"
+    return text + (f"; {self.note})" if self.note else ")")
 
 
 def layer_parameters(config: ModelConfig, experts: int | None = None) -> int:
