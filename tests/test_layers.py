@@ -26,9 +26,10 @@ LAYERS = (
     ("workdir", "sampler", "interop"),
     ("telemetry",),
     ("train",),
-    ("rl", "weights", "report"),
+    ("rl", "weights"),
+    ("programs",),
     ("stages",),
-    ("pipeline", "convert", "plan"),
+    ("pipeline", "convert", "plan", "report"),
     ("cli",),
     ("__main__",),
 )

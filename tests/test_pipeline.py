@@ -58,7 +58,7 @@ def test_every_stage_leaves_its_files(trained):
   for name in ("cold_start", "reason", "measure"):
     assert (trained / name / "done.json").exists()
   assert sorted(p.name for p in (trained / "measure/eval").iterdir()) == [
-      "cold_start.json", "curve.png", "init.json", "reason.json"]
+      "cold_start.json", "curve.svg", "init.json", "reason.json"]
   assert (trained / "tokenizer").is_dir()
 
 

@@ -1,13 +1,14 @@
-"""What to change where a program does not fit."""
+"""Advice on a program that does not fit: keys, remat policies, slices."""
 
 import dataclasses
-
-from ml_collections import config_dict
+import functools
+from collections.abc import Iterator
 
 from posttrain import sharding
 from posttrain.plan import estimate
 from posttrain.plan.measure import Result
 from posttrain.plan.topology import Topology
+from posttrain.programs.program import SAMPLING, TRAINING
 from posttrain.telemetry.chips import GIB
 
 REMAT_ORDER = ("none", "dots", "full")
@@ -18,67 +19,49 @@ def advise(
     result: Result, stages: estimate.Stages, topology: Topology,
     mesh: sharding.MeshSizes,
 ) -> list[str]:
-  """Lines of advice for a program that is too large.
+  """Advises on a program that is too large, a line each.
 
-  The estimates are `train.memory`'s, scaled by how far it was off for this
+  The estimates are `telemetry.memory`'s, scaled by how far it was off for this
   program: never down, as it may have been another stage's.
   """
-  lines = needs_and_keys(result, stages.config, topology)
+  lines = needs_and_keys(result, stages, topology)
   estimated = estimate.peak_bytes(stages, stages.model.remat, mesh)
   scale = max(1.0, result.memory.total / estimated)
   room = topology.chip.hbm_bytes / scale
-  if result.program.kind in ("update", "later_update"):
+  if result.program.phase == TRAINING:
     lines += _remat(stages, topology, mesh, room)
   return lines + _topology(stages, topology, room)
 
 
 def needs_and_keys(
-    result: Result, config: config_dict.ConfigDict, topology: Topology,
+    result: Result, stages: estimate.Stages, topology: Topology,
 ) -> list[str]:
-  """Two lines, which need no estimate."""
+  """Writes two lines, which need no estimate."""
   return [
       f"{result.name} needs {result.memory.total / GIB:.2f} GiB of "
       f"{result.memory.available / GIB:.2f} on {topology}.",
-      *_keys(result, config)]
+      f"Keys that make it smaller: {'; '.join(_keys(result, stages))}."]
 
 
-def _keys(result: Result, config: config_dict.ConfigDict) -> list[str]:
-  """The keys that make this program smaller, with what they are now."""
-  stage, section = result.program.stage, config[result.program.stage]
-  kind, compute = result.program.kind, config.compute
-  now = []
-  if kind in ("update", "later_update", "held_out", "old_logprobs",
-              "ref_logprobs"):
-    if section.kind == "sft":
-      now.append(f"{stage}.num_microbatches={section.num_microbatches} (more "
-                 "parts, each with fewer rows)")
-    else:
-      now.append(f"{stage}.rows_per_microbatch={section.rows_per_microbatch} "
-                 "(fewer)")
-    if compute.loss_chunk > 32:
-      now.append(f"compute.loss_chunk={compute.loss_chunk} (smaller)")
-    if compute.dtype == "float32":
-      now.append("compute.dtype=float32 (bfloat16)")
-    if section.moments_dtype == "float32" and "update" in kind:
-      now.append(f"{stage}.moments_dtype=float32 (bfloat16 halves the "
-                 "optimizer's state)")
-  else:
-    now.append(
-        f"{stage}.rollout.max_num_seqs={section.rollout.max_num_seqs} (fewer)"
-        if section.rollout.max_num_seqs else
-        f"{stage}.num_groups={section.num_groups} (fewer; or continuous "
-        f"batching, {stage}.rollout.max_num_seqs)")
-    now.append(f"{stage}.rollout.max_tokens={section.rollout.max_tokens} "
-               "(fewer)")
-    if compute.dtype == "float32":
-      now.append("compute.dtype=float32 (bfloat16 halves cache and weights)")
+def _keys(result: Result, stages: estimate.Stages) -> Iterator[str]:
+  """Yields the keys that make this program smaller, with their values."""
+  stage, phase = result.program.stage, result.program.phase
+  compute, section = stages.config.compute, stages.config[stage]
+  keys = functools.partial(stages.sizes[stage].keys, stage, section)
+  yield from keys("sampling" if phase == SAMPLING else "training")
+  if phase != SAMPLING and compute.loss_chunk > 32:
+    yield f"compute.loss_chunk={compute.loss_chunk} (smaller)"
+  if compute.dtype == "float32":
+    yield "compute.dtype=float32 (bfloat16" + (
+        " halves cache and weights)" if phase == SAMPLING else ")")
+  if phase == TRAINING:
+    yield from keys("optimizer")
   if "reference" in result.memory.beside and compute.frozen_dtype == "float32":
-    now.append("compute.frozen_dtype=float32 (bfloat16 halves the reference)")
-  return ["Keys that make it smaller: " + "; ".join(now) + "."]
+    yield "compute.frozen_dtype=float32 (bfloat16 halves the reference)"
 
 
 def _remat(stages, topology, mesh, room) -> list[str]:
-  """The first policy beyond the present one that fits."""
+  """Finds the first remat policy beyond the present one that fits."""
   now = stages.model.remat
   after = REMAT_ORDER[REMAT_ORDER.index(now) + 1:]
   for remat in after:
@@ -90,7 +73,7 @@ def _remat(stages, topology, mesh, room) -> list[str]:
 
 
 def _topology(stages, topology, room) -> list[str]:
-  """The smallest slice of the same chip on which some mesh fits."""
+  """Finds the smallest slice of the same chip on which some mesh fits."""
   for size in topology.chip.sizes:
     other = dataclasses.replace(topology, size=size)
     if other.num_devices > LARGEST:

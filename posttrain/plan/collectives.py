@@ -34,11 +34,11 @@ class Layout:
 
   @property
   def devices(self) -> int:
-    """Of one slice."""
+    """Devices of one slice."""
     return math.prod(self.sizes)
 
   def axis(self, groups: np.ndarray) -> str:
-    """Along which axes the devices of a group differ, joined by +."""
+    """Names the axes along which the devices of a group differ, joined by +."""
     places = np.stack(np.unravel_index(groups, self.sizes), -1)
     varies = (places != places[:, :1]).any((0, 1))
     return "+".join(
@@ -55,7 +55,7 @@ class Collective:
     group_size: devices that exchange.
     across_slices: the exchange leaves the slice.
     count: runs, loops multiplied out.
-    bytes: summed over runs: of what is gathered, reduced or sent, whole.
+    bytes: of the whole that is gathered, reduced or sent; summed over runs.
   """
 
   kind: str
@@ -67,7 +67,7 @@ class Collective:
 
   @property
   def wire_bytes(self) -> float:
-    """What a device sends in a ring: of n parts, n - 1."""
+    """Bytes that a device sends in a ring: n - 1 of n parts."""
     share = (self.group_size - 1) / max(self.group_size, 1)
     if self.kind == "all-reduce":
       return 2 * share * self.bytes
@@ -76,7 +76,7 @@ class Collective:
 
 
 def collect(visits: Iterable[Visit], layout: Layout) -> list[Collective]:
-  """Sums over a program; an asynchronous collective counts once."""
+  """Sums the collectives of a program; an asynchronous one counts once."""
   seen: set[tuple[str, str]] = set()
   found: dict[tuple[str, str, int, bool], tuple[int, int]] = {}
   for visit in visits:
@@ -116,7 +116,7 @@ def _between_slices(instruction: Instruction) -> str | None:
 
 
 def is_first(visit: Visit, seen: set[tuple[str, str]]) -> bool:
-  """False for the further fusions that one asynchronous operation spans."""
+  """Tests if a visit is the first fusion of an asynchronous operation."""
   channel = visit.instruction.attribute("channel_id")
   if not visit.fused or not channel:
     return True
@@ -140,7 +140,7 @@ def payload(visit: Visit, kind: str, group_size: int) -> int:
 
 
 def parse_groups(instruction: Instruction, devices: int) -> np.ndarray:
-  """[groups, size] device numbers, of any of XLA's ways to write them.
+  """Reads device numbers, [groups, size], in any of XLA's notations.
 
   Raises:
     ValueError: the text is of another form.

@@ -1,4 +1,4 @@
-"""`posttrain plan`: compile, print, save."""
+"""`posttrain plan`: compiles, prints and saves a plan."""
 
 import json
 import pathlib

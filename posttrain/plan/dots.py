@@ -19,7 +19,7 @@ PASSES = {"highest": 6, "high": 3}
 
 
 def flops(computation: Computation, instruction: Instruction) -> int:
-  """Two per multiplication and addition; 0 of what is no product."""
+  """Counts two FLOPs per multiplication and addition; 0 for no product."""
   if instruction.opcode == "dot":
     left = computation.operand(instruction).array
     contracted = instruction.attribute("lhs_contracting_dims")
@@ -34,7 +34,7 @@ def flops(computation: Computation, instruction: Instruction) -> int:
 
 def _is_product_of_one_row(
     computation: Computation, instruction: Instruction) -> bool:
-  """A sum over a multiplication, both made of a traced `dot_general`."""
+  """Tests for a sum over a multiplication that was a traced `dot_general`."""
   if instruction.opcode != "reduce" or (
       instruction.op_name.rpartition("/")[2] != "dot_general"):
     return False
@@ -80,7 +80,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
 
 
 def _window(text: str):
-  """Of a spatial dimension: size, stride, low padding, dilations."""
+  """Window of a spatial dimension: size, stride, low padding, dilations."""
   fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
 
   def of(number: int):
@@ -98,7 +98,7 @@ def _pairs(
     length: int, out: int, size: int, stride: int, low: int, dilated: int,
     spread: int,
 ) -> int:
-  """Pairs of an output and a kernel position that meet a real input."""
+  """Counts pairs of an output and a kernel position that meet a real input."""
   count = 0
   for i in range(out):
     for k in range(size):

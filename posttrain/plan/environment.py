@@ -1,4 +1,4 @@
-"""What has to be set before JAX is imported, so that it compiles for a TPU.
+"""Environment variables that let JAX compile for a TPU; set before its import.
 
 A plan runs on a machine without one: JAX itself stays on the CPU, and libtpu
 is asked for nothing but its compiler. No JAX here.
@@ -20,7 +20,7 @@ VARIABLES = {
 
 
 class PlanError(ValueError):
-  """The plan cannot be made as it was asked for; the message says why."""
+  """A plan that cannot be made as it was asked for; the message says why."""
 
 
 def prepare() -> None:

@@ -15,7 +15,8 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.plan.topology import Topology
-from posttrain.stages import memory_estimate, rl_parts
+from posttrain.stages import memory_estimate
+from posttrain.stages.stage import Decoding, Sizes, stage_of
 from posttrain.telemetry import memory
 
 # Forward passes that a step makes of a layer, a backward pass being two.
@@ -27,11 +28,11 @@ _HEAD_PASSES = {"float32": (6.0, 24.0), "bfloat16": (3.0, 8.0)}
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One way to lay a config out.
+  """One mesh and remat policy for a config.
 
   Attributes:
     bytes: per device, the largest stage's.
-    seconds: bound of one step of every training stage together.
+    seconds: bound of one step of every stage together.
   """
 
   topology: Topology
@@ -51,7 +52,7 @@ class Candidate:
 
   @property
   def assignments(self) -> list[str]:
-    """What to set in the config."""
+    """Assignments of config keys."""
     return [f"mesh.fsdp={self.fsdp}", f"mesh.tensor={self.tensor}",
             f"compute.remat={self.remat}"]
 
@@ -61,15 +62,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-  """What a config's stages hold, whatever the mesh.
-
-  Attributes:
-    held: `footprint.held` of each stage, by its name.
-  """
+  """Sizes of a config's stages by name, whatever the mesh."""
 
   config: config_dict.ConfigDict
   model: ModelConfig
-  held: dict[str, tuple[ModelConfig, dict[str, int]]]
+  sizes: dict[str, Sizes]
 
 
 def of_config(config: config_dict.ConfigDict, model: ModelConfig) -> Stages:
@@ -78,7 +75,7 @@ def of_config(config: config_dict.ConfigDict, model: ModelConfig) -> Stages:
       (1,), sharding.MESH_AXES[:1], axis_types=(AxisType.Explicit,))
   with jax.sharding.use_abstract_mesh(one):
     return Stages(config, model, {
-        name: memory_estimate.held(config[name], config.compute, model)
+        name: memory_estimate.sizes_of(config[name], config.compute, model)
         for name in config.stages})
 
 
@@ -104,7 +101,7 @@ def candidates(stages: Stages, topology: Topology) -> Iterator[Candidate]:
 
 
 def divides(model: ModelConfig, mesh: sharding.MeshSizes, slices: int) -> bool:
-  """Whether a mesh splits the model; see `transformer.check_mesh`."""
+  """Tests if a mesh splits the model evenly, as `transformer.check_mesh`."""
   across = mesh.data if mesh.data > 1 else mesh.fsdp
   split = (model.kv_heads, model.mlp, model.padded_vocab_size)
   if mesh.fsdp < 1 or across % slices or any(
@@ -118,38 +115,38 @@ def divides(model: ModelConfig, mesh: sharding.MeshSizes, slices: int) -> bool:
 
 def peak_bytes(
     stages: Stages, remat: str, mesh: sharding.MeshSizes) -> int:
-  """Of the stage that needs most, by `train.memory`."""
-  def peak(name):
-    model, held = stages.held[name]
-    return memory_estimate.of_section(
-        stages.config[name], stages.config.compute,
-        dataclasses.replace(model, remat=remat), held, mesh).peak
-
-  return max(map(peak, stages.config.stages))
+  """Bytes of the stage that needs most, by `telemetry.memory`."""
+  return max(
+      memory_estimate.of_sizes(
+          dataclasses.replace(sizes, model=dataclasses.replace(
+              sizes.model, remat=remat)), stages.config.compute, mesh).peak
+      for sizes in stages.sizes.values())
 
 
 def step_seconds(
     config: config_dict.ConfigDict, model: ModelConfig, topology: Topology,
     mesh: sharding.MeshSizes,
 ) -> float:
-  """One SFT update, and one batch of rollouts with its updates."""
+  """Bound of one step of every stage together, from its passes."""
   total = 0.0
   for name in config.stages:
-    section = config[name]
-    if section.kind == "sft":
-      rows = -(-section.rows // section.num_microbatches)
-      total += section.num_microbatches * _microbatch(
-          model, topology, rows, section.sequence_length, mesh)
-    elif section.kind == "rl":
-      total += _rollout_step(section, model, topology, mesh)
+    work = stage_of(config[name].kind).work
+    for each in work(config[name], mesh) if work else ():
+      if isinstance(each, Decoding):
+        total += _decoding(each, model, topology, mesh)
+      else:
+        total += each.times * _microbatch(
+            model, topology, each.rows, each.length, mesh, each.backward)
   return total
 
 
 def _microbatch(
     model: ModelConfig, topology: Topology, rows: int, length: int,
-    mesh: sharding.MeshSizes, training: bool = True,
+    mesh: sharding.MeshSizes, training: bool,
 ) -> float:
-  """Forward, and backward if training: the largest of three bounds."""
+  """Bound of one microbatch: of matrix unit, memory and network the largest.
+
+  The backward pass is part of it if training."""
   chip, size = topology.chip, memory.BYTES[model.dtype]
   tensor = mesh.tensor
   tokens = -(-rows // mesh.batch) * length / mesh.context
@@ -189,26 +186,17 @@ def _microbatch(
   return max(flops / chip.flops, moved / chip.hbm_rate, sent)
 
 
-def _rollout_step(
-    section: config_dict.ConfigDict, model: ModelConfig, topology: Topology,
+def _decoding(
+    work: Decoding, model: ModelConfig, topology: Topology,
     mesh: sharding.MeshSizes,
 ) -> float:
-  """Completions to their maximum, logprobs where needed, and updates."""
-  rows = -(-section.rows_per_microbatch // mesh.batch) * mesh.batch
-  completions = section.num_groups * section.group_size
-  count = -(-completions // rows)
-  part = lambda training: count * _microbatch(
-      model, topology, rows, section.sequence_length, mesh, training)
-  several = rl_parts.num_updates(section) > 1
-  passes = several + (section.loss.kl_coef > 0)
-  chip, rollout = topology.chip, section.rollout
+  """Bound of decoding: what is read from memory for each token.
+
+  That is the weights, the head, and on average half of the full cache."""
   weights = model.layers * memory.layer_parameters(
-      model) * memory.decode_bytes(model, rollout.weights_dtype) / mesh.tensor
+      model) * memory.decode_bytes(model, work.weights_dtype) / mesh.tensor
   head = memory.FLOAT32 * model.padded_vocab_size * model.embed / mesh.tensor
   cache = memory.cache_bytes(
-      model, rows=completions, slots=rollout.max_prompt_tokens
-      + rollout.max_tokens, parts=mesh.rows, tensor=mesh.tensor,
-      dtype=rollout.cache_dtype)
-  token = (weights + head + cache / 2) / chip.hbm_rate
-  return (rollout.max_tokens * token + passes * part(False)
-          + section.num_epochs * part(True))
+      model, rows=work.rows, slots=work.slots, parts=mesh.rows,
+      tensor=mesh.tensor, dtype=work.cache_dtype)
+  return work.steps * (weights + head + cache / 2) / topology.chip.hbm_rate

@@ -1,4 +1,4 @@
-"""The text of a compiled HLO module, read into computations and shapes.
+"""Parser of the text of a compiled HLO module: computations and shapes.
 
 What XLA prints is the only account of a program that was compiled for chips
 that are not here. Only what `count` needs is read: shapes with their layouts,
@@ -28,7 +28,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """The shape of one array and where it lies.
+  """Shape, layout and memory space of one array.
 
   Attributes:
     dtype, dims: as XLA names them.
@@ -49,7 +49,7 @@ class Array:
 
   @property
   def padded_bytes(self) -> int:
-    """With its minor dimensions filled up to whole tiles."""
+    """Bytes with the minor dimensions filled up to whole tiles."""
     physical = [self.dims[i] for i in reversed(self.order)]
     physical = [1] * (len(self.tile) - len(physical)) + physical
     for back, size in enumerate(reversed(self.tile), 1):
@@ -62,13 +62,13 @@ class Array:
 
   @property
   def physical(self) -> tuple[int, ...]:
-    """Sizes from major to minor without those of 1: what a copy turns."""
+    """Sizes from major to minor without the ones; a transpose changes them."""
     return tuple(
         i for i in reversed(self.order) if self.dims[i] > 1)
 
 
 def parse_arrays(text: str) -> tuple[Array, ...]:
-  """The arrays of a shape, in order; those of a tuple one after another."""
+  """Parses the arrays of a shape in order; a tuple has several."""
   return tuple(
       Array(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d),
             *_parse_layout(layout))
@@ -77,7 +77,7 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
 
 @functools.cache
 def _parse_layout(text: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-  """`1,0:T(8,128)(2,1)S(1)` -> order, first tile, memory space."""
+  """Parses `1,0:T(8,128)(2,1)S(1)`: order, first tile, memory space."""
   numbers = lambda s: tuple(int(x) for x in s.split(",") if x)
   order, _, rest = text.partition(":")
   tile = re.search(r"T\(([\d,]*)\)", rest)
@@ -107,7 +107,7 @@ class Instruction:
     return self.arrays[0]
 
   def attribute(self, name: str) -> str:
-    """`name=VALUE` up to the next comma outside of braces, or ""."""
+    """Reads `name=VALUE` up to the next comma outside of braces, or ""."""
     start = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
     return _until_comma(self.attributes[start.end():]) if start else ""
 
@@ -118,7 +118,7 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """Where in the traced program it comes from."""
+    """Name of the traced operation that it comes from."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     return found[1] if found else ""
 
@@ -145,7 +145,7 @@ class Computation:
 
   @functools.cached_property
   def parameters(self) -> list[Instruction]:
-    """In order of their numbers."""
+    """Parameters in order of their numbers."""
     found = [i for i in self if i.opcode == "parameter"]
     return sorted(found, key=lambda i: int(i.operands[0]))
 
@@ -168,7 +168,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """The module of `compiled.as_text()`.
+  """Parses the module of `compiled.as_text()`.
 
   Raises:
     ValueError: the text has no entry computation.

@@ -1,4 +1,4 @@
-"""FLOPs of kernels, by hand: HLO shows only that they are called."""
+"""FLOPs of kernels, counted by hand: HLO shows only that they are called."""
 
 import math
 
@@ -23,9 +23,9 @@ def is_kernel(instruction: Instruction) -> bool:
 def flops(
     computation: Computation, instruction: Instruction, experts: int = 0,
 ) -> int | None:
-  """Of a kernel, modelled; 0 of what is none.
+  """Models the FLOPs of a kernel; 0 for another instruction.
 
-  None where the kernel is of another kind. Counts [.., N, T, H] queries
+  None for a kernel of another kind. Counts [.., N, T, H] queries
   against [.., K, S, H] keys, the first two operands of floating point, as
   causal; and the sampler's [B, K, G, H] queries against all S slots, as if
   none were left out. Of a product of [N, in] rows by group with [E, in, out]
@@ -61,7 +61,7 @@ def flops(
 
 
 def _ragged(rows: int, weights: tuple[int, ...], experts: int) -> int:
-  """There is room for the tokens of all experts that tokens come from."""
+  """FLOPs of a product by expert; its rows have room for all tokens."""
   return 2 * rows * math.prod(weights) // experts
 
 

@@ -1,4 +1,4 @@
-"""Compiles a program for a slice, and reads what came out.
+"""Compiles a program for a slice, and measures the result.
 
 A compilation for chips elsewhere cannot be cached: jax writes the persistent
 cache and cannot read it back.
@@ -15,8 +15,8 @@ import jax
 from posttrain.plan import collectives as collectives_lib
 from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
-from posttrain.plan.abstract import shard_bytes
-from posttrain.plan.program import Program
+from posttrain.programs.abstract import shard_bytes
+from posttrain.programs.program import Program
 from posttrain.telemetry.chips import Chip
 
 
@@ -107,7 +107,9 @@ class Compiler:
   def __init__(
       self, chip: Chip, layout: collectives_lib.Layout,
       weights: Collection[tuple[int, ...]], experts: int = 0):
-    """Args:
+    """Makes a compiler.
+
+    Args:
       weights: shapes of weight gradients, see `transposes.beside_gradients`.
       experts: of the model.
     """

@@ -4,13 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from posttrain import sharding
-from posttrain.plan.program import SAMPLING, TRAINING
-from posttrain.plan.setup import Setup
-from posttrain.stages import sft
-from posttrain.tasks import loading
+from posttrain.plan import programs
+from posttrain.stages.planned_stage import Setup
 from posttrain.text import render
-
-SAMPLED_PROMPTS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +14,9 @@ class Padding:
   """Padding that one stage computes.
 
   Attributes:
+    what: rows or tokens that are padded.
     share: of the positions; None where it is unknown.
-    text: where it comes from, or why it is not known.
+    text: the source of the figure, or why it is not known.
   """
 
   stage: str
@@ -31,64 +28,17 @@ class Padding:
 def of_config(
     setup: Setup, meshes: Mapping[str, sharding.MeshSizes],
 ) -> list[Padding]:
-  """Measures the padding of every training stage on its role's mesh."""
-  found, training = [], meshes[TRAINING]
-  sampling = meshes.get(SAMPLING, training)
-  for name in setup.config.stages:
-    section = setup.config[name]
-    measures = {"sft": (_rows, training.batch),
-                "rl": (_prompts, sampling.rows)}
-    if section.kind not in measures:
-      continue
-    measure, parts = measures[section.kind]
-    what = "packed rows" if section.kind == "sft" else "prompts"
-    if setup.tokenizer is None:
-      found.append(Padding(
-          name, what, None, "unknown: the tokenizer is not here"))
-      continue
-    renderer = render.make_renderer(
-        setup.tokenizer, setup.config.chat_template)
-    try:
-      share, text = measure(setup, name, renderer, parts)
-      found.append(Padding(name, what, share, text))
-    except (ValueError, OSError) as error:
-      found.append(Padding(name, what, None, f"unknown: {error}"))
-    if section.kind == "rl":
-      found.append(Padding(
-          name, "completions", None,
-          "unknown before the run: it is the policy that decides lengths"))
+  """Measures the padding of every stage that has some, on its role's mesh."""
+  found = []
+  for stage, record in programs.planned(setup):
+    for what, measure in record.padding.items():
+      try:
+        if setup.tokenizer is None:
+          raise ValueError("the tokenizer is not here")
+        renderer = render.make_renderer(
+            setup.tokenizer, setup.config.chat_template)
+        share, text = measure(stage, renderer, meshes)
+        found.append(Padding(stage.name, what, share, text))
+      except (ValueError, OSError) as error:
+        found.append(Padding(stage.name, what, None, f"unknown: {error}"))
   return found
-
-
-def _rows(
-    setup: Setup, name: str, renderer: render.Renderer, parts: int,
-) -> tuple[float, str]:
-  """Packs the real data, as the stage would."""
-  section = setup.config[name]
-  batches, _ = sft.read_data(
-      section, renderer, seed=setup.config.seed, stage=name)
-  share = batches.report["padding_share"]
-  multiple = section.num_microbatches * parts
-  rows = -(-section.rows // multiple) * multiple
-  text = f"{share:.1%} in the {section.rows} rows of the config's data"
-  if rows > section.rows:
-    text += f", and {rows - section.rows} empty rows for a mesh of {parts}"
-  return 1 - (1 - share) * section.rows / rows, text
-
-
-def _prompts(
-    setup: Setup, name: str, renderer: render.Renderer, parts: int,
-) -> tuple[float, str]:
-  """The task's first prompts against the room for them."""
-  section = setup.config[name]
-  problems = loading.load_function(section.problems.task)(
-      section.problems.split, **section.problems.args)
-  count = min(len(problems), SAMPLED_PROMPTS)
-  lengths = [len(renderer.prompt_tokens(problems[i])) for i in range(count)]
-  room = section.rollout.max_prompt_tokens
-  filled = -(-section.num_groups // parts) * parts
-  mean = sum(lengths) / count
-  return 1 - mean / room * section.num_groups / filled, (
-      f"mean {mean:.1f}, longest {max(lengths)} of {room} tokens in "
-      f"{count} prompts; {filled - section.num_groups} empty prompts for a "
-      f"mesh of {parts}")

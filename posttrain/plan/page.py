@@ -3,9 +3,9 @@
 import time
 from collections.abc import Sequence
 
+from posttrain.evaluation import markup
 from posttrain.plan import report as report_lib
 from posttrain.plan.plan import Plan
-from posttrain.report import markup
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
@@ -22,7 +22,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render(plan: Plan, sweep: Sequence[report_lib.Table] = ()) -> str:
-  """The page's text; its JSON has every figure."""
+  """Renders the page; its JSON has every figure."""
   title = f"posttrain plan: {plan.setup.config.model} on {plan.topology}"
   items = lambda texts: markup.tag(
       "ul", *(markup.tag("li", text) for text in texts))

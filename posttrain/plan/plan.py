@@ -1,4 +1,4 @@
-"""One config on one slice: every program compiled, and what follows."""
+"""Plan of one config on one slice: every program compiled and measured."""
 
 import dataclasses
 import itertools
@@ -9,33 +9,34 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.plan import advice as advice_lib
 from posttrain.plan import (
-  abstract,
   collectives,
   estimate,
   measure,
   padding,
   programs,
-  transfer_programs,
   transposes,
 )
-from posttrain.plan import advice as advice_lib
 from posttrain.plan import setup as setup_lib
 from posttrain.plan import topology as topology_lib
 from posttrain.plan.environment import PlanError
-from posttrain.plan.program import SAMPLING, TRAINING, Program
+from posttrain.programs import abstract
+from posttrain.programs.program import SAMPLING, TRAINING, Program
+from posttrain.programs.transfer import Transfer
+from posttrain.stages.planned_stage import Setup
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is known of a config on a slice.
+  """All figures of a config on a slice.
 
   Attributes:
     mesh: size of each axis, of the devices that train.
     results: of every program that was asked for.
-    padding: per training stage.
+    padding: of each stage that pads.
     advice: where something does not fit.
-    only: what the names of the programs had to have in them.
+    only: a part of the names of the programs that were asked for.
     sampling_mesh: of the devices that only sample; None if the roles are
       shared.
     transfers: of weights between the two, by stage.
@@ -43,13 +44,13 @@ class Plan:
 
   topology: topology_lib.Topology
   mesh: dict[str, int]
-  setup: setup_lib.Setup
+  setup: Setup
   results: list[measure.Result]
   padding: list[padding.Padding]
   advice: list[str]
   only: str = ""
   sampling_mesh: dict[str, int] | None = None
-  transfers: Sequence[transfer_programs.Transfer] = ()
+  transfers: Sequence[Transfer] = ()
 
   @property
   def fits(self) -> bool:
@@ -67,7 +68,7 @@ class Plan:
     return max(known) if self.overlaps(stage) else sum(known)
 
   def role_seconds(self, stage: str, role: str) -> float | None:
-    """The same of the programs of one role; None too if it has none."""
+    """Bound of the programs of one role; None too if it has none."""
     total, found = 0.0, False
     for result in self.results:
       program = result.program
@@ -84,7 +85,7 @@ class Plan:
             if result.program.stage == stage and result.program.calls}
 
   def overlaps(self, stage: str) -> bool:
-    """Batches are drawn while others are learned from."""
+    """Tests if rollouts are asynchronous: drawn while others are trained on."""
     return self.sampling_mesh is not None and bool(
         self.setup.config[stage].get("staleness"))
 
@@ -120,14 +121,15 @@ def make(
       results.append(compilers[program.role].measure(program))
     report(results[-1])
   sampling = meshes.get(SAMPLING)
+  with jax.set_mesh(meshes[TRAINING]):
+    transfers = programs.transfers(setup, sampling) if sampling else []
+    padded = padding.of_config(setup, {
+        role: _sizes(mesh) for role, mesh in meshes.items()
+    }) if with_padding else []
   return Plan(
       topology, dict(meshes[TRAINING].shape), setup, results,
-      padding.of_config(setup, {
-          role: _sizes(mesh) for role, mesh in meshes.items()})
-      if with_padding else [],
-      _advice(results, setup, topology, meshes), only,
-      dict(sampling.shape) if sampling else None,
-      _transfers(setup, meshes))
+      padded, _advice(results, setup, topology, meshes), only,
+      dict(sampling.shape) if sampling else None, transfers)
 
 
 Meshes = dict[str, jax.sharding.Mesh]  # By role.
@@ -136,8 +138,12 @@ Meshes = dict[str, jax.sharding.Mesh]  # By role.
 def _programs(
     config: config_dict.ConfigDict, topology: topology_lib.Topology,
     only: str,
-) -> tuple[setup_lib.Setup, Meshes, list[Program]]:
-  """What there is to compile; all that a user can have wrong shows here."""
+) -> tuple[Setup, Meshes, list[Program]]:
+  """Lists the programs to compile.
+
+  Raises:
+    PlanError: all that a user can have wrong shows here.
+  """
   devices = topology_lib.devices(topology)
   try:
     meshes = _meshes(config, devices, topology.num_slices)
@@ -150,14 +156,16 @@ def _programs(
   wanted = [program for program in found if only in program.name]
   if not wanted:
     names = ", ".join(program.name for program in found)
-    raise PlanError(f"--only={only} is in no program's name, of {names}.")
+    raise PlanError(
+        f"--only={only} is in no program's name, of {names}." if found else
+        " ".join(("There is no program to compile.", *setup.notes)))
   return setup, meshes, wanted
 
 
 def _meshes(
     config: config_dict.ConfigDict, devices: Sequence[Any], slices: int,
 ) -> Meshes:
-  """Of each role, on the devices that it has.
+  """The mesh of each role, on the devices that it has.
 
   libtpu compiles for a part of a slice's devices as for all of them.
   """
@@ -179,22 +187,9 @@ def _sizes(mesh: jax.sharding.Mesh) -> sharding.MeshSizes:
     return sharding.mesh_sizes()
 
 
-def _transfers(
-    setup: setup_lib.Setup, meshes: Meshes,
-) -> list[transfer_programs.Transfer]:
-  """Of every stage that samples on other devices than it trains on."""
-  if SAMPLING not in meshes:
-    return []
-  with jax.set_mesh(meshes[TRAINING]):
-    return [transfer_programs.of_stage(
-        setup, name, *abstract.trained(setup, name), meshes[SAMPLING])[0]
-        for name in setup.config.stages
-        if setup.config[name].kind == "rl"]
-
-
 def _compiler(
     topology: topology_lib.Topology, mesh: jax.sharding.Mesh,
-    setup: setup_lib.Setup,
+    setup: Setup,
 ) -> measure.Compiler:
   across, *others = mesh.devices.shape
   with jax.set_mesh(mesh):
@@ -205,13 +200,13 @@ def _compiler(
           topology.num_slices), shapes, setup.model.num_experts)
 
 
-def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:
+def gradient_shapes(setup: Setup) -> set[tuple[int, ...]]:
   """Sizes that a weight's gradient may have on a device, on this mesh.
 
   Each dimension whole or split, for all layers or for one.
   """
   found = set()
-  for weight in jax.tree.leaves(abstract.model_of(setup)):
+  for weight in jax.tree.leaves(abstract.model_of(setup.model)):
     choices = [{whole, part} for whole, part in zip(
         weight.shape, weight.sharding.shard_shape(weight.shape), strict=True)]
     for dims in itertools.product(*choices):
@@ -222,10 +217,10 @@ def gradient_shapes(setup: setup_lib.Setup) -> set[tuple[int, ...]]:
 
 
 def _advice(
-    results: list[measure.Result], setup: setup_lib.Setup,
+    results: list[measure.Result], setup: Setup,
     topology: topology_lib.Topology, meshes: Meshes,
 ) -> list[str]:
-  """For the worst program of each kind."""
+  """Advises on the worst program of each kind."""
   worst: dict[str, measure.Result] = {}
   for result in results:
     kind = result.program.kind
@@ -234,12 +229,12 @@ def _advice(
       worst[kind] = result
   if not worst:
     return []
+  stages = estimate.of_config(setup.config, setup.model)
   if SAMPLING in meshes:
     return [line for result in worst.values() for line in (
-        *advice_lib.needs_and_keys(result, setup.config, topology),
+        *advice_lib.needs_and_keys(result, stages, topology),
         "No other policy or slice is looked for: estimates are of roles that "
         "share their devices.")]
-  stages = estimate.of_config(setup.config, setup.model)
   return [line for result in worst.values()
           for line in advice_lib.advise(
               result, stages, topology, _sizes(meshes[TRAINING]))]

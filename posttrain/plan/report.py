@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.plan import kernels, roofline
-from posttrain.plan.abstract import shard_bytes
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
+from posttrain.programs.abstract import shard_bytes
+from posttrain.stages.stage import stage_of
 from posttrain.telemetry.memory import format_bytes
 
 NONE = "-"
@@ -31,7 +32,7 @@ class Table:
 
 
 def summary(plan: Plan) -> list[str]:
-  """The first lines."""
+  """The first lines of a plan."""
   chip, model = plan.topology.chip, plan.setup.model
   some = f" (of the programs with {plan.only} in their name)" if (
       plan.only) else ""
@@ -50,7 +51,7 @@ def summary(plan: Plan) -> list[str]:
 
 
 def tables(plan: Plan) -> list[Table]:
-  """All figures."""
+  """All figures of a plan, as tables."""
   return [
       _memory(plan.results), *_roles(plan),
       _work(plan.results, plan.setup.model.num_experts),
@@ -63,7 +64,7 @@ def _mesh(sizes: Mapping[str, int]) -> str:
 
 
 def _roles(plan: Plan) -> list[Table]:
-  """What each needs, and what goes from one to the other."""
+  """Tables of each role's memory, and of the bytes sent between them."""
   if len(plan.roles) == 1:
     return []
   rows = []
@@ -154,7 +155,7 @@ def _work(results: Sequence[Result], experts: int) -> Table:
   if any(result.program.unknown_trips for result in results):
     notes.append(
         "the number of microbatches is an argument of the program, taken from "
-        "the config; of GRPO's packing it is the most there can be")
+        "the config; of packed completions it is the most there can be")
   return Table(
       "Work of one run, per device", (
           "program", "dot TFLOP (HLO)", "kernels TFLOP (modelled)",
@@ -190,13 +191,12 @@ def _times(plan: Plan) -> Table:
   for stage in plan.setup.config.stages:
     total = plan.step_seconds(stage)
     if total is not None:
-      kind = plan.setup.config[stage].kind
-      what = "update" if kind == "sft" else (
-          "batch of rollouts with its updates")
+      samples = stage_of(plan.setup.config[stage].kind).schema.samples
+      what = "batch of rollouts with its updates" if samples else "update"
       notes.append(
           f"{stage}: one {what} takes at least {seconds(total)} (modelled)"
-          + (", if all completions run to their maximum"
-             if kind == "rl" else "") + _overlap(plan, stage))
+          + ", if all completions run to their maximum" * samples
+          + _overlap(plan, stage))
   notes += dict.fromkeys(
       f"{result.program.stage}: {result.program.note}"
       for result in plan.results if result.program.note)
@@ -241,7 +241,7 @@ def _transposes(results: Sequence[Result]) -> list[Table]:
 
 
 def seconds(value: float) -> str:
-  """`0.0123` -> "12.3 ms"."""
+  """Formats a time: `0.0123` -> "12.3 ms"."""
   for unit, size in (("s", 1.0), ("ms", 1e-3)):
     if value >= size:
       return f"{value / size:.3g} {unit}"
@@ -300,7 +300,7 @@ def all_figures(plan: Plan) -> dict[str, Any]:
 
 
 def lines(table: Table) -> list[str]:
-  """A table for a console: columns wide enough for what is in them."""
+  """Formats a table for a console, with columns as wide as their cells."""
   wrapped = [_wrap(each) for each in table.header]
   height = max(map(len, wrapped))
   header = [
@@ -318,7 +318,7 @@ def lines(table: Table) -> list[str]:
 
 
 def _wrap(text: str) -> list[str]:
-  """A heading in lines of one or two words."""
+  """Wraps a heading into lines of one or two words."""
   found: list[str] = []
   for word in text.split():
     if found and len(found[-1]) + len(word) < 12:

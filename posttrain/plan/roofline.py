@@ -1,4 +1,4 @@
-"""The least time that a program can take, from what it does.
+"""Roofline: the least time that a program can take, from its counts.
 
 Every time here is modelled: a count, over a published rate. The bound of a
 program is the largest of matrix unit, memory and network, as if each were used
@@ -49,7 +49,9 @@ def times(
     chip: Chip, *, passes_flops: float, hbm_bytes: float,
     collectives: Sequence[Collective],
 ) -> Times:
-  """Args:
+  """Divides counts by the rates of a chip.
+
+  Args:
     passes_flops: each product times the passes that it takes.
   """
   sent = lambda across: sum(

@@ -1,68 +1,47 @@
-"""What a config says about shapes, without its weights and its data."""
-
-import dataclasses
+"""The shapes of a config, without its weights and its data."""
 
 import numpy as np
 from ml_collections import config_dict
 
 from posttrain import weights
-from posttrain.model.config import ModelConfig
 from posttrain.plan.environment import PlanError
 from posttrain.sampler import budget_tables
 from posttrain.stages import sampling
+from posttrain.stages.planned_stage import Setup
+from posttrain.stages.stage import stage_of
 from posttrain.text import thinking
-from posttrain.text import tokenizer as tokenizer_lib
 
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """A config as far as its programs need it.
-
-  Attributes:
-    model: with the vocabulary filled in.
-    tokenizer: None where it is not on this machine.
-    notes: what had to be assumed, for the report.
-  """
-
-  config: config_dict.ConfigDict
-  model: ModelConfig
-  thinking_ids: thinking.ThinkingIds
-  tables: budget_tables.BudgetTables
-  tokenizer: tokenizer_lib.Tokenizer | None
-  notes: tuple[str, ...] = ()
-
-  def tables_of(
-      self, rollout: config_dict.ConfigDict) -> budget_tables.BudgetTables:
-    """The tables of a section, which may suppress words of reflection."""
-    words = rollout.get("suppress", ())
-    if not words:
-      return self.tables
-    if self.tokenizer is None:  # Which tokens they are is data.
-      return dataclasses.replace(
-          self.tables, reflections=np.zeros(self.tables.vocab_size, bool))
-    return sampling.make_tables(self.tokenizer, self.thinking_ids, words)
+# Fields of a kind's record, and what a plan does without them.
+LACKING = {
+    "programs": "no program of it is compiled",
+    "memory": "its memory is that of its parameters alone",
+    "work": "its steps are in no estimate of time"}
 
 
 def set_up(config: config_dict.ConfigDict) -> Setup:
-  """The shapes of a config; a tokenizer that is not here is made up for.
+  """Finds the shapes of a config, with its tokenizer or without.
 
   Raises:
     PlanError: the vocabulary is the tokenizer's, and that cannot be read.
   """
   strings = thinking.Thinking(**config.thinking)
+  notes = tuple(
+      f"{name}: the kind {config[name].kind} gives no `{field}`, so {effect}."
+      for name in config.stages for field, effect in LACKING.items()
+      if getattr(stage_of(config[name].kind), field) is None)
   try:
     tokenizer = weights.tokenizer(config, None)
   except (ValueError, OSError) as error:
-    return _without_tokenizer(config, strings, error)
+    return _without_tokenizer(config, strings, error, notes)
   ids = thinking.resolve(strings, tokenizer)
   return Setup(
       config, weights.model_config(config, tokenizer.vocab_size), ids,
-      sampling.make_tables(tokenizer, ids), tokenizer)
+      sampling.make_tables(tokenizer, ids), tokenizer, notes)
 
 
 def _without_tokenizer(
     config: config_dict.ConfigDict, strings: thinking.Thinking,
-    error: Exception,
+    error: Exception, notes: tuple[str, ...],
 ) -> Setup:
   size = weights.model_config(config, 0).vocab_size
   if not size:
@@ -83,5 +62,5 @@ def _without_tokenizer(
       ids, (0,), np.zeros(size, bool), size)
   return Setup(
       config, weights.model_config(config, size), ids, tables, None, (
-          f"The tokenizer is not here ({error}): the vocabulary is the "
+          *notes, f"The tokenizer is not here ({error}): the vocabulary is the "
           f"model's {size}, and each thinking string counts as one token.",))

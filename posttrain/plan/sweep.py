@@ -1,4 +1,4 @@
-"""Meshes, topologies and remat policies, ranked before any is compiled."""
+"""Sweep over meshes, topologies and remat policies, by modelled time."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.plan import estimate, plan, report
 from posttrain.plan.topology import Topology
+from posttrain.stages.stage import stage_of
 from posttrain.telemetry.memory import format_bytes
 
 SHOWN = 12
@@ -17,7 +18,7 @@ LARGEST = 1024  # Devices up to which larger slices are looked at.
 def rank(
     stages: estimate.Stages, topology: Topology,
 ) -> list[estimate.Candidate]:
-  """The best mesh and policy of every size, by chip-seconds of a step.
+  """Ranks the best meshes and policies of every size by chip-seconds of a step.
 
   What does not fit comes last, the smallest first.
   """
@@ -39,7 +40,7 @@ def compile_best(
     config: config_dict.ConfigDict, ranked: Sequence[estimate.Candidate],
     count: int, only: str = "",
 ) -> list[tuple[estimate.Candidate, plan.Plan]]:
-  """Plans of the first candidates that are thought to fit.
+  """Compiles the first candidates that are estimated to fit.
 
   Args:
     only: as in `plan.make`.
@@ -57,7 +58,7 @@ def tables(
     ranked: Sequence[estimate.Candidate],
     compiled: Sequence[tuple[estimate.Candidate, plan.Plan]],
 ) -> list[report.Table]:
-  """The ranking, and what compiling the best has shown."""
+  """Tables of the ranking, and of the best after compilation."""
   layout = lambda each: (str(each.topology), *(
       text.partition("=")[2] for text in each.assignments))
   rows = [(
@@ -89,10 +90,11 @@ def tables(
 
 
 def each_axis() -> tuple[str, str]:
-  """The axes that are swept; the others stay as they are."""
+  """Axes that are swept; the others stay as they are."""
   return sharding.ALWAYS
 
 
 def training_stages(found: plan.Plan) -> list[str]:
   config = found.setup.config
-  return [name for name in config.stages if config[name].kind != "evaluate"]
+  return [name for name in config.stages
+          if stage_of(config[name].kind).schema.trains]

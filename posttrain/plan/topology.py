@@ -35,7 +35,7 @@ class Topology:
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-  """The topology of a name such as `v5e:2x2`.
+  """Parses the name of a topology, such as `v5e:2x2`.
 
   Raises:
     PlanError: there is none of that name; the message lists those there are.
@@ -56,7 +56,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-  """Devices that programs can be compiled for, and nothing else.
+  """Describes devices that programs can be compiled for, not run on.
 
   Raises:
     PlanError: libtpu does not know the topology.

@@ -25,7 +25,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def hbm_bytes(visits: Iterable[Visit], module: Module) -> int:
-  """Read and written by one device in one run of the program."""
+  """Counts bytes that one device reads and writes in one run of the program."""
   total, seen = 0, set[tuple[str, str]]()
   for visit in visits:
     if collectives.kind_of(visit):
@@ -58,7 +58,7 @@ def _bytes(visit: Visit, module: Module) -> int:
 
 
 def _direct(visit: Visit) -> int:
-  """Operands and results as they are."""
+  """Counts the bytes of whole operands and results."""
   computation, instruction = visit.scope.computation, visit.instruction
   if instruction.opcode.endswith("-start"):  # Its results hold its operands.
     return _hbm(instruction.arrays)
@@ -71,7 +71,7 @@ def _hbm(arrays: Iterable[Array]) -> int:
 
 
 def _moved(part: Array, where: Array) -> int:
-  """Bytes of a part of an array, if that lies in HBM."""
+  """Counts the bytes of a part of an array, if that lies in HBM."""
   return part.padded_bytes if where.space == 0 else 0
 
 
@@ -95,7 +95,7 @@ def _fusion(
 
 def _read(
     inner: Computation, name: str, module: Module, whole: int) -> int:
-  """Bytes of a fusion's parameter that its users read: all, or slices."""
+  """Counts a fusion parameter's bytes that its users read: all, or slices."""
   total = 0
   for user in inner.users.get(name, []):
     if user.opcode == "tuple" or _is_collective(user):
@@ -120,7 +120,7 @@ def _read(
 def _written(
     inner: Computation, result: Instruction, module: Module, whole: int,
 ) -> int:
-  """Bytes of a fusion's result that are new."""
+  """Counts the new bytes of a fusion's result."""
   if result.opcode == "bitcast":
     return _written(inner, inner.operand(result), module, whole)
   if result.opcode == "dynamic-update-slice":
@@ -136,7 +136,7 @@ def _written(
 
 
 def _is_collective(instruction: Instruction) -> bool:
-  """A part of an asynchronous collective, inside of a fusion."""
+  """Tests for a part of an asynchronous collective, inside of a fusion."""
   return instruction.opcode in collectives.KINDS or _is_free_call(instruction)
 
 

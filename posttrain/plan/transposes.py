@@ -1,4 +1,4 @@
-"""Transposes that stand between a weight-gradient product and its use.
+"""Transposes between a weight gradient's product and its use.
 
 XLA folds a transpose into the product beside it, unless a sharding annotation
 stands between the two; each one that is left reads and writes a gradient for
@@ -39,7 +39,7 @@ class Transpose:
 def beside_gradients(
     visits: Iterable[Visit], weights: Collection[tuple[int, ...]],
 ) -> list[Transpose]:
-  """Transposes of weight gradients.
+  """Finds the transposes of weight gradients.
 
   Args:
     weights: shapes that a gradient has on a device (`sizes`).
@@ -60,7 +60,7 @@ def beside_gradients(
 
 
 def sizes(dims: Iterable[int]) -> tuple[int, ...]:
-  """Dimensions without those of 1, in order of size."""
+  """Sorts dimensions by size, without those of 1."""
   return tuple(sorted(size for size in dims if size > 1))
 
 
@@ -77,7 +77,7 @@ def _transposes(computation: Computation, instruction: Instruction) -> bool:
 
 
 def _of_gradient(scope: Scope, name: str, seen: set) -> bool:
-  """Whether a value comes from a product of the backward pass.
+  """Tests if a value comes from a product of the backward pass.
 
   Goes back through what moves, adds or reduces gradients, and into the bodies
   of loops; a value that the program is given is none.
@@ -106,7 +106,7 @@ def _of_gradient(scope: Scope, name: str, seen: set) -> bool:
 
 
 def _element(scope: Scope, get: Instruction, seen: set) -> bool:
-  """Of a tuple, of a fusion with several results or of a loop's state."""
+  """Tests one element of a tuple, a fusion's results or a loop's state."""
   of = scope.computation.operand(get)
   if of.opcode == "tuple":
     return _of_gradient(scope, of.operands[get.index], seen)

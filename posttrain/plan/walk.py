@@ -1,4 +1,4 @@
-"""Every instruction of a module with the number of times that it runs.
+"""Visits every instruction of a module, with the number of its runs.
 
 XLA's own analysis counts the body of a loop once, and TPU HLO states no trip
 counts, so they are read from the loops: counter, start, bound and step. A
@@ -52,7 +52,7 @@ class Scope:
     return Scope(self.module, self.module[name], self, call)
 
   def source(self, name: str) -> tuple["Scope", Instruction] | None:
-    """What a value is a copy of: the place where it is computed.
+    """Finds the place where a value that may be copied was computed.
 
     Goes through copies, tuples, fusions and values that a loop leaves alone;
     None where it is an argument of the program or changes in a loop.
@@ -90,7 +90,7 @@ class Scope:
     return self.call is not None and self.call.opcode == "while"
 
   def initial(self, index: int) -> tuple["Scope", Instruction] | None:
-    """Element `index` of a loop's state before its first iteration."""
+    """Finds element `index` of a loop's state before its first iteration."""
     assert self.caller is not None and self.call is not None
     start = self.caller.computation.operand(self.call)
     if start.opcode != "tuple":
@@ -98,7 +98,7 @@ class Scope:
     return self.caller.source(start.operands[index])
 
   def keeps(self, index: int) -> bool:
-    """Whether the body of a loop hands element `index` on as it was."""
+    """Tests if the body of a loop leaves element `index` unchanged."""
     assert self.call is not None
     body = self.module[self.call.attribute("body").lstrip("%")]
     root = body[body.root]
@@ -107,9 +107,9 @@ class Scope:
         root.operands[index]) == index
 
   def integer(self, name: str) -> int | None:
-    """The value of a scalar that the program itself determines.
+    """Evaluates a scalar that the program itself determines.
 
-    Of a minimum of which one part is known that part: a loop over pairs of
+    A minimum with one known part is taken for that part: a loop over pairs of
     blocks visits at most all of them.
     """
     found = self.source(name)
@@ -129,7 +129,7 @@ class Scope:
 
 
 def counter(scope: Scope, name: str) -> int | None:
-  """The element of the loop's state that a value is, if it is one."""
+  """Finds the element of the loop's state that a value is, if it is one."""
   instruction = scope.computation[name]
   if instruction.opcode in _SAME:
     return counter(scope, instruction.operands[0])
@@ -144,7 +144,7 @@ def counter(scope: Scope, name: str) -> int | None:
 
 
 def _instructions(scope: Scope) -> Iterator[tuple[Scope, Instruction]]:
-  """Of a computation and of the fusions in it."""
+  """Yields the instructions of a computation and of the fusions in it."""
   for instruction in scope.computation:
     yield scope, instruction
     if instruction.opcode == "fusion":
@@ -152,7 +152,7 @@ def _instructions(scope: Scope) -> Iterator[tuple[Scope, Instruction]]:
 
 
 def _step(body: Scope, index: int) -> int | None:
-  """What one iteration adds to the counter."""
+  """Reads the number that one iteration adds to the counter."""
   root = body.computation[body.computation.root]
   found: tuple[Scope, Instruction] | None = (
       body, body.computation[root.operands[index]])
@@ -173,7 +173,7 @@ def _step(body: Scope, index: int) -> int | None:
 
 
 def trip_count(scope: Scope, loop: Instruction) -> int | None:
-  """Iterations of a `while`; None if its bound is not in the program.
+  """Counts the iterations of a `while`; None if the program lacks its bound.
 
   A loop that may also end early (a decode loop whose rows are done) has the
   count that its counter allows.
@@ -197,7 +197,7 @@ def trip_count(scope: Scope, loop: Instruction) -> int | None:
 
 
 def walk(module: Module, unknown_trips: int | None = None) -> Iterator[Visit]:
-  """All instructions, loops multiplied out.
+  """Yields all instructions, with loops multiplied out.
 
   Args:
     unknown_trips: iterations of a loop whose bound is an argument.

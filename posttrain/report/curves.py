@@ -1,111 +1,19 @@
-"""Metrics of the training stages -> charts over the steps.
+"""Charts of the metrics of stages that have steps.
 
-`SFT` and `GRPO` say what is drawn together; a metric that is in no chart is
-drawn by itself, so that nothing logged is left out. Runs that have a stage of
-the same name share its charts: then the colour is the run, the dash the
-series.
+A stage's record names the series that one chart has together (`charts`). A
+metric that is in no chart is drawn by itself, so that nothing logged is left
+out. Runs that have a stage of the same name share its charts: then the colour
+is the run, the dash the series.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.report import markup, svg
+from posttrain.evaluation import markup, svg
 from posttrain.report.read import Run, Stage
+from posttrain.telemetry.charts import Chart
 
-
-@dataclasses.dataclass(frozen=True)
-class Chart:
-  """Series that are drawn in one chart.
-
-  Attributes:
-    metrics: name -> label in the legend.
-    spread: name -> metric of its standard deviation, drawn as a band.
-    unit: "number", "share" (0..1, shown in percent) or "seconds".
-    log: a logarithmic value axis.
-    stacked: areas on top of one another.
-    optional: not everyone has it, so that its absence is not told.
-  """
-
-  title: str
-  metrics: Mapping[str, str]
-  spread: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  unit: str = "number"
-  log: bool = False
-  stacked: bool = False
-  optional: bool = False
-  caption: str = ""
-
-
-LEARNING = (
-    Chart("Gradient norm", {"grad_norm": "before clipping"}, log=True),
-    Chart("Learning rate", {"learning_rate": "learning rate"}),
-)
-MACHINE = (
-    Chart("Utilisation", {"perf/mfu": "MFU", "perf/learn_mfu": "of updates",
-                          "perf/goodput": "goodput"}, unit="share",
-          caption="MFU: model FLOPs over the chips' peak. Goodput: wall time "
-          "that went to steps that count.", optional=True),
-    Chart("Hosts", {"time/host_slowest": "slowest",
-                    "time/host_median": "median"}, unit="seconds",
-          caption="Time of its own between two comparisons.", optional=True),
-)
-SFT = (
-    Chart("Loss", {"loss": "training", "eval_loss": "held out"},
-          caption="Mean negative log-likelihood per target token."),
-    Chart("Entropy", {"entropy": "entropy"},
-          caption="Of the next-token distribution, on target tokens."),
-    *LEARNING,
-    Chart("Tokens", {"target_frac": "in the loss", "pad_frac": "padding"},
-          unit="share"),
-    Chart("Throughput", {"perf/tokens_per_sec": "tokens/s"}),
-    Chart("Time", {"time/step": "step", "time/eval": "evaluation"},
-          unit="seconds"),
-    Chart("Where a step's time goes", {
-        "time/input_wait": "input", "time/dispatch": "host",
-        "time/device_wait": "waiting for devices",
-        "time/compile": "compiling"}, unit="seconds", stacked=True),
-    *MACHINE,
-)
-GRPO = (
-    Chart("Reward", {"reward": "reward"}, spread={"reward": "reward_std"},
-          caption="Mean over completions."),
-    Chart("Lengths", {"completions/mean_length": "completion",
-                      "think/mean_length": "thinking",
-                      "answer/mean_length": "answer"},
-          caption="Mean tokens of a completion and its parts."),
-    Chart("Longest and shortest", {"completions/max_length": "longest",
-                                   "completions/min_length": "shortest"}),
-    Chart("Cut and closed", {"completions/clipped_ratio": "cut at max_tokens",
-                             "think/forced_end_frac": "closed by the budget"},
-          unit="share", caption="Share of completions."),
-    Chart("Forced waits", {"think/wait_count": "forced"},
-          caption="Mean number per completion."),
-    Chart("Groups without signal", {"frac_reward_zero_std": "all equal",
-                                    "frac_groups_solved": "all right"},
-          unit="share"),
-    Chart("Completions without a score", {"frac_unscored": "no score"},
-          unit="share", optional=True, caption="A reward timed out or failed "
-          "on them, or none applies; they leave their group."),
-    Chart("Entropy", {"entropy": "entropy"}, caption="On sampled tokens."),
-    Chart("KL to the reference", {"kl": "kl"}),
-    Chart("Clipped ratios", {"clip_ratio/low_mean": "low",
-                             "clip_ratio/high_mean": "high"},
-          unit="share", caption="Share of sampled tokens."),
-    Chart("Sampler against trainer", {
-        "sampling/logp_difference/mean": "mean",
-        "sampling/logp_difference/max": "max"}, log=True,
-        caption="Absolute difference of the logprobs of sampled tokens."),
-    *LEARNING,
-    Chart("Where the time goes", {
-        "time/rollout": "rollout", "time/reward": "reward",
-        "time/prepare": "packing and logprobs",
-        "time/learn": "learn"}, unit="seconds", stacked=True,
-        caption="Learning is of one update, the rest of a whole batch."),
-    Chart("Throughput", {"perf/tokens_per_sec": "completion tokens/s"}),
-    *MACHINE,
-)
-CHARTS = {"sft": SFT, "rl": GRPO}
 SAMPLED_WAITS = Chart(
     "Waits of the policy's own", {}, caption="Mean number per completion of "
     "the wait text among sampled tokens, in the saved rollouts.")
@@ -118,11 +26,11 @@ FORMATS = {
 
 
 def curves(runs: Sequence[Run]) -> markup.Html:
-  """One section per training stage name, over all runs that have it."""
+  """Draws a section per stage that has steps, over all runs that have it."""
   stages: dict[tuple[str, str], list[tuple[Run, Stage]]] = {}
   for run in runs:
     for stage in run.stages:
-      if stage.kind in CHARTS:
+      if stage.has_steps:
         stages.setdefault((stage.name, stage.kind), []).append((run, stage))
   return markup.join(
       _section(name, kind, found, compare=len(runs) > 1)
@@ -138,7 +46,8 @@ def _section(
     return heading + markup.missing("No metrics.")
   stack_up = not compare
   charts, empty = [], []
-  for chart in CHARTS[kind]:
+  drawn = max((stage.charts for _, stage in having), key=len)
+  for chart in drawn:
     lines = series(chart, having, compare=compare)
     if lines:
       charts.append(draw(chart, lines, stacked=chart.stacked and stack_up))
@@ -148,7 +57,7 @@ def _section(
   if waits:
     charts.append(draw(SAMPLED_WAITS, waits))
   others = []
-  for metric in _other_metrics(kind, having):
+  for metric in _other_metrics(drawn, having):
     chart = Chart(metric, {metric: metric})
     others.append(draw(chart, series(chart, having, compare=compare)))
   parts = [heading, markup.div("charts", *charts)]
@@ -161,9 +70,11 @@ def _section(
   return markup.join(parts)
 
 
-def _other_metrics(kind: str, found: Sequence[tuple[Run, Stage]]) -> list[str]:
+def _other_metrics(
+    charts: Sequence[Chart], found: Sequence[tuple[Run, Stage]],
+) -> list[str]:
   drawn = {"stage", "step"}
-  for chart in CHARTS[kind]:
+  for chart in charts:
     drawn |= {*chart.metrics, *chart.spread.values()}
   names = {name for _, stage in found for row in stage.rows for name in row}
   return sorted(
@@ -175,7 +86,7 @@ def _other_metrics(kind: str, found: Sequence[tuple[Run, Stage]]) -> list[str]:
 def series(
     chart: Chart, found: Sequence[tuple[Run, Stage]], *, compare: bool,
 ) -> list[svg.Line]:
-  """A line per run and metric that has at least one value."""
+  """Makes a line per run and metric that has at least one value."""
   lines = []
   for i, (run, stage) in enumerate(found):
     for j, (metric, label) in enumerate(chart.metrics.items()):
@@ -215,14 +126,14 @@ def _said(text: str, row: Mapping[str, Any]) -> int:
 
 
 def _drawable(value: Any, log: bool) -> float | None:
-  """Null (not finite) leaves a gap; so does what has no logarithm."""
+  """Value to draw; None leaves a gap, where there is none or no logarithm."""
   return None if value is None or (log and value <= 0) else value
 
 
 def draw(
     chart: Chart, lines: Sequence[svg.Line], *, stacked: bool = False,
 ) -> markup.Html:
-  """The figure of at least one line."""
+  """Draws a chart of at least one line."""
   if stacked:
     lines = filled(lines)
   groups = [
@@ -262,13 +173,13 @@ def _extent(lines: Sequence[svg.Line]) -> list[float]:
 
 
 def _near_zero(lines: Sequence[svg.Line]) -> bool:
-  """Zero would take up less than two thirds of the axis."""
+  """Tests if an axis from zero leaves a third of its length for the values."""
   values = _extent(lines)
   return 0 <= min(values) < 0.67 * max(values)
 
 
 def filled(lines: Sequence[svg.Line]) -> list[svg.Line]:
-  """Every line at every step of any, with zero where it took no time."""
+  """Extends every line to the steps of all, with zero where it took no time."""
   steps = sorted({x for line in lines for x in line.xs})
   filled = []
   for line in lines:
@@ -290,7 +201,7 @@ def bar_width(lines: Sequence[svg.Line]) -> int:
 
 
 def stack(lines: Sequence[svg.Line]) -> list[svg.Line]:
-  """Running sums over the series."""
+  """Sums the series one on top of another."""
   tops: list[svg.Line] = []
   for line in lines:
     below = tops[-1].ys if tops else [0.0] * len(line.ys)
@@ -302,7 +213,7 @@ def stack(lines: Sequence[svg.Line]) -> list[svg.Line]:
 def _area(
     tops: Sequence[svg.Line], i: int, x: svg.Axis, y: svg.Axis,
 ) -> markup.Html:
-  """The i-th layer of a stack, from the top of the one below."""
+  """Draws the i-th layer of a stack, from the top of the one below."""
   line = tops[i]
   below = tops[i - 1].ys if i else [0.0] * len(line.xs)
   upper = [(x(a), y(b or 0)) for a, b in zip(line.xs, line.ys, strict=True)]

@@ -1,72 +1,44 @@
-"""Results of the evaluate stages: the scaling plot, its figures, the flips.
+"""Results of evaluations: the scaling plot, its figures, the flips.
 
-Reads `<stage>/eval/<checkpoint>.json` as the evaluate stage writes it (see
+Reads `<stage>/eval/<checkpoint>.json` as an evaluation writes it (see
 `posttrain.evaluation.summary`); a figure that a result lacks is a dash.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain.evaluation import statistics, summary
-from posttrain.report import markup, svg
+from posttrain.evaluation import (
+  markup,
+  scaling_plot,
+  statistics,
+  summary,
+  svg,
+)
+from posttrain.evaluation.scaling_plot import (
+  Cell,
+  Result,
+  describe,
+  unscored,
+)
 from posttrain.report.read import Run
-
-WIDTH, HEIGHT = 940, 420
-MARKS = (("\u25cf", "maximum of thinking tokens"), ("\u25c6", "free"),
-         ("\u25a0 - -", "forced waits, and how many"))
-ASKED = (("\u25b2", "asked for an amount"),)
-VOTES = (("\u00b7 \u00b7 \u00b7", "majority vote of free samples"),)
-Cell = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """One evaluated checkpoint of one run.
-
-  Attributes:
-    label: its name, with the run's where there are several.
-    colour: the page's palette; -1, the grey, for starting weights.
-    data: the file's content.
-  """
-
-  label: str
-  run: str
-  stage: str
-  colour: int
-  data: Mapping[str, Any]
-
-  @property
-  def cells(self) -> Sequence[Cell]:
-    return self.data["cells"]
-
-  def cell(self, name: str) -> Cell | None:
-    return next((c for c in self.cells if c["name"] == name), None)
 
 
 def results(runs: Sequence[Run]) -> dict[str, list[Result]]:
-  """By the name of the evaluate stage, over all runs that have it."""
-  found: dict[str, list[Result]] = {}
+  """Groups results by the name of their stage, over all runs that have it."""
+  found: dict[str, list] = {}
   for run in runs:
+    prefix = f"{run.label}: " if len(runs) > 1 else ""
     for stage in run.stages:
       for data in stage.evaluations:
-        group = found.setdefault(stage.name, [])
-        checkpoint = data["checkpoint"]
-        grey = checkpoint == "init" and not any(r.colour < 0 for r in group)
-        group.append(Result(
-            label=f"{run.label}: {checkpoint}" if len(runs) > 1
-            else checkpoint,
-            run=run.label, stage=stage.name,
-            colour=-1 if grey else sum(r.colour >= 0 for r in group),
-            data=data))
-  return found
+        found.setdefault(stage.name, []).append(
+            (f"{prefix}{data['checkpoint']}", run.label, data))
+  return {name: scaling_plot.coloured(group) for name, group in found.items()}
 
 
 def evaluations(runs: Sequence[Run]) -> markup.Html:
-  """One section per evaluate stage name."""
+  """Draws a section per stage that has results."""
   found = results(runs)
   if not found:
     return markup.missing("No evaluation has been written yet.")
@@ -74,23 +46,23 @@ def evaluations(runs: Sequence[Run]) -> markup.Html:
 
 
 def figures(runs: Sequence[Run]) -> str:
-  """The accuracies as plain lines, for a terminal."""
+  """Formats the accuracies as plain lines, for a terminal."""
   return "".join(
       f"{name}  {result.label}, {describe(cell)}: "
       f"{markup.with_error(cell['accuracy'], cell.get('standard_error'))} "
-      f"(n {cell['n']:,}{_unscored(cell)})\n"
+      f"(n {cell['n']:,}{unscored(cell)})\n"
       for name, group in results(runs).items()
       for result in group for cell in result.cells)
 
 
 def _section(name: str, group: Sequence[Result]) -> markup.Html:
   return markup.join([
-      markup.tag("h3", f"{name} ", markup.tag("small", "evaluate")),
+      markup.tag("h3", name),
       markup.tag("p", _decoding(group), attributes={"class": "caption"}),
       *(markup.tag("p", remark, attributes={"class": "caption"})
         for remark in statistics.cautions(
             cell for result in group for cell in result.cells)),
-      headline(group), scaling_plot(group), s1_table(group),
+      headline(group), plot(group), s1_table(group),
       flips_table(group),
       markup.details("All cells", cells_table(group), is_open=True)])
 
@@ -109,7 +81,7 @@ def _decoding(group: Sequence[Result]) -> str:
 
 
 def headline(group: Sequence[Result]) -> markup.Html:
-  """A tile per checkpoint with its accuracy when thinking freely."""
+  """Draws a tile per checkpoint: its accuracy when thinking freely."""
   tiles = []
   for result, before in zip(group, (None, *group), strict=False):
     free = result.cell("free")
@@ -138,19 +110,13 @@ def headline(group: Sequence[Result]) -> markup.Html:
 
 def _uncertainty(cell: Cell) -> str:
   error = cell.get("standard_error")
-  return (f"n {cell['n']:,}{summary.in_clusters(cell)}{_unscored(cell)}, "
+  return (f"n {cell['n']:,}{summary.in_clusters(cell)}{unscored(cell)}, "
           "standard error "
           + ("n/a" if error is None else markup.percent(error)))
 
 
-def _unscored(cell: Cell) -> str:
-  """Completions that count as wrong, as nothing could judge them."""
-  count = cell.get("unscored")
-  return f", {count:,} not scored" if count else ""
-
-
 def paired_change(before: Result, after: Result) -> str:
-  """The difference on the same questions, or "" where they are others."""
+  """Paired difference on the same questions, or "" where they are others."""
   scores = [_free_scores(before), _free_scores(after)]
   if not scores[0] or scores[0].keys() != scores[1].keys():
     return ""
@@ -169,7 +135,7 @@ def paired_change(before: Result, after: Result) -> str:
 
 
 def _free_scores(result: Result) -> dict[int, float]:
-  """Question -> share of its free completions that are right."""
+  """Maps a question to the share of its free completions that are right."""
   by_question: dict[int, list[bool]] = {}
   for record in result.data.get("records", ()):
     if record["cell"] == "free":
@@ -178,110 +144,21 @@ def _free_scores(result: Result) -> dict[int, float]:
           for question, scores in by_question.items()}
 
 
-def scaling_plot(group: Sequence[Result]) -> markup.Html:
-  """Accuracy against mean thinking tokens, with standard errors."""
-  cells = [cell for result in group for cell in result.cells]
-  if not cells:
-    return markup.missing("The results hold no cells, so there is no plot.")
-  votes = [vote for result in group for vote in _votes(result)]
-  if not any(cell["mean_thinking_tokens"] for cell in cells):
-    return markup.missing(
-        "No completion has a thinking token, so there is no curve.")
-  tops = [c["accuracy"] + s * (c.get("standard_error") or 0)
-          for c in (*cells, *votes) for s in (-1, 1)]
-  x = svg.value_axis(
-      [c["mean_thinking_tokens"] for c in cells] +
-      [v["mean_tokens"] for v in votes], svg.LEFT, WIDTH - svg.RIGHT,
-      kind="log2")
-  y = svg.value_axis(
-      tops, HEIGHT - svg.BOTTOM, svg.TOP, with_zero=min(tops) < 0.4,
-      limits=(0, 1))
+def plot(group: Sequence[Result]) -> markup.Html:
+  """Draws the scaling plot in the page, or says why there is none."""
+  empty = scaling_plot.why_empty(group)
+  if empty:
+    return markup.missing(empty)
+  lines, marks = scaling_plot.keys(group)
   return svg.figure(
-      "Accuracy against thinking tokens",
-      svg.grid(x, y, lambda value: markup.percent(value, 0),
-               "mean thinking tokens (logarithmic)")
-      + markup.join(_draw_result(result, x, y) for result in group),
-      legend_of=[svg.Line(r.label, (), (), r.colour) for r in group],
-      marks=MARKS + (ASKED if any(c.get("asked") for c in cells) else ())
-      + (VOTES if votes else ()), width=WIDTH, height=HEIGHT,
+      scaling_plot.TITLE, scaling_plot.drawing(group), legend_of=lines,
+      marks=marks, width=scaling_plot.WIDTH, height=scaling_plot.HEIGHT,
       kind="chart wide", caption="Error bars are one standard error. Point at "
       "a mark for its figures.")
 
 
-def _votes(result: Result) -> Sequence[Mapping[str, Any]]:
-  return result.data.get("summary", {}).get("majority_baseline") or ()
-
-
-def _draw_result(result: Result, x: svg.Axis, y: svg.Axis) -> markup.Html:
-  place = lambda cell: (x(cell["mean_thinking_tokens"]), y(cell["accuracy"]))
-  asking = [c for c in result.cells if c.get("asked")]
-  plain = [c for c in result.cells if not c.get("asked")]
-  bounded = sorted(
-      (c for c in plain
-       if c["max_thinking_tokens"] >= 0 and not c["num_waits"]),
-      key=lambda c: c["mean_thinking_tokens"])
-  others = [c for c in plain if c not in bounded]
-  waits = summary.waits_by_maximum(plain).values()
-  votes = [(x(v["mean_tokens"]), y(v["accuracy"])) for v in _votes(result)]
-  parts = [
-      f'<path class="line" d="{svg.path(map(place, bounded))}"/>',
-      *(f'<path class="line waits" d="{svg.path(map(place, series))}"/>'
-        for series in waits),
-      f'<path class="line votes" d="{svg.path(votes)}"/>' if votes else ""]
-  parts += [_mark(result, cell, x, y) for cell in (
-      *bounded, *others, *asking)]
-  return markup.Html(
-      f'<g class="series {svg.colour_class(result.colour)}">'
-      f'{"".join(parts)}</g>')
-
-
-def _mark(result: Result, cell: Cell, x: svg.Axis, y: svg.Axis) -> str:
-  """A cell's error bar and its mark, with its figures as a tooltip."""
-  at, height = x(cell["mean_thinking_tokens"]), y(cell["accuracy"])
-  error = cell.get("standard_error")
-  told = (f"{result.label}, {describe(cell)}: "
-          f"{markup.with_error(cell['accuracy'], error)} (n {cell['n']}"
-          f"{_unscored(cell)}), "
-          f"{cell['mean_thinking_tokens']:.1f} thinking tokens")
-  parts = []
-  if error:
-    low = y(max(cell["accuracy"] - error, y.low))
-    high = y(min(cell["accuracy"] + error, y.high))
-    parts.append(
-        f'<path class="error" d="M{at} {low}V{high}M{at - 4} {low}h8'
-        f'M{at - 4} {high}h8"/>')
-  if cell.get("asked"):
-    parts.append(
-        f'<path class="mark" d="M{at} {height - 6}l6 11h-12Z"/>')
-  elif cell["num_waits"]:
-    parts.append(
-        f'<rect class="mark" x="{at - 4}" y="{height - 4}" width="8" '
-        f'height="8"/><text class="tick" x="{at + 8}" y="{height + 14}">'
-        f'{cell["num_waits"]}</text>')
-  elif cell["max_thinking_tokens"] >= 0:
-    parts.append(f'<circle class="mark" cx="{at}" cy="{height}" r="4.5"/>')
-  else:
-    parts.append(
-        f'<path class="mark" d="M{at} {height - 7}l6 7l-6 7l-6 -7Z"/>')
-  return (f'<g tabindex="0"><title>{markup.text(told)}</title>'
-          f'{"".join(parts)}</g>')
-
-
-def describe(cell: Cell) -> str:
-  """A cell in words."""
-  if cell.get("asked"):
-    amount = f"{cell['amount']:,} " * (cell["amount"] > 0)
-    forced = max(cell["max_thinking_tokens"], cell["max_thinking_steps"]) >= 0
-    return (f"asked for {amount}{cell['asked']}"
-            + " thinking" * (not cell["amount"]) + " and forced" * forced)
-  waits, maximum = cell["num_waits"], cell["max_thinking_tokens"]
-  parts = [f"{waits} forced wait{'s' * (waits > 1)}"] * (waits > 0) + [
-      f"at most {maximum:,} thinking tokens"] * (maximum >= 0)
-  return ", ".join(parts) or "free"
-
-
 def s1_table(group: Sequence[Result]) -> markup.Html:
-  """Control, Scaling and Performance: over the maxima, and of what was asked.
+  """Tabulates Control, Scaling and Performance, over maxima and over requests.
   """
   points = lambda value: (
       markup.NONE if value is None else f"{100 * value:+.1f} points")
@@ -329,7 +206,7 @@ def flips_table(group: Sequence[Result]) -> markup.Html:
 
 
 def _bar(count: int, n: int, kind: str) -> markup.Html:
-  """A count with a bar whose full length is a quarter of the questions."""
+  """Draws a count with a bar; its full length is a quarter of the questions."""
   width = min(100.0, 400 * count / n)
   return markup.Html(
       f'{count:,} <span class="bar {kind}"><i style="width:{width:.1f}%"></i>'
@@ -337,7 +214,7 @@ def _bar(count: int, n: int, kind: str) -> markup.Html:
 
 
 def cells_table(group: Sequence[Result]) -> markup.Html:
-  """Every cell of every checkpoint, with its n and standard error."""
+  """Tabulates every cell of every checkpoint, with n and standard error."""
   keys = {
       name: sorted({k for r in group for c in r.cells for k in c.get(name, {})},
                    key=int)

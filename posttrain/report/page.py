@@ -1,4 +1,4 @@
-"""Workdirs -> one HTML file that needs nothing else, not even a network.
+"""HTML report of workdirs: one file that needs nothing else, and no network.
 
 Style, script, charts and samples are inline. The page's content policy
 forbids every request, so that nothing in a run can add one.
@@ -13,7 +13,8 @@ from typing import Any
 
 from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
-from posttrain.report import curves, evaluations, markup, samples
+from posttrain.evaluation import markup, svg
+from posttrain.report import curves, evaluations, samples
 from posttrain.report.read import Run, Stage, read_runs
 from posttrain.telemetry import goodput
 
@@ -47,13 +48,13 @@ def build(
 
 
 def figures(workdirs: Sequence[str | os.PathLike]) -> str:
-  """What the page says about accuracy, as text; "" before an evaluation."""
+  """Formats the accuracies as text; "" before an evaluation."""
   return evaluations.figures(
       read_runs([pathlib.Path(path) for path in workdirs]))
 
 
 def render(runs: Sequence[Run]) -> str:
-  """The page's text."""
+  """Renders the page."""
   title = " · ".join(run.label for run in runs)
   sections = {
       "Runs": markup.join(_run(run) for run in runs),
@@ -73,7 +74,7 @@ def render(runs: Sequence[Run]) -> str:
           for name, content in sections.items())),
       markup.tag("footer", "Made by posttrain report, "
                  + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))])
-  style = (HERE / "style.css").read_text()
+  style = svg.STYLE + (HERE / "style.css").read_text()
   script = (HERE / "page.js").read_text()
   return (
       '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -85,12 +86,12 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _run(run: Run) -> markup.Html:
-  """What the run is, what it ran on, what has finished, what is missing."""
+  """Draws a run's model, machine, finished stages and missing files."""
   stages = markup.tag("ol", *(
       markup.tag("li", markup.tag("b", stage.name), f" {stage.kind}, ",
                  "finished" if stage.finished else "not finished",
                  f", step {stage.rows[-1]['step']}"
-                 if stage.rows and stage.kind != "evaluate" else "")
+                 if stage.rows and stage.has_steps else "")
       for stage in run.stages), attributes={"class": "stages"})
   facts = [("model", run.config.get("model", "not recorded")),
            ("seed", run.config.get("seed", "not recorded")),
@@ -111,7 +112,7 @@ def _run(run: Run) -> markup.Html:
 
 
 def _wall_time(stages: Sequence[Stage]) -> markup.Html:
-  """A row per stage: its time over all starts, and the share of each part."""
+  """Tabulates each stage's time over all starts, and the share of each part."""
   rows = []
   for stage in stages:
     assert stage.goodput is not None
@@ -127,7 +128,7 @@ def _wall_time(stages: Sequence[Stage]) -> markup.Html:
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """The last start, in a few lines."""
+  """Formats the last start in a few lines."""
   devices = environment.get("devices", [])
   git = environment.get("git", {})
   commit = git.get("commit")
@@ -148,7 +149,7 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _flat_table(data: Mapping[str, Any]) -> markup.Html:
-  """Nested dicts as rows of dotted names."""
+  """Tabulates nested dicts as rows of dotted names."""
   return markup.table(
       ["", ""], _leaves(data, ""), words=1)
 
@@ -163,7 +164,7 @@ def _leaves(data: Any, prefix: str) -> list[tuple[str, str]]:
 
 
 def _config(runs: Sequence[Run]) -> markup.Html:
-  """What differs between the runs, then each config whole."""
+  """Draws the differences between the runs, then each config whole."""
   parts = []
   for other in runs[1:]:
     changes = config_lib.diff(runs[0].config, other.config)

@@ -1,12 +1,12 @@
-"""Workdirs -> what the page shows. What is not there is said, not made up.
+"""Reads workdirs for the page, and reports what is missing in them.
 
-Read here, and nothing else (all paths within a workdir):
+These files are read, and nothing else (all paths within a workdir):
 
   config.json, environment.json     as `posttrain.workdir` writes them
   metrics.jsonl                     {"stage", "step", name: number | null, ...}
   <stage>/done.json                 its presence: the stage has finished
   <stage>/data_report.json          nested dicts of numbers
-  <stage>/goodput.json              where its wall time went, see train.goodput
+  <stage>/goodput.json              where its wall time went, see `goodput`
   <stage>/rollouts/step_*.jsonl     one completion a line
   <stage>/eval/<checkpoint>.json    one evaluated checkpoint each
 """
@@ -14,11 +14,13 @@ Read here, and nothing else (all paths within a workdir):
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from posttrain import workdir as workdir_lib
+from posttrain.stages import stage as stage_lib
 from posttrain.telemetry import goodput, metrics
+from posttrain.telemetry.charts import Chart
 
 # What the page takes from each cell of an evaluation, and from a completion.
 CELL = ("name", "accuracy", "mean_thinking_tokens", "max_thinking_tokens",
@@ -31,7 +33,9 @@ class Stage:
   """One stage of one run.
 
   Attributes:
-    kind: "sft", "rl" or "evaluate".
+    kind: as the config has it.
+    has_steps: its rows are one for each step, and are drawn as curves.
+    charts: the series that its kind draws together.
     finished: it wrote its done.json.
     rows: its rows of metrics.jsonl.
     data_report: of the training data, or None.
@@ -42,6 +46,8 @@ class Stage:
 
   name: str
   kind: str
+  has_steps: bool
+  charts: Sequence[Chart]
   finished: bool
   rows: list[dict[str, Any]]
   data_report: dict[str, Any] | None
@@ -105,7 +111,7 @@ def _run(path: pathlib.Path, label: str) -> Run:
 
 
 def _config(path: pathlib.Path) -> dict[str, Any]:
-  """As saved: of an older version, too."""
+  """Reads a config as it was saved, by an older version too."""
   found = workdir_lib.read_object(path, "stages")
   stages = found["stages"]
   if not isinstance(stages, list) or not all(
@@ -119,12 +125,15 @@ def _stage(
     workdir: workdir_lib.Workdir, name: str, kind: str,
     rows: list[dict[str, Any]], order: Sequence[str], missing: list[str],
 ) -> Stage:
-  directory = workdir.path / name
+  directory, record = workdir.path / name, _record(name, kind, missing)
   either = lambda name, read: (
       read(directory / name) if (directory / name).exists() else None)
-  done = workdir.finished(name, *(["step"] * (kind != "evaluate")))
+  leaves = record.leaves if record else ()
+  done = workdir.finished(name, *(["step"] if "rows" in leaves else []))
   stage = Stage(
-      name=name, kind=kind, finished=done is not None,
+      name=name, kind=kind,
+      has_steps="rows" in leaves if record and record.leaves else bool(rows),
+      charts=record.charts if record else (), finished=done is not None,
       rows=sorted(rows, key=lambda row: row["step"]),
       data_report=either("data_report.json", workdir_lib.read_object),
       goodput=either("goodput.json", goodput.read),
@@ -132,23 +141,43 @@ def _stage(
       evaluations=_evaluations(directory / "eval", order))
   if not directory.exists() and not rows:
     missing.append(f"Stage {name} has not started.")
-    return stage
-  if not stage.finished:
-    last = f" (step {stage.rows[-1]['step']})" if stage.rows else ""
-    missing.append(f"Stage {name} has not finished{last}.")
-  if kind != "evaluate" and not rows:
-    missing.append(f"Stage {name} has no metrics.")
-  elif kind != "evaluate" and (lost := metrics.missing(
-      rows, name, (done or stage.rows[-1])["step"])):
-    missing.append(f"metrics.jsonl has no rows of {name}, step {lost}.")
-  if kind == "rl" and not stage.rollouts:
-    missing.append(f"Stage {name} has saved no rollouts.")
-  if kind == "evaluate" and not stage.evaluations:
-    missing.append(f"Stage {name} has no results yet.")
-  elif kind == "evaluate" and len(stage.evaluations) < len(done or ()):
-    missing.append(f"Stage {name} has {len(stage.evaluations)} of "
-                   f"{len(done or ())} results.")
+  else:
+    missing += _missing(stage, leaves, done)
   return stage
+
+
+def _record(
+    name: str, kind: str, missing: list[str]) -> stage_lib.Stage | None:
+  """Finds the record of a kind; None where it is not known here any more."""
+  try:
+    return stage_lib.stage_of(kind)
+  except Exception as error:  # A file of the user's own may raise anything.
+    missing.append(
+        f"The kind of stage {name}, {kind!r}, is not known here ({error}). It "
+        "is shown as far as its files allow.")
+    return None
+
+
+def _missing(
+    stage: Stage, leaves: Sequence[str], done: dict[str, Any] | None,
+) -> Iterator[str]:
+  """Lists files that a stage that has started should have left."""
+  name, rows = stage.name, stage.rows
+  if not stage.finished:
+    last = f" (step {rows[-1]['step']})" if rows else ""
+    yield f"Stage {name} has not finished{last}."
+  if "rows" in leaves and not rows:
+    yield f"Stage {name} has no metrics."
+  elif "rows" in leaves and (lost := metrics.missing(
+      rows, name, (done or rows[-1])["step"])):
+    yield f"metrics.jsonl has no rows of {name}, step {lost}."
+  if "rollouts" in leaves and not stage.rollouts:
+    yield f"Stage {name} has saved no rollouts."
+  if "evaluations" in leaves and not stage.evaluations:
+    yield f"Stage {name} has no results yet."
+  elif "evaluations" in leaves and len(stage.evaluations) < len(done or ()):
+    yield (f"Stage {name} has {len(stage.evaluations)} of {len(done or ())} "
+           "results.")
 
 
 def _rollouts(directory: pathlib.Path) -> dict[int, list[dict[str, Any]]]:
@@ -161,7 +190,7 @@ def _rollouts(directory: pathlib.Path) -> dict[int, list[dict[str, Any]]]:
 def _evaluations(
     directory: pathlib.Path, order: Sequence[str],
 ) -> list[dict[str, Any]]:
-  """The starting weights first, then as trained, then other checkpoints."""
+  """Reads results: starting weights, then stages in order, then others."""
   results = [_evaluation(file) for file in sorted(directory.glob("*.json"))]
   place = lambda result: (
       order.index(result["checkpoint"]) if result["checkpoint"] in order
@@ -177,7 +206,7 @@ def _evaluation(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check(path: pathlib.Path, rows: Any, needed: Sequence[str]) -> None:
-  """Raises WorkdirError where they are no objects with these keys."""
+  """Raises WorkdirError where rows are no objects with these keys."""
   if not isinstance(rows, list) or not all(
       isinstance(row, dict) and set(needed) <= set(row) for row in rows):
     raise workdir_lib.damaged(
@@ -185,7 +214,7 @@ def _check(path: pathlib.Path, rows: Any, needed: Sequence[str]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Completions of a JSONL file.
+  """Reads the completions of a JSONL file.
 
   Raises:
     WorkdirError: a line holds none; names file and line.

@@ -7,7 +7,7 @@ cell), and says how large a part. A completion is never cut.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.report import markup
+from posttrain.evaluation import markup
 from posttrain.report.read import Run
 
 MAX_ROWS = 64  # Of one source: one rollout file, or one cell of a checkpoint.
@@ -50,7 +50,7 @@ def _source(
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-  """`good` is null where nothing says whether the completion is right."""
+  """Makes a sample; `good` is null where nothing judged the completion."""
   good = None if row.get("status") in UNSCORED else row.get("correct")
   if good is None and row.get("reward") is not None:
     good = row["reward"] > 0
@@ -71,7 +71,7 @@ def _short(value: Any) -> Any:
 
 
 def samples(runs: Sequence[Run]) -> markup.Html:
-  """The pager and its data."""
+  """Draws the pager and its data."""
   found = sources(runs)
   if not found:
     return markup.missing("No completions have been saved yet.")

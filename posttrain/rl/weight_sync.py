@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from posttrain import sharding
 from posttrain.model import quantized
+from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.train import fingerprint
+from posttrain.train import fingerprint, trainable
 from posttrain.train.trainable import path_name
 
 SLAB_BYTES = 2**28  # Of what is whole on every training device at one time.
@@ -80,6 +81,22 @@ class WeightSync:
         raise WeightSyncError(
             f"The sampler's {name} has the fingerprint {found[name]:#010x}, "
             f"and {number:#010x} was sent: a copy between devices is damaged.")
+
+
+def wanted(
+    config: ModelConfig, plan: trainable.Plan, sampling: jax.sharding.Mesh, *,
+    weights_dtype: str,
+) -> Transformer:
+  """The policy on the sampling mesh, as abstract arrays in its dtypes.
+
+  Args:
+    config, plan: the model that the stage starts from, and its training.
+    weights_dtype: as in `sampler_dtypes`.
+  """
+  with jax.set_mesh(sampling):
+    like, _ = trainable.abstract(config, plan)
+  like = sampler_dtypes(like, weights_dtype=weights_dtype)
+  return jax.tree.map(lambda x: sharding.on_mesh(x, sampling), like)
 
 
 def sampler_dtypes(

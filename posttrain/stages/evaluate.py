@@ -3,7 +3,7 @@
 Every checkpoint answers the same problems in every cell (a budget, or a
 number of forced waits) with the same random bits, and so do the checkpoints
 among each other: differences are paired. One JSON file per checkpoint holds
-the figures and every completion; `curve.png` shows them. A cell that is
+the figures and every completion; `curve.svg` shows them. A cell that is
 finished is kept at once (`kept_cells`).
 """
 
@@ -20,12 +20,12 @@ from posttrain import config as config_lib
 from posttrain import distributed, sharding
 from posttrain import workdir as workdir_lib
 from posttrain.config.stages.evaluate import SCHEMA
-from posttrain.evaluation import plots, statistics, summary
+from posttrain.evaluation import scaling_plot, statistics, summary
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler import transcript
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.stages import kept_cells, sampling, training
+from posttrain.stages import evaluate_programs, kept_cells, sampling, training
+from posttrain.stages import evaluation_cells as cells_lib
 from posttrain.stages import problems as problems_lib
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage, stage_of
@@ -55,8 +55,10 @@ def run(
         "dropped")
   log(context, results)
   if context.workdir.is_writer:
-    plots.scaling_curve(
-        list(results.values()), context.directory / "eval" / "curve.png")
+    context.workdir.write_text(
+        f"{context.name}/eval/curve.svg", scaling_plot.standalone(
+            scaling_plot.coloured(
+                (name, "", result) for name, result in results.items())))
   context.workdir.finish(context.name, {
       name: {cell["name"]: cell["accuracy"] for cell in result["cells"]}
       for name, result in results.items()})
@@ -127,7 +129,7 @@ class Evaluation:
       remark = statistics.caution(len(np.unique(self.cluster)))
       if remark:
         context.console.warning(f"{context.name}: {remark}")
-    self.cells = cells_of(section)
+    self.cells = cells_lib.cells_of(section)
     self.sampler = sampling.make_sampler(context, section.rollout)
     self.kept = kept_cells.KeptCells(context)
 
@@ -178,7 +180,8 @@ class Evaluation:
     found = self.kept.read(name, cell)
     if found is None:
       found = self._answer(
-          weights(), cell, samples_of_cells(self.section)[cell.name])
+          weights(), cell,
+          cells_lib.samples_of_cells(self.section)[cell.name])
       self.kept.write(name, cell, found)
     return found
 
@@ -205,9 +208,9 @@ class Evaluation:
       The scored completions in order of problem, then sample.
     """
     rollout = self.section.rollout
-    limits = limits_of(self.section, cell)
-    size = len(self.problems) if rollout.continuous_batching else batch_size(
-        self.section, samples)
+    limits = cells_lib.limits_of(self.section, cell)
+    size = (len(self.problems) if rollout.continuous_batching
+            else cells_lib.batch_size(self.section, samples))
     records = []
     for start in range(0, len(self.problems), size):
       part = self.problems[start:start + size]
@@ -278,14 +281,14 @@ def check(context: RunContext) -> None:
   section = context.section
   rows = problems_lib.load(context, section.problems.count)
   clusters(rows)
-  cells = cells_of(section)
+  cells = cells_lib.cells_of(section)
   for cell in cells:
     if cell.asked:
       tokenizer_lib.check_known(
           context.renderer.tokenizer, instruction(section, cell),
           "The instruction")
   problems_lib.check_budgets(
-      context, [limits_of(section, cell) for cell in cells])
+      context, [cells_lib.limits_of(section, cell) for cell in cells])
   # Of all cells that ask for nothing the prompts are alike.
   kinds = [summary.Cell(), *(cell for cell in cells if cell.asked)]
   problems_lib.check(
@@ -308,45 +311,11 @@ def prompt_of(
   return context.renderer.prompt_tokens(row)
 
 
-def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
-  """The free cell first."""
-  asked = section.instructions
-  return summary.cells(
-      section.max_thinking_tokens, section.num_waits,
-      section.wait_max_thinking_tokens) + summary.asking_cells(
-          asked.tokens, asked.steps, asked.classes, forced=asked.forced)
-
-
-def limits_of(
-    section: config_dict.ConfigDict, cell: summary.Cell) -> sampler_lib.Limits:
-  """The budgets of a cell's completions."""
-  rollout = section.rollout
-  return sampler_lib.Limits(
-      max_tokens=rollout.max_tokens,
-      max_thinking_tokens=cell.max_thinking_tokens,
-      max_thinking_steps=cell.max_thinking_steps, num_waits=cell.num_waits,
-      truncate=rollout.truncate)
-
-
 def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:
   """Builds the instruction of a cell's prompts."""
   key = {"tokens": "token_text", "steps": "step_text", "short": "short_text",
          "long": "long_text"}[cell.asked]
   return instructions.with_amount(section.instructions[key], cell.amount)
-
-
-def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
-  """Completions per problem in each cell, by its name."""
-  samples = section.samples_per_problem
-  return {
-      cell.name: max(samples, section.majority.max_samples)
-      if cell == summary.Cell() else samples
-      for cell in cells_of(section)}
-
-
-def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
-  """Problems that are asked together."""
-  return max(1, section.rollout.max_num_seqs // samples)
 
 
 def clusters(problems: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
@@ -398,4 +367,7 @@ def log(context: RunContext, results: Mapping[str, Mapping]) -> None:
       writer.write(step, row)
 
 
-STAGE = Stage(schema=SCHEMA, run=run, check=check, finished=finished)
+STAGE = Stage(
+    schema=SCHEMA, run=run, check=check, finished=finished,
+    programs=evaluate_programs.programs, memory=evaluate_programs.memory,
+    work=evaluate_programs.work, leaves=("evaluations",))

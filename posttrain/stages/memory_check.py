@@ -1,8 +1,8 @@
 """Stages that cannot fit are refused before the first of them begins.
 
-The estimate of `footprint` is one: an update's is within a third of what the
-compiler says. So a stage is refused only where it is far too large, by a
-factor of `MARGIN`, and `compute.on_too_large="warn"` goes on all the same.
+The estimate of an update is within a third of the compiler's figure. So a stage
+is refused only where it is far too large, by a factor of `MARGIN`, and
+`compute.on_too_large="warn"` goes on all the same.
 """
 
 import os
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.model.config import ModelConfig
@@ -54,58 +53,35 @@ def _everywhere(size: int) -> int:
 
 def problems(context: RunContext, model: ModelConfig) -> Iterator[str]:
   """Lists why the stage of `context` cannot fit, on its mesh."""
-  section, available = context.section, _everywhere(device_bytes())
+  name, section = context.name, context.section
+  sizes = memory_estimate.sizes_of(section, context.config.compute, model)
+  available = _everywhere(device_bytes())
+  go_on = "or go on all the same with compute.on_too_large='warn'."
   for role, estimate in memory_estimate.of_stage(context, model).items():
     if estimate.peak > MARGIN * available:
-      yield (f"{f'{context.name}, {role}' if role else context.name}: "
-             f"{estimate.line(available)}. It cannot fit. Lower "
-             f"{', '.join(_keys(estimate, context))}; or go on all the same "
-             "with compute.on_too_large='warn'.")
-  batch, host = _batch_bytes(section), _everywhere(host_bytes())
+      keys = [key for part in _parts(estimate)
+              for key in sizes.keys(name, section, part) or (MODEL,)]
+      yield (f"{f'{name}, {role}' if role else name}: "
+             f"{estimate.line(available)}. It cannot fit. Change "
+             f"{', '.join(dict.fromkeys(keys))}; {go_on}")
+  batch = sizes.batch_tokens * ROW_BYTES_PER_TOKEN
+  host = _everywhere(host_bytes())
   if batch > host:
-    keys = (*_ROWS[section.kind], "sequence_length")
-    yield (f"{context.name}: a batch of rows takes "
-           f"{memory.format_bytes(batch)} of its host's "
-           f"{memory.format_bytes(host)}. It cannot fit. Lower "
-           f"{', '.join(f'{context.name}.{key}' for key in keys)}; or go on "
-           "all the same with compute.on_too_large='warn'.")
+    yield (f"{name}: a batch of rows takes {memory.format_bytes(batch)} of its "
+           f"host's {memory.format_bytes(host)}. It cannot fit. Change "
+           f"{', '.join(sizes.keys(name, section, 'batch'))}; {go_on}")
 
 
-# What makes a batch large, by the kind of stage.
-_ROWS = {"sft": ("rows",), "rl": ("num_groups", "group_size")}
+MODEL = ("the model (model, model_overrides) or its part of a device "
+         "(mesh.fsdp)")
 
 
-def _batch_bytes(section: config_dict.ConfigDict) -> int:
-  if section.kind not in _ROWS:
-    return 0
-  rows = section.rows if section.kind == "sft" else (
-      section.num_groups * section.group_size)
-  return rows * section.sequence_length * ROW_BYTES_PER_TOKEN
-
-
-def _keys(estimate: memory.Estimate, context: RunContext) -> list[str]:
-  """Keys that the two largest parts depend on."""
+def _parts(estimate: memory.Estimate) -> Iterator[str]:
+  """Parts of `Sizes.smaller` that the two largest parts depend on."""
   phases = (estimate.training, estimate.sampling, estimate.scoring)
   phase = max(phases, key=lambda phase: sum(phase.values()))
   parts = estimate.persistent | phase
-  largest = sorted(parts, key=parts.__getitem__, reverse=True)[:2]
   sampled = phase is estimate.sampling
-  return list(dict.fromkeys(
-      key for part in largest for key in _of_part(part, context, sampled)))
-
-
-def _of_part(part: str, context: RunContext, sampled: bool) -> list[str]:
-  name, section = context.name, context.section
-  kind = section.kind
-  if part == "cache" or (part == "logits" and sampled):
-    rows = ("rollout.max_num_seqs", "samples_per_problem") if (
-        kind == "evaluate") else ("rollout.max_num_seqs",) if (
-            section.rollout.max_num_seqs) else _ROWS[kind]
-    return [f"{name}.{key}" for key in (
-        *rows, "rollout.max_tokens", "rollout.max_prompt_tokens")]
-  if part in ("activations", "logits"):
-    part_of_batch = "rows_per_microbatch" if kind == "rl" else (
-        "rows (or raise num_microbatches)")
-    return [f"{name}.{part_of_batch}", f"{name}.sequence_length"]
-  return ["the model (model, model_overrides) or its part of a device "
-          "(mesh.fsdp)"]
+  for part in sorted(parts, key=parts.__getitem__, reverse=True)[:2]:
+    yield "sampling" if part == "cache" or (part == "logits" and sampled) else (
+        "training" if part in ("activations", "logits") else "model")

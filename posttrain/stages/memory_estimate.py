@@ -1,7 +1,7 @@
 """Memory estimate of a stage, before anything is compiled.
 
-From its section and the model's shape alone: where weights do not fit, it is
-said before they are made.
+It needs the stage's section and the model's shape alone, so that weights that
+do not fit are reported before they are made.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
-from posttrain.config import checks, stages
-from posttrain.model import lora
 from posttrain.model.config import ModelConfig
+from posttrain.model.transformer import Transformer
 from posttrain.stages import training
 from posttrain.stages.run_context import RunContext
+from posttrain.stages.stage import Sizes, stage_of
 from posttrain.telemetry import memory
 from posttrain.train import trainable
 
@@ -27,86 +27,83 @@ def of_stage(
   Returns:
     One, without a name; of split roles one for each, of whose devices it is.
   """
-  section, compute = context.section, context.config.compute
-  whole, weights = held(section, compute, model)
-  here = sharding.mesh_sizes()
-  both = of_section(section, compute, whole, weights, here)
-  if context.config.mesh.roles == "shared" or section.kind != "rl":
+  section, config = context.section, context.config
+  sizes = sizes_of(section, config.compute, model)
+  both = of_sizes(sizes, config.compute, sharding.mesh_sizes())
+  if config.mesh.roles == "shared" or not stage_of(
+      section.kind).learns_from_rollouts:
     return {"": both}
-  _, sampling = sharding.roles_of(context.config.mesh)
+  _, sampling = sharding.roles_of(config.mesh)
   with jax.set_mesh(sampling):
     there = sharding.mesh_sizes()
-  only = of_section(section, compute, whole, weights, there)
+  only = of_sizes(sizes, config.compute, there)
   copy = {"parameters": only.persistent["parameters"]}
   return {
       "training": dataclasses.replace(both, sampling={}),
       "sampling": memory.Estimate(copy, {}, only.sampling)}
 
 
-def of_section(
-    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
-    model: ModelConfig, weights: dict[str, int], mesh: sharding.MeshSizes,
-) -> memory.Estimate:
-  """The same on any mesh.
-
-  Args:
-    model, weights: of `held`.
-  """
-  sizes: dict[str, Any] = dict(weights)
-  if section.kind == "sft":
-    sizes |= dict(rows=-(-section.rows // section.num_microbatches),
-                  sequence_length=section.sequence_length)
-  if section.kind == "rl":
-    sizes |= dict(
-        rows=section.rows_per_microbatch,
-        sequence_length=section.sequence_length,
-        cache_rows=section.rollout.max_num_seqs
-        or section.num_groups * section.group_size,
-        offload=compute.offload)
-  if section.kind == "evaluate":
-    samples = max(section.samples_per_problem, section.majority.max_samples)
-    rows, count = section.rollout.max_num_seqs, section.problems.count
-    if not section.rollout.continuous_batching:  # An engine has all its slots.
-      rows = max(rows, samples)
-      rows = min(rows, count * samples) if count else rows
-    sizes |= dict(cache_rows=rows)
-  if "cache_rows" in sizes:
-    rollout = section.rollout
-    sizes |= dict(
-        cache_slots=cache_slots(rollout), cache_dtype=rollout.cache_dtype,
-        weights_dtype=rollout.weights_dtype)
-  return memory.estimate(
-      model, **mesh._asdict(), loss_chunk=compute.loss_chunk, **sizes)
-
-
-def held(
+def sizes_of(
     section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
     model: ModelConfig,
-) -> tuple[ModelConfig, dict[str, int]]:
-  """The model as a stage has it; sizes of what it keeps beside, in all."""
-  if not stages.schema_of(section.kind).trains:
-    return model, {}
-  plan = training.plan(section, compute)
-  whole, trained = trainable.abstract(model, plan)
-  size = lambda tree: sum(
-      w.size * w.dtype.itemsize for w in jax.tree.leaves(tree))
-  moving, frozen = trainable.split(whole, trained)
-  reference = 0
-  if section.kind == "rl" and section.loss.kl_coef:
-    shared = section.reference in ("", checks.ADAPTER_OFF)
-    like = whole if section.reference == "" else lora.without(whole)
-    kept = jax.eval_shape(
-        lambda model: trainable.at_rest(model, (), plan.frozen_dtype), like)
-    reference = size(kept) - shared * size(frozen)
-  return whole.config, dict(
+) -> Sizes:
+  """Sizes of a stage's arrays; of a kind that gives none, the parameters."""
+  memory_of = stage_of(section.kind).memory
+  return memory_of(section, compute, model) if memory_of else Sizes(
+      model, note=f"the parameters alone, as {section.kind} gives no `memory`")
+
+
+def of_sizes(
+    sizes: Sizes, compute: config_dict.ConfigDict, mesh: sharding.MeshSizes,
+) -> memory.Estimate:
+  """The estimate for one mesh."""
+  return dataclasses.replace(memory.estimate(
+      sizes.model, **mesh._asdict(), loss_chunk=compute.loss_chunk,
+      **sizes.arguments), note=sizes.note)
+
+
+def of_trained(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig,
+) -> tuple[Transformer, Any, dict[str, Any]]:
+  """Arguments of an estimate for what is trained and what stays frozen.
+
+  Returns:
+    The abstract model as the stage has it, its frozen part, and the arguments.
+  """
+  whole, paths = trainable.abstract(model, training.plan(section, compute))
+  moving, frozen = trainable.split(whole, paths)
+  return whole, frozen, dict(
       trained=sum(w.size for w in jax.tree.leaves(moving)),
-      optimizer_bytes=size(jax.eval_shape(
+      optimizer_bytes=bytes_of(jax.eval_shape(
           training.make_optimizer(section).init, moving)),
-      frozen_bytes=size(frozen), reference_bytes=reference)
+      frozen_bytes=bytes_of(frozen))
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes of all arrays, over all devices."""
+  return sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(tree))
+
+
+def of_rollout(rollout: config_dict.ConfigDict, rows: int) -> dict[str, Any]:
+  """Arguments of an estimate for `rows` completions that are decoded."""
+  return dict(
+      cache_rows=rows, cache_slots=cache_slots(rollout),
+      cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype)
+
+
+SMALLER_ROLLOUT = {"rollout.max_tokens": "fewer",
+                   "rollout.max_prompt_tokens": "fewer"}
+
+
+def smaller_moments(section: config_dict.ConfigDict) -> dict[str, str]:
+  """The key that makes the optimizer's state smaller, if it is not yet."""
+  return {"moments_dtype": "bfloat16 halves the optimizer's state"} if (
+      section.moments_dtype == "float32") else {}
 
 
 def cache_slots(rollout: config_dict.ConfigDict) -> int:
-  """Of the cache at its largest: a chunk behind the prompt, and doubled.
+  """Slots of the cache at its largest: a chunk behind the prompt, and doubled.
 
   Tokens that are taken back for a wait need slots too, and are not counted.
   """

@@ -32,7 +32,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.objectives import policy as policy_lib
 from posttrain.rl import packing, rollout_worker
-from posttrain.stages import loop, rl_parts, training
+from posttrain.stages import loop, rl_charts, rl_parts, rl_programs, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
 from posttrain.telemetry import flops, hardware
@@ -314,4 +314,10 @@ class Learner(loop.Body):
         self.shapes)
 
 
-STAGE = Stage(schema=SCHEMA, run=run, check=rl_parts.check)
+STAGE = Stage(
+    schema=SCHEMA, run=run, check=rl_parts.check,
+    programs=rl_programs.programs, memory=rl_programs.memory,
+    work=rl_programs.work, padding={
+        "prompts": rl_programs.padding,
+        "completions": rl_programs.no_lengths},
+    charts=rl_charts.CHARTS, leaves=("rows", "rollouts"))

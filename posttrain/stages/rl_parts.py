@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import config_dict
 
@@ -133,12 +132,9 @@ def make_rollout_buffer(
   section, config, sync = context.section, context.config, None
   if config.mesh.roles == "split":
     _, sampling_mesh = sharding.roles_of(config.mesh)
-    with jax.set_mesh(sampling_mesh):
-      like, _ = trainable.abstract(
-          start, training.plan(section, config.compute))
-    sync = weight_sync.WeightSync(
-        weight_sync.sampler_dtypes(
-            like, weights_dtype=section.rollout.weights_dtype), sampling_mesh)
+    sync = weight_sync.WeightSync(weight_sync.wanted(
+        start, training.plan(section, config.compute), sampling_mesh,
+        weights_dtype=section.rollout.weights_dtype), sampling_mesh)
   updates = num_updates(section)
   return rollout_buffer.RolloutBuffer(
       worker, ProblemCursor(len(worker.problems), config.seed, context.name),

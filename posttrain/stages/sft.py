@@ -22,7 +22,7 @@ from posttrain.config.stages.sft import SCHEMA
 from posttrain.data import batches as batches_lib
 from posttrain.model.transformer import Transformer
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
-from posttrain.stages import loop, training
+from posttrain.stages import loop, sft_charts, sft_programs, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
 from posttrain.telemetry import flops
@@ -184,4 +184,10 @@ def describe(
       decode=context.renderer.tokenizer.decode)
 
 
-STAGE = Stage(schema=SCHEMA, run=run)
+STAGE = Stage(
+    schema=SCHEMA, run=run,
+    programs=functools.partial(sft_programs.programs, make_programs),
+    memory=sft_programs.memory, work=sft_programs.work,
+    padding={"packed rows": functools.partial(
+        sft_programs.padding, read_data)},
+    charts=sft_charts.CHARTS, leaves=("rows",))

@@ -44,12 +44,14 @@ class Estimate:
     training: in addition during an update; empty without training.
     sampling: in addition during generation; empty without sampling.
     scoring: in addition while an offloaded reference is used.
+    note: says what the estimate leaves out.
   """
 
   persistent: dict[str, int]
   training: dict[str, int]
   sampling: dict[str, int]
   scoring: dict[str, int] = dataclasses.field(default_factory=dict)
+  note: str = ""
 
   @property
   def peak(self) -> int:
@@ -77,7 +79,7 @@ class Estimate:
       text += f"; sampling adds {parts(self.sampling)}"
     if self.scoring:
       text += f"; scoring adds {parts(self.scoring)}"
-    return text + ")"
+    return text + (f"; {self.note})" if self.note else ")")
 
 
 def layer_parameters(config: ModelConfig, experts: int | None = None) -> int:

@@ -8,7 +8,8 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
-from posttrain.plan import abstract, programs, setup
+from posttrain.plan import programs, setup
+from posttrain.programs import abstract
 from posttrain.rl import packing
 from posttrain.sampler import decode
 from posttrain.stages import training

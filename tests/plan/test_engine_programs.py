@@ -13,7 +13,9 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import transformer
-from posttrain.plan import abstract, programs, sampling_programs, setup
+from posttrain.plan import programs, setup
+from posttrain.programs import abstract
+from posttrain.programs import sampling as sampling_programs
 from posttrain.sampler import device_batch, logits_processors
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import sampling
@@ -35,10 +37,10 @@ def small_setup(**rollout):
 def planned(found, groups, group_size):
   """Name -> its program, of one call of the sampler."""
   rollout = found.config.reason.rollout
-  model = abstract.model_of(found)
+  model = abstract.model_of(found.model)
   return {program.name: program for program in sampling_programs.of_rollout(
-      found, "reason", model, rollout, groups=groups, group_size=group_size,
-      limits=LIMITS, beside={})}
+      "reason", found.sampler(rollout), model, groups=groups,
+      group_size=group_size, limits=LIMITS, beside={})}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import presets, transformer
 from posttrain.plan import advice, estimate, measure, sweep, topology
-from posttrain.plan import program as program_lib
+from posttrain.programs import program as program_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
 MODEL = dataclasses.replace(presets.PRESETS["llama3.2-1b"], dtype="bfloat16")

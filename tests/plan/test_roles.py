@@ -10,19 +10,12 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
-from posttrain.plan import (
-  abstract,
-  measure,
-  plan,
-  program,
-  programs,
-  setup,
-  topology,
-  transfer_programs,
-)
+from posttrain.plan import measure, plan, programs, setup, topology
+from posttrain.programs import abstract, program
+from posttrain.programs import transfer as transfer_lib
 from posttrain.rl import packing, weight_sync
 from posttrain.sampler import decode
-from posttrain.stages import training
+from posttrain.stages import planned_stage, training
 from posttrain.train import fingerprint
 from tests import meshes
 
@@ -70,8 +63,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   with jax.set_mesh(training_mesh):
     found = setup.set_up(config)
     planned = list(programs.of_config(found, sampling_mesh))
-    [transfer] = [transfer_programs.of_stage(
-        found, "reason", *abstract.trained(found, "reason"), sampling_mesh)[0]]
+    [transfer] = programs.transfers(found, sampling_mesh)
   expected = collections.defaultdict(collections.Counter)
   for each in planned:
     size = abstract.shard_bytes(each.arguments)
@@ -126,10 +118,10 @@ def test_a_training_device_serves_its_share():
   x = jax.ShapeDtypeStruct((10,), "float32", sharding=(
       jax.sharding.NamedSharding(
           meshes.one(), jax.sharding.PartitionSpec())))
-  arrays = [transfer_programs.Array("a", x, x, True),
-            transfer_programs.Array("b", x, x, False)]
+  arrays = [transfer_lib.Array("a", x, x, True),
+            transfer_lib.Array("b", x, x, False)]
   for training_count, sampling_count, share in ((2, 3, 2), (3, 1, 1)):
-    each = transfer_programs.Transfer(
+    each = transfer_lib.Transfer(
         "reason", arrays, training_count, sampling_count)
     assert each.received() == 40 and each.received(first=True) == 80
     assert each.sent() == share * 40 and each.sent(first=True) == share * 80
@@ -148,7 +140,7 @@ def test_roles_that_overlap_take_as_long_as_the_slower():
   for staleness, expected in ((0, 16.0), (1, 10.0)):
     config.reason.staleness = staleness
     found = plan.Plan(
-        topology.parse("v5e:2x2"), {"fsdp": 2}, setup.Setup(
+        topology.parse("v5e:2x2"), {"fsdp": 2}, planned_stage.Setup(
             config, None, None, None, None), results, [], [],
         sampling_mesh={"fsdp": 2})
     assert found.step_seconds("reason") == expected

@@ -237,7 +237,7 @@ def test_what_is_left_in_the_workdir(workdir, result):
     assert row[f"{prefix}/accuracy"] == cell["accuracy"]
   done = json.loads((workdir / "measure/done.json").read_text())
   assert done["init"]["free"] == result["cells"][0]["accuracy"]
-  assert (workdir / "measure/eval/curve.png").stat().st_size > 1000
+  assert (workdir / "measure/eval/curve.svg").stat().st_size > 1000
 
 
 def test_what_could_not_be_judged_is_counted_and_told(tmp_path, capsys):

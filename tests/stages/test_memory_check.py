@@ -22,18 +22,22 @@ def problems(tmp_path, *changes):
     (["model_overrides.embed=2147483646"], "cold_start reason measure",
      "the model (model, model_overrides)"),
     (["cold_start.sequence_length=1000000"], "cold_start",
-     "cold_start.rows (or raise num_microbatches), cold_start.sequence_l"),
+     "cold_start.num_microbatches=1 (more parts, each with fewer rows), "
+     "cold_start.rows=8 (fewer), cold_start.sequence_length=1000000 (shorter)"),
     (["reason.rows_per_microbatch=2147483647"], "reason",
-     "reason.rows_per_microbatch, reason.sequence_length"),
+     "reason.rows_per_microbatch=2147483647 (fewer), reason.sequence_length="),
     (["measure.rollout.max_num_seqs=2147483647", "measure.problems.count=0"],
      "measure",
-     "measure.rollout.max_num_seqs, measure.samples_per_problem, measure.roll"),
+     "measure.rollout.max_num_seqs=2147483647 (fewer), "
+     "measure.samples_per_problem=4 (fewer), measure.rollout.max_tokens="),
     (["reason.num_groups=1000000000"], "reason reason",
-     "reason.num_groups, reason.group_size, reason."),
+     "reason.num_groups=1000000000 (fewer), reason.group_size=4 (fewer), "
+     "reason."),
     (["measure.rollout.max_tokens=2147483647"], "measure",
-     "measure.rollout.max_tokens"),
+     "measure.rollout.max_tokens=2147483647 (fewer)"),
     (["cold_start.rows=2147483647", "cold_start.num_microbatches=2147483647"],
-     "cold_start", "cold_start.rows, cold_start.sequence_length"),
+     "cold_start", "cold_start.rows=2147483647 (fewer), "
+     "cold_start.sequence_length="),
 ])
 def test_what_cannot_fit_names_its_stage_and_keys(
     tmp_path, changes, stages, named):

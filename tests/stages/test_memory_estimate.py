@@ -30,14 +30,18 @@ def test_the_line_comes_before_the_weights(
     assert (f"{part} " in line) == (part in parts.split()), part
 
 
+def estimate(section, compute):
+  with jax.set_mesh(meshes.one()):
+    sizes = memory_estimate.sizes_of(section, compute, PRESETS["qwen3-4b"])
+  return memory_estimate.of_sizes(sizes, compute, sharding.MeshSizes())
+
+
 @pytest.mark.parametrize("stage", ["reason", "measure"])
 def test_sampling_in_int8_is_counted(stage):
   def sampling(*assignments):
     config = config_lib.assign(
         pipeline_run.CONFIG, [*pipeline_run.ALL, *assignments], "test")
-    return memory_estimate.of_section(
-        config[stage], config.compute, PRESETS["qwen3-4b"], {},
-        sharding.MeshSizes()).sampling
+    return estimate(config[stage], config.compute).sampling
 
   correction = {"reason": ["reason.loss.importance_sampling=truncate"]}
   floats, int8 = sampling(), sampling(
@@ -64,9 +68,7 @@ def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
                               "measure.pass_at=1",
                               "measure.majority.max_samples=0", *assignments],
         "test")
-    return memory_estimate.of_section(
-        config.measure, config.compute, PRESETS["qwen3-4b"], {},
-        sharding.MeshSizes()).sampling["cache"]
+    return estimate(config.measure, config.compute).sampling["cache"]
 
   one = cache("measure.samples_per_problem=1", "measure.rollout.max_num_seqs=1",
               "measure.problems.count=0")

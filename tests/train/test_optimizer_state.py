@@ -13,7 +13,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding, weights
 from posttrain.model import presets, transformer
-from posttrain.plan import abstract
+from posttrain.programs import abstract
 from posttrain.stages import memory_estimate
 from posttrain.telemetry import memory
 from posttrain.train import checkpoints, optimizer, state

@@ -1,20 +1,24 @@
-"""Charts as inline SVG, coloured by the page's style so that themes work.
+"""Charts as SVG, in a page or as a file.
 
-A chart is drawn on a fixed canvas that the page scales. Each carries its
-numbers as JSON for the page's script, which shows the values under the
-pointer.
+A chart is drawn on a fixed canvas that its place scales, and coloured by the
+rules of `svg.css`. A page replaces their colours in its dark theme, and has a
+chart's numbers as JSON for its script, which shows the values under the
+pointer. A file is light and needs nothing else.
 """
 
 import dataclasses
 import json
 import math
+import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 
-from posttrain.report import markup
+from posttrain.evaluation import markup
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 34
 MAX_POINTS = 300  # Above, a chart shows means of equal groups of points.
+STYLE = (pathlib.Path(__file__).parent / "svg.css").read_text()
 COLOURS = 8  # The style has this many; a ninth series is drawn hollow.
 
 
@@ -45,12 +49,12 @@ def colour_class(colour: int) -> str:
 
 
 def group_size(line: Line) -> int:
-  """How many points to average, so that the line has at most MAX_POINTS."""
+  """Number of points to average, so that the line has at most MAX_POINTS."""
   return max(1, -(-len(line.xs) // MAX_POINTS))
 
 
 def thinned(line: Line, size: int) -> Line:
-  """Means of each `size` consecutive points."""
+  """Averages each `size` consecutive points."""
   if size == 1:
     return line
 
@@ -67,7 +71,7 @@ def thinned(line: Line, size: int) -> Line:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """Values low..high onto pixels first..last.
+  """Map of values low..high onto pixels first..last.
 
   Attributes:
     kind: "linear", "log" (base 10) or "log2", which below 1 is linear, so
@@ -102,8 +106,10 @@ class Axis:
           if self.low <= value <= self.high]
       return between or nice_ticks(self.low, self.high, count)
     if self.kind == "log2":
-      return ([0.0] if self.low <= 0 else []) + _powers(
+      powers = ([0.0] if self.low <= 0 else []) + _powers(
           2, max(self.low, 1), self.high, count + 3)
+      if len(powers) > 1:
+        return powers
     return nice_ticks(self.low, self.high, count)
 
 
@@ -116,14 +122,14 @@ def _powers(base: int, low: float, high: float, count: int) -> list[float]:
 
 
 def _between(low: float, high: float) -> list[float]:
-  """1, 2 and 5 times the powers of ten around low..high."""
+  """Lists 1, 2 and 5 times the powers of ten around low..high."""
   exponents = range(
       math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
   return [step * 10.0**e for e in exponents for step in (1, 2, 5)]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Round numbers (1, 2 or 5 times a power of ten) within low..high."""
+  """Lists round numbers (1, 2, 5 times a power of ten) within low..high."""
   raw = (high - low) / count
   power = 10.0 ** math.floor(math.log10(raw))
   step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * 0.999)
@@ -137,7 +143,7 @@ def value_axis(
     kind: str = "linear", with_zero: bool = False,
     limits: tuple[float, float] | None = None,
 ) -> Axis:
-  """An axis that holds all values, with some room.
+  """Makes an axis that holds all values, with some room.
 
   Args:
     with_zero: the axis starts at zero if no value is below.
@@ -163,7 +169,7 @@ def value_axis(
 
 def grid(x: Axis, y: Axis, y_format: Callable[[float], str],
          x_label: str) -> markup.Html:
-  """Tick lines and labels of both axes."""
+  """Draws tick lines and labels of both axes."""
   parts = []
   for value in y.ticks():
     place = y(value)
@@ -184,7 +190,7 @@ def grid(x: Axis, y: Axis, y_format: Callable[[float], str],
 
 
 def path(points: Iterable[tuple[float, float] | None]) -> str:
-  """SVG path data; None lifts the pen."""
+  """Writes SVG path data; None lifts the pen."""
   commands, pen = [], "M"
   for point in points:
     if point is None:
@@ -196,7 +202,7 @@ def path(points: Iterable[tuple[float, float] | None]) -> str:
 
 
 def draw_line(line: Line, x: Axis, y: Axis) -> markup.Html:
-  """Band, line, and a dot for what no line reaches."""
+  """Draws a band, a line, and a dot for each point that no line reaches."""
   points = [
       None if value is None else (x(at), y(value))
       for at, value in zip(line.xs, line.ys, strict=True)]
@@ -228,7 +234,7 @@ def _band(line: Line, x: Axis, y: Axis) -> str:
 def legend(
     lines: Sequence[Line], marks: Sequence[tuple[str, str]],
 ) -> markup.Html:
-  """The lines' colours and dashes, then (mark, meaning) pairs."""
+  """Draws the lines' colours and dashes, then (mark, meaning) pairs."""
   return markup.div("legend", *(
       markup.tag("span", markup.Html(
           f'<svg viewBox="0 0 24 8" class="series {colour_class(line.colour)} '
@@ -243,7 +249,7 @@ def legend(
 def hover_data(
     lines: Sequence[Line], x: Axis, y_format: Callable[[float], str],
 ) -> str:
-  """What the script needs to say the values under the pointer."""
+  """Encodes the values that the page's script shows under the pointer."""
   return json.dumps({
       "kind": x.kind, "x": [x.low, x.high, x.first, x.last],
       "series": [{
@@ -258,7 +264,7 @@ def figure(
     hover: str = "", width: int = WIDTH, height: int = HEIGHT,
     kind: str = "chart",
 ) -> markup.Html:
-  """A titled chart with its legend and a caption."""
+  """Draws a titled chart with its legend and a caption."""
   drawing = markup.tag(
       "svg", body, attributes={
           "viewBox": f"0 0 {width} {height}", "role": "img",
@@ -268,3 +274,43 @@ def figure(
       *([legend(legend_of, marks)] if legend_of else []), drawing,
       *([markup.tag("p", caption, attributes={"class": "caption"})]
         if caption else []), attributes={"class": kind})
+
+
+def file(
+    title: str, body: str, lines: Sequence[Line],
+    marks: Sequence[tuple[str, str]], remarks: Sequence[str] = (), *,
+    width: int, height: int,
+) -> str:
+  """Writes an SVG file: title, legend and remarks above the drawing."""
+  row = 19
+  texts = [f'<text class="title" x="{LEFT}" y="24">{markup.text(title)}</text>']
+  x, y = LEFT, 24 + row
+  for line, label in [*((line, line.label) for line in lines), *(
+      (None, f"{mark}  {meaning}") for mark, meaning in marks)]:
+    if x > LEFT and x + 7 * len(label) + 40 > width:
+      x, y = LEFT, y + row
+    if line is not None:
+      texts.append(
+          f'<g class="series {colour_class(line.colour)} dash{line.dash}">'
+          f'<path class="line" d="M{x} {y - 4}h22"/></g>')
+      x += 28
+    texts.append(f'<text class="key" x="{x}" y="{y}">{markup.text(label)}'
+                 "</text>")
+    x += 7 * len(label) + 24  # About as wide as the letters.
+  for remark in remarks:
+    y += row
+    texts.append(f'<text class="key" x="{LEFT}" y="{y}">'
+                 f"{markup.text(remark)}</text>")
+  colours = dict(re.findall(r"(--\w+): (#\w+);", STYLE))
+  rules = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]],
+                 STYLE[STYLE.index(".grid"):])
+  return (
+      '<svg xmlns="http://www.w3.org/2000/svg" '
+      f'viewBox="0 0 {width} {height + y}" role="img" '
+      f'font-family="system-ui, sans-serif">\n<title>{markup.text(title)}'
+      f"</title>\n<style>\n.title {{ font-size: 15px; font-weight: 600; "
+      f"fill: {colours['--text']}; }}\n.key {{ font-size: 12.5px; "
+      f"fill: {colours['--soft']}; }}\n{rules}</style>\n"
+      f'<rect width="100%" height="100%" fill="{colours["--card"]}"/>\n'
+      f"{''.join(texts)}\n<g transform=\"translate(0 {y})\">{body}</g>\n"
+      "</svg>\n")

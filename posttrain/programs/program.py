@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 
-# Of devices; where the roles are shared, all are of the first.
+# Roles of devices. Where the roles share their devices, all train.
 TRAINING, SAMPLING = "training", "sampling"
+# A forward pass alone. The phases of a step are this one and both roles'.
+SCORING = "scoring"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +21,14 @@ class Program:
       several of a kind.
     lower: traces it, on the current mesh.
     arguments: abstract arrays, as they lie on the mesh.
+    phase: TRAINING (an update), SCORING or SAMPLING. It decides which keys
+      make the program smaller.
     beside: abstract arrays that are on the devices while it runs.
-    calls: runs in one step of its stage, modelled: of an SFT update, or of a
-      batch of rollouts with all its updates; 0 where the stage has no steps.
+    calls: modelled number of runs in one step of its stage. A step is one
+      update of SFT, or one batch of rollouts with all its updates; 0 where
+      the stage has no steps.
     unknown_trips: bound of the loop over microbatches, which is an argument.
-    waiting: abstract arrays that are in the hosts' memory meanwhile.
+    waiting: abstract arrays that are in host memory meanwhile (host offload).
     role: of the devices that it runs on.
     note: how `calls` was modelled, where more than the config decides it.
   """
@@ -32,6 +37,7 @@ class Program:
   kind: str
   lower: Callable[[], jax.stages.Lowered]
   arguments: Any
+  phase: str = TRAINING
   beside: dict[str, Any] = dataclasses.field(default_factory=dict)
   calls: float = 0.0
   unknown_trips: int | None = None

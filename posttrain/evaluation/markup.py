@@ -1,4 +1,4 @@
-"""Small pieces of HTML. Every text that comes from a run is escaped here."""
+"""HTML elements. Every text that comes from a run is escaped here."""
 
 import html
 import json
@@ -17,14 +17,14 @@ class Html(str):
 
 
 def text(value: Any) -> Html:
-  """`value` as text, escaped; `Html` is left alone."""
+  """Escapes `value` as text; leaves `Html` alone."""
   return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
 def tag(
     name: str, *children: Any, attributes: Mapping[str, Any] | None = None,
 ) -> Html:
-  """`<name attributes>children</name>`."""
+  """Makes `<name attributes>children</name>`."""
   given = "".join(
       f' {key}="{html.escape(str(value))}"'
       for key, value in (attributes or {}).items())
@@ -32,7 +32,7 @@ def tag(
 
 
 def div(kind: str, *children: Any) -> Html:
-  """A div of one class."""
+  """Makes a div of one class."""
   return tag("div", *children, attributes={"class": kind})
 
 
@@ -49,7 +49,7 @@ def table(
     header: Sequence[Any], rows: Iterable[Sequence[Any]], *,
     words: int = 1,
 ) -> Html:
-  """A table whose columns from `words` on are numbers.
+  """Makes a table whose columns from `words` on are numbers.
 
   A rule sets rows apart whose first column differs from that of the row above,
   where several columns are words.
@@ -78,7 +78,7 @@ def details(summary: str, *children: Any, is_open: bool = False) -> Html:
 
 
 def json_script(identifier: str, data: Any) -> Html:
-  """Data for the page's script. No text in it can close the element."""
+  """Embeds data for the page's script. No text in it can close the element."""
   encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
   for character in "<>&\u2028\u2029":
     encoded = encoded.replace(character, f"\\u{ord(character):04x}")
@@ -88,12 +88,12 @@ def json_script(identifier: str, data: Any) -> Html:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-  """`0.8375` -> "83.8%"; a dash for None."""
+  """Formats a share: `0.8375` -> "83.8%"; a dash for None."""
   return NONE if value is None else f"{100 * value:.{digits}f}%"
 
 
 def number(value: float | None) -> str:
-  """Four significant digits, thousands separated; a dash for None.
+  """Formats a number to four significant digits; a dash for None.
 
   Below a thousandth in powers of ten, without zeros that say nothing:
   `0.00015` -> "1.5e-4".
@@ -109,12 +109,12 @@ def number(value: float | None) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-  """Percent with its standard error, which may be undefined."""
+  """Formats percent with its standard error, which may be undefined."""
   return f"{percent(value)} ± {points(error)}"
 
 
 def points(error: float | None) -> str:
-  """Percentage points of a standard error; "n/a" where it is undefined."""
+  """Formats a standard error in percentage points; "n/a" where undefined."""
   if error is None or math.isnan(error):
     return "n/a"
   return f"{100 * error:.1f}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from posttrain.report import svg
+from posttrain.evaluation import svg
 
 # Above the smallest range that 12 digits of a tick can tell apart.
 FLOATS = st.floats(-1e6, 1e6, allow_nan=False)

@@ -1,6 +1,6 @@
-"""The programs of the sampler: rows that wait for the longest.
+"""Programs of the sampler with static batching: rows wait for the longest.
 
-Those of an engine, whose rows are refilled, are in `engine_programs`.
+`programs.engine` has those of continuous batching.
 
   P: prompts  G: samples of each  B: rows  S: slots of the cache
 """
@@ -13,49 +13,46 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import config_dict
 
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
-from posttrain.plan import abstract, engine_programs
-from posttrain.plan.program import Program
-from posttrain.plan.setup import Setup
+from posttrain.programs import abstract, engine
+from posttrain.programs.program import SAMPLING, Program
 from posttrain.sampler import decode
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler.requests import Request
-from posttrain.stages import sampling
 
 
 def of_rollout(
-    setup: Setup, stage: str, model: Transformer,
-    rollout: config_dict.ConfigDict, *, groups: int, group_size: int,
-    limits: sampler_lib.Limits, beside: dict[str, Any], detail: str = "",
-    steps: bool = True,
+    stage: str, sampler: sampler_lib.Sampler, model: Transformer, *,
+    groups: int, group_size: int, limits: sampler_lib.Limits,
+    beside: dict[str, Any], detail: str = "", steps: bool = True,
 ) -> Iterator[Program]:
   """Yields the programs of one sampler call on the current mesh.
 
   Calls are for completions that all run to their maximum.
 
   Args:
+    stage: the name of the stage that makes the call.
+    groups, group_size: prompts, and samples of each.
     beside: abstract arrays that are on the devices meanwhile.
-    detail: of the names.
-    steps: the stage has steps, of each of which the call is a part.
+    detail: a part of the programs' names.
+    steps: the call is a part of each step of the stage.
   """
-  sampler = sampling.of_tables(
-      setup.thinking_ids, setup.tables_of(rollout), rollout)
   asked = sampler.make_requests(
       [[0]] * groups, limits, prompt_id=[0] * groups, group_size=group_size)
   named = functools.partial(_named, stage, detail, steps)
+  tokens = int(np.max(limits.max_tokens))
   if sampler.max_num_seqs:
-    yield from engine_programs.of_engine(
+    yield from engine.of_engine(
         named, model, sampler.tables, sampler.engine_settings(asked),
-        prompts=engine_programs.Prompts(
+        prompts=engine.Prompts(
             groups, group_size, sampler.max_prompt_tokens),
-        tokens=rollout.max_tokens, beside=beside)
+        tokens=tokens, beside=beside)
   else:
     yield from _waiting(
         named, stage, model, sampler, asked, group_size, beside,
-        end=sampler.max_prompt_tokens + rollout.max_tokens)
+        end=sampler.max_prompt_tokens + tokens)
 
 
 def _named(
@@ -63,9 +60,9 @@ def _named(
     lower: Callable[[], jax.stages.Lowered], arguments: Any,
     beside: dict[str, Any], calls: float = 1, sizes: str = "", note: str = "",
 ) -> Program:
-  """A program of one call of the sampler."""
+  """Makes a program of one call of the sampler."""
   return Program(
-      stage, kind, lower, arguments, beside, float(calls * steps),
+      stage, kind, lower, arguments, SAMPLING, beside, float(calls * steps),
       detail=" ".join(filter(None, (detail, sizes))),
       note=note if steps else "")
 
@@ -75,7 +72,7 @@ def _waiting(
     sampler: sampler_lib.Sampler, asked: Sequence[Request], group_size: int,
     beside: dict[str, Any], *, end: int,
 ) -> Iterator[Program]:
-  """Prefill, then a chunk of decoding for each size of the cache."""
+  """Yields prefill, then a chunk of decoding for each size of the cache."""
   inputs = sampler.inputs(
       asked, group_size=group_size, put=sharding.abstract)
   prompts = [inputs[key] for key in (
@@ -121,7 +118,7 @@ def _waiting(
 def _draws(
     stage: str, sampler: sampler_lib.Sampler, inputs: dict[str, Any],
 ) -> tuple[Any, Any]:
-  """What `decode` takes beside the weights and the carry."""
+  """Arguments of `decode` besides the weights and the carry."""
   keys = jax.eval_shape(
       lambda prompt, sample: sampler_lib.row_keys(
           seed=np.uint32(0), stage=stage, step=0, prompt_id=prompt,

@@ -1,9 +1,9 @@
-"""The policy's weights, to the devices that sample: programs and bytes.
+"""Weight sync, to the devices that only sample: programs and bytes.
 
-`train.weight_sync` moves an array at a time. The gathers and fingerprints are
-compiled here as it compiles them. What it does with arrays of one device, a
-cast, a cut, a copy to another device, is no program worth a plan: its bytes
-are counted. What is frozen moves before the first batch of rollouts only.
+`rl.weight_sync` moves an array at a time. The gathers and fingerprints are
+compiled here as it compiles them. Casts and cuts of one array and copies to
+another device are no programs worth a plan: their bytes are counted. Frozen
+weights move before the first batch of rollouts only.
 """
 
 import dataclasses
@@ -12,16 +12,12 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
-from ml_collections import config_dict
 
-from posttrain import sharding
 from posttrain.model.transformer import Transformer
-from posttrain.plan.abstract import shard_bytes
-from posttrain.plan.program import SAMPLING, Program
-from posttrain.plan.setup import Setup
+from posttrain.programs.abstract import shard_bytes
+from posttrain.programs.program import SAMPLING, Program
 from posttrain.rl import weight_sync
-from posttrain.stages import training
-from posttrain.train import fingerprint, trainable
+from posttrain.train import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +31,20 @@ class Array:
 
   @property
   def cast(self) -> jax.ShapeDtypeStruct:
-    """At rest, in the sampler's dtype."""
+    """The array at rest, in the sampler's dtype."""
     return jax.ShapeDtypeStruct(
         self.sent.shape, self.arrived.dtype, sharding=self.sent.sharding)
 
   @property
   def gather(self) -> tuple[Any, ...]:
-    """Arrays that are alike in it take the same program."""
+    """Key of the gather: arrays with the same one share a program."""
     return self.sent.shape, self.sent.dtype, self.sent.sharding, (
         self.arrived.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """What one stage moves before each batch of rollouts.
+  """Arrays that one stage moves before each batch of rollouts.
 
   Attributes:
     arrays: all of the policy's.
@@ -61,7 +57,7 @@ class Transfer:
   sampling: int
 
   def received(self, *, first: bool = False) -> int:
-    """Bytes that each sampling device takes in; of all arrays, or trained."""
+    """Bytes that each sampling device takes in; of trained arrays, or all."""
     return shard_bytes([
         x.arrived for x in self.arrays if x.trained or first])
 
@@ -73,45 +69,33 @@ class Transfer:
     return self.received(first=first) * -(-self.sampling // self.training)
 
 
-def of_stage(
-    setup: Setup, stage: str, model: Transformer, paths: Collection[str],
-    sampling: jax.sharding.Mesh,
-) -> tuple[Transfer, Transformer]:
-  """What a stage moves, and the policy as the sampler has it.
+def of_policy(
+    stage: str, model: Transformer, paths: Collection[str],
+    like: Transformer,
+) -> Transfer:
+  """Plans the transfer of a policy from the current mesh, which trains.
 
   Args:
-    model: on the current mesh, which trains.
+    model: the policy as the training devices hold it.
     paths: of what is trained.
+    like: the policy as the sampling devices want it, see
+      `weight_sync.wanted`.
   """
-  section = setup.config[stage]
-  like = _wanted(setup, section, sampling)
   arrays = [
       Array(name, sent, arrived, name in paths)
       for (name, sent), arrived in zip(
           weight_sync.named(model), jax.tree.leaves(like), strict=True)]
-  here = jax.sharding.get_mesh()
+  sampling = arrays[0].arrived.sharding.mesh
   count = lambda mesh: len(mesh.devices.flat) // len(
       {device.process_index for device in mesh.devices.flat})
-  return Transfer(stage, arrays, count(here), count(sampling)), like
-
-
-def _wanted(
-    setup: Setup, section: config_dict.ConfigDict,
-    sampling: jax.sharding.Mesh,
-) -> Transformer:
-  """As `stages.rollout_buffer.RolloutBuffer` asks for it."""
-  with jax.set_mesh(sampling):
-    like, _ = trainable.abstract(
-        setup.model, training.plan(section, setup.config.compute))
-  like = weight_sync.sampler_dtypes(
-      like, weights_dtype=section.rollout.weights_dtype)
-  return jax.tree.map(lambda x: sharding.on_mesh(x, sampling), like)
+  return Transfer(
+      stage, arrays, count(jax.sharding.get_mesh()), count(sampling))
 
 
 def programs(
     transfer: Transfer, beside: dict[str, Any],
 ) -> Iterator[Program]:
-  """Gathers on the current mesh, and fingerprints on both.
+  """Yields gathers on the current mesh, and fingerprints on both.
 
   Args:
     beside: abstract arrays that are on the training devices besides the
@@ -128,7 +112,7 @@ def programs(
 def _gathers(
     stage: str, arrays: list[Array], beside: dict[str, Any],
 ) -> Iterator[Program]:
-  """A program for all arrays that are alike, once for each of their slabs."""
+  """Yields a program for all arrays that are alike, once for each slab."""
   alike: dict[tuple, list[Array]] = {}
   for array in arrays:
     alike.setdefault(array.gather, []).append(array)
@@ -139,7 +123,7 @@ def _gathers(
     yield Program(
         stage, "gather", functools.partial(
             weight_sync.gathered.lower, x, 0, size=size, axis=axis,
-            dtype=dtype), (x,), beside | {
+            dtype=dtype), (x,), SAMPLING, beside | {
                 "policy": [y.sent for y in arrays if y != same[0]]},
         float(slabs * sum(y.trained for y in same)),
         detail=same[0].name)
@@ -149,16 +133,20 @@ def _fingerprints(
     transfer: Transfer, moved: list[Array], beside: dict[str, Any], *,
     calls: float, detail: str = "",
 ) -> Iterator[Program]:
-  """Of what was sent, in the sampler's dtypes, and of what arrived."""
+  """Yields fingerprints of what was sent and of what arrived.
+
+  Both are in the sampler's dtypes.
+  """
   cast, arrived = [x.cast for x in moved], [x.arrived for x in moved]
   rest = [x.sent for x in transfer.arrays
           if x not in moved or x.sent.dtype != x.arrived.dtype]
   yield Program(
       transfer.stage, "fingerprints_sent", functools.partial(
           fingerprint.fingerprints.lower, cast), (cast,),
-      beside | {"policy": rest}, calls, detail=detail)
+      SAMPLING, beside | {"policy": rest}, calls, detail=detail)
   yield Program(
       transfer.stage, "fingerprints_arrived", functools.partial(
           fingerprint.fingerprints.lower, arrived), (arrived,),
-      {"policy": [x.arrived for x in transfer.arrays if x not in moved]},
+      SAMPLING, {"policy": [
+          x.arrived for x in transfer.arrays if x not in moved]},
       calls, detail=detail, role=SAMPLING)

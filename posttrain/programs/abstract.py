@@ -1,21 +1,19 @@
-"""What a config puts on devices, as shapes on the current mesh."""
+"""Weights and optimizer states as shapes on the current mesh."""
 
 import math
 from collections.abc import Collection
 from typing import Any
 
 import jax
-from ml_collections import config_dict
 
 from posttrain import weights
 from posttrain.model import transformer
 from posttrain.model.block import Block
+from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.plan.setup import Setup
 from posttrain.sampler import decode
-from posttrain.stages import training
+from posttrain.train import spikes, trainable
 from posttrain.train import state as state_lib
-from posttrain.train import trainable
 
 
 def shard_bytes(tree: Any) -> int:
@@ -25,27 +23,26 @@ def shard_bytes(tree: Any) -> int:
       for x in jax.tree.leaves(tree))
 
 
-def model_of(setup: Setup) -> Transformer:
+def model_of(config: ModelConfig) -> Transformer:
   """Parameters in float32, as the current mesh would hold them."""
-  return weights.on_mesh(transformer.abstract(setup.model))
+  return weights.on_mesh(transformer.abstract(config))
 
 
 def trained(
-    setup: Setup, stage: str) -> tuple[Transformer, frozenset[str]]:
+    config: ModelConfig, plan: trainable.Plan,
+) -> tuple[Transformer, frozenset[str]]:
   """The model as a stage trains it, and the paths of what it trains."""
-  whole, paths = trainable.abstract(
-      setup.model, training.plan(setup.config[stage], setup.config.compute))
+  whole, paths = trainable.abstract(config, plan)
   return weights.on_mesh(whole), paths
 
 
 def state_of(
     model: Transformer, optimizer: Any, paths: Collection[str],
-    section: config_dict.ConfigDict,
+    rule: spikes.Rule | None,
 ) -> state_lib.TrainState:
-  """What an update moves, as the current mesh would hold it."""
+  """The training state of an update, as the current mesh would hold it."""
   return weights.on_mesh(jax.eval_shape(
-      lambda model: state_lib.create(
-          model, optimizer, paths, training.spike_rule(section)), model))
+      lambda model: state_lib.create(model, optimizer, paths, rule), model))
 
 
 def unstacked(
@@ -54,8 +51,8 @@ def unstacked(
   """The weights as the decode loop reads them, see `decode.unstacked`.
 
   Returns:
-    The model, its layers, and by a name what of the model at rest is on the
-    devices besides, as it was not whole.
+    The model, its layers, and by name the arrays of the model at rest that
+    stay on the devices as well, because the decode loop has another copy.
   """
   whole, blocks = weights.on_mesh(decode.unstacked.eval_shape(
       model, weights_dtype=weights_dtype))

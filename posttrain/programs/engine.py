@@ -1,4 +1,4 @@
-"""The programs of an engine: rows that are refilled as they end.
+"""Programs of the engine: continuous batching.
 
 Lengths decide what an engine runs, and a plan knows none. So every program
 that it may run is planned, and `calls` are modelled: all prompts have the most
@@ -21,8 +21,8 @@ import numpy as np
 
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
-from posttrain.plan import abstract
-from posttrain.plan.program import Program
+from posttrain.programs import abstract
+from posttrain.programs.program import Program
 from posttrain.sampler import (
   budget,
   decode,
@@ -49,7 +49,7 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Waves:
-  """What an engine calls while it goes through its queue.
+  """Calls that an engine makes while it goes through its queue.
 
   Attributes:
     calls: by the key that the engine calls a program by.
@@ -66,7 +66,7 @@ def waves(
     settings: Settings, place: prefill.Prefill, prompts: Prompts,
     tokens: int,
 ) -> Waves:
-  """The engine's own steps, of completions that are all `tokens` long."""
+  """Counts the engine's calls for completions that are all `tokens` long."""
   sizes, calls = settings.sizes, Counter[tuple]()
   chunks = -(-prompts.length // place.chunk)
   source = place.slots_of(chunks * place.chunk)
@@ -106,7 +106,7 @@ def of_engine(
     tables: budget.BudgetTables, settings: Settings, *, prompts: Prompts,
     tokens: int, beside: dict[str, Any],
 ) -> Iterator[Program]:
-  """Every program of an engine with these settings, on the current mesh.
+  """Yields every program of an engine with these settings, on the current mesh.
 
   Args:
     named: makes a program: (kind, lower, arguments, beside, calls, sizes,
@@ -195,12 +195,12 @@ class _Shapes:
 
   @property
   def can_share(self) -> bool:
-    """Prompts may begin with the same chunk and have a token behind it."""
+    """Prompts may share a prefix: a whole chunk, with a token behind it."""
     return self.length > self.prefill.chunk
 
   @property
   def slots(self) -> dict[str, Any]:
-    """At their largest, while prompts are prefilled for the next wave."""
+    """Slots at their largest, while prompts are prefilled for the next wave."""
     return {"slots": self.carry(self.settings.sizes[-1]),
             "requests": self.requests}
 
@@ -228,7 +228,7 @@ class _Shapes:
 
 def _idle(
     named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Slots without a request, when the engine is made."""
+  """Yields programs that make the engine's slots, without a request."""
   settings, tables = shapes.settings, shapes.tables
   size = settings.sizes[0]
   yield shapes.empty(named, settings.rows, size, shapes.weights, 1)
@@ -249,7 +249,7 @@ def _idle(
 
 def _prompts(
     named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Prompts into caches of their own, and what they share into those."""
+  """Yields programs that prefill prompts, and copy a prefix that they share."""
   count, parts = shapes.prefill.rows, shapes.prefill.parts
   beside = {**shapes.slots, **shapes.prompts(shapes.waves.batches - 1)}
   for source in shapes.sources:
@@ -281,7 +281,7 @@ def _prompts(
 
 def _admission(
     named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Prompts to the slots of their samples, which begin."""
+  """Yields programs that admit requests to slots."""
   settings, calls = shapes.settings, shapes.waves.calls
   for source, size in itertools.product(shapes.sources, settings.sizes):
     yield shapes.place(
@@ -308,7 +308,9 @@ def _admission(
 
 def _resizes(
     named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """To the next size, and back where a short row can do with a quarter."""
+  """Yields programs that resize the cache.
+
+  It grows to the next size, and shrinks where a short row needs a quarter."""
   settings = shapes.settings
   least = 1 + min(settings.chunk, shapes.tokens)
   beside = {**shapes.weights, **shapes.prompts(shapes.waves.batches),

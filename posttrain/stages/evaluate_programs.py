@@ -1,0 +1,64 @@
+"""Programs, sizes and work of an evaluation, for plans and estimates."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import config_dict
+
+from posttrain import sharding
+from posttrain.model.config import ModelConfig
+from posttrain.programs import sampling as sampling_programs
+from posttrain.programs.program import Program
+from posttrain.stages import evaluation_cells, memory_estimate
+from posttrain.stages.planned_stage import PlannedStage
+from posttrain.stages.stage import Pass, Sizes
+
+
+def programs(stage: PlannedStage) -> Iterator[Program]:
+  """A cell of each shape: of samples, and of waits where they count."""
+  section, setup = stage.section, stage.setup
+  rollout, count = section.rollout, section.problems.count
+  samples_of = evaluation_cells.samples_of_cells(section)
+  waits = rollout.continuous_batching or rollout.wait_order == "draw"
+  found: dict[tuple[int, int], Any] = {}
+  for cell in evaluation_cells.cells_of(section):
+    found.setdefault(
+        (samples_of[cell.name], cell.num_waits if waits else 0), cell)
+  several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
+  for (samples, _), cell in found.items():
+    groups = evaluation_cells.batch_size(section, samples)
+    if rollout.continuous_batching:  # All; enough for the engine's rows.
+      groups = count or groups + 1
+    detail = itertools.compress(
+        (f"G={samples}", f"waits={cell.num_waits}"), several)
+    yield from sampling_programs.of_rollout(
+        stage.name, setup.sampler(rollout), stage.start,
+        groups=min(groups, count) if count else groups, group_size=samples,
+        limits=evaluation_cells.limits_of(section, cell),
+        beside=stage.beside, detail=" ".join(detail), steps=False)
+
+
+def memory(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig,
+) -> Sizes:
+  """Weights, and the cache of the completions that are decoded together."""
+  del compute
+  samples = max(section.samples_per_problem, section.majority.max_samples)
+  rows, count = section.rollout.max_num_seqs, section.problems.count
+  if not section.rollout.continuous_batching:  # An engine has all its slots.
+    rows = max(rows, samples)
+    rows = min(rows, count * samples) if count else rows
+  return Sizes(
+      model, memory_estimate.of_rollout(section.rollout, rows), smaller={
+          "sampling": {"rollout.max_num_seqs": "fewer",
+                       "samples_per_problem": "fewer",
+                       **memory_estimate.SMALLER_ROLLOUT}})
+
+
+def work(
+    section: config_dict.ConfigDict, mesh: sharding.MeshSizes) -> list[Pass]:
+  """Nothing: an evaluation has no steps."""
+  del section, mesh
+  return []

@@ -1,0 +1,244 @@
+"""Programs, sizes and work of reinforcement learning, for plans and estimates.
+
+  P: prompts  G: samples of each  M: microbatches  R: rows of one  T: length
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from posttrain import sharding, weights
+from posttrain.config import checks
+from posttrain.model import lora
+from posttrain.model.config import ModelConfig
+from posttrain.model.transformer import Transformer
+from posttrain.programs import abstract, transfer
+from posttrain.programs import sampling as sampling_programs
+from posttrain.programs.program import SAMPLING, SCORING, TRAINING, Program
+from posttrain.rl import packing
+from posttrain.sampler import decode
+from posttrain.stages import memory_estimate, rl_parts, sampling, training
+from posttrain.stages.planned_stage import PlannedStage
+from posttrain.stages.stage import Decoding, Pass, Sizes
+from posttrain.tasks import loading
+from posttrain.text import render
+from posttrain.train import state as state_lib
+from posttrain.train import trainable
+
+SAMPLED_PROMPTS = 1000  # Whose lengths the padding is of.
+
+
+def programs(stage: PlannedStage) -> Iterator[Program]:
+  """A batch of rollouts, logprobs where they are needed, and updates."""
+  section, (model, paths) = stage.section, stage.trained
+  loss = rl_parts.make_loss(section, loss_chunk=stage.compute.loss_chunk)
+  optimizer, update = training.make_update(section, loss)
+  state = abstract.state_of(
+      model, optimizer, paths, training.spike_rule(section))
+  models, own = {"policy": model}, {"policy": model}
+  if section.loss.kl_coef:
+    models["reference"], shared = _reference(stage)
+    own["reference"] = models["reference"]
+    if shared:  # What the policy does not move is there once.
+      own = {key: trainable.split(tree, paths)[0]
+             for key, tree in own.items()}
+  beside = lambda *running: {
+      key: tree for key, tree in (*own.items(), ("optimizer", state.opt_state))
+      if key not in running}
+  for program in (
+      *_draws(stage, beside("policy")),
+      *_learning(stage, models, state, loss, update, beside)):
+    yield _offloaded(program, stage.compute.offload)
+
+
+def _offloaded(program: Program, names: Collection[str]) -> Program:
+  """The program while what is offloaded and not its own is in host memory."""
+  part = lambda inside: {name: tree for name, tree in program.beside.items()
+                         if (name in names) == inside}
+  return dataclasses.replace(
+      program, beside=part(False), waiting=part(True))
+
+
+def _learning(
+    stage: PlannedStage, models: dict[str, Transformer],
+    state: state_lib.TrainState, loss: Any, update: Any,
+    beside: Callable[..., dict[str, Any]],
+) -> Iterator[Program]:
+  """Yields the programs that `Learner` runs on the training devices.
+
+  Args:
+    models: "policy", and "reference" if there is one.
+    beside: arrays on the devices, without those of the names it is given.
+  """
+  name, section = stage.name, stage.section
+  shapes = rl_parts.make_shapes(section)
+  updates = rl_parts.num_updates(section)
+  experience = packing.empty_experience(
+      shapes, _experts(models["policy"]))
+  count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
+  for kind, whose, calls in _logprobs(section, updates):
+    batch = _arrays(experience)
+    yield Program(
+        name, kind, functools.partial(
+            packing.sequence_logprobs.lower, models[whose], batch,
+            np.int32(count), loss=loss),
+        (models[whose], batch), SCORING, beside(whose),
+        calls * shapes.num_minibatches, unknown_trips=count)
+    kept = section.loss.kl_in == "loss" if whose == "reference" else updates > 1
+    if kept:  # A KL in the reward is taken before the rows are packed anew.
+      experience |= {kind: column}
+  every = _arrays(experience)
+  # The first update of a batch of rollouts is its own old policy.
+  first = {key: x for key, x in every.items() if key != "old_logprobs"}
+  for kind, batch, calls in (
+      ("update", first, 1), ("later_update", every, updates - 1)):
+    if calls:
+      yield Program(
+          name, kind, functools.partial(
+              update.lower, state, batch, np.int32(count)),
+          (state, batch), TRAINING, beside("policy", "optimizer"), calls,
+          unknown_trips=count)
+
+
+def _draws(
+    stage: PlannedStage, beside: dict[str, Any]) -> Iterator[Program]:
+  """Yields the programs of a batch of rollouts.
+
+  They are on the devices that only sample, if there are such.
+  """
+  section, mesh = stage.section, stage.sampling_mesh
+  draw = functools.partial(
+      sampling_programs.of_rollout, stage.name,
+      stage.setup.sampler(section.rollout), groups=section.num_groups,
+      group_size=section.group_size,
+      limits=sampling.make_limits(section.rollout))
+  if mesh is None:
+    yield from draw(model=stage.trained[0], beside=beside)
+    return
+  yield from transfer.programs(stage.transfer, beside)
+  with jax.set_mesh(mesh):  # Not around a `yield`, which would leak it.
+    drawn = list(draw(model=stage.policy_there, beside={}))
+  for program in drawn:
+    yield dataclasses.replace(program, role=SAMPLING)
+
+
+def _reference(stage: PlannedStage) -> tuple[Transformer, bool]:
+  """Builds the reference; tells if it shares arrays with the policy.
+
+  As `rl_parts.make_reference` has it.
+  """
+  section, (model, _) = stage.section, stage.trained
+  shared = section.reference in ("", checks.ADAPTER_OFF)
+  fresh = model.config.lora != stage.start.config.lora
+  if not shared:
+    model = abstract.model_of(stage.setup.model)
+  elif fresh or section.reference == checks.ADAPTER_OFF:
+    model = lora.without(model)
+  return weights.on_mesh(jax.eval_shape(
+      lambda model: trainable.at_rest(
+          model, (), stage.compute.frozen_dtype), model)), shared
+
+
+def _experts(model: Transformer) -> np.ndarray | None:
+  """The sampler's choice of experts of no tokens; None without any."""
+  c = model.config
+  return np.zeros((0, c.layers, c.experts_per_token), decode.experts_dtype(
+      c)) if c.num_experts else None
+
+
+def _arrays(experience: packing.Arrays) -> dict[str, Any]:
+  return packing.minibatch(experience, 0, put=sharding.abstract)[0]
+
+
+def _logprobs(
+    section: config_dict.ConfigDict, updates: int,
+) -> Iterator[tuple[str, str, int]]:
+  """Yields columns of `Learner.collect`: name, model, calls per minibatch."""
+  against = section.loss.kl_coef > 0
+  in_reward = against and section.loss.kl_in == "reward"
+  if updates > 1 or in_reward:
+    yield "old_logprobs", "policy", (updates > 1) + in_reward
+  if against:
+    yield "ref_logprobs", "reference", 1
+
+
+def memory(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig,
+) -> Sizes:
+  """Policy, reference, optimizer, one microbatch, and the sampler's cache."""
+  whole, frozen, arguments = memory_estimate.of_trained(
+      section, compute, model)
+  if section.loss.kl_coef:
+    shared = section.reference in ("", checks.ADAPTER_OFF)
+    like = whole if section.reference == "" else lora.without(whole)
+    kept = jax.eval_shape(
+        lambda model: trainable.at_rest(model, (), compute.frozen_dtype), like)
+    arguments["reference_bytes"] = memory_estimate.bytes_of(
+        kept) - shared * memory_estimate.bytes_of(frozen)
+  rollout, length = section.rollout, {"sequence_length": "shorter"}
+  completions = section.num_groups * section.group_size
+  groups = {"num_groups": "fewer", "group_size": "fewer"}
+  sampled = {"rollout.max_num_seqs": "fewer"} if rollout.max_num_seqs else {
+      **groups, "rollout.max_num_seqs": "some, for continuous batching"}
+  return Sizes(
+      whole.config, arguments | dict(
+          rows=section.rows_per_microbatch,
+          sequence_length=section.sequence_length, offload=compute.offload,
+          **memory_estimate.of_rollout(
+              rollout, rollout.max_num_seqs or completions)),
+      batch_tokens=completions * section.sequence_length,
+      smaller={
+          "training": {"rows_per_microbatch": "fewer", **length},
+          "optimizer": memory_estimate.smaller_moments(section),
+          "sampling": sampled | memory_estimate.SMALLER_ROLLOUT,
+          "batch": groups | length})
+
+
+def work(
+    section: config_dict.ConfigDict, mesh: sharding.MeshSizes,
+) -> list[Pass | Decoding]:
+  """Completions to their maximum, logprobs where needed, and updates."""
+  rows = -(-section.rows_per_microbatch // mesh.batch) * mesh.batch
+  completions, rollout = section.num_groups * section.group_size, (
+      section.rollout)
+  count = -(-completions // rows)
+  scored = (rl_parts.num_updates(section) > 1) + (section.loss.kl_coef > 0)
+  some = functools.partial(Pass, rows, section.sequence_length)
+  return [
+      Decoding(
+          completions, rollout.max_prompt_tokens + rollout.max_tokens,
+          rollout.max_tokens, cache_dtype=rollout.cache_dtype,
+          weights_dtype=rollout.weights_dtype),
+      some(times=scored * count, backward=False),
+      some(times=section.num_epochs * count, backward=True)]
+
+
+def padding(
+    stage: PlannedStage, renderer: render.Renderer,
+    meshes: Mapping[str, sharding.MeshSizes],
+) -> tuple[float, str]:
+  """The task's first prompts against the room for them."""
+  section = stage.section
+  parts = meshes.get(SAMPLING, meshes[TRAINING]).rows
+  problems = loading.load_function(section.problems.task)(
+      section.problems.split, **section.problems.args)
+  count = min(len(problems), SAMPLED_PROMPTS)
+  lengths = [len(renderer.prompt_tokens(problems[i])) for i in range(count)]
+  room = section.rollout.max_prompt_tokens
+  filled = -(-section.num_groups // parts) * parts
+  mean = sum(lengths) / count
+  return 1 - mean / room * section.num_groups / filled, (
+      f"mean {mean:.1f}, longest {max(lengths)} of {room} tokens in "
+      f"{count} prompts; {filled - section.num_groups} empty prompts for a "
+      f"mesh of {parts}")
+
+
+def no_lengths(*_: Any) -> tuple[float, str]:
+  """Raises ValueError: nobody knows the lengths of completions yet."""
+  raise ValueError("the policy decides the lengths during the run.")
