@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,29 @@ def json_script(identifier: str, data: Any) -> Html:
   return Html(
       f'<script type="application/json" id="{html.escape(identifier)}">'
       f"{encoded}</script>")
+
+
+def document(
+    title: str, body: Html, *, style: str, policy: str, script: str = "",
+) -> str:
+  """Writes a page that needs nothing else.
+
+  Args:
+    policy: its content policy, which can forbid every request, so that
+      nothing in a run can add one.
+  """
+  return (
+      '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+      f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+      f"<title>{text(title)}</title>\n<style>\n{style}</style>\n"
+      f"</head>\n<body>\n{body}\n{script}</body>\n</html>\n")
+
+
+def made_by(verb: str) -> Html:
+  """The footer of a page."""
+  return tag("footer", f"Made by posttrain {verb}, " + time.strftime(
+      "%Y-%m-%d %H:%M UTC", time.gmtime()))
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -282,35 +282,25 @@ def file(
     width: int, height: int,
 ) -> str:
   """Writes an SVG file: title, legend and remarks above the drawing."""
-  row = 19
-  texts = [f'<text class="title" x="{LEFT}" y="24">{markup.text(title)}</text>']
-  x, y = LEFT, 24 + row
-  for line, label in [*((line, line.label) for line in lines), *(
-      (None, f"{mark}  {meaning}") for mark, meaning in marks)]:
-    if x > LEFT and x + 7 * len(label) + 40 > width:
-      x, y = LEFT, y + row
-    if line is not None:
-      texts.append(
-          f'<g class="series {colour_class(line.colour)} dash{line.dash}">'
-          f'<path class="line" d="M{x} {y - 4}h22"/></g>')
-      x += 28
-    texts.append(f'<text class="key" x="{x}" y="{y}">{markup.text(label)}'
-                 "</text>")
-    x += 7 * len(label) + 24  # About as wide as the letters.
-  for remark in remarks:
-    y += row
-    texts.append(f'<text class="key" x="{LEFT}" y="{y}">'
-                 f"{markup.text(remark)}</text>")
+  keys = [f'<tspan fill="currentColor" class="{colour_class(line.colour)}" '
+          f'dx="12">\u2501\u2501</tspan> {markup.text(line.label)}'
+          for line in lines]
+  rows = ["".join(keys[i:i + 6]) for i in range(0, len(keys), 6)]
+  rows.append("".join(f'<tspan dx="12">{mark} {meaning}</tspan>'
+                      for mark, meaning in marks))
+  rows += map(markup.text, remarks)
+  texts = [f'<text class="label head" x="{LEFT}" y="24">{markup.text(title)}'
+           "</text>"]
+  texts += [f'<text class="label row" x="{LEFT}" y="{24 + 19 * n}">{row}</text>'
+            for n, row in enumerate(filter(None, rows), start=1)]
+  # A viewer of pictures may know no variables, and has one theme.
   colours = dict(re.findall(r"(--\w+): (#\w+);", STYLE))
-  rules = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]],
-                 STYLE[STYLE.index(".grid"):])
+  style = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]], STYLE)
+  top = 24 + 19 * (len(texts) - 1)
   return (
-      '<svg xmlns="http://www.w3.org/2000/svg" '
-      f'viewBox="0 0 {width} {height + y}" role="img" '
-      f'font-family="system-ui, sans-serif">\n<title>{markup.text(title)}'
-      f"</title>\n<style>\n.title {{ font-size: 15px; font-weight: 600; "
-      f"fill: {colours['--text']}; }}\n.key {{ font-size: 12.5px; "
-      f"fill: {colours['--soft']}; }}\n{rules}</style>\n"
+      f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+      f'viewBox="0 0 {width} {height + top}" role="img">\n'
+      f"<title>{markup.text(title)}</title>\n<style>\n{style}</style>\n"
       f'<rect width="100%" height="100%" fill="{colours["--card"]}"/>\n'
-      f"{''.join(texts)}\n<g transform=\"translate(0 {y})\">{body}</g>\n"
+      f"{''.join(texts)}\n<g transform=\"translate(0 {top})\">{body}</g>\n"
       "</svg>\n")

@@ -1,6 +1,5 @@
 """The plan as one HTML file that needs nothing else."""
 
-import time
 from collections.abc import Sequence
 
 from posttrain.evaluation import markup
@@ -34,13 +33,6 @@ def render(plan: Plan, sweep: Sequence[report_lib.Table] = ()) -> str:
       for table in (*report_lib.tables(plan), *sweep)]
   body = markup.join([
       markup.tag("h1", title), items(report_lib.summary(plan)), *advice,
-      *sections, markup.tag("footer", "Made by posttrain plan, "
-                            + time.strftime("%Y-%m-%d %H:%M UTC",
-                                            time.gmtime())),
+      *sections, markup.made_by("plan"),
       markup.json_script("plan", report_lib.all_figures(plan))])
-  return (
-      '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-      f"<title>{markup.text(title)}</title>\n<style>{STYLE}</style>\n"
-      f"</head>\n<body>\n{body}\n</body>\n</html>\n")
+  return markup.document(title, body, style=STYLE, policy=POLICY)

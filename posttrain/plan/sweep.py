@@ -65,7 +65,7 @@ def tables(
       *layout(each), "yes" if each.fits else "no", format_bytes(each.bytes),
       report.seconds(each.seconds), f"{each.chip_seconds:.3g}")
       for each in ranked[:SHOWN]]
-  header = ("topology", *each_axis(), "remat")
+  header = ("topology", *sharding.ALWAYS, "remat")  # The axes that it sweeps.
   found = [report.Table(
       "Sweep (modelled)",
       (*header, "fits", "bytes per device", "a step", "chip-seconds"), rows,
@@ -75,26 +75,16 @@ def tables(
     return found
   rows = []
   for each, result in compiled:
-    known = [seconds for seconds in map(
-        result.step_seconds, training_stages(result)) if seconds is not None]
-    whole = len(known) == len(training_stages(result))
+    config = result.setup.config
+    steps = [result.step_seconds(name) for name in config.stages
+             if stage_of(config[name].kind).schema.trains]
+    known = [seconds for seconds in steps if seconds is not None]
     rows.append((
         *layout(each), "yes" if result.fits else "NO",
         format_bytes(max(r.memory.total for r in result.results)),
-        report.seconds(sum(known)) if whole else report.NONE,
+        report.seconds(sum(known)) if known == steps else report.NONE,
         f"{sum(r.seconds for r in result.results):.0f} s"))
   return [*found, report.Table(
       "Best of the sweep, compiled", (
           *header, "fits (compiler)", "largest peak + beside (compiler)",
           "steps (modelled, from HLO)", "compiled in (measured)"), rows)]
-
-
-def each_axis() -> tuple[str, str]:
-  """Axes that are swept; the others stay as they are."""
-  return sharding.ALWAYS
-
-
-def training_stages(found: plan.Plan) -> list[str]:
-  config = found.setup.config
-  return [name for name in config.stages
-          if stage_of(config[name].kind).schema.trains]

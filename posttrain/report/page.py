@@ -7,7 +7,6 @@ forbids every request, so that nothing in a run can add one.
 import json
 import os
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,17 +71,12 @@ def render(runs: Sequence[Run]) -> str:
           markup.tag("section", markup.tag("h2", name), content,
                      attributes={"id": name.lower()})
           for name, content in sections.items())),
-      markup.tag("footer", "Made by posttrain report, "
-                 + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))])
-  style = svg.STYLE + (HERE / "style.css").read_text()
+      markup.made_by("report")])
   script = (HERE / "page.js").read_text()
-  return (
-      '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-      f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-      f"<title>posttrain: {markup.text(title)}</title>\n"
-      f"<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
-      f"<script>\n{script}</script>\n</body>\n</html>\n")
+  return markup.document(
+      f"posttrain: {title}", body, policy=POLICY,
+      style=svg.STYLE + (HERE / "style.css").read_text(),
+      script=f"<script>\n{script}</script>\n")
 
 
 def _run(run: Run) -> markup.Html:

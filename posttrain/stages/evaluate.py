@@ -370,4 +370,4 @@ def log(context: RunContext, results: Mapping[str, Mapping]) -> None:
 STAGE = Stage(
     schema=SCHEMA, run=run, check=check, finished=finished,
     programs=evaluate_programs.programs, memory=evaluate_programs.memory,
-    work=evaluate_programs.work, leaves=("evaluations",))
+    work=lambda section, mesh: [], leaves=("evaluations",))

@@ -1,4 +1,4 @@
-"""Programs, sizes and work of an evaluation, for plans and estimates."""
+"""Programs and sizes of an evaluation, for plans and estimates."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,13 +6,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.programs import sampling as sampling_programs
 from posttrain.programs.program import Program
 from posttrain.stages import evaluation_cells, memory_estimate
 from posttrain.stages.planned_stage import PlannedStage
-from posttrain.stages.stage import Pass, Sizes
+from posttrain.stages.stage import Sizes
 
 
 def programs(stage: PlannedStage) -> Iterator[Program]:
@@ -55,10 +54,3 @@ def memory(
           "sampling": {"rollout.max_num_seqs": "fewer",
                        "samples_per_problem": "fewer",
                        **memory_estimate.SMALLER_ROLLOUT}})
-
-
-def work(
-    section: config_dict.ConfigDict, mesh: sharding.MeshSizes) -> list[Pass]:
-  """Nothing: an evaluation has no steps."""
-  del section, mesh
-  return []

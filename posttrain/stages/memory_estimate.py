@@ -65,15 +65,15 @@ def of_sizes(
 def of_trained(
     section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
     model: ModelConfig,
-) -> tuple[Transformer, Any, dict[str, Any]]:
+) -> tuple[Transformer, dict[str, Any]]:
   """Arguments of an estimate for what is trained and what stays frozen.
 
   Returns:
-    The abstract model as the stage has it, its frozen part, and the arguments.
+    The abstract model as the stage has it, and the arguments.
   """
   whole, paths = trainable.abstract(model, training.plan(section, compute))
   moving, frozen = trainable.split(whole, paths)
-  return whole, frozen, dict(
+  return whole, dict(
       trained=sum(w.size for w in jax.tree.leaves(moving)),
       optimizer_bytes=bytes_of(jax.eval_shape(
           training.make_optimizer(section).init, moving)),

@@ -42,7 +42,10 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
       model, optimizer, paths, training.spike_rule(section))
   models, own = {"policy": model}, {"policy": model}
   if section.loss.kl_coef:
-    models["reference"], shared = _reference(stage)
+    reference, shared = _reference(
+        section, model, stage.compute.frozen_dtype,
+        fresh=model.config.lora != stage.start.config.lora)
+    models["reference"] = weights.on_mesh(reference)
     own["reference"] = models["reference"]
     if shared:  # What the policy does not move is there once.
       own = {key: trainable.split(tree, paths)[0]
@@ -127,21 +130,20 @@ def _draws(
     yield dataclasses.replace(program, role=SAMPLING)
 
 
-def _reference(stage: PlannedStage) -> tuple[Transformer, bool]:
+def _reference(
+    section: config_dict.ConfigDict, model: Transformer, dtype: str, *,
+    fresh: bool = False,
+) -> tuple[Transformer, bool]:
   """Builds the reference; tells if it shares arrays with the policy.
 
-  As `rl_parts.make_reference` has it.
+  As `rl_parts.make_reference` has it: adapters that are new add nothing yet,
+  and another model has none.
   """
-  section, (model, _) = stage.section, stage.trained
-  shared = section.reference in ("", checks.ADAPTER_OFF)
-  fresh = model.config.lora != stage.start.config.lora
-  if not shared:
-    model = abstract.model_of(stage.setup.model)
-  elif fresh or section.reference == checks.ADAPTER_OFF:
+  if fresh or section.reference:
     model = lora.without(model)
-  return weights.on_mesh(jax.eval_shape(
-      lambda model: trainable.at_rest(
-          model, (), stage.compute.frozen_dtype), model)), shared
+  return jax.eval_shape(
+      lambda model: trainable.at_rest(model, (), dtype), model), (
+          section.reference in ("", checks.ADAPTER_OFF))
 
 
 def _experts(model: Transformer) -> np.ndarray | None:
@@ -172,15 +174,11 @@ def memory(
     model: ModelConfig,
 ) -> Sizes:
   """Policy, reference, optimizer, one microbatch, and the sampler's cache."""
-  whole, frozen, arguments = memory_estimate.of_trained(
-      section, compute, model)
+  whole, arguments = memory_estimate.of_trained(section, compute, model)
   if section.loss.kl_coef:
-    shared = section.reference in ("", checks.ADAPTER_OFF)
-    like = whole if section.reference == "" else lora.without(whole)
-    kept = jax.eval_shape(
-        lambda model: trainable.at_rest(model, (), compute.frozen_dtype), like)
+    kept, shared = _reference(section, whole, compute.frozen_dtype)
     arguments["reference_bytes"] = memory_estimate.bytes_of(
-        kept) - shared * memory_estimate.bytes_of(frozen)
+        kept) - shared * arguments["frozen_bytes"]
   rollout, length = section.rollout, {"sequence_length": "shorter"}
   completions = section.num_groups * section.group_size
   groups = {"num_groups": "fewer", "group_size": "fewer"}

@@ -53,7 +53,7 @@ def memory(
     model: ModelConfig,
 ) -> Sizes:
   """Weights, optimizer and one microbatch."""
-  whole, _, arguments = memory_estimate.of_trained(section, compute, model)
+  whole, arguments = memory_estimate.of_trained(section, compute, model)
   rows = {"rows": "fewer", "sequence_length": "shorter"}
   return Sizes(
       whole.config, arguments | dict(

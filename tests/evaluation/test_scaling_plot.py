@@ -69,9 +69,8 @@ class Drawing:
     return [t.text for g in self.series() for t in g.iter(f"{SVG}title")]
 
   def legend(self):
-    return [t.text for t in self.root.findall(f"{SVG}text")
-            + self.root.findall(f"{SVG}g/{SVG}text")
-            if t.get("class") == "key"]
+    return ["".join(t.itertext()) for t in self.root.findall(f"{SVG}text")
+            if t.get("class") == "label row"]
 
 
 def test_each_series_in_its_order():
@@ -137,7 +136,7 @@ def test_the_majority_vote_is_drawn_where_there_is_one():
   drawn = Drawing(result(), result("rl", majority_baseline=votes))
   [dotted] = drawn.lines("line votes")
   np.testing.assert_allclose(dotted, [[46.0, 0.4], [92.0, 0.5]], rtol=1e-3)
-  assert "·  majority vote of free samples" in " ".join(drawn.legend())
+  assert "· majority vote of free samples" in " ".join(drawn.legend())
 
 
 def test_prompts_that_ask_are_open_unless_they_are_forced():

@@ -38,7 +38,7 @@ def programs(stage):
 
 
 def memory(section, compute, model):
-  whole, _, arguments = memory_estimate.of_trained(section, compute, model)
+  whole, arguments = memory_estimate.of_trained(section, compute, model)
   return Sizes(whole.config, arguments | dict(
       rows=section.rows, sequence_length=section.sequence_length),
       smaller={"training": {"rows": "fewer"}})
