@@ -9,7 +9,7 @@ denominator are added up before the one division.
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,12 +20,17 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.config.stages.sft import SCHEMA
 from posttrain.data import batches as batches_lib
+from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.objectives.masked import cross_entropy_sum, masked_sum
-from posttrain.stages import loop, sft_charts, sft_programs, training
+from posttrain.programs import abstract
+from posttrain.programs.program import SCORING, TRAINING, Program
+from posttrain.stages import loop, memory_estimate, training
+from posttrain.stages.planned_stage import PlannedStage
 from posttrain.stages.run_context import RunContext
-from posttrain.stages.stage import Stage
+from posttrain.stages.stage import Pass, Sizes, Stage
 from posttrain.telemetry import flops
+from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render
 from posttrain.train import checkpoints, forward, microbatches, step
 
@@ -184,10 +189,93 @@ def describe(
       decode=context.renderer.tokenizer.decode)
 
 
+def programs(stage: PlannedStage) -> Iterator[Program]:
+  """Yields the update, and the held-out loss where there is held-out data."""
+  section, (model, paths) = stage.section, stage.trained
+  optimizer, update, sums = make_programs(
+      section, loss_chunk=stage.compute.loss_chunk)
+  state = abstract.state_of(
+      model, optimizer, paths, training.spike_rule(section))
+  count = section.num_microbatches
+  batch = microbatches.stack(
+      batches_lib.empty(**training.pick(section, "rows sequence_length")),
+      count, put=sharding.abstract)
+  yield Program(
+      stage.name, "update", functools.partial(
+          update.lower, state, batch, count),
+      (state, batch), calls=1, unknown_trips=count)
+  if section.eval_data.sources:
+    yield Program(
+        stage.name, "held_out", functools.partial(
+            sums.lower, state.model, batch), (state.model, batch), SCORING,
+        {"optimizer": state.opt_state})
+
+
+def memory(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig,
+) -> Sizes:
+  """Weights, optimizer and one microbatch."""
+  whole, arguments = memory_estimate.of_trained(section, compute, model)
+  rows = {"rows": "fewer", "sequence_length": "shorter"}
+  return Sizes(
+      whole.config, arguments | dict(
+          rows=_rows(section), sequence_length=section.sequence_length),
+      batch_tokens=section.rows * section.sequence_length,
+      smaller={
+          "training": {"num_microbatches": "more parts, each with fewer rows",
+                       **rows},
+          "optimizer": memory_estimate.smaller_moments(section),
+          "batch": rows})
+
+
+def work(
+    section: config_dict.ConfigDict, mesh: sharding.MeshSizes) -> list[Pass]:
+  """The microbatches of one update."""
+  del mesh
+  return [Pass(_rows(section), section.sequence_length,
+               times=section.num_microbatches, backward=True)]
+
+
+def _rows(section: config_dict.ConfigDict) -> int:
+  """Rows of one microbatch."""
+  return -(-section.rows // section.num_microbatches)
+
+
+def padding(
+    stage: PlannedStage, renderer: render.Renderer,
+    meshes: Mapping[str, sharding.MeshSizes],
+) -> tuple[float, str]:
+  """Packs the real data, as the stage would."""
+  section, parts = stage.section, meshes[TRAINING].batch
+  packed, _ = read_data(
+      section, renderer, seed=stage.setup.config.seed, stage=stage.name)
+  share = packed.report["padding_share"]
+  multiple = section.num_microbatches * parts
+  rows = -(-section.rows // multiple) * multiple
+  text = f"{share:.1%} in the {section.rows} rows of the config's data"
+  if rows > section.rows:
+    text += f", and {rows - section.rows} empty rows for a mesh of {parts}"
+  return 1 - (1 - share) * section.rows / rows, text
+
+
+CHARTS = (
+    Chart("Loss", {"loss": "training", "eval_loss": "held out"},
+          caption="Mean negative log-likelihood per target token."),
+    Chart("Entropy", {"entropy": "entropy"},
+          caption="Of the next-token distribution, on target tokens."),
+    *LEARNING,
+    Chart("Tokens", {"target_frac": "in the loss", "pad_frac": "padding"},
+          unit="share"),
+    Chart("Throughput", {"perf/tokens_per_sec": "tokens/s"}),
+    Chart("Time", {"time/step": "step", "time/eval": "evaluation"},
+          unit="seconds"),
+    Chart("Where a step's time goes", {
+        "time/input_wait": "input", "time/dispatch": "host",
+        "time/device_wait": "waiting for devices",
+        "time/compile": "compiling"}, unit="seconds", stacked=True),
+    *MACHINE,
+)
 STAGE = Stage(
-    schema=SCHEMA, run=run,
-    programs=functools.partial(sft_programs.programs, make_programs),
-    memory=sft_programs.memory, work=sft_programs.work,
-    padding={"packed rows": functools.partial(
-        sft_programs.padding, read_data)},
-    charts=sft_charts.CHARTS, leaves=("rows",))
+    schema=SCHEMA, run=run, programs=programs, memory=memory, work=work,
+    padding={"packed rows": padding}, charts=CHARTS, leaves=("rows",))
