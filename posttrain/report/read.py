@@ -153,8 +153,8 @@ def _record(
     return stage_lib.stage_of(kind)
   except Exception as error:  # A file of the user's own may raise anything.
     missing.append(
-        f"The kind of stage {name}, {kind!r}, is not known here ({error}). It "
-        "is shown as far as its files allow.")
+        f"The kind of stage {name}, {kind!r}, is not known here: "
+        f"{str(error).rstrip('.')}. It is shown as far as its files allow.")
     return None
 
 

@@ -178,7 +178,7 @@ def slab(
 def _within(
     index: tuple[slice, ...], axis: int, start: int, size: int,
 ) -> tuple[slice, ...] | None:
-  """What a device holds of a slab, within the slab; None for nothing."""
+  """The part of a slab that a device holds, within the slab; None for none."""
   first = max((index[axis].start or 0) - start, 0)
   stop = index[axis].stop
   last = min(size, size if stop is None else stop - start)

@@ -103,7 +103,7 @@ def finished(context: RunContext) -> int | None:
 
 
 def result_file(context: RunContext, checkpoint: str) -> pathlib.Path:
-  """Where the figures and completions of a checkpoint are."""
+  """The file of the figures and completions of a checkpoint."""
   return context.workdir.path / context.name / "eval" / (
       f"{label(checkpoint)}.json")
 
