@@ -59,7 +59,8 @@ def test_the_command_plans_it(tmp_path):
   assert "gives no `programs`, so no program of it is compiled" in output
 
 
-def test_nothing_to_compile_is_an_error_that_says_why():
+def test_nothing_to_compile_is_an_error_that_says_why(monkeypatch):
+  monkeypatch.setattr(topology, "devices", lambda where: jax.devices()[:1])
   with pytest.raises(plan.PlanError, match="BARE gives no `programs`"):
     plan.make(load("stages=look"), topology.parse("v5e:1x1"))
 
