@@ -10,6 +10,7 @@ known, the share of that is given too. A line of JSON for each.
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -25,11 +26,12 @@ from benchmarks.shapes import Shape
 from posttrain import distributed, sharding
 from posttrain.model import presets, transformer
 from posttrain.model.config import ModelConfig
+from posttrain.objectives import supervised
 from posttrain.sampler import decode, sampler, token_sampling
-from posttrain.stages import sft as sft_stage
 from posttrain.telemetry import flops
 from posttrain.telemetry import hardware as machine_lib
 from posttrain.text import thinking
+from posttrain.train import step
 
 SIDE = 8192  # Of the square matrices that the peak is measured with.
 
@@ -91,8 +93,8 @@ def train(
   batch = ours.full_rows(Shape(rows=rows, length=length), config.vocab_size)
   state, update = ours.trainer(
       transformer.init(config, 0),
-      lambda model, batch: sft_stage.cross_entropy(
-          model, batch, chunk=ours.LOSS_CHUNK))
+      functools.partial(
+          step.evaluate, supervised.cross_entropy, chunk=ours.LOSS_CHUNK))
 
   def run():
     nonlocal state

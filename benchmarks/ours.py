@@ -5,6 +5,7 @@
 Text and files are left out; nothing stops a row early.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,10 @@ from posttrain import distributed, sharding
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.objectives import advantages as advantages_lib
-from posttrain.objectives import policy as policy_objective
+from posttrain.objectives import policy, supervised
 from posttrain.rl import packing
+from posttrain.rl.objective import PolicyObjective
 from posttrain.sampler import budget_tables, rollouts, sampler, token_sampling
-from posttrain.stages import sft as sft_stage
 from posttrain.text import thinking
 from posttrain.train import microbatches, optimizer, step
 from posttrain.train import state as state_lib
@@ -79,13 +80,14 @@ def sft(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   """One update."""
   batch = full_rows(shape, config.vocab_size)
   state, update = trainer(
-      random_model(config), lambda model, batch: sft_stage.cross_entropy(
-          model, batch, chunk=LOSS_CHUNK))
+      random_model(config), functools.partial(
+          step.evaluate, supervised.cross_entropy, chunk=LOSS_CHUNK))
 
   def run(number: int) -> int:
     nonlocal state
     state, metrics = jax.block_until_ready(update(state, batch, 1))
-    return int(metrics["denominator"]) + shape.rows  # First tokens: no loss.
+    # First tokens have no loss.
+    return int(metrics["denominator/cross_entropy"]) + shape.rows
 
   return run
 
@@ -120,26 +122,42 @@ def generate(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
 
 
 def group_length(prompt: int, samples: int, new: int) -> int:
-  """Tokens of a row that holds a group, as `train.shared_prompts` lays it out.
+  """Tokens of a row that holds a group, as `rl.shared_prompts` lays it out.
 
   The prompt's last token is there for each sample, before its completion.
   """
   return prompt - 1 + samples * (1 + new)
 
 
+def policy_loss() -> step.Loss:
+  """The loss of GRPO, by its defaults."""
+  return functools.partial(step.evaluate, PolicyObjective(
+      policy.policy_loss, dict(clip_low=0.2, clip_high=0.2)),
+      chunk=LOSS_CHUNK)
+
+
+def pack(
+    drawn: rollouts.Rollouts, advantages: np.ndarray, shape: packing.Shapes,
+) -> packing.Arrays:
+  """Packs all completions for one update, whose loss is the token mean."""
+  count, tokens = drawn.tokens.shape
+  per_token = np.broadcast_to(advantages[:, None], (count, tokens))
+  return packing.pack_experience(
+      drawn, drawn.prompt_id, {
+          "advantages": per_token,
+          "token_weights": np.ones((count, tokens), np.float32)},
+      [np.arange(count)], shape, [float(drawn.lengths.sum())])
+
+
 def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
   """Rollouts, their rewards and advantages, and one update on them."""
-  loss = packing.PolicyLoss(
-      function=policy_objective.policy_loss, temperature=1.0,
-      chunk=LOSS_CHUNK, clip_low=0.2, clip_high=0.2)
-  state, update = trainer(random_model(config), loss)
+  state, update = trainer(random_model(config), policy_loss())
   generator = Generator(config, shape)
   count = shape.prompts * shape.samples
   shapes_of_rows = packing.Shapes(
       length=group_length(shape.prompt, shape.samples, shape.new),
       rows=GRPO_ROWS, num_minibatches=1, completions=count,
       share_prompts=True)
-  ones = np.ones(count, np.float32)
 
   def run(number: int) -> int:
     nonlocal state
@@ -147,16 +165,12 @@ def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:
     rewards = np.array([
         shapes.rule_reward(row[:length]) for row, length in zip(
             drawn.tokens.tolist(), drawn.lengths, strict=True)])
-    experience = packing.pack_experience(drawn, {
-        "advantages": advantages_lib.group_advantages(
-            rewards, drawn.prompt_id),
-        "token_weights": ones},
-        [np.arange(count)], [drawn.lengths.sum()], shapes_of_rows)
+    experience = pack(drawn, advantages_lib.group_advantages(
+        rewards, drawn.prompt_id), shapes_of_rows)
     arrays, used = packing.minibatch(experience, 0)
-    arrays.pop("old_logprobs", None)  # The ratio is against itself.
     state, metrics = jax.block_until_ready(
         update(state, arrays, np.int32(used)))
-    return int(metrics["denominator"])
+    return int(metrics["denominator/policy"])
 
   return run
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from benchmarks import ours, shapes, sides
 from posttrain import distributed, sharding
-from posttrain.objectives import policy as policy_objective
 from posttrain.rl import packing
 from posttrain.sampler.rollouts import Rollouts
 
@@ -63,11 +62,9 @@ def make_side(
   too.
   """
   count = len(drawn.lengths)
-  ones = np.ones(count, np.float32)
-  experience = packing.pack_experience(
-      drawn, {"advantages": np.random.default_rng(0).normal(size=count).astype(
-          np.float32), "token_weights": ones},
-      [np.arange(count)], [drawn.lengths.sum()], packing.Shapes(
+  experience = ours.pack(
+      drawn, np.random.default_rng(0).normal(size=count).astype(np.float32),
+      packing.Shapes(
           length=length, rows=max(1, MICROBATCH_TOKENS // length),
           num_minibatches=1, completions=count, share_prompts=share))
   arrays, used = packing.minibatch(experience, 0)
@@ -75,7 +72,7 @@ def make_side(
   def run() -> int:
     _, metrics = jax.block_until_ready(update(
         jax.tree.map(jax.numpy.copy, state), arrays, np.int32(used)))
-    return int(metrics["denominator"])
+    return int(metrics["denominator/policy"])
 
   return run, int((experience["segment_ids"] > 0).sum())
 
@@ -87,9 +84,7 @@ def compare(arguments: argparse.Namespace, prompt: int) -> dict:
   groups, samples, new = arguments.groups, arguments.samples, arguments.new
   drawn = rollouts(
       config, groups=groups, samples=samples, prompt=prompt, new=new)
-  state, update = ours.trainer(ours.random_model(config), packing.PolicyLoss(
-      function=policy_objective.policy_loss, temperature=1.0,
-      chunk=ours.LOSS_CHUNK, clip_low=0.2, clip_high=0.2))
+  state, update = ours.trainer(ours.random_model(config), ours.policy_loss())
   apart, tokens_apart = make_side(
       update, state, drawn, length=prompt + new, share=False)
   shared, tokens_shared = make_side(

@@ -1,4 +1,4 @@
-"""The head's product: float32 logits, whatever the hidden states' dtype.
+"""Language-model head: float32 logits, whatever the hidden states' dtype.
 
 A matrix unit multiplies bfloat16, and makes a float32 product
 (`Precision.HIGHEST`) of six such products, of the parts of both factors. Hidden
@@ -76,8 +76,16 @@ def _backward(saved, cotangent):
 product_of_parts.defvjp(_forward, _backward)
 
 
-class Model(Protocol):
-  """What `InParts` needs of a model."""
+class Head(Protocol):
+  """What turns hidden states into logits."""
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[B, C, D] -> [B, C, V] float32; padded ids at a huge negative value."""
+    ...
+
+
+class Model(Head, Protocol):
+  """A language model, as far as its head goes."""
 
   def head_table(self) -> jax.Array:
     """[D, V], gathered."""
@@ -88,19 +96,19 @@ class Model(Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True)
-class InParts:
-  """A model's head with its table in parts, made once for many products.
+def for_many_products(model: Model, dtype: str) -> Head:
+  """Prepares the head of a gathered model for hidden states of a dtype."""
+  return _InParts(
+      model, parts_of(model.head_table())) if dtype == "bfloat16" else model
 
-  Attributes:
-    model: its tables are gathered.
-    parts: of the table of its head.
-  """
+
+@dataclasses.dataclass(frozen=True)
+class _InParts:
+  """A model's head with its table in parts, made once for many products."""
 
   model: Model
   parts: Parts
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[B, C, D] bfloat16 -> [B, C, V] float32."""
     return self.model.finished(product_of_parts(
         hidden, self.model.head_table(), self.parts))

@@ -336,6 +336,11 @@ class Transformer(nnx.Module):
     """
     return self.finished(head_lib.product(hidden, self.head_table()))
 
+  def gathered_head(self) -> head_lib.Head:
+    """Gathers the head once, for what computes logits many times."""
+    return head_lib.for_many_products(
+        self.gathered(self.head_name), self.config.dtype)
+
   def head_table(self) -> jax.Array:
     """Returns the head's table [D, V], gathered over the FSDP axes."""
     if self.config.tied_embeddings:

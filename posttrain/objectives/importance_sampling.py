@@ -6,7 +6,7 @@ policy term is multiplied by how much likelier the trainer's old policy is to
 draw it. The KL to the reference is not: TRL 1.16 adds it after the product, so
 that a token that is left out, or weighed down, keeps its pull to the reference.
 
-  B: rows    T: length
+  R: rows    T: length
 
 References: truncated importance sampling, Ionides 2008, and for language models
 https://fengyao.notion.site/off-policy-rl; masking, IcePop (Ling team, 2025).
@@ -25,14 +25,14 @@ def correction(
   """Factors of the tokens' policy terms, without a gradient.
 
   Args:
-    old_logprobs, sampler_logprobs: [B, T] float32, of the trainer before the
+    old_logprobs, sampler_logprobs: [R, T] float32, of the trainer before the
       updates on these rollouts, and of the policy that drew.
-    loss_mask: [B, T] bool.
+    loss_mask: [R, T] bool.
     kind: "truncate": min(ratio, cap); "mask": the ratio where it lies within
       [floor, cap], and 0 elsewhere.
 
   Returns:
-    [B, T] float32, and sums over the tokens in the loss: "importance/ratio",
+    [R, T] float32, and sums over the tokens in the loss: "importance/ratio",
     and "importance/clipped", those that were cut off or left out; maxima
     "importance_max" and "importance_inverse_max".
   """

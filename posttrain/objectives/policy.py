@@ -1,6 +1,6 @@
-"""The clipped policy-gradient loss, and how its tokens are weighed.
+"""Clipped policy-gradient loss (PPO, GRPO), and the weights of its tokens.
 
-  B: rows (packed or not)    T: length    N: completions
+  R: rows    T: length    N: completions
 
 References: GRPO, https://arxiv.org/abs/2402.03300; separate clips and the
 token mean, DAPO, https://arxiv.org/abs/2503.14476; the constant denominator,
@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain.objectives import kl, masked
+from posttrain.objectives import kl
+from posttrain.objectives.columns import Columns, Sums, Term, Terms, needs
+from posttrain.objectives.masked import masked_sum
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
@@ -62,73 +64,40 @@ def aggregation_denominator(
       max_tokens if aggregation == "constant" else 1))
 
 
+@needs("old_logprobs", "advantages", "importance_weights", "token_weights",
+       "denominator_shares")
 def policy_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array,
-    loss_mask: jax.Array, *, clip_low: float, clip_high: float,
-    ref_logprobs: jax.Array | None = None, kl_coef: float = 0.0,
-    kl_estimator: str = "k3", token_weights: jax.Array | None = None,
-    token_shares: jax.Array | None = None,
-    importance_weights: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-  """Clipped policy-gradient loss, summed over the sampled tokens.
+    columns: Columns, *, clip_low: float, clip_high: float,
+) -> tuple[Terms, Sums]:
+  """Clips the ratio to the old policy, token by token.
 
   Args:
-    logprobs, old_logprobs: [B, T] float32, of the tokens that were sampled,
-      under the current policy and the one at rollout time.
-    advantages: [B] or [B, T] float32.
-    loss_mask: [B, T] bool, true on tokens that the policy sampled.
+    columns: `importance_weights` multiply the policy term, see
+      `importance_sampling`; `token_weights` and `denominator_shares` carry
+      the aggregation.
     clip_low, clip_high: the ratio is kept in [1 - clip_low, 1 + clip_high].
-    ref_logprobs: [B, T] float32, under the reference; needed for a KL term.
-    kl_coef: weight of the KL term in the loss; 0 only measures it.
-    kl_estimator: "k1", "k2" or "k3", see `kl`.
-    token_weights: [B, T] float32, see `aggregation_weights`.
-    token_shares: [B, T] float32, each token's part of the denominator, which
-      may be of more completions than these (`aggregation_denominator`). None
-      for both is the mean over these tokens.
-    importance_weights: [B, T] float32, see `behaviour`. They multiply the
-      policy term only, as in TRL: a token that they leave out is still held
-      to the reference.
 
   Returns:
-    Numerator and denominator, scalars, and a dict of sums over the tokens in
-    the loss (divide by their number): `clip_ratio/low`, `clip_ratio/high`,
-    `ratio`, and `kl` if there is a reference. The caller adds each over
-    microbatches and devices, then divides: one denominator for the whole
-    batch, so that a long completion is not discounted per token.
-
-  Raises:
-    ValueError: a KL term without a reference.
+    The term "policy", and sums over the tokens in the loss (divide by their
+    number): `clip_ratio/low`, `clip_ratio/high` and `ratio`.
   """
-  if kl_coef and ref_logprobs is None:
-    raise ValueError(
-        f"loss.kl_coef is {kl_coef} and no reference logprobs were given. "
-        "Compute them, or set loss.kl_coef=0.")
-  if advantages.ndim == 1:
-    advantages = advantages[:, None]
+  mask, advantages = columns["loss_mask"], columns["advantages"]
   # Masked first: a padding token's logprobs may be anything.
-  log_ratio = jnp.where(loss_mask, logprobs - old_logprobs, 0)
+  log_ratio = jnp.where(
+      mask, columns["logprobs"] - columns["old_logprobs"], 0)
   ratio = jnp.exp(
-      jnp.clip(log_ratio, -kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO))  # [B, T]
+      jnp.clip(log_ratio, -kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO))  # [R, T]
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-  if importance_weights is not None:
-    loss = importance_weights * loss
+  loss = columns["importance_weights"] * loss
   # Counted where the clip takes effect: the minimum takes the other branch
   # where the advantage pulls the ratio back.
   low = (ratio < 1 - clip_low) & (advantages < 0)
   high = (ratio > 1 + clip_high) & (advantages > 0)
-  sums = {"clip_ratio/low": masked.masked_sum(low, loss_mask),
-          "clip_ratio/high": masked.masked_sum(high, loss_mask),
-          "ratio": masked.masked_sum(ratio, loss_mask)}
-  if ref_logprobs is not None:
-    divergence = kl.ESTIMATORS[kl_estimator](
-        jnp.where(loss_mask, logprobs, 0),
-        jnp.where(loss_mask, ref_logprobs, 0))
-    sums["kl"] = masked.masked_sum(divergence, loss_mask)
-    loss = loss + kl_coef * divergence
-  ones = jnp.ones_like(loss)
-  weights = ones if token_weights is None else token_weights
-  shares = ones if token_shares is None else token_shares
-  sums = jax.tree.map(jax.lax.stop_gradient, sums)
-  numerator = masked.masked_sum(loss * weights, loss_mask)
-  return numerator, masked.masked_sum(shares, loss_mask), sums
+  sums = {"clip_ratio/low": masked_sum(low, mask),
+          "clip_ratio/high": masked_sum(high, mask),
+          "ratio": masked_sum(ratio, mask)}
+  return {"policy": Term(
+      masked_sum(loss * columns["token_weights"], mask),
+      masked_sum(columns["denominator_shares"], mask))}, jax.tree.map(
+          jax.lax.stop_gradient, sums)

@@ -9,12 +9,7 @@ rewards are all equal have no gradient: they count in the denominator, and their
 forward pass is saved. An update of a minibatch of nothing else is counted, and
 moves nothing.
 
-A KL in the reward is not the paper's: it is taken off the advantage, centred in
-its group and never divided by the standard deviation of the rewards, so that
-`kl_coef` weighs it alike in every group.
-
-References: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1; the KL
-in the reward, https://arxiv.org/abs/1909.08593, section 2.
+Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
 """
 
 import dataclasses
@@ -29,9 +24,7 @@ from posttrain import sharding
 from posttrain.config.stages.rl import SCHEMA
 from posttrain.data import random_streams
 from posttrain.model.transformer import Transformer
-from posttrain.objectives import advantages as advantages_lib
-from posttrain.objectives import policy as policy_lib
-from posttrain.rl import packing, rollout_worker
+from posttrain.rl import objective, packing, rollout_worker
 from posttrain.stages import loop, rl_charts, rl_parts, rl_programs, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
@@ -80,14 +73,14 @@ class Learner(loop.Body):
     self.worker = rl_parts.make_rollout_worker(context)
     self.buffer = rl_parts.make_rollout_buffer(
         context, self.worker, start.config)
-    self.shapes = rl_parts.make_shapes(section)
-    self.loss = rl_parts.make_loss(
+    self.prepare = rl_parts.make_preparation(
         section, loss_chunk=context.config.compute.loss_chunk)
-    optimizer, self._update = training.make_update(section, self.loss)
+    optimizer, self._update = training.make_update(section, self.prepare.loss)
     self.state = training.make_state(context, start, optimizer)
     self.reference = rl_parts.make_reference(
         context, self.state,
-        fresh=start.config.lora != self.state.trained.config.lora)
+        fresh=start.config.lora != self.state.trained.config.lora
+    ) if self.prepare.objective.needs_reference else None
     self.experience: packing.Arrays | None = None
     self.sent: list[Sent] = []
     self.rollout_metrics: dict[str, float] = {}
@@ -137,8 +130,7 @@ class Learner(loop.Body):
 
   def collect(self) -> None:
     """Samples, scores and packs the next batch of rollouts."""
-    section, model = self.section, self.state.model
-    batch = self.step // self.updates
+    model, batch = self.state.model, self.step // self.updates
     if "optimizer" in self.offload:  # Until there is something to learn from.
       self._move_optimizer(offload.to_host)
     try:
@@ -147,34 +139,21 @@ class Learner(loop.Body):
       self._move_optimizer(offload.to_devices)
       raise
     started = time.monotonic()
-    names = list(self.worker.rewards)
-    rewards, groups = collected.rewards, collected.group_ids
-    rows = np.flatnonzero(
-        ~np.isnan(rewards) if rl_parts.needs_all(section, self.loss)
-        else advantages_lib.informative(rewards, groups))
-    advantages = advantages_lib.group_advantages(
-        rewards, groups, std=section.loss.advantage_std,
-        eps=section.loss.advantage_eps)
-    penalty, divergence = self._kl_in_reward(collected, rows)
-    advantages -= penalty
-    experience = self._pack(collected, advantages, rows, batch)
-    if self.updates > 1:
-      experience = packing.add_logprobs(
-          "old_logprobs", model, experience, self.loss)
-    if self.loss.kl_coef:
-      experience = packing.add_logprobs(
-          "ref_logprobs", offload.to_devices(self.reference), experience,
-          self.loss)
+    prepared = self.prepare(
+        collected.rollouts, collected.group_ids, collected.rewards, model,
+        self.reference, random_streams.stream(
+            self.context.config.seed, self.context.name, "minibatches", batch))
     self._move_optimizer(offload.to_devices)
-    self.experience = experience
-    self.rollout_metrics = divergence | self.buffer.metrics(
+    self.experience = prepared.experience
+    self.rollout_metrics = prepared.metrics | self.buffer.metrics(
         ) | rollout_worker.metrics(
-        collected, advantages, names)
+        collected, prepared.advantages, list(self.worker.rewards))
     if self.buffer.staleness:
       self.rollout_metrics["staleness"] = float(self.buffer.behind(batch))
     self.prepare_seconds = time.monotonic() - started
     rl_parts.show_and_save(
-        self.context, self.worker, collected, advantages, self.step)
+        self.context, self.worker, collected, prepared.advantages,
+        self.step)
     # First: what has no score has no signal either.
     self.scoring_health.update(
         self.step, self.rollout_metrics["frac_unscored"])
@@ -262,56 +241,10 @@ class Learner(loop.Body):
     if skipped:
       return kept | {"skipped_updates": 1.0}
     values.pop("spike", None)
-    if first and values["ratio_deviation_max"] != 0:
+    if first and values.get("ratio_deviation_max", 0) != 0:
       raise AssertionError("The first ratio of a batch of rollouts is not 1.")
-    return kept | {"skipped_updates": 0.0} | packing.metrics_of_sums(
+    return kept | {"skipped_updates": 0.0} | objective.metrics_of_sums(
         values, fresh=first and not self.buffer.staleness)
-
-  def _kl_in_reward(
-      self, collected: rollout_worker.ScoredRollouts, rows: np.ndarray,
-  ) -> tuple[np.ndarray, dict[str, float]]:
-    """Computes the KL penalty on advantages [B], and the mean KL per token."""
-    loss, rewards = self.section.loss, collected.rewards
-    if not loss.kl_coef or loss.kl_in == "loss":
-      return np.zeros(len(rewards), np.float32), {}
-    everything = self._pack(
-        collected, np.zeros(len(rewards), np.float32), rows, batch=0)
-    estimate = packing.divergences(
-        everything, self.state.model, offload.to_devices(self.reference),
-        self.loss, loss.kl_estimator, len(rewards))
-    penalty = loss.kl_coef * advantages_lib.centred(
-        np.where(np.isnan(rewards), np.nan, estimate),
-        collected.group_ids)
-    tokens = collected.rollouts.loss_mask[rows].sum()
-    return penalty.astype(np.float32), {
-        "kl": float(estimate[rows].sum() / max(tokens, 1))}
-
-  def _pack(self, collected, advantages, rows, batch: int) -> packing.Arrays:
-    """Packs `rows`; whole groups go to one minibatch, drawn by the seed.
-
-    The denominator of each minibatch is of all its completions that have a
-    reward, also of those that are not among `rows`.
-    """
-    section, lengths = self.section, collected.rollouts.loss_mask.sum(1)
-    order = random_streams.stream(
-        self.context.config.seed, self.context.name, "minibatches",
-        batch).permutation(section.num_groups)
-    minibatch_of = np.empty(section.num_groups, int)
-    minibatch_of[order] = np.arange(
-        section.num_groups) % section.num_minibatches
-    minibatch_of = np.repeat(minibatch_of, section.group_size)  # [B]
-    scored = ~np.isnan(collected.rewards)
-    numbers = range(section.num_minibatches)
-    return packing.pack_experience(
-        collected.rollouts, {
-            "advantages": advantages,
-            "token_weights": policy_lib.aggregation_weights(
-                section.loss.aggregation, lengths)},
-        [rows[minibatch_of[rows] == index] for index in numbers],
-        [policy_lib.aggregation_denominator(
-            section.loss.aggregation, lengths[scored & (minibatch_of == index)],
-            max_tokens=section.rollout.max_tokens) for index in numbers],
-        self.shapes)
 
 
 STAGE = Stage(

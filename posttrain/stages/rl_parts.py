@@ -1,24 +1,21 @@
-"""What a GRPO section names: shapes, the loss, what draws and scores, the
-reference; and what is shown and saved of a batch."""
+"""Makes what an RL section names: columns and objective, rollout worker,
+reference; shows and saves a batch."""
 
-import inspect
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.config import checks
-from posttrain.config.stages import rl as schema
 from posttrain.data.problem_cursor import ProblemCursor
 from posttrain.model import lora
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.objectives import policy as policy_objective
 from posttrain.rl import (
+  experience,
+  objective,
   packing,
   rollout_buffer,
   rollout_worker,
@@ -36,79 +33,23 @@ def num_updates(section: config_dict.ConfigDict) -> int:
   return section.num_minibatches * section.num_epochs
 
 
-def make_shapes(section: config_dict.ConfigDict) -> packing.Shapes:
-  """Makes the packing shapes on the current mesh."""
-  return packing.Shapes(
-      length=section.sequence_length,
-      rows=_round_up(section.rows_per_microbatch),
-      num_minibatches=section.num_minibatches,
-      completions=-(-section.num_groups // section.num_minibatches)
-      * section.group_size,
-      share_prompts=section.share_prompts)
-
-
-def make_loss(
+def make_preparation(
     section: config_dict.ConfigDict, *, loss_chunk: int,
-) -> packing.PolicyLoss:
-  """The loss that the section names.
+) -> experience.Preparation:
+  """Makes what turns rollouts into columns, with the objective of `loss`.
 
   Raises:
-    ValueError: it wants what there is not, or does not use what the section
-      sets.
+    ValueError: see `objective.make`.
   """
-  loss, function = section.loss, loading.load_function(section.loss.function)
-  check_loss(loss, function)
-  return packing.PolicyLoss(
-      function=function,
-      temperature=section.rollout.temperature, chunk=loss_chunk,
-      clip_low=loss.clip_low, clip_high=loss.clip_high,
-      kl_coef=loss.kl_coef if loss.kl_in == "loss" else 0.0,
-      kl_estimator=loss.kl_estimator,
-      correction=loss.importance_sampling, cap=loss.importance_sampling_cap,
-      floor=loss.importance_sampling_floor)
-
-
-def check_loss(
-    loss: config_dict.ConfigDict, function: Callable[..., Any]) -> None:
-  """Raises ValueError where a key has no effect under the loss function."""
-  missing = [
-      name for n, (name, p) in enumerate(
-          inspect.signature(function).parameters.items())
-      if n > 3 and name not in packing.KEYWORDS and p.default is p.empty
-      and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-  if missing:
-    raise ValueError(
-        f"loss.function={loss.function} needs {', '.join(missing)}; a loss is "
-        f"given four arrays and {', '.join(packing.KEYWORDS)}.")
-  in_loss = loss.kl_coef and loss.kl_in == "loss"
-  keys = {
-      "clip_low": ("clip_low", loss.clip_low != schema.CLIP),
-      "clip_high": ("clip_high", loss.clip_high != schema.CLIP),
-      "kl_coef": ("kl_coef", in_loss), "kl_in": ("ref_logprobs", in_loss),
-      "kl_estimator": (
-          "kl_estimator", in_loss and loss.kl_estimator != schema.ESTIMATOR),
-      "aggregation": (
-          "token_weights", loss.aggregation != schema.AGGREGATION),
-      "importance_sampling": (
-          "importance_weights", loss.importance_sampling != "none")}
-  for key, (keyword, is_set) in keys.items():
-    if is_set and not packing.takes(function, keyword):
-      raise ValueError(
-          f"loss.{key} is {loss[key]!r} and has no effect: "
-          f"loss.function={loss.function} does not take {keyword}. Leave the "
-          "key out, or use the argument.")
-
-
-def needs_all(
-    section: config_dict.ConfigDict, loss: packing.PolicyLoss) -> bool:
-  """Tests if completions of zero-variance groups move the weights too.
-
-  They do by a KL to the reference and by the balance of a router; and a loss
-  of one's own may do with them what it likes.
-  """
-  return bool(
-      section.loss.kl_coef or section.router_aux_coef
-      or loss.function is not policy_objective.policy_loss)
+  return experience.Preparation(
+      objective=objective.make(**section.loss),
+      shapes=packing.make_shapes(**training.pick(
+          section, "sequence_length rows_per_microbatch num_groups group_size "
+          "num_minibatches share_prompts")),
+      max_tokens=section.rollout.max_tokens, chunk=loss_chunk,
+      temperature=section.rollout.temperature,
+      several=num_updates(section) > 1,
+      all_groups=bool(section.router_aux_coef))
 
 
 def make_rollout_worker(context: RunContext) -> rollout_worker.RolloutWorker:
@@ -165,8 +106,7 @@ def check(context: RunContext) -> None:
     ValueError: there are too few problems, one is not fit to be asked, the
       budgets contradict each other, or a key has no effect under the loss.
   """
-  loss = context.section.loss
-  check_loss(loss, loading.load_function(loss.function))
+  objective.make(**context.section.loss)
   rows = problems.load(context)
   if len(rows) < context.section.num_groups:
     raise ValueError(
@@ -181,7 +121,7 @@ def check(context: RunContext) -> None:
 
 def make_reference(
     context: RunContext, state: state_lib.TrainState, *, fresh: bool,
-) -> Transformer | None:
+) -> Transformer:
   """Makes the KL's reference; it shares all that the policy does not move.
 
   What it does not share waits in the hosts' memory if it is to be offloaded.
@@ -192,8 +132,6 @@ def make_reference(
   """
   section, compute = context.section, context.config.compute
   name, dtype = section.reference, compute.frozen_dtype
-  if not section.loss.kl_coef:
-    return None
   model, trained = state.model, trainable.paths(state.trained)
   if name not in ("", checks.ADAPTER_OFF):
     reference = trainable.at_rest(context.weights_of(name), (), dtype)
@@ -230,9 +168,3 @@ def show_and_save(
             else row["reward"], "advantage": row["advantage"],
             "finish": row["finish_reason"],
             "thinking tokens": row["think_length"]})
-
-
-def _round_up(rows: int) -> int:
-  """To what the mesh divides; the added rows are padding."""
-  parts = sharding.axis_size("batch")
-  return -(-rows // parts) * parts

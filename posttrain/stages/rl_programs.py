@@ -20,6 +20,8 @@ from posttrain.model.transformer import Transformer
 from posttrain.programs import abstract, transfer
 from posttrain.programs import sampling as sampling_programs
 from posttrain.programs.program import SAMPLING, SCORING, TRAINING, Program
+from posttrain.rl import experience as experience_lib
+from posttrain.rl import objective as objective_lib
 from posttrain.rl import packing
 from posttrain.sampler import decode
 from posttrain.stages import memory_estimate, rl_parts, sampling, training
@@ -36,12 +38,13 @@ SAMPLED_PROMPTS = 1000  # Whose lengths the padding is of.
 def programs(stage: PlannedStage) -> Iterator[Program]:
   """A batch of rollouts, logprobs where they are needed, and updates."""
   section, (model, paths) = stage.section, stage.trained
-  loss = rl_parts.make_loss(section, loss_chunk=stage.compute.loss_chunk)
-  optimizer, update = training.make_update(section, loss)
+  prepare = rl_parts.make_preparation(
+      section, loss_chunk=stage.compute.loss_chunk)
+  optimizer, update = training.make_update(section, prepare.loss)
   state = abstract.state_of(
       model, optimizer, paths, training.spike_rule(section))
   models, own = {"policy": model}, {"policy": model}
-  if section.loss.kl_coef:
+  if prepare.objective.needs_reference:
     reference, shared = _reference(
         section, model, stage.compute.frozen_dtype,
         fresh=model.config.lora != stage.start.config.lora)
@@ -55,7 +58,7 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
       if key not in running}
   for program in (
       *_draws(stage, beside("policy")),
-      *_learning(stage, models, state, loss, update, beside)):
+      *_learning(stage, models, state, prepare, update, beside)):
     yield _offloaded(program, stage.compute.offload)
 
 
@@ -69,8 +72,8 @@ def _offloaded(program: Program, names: Collection[str]) -> Program:
 
 def _learning(
     stage: PlannedStage, models: dict[str, Transformer],
-    state: state_lib.TrainState, loss: Any, update: Any,
-    beside: Callable[..., dict[str, Any]],
+    state: state_lib.TrainState, prepare: experience_lib.Preparation,
+    update: Any, beside: Callable[..., dict[str, Any]],
 ) -> Iterator[Program]:
   """Yields the programs that `Learner` runs on the training devices.
 
@@ -79,21 +82,22 @@ def _learning(
     beside: arrays on the devices, without those of the names it is given.
   """
   name, section = stage.name, stage.section
-  shapes = rl_parts.make_shapes(section)
+  shapes, needs = prepare.shapes, prepare.objective.needs
   updates = rl_parts.num_updates(section)
   experience = packing.empty_experience(
-      shapes, _experts(models["policy"]))
-  count, column = shapes.microbatches, np.zeros_like(experience["advantages"])
-  for kind, whose, calls in _logprobs(section, updates):
-    batch = _arrays(experience)
+      shapes, needs, _experts(models["policy"]))
+  count = shapes.microbatches
+  column = np.zeros(experience["tokens"].shape, np.float32)
+  read = _arrays(experience_lib.of_model(experience))
+  for kind, whose, calls in _logprobs(prepare):
     yield Program(
         name, kind, functools.partial(
-            packing.sequence_logprobs.lower, models[whose], batch,
-            np.int32(count), loss=loss),
-        (models[whose], batch), SCORING, beside(whose),
+            experience_lib.sequence_logprobs.lower, models[whose], read,
+            np.int32(count), chunk=prepare.chunk,
+            temperature=prepare.temperature),
+        (models[whose], read), SCORING, beside(whose),
         calls * shapes.num_minibatches, unknown_trips=count)
-    kept = section.loss.kl_in == "loss" if whose == "reference" else updates > 1
-    if kept:  # A KL in the reward is taken before the rows are packed anew.
+    if kind in needs and (whose == "reference" or prepare.several):
       experience |= {kind: column}
   every = _arrays(experience)
   # The first update of a batch of rollouts is its own old policy.
@@ -158,15 +162,18 @@ def _arrays(experience: packing.Arrays) -> dict[str, Any]:
 
 
 def _logprobs(
-    section: config_dict.ConfigDict, updates: int,
-) -> Iterator[tuple[str, str, int]]:
-  """Yields columns of `Learner.collect`: name, model, calls per minibatch."""
-  against = section.loss.kl_coef > 0
-  in_reward = against and section.loss.kl_in == "reward"
-  if updates > 1 or in_reward:
-    yield "old_logprobs", "policy", (updates > 1) + in_reward
-  if against:
-    yield "ref_logprobs", "reference", 1
+    prepare: experience_lib.Preparation) -> Iterator[tuple[str, str, int]]:
+  """Yields columns of `Preparation`: name, model, calls per minibatch.
+
+  A KL in the reward has calls of its own, before the rows are packed.
+  """
+  needs, in_reward = prepare.objective.needs, prepare.objective.kl_in_reward
+  old = prepare.several and "old_logprobs" in needs
+  for kind, whose, needed in (
+      ("old_logprobs", "policy", old),
+      ("ref_logprobs", "reference", "ref_logprobs" in needs)):
+    if needed or in_reward:
+      yield kind, whose, needed + in_reward
 
 
 def memory(
@@ -175,7 +182,7 @@ def memory(
 ) -> Sizes:
   """Policy, reference, optimizer, one microbatch, and the sampler's cache."""
   whole, arguments = memory_estimate.of_trained(section, compute, model)
-  if section.loss.kl_coef:
+  if objective_lib.make(**section.loss).needs_reference:
     kept, shared = _reference(section, whole, compute.frozen_dtype)
     arguments["reference_bytes"] = memory_estimate.bytes_of(
         kept) - shared * arguments["frozen_bytes"]

@@ -22,7 +22,7 @@ from posttrain.config.stages.sft import SCHEMA
 from posttrain.data import batches as batches_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.objectives.masked import cross_entropy_sum, masked_sum
+from posttrain.objectives import supervised
 from posttrain.programs import abstract
 from posttrain.programs.program import SCORING, TRAINING, Program
 from posttrain.stages import loop, memory_estimate, training
@@ -32,7 +32,7 @@ from posttrain.stages.stage import Pass, Sizes, Stage
 from posttrain.telemetry import flops
 from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render
-from posttrain.train import checkpoints, forward, microbatches, step
+from posttrain.train import checkpoints, microbatches, step
 
 Sums = dict[str, jax.Array]
 
@@ -80,13 +80,14 @@ class Body(loop.Body):
   ) -> loop.Row:
     del skipped
     tokens = np.count_nonzero(batch["segment_ids"])
+    targets = values["denominator/cross_entropy"]
     self._num_tokens += int(tokens)
     return {
         **{name: values[name]
            for name in ("loss", "grad_norm", "learning_rate")},
-        "entropy": values["entropy"] / values["denominator"],
+        "entropy": values["entropy"] / targets,
         "num_tokens": self._num_tokens,
-        "target_frac": values["denominator"] / tokens,
+        "target_frac": targets / tokens,
         "pad_frac": 1 - tokens / batch["tokens"].size,
         **{name: value for name, value in values.items()
            if name.startswith("router/")}}
@@ -110,7 +111,8 @@ def make_programs(
 ) -> tuple[
     optax.GradientTransformation, step.CompiledUpdate, jax.stages.Wrapped]:
   """The optimizer, the compiled update and the compiled held-out loss."""
-  loss = functools.partial(cross_entropy, chunk=loss_chunk)
+  loss = functools.partial(
+      step.evaluate, supervised.cross_entropy, chunk=loss_chunk)
   optimizer, update = training.make_update(section, loss)
   return optimizer, update, jax.jit(functools.partial(held_out_sums, loss))
 
@@ -133,28 +135,13 @@ def read_data(
       **shape, **training.pick(section.eval_data, handling))
 
 
-def cross_entropy(
-    model: Transformer, batch: dict[str, jax.Array], *, chunk: int,
-) -> tuple[jax.Array, jax.Array, Sums]:
-  """Negative log-likelihood of the target tokens of [R, T] arrays.
-
-  Returns:
-    Numerator and denominator (target tokens), and sums over these tokens.
-  """
-  logprobs, entropy, traffic = forward.token_logprobs(
-      model, batch, chunk=chunk)
-  return *cross_entropy_sum(logprobs, batch["loss_mask"]), {
-      "entropy": masked_sum(entropy, batch["loss_mask"]),
-      **(traffic.sums() if traffic else {})}
-
-
 def held_out_sums(
     loss: step.Loss, model: Transformer, batch: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
   """Numerator and denominator of [M, R, T] arrays, without a gradient."""
-  numerators, denominators, _ = jax.lax.map(
-      lambda microbatch: loss(model, microbatch), batch)
-  return numerators.sum(), denominators.sum()
+  terms, _ = jax.lax.map(lambda microbatch: loss(model, microbatch), batch)
+  term = terms["cross_entropy"]
+  return term.numerator.sum(), term.denominator.sum()
 
 
 def evaluate(

@@ -97,9 +97,11 @@ class StepHealth:
 
 
 def _what_is_wrong(values: Mapping[str, Any]) -> str:
-  if "denominator" in values and not values["denominator"] > 0:
-    return (f"has a loss with a denominator of {values['denominator']}, and "
-            "a positive one is needed: see loss.function")
+  for name, value in values.items():
+    if name.startswith("denominator/") and not value > 0:
+      return (f"has a loss whose term {name.partition('/')[2]!r} has a "
+              f"denominator of {value}, and a positive one is needed: see "
+              "loss.function")
   bad = [f"{name}={float(values[name])}" for name in ("loss", "grad_norm")
          if name in values and not np.isfinite(values[name])]
   if bad:

@@ -1,8 +1,8 @@
-"""One optimizer update from any number of microbatches.
+"""One optimizer update from any number of microbatches (gradient accumulation).
 
-A loss returns a numerator, a denominator and a dict of sums. All three are
-added over microbatches before the one division, so that packing, microbatch
-count and mesh shape leave the gradient alone.
+An objective returns terms and sums (`objectives.columns`). Numerators,
+denominators and sums are added over microbatches before any division, so that
+packing, microbatch count and mesh shape leave the gradient alone.
 
   M: microbatches  R: rows  T: length
 """
@@ -16,101 +16,159 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from posttrain import sharding
+from posttrain.model import token_logprobs
 from posttrain.model.transformer import Transformer
+from posttrain.objectives import columns as columns_lib
 from posttrain.objectives import load_balancing
+from posttrain.objectives.columns import Objective, Sums, Terms
 from posttrain.train import spikes as spikes_lib
 from posttrain.train import trainable
 from posttrain.train.state import TrainState
 
-# (model, microbatch of [R, T] arrays) -> numerator, denominator, sums.
-Loss = Callable[
-    [Transformer, dict[str, jax.Array]],
-    tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+Batch = dict[str, jax.Array]
+# `evaluate` of an objective: (model, microbatch of [R, T] arrays) -> both.
+Loss = Callable[[Transformer, Batch], tuple[Terms, Sums]]
+
+
+def evaluate(
+    objective: Objective, model: Transformer, batch: Batch, *, chunk: int,
+    temperature: float = 1.0,
+) -> tuple[Terms, Sums]:
+  """Computes the terms and sums of one microbatch.
+
+  Args:
+    objective: see `objectives.columns`. It is given `batch`, `logprobs`,
+      `entropy` and, of a model that has them, the `experts` [R, T, L, k] that
+      were chosen; each row whole along its length.
+    batch: [R, T] arrays; rows sharded over "batch", lengths over "length".
+    chunk, temperature: see `token_logprobs.of_hidden`.
+  """
+  logprobs, entropy, traffic = token_logprobs.token_logprobs(
+      model, batch, chunk=chunk, temperature=temperature)
+  columns = batch | {"logprobs": logprobs, "entropy": entropy}
+  if traffic is not None:
+    columns["experts"] = jnp.moveaxis(traffic.choice, 0, 2)
+  # Context parallelism splits the length; these arrays are small.
+  terms, sums = columns_lib.call(
+      objective, {name: sharding.whole_length(x)
+                  for name, x in columns.items()}, {})
+  return terms, sums | ({} if traffic is None else traffic.sums())
 
 
 def accumulate(
-    loss: Loss, model: Transformer, batch: dict[str, jax.Array],
+    loss: Loss, model: Transformer, batch: Batch,
     num_microbatches: jax.Array | int, router_aux_coef: float = 0.0,
-) -> tuple[Any, dict[str, jax.Array]]:
-  """Sums gradients and sums over the first `num_microbatches` of `batch`.
+) -> tuple[Any, Terms, Sums]:
+  """Sums gradients, terms and sums over the first microbatches of `batch`.
 
-  With a `router_aux_coef` the gradient is also that of `balance_loss`, whose
-  counts are of the whole batch: if it has several microbatches, a pass
-  without a gradient finds them first.
+  There is one gradient, and each term has a denominator of its own: so the
+  numerators of all terms are put over the denominator of the first by name,
+  which `update` divides by in the end. If there are several microbatches,
+  that takes the denominators of the whole batch beforehand, and those of
+  `balance_loss` (with a `router_aux_coef`) its counts. A pass over them finds
+  these; XLA leaves out of it what they do not depend on, which for
+  denominators is the model.
 
   Args:
-    batch: arrays [M, ...]; rows sharded over "batch", their length over
-      "length".
+    batch: arrays [M, ...].
     num_microbatches: at most M; may be traced, so that a varying number of
       microbatches is one compiled program.
     router_aux_coef: weight of the loss that balances the router.
 
   Returns:
-    The gradient of the summed numerator (as `model`; of the balance, times
-    the denominator), and the sums, with "numerator" and "denominator" among
-    them; a name that ends in "max" is the largest over microbatches and not a
-    sum.
+    The gradient of the loss (as `model`) times the first denominator, the
+    terms, and the sums. A sum whose name ends in "max" is the largest over
+    microbatches.
   """
-  def pick(index):
-    return {
+  def of_microbatch(model, index):
+    return loss(model, {
         name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-        for name, x in batch.items()}
+        for name, x in batch.items()})
 
-  def sums_of(model, microbatch):
-    numerator, denominator, sums = loss(model, microbatch)
-    return {"numerator": numerator, "denominator": denominator, **sums}
-
-  def one(model, microbatch, whole):
-    sums = sums_of(model, microbatch)
-    objective = sums["numerator"]
-    if router_aux_coef:
-      whole = sums if whole is None else whole
-      objective += router_aux_coef * divisor(
-          whole) * load_balancing.balance_loss(
-          whole["router_load"], sums["router_mass"], whole["router_tokens"])
-    return objective, sums
-
-  def merge(a, b):
-    return {name: jnp.maximum(a[name], b[name]) if name.endswith("max")
-            else a[name] + b[name] for name in a}
+  def scaled_loss(model, index, whole):
+    terms, sums = of_microbatch(model, index)
+    whole = _shared_by_microbatches(terms, sums) if whole is None else whole
+    return _over_first(terms, sums, whole, router_aux_coef), (terms, sums)
 
   def body(index, carry, whole):
-    grads, sums = jax.grad(one, has_aux=True)(model, pick(index), whole)
-    return jax.tree.map(jnp.add, carry[0], grads), merge(carry[1], sums)
+    grads, (terms, sums) = jax.grad(scaled_loss, has_aux=True)(
+        model, index, whole)
+    add = functools.partial(jax.tree.map, jnp.add)
+    return add(carry[0], grads), add(carry[1], terms), _merged(carry[2], sums)
 
   nothing = jax.tree.map(
       lambda s: jnp.zeros(s.shape, s.dtype),
-      jax.eval_shape(lambda: sums_of(model, pick(0))))
+      jax.eval_shape(lambda: of_microbatch(model, 0)))
   whole = None
-  if router_aux_coef and len(batch["tokens"]) > 1:
-    # The loss itself is not among these sums: its head is not computed.
-    names = ("denominator", "router_load", "router_tokens")
+  if len(batch["tokens"]) > 1 and (len(nothing[0]) > 1 or router_aux_coef):
     whole = jax.lax.fori_loop(
-        0, num_microbatches, lambda index, counts: merge(
-            counts, sums_of(model, pick(index))),
-        {name: nothing[name] for name in names})
+        0, num_microbatches, lambda index, found: _merged(
+            found, _shared_by_microbatches(*of_microbatch(model, index))),
+        _shared_by_microbatches(*nothing))
   return jax.lax.fori_loop(
       0, num_microbatches, functools.partial(body, whole=whole),
-      (jax.tree.map(jnp.zeros_like, model), nothing))
+      (jax.tree.map(jnp.zeros_like, model), *nothing))
 
 
-def divisor(sums: dict[str, jax.Array]) -> jax.Array:
-  """Divisor of the summed numerator; a float32 scalar.
+def _merged(a: Sums, b: Sums) -> Sums:
+  return {name: jnp.maximum(a[name], b[name]) if name.endswith("max")
+          else a[name] + b[name] for name in a}
+
+
+def _shared_by_microbatches(terms: Terms, sums: Sums) -> Sums:
+  """Picks what the loss of a microbatch needs of the whole batch."""
+  return {f"denominator/{name}": jnp.asarray(term.denominator, jnp.float32)
+          for name, term in terms.items()} | {
+              name: sums[name] for name in ("router_load", "router_tokens")
+              if name in sums}
+
+
+def _over_first(
+    terms: Terms, sums: Sums, whole: Sums, router_aux_coef: float,
+) -> jax.Array:
+  """Adds up all terms, over the first one's denominator."""
+  divisors = {name: divisor(whole[f"denominator/{name}"]) for name in terms}
+  first = min(terms)
+  total = terms[first].coefficient * terms[first].numerator
+  for name in sorted(terms)[1:]:
+    share = divisors[first] / divisors[name]
+    total += terms[name].coefficient * terms[name].numerator * share
+  if router_aux_coef:
+    total += router_aux_coef * divisors[first] * load_balancing.balance_loss(
+        whole["router_load"], sums["router_mass"], whole["router_tokens"])
+  return total
+
+
+def divisor(denominator: jax.Array) -> jax.Array:
+  """Makes a term's divisor of its denominator; a float32 scalar.
 
   It is NaN unless positive, so that the update is not made: a loss with
   nothing in its denominator is a mistake, and 1 in its place would be an
   arbitrary step.
   """
-  denominator = jnp.asarray(sums["denominator"], jnp.float32)
+  denominator = jax.lax.stop_gradient(jnp.asarray(denominator, jnp.float32))
   return jnp.where(denominator > 0, denominator, jnp.nan)
 
 
+def metrics_of_terms(terms: Terms) -> Sums:
+  """Computes the loss, its terms if there are several, and denominators."""
+  values = {name: term.numerator / divisor(term.denominator)
+            for name, term in terms.items()}
+  loss = functools.reduce(jnp.add, (
+      terms[name].coefficient * values[name] for name in sorted(terms)))
+  return {"loss": loss} | {
+      f"denominator/{name}": term.denominator
+      for name, term in terms.items()} | ({
+          f"loss/{name}": value for name, value in values.items()
+      } if len(terms) > 1 else {})
+
+
 def update(
-    state: TrainState, batch: dict[str, jax.Array],
-    num_microbatches: jax.Array | int, *, loss: Loss,
-    optimizer: optax.GradientTransformation, schedule: optax.Schedule,
-    router_aux_coef: float = 0.0, spikes: spikes_lib.Rule | None = None,
-    skip: bool = False,
+    state: TrainState, batch: Batch, num_microbatches: jax.Array | int, *,
+    loss: Loss, optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule, router_aux_coef: float = 0.0,
+    spikes: spikes_lib.Rule | None = None, skip: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update of what is trained; jit it with the keywords bound.
 
@@ -122,19 +180,20 @@ def update(
     skip: `step` counts an update that was not made too.
 
   Returns:
-    The new state, and float32 scalars: "loss" (without the router's),
-    "grad_norm" (before clipping), "learning_rate", "spike" (0 or 1, with a
-    rule), and the loss's sums as they are, those of routers as
-    `balance.with_metrics` tells them.
+    The new state, and float32 scalars: those of `metrics_of_terms` (without
+    the router's loss), "grad_norm" (before clipping), "learning_rate",
+    "spike" (0 or 1, with a rule), and the objective's sums as they are, those
+    of routers as `load_balancing.with_metrics` tells them.
   """
   of_trained: Loss = lambda trained, microbatch: loss(
       trainable.join(trained, state.frozen), microbatch)
-  grads, sums = accumulate(
+  grads, terms, sums = accumulate(
       of_trained, state.trained, batch, num_microbatches, router_aux_coef)
-  denominator = divisor(sums)
+  denominator = divisor(terms[min(terms)].denominator)
   grads = jax.tree.map(lambda g: g / denominator, grads)
+  metrics = metrics_of_terms(terms)
+  loss_value = metrics["loss"]
   grad_norm = optax.global_norm(grads)
-  loss_value = sums["numerator"] / denominator
   good = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
   losses, found = state.losses, {}
   if spikes is not None:
@@ -153,9 +212,7 @@ def update(
   new = TrainState(
       trained=trained, opt_state=opt_state, step=number, frozen=state.frozen,
       losses=losses)
-  metrics = {
-      "loss": loss_value, "grad_norm": grad_norm,
-      "learning_rate": learning_rate}
+  metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
   return new, metrics | found | load_balancing.with_metrics(sums)
 
 

@@ -81,8 +81,9 @@ def first_row(workdir):
 
 
 def test_the_page_keeps_its_promise():
-  assert list(FILES) == ["my_reward.py", "my_loss.py", "my_task.py"]
-  assert set(COMMANDS) == {"my_reward", "my_loss", "my_task"}
+  assert list(FILES) == [
+      "my_reward.py", "my_loss.py", "my_gspo.py", "my_task.py"]
+  assert set(COMMANDS) == {"my_reward", "my_loss", "my_gspo", "my_task"}
   assert all(len(text.splitlines()) <= 20 for text in FILES.values())
 
 
@@ -90,6 +91,10 @@ def test_the_page_keeps_its_promise():
     ("my_reward", {"reason.rewards", "reason.reward_weights"}),
     ("my_loss", {"reason.rewards", "reason.reward_weights",
                  "reason.loss.function"}),
+    ("my_gspo", {"reason.rewards", "reason.reward_weights",
+                 "reason.loss.function", "reason.loss.aggregation",
+                 "reason.loss.args", "reason.loss.args.clip_low",
+                 "reason.loss.args.clip_high"}),
     ("my_task", {
         "tokenizer.train", "cold_start.data.sources.0.task",
         "reason.problems.task", "reason.rewards", "measure.problems.task",
@@ -157,6 +162,16 @@ def test_the_loss_is_the_users(run):
   assert after["grad_norm"] > 0
   assert after["clip_ratio/high_mean"] == 0  # The loss's own sum.
   assert "clip_ratio/low_mean" not in after
+
+
+def test_the_command_runs_gspo_with_its_args(run):
+  """On policy its loss is the mean over completions, and the ratio is 1."""
+  workdir = run("my_gspo")
+  assert workdir.config().reason.loss.args.to_dict() == {
+      "clip_low": 3e-4, "clip_high": 4e-4}
+  row = first_row(workdir)
+  assert row["ratio"] == 1 and row["loss"] == pytest.approx(0, abs=1e-6)
+  assert row["grad_norm"] > 0
 
 
 def test_the_task_is_learnt_from_and_measured(run):

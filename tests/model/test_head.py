@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain.model import head
-from posttrain.objectives import logprobs as logprobs_lib
-from posttrain.train import forward
+from posttrain.model import head, token_logprobs
 from tests import meshes
 from tests.model import build
 
@@ -83,12 +81,12 @@ def test_a_model_in_bfloat16_trains_with_the_samplers_logprobs(tied, mesh):
     @jax.jit
     def both(model):
       hidden, _ = model.routed(*rows)
-      return forward.token_logprobs(model, batch, chunk=8)[0], (
-          logprobs_lib.token_logprobs(model, hidden, rows[0], chunk=8)[0])
+      return token_logprobs.token_logprobs(model, batch, chunk=8)[0], (
+          token_logprobs.of_hidden(model, hidden, rows[0], chunk=8)[0])
 
     ours, plain = both(model)
     grads = jax.jit(jax.grad(lambda model: jnp.sum(
-        forward.token_logprobs(model, batch, chunk=8)[0])))(model)
+        token_logprobs.token_logprobs(model, batch, chunk=8)[0])))(model)
   np.testing.assert_allclose(ours, plain, rtol=0, atol=2e-6)
   for found, weight in zip(
       jax.tree.leaves(grads), jax.tree.leaves(model), strict=True):

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import sharding
 from posttrain.interop import hugging_face
-from posttrain.objectives import logprobs
+from posttrain.model import token_logprobs
 from posttrain.sampler import budget_tables, sampler, token_sampling
 from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
@@ -95,8 +95,7 @@ def packed() -> dict[str, np.ndarray]:
 def loss_and_gradient(model, tokens, positions, segment_ids):
   """The mean over the tokens that have a predecessor in their segment."""
   hidden = model(tokens, positions, segment_ids)
-  found, _ = logprobs.token_logprobs(
-      model, hidden, tokens, chunk=16, entropy=False)
+  found, _ = token_logprobs.of_hidden(model, hidden, tokens, chunk=16)
   mask = (segment_ids > 0) & (positions > 0)
   return -jnp.sum(found * mask) / jnp.sum(mask)
 

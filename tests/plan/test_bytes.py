@@ -10,7 +10,7 @@ from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.plan import programs, setup
 from posttrain.programs import abstract
-from posttrain.rl import packing
+from posttrain.rl import experience
 from posttrain.sampler import decode
 from posttrain.stages import training
 from tests import meshes
@@ -64,7 +64,7 @@ def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   for module, kind, name in (
       (decode, "prefill", "prefill"), (decode, "decode", "decode"),
       (decode, "unstack", "unstacked"), (decode, "grow", "resize"),
-      (packing, "logprobs", "sequence_logprobs")):
+      (experience, "logprobs", "sequence_logprobs")):
     monkeypatch.setattr(module, name, watch(kind, getattr(module, name)))
   pipeline.train(config, str(tmp_path / "run"))
 

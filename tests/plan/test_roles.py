@@ -13,7 +13,7 @@ from posttrain import pipeline, sharding
 from posttrain.plan import measure, plan, programs, setup, topology
 from posttrain.programs import abstract, program
 from posttrain.programs import transfer as transfer_lib
-from posttrain.rl import packing, weight_sync
+from posttrain.rl import experience, weight_sync
 from posttrain.sampler import decode
 from posttrain.stages import planned_stage, training
 from posttrain.train import fingerprint
@@ -83,7 +83,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   monkeypatch.setattr(training, "make_update", watched_update)
   for module, kind, name in (
       (decode, "prefill", "prefill"), (decode, "unstack", "unstacked"),
-      (packing, "ref_logprobs", "sequence_logprobs"),
+      (experience, "ref_logprobs", "sequence_logprobs"),
       (weight_sync, "gather", "gathered"),
       (fingerprint, "fingerprints", "fingerprints")):
     monkeypatch.setattr(module, name, watch(kind, getattr(module, name)))

@@ -12,16 +12,20 @@ import numpy as np
 from posttrain.config.keys import REQUIRED, Key, Section
 from posttrain.config.stages import StageSchema
 from posttrain.config.stages import training as keys
+from posttrain.objectives.columns import Term
 from posttrain.programs import abstract, program
 from posttrain.stages import memory_estimate, training
 from posttrain.stages.stage import Pass, Sizes, Stage
 from posttrain.telemetry import charts, metrics
-from posttrain.train import forward, microbatches
+from posttrain.train import microbatches, step
 
 
-def loss(model, batch):
-  logprobs, _, _ = forward.token_logprobs(model, batch, chunk=8)
-  return -logprobs.sum(), np.float32(logprobs.size), {}
+def surprise(columns):
+  logprobs = columns["logprobs"]
+  return {"surprise": Term(-logprobs.sum(), np.float32(logprobs.size))}, {}
+
+
+loss = functools.partial(step.evaluate, surprise, chunk=8)
 
 
 def programs(stage):
@@ -48,8 +52,8 @@ def run(context, model):
   with metrics.Writer(
       context.workdir.metrics, context.workdir.tensorboard, context.name,
       restored_step=0) as writer:
-    for step in (1, 2):
-      writer.write(step, {"surprise": 3.0 / step, "boredom": float(step)})
+    for n in (1, 2):
+      writer.write(n, {"surprise": 3.0 / n, "boredom": float(n)})
   context.workdir.finish(context.name, {"step": 2})
   return model
 

@@ -13,7 +13,8 @@ import pytest
 
 from posttrain import sharding
 from posttrain.objectives import policy as policy_lib
-from posttrain.rl import packing
+from posttrain.rl import experience as experience_lib
+from posttrain.rl import objective, packing
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.train import step
 from tests import meshes, one_by_one
@@ -22,9 +23,10 @@ from tests.model import build
 CONFIG = build.make_config()
 LENGTH, MAX_TOKENS, TEMPERATURE = 24, 12, 0.8
 MINIBATCHES = (np.array([0, 1, 3, 4, 6, 7, 8]), np.array([5]))  # Without 2.
-LOSS = packing.PolicyLoss(
-    function=policy_lib.policy_loss, temperature=TEMPERATURE, chunk=7,
-    clip_low=0.1, clip_high=0.3, kl_coef=0.2, kl_estimator="k3")
+OPTIONS = dict(temperature=TEMPERATURE, chunk=7)
+OBJECTIVE = objective.PolicyObjective(
+    policy_lib.policy_loss, dict(clip_low=0.1, clip_high=0.3), kl_coef=0.2,
+    kl_estimator="k3")
 
 
 def make_rollouts(rng) -> Rollouts:
@@ -52,6 +54,7 @@ def make_rollouts(rng) -> Rollouts:
 
 RNG = np.random.default_rng(3)
 ROLLOUTS = make_rollouts(RNG)
+GROUPS = np.array([4, 4, 1, 4, 0, 2, 3, 3, 5])
 ADVANTAGES = RNG.normal(size=len(ROLLOUTS.lengths)).astype(np.float32)
 
 
@@ -135,24 +138,32 @@ def looped(index: int, aggregation: str):
 def pack(
     rows: int, aggregation: str, share_prompts: bool = False) -> packing.Arrays:
   lengths = ROLLOUTS.loss_mask.sum(1)
+  every = lambda x: np.broadcast_to(x[:, None], ROLLOUTS.tokens.shape)
   return packing.pack_experience(
-      ROLLOUTS, {"advantages": ADVANTAGES,
-                 "token_weights": policy_lib.aggregation_weights(
-                     aggregation, lengths)},
-      MINIBATCHES, [policy_lib.aggregation_denominator(
-          aggregation, lengths[rows_of], max_tokens=MAX_TOKENS)
-                    for rows_of in MINIBATCHES],
+      ROLLOUTS, GROUPS, {
+          "advantages": every(ADVANTAGES),
+          "token_weights": every(policy_lib.aggregation_weights(
+              aggregation, lengths))}, MINIBATCHES,
       packing.Shapes(length=LENGTH, rows=rows, num_minibatches=2,
-                    completions=7, share_prompts=share_prompts))
+                     completions=7, share_prompts=share_prompts),
+      [policy_lib.aggregation_denominator(
+          aggregation, lengths[rows_of], max_tokens=MAX_TOKENS)
+       for rows_of in MINIBATCHES])
 
 
 def with_logprobs(experience, old, reference):
-  return packing.add_logprobs(
-      "ref_logprobs", reference,
-      packing.add_logprobs("old_logprobs", old, experience, LOSS), LOSS)
+  add = functools.partial(experience_lib.add_logprobs, **OPTIONS)
+  return add("ref_logprobs", reference, add("old_logprobs", old, experience))
 
 
-accumulate = jax.jit(functools.partial(step.accumulate, LOSS))
+@jax.jit
+def accumulate(model, arrays, used):
+  """The gradient of the loss, its terms, and sums."""
+  grads, terms, sums = step.accumulate(functools.partial(
+      step.evaluate, OBJECTIVE, **OPTIONS), model, arrays, used)
+  denominator = terms[min(terms)].denominator
+  return jax.tree.map(
+      lambda g: g / denominator, grads), step.metrics_of_terms(terms) | sums
 
 
 @pytest.mark.parametrize("layout, rows, share_prompts", [
@@ -167,12 +178,9 @@ def test_packed_and_cut_is_the_loop(layout, rows, share_prompts):
       for index in (0, 1):
         arrays, used = packing.minibatch(experience, index)
         grads, sums = accumulate(model, arrays, np.int32(used))
-        sums = sharding.fetch(sums)
-        grads = jax.tree.map(
-            lambda g, d=sums["denominator"]: np.asarray(g) / d, grads)
+        sums, grads = sharding.fetch((sums, grads))
         loss, wanted = looped(index, aggregation)
-        assert sums["numerator"] / sums["denominator"] == pytest.approx(
-            loss, rel=1e-5)
+        assert sums["loss"] == pytest.approx(loss, rel=1e-5)
         # The ratio's exp magnifies what rounding leaves of two logprobs.
         build.assert_same_leaves(grads, wanted, tolerance=2e-5)
       assert sums["clip_ratio/high"] + sums["clip_ratio/low"] > 0
@@ -197,7 +205,7 @@ def test_nothing_but_sampled_tokens_has_an_influence():
     np.testing.assert_array_equal(a, b)
   _, sums = results[0]
   assert sums["tokens"] == ROLLOUTS.loss_mask[MINIBATCHES[0]].sum()
-  means = packing.metrics_of_sums(
+  means = objective.metrics_of_sums(
       {name: float(x) for name, x in sums.items()}, fresh=True)
   assert means["sampling/logp_difference/max"] == sums["difference_max"]
   assert means["entropy"] == pytest.approx(sums["entropy"] / sums["tokens"])
@@ -213,13 +221,14 @@ def test_every_completion_is_packed_once_and_whole():
     for r in range(len(flat["tokens"])):
       for segment in range(1, flat["segment_ids"][r].max() + 1):
         at = flat["segment_ids"][r] == segment
-        row = int(flat["completion"][r, at][0])
+        row = int(flat["completion_ids"][r, at][0])
         found.append(row)
         prompt = len(ROLLOUTS.prompts[row])
         assert flat["tokens"][r, at].tolist() == (
             ROLLOUTS.prompts[row] + ROLLOUTS.completion(row))
         assert flat["positions"][r, at].tolist() == list(range(at.sum()))
-        assert (flat["completion"][r, at] == row).all()
+        assert (flat["completion_ids"][r, at] == row).all()
+        assert (flat["group_ids"][r, at] == GROUPS[row]).all()
         length = ROLLOUTS.lengths[row]
         np.testing.assert_array_equal(
             flat["loss_mask"][r, at],
@@ -229,6 +238,22 @@ def test_every_completion_is_packed_once_and_whole():
             ROLLOUTS.logprobs[row, :length].astype(np.float32))
         assert (flat["advantages"][r, at][prompt:] == ADVANTAGES[row]).all()
     assert sorted(found) == sorted(rows)
+    for name in ("completion_ids", "group_ids"):
+      assert (flat[name][flat["segment_ids"] == 0] == -1).all()
+
+
+def test_a_shared_prompt_is_of_a_group_and_of_no_completion():
+  experience = pack(2, "token_mean", share_prompts=True)
+  shared = (experience["segment_ids"] == experience["prefix_ids"]) & (
+      experience["segment_ids"] > 0)
+  assert shared.any()
+  assert (experience["completion_ids"][shared] == -1).all()
+  assert (experience["group_ids"][shared] >= 0).all()
+  for row in np.concatenate(MINIBATCHES):
+    at = experience["completion_ids"] == row
+    # The prompt's last token begins each completion.
+    assert at.sum() == 1 + ROLLOUTS.lengths[row]
+    assert set(experience["group_ids"][at]) == {GROUPS[row]}
 
 
 def test_divergences_are_sums_over_each_completion():
@@ -246,8 +271,9 @@ def test_divergences_are_sums_over_each_completion():
     for name, formula in {
         "k1": lambda d: -d, "k2": lambda d: d**2 / 2,
         "k3": lambda d: np.exp(d) - 1 - d}.items():
-      found = packing.divergences(
-          experience, model, reference, LOSS, name, len(ROLLOUTS.lengths))
+      found = experience_lib.divergences(
+          with_logprobs(experience, model, reference), name,
+          len(ROLLOUTS.lengths))
       wanted = np.zeros(len(ROLLOUTS.lengths))
       for row, d in lines.items():
         wanted[row] = formula(d).sum()

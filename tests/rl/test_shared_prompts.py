@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from posttrain import sharding
 from posttrain.data import pack
+from posttrain.rl import experience as experience_lib
 from posttrain.rl import packing, shared_prompts
 from tests import meshes
 from tests.model import build
-from tests.train import test_policy_experience as alone
+from tests.rl import test_packing as alone
 
 
 @given(st.data())
@@ -67,8 +68,8 @@ def test_logprobs_are_those_of_completions_apart(option, mesh, fields):
     model = build.load(config, build.random_params(config))
     logprobs = []
     for share in (False, True):
-      experience = packing.add_logprobs(
-          "old_logprobs", model, packed(share, config), alone.LOSS)
+      experience = experience_lib.add_logprobs(
+          "old_logprobs", model, packed(share, config), **alone.OPTIONS)
       logprobs.append(by_token(experience))
   assert logprobs[0].keys() == logprobs[1].keys()
   for place, wanted in logprobs[0].items():
@@ -81,10 +82,8 @@ def packed(share: bool, config) -> packing.Arrays:
     rollouts = dataclasses.replace(rollouts, experts=np.zeros(
         (*rollouts.tokens.shape, config.layers, config.experts_per_token),
         np.int8))
-  ones = np.ones(len(rollouts.lengths), np.float32)
   return packing.pack_experience(
-      rollouts, dict.fromkeys(("advantages", "token_weights"), ones),
-      alone.MINIBATCHES, [1.0, 1.0], packing.Shapes(
+      rollouts, alone.GROUPS, {}, alone.MINIBATCHES, packing.Shapes(
           length=alone.LENGTH, rows=sharding.axis_size("batch") * 2,
           num_minibatches=2, completions=7, share_prompts=share))
 
@@ -92,6 +91,6 @@ def packed(share: bool, config) -> packing.Arrays:
 def by_token(experience: packing.Arrays) -> dict[tuple[int, int], float]:
   """Logprobs by completion and position of the tokens in the loss."""
   at = experience["loss_mask"]
-  keys = zip(experience["completion"][at].tolist(),
+  keys = zip(experience["completion_ids"][at].tolist(),
              experience["positions"][at].tolist(), strict=True)
   return dict(zip(keys, experience["old_logprobs"][at].tolist(), strict=True))

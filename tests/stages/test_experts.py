@@ -29,7 +29,7 @@ def test_sampler_and_trainer_choose_the_same_experts(tmp_path):
     # Of each completion all but the last token; of no prompt.
     in_completion = experience["loss_mask"] & (experience["segment_ids"] > 0)
     assert fed.all(-1).sum() == in_completion.sum() - len(
-        np.unique(experience["completion"][in_completion]))
+        np.unique(experience["completion_ids"][in_completion]))
     assert not np.any(fed & ~in_completion[..., None])
     changed = record.copy()
     changed[:, :, :, ::3] = np.where(

@@ -16,7 +16,9 @@ import pytest
 
 from posttrain.data import random_streams
 from posttrain.objectives import policy as policy_lib
-from posttrain.rl import packing, rollout_buffer, rollout_worker
+from posttrain.objectives.columns import Term, needs
+from posttrain.rl import experience as experience_lib
+from posttrain.rl import rollout_buffer, rollout_worker
 from posttrain.sampler import budget
 from posttrain.stages import rl_parts
 from posttrain.telemetry import metrics
@@ -106,7 +108,7 @@ class Taken:
     """[n], what the experience has beside these tokens."""
     at = self.experience["loss_mask"] & (
         self.experience["segment_ids"] > 0) & (
-            self.experience["completion"] == row)
+            self.experience["completion_ids"] == row)
     return self.experience[name][at]
 
 
@@ -127,11 +129,12 @@ def test_what_waits_on_the_hosts_changes_no_bit(taken, tmp_path, monkeypatch):
       "compute.offload=reference,optimizer"])
   batches = keep_batches(monkeypatch)
   seen = []
-  def scored(name, model, experience, loss, make=packing.add_logprobs):
+  def scored(
+      name, model, experience, make=experience_lib.add_logprobs, **options):
     seen.append((name, kinds_of_memory(model), kinds_of_memory(
         learner.state.opt_state), kinds_of_memory(learner.reference)))
-    return make(name, model, experience, loss)
-  monkeypatch.setattr(packing, "add_logprobs", scored)
+    return make(name, model, experience, **options)
+  monkeypatch.setattr(experience_lib, "add_logprobs", scored)
   with jax.set_mesh(meshes.one()):
     learner = pipeline_run.Learner(dataclasses.replace(
         run.context("reason"), weights_of=lambda source: taken.reference),
@@ -181,7 +184,7 @@ def advantages_of(batch):
 
 def packed_rows(experience, index):
   used = experience["loss_mask"][index]
-  return np.unique(experience["completion"][index][used])
+  return np.unique(experience["completion_ids"][index][used])
 
 
 def test_with_a_kl_every_completion_is_learned_from_once(taken):
@@ -351,7 +354,7 @@ def test_kl_in_the_reward_comes_off_each_completions_advantage(
     wanted[rows] -= 0.3 * (sums[rows] - sums[rows].mean())
   for row in range(16):
     at = learner.experience["loss_mask"] & (
-        learner.experience["completion"] == row)
+        learner.experience["completion_ids"] == row)
     np.testing.assert_allclose(
         learner.experience["advantages"][at], wanted[row], rtol=1e-4,
         atol=1e-4)
@@ -361,7 +364,7 @@ def test_kl_in_the_reward_comes_off_each_completions_advantage(
       np.ptp(batch.scores[rows, 0]) == 0
       for rows in groups_of(batch).values()])
   assert "ref_logprobs" not in learner.experience
-  assert learner.loss.kl_coef == 0
+  assert not learner.prepare.objective.kl_term
   assert learner.rollout_metrics["kl"] == pytest.approx(
       sums.sum() / batch.rollouts.loss_mask.sum(), rel=1e-4)
   assert learner.rollout_metrics["rewards/reward/mean"] == pytest.approx(
@@ -618,7 +621,7 @@ def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
     (["measure.reward=tests.stages.toy:needs_author"],
      r"measure\.problems: .* columns of problem 2000"),
     (["reason.loss.function=tests.stages.test_rl:half",
-      "reason.loss.clip_low=0.1"], r"not take clip_low"),
+      "reason.loss.clip_low=0.1"], r"loss\.clip_low is 0\.1"),
     (["measure.baseline=tests.stages.toy:constant"],
      r"The baseline tests.stages.toy:constant failed with TypeError"),
     (["measure.extract=tests.stages.toy:brevity"],
@@ -808,23 +811,23 @@ def test_saved_rollouts_are_readable_and_complete(tmp_path, kept):
 # A loss of one's own.
 
 
-def half(logprobs, old_logprobs, advantages, loss_mask, *, token_shares):
-  """The mean over tokens, as twice as small a fraction."""
-  numerator, denominator, _ = policy_lib.policy_loss(
-      logprobs, old_logprobs, advantages, loss_mask, clip_low=0.2,
-      clip_high=0.2, token_shares=token_shares)
-  return numerator * 1e-6, denominator * 1e-6, {}
+@needs("old_logprobs", "advantages", "denominator_shares")
+def half(columns):
+  """The mean over tokens, as a fraction of two small numbers."""
+  ones = jnp.ones_like(columns["logprobs"])
+  terms, _ = policy_lib.policy_loss(
+      columns | dict(token_weights=ones, importance_weights=ones),
+      clip_low=0.2, clip_high=0.2)
+  term = terms["policy"]
+  return {"policy": Term(term.numerator * 1e-6, term.denominator * 1e-6)}, {}
 
 
-def empty(logprobs, old_logprobs, advantages, loss_mask):
-  return jnp.sum(logprobs * loss_mask), 0 * jnp.sum(loss_mask), {}
+def empty(columns):
+  total = jnp.sum(columns["logprobs"] * columns["loss_mask"])
+  return {"nothing": Term(total, 0 * total)}, {}
 
 
-def unweighed(logprobs, old_logprobs, advantages, loss_mask, *, ref_logprobs):
-  raise AssertionError("It is never called.")
-
-
-def greedy(logprobs, old_logprobs, advantages, loss_mask, *, values):
+def greedy(columns, *, values):
   raise AssertionError("It is never called.")
 
 
@@ -843,17 +846,19 @@ def test_a_denominator_below_one_is_divided_by(tmp_path):
 
 
 def test_a_denominator_of_zero_stops_the_run(tmp_path):
-  with pytest.raises(health.HealthError, match=r"see loss\.function"):
+  with pytest.raises(health.HealthError, match=(
+      r"term 'nothing' has a denominator of .*0\.0.* see loss\.function")):
     updated(tmp_path, "reason.loss.function=tests.stages.test_rl:empty")
 
 
 @pytest.mark.parametrize("function, change, message", [
-    ("half", "clip_low=0.1", r"loss\.clip_low is 0\.1 .* not take clip_low"),
-    ("half", "aggregation=constant", r"not take token_weights"),
-    ("half", "kl_coef=0.1", r"not take kl_coef"),
-    ("unweighed", "kl_coef=0.1", r"loss\.kl_coef is 0\.1 .* not take kl_coef"),
-    ("half", "importance_sampling=mask", r"not take importance_weights"),
-    ("greedy", "clip_low=0.2", r"needs values; a loss is given four arrays")])
+    ("half", "clip_low=0.1", r"loss\.clip_low is 0\.1 .* loss\.args"),
+    ("half", "aggregation=constant", r"does not declare token_weights"),
+    ("half", "importance_sampling=mask",
+     r"does not declare importance_weights"),
+    ("empty", "advantage_std=none", r"does not declare advantages"),
+    ("half", "args.values=1", r"loss\.args: .*:half .*'values'"),
+    ("greedy", "clip_low=0.2", r"loss\.args: .*:greedy .*'values'")])
 def test_a_key_that_a_loss_does_not_use_is_refused(
     tmp_path, function, change, message):
   with jax.set_mesh(meshes.one()), pytest.raises(ValueError, match=message):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.model import transformer
+from posttrain.model import token_logprobs, transformer
 from posttrain.model.presets import PRESETS
+from posttrain.objectives.columns import Term
 from posttrain.telemetry import memory
-from posttrain.train import forward, optimizer, state, step
+from posttrain.train import optimizer, state, step
 from tests import meshes
 
 TINY = dataclasses.replace(
@@ -71,8 +72,8 @@ def test_experts_are_counted_with_the_parameters():
 
 
 def loss(model, batch):
-  logprobs, _, _ = forward.token_logprobs(model, batch, chunk=CHUNK)
-  return -jnp.sum(logprobs), jnp.float32(ROWS * LENGTH), {}
+  logprobs, _, _ = token_logprobs.token_logprobs(model, batch, chunk=CHUNK)
+  return {"all": Term(-jnp.sum(logprobs), jnp.float32(ROWS * LENGTH))}, {}
 
 
 def compiled_update(config):

@@ -82,8 +82,10 @@ def test_patience_is_at_least_one():
 
 @pytest.mark.parametrize("denominator", [0.0, -1.0, np.nan])
 def test_a_loss_without_a_denominator_is_named(tmp_path, denominator):
-  values = {"loss": np.nan, "grad_norm": np.nan, "denominator": denominator}
-  with pytest.raises(health.HealthError, match=r"see loss\.function"):
+  values = {"loss": np.nan, "grad_norm": np.nan,
+            "denominator/policy": denominator}
+  with pytest.raises(health.HealthError, match=(
+      r"term 'policy' has a denominator of .* see loss\.function")):
     health.StepHealth(tmp_path).update(1, values, BATCH)
 
 

@@ -13,11 +13,13 @@ import pytest
 from ml_collections import config_dict
 
 from posttrain import sharding
-from posttrain.model import attention
+from posttrain.model import attention, token_logprobs
 from posttrain.objectives import policy as policy_lib
-from posttrain.rl import packing
-from posttrain.stages import sft, training
-from posttrain.train import forward, step
+from posttrain.objectives import supervised
+from posttrain.rl import experience
+from posttrain.rl.objective import PolicyObjective
+from posttrain.stages import training
+from posttrain.train import step
 from tests import meshes
 from tests.model import build
 
@@ -35,10 +37,11 @@ CONFIGS = {
         **build.OPTIONS["experts_grouped"], remat="dots"),
 }
 LOSSES = {
-    "sft": functools.partial(sft.cross_entropy, chunk=CHUNK),
-    "grpo": packing.PolicyLoss(
-        policy_lib.policy_loss, temperature=0.8, chunk=CHUNK, clip_low=0.2,
-        clip_high=0.28, kl_coef=0.1)}
+    "sft": functools.partial(
+        step.evaluate, supervised.cross_entropy, chunk=CHUNK),
+    "grpo": functools.partial(step.evaluate, PolicyObjective(
+        policy_lib.policy_loss, dict(clip_low=0.2, clip_high=0.28),
+        kl_coef=0.1), chunk=CHUNK, temperature=0.8)}
 SHAPES = {
     "4x2": dict(fsdp=4, tensor=2),
     "data": dict(fsdp=2, tensor=2, data=2),
@@ -63,7 +66,8 @@ def make_batch(config):
       "tokens": rng.integers(0, 86, (ROWS, LENGTH)) * real,
       "positions": position, "segment_ids": segment,
       "loss_mask": real & (position > 0), "advantages": draw(),
-      "token_weights": np.abs(draw()), "token_shares": np.ones_like(draw()),
+      "token_weights": np.abs(draw()),
+      "denominator_shares": np.ones_like(draw()),
       "sampler_logprobs": draw() - 4, "old_logprobs": draw() / 9 - 4.4,
       "ref_logprobs": draw() / 9 - 4.4}
   if config.num_experts:
@@ -81,8 +85,9 @@ def gradient(name, kind, **sizes):
     batch = {key: sharding.put(
         x.reshape(2, -1, *x.shape[1:]), None, "batch", "length",
         *(None,) * (x.ndim - 2)) for key, x in make_batch(config).items()}
-    grads, sums = jax.jit(functools.partial(
+    grads, terms, sums = jax.jit(functools.partial(
         step.accumulate, loss, num_microbatches=2))(model, batch)
+    sums |= step.metrics_of_terms(terms)
     for w, g in zip(
         jax.tree.leaves(model), jax.tree.leaves(grads), strict=True):
       assert jax.typeof(w) == jax.typeof(g)
@@ -105,7 +110,7 @@ def test_a_mesh_leaves_loss_and_gradient_alone(name, kind, shape):
   want, sums = gradient(name, kind)
   got, found = gradient(name, kind, **SHAPES[shape])
   build.assert_same_leaves(got, want)
-  assert sums["denominator"] > 0 and set(sums) == set(found)
+  assert sums["loss"] and set(sums) == set(found)
   for key in sums:
     np.testing.assert_allclose(
         found[key], sums[key], rtol=1e-5, atol=1e-5, err_msg=key)
@@ -131,12 +136,11 @@ def test_heads_stand_in_for_the_length_within_attention(
     batch = dict(tokens=tokens, positions=tokens, segment_ids=tokens)
     hidden = model(tokens, tokens, tokens)
     seen["hidden"] = str(jax.typeof(hidden))
-    logprobs, _, _ = forward.token_logprobs(model, batch, chunk=CHUNK)
+    logprobs, _, _ = token_logprobs.token_logprobs(model, batch, chunk=CHUNK)
     seen["logprobs"] = str(jax.typeof(logprobs))
-    several = {key: x[None] for key, x in batch.items()} | {
-        "advantages": logprobs[None]}
-    seen["several"] = str(jax.typeof(packing.sequence_logprobs(
-        model, several, 1, loss=LOSSES["grpo"])))
+    several = {key: x[None] for key, x in batch.items()}
+    seen["several"] = str(jax.typeof(experience.sequence_logprobs(
+        model, several, 1, chunk=CHUNK, temperature=0.8)))
     return hidden
 
   def watched(q, *args, real=attention.attend, **options):

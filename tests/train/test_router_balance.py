@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.stages import sft
+from posttrain.objectives import supervised
 from posttrain.train import optimizer, state, step
 from tests import meshes
 from tests.model import build
@@ -16,23 +16,28 @@ from tests.train import test_step
 
 CONFIG = build.make_config(**build.OPTIONS["experts"])
 COEF = 0.7
-LOSS = functools.partial(sft.cross_entropy, chunk=4)
+LOSS = functools.partial(step.evaluate, supervised.cross_entropy, chunk=4)
 
 
-def loss_and_balance(model, rows):
-  """Mean cross entropy + COEF * E * sum_e f_e P_e, from all logits."""
+def cross_entropy(model, rows):
+  """The mean from all logits, and what the routers did."""
   tokens, mask = rows["tokens"][0], rows["loss_mask"][0]
-  real = rows["segment_ids"][0] > 0
   hidden, traffic = model.routed(
       tokens, rows["positions"][0], rows["segment_ids"][0])
   logprobs = jax.nn.log_softmax(model.logits(hidden))[:, :-1]
   chosen = jax.nn.one_hot(tokens[:, 1:], logprobs.shape[-1])
-  cross_entropy = -jnp.sum(logprobs * chosen * mask[:, 1:, None]) / mask.sum()
+  return -jnp.sum(logprobs * chosen * mask[:, 1:, None]) / mask.sum(), traffic
+
+
+def loss_and_balance(model, rows):
+  """Mean cross entropy + COEF * E * sum_e f_e P_e."""
+  mean_loss, traffic = cross_entropy(model, rows)
+  real = rows["segment_ids"][0] > 0
   hot = jax.nn.one_hot(traffic.choice, CONFIG.num_experts)  # L, B, T, k, E
   total = real.sum() * CONFIG.layers
   often = jnp.sum(hot * real[..., None, None], axis=(0, 1, 2, 3)) / total
   mean = traffic.mass.sum(0) / total
-  return cross_entropy + COEF * CONFIG.num_experts * jnp.sum(often * mean)
+  return mean_loss + COEF * CONFIG.num_experts * jnp.sum(often * mean)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,10 @@ def oracle():
 
 @functools.partial(jax.jit, static_argnames="coef")
 def gradient_of(model, batch, num_microbatches, coef):
-  grads, sums = step.accumulate(LOSS, model, batch, num_microbatches, coef)
-  return jax.tree.map(lambda g: g / step.divisor(sums), grads), sums
+  grads, terms, sums = step.accumulate(
+      LOSS, model, batch, num_microbatches, coef)
+  denominator = terms["cross_entropy"].denominator
+  return jax.tree.map(lambda g: g / denominator, grads), sums
 
 
 def gradient(mesh, microbatches, rows=None, coef=COEF):
@@ -89,12 +96,13 @@ def test_updates_even_out_the_load_and_report_it():
   with jax.set_mesh(meshes.one()):
     now = state.create(build.load(CONFIG, build.random_params(CONFIG)), made)
     batch = test_step.put_batch(test_step.make_rows(), 2)
+    wanted, _ = cross_entropy(now.model, test_step.put_batch(
+        test_step.make_rows(), 1))
     rows = []
     for _ in range(12):
       now, metrics = update(now, batch, np.int32(2))
       rows.append(jax.device_get(metrics))
-  assert rows[0]["loss"] == pytest.approx(
-      rows[0]["numerator"] / rows[0]["denominator"])
+  assert rows[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
   first, last = rows[0]["router/aux_loss"], rows[-1]["router/aux_loss"]
   assert last - 3 < 0.5 * (first - 3)  # Three experts a token: 3 is even.
   assert rows[-1]["router/load_max"] < rows[0]["router/load_max"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.objectives import logprobs as logprobs_lib
+from posttrain.model import token_logprobs
+from posttrain.objectives.columns import Term
 from posttrain.train import optimizer, spikes, state, step
 from tests import meshes
 from tests.model import build
@@ -21,14 +22,15 @@ ROWS, LENGTH = 8, 10
 def loss(model, batch):
   """Cross entropy on [R, T] arrays, and two figures of the even ids."""
   hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-  logprobs, _ = logprobs_lib.token_logprobs(
-      model, hidden, batch["tokens"], chunk=4, entropy=False)
+  logprobs, _ = token_logprobs.of_hidden(
+      model, hidden, batch["tokens"], chunk=4)
   mask = batch["loss_mask"]
   even = mask & (batch["tokens"] % 2 == 0)
   sums = {"even": jnp.sum(even), "even_max": jnp.max(even * batch["tokens"])}
   # A token id that the data must not hold breaks the loss: see below.
   broken = jnp.any(batch["tokens"] == 86)
-  return jnp.where(broken, jnp.nan, -jnp.sum(logprobs * mask)), mask.sum(), sums
+  total = jnp.where(broken, jnp.nan, -jnp.sum(logprobs * mask))
+  return {"cross_entropy": Term(total, mask.sum())}, sums
 
 
 def make_rows(seed=0, rows=ROWS):
@@ -65,9 +67,11 @@ accumulate = jax.jit(functools.partial(step.accumulate, loss))
 def gradient(rows, microbatches, mesh, count=None):
   with jax.set_mesh(mesh):
     model = build.load(CONFIG, build.random_params(CONFIG))
-    grads, sums = accumulate(
+    grads, terms, sums = accumulate(
         model, put_batch(rows, microbatches), jnp.int32(count or microbatches))
-    return sharding.fetch(grads), sharding.fetch(sums)
+    term = terms["cross_entropy"]
+    return sharding.fetch(grads), sharding.fetch(
+        sums | {"numerator": term.numerator, "denominator": term.denominator})
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +143,7 @@ def test_updates_of_any_number_of_microbatches_are_one_program(whole):
       first["loss"], whole[1]["numerator"] / count, rtol=1e-6)
   norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(whole[0])))
   np.testing.assert_allclose(first["grad_norm"], norm / count, rtol=1e-5)
-  assert int(first["denominator"]) == count
+  assert int(first["denominator/cross_entropy"]) == count
 
 
 def test_a_batch_that_is_not_finite_changes_nothing():

@@ -42,9 +42,10 @@ ROLLOUT = Section(
 
 LOSS = Section(
     "The clipped policy-gradient objective (PPO, GRPO, DAPO, Dr. GRPO).",
-    function=Key(str, "posttrain.objectives.policy:policy_loss", "Function "
-                 "that turns logprobs and advantages into the loss; see "
-                 "docs/changing.md.", function=True),
+    function=Key(str, "posttrain.objectives.policy:policy_loss", "Objective: "
+                 "a function of named columns that gives the terms of the "
+                 "loss; see docs/changing.md.", function=True),
+    args=Key(dict, {}, "Parameters of a loss.function of your own, by name."),
     clip_low=Key(float, CLIP, "Clipping: the policy ratio is kept above 1 - "
                  "clip_low (TRL: epsilon).", "[1e-6, 1]"),
     clip_high=Key(float, CLIP, "Clipping: the policy ratio is kept below 1 + "

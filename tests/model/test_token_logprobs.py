@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.objectives import logprobs
+from posttrain.model import token_logprobs
 from tests import meshes
 
 B, T, D, V, PADDED = 8, 10, 16, 60, 64
@@ -53,7 +53,7 @@ def chunked(mesh, **options):
   head, hidden, tokens, weights = arrays()
 
   def loss(model, hidden, tokens, weights):
-    got = logprobs.token_logprobs(model, hidden, tokens, **options)
+    got = token_logprobs.of_hidden(model, hidden, tokens, **options)
     return jnp.sum(got[0] * weights), got
 
   with jax.set_mesh(mesh):
@@ -96,8 +96,7 @@ def shapes_in(jaxpr):
       yield from shapes_in(inner)
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-def test_no_logits_of_the_whole_length_exist(entropy):
+def test_no_logits_of_the_whole_length_exist():
   head, hidden, tokens, weights = arrays()
 
   def loss(run, head, hidden):
@@ -109,9 +108,9 @@ def test_no_logits_of_the_whole_length_exist(entropy):
     return max(np.prod(shape, initial=1) for shape in shapes_in(program.jaxpr))
 
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
-    got = largest(lambda head, hidden: logprobs.token_logprobs(
+    got = largest(lambda head, hidden: token_logprobs.of_hidden(
         Head(sharding.shard(head, "embed", "vocab")), hidden, tokens,
-        chunk=2, entropy=entropy))
+        chunk=2))
     assert got == max(B * T * D, B * 2 * PADDED)
     # The search itself sees them where they are.
     assert largest(lambda head, hidden: full(
@@ -121,12 +120,12 @@ def test_no_logits_of_the_whole_length_exist(entropy):
 def test_one_token_has_no_predictor():
   head, hidden, tokens, _ = arrays()
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
-    got, entropy = logprobs.token_logprobs(
+    got, entropy = token_logprobs.of_hidden(
         Head(sharding.put(head, "embed", "vocab")),
         sharding.put(hidden[:, :1], "batch", None, None),
-        sharding.put(tokens[:, :1], "batch", None), entropy=False)
-  assert entropy is None
-  np.testing.assert_array_equal(sharding.fetch(got), np.zeros((B, 1)))
+        sharding.put(tokens[:, :1], "batch", None))
+  for x in (got, entropy):
+    np.testing.assert_array_equal(sharding.fetch(x), np.zeros((B, 1)))
 
 
 @pytest.mark.parametrize("options,key", [
@@ -135,4 +134,4 @@ def test_one_token_has_no_predictor():
 def test_impossible_options_name_their_config_key(options, key):
   head, hidden, tokens, _ = arrays()
   with pytest.raises(ValueError, match=key):
-    logprobs.token_logprobs(Head(head), hidden, tokens, **options)
+    token_logprobs.of_hidden(Head(head), hidden, tokens, **options)
