@@ -157,7 +157,7 @@ def check_offload(config: Mapping) -> Iterator[str]:
            f"{_alternating()}, which alternates between sampling and training.")
   own = [name for name, kind in kinds.items()
          if kind.holds_reference(config[name]) and not (
-             config[name]["reference"] in ("", ADAPTER_OFF)
+             config[name].get("reference") in ("", ADAPTER_OFF)
              and _has_adapters(config[name]))]
   if "reference" in offload and not own:
     yield ("compute.offload: 'reference' has no effect: no stage holds one "
@@ -191,7 +191,6 @@ def experts(config: Mapping) -> int | None:
   if preset is None or not isinstance(changes, dict):
     return None
   return changes.get("num_experts", preset.num_experts)
-
 
 
 def check_profile(config: Mapping) -> Iterator[str]:

@@ -95,8 +95,8 @@ LOSS = Section(
 )
 
 KEYS = Section(
-    "Reinforcement learning against verifiable rewards. The defaults are "
-    "GRPO: group-relative policy optimisation.",
+    "Reinforcement learning against verifiable rewards. The defaults are GRPO "
+    "(group-relative policy optimisation) with DAPO's mean over tokens.",
     num_steps=Key(int, REQUIRED, "Optimizer updates. A batch of rollouts gives "
                   "num_minibatches x num_epochs of them.", "[1, inf)"),
     num_groups=Key(int, REQUIRED, "Prompts per batch of rollouts.", "[1, inf)"),
