@@ -169,6 +169,7 @@ def create(
     ValueError: a task or reward that the config names does not exist.
   """
   workdir = Workdir(path, is_writer=is_writer)
+  # Also a check: it raises for a function that does not exist.
   found = provenance.environment(config_lib.functions(config), devices)
   news: list[str] = []
   # All checks come before the first write: a refused start changes no file.

@@ -132,6 +132,7 @@ class Chat:
     if line.startswith("/"):
       self._console.line(self._obey(*line[1:].partition(" ")[::2]), "dim")
       return True
+    # Only an answered turn becomes a part of the conversation.
     asked = [*self.messages, {"role": "user", "content": line}]
     try:
       answer = self._answer(model, asked)

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else list(argv)
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(f"{arguments_lib.OVERVIEW}\n{arguments_lib.EXIT_STATUS}")
+    # Help that was asked for is a success; a missing verb is not.
     return 0 if argv else USAGE_ERROR
   try:
     verb, arguments = arguments_lib.parse(argv)

@@ -94,6 +94,7 @@ def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
         f"{', '.join(FAMILIES)}.")
   family = FAMILIES[name]
   _check_keys(data, family, path)
+  # Null stands for "not set" in most keys, and then the default holds.
   data = {key: value for key, value in family.defaults.items()} | {
       key: value for key, value in data.items()
       if value is not None or key in NULLABLE}

@@ -74,6 +74,7 @@ class Ledger:
     self.spans: dict[str, float] = {}
     self._before = dict.fromkeys(NAMES, 0.0) | (
         self._record["seconds"] if self._record else {})
+    # From the last write of the earlier start to now nothing was computed.
     if self._record:
       self._before["restart"] += max(0.0, wall() - self._record["written"])
 

@@ -44,6 +44,8 @@ def ask(
   key = "messages" if "messages" in row else "prompt"
   value = row[key]
   if isinstance(value, str):
+    # Templates that open the thinking in the prompt end in its delimiter, which
+    # must stay last: the sampler reads from it that thinking is open.
     opened = value.rstrip()
     if not think_start or not opened.endswith(think_start):
       return {**row, key: f"{value}\n\n{text}"}

@@ -45,6 +45,7 @@ class SentencePieceTokenizer:
     proto = _as_controls(proto, stop_ids)
     self._proto = proto
     self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    # Two processors, as the space before a text is a property of the model.
     self._bare = sentencepiece.SentencePieceProcessor(
         model_proto=_without_prefix(proto))
     self._prefix_each = prefix_each
@@ -160,6 +161,7 @@ def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:
       raise ValueError(
           f"token {token} is {text!r} in tokenizer_config.json and "
           f"{piece.piece!r} in the SentencePiece model.")
+    # The unknown piece must stay what it is, as a model needs exactly one.
     if piece.type != _Piece.UNKNOWN:
       piece.type = kind
   return model.SerializeToString(deterministic=True)
