@@ -188,7 +188,7 @@ def create(
       workdir.write_json("config.json", config_lib.jsonable(config))
     if is_writer:
       leftovers.remove_partials(workdir.path)
-    starts = or_anew(
+    starts = read_or_set_aside(
         workdir.path / "environment.json", workdir.environments, news.append,
         keep=is_writer) or []
     workdir.write_json("environment.json", [*starts, found])
@@ -261,7 +261,7 @@ def _config_changes(
   return [f"differs from the last start{why}: {change}" for change in changes]
 
 
-def or_anew(
+def read_or_set_aside(
     path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None], *,
     keep: bool = True,
 ) -> Any:

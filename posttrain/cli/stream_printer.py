@@ -12,7 +12,7 @@ from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 
 
-class Live:
+class StreamPrinter:
   """Prints one completion as it grows, with forced tokens marked.
 
   A delimiter of several tokens may be retracted for a wait, and a character may
