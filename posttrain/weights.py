@@ -343,9 +343,9 @@ def _restore_frozen(
   kept = directory.parent.parent / FROZEN / name
   if not kept.exists():
     raise FileNotFoundError(
-        f"{directory} holds trained weights only; those that were frozen "
-        f"beside them are kept in {kept}, which does not exist. Copy a whole "
-        "workdir, or at least that folder with the checkpoints.")
+        f"{directory} holds trained weights only; the frozen ones are kept in "
+        f"{kept}, which does not exist. Copy a whole workdir, or at least "
+        "that folder with the checkpoints.")
   tree = checkpoints.restore(kept, on_mesh(state.to_dict(like))).tree
   return state.from_dict(like, tree)
 

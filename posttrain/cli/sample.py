@@ -59,7 +59,7 @@ def run(
       interrupted run has left there is not drawn again.
     params, limits: how to sample, and how far.
     options: as `sampling.make_sampling_options` takes them.
-    ask: an instruction to put behind each prompt.
+    ask: an instruction to append to each prompt.
     num_samples: per prompt.
     seed: with the prompt's number and the sample's, what a draw depends on.
     cache_dtype, weights_dtype: see `sampler.Sampler`.

@@ -284,7 +284,7 @@ def describe_unscored(
           + (f": {' '.join(reason.split())[:200]}" if reason else ""))
 
 
-# What is looked at in all problems, before the first step.
+# Checks of all problems, before the first step.
 
 
 def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:

@@ -53,7 +53,7 @@ def of_batch(
   """Counts the FLOPs of an update on packed rows.
 
   Args:
-    batch: `positions` and `segment_ids`, of one shape, whatever it is.
+    batch: `positions` and `segment_ids`, of one shape.
     trained: as in `update`.
   """
   positions = batch["positions"][batch["segment_ids"] > 0]

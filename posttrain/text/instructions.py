@@ -64,5 +64,5 @@ def _ask_last(messages: list[dict[str, Any]], text: str) -> list[Any]:
       asked = {**message, "content": f"{message['content']}\n\n{text}"}
       return [*messages[:i], asked, *messages[i + 1:]]
   raise ValueError(
-      "an instruction goes behind the user's message, and there is none "
+      "an instruction goes after the user's message, and there is none "
       f"among {len(messages)}.")

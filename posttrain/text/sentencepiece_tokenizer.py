@@ -78,7 +78,7 @@ class SentencePieceTokenizer:
     for part in self._split(text) if special else [text]:
       control = self.controls.get(part) if special else None
       if control is None:
-        ids += self._model_behind(after).encode(part)
+        ids += self._model_after(after).encode(part)
       else:
         ids.append(control)
       after = ids[-1] if ids else after
@@ -95,14 +95,14 @@ class SentencePieceTokenizer:
       if not self._model.is_control(token):
         run.append(token)
         continue
-      parts.append(self._model_behind(before).decode(run))
+      parts.append(self._model_after(before).decode(run))
       run, before = [], token
       if not skip_special:
         parts.append(self._model.id_to_piece(token))
-    parts.append(self._model_behind(before).decode(run))
+    parts.append(self._model_after(before).decode(run))
     return "".join(parts)
 
-  def _model_behind(self, token: int | None):
+  def _model_after(self, token: int | None):
     """Chooses the model, or the one that puts no space before a text."""
     starts = token is None or (
         self._prefix_each and self._model.is_control(token))

@@ -182,7 +182,7 @@ def _load_hugging_face(
     raise ValueError(
         f"{path.parent} does not say which token ends a text: neither "
         "tokenizer_config.json (eos_token) nor generation_config.json "
-        "(eos_token_id). Add one of them beside tokenizer.json.")
+        "(eos_token_id). Add one of them next to tokenizer.json.")
   return HuggingFaceTokenizer(
       tokenizer, bos_id=_begins_with(tokenizer, config, named, path),
       eos_id=stops[0] if eos is None else eos, stop_ids=stops, named=named,
