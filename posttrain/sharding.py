@@ -268,7 +268,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.sharding.reshard(x, spec(*axes))
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
   """Replicates `x`: every device of the current mesh holds all of it."""
   return jax.sharding.reshard(x, P())
 
@@ -282,7 +282,7 @@ def on_mesh(
       sharding=NamedSharding(mesh, like.sharding.spec))
 
 
-def alone(device: Any):
+def single_device_mesh(device: Any):
   """Sets a mesh of one device, for programs on that device's arrays."""
   return jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",)))
 

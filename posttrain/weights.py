@@ -70,6 +70,7 @@ def model_config(
   if unknown:
     raise ValueError(
         f"model_overrides.{min(unknown)} is no field of ModelConfig.")
+  # How it is computed is the config's own choice, in the shape of any source.
   compute = {name: config.compute[name] for name in COMPUTE_FIELDS}
   shape = dataclasses.replace(shape, **overrides, **compute)
   if shape.num_experts:
@@ -138,6 +139,8 @@ def tokenizer(
   """
   kept = workdir.path / "tokenizer" if workdir else None
   if kept and kept.exists():
+    # Before it is used: other vocabularies would train on other tokens
+    # silently.
     _check_sums(kept)
     return tokenizer_lib.load(kept)
   found = _make_tokenizer(config)
@@ -321,6 +324,7 @@ def _restore(
   trained, frozen = trainable.split(*trainable.abstract(model, plan))
   restored = checkpoints.restore(
       directory, {"model": on_mesh(state.to_dict(trained))}, step)
+  # The trained part is in every checkpoint, the frozen one once in the workdir.
   trained = state.from_dict(trained, restored.tree["model"])
   if extras.get("frozen"):
     frozen = _restore_frozen(directory, extras["frozen"], frozen)
@@ -339,9 +343,9 @@ def _restore_frozen(
   kept = directory.parent.parent / FROZEN / name
   if not kept.exists():
     raise FileNotFoundError(
-        f"{directory} holds trained weights only; those that were frozen "
-        f"beside them are kept in {kept}, which does not exist. Copy a whole "
-        "workdir, or at least that folder with the checkpoints.")
+        f"{directory} holds trained weights only; the frozen ones are kept in "
+        f"{kept}, which does not exist. Copy a whole workdir, or at least "
+        "that folder with the checkpoints.")
   tree = checkpoints.restore(kept, on_mesh(state.to_dict(like))).tree
   return state.from_dict(like, tree)
 

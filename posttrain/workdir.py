@@ -169,6 +169,7 @@ def create(
     ValueError: a task or reward that the config names does not exist.
   """
   workdir = Workdir(path, is_writer=is_writer)
+  # Also a check: it raises for a function that does not exist.
   found = provenance.environment(config_lib.functions(config), devices)
   news: list[str] = []
   # All checks come before the first write: a refused start changes no file.
@@ -187,7 +188,7 @@ def create(
       workdir.write_json("config.json", config_lib.jsonable(config))
     if is_writer:
       leftovers.remove_partials(workdir.path)
-    starts = or_anew(
+    starts = read_or_set_aside(
         workdir.path / "environment.json", workdir.environments, news.append,
         keep=is_writer) or []
     workdir.write_json("environment.json", [*starts, found])
@@ -260,7 +261,7 @@ def _config_changes(
   return [f"differs from the last start{why}: {change}" for change in changes]
 
 
-def or_anew(
+def read_or_set_aside(
     path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None], *,
     keep: bool = True,
 ) -> Any:

@@ -14,7 +14,7 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding, weights
-from posttrain.cli.stream_printer import Live
+from posttrain.cli.stream_printer import StreamPrinter
 from posttrain.config import keys
 from posttrain.sampler import requests, sampler, token_sampling, transcript
 from posttrain.stages import sampling
@@ -97,7 +97,7 @@ def typed() -> Iterator[str]:
   """Yields lines of the terminal, until end of input."""
   while True:
     # A person may think for hours: SIGTERM need not wait for the next line.
-    preemption.begin_anew()
+    preemption.nothing_to_save()
     try:
       yield input("\n> ")
     except EOFError:
@@ -132,6 +132,7 @@ class Chat:
     if line.startswith("/"):
       self._console.line(self._obey(*line[1:].partition(" ")[::2]), "dim")
       return True
+    # Only an answered turn becomes a part of the conversation.
     asked = [*self.messages, {"role": "user", "content": line}]
     try:
       answer = self._answer(model, asked)
@@ -179,7 +180,7 @@ class Chat:
     opened = requests.in_thinking(tuple(prompt), how.tables)
     drawn = how.generate(
         model, [prompt], self._limits, seed=self._seed, stage="chat",
-        prompt_id=[self._turns], on_chunk=Live(
+        prompt_id=[self._turns], on_chunk=StreamPrinter(
             tokenizer, how.ids, self._stream, in_thinking=opened))
     self._turns += 1
     self._console.line("")

@@ -17,8 +17,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
-from posttrain import host_connections as line_lib
-from posttrain import lease, mistakes, rendezvous
+from posttrain import host_connections, lease, mistakes, rendezvous
 from posttrain import workdir as workdir_lib
 from posttrain.cli import arguments as arguments_lib
 from posttrain.cli import sampling_arguments
@@ -43,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv[1:] if argv is None else list(argv)
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(f"{arguments_lib.OVERVIEW}\n{arguments_lib.EXIT_STATUS}")
+    # Help that was asked for is a success; a missing verb is not.
     return 0 if argv else USAGE_ERROR
   try:
     verb, arguments = arguments_lib.parse(argv)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(message: str) -> int:
   # If another process is lost, that is the better message.
-  line_lib.wait_for_loss()
+  host_connections.wait_for_loss()
   print(f"posttrain: {message}", file=sys.stderr)
   return FAILED
 
@@ -79,7 +79,7 @@ def _failed(message: str) -> int:
 def _release_and_part() -> None:
   """Frees the lease and the other processes, which would otherwise wait."""
   lease.release_all()
-  here = line_lib.current()
+  here = host_connections.current()
   if here is not None:
     here.part(FAILED)
 

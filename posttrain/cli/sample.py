@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from posttrain import sharding, weights
 from posttrain import workdir as workdir_lib
-from posttrain.cli.stream_printer import Live
+from posttrain.cli.stream_printer import StreamPrinter
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
   engine,
@@ -59,7 +59,7 @@ def run(
       interrupted run has left there is not drawn again.
     params, limits: how to sample, and how far.
     options: as `sampling.make_sampling_options` takes them.
-    ask: an instruction to put behind each prompt.
+    ask: an instruction to append to each prompt.
     num_samples: per prompt.
     seed: with the prompt's number and the sample's, what a draw depends on.
     cache_dtype, weights_dtype: see `sampler.Sampler`.
@@ -236,7 +236,7 @@ def _live(
       how, max_prompt_tokens=-(-len(prompt) // 64) * 64)
   drawn = how.generate(
       model, [prompt], limits, seed=seed, prompt_id=[0], stage="sample",
-      on_chunk=Live(tokenizer, how.ids, stream) if first else None)
+      on_chunk=StreamPrinter(tokenizer, how.ids, stream) if first else None)
   [record] = _records(tokenizer, drawn, how.ids)
   if first:
     console = console_lib.Console(stream=stream)

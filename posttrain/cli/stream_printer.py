@@ -12,7 +12,7 @@ from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 
 
-class Live:
+class StreamPrinter:
   """Prints one completion as it grows, with forced tokens marked.
 
   A delimiter of several tokens may be retracted for a wait, and a character may
@@ -28,6 +28,7 @@ class Live:
     self._in_thinking = in_thinking
     self._tokenizer = tokenizer
     self._ids = ids
+    # The last tokens may turn out to be a delimiter that a wait replaces.
     self._held = max((len(d) for d in ids.delimiters), default=1) - 1
     self._printed = 0
     self._console = rich.console.Console(
@@ -37,6 +38,7 @@ class Live:
     tokens, provenance = recorder.tokens[0], recorder.provenance[0]
     end = len(tokens) - self._held
     if done[0]:
+      # The stop token ends the text and is no part of it.
       stopped = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
       end = len(tokens) - stopped
     if end <= 0:
@@ -49,6 +51,7 @@ class Live:
     parts = transcript.segments(
         self._tokenizer, tokens[:end], provenance[:end], self._ids, thought)
     text = "".join(part for part, _ in parts)
+    # U+FFFD at the end is a character whose other bytes are still to come.
     settled = len(text) if done[0] else len(text.rstrip("\ufffd"))
     position = 0
     for part, name in parts:

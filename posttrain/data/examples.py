@@ -98,6 +98,7 @@ def load(
       overlong.append(_entry(place, f"{size} tokens"))
       if on_overlong != "truncate":
         continue
+      # Before the check for targets: a cut may leave none.
       tokens, loss_mask = truncate(tokens, loss_mask, sequence_length)
     if not loss_mask.any():
       no_target.append(_entry(place, "no target token" + (

@@ -61,6 +61,7 @@ class Rows:
       Row, start and segment; the row is MISFIT if there was no room.
     """
     room = 0 if alone else self._length - size
+    # A linear search: rows of a batch are few, and first-fit needs their order.
     row = next((r for r, used in enumerate(self._used) if used <= room), MISFIT)
     if row == MISFIT:
       if self._bounded:
@@ -111,6 +112,7 @@ def assemble(
   arrays = {
       name: np.zeros((rows, length, *column.shape[1:]), column.dtype)
       for name, column in columns.items()}
+  # Zeros are padding: segment 0 attends to nothing and is in no loss.
   arrays |= {name: np.zeros((rows, length), np.int32) for name in RESERVED}
   for example, row, start, segment in zip(
       examples, placement.row, placement.start, placement.segment,

@@ -20,6 +20,9 @@ def stream(
     numbers: an epoch or a batch; the same number of them for all streams of a
       purpose.
   """
+  # NumPy mixes the list into one seed. Sums of seeds would collide: seed 1 of
+  # epoch 0 would be seed 0 of epoch 1. CRC-32 is the same on every machine,
+  # unlike Python's `hash` of a string.
   return np.random.default_rng([
       seed, zlib.crc32(stage.encode()), zlib.crc32(purpose.encode()),
       *numbers])

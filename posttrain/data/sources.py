@@ -96,6 +96,7 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
   try:
+    # Checksums are optional in Parquet, and not verified by default.
     file = pyarrow.parquet.ParquetFile(
         path, page_checksum_verification=True)
   # pyarrow has no one type: a column's name that is not UTF-8 is a ValueError.
@@ -103,6 +104,8 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, dict | Fault]]:
     raise ValueError(
         f"{path} is not a Parquet file: {error}. Get it again, or check "
         "data.sources.") from error
+  # Row groups are read one by one, so that a damaged one costs its own rows
+  # only.
   sizes = [file.metadata.row_group(group).num_rows
            for group in range(file.num_row_groups)]
   if sum(sizes) != file.metadata.num_rows:

@@ -125,6 +125,7 @@ def majority_curve(
   Raises:
     ValueError: there are no questions, or not M samples of each.
   """
+  # A vote of k samples is compared over all questions, so each needs them.
   counts = {len(row) for rows in (tokens, answers, correct) for row in rows}
   if len(counts) != 1 or not len(tokens) == len(answers) == len(correct):
     raise ValueError(
@@ -173,6 +174,7 @@ def _points(
 
 def _mean_slope(x: np.ndarray, y: np.ndarray) -> float | None:
   i, j = np.triu_indices(x.size, k=1)
+  # Two points with equal tokens have no slope between them.
   apart = x[i] != x[j]
   i, j = i[apart], j[apart]
   if i.size == 0:

@@ -67,6 +67,8 @@ def cells(
   """
   wait_maxima = wait_maxima or (max(max_thinking_tokens, default=-1),)
   maxima = *max_thinking_tokens, *(wait_maxima if num_waits else ())
+  # A dict keeps the first of equal cells and the order: a maximum may be asked
+  # for twice.
   found = [Cell(), *(Cell(max_thinking_tokens=m) for m in maxima),
            *(Cell(max_thinking_tokens=m, num_waits=w)
              for m in wait_maxima for w in num_waits)]
@@ -215,6 +217,7 @@ def s1_figures(
 
   Scaling is in accuracy (1 = 100 points); a curve of one point has none.
   """
+  # s1's curve: cells that differ in the maximum only.
   curve = [f for f in figures if f["max_thinking_tokens"] >= 0
            and not (f["num_waits"] or f["asked"])]
   maxima = dict.fromkeys(c.max_thinking_tokens for c in scored if c.num_waits)
@@ -278,6 +281,7 @@ def asking_figures(
       families.setdefault(name + "_forced" * (forced >= 0), []).append(cell)
   found = {}
   for name, family in families.items():
+    # Classes have no amount, and so no control per sample.
     tokens, amounts = _columns(family, "mean_thinking_tokens", "amount")
     if name == "classes":
       longer = np.array([cell["asked"] == "long" for cell in family])

@@ -62,6 +62,7 @@ class Tensor:
     """Type and shape in the file: values, or the bytes of their blocks."""
     if self.kind.name in PLAIN:
       return np.dtype(PLAIN[self.kind.name]), self.shape
+    # A block holds `block` numbers in `width` bytes, along the last axis.
     block, width = gguf.GGML_QUANT_SIZES[self.kind]
     return np.dtype(np.uint8), (
         *self.shape[:-1], self.shape[-1] // block * width)
@@ -102,6 +103,7 @@ class _Header:
 
   def __init__(self, path: pathlib.Path, data: mmap.mmap):
     self._path, self._data = path, data
+    # A limit, as counts are compared with the bytes that are left.
     self._at, self._end = 0, min(len(data), LONGEST_HEADER)
     self._what = "its start"
 
@@ -161,6 +163,7 @@ class _Header:
     unit = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if type(unit) is not int or unit < 1 or unit & (unit - 1):
       raise self._error(f"is {unit!r}, and a power of two is needed")
+    # The data begin at the next multiple of the alignment.
     start, found = -(-self._at // unit) * unit, {}
     for name, tensor in tensors.items():
       self._what = f"tensor {name!r}"

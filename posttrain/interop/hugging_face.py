@@ -81,6 +81,7 @@ def read(path: str | pathlib.Path) -> Files:
            if (path / "adapter_config.json").exists() else ""))
   config = _json(path / "config.json")
   tensors = _tensors(path)
+  # A multimodal release: its text model is an ordinary one.
   if isinstance(config.get("text_config"), dict):
     quantized = {key: value for key, value in config.items()
                  if key == "quantization_config"}  # Holds for the text model.
@@ -122,6 +123,7 @@ def _tensors(path: pathlib.Path) -> dict[str, safetensors_file.Tensor]:
   for name in sorted(set(index.values())):
     _check_shard(path, name)
     found |= safetensors_file.read_header(path / name)
+  # An index and shards of two downloads would otherwise mix two models.
   wrong = [name for name in {**index, **found} if name not in index
            or name not in found or found[name].path.name != index[name]]
   if wrong:
@@ -324,6 +326,8 @@ def _write_weights(
   files = [SINGLE] if len(shards) == 1 else [
       f"model-{i:05d}-of-{len(shards):05d}.safetensors"
       for i in range(1, len(shards) + 1)]
+  # Every process iterates, as each tensor is gathered together; process 0 alone
+  # has a writer.
   tensors, done = parameters.tensors(model, sources, dtype), 0
   for file, names in zip(files, shards, strict=True):
     writer = None if path is None else safetensors_file.Writer(

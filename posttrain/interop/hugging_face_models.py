@@ -94,6 +94,7 @@ def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
         f"{', '.join(FAMILIES)}.")
   family = FAMILIES[name]
   _check_keys(data, family, path)
+  # Null stands for "not set" in most keys, and then the default holds.
   data = {key: value for key, value in family.defaults.items()} | {
       key: value for key, value in data.items()
       if value is not None or key in NULLABLE}
@@ -231,7 +232,7 @@ def _experts(data: Mapping[str, Any]) -> dict[str, Any]:
   if data["decoder_sparse_step"] != 1 or data.get("mlp_only_layers"):
     raise ValueError(
         "decoder_sparse_step and mlp_only_layers ask for layers without "
-        "experts beside layers that have them, which is not known here.")
+        "experts among layers that have them, which is not known here.")
   missing = [key for key in MOE.values() if data.get(key) is None]
   if missing:
     raise ValueError(f"it lacks {', '.join(missing)}.")

@@ -196,6 +196,8 @@ def comparable(config: ModelConfig) -> dict[str, Any]:
       field.name: getattr(config, field.name)
       for field in dataclasses.fields(config)
       if field.name not in NO_SHAPE}
+  # Two spellings of one model: a short layer pattern and its repetition, a
+  # scale and its default.
   return fields | dict(
       layer_pattern=config.layer_kinds, query_scale=config.attention_scale)
 
@@ -300,6 +302,7 @@ def load(
         "or of the table of tensors, not of both.")
   arrays: dict[str, jax.Array] = {}
   todo = places(sources, config.layers)
+  # A mapped file on a network disk is read much faster front to back.
   if order is not None:
     todo.sort(key=lambda place: order(place.names[0]))
   for done, place in enumerate(todo, 1):

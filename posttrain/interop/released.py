@@ -27,6 +27,7 @@ def read(path: str | pathlib.Path) -> Release:
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
     return hugging_face.read(path)
+  # Refused before it is looked for: to unpickle is to run a program.
   if path.suffix in hugging_face.PICKLED:
     raise hugging_face.pickled(path.parent, [path.name])
   if not path.exists():

@@ -24,6 +24,7 @@ def find() -> Path:
   Raises:
     ValueError: the package is not installed, or holds no such file.
   """
+  # `find_spec` does not run the package's code.
   spec = importlib.util.find_spec(MODULE)
   if spec is None or not spec.submodule_search_locations:
     raise ValueError(

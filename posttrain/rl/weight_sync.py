@@ -144,7 +144,7 @@ def moved(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
       if part is not None:
         # In turn, so that no device's link is the only one in use.
         copy = copies[n % len(copies)]
-        with sharding.alone(copy.device):
+        with sharding.single_device_mesh(copy.device):
           piece = copy.data[part]
         parts[device].append(jax.device_put(piece, device))
   return jax.make_array_from_single_device_arrays(
@@ -156,7 +156,7 @@ def _joined(parts: list[jax.Array], axis: int, device: Any) -> jax.Array:
   """Slabs of one device's part, on that device."""
   if len(parts) == 1:
     return parts[0]
-  with sharding.alone(device):
+  with sharding.single_device_mesh(device):
     return jnp.concatenate(parts, axis)
 
 
@@ -194,7 +194,7 @@ def gathered(
   """A slab, whole on every device."""
   if x.ndim and size < x.shape[axis]:
     x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-  return sharding.whole(x.astype(dtype))
+  return sharding.replicate(x.astype(dtype))
 
 
 def _cast(

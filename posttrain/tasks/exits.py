@@ -37,6 +37,8 @@ class Unfinished(RuntimeError):
 def raised() -> Iterator[None]:
   """Turns `os._exit` in this thread into `Left`, around a call of a task."""
   with _replaced():
+    # Counted per thread: an exception in another thread would not reach this
+    # call.
     before = getattr(_called, "depth", 0)
     _called.depth = before + 1
     try:
@@ -68,6 +70,7 @@ def refused(
     except SystemExit as error:
       if type(error) is not SystemExit:
         raise
+      # `sys.exit` is C code, so that the last frame is the line that called it.
       by = traceback.extract_tb(error.__traceback__)[-1]
       raise Unfinished(
           f"{by.filename}, line {by.lineno}, has left with status "

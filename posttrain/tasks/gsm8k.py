@@ -84,6 +84,8 @@ def extract(completion: str) -> str | None:
 def _row(
     number: int, row: dict[str, Any], where: str, instruction: str,
 ) -> dict[str, Any]:
+  # The annotations were made for a model with a calculator; here they would be
+  # learnt as text.
   solution = re.sub(r"<<[^<>\n]*>>", "", row["answer"])
   _, mark, final = solution.rpartition(MARK)
   answer = grading.canonical_number(final.strip())

@@ -28,6 +28,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
   with path.open("rb") as file:
     for number, line in enumerate(file, 1):
       yield number, line.removeprefix(
+          # A byte-order mark, which editors on Windows write.
           b"\xef\xbb\xbf") if number == 1 else line
 
 

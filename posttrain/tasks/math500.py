@@ -82,6 +82,7 @@ def extract(completion: str) -> str | None:
   number = grading.canonical_number(found)
   if number is not None:
     return number
+  # Layout only: spellings that may differ in value remain different votes.
   found = re.sub(r"\\[dt]frac", r"\\frac", found)
   found = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,!;: ]", "", found)
   return re.sub(r"\s+", " ", found).strip(" $.")

@@ -164,6 +164,8 @@ def arguments(
   """Builds the keyword arguments of a reward."""
   columns = {key: value for key, value in problem.items()
              if key not in ("prompt", "completion")}
+  # Only parameters that it names: a reward with **columns gets the problem's
+  # columns, and not the completion's as well.
   columns |= {name: getattr(completion, name) for name in _named(reward)}
   return dict(prompt=problem.get("prompt", ""), completion=completion.answer,
               **columns)
@@ -222,6 +224,7 @@ def _call(
   where = f"The reward {name}"
   found = _guarded(where, problem, lambda: reward(
       **arguments(reward, problem, completion)))
+  # A grader's result may be returned as it is, and keeps its status.
   if isinstance(found, Grade):
     found = judged(found)
   if isinstance(found, Score):
@@ -281,7 +284,7 @@ def describe_unscored(
           + (f": {' '.join(reason.split())[:200]}" if reason else ""))
 
 
-# What is looked at in all problems, before the first step.
+# Checks of all problems, before the first step.
 
 
 def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:

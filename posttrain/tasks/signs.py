@@ -284,6 +284,7 @@ def _search(
     repeat: float, recheck: float, patience: Sequence[float],
 ) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
   """Draws the attempts, in order, and the answer."""
+  # All sign patterns are tried: with four terms there are eight.
   hits: list[tuple[int, ...]] = []
   misses: list[tuple[int, ...]] = []
   for signs in _patterns(len(numbers)):

@@ -49,6 +49,7 @@ def problems(
   for index in _indices(base**terms, random.Random(f"sums {split} {seed}")):
     if len(rows) == count:
       break
+    # The digits of the index, which is the problem's id, in base `base`.
     numbers = [low + index // base**i % base for i in range(terms)]
     if splits.split_of(numbers) == split:
       rows.append(_row(index, numbers, prompt))

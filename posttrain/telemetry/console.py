@@ -76,6 +76,7 @@ class Progress:
     self._num_steps = num_steps
     self._clock = clock
     self._plain_every = plain_every
+    # The first entry is the end of the first step, which has compiled.
     self._times: collections.deque[tuple[float, int]] = collections.deque(
         maxlen=RATE_WINDOW)
     self._last_plain = -math.inf

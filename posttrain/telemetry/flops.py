@@ -53,7 +53,7 @@ def of_batch(
   """Counts the FLOPs of an update on packed rows.
 
   Args:
-    batch: `positions` and `segment_ids`, of one shape, whatever it is.
+    batch: `positions` and `segment_ids`, of one shape.
     trained: as in `update`.
   """
   positions = batch["positions"][batch["segment_ids"] > 0]
@@ -67,6 +67,7 @@ def of_rollouts(config: ModelConfig, rollouts: Rollouts) -> float:
 
   The last token of a row is never fed, since nothing follows it.
   """
+  # Samples of one prompt share its prefill.
   _, first = np.unique(rollouts.prompt_id, return_index=True)
   prompts = [np.arange(len(rollouts.prompts[row])) for row in first]
   fed = [len(prompt) + np.arange(length - 1) for prompt, length in zip(
@@ -86,6 +87,7 @@ def mean_context(config: ModelConfig, positions: np.ndarray) -> float:
   if not positions.size:
     return 0.0
   whole = positions.astype(np.int64) + 1
+  # A layer with a sliding window attends to no more keys than the window has.
   local = config.layer_kinds.count("local")
   near = np.minimum(whole, config.sliding_window).mean() if local else 0.0
   return float((config.layers - local) * whole.mean()

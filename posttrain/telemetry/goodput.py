@@ -66,7 +66,7 @@ class Ledger:
     self._written = clock()
     self._began = False
     self._record = (
-        workdir.or_anew(path, lambda: read(path), warn)
+        workdir.read_or_set_aside(path, lambda: read(path), warn)
         if write and path.exists() else None)
     self._starts = 1 + (self._record["starts"] if self._record else 0)
     self._marks: list[list[float]] = (
@@ -74,6 +74,7 @@ class Ledger:
     self.spans: dict[str, float] = {}
     self._before = dict.fromkeys(NAMES, 0.0) | (
         self._record["seconds"] if self._record else {})
+    # From the last write of the earlier start to now nothing was computed.
     if self._record:
       self._before["restart"] += max(0.0, wall() - self._record["written"])
 

@@ -42,6 +42,7 @@ def find() -> Machine:
   """Finds the devices of this run."""
   kind, count = jax.devices()[0].device_kind, jax.device_count()
   chip = chips.find(kind)
+  # GPUs and CPUs: a device is a chip, and the peak of a CPU is not known.
   if chip is None:
     flops = chips.GPUS.get(kind)
     return Machine(kind, count, flops and count * flops)

@@ -95,6 +95,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def _lines(path: str | os.PathLike) -> list[bytes]:
+  # The part after the last newline is empty, or a row that a kill cut off.
   return pathlib.Path(path).read_bytes().split(b"\n")[:-1]
 
 
@@ -211,6 +212,8 @@ class Writer:
 
 
 def _scalar(name: str, value: Any) -> int | float:
+  # Here JAX arrays are fetched: a metric that is still being computed is waited
+  # for.
   array = np.asarray(value)
   if array.shape != () or array.dtype.kind not in "biuf":
     raise ValueError(

@@ -40,6 +40,8 @@ class Tracer:
       latest: results of the step before, which the devices may still compute.
     """
     if step == self._first:
+      # JAX returns before the devices are done. Without this wait the trace
+      # would begin with the rest of the step before.
       jax.block_until_ready(latest)
       jax.profiler.start_trace(self._directory)
       self._active = True
@@ -47,6 +49,7 @@ class Tracer:
   def after(self, step: int, latest: Any) -> None:
     """Ends and writes the trace if the step is the last."""
     if self._active and step == self._last:
+      # And without this one it would end before the last step.
       jax.block_until_ready(latest)
       self.close()
 

@@ -15,7 +15,7 @@ from posttrain.text import tokenizer as tokenizer_lib
 
 # Text before and after delimiters, as models write it.
 BEFORE = ("", " ", ".", "\n", "a", "1")
-BEHIND = ("", " ", "\n", "\n\n", "a", "1")
+AFTER = ("", " ", "\n", "\n\n", "a", "1")
 
 
 def warning(
@@ -49,14 +49,14 @@ def _merged(
   """Yields contexts in which the ids of a text are not those of it alone."""
   own = _encode(text, tokenizer)
   for before in BEFORE:
-    for behind in BEHIND:
-      if _one_word(before, text) or _one_word(text, behind):
+    for after in AFTER:
+      if _one_word(before, text) or _one_word(text, after):
         continue  # A longer word, which is not the delimiter.
-      found = _encode(before + text + behind, tokenizer)
+      found = _encode(before + text + after, tokenizer)
       if tokenizer.unk_id is not None and tokenizer.unk_id in found:
         continue  # A vocabulary of words cannot write this.
       if thinking_lib.find(found, own) < 0:
-        yield before + text + behind
+        yield before + text + after
 
 
 def _one_word(left: str, right: str) -> bool:

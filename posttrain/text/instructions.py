@@ -44,6 +44,8 @@ def ask(
   key = "messages" if "messages" in row else "prompt"
   value = row[key]
   if isinstance(value, str):
+    # Templates that open the thinking in the prompt end in its delimiter, which
+    # must stay last: the sampler reads from it that thinking is open.
     opened = value.rstrip()
     if not think_start or not opened.endswith(think_start):
       return {**row, key: f"{value}\n\n{text}"}
@@ -62,5 +64,5 @@ def _ask_last(messages: list[dict[str, Any]], text: str) -> list[Any]:
       asked = {**message, "content": f"{message['content']}\n\n{text}"}
       return [*messages[:i], asked, *messages[i + 1:]]
   raise ValueError(
-      "an instruction goes behind the user's message, and there is none "
+      "an instruction goes after the user's message, and there is none "
       f"among {len(messages)}.")

@@ -74,6 +74,7 @@ class PlainRenderer:
           "the prompt has no tokens and the tokenizer no BOS, so nothing "
           "predicts the first token of the completion. Give it a prompt.")
     completion = self.tokenizer.encode(_require_text(row, "completion"))
+    # EOS is in the loss: the model has to learn to stop.
     completion.append(self.tokenizer.eos_id)
     return (
         np.array(prompt + completion, np.int32),
@@ -151,6 +152,8 @@ def make_renderer(
 
 
 def _hash(template: str, tokenizer: tokenizer_lib.Tokenizer) -> str:
+  # JSON keeps the two apart: plain concatenation could give one hash to two
+  # pairs.
   contents = json.dumps([template, tokenizer.fingerprint()])
   return hashlib.sha256(contents.encode()).hexdigest()
 

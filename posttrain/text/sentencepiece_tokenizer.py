@@ -45,6 +45,7 @@ class SentencePieceTokenizer:
     proto = _as_controls(proto, stop_ids)
     self._proto = proto
     self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    # Two processors, as the space before a text is a property of the model.
     self._bare = sentencepiece.SentencePieceProcessor(
         model_proto=_without_prefix(proto))
     self._prefix_each = prefix_each
@@ -77,7 +78,7 @@ class SentencePieceTokenizer:
     for part in self._split(text) if special else [text]:
       control = self.controls.get(part) if special else None
       if control is None:
-        ids += self._model_behind(after).encode(part)
+        ids += self._model_after(after).encode(part)
       else:
         ids.append(control)
       after = ids[-1] if ids else after
@@ -94,14 +95,14 @@ class SentencePieceTokenizer:
       if not self._model.is_control(token):
         run.append(token)
         continue
-      parts.append(self._model_behind(before).decode(run))
+      parts.append(self._model_after(before).decode(run))
       run, before = [], token
       if not skip_special:
         parts.append(self._model.id_to_piece(token))
-    parts.append(self._model_behind(before).decode(run))
+    parts.append(self._model_after(before).decode(run))
     return "".join(parts)
 
-  def _model_behind(self, token: int | None):
+  def _model_after(self, token: int | None):
     """Chooses the model, or the one that puts no space before a text."""
     starts = token is None or (
         self._prefix_each and self._model.is_control(token))
@@ -160,6 +161,7 @@ def with_added(proto: bytes, added: Mapping[int, tuple[str, bool]]) -> bytes:
       raise ValueError(
           f"token {token} is {text!r} in tokenizer_config.json and "
           f"{piece.piece!r} in the SentencePiece model.")
+    # The unknown piece must stay what it is, as a model needs exactly one.
     if piece.type != _Piece.UNKNOWN:
       piece.type = kind
   return model.SerializeToString(deterministic=True)

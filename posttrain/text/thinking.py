@@ -89,6 +89,7 @@ def resolve(
   return ThinkingIds(
       start=encode("start", thinking.start),
       end=end,
+      # Two strings may have the same ids; the compiled matcher wants each once.
       delimiters=tuple(dict.fromkeys([end, *others])),
       newline=encode("newline", thinking.newline),
       final_answer=encode("final_answer", thinking.final_answer),

@@ -25,6 +25,7 @@ def errors_name(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
+    # Raised inside with the path already: do not wrap it twice.
     if type(error) is ValueError and str(path) in str(error):
       raise
     raise ValueError(
@@ -111,6 +112,7 @@ def write(directory: pathlib.Path, tokenizer: Any, **config: Any) -> None:
 
 def splitter(words: Iterable[str]) -> Callable[[str], list[str]]:
   """Makes a function that splits a text around `words`, and keeps them."""
+  # A regular expression takes the first alternative that fits, not the longest.
   longest_first = sorted(words, key=len, reverse=True)
   if not longest_first:
     return lambda text: [text]

@@ -88,6 +88,8 @@ def load(
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
+    # The pipeline is preferred over the model that it was converted from, as in
+    # transformers.
     names = ("tokenizer.json", "tokenizer.model", "spiece.model")
     found = [path / name for name in names if (path / name).exists()]
     if not found:
@@ -138,6 +140,8 @@ def spellings(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
   """
   plain = lambda text: re.sub(r"^\W+|\W+$", "", text).casefold()
   controls = {*tokenizer.controls.values(), *tokenizer.stop_ids}
+  # By each token's text rather than the vocabulary's entry, which has "Ġ" or
+  # "▁" for a space.
   texts = [None if i in controls else plain(tokenizer.token_text(i))
            for i in range(tokenizer.vocab_size)]
   wanted = {plain(word): word for word in words}
@@ -178,7 +182,7 @@ def _load_hugging_face(
     raise ValueError(
         f"{path.parent} does not say which token ends a text: neither "
         "tokenizer_config.json (eos_token) nor generation_config.json "
-        "(eos_token_id). Add one of them beside tokenizer.json.")
+        "(eos_token_id). Add one of them next to tokenizer.json.")
   return HuggingFaceTokenizer(
       tokenizer, bos_id=_begins_with(tokenizer, config, named, path),
       eos_id=stops[0] if eos is None else eos, stop_ids=stops, named=named,
@@ -193,6 +197,7 @@ def _begins_with(tokenizer, config, named, path) -> int | None:
   if "add_bos_token" in config:
     return (_named_id(tokenizer, named, "bos_token", path)
             if config["add_bos_token"] else None)
+  # Without the key the pipeline's post-processor tells: it adds BOS or not.
   plain = tokenizer.encode("a", add_special_tokens=False).ids
   whole = tokenizer.encode("a", add_special_tokens=True).ids
   return whole[0] if whole[:1] != plain[:1] else None

@@ -32,6 +32,7 @@ def on_every_host(path: epath.Path) -> Iterator[None]:
   Each host reads its own files. All must take the same way afterwards: a host
   that goes on alone waits in the next collective.
   """
+  # The error is kept until all hosts have finished reading.
   error: DamagedError | None = None
   try:
     with errors_name(path, "read"):

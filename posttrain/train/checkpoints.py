@@ -79,6 +79,8 @@ class Checkpoints:
     checkpoint_integrity.say_errors_once()
     self._directory = _absolute(directory)
     self._best_metric = best_metric if keep_best else ""
+    # The ranking metric is saved under one name, so that reading needs no
+    # config.
     value = lambda metrics: metrics["value"]
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     if keep_best:
@@ -186,6 +188,7 @@ class Checkpoints:
         target.rmtree()
       (self._directory / str(step)).rename(target)
     sharding.of_first_host(np.array(True))  # A barrier: all list it after.
+    # Orbax keeps a list of steps, which still has the moved one.
     self._manager.reload()
     return target
 
@@ -235,6 +238,8 @@ def restore(
   handler = ocp.PyTreeCheckpointHandler()
   with checkpoint_integrity.on_every_host(path):
     saved = _flatten(handler.metadata(path / "state").tree)
+  # Before the arrays are read, for an error that names the array and what to
+  # change.
   _check_structure(path / "state", saved, _flatten(abstract))
   rollouts = None
   with checkpoint_integrity.on_every_host(path):

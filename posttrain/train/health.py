@@ -72,8 +72,10 @@ class StepHealth:
     """
     found = _what_is_wrong(values)
     skipped = self._skipped.update(bool(found))
+    # 0 <= max_skips always holds for an update that was made.
     if skipped <= self._max_skips:
       return found
+    # Kept for inspection, as the run ends here.
     path = self._directory / f"bad_batch_step_{step:06d}.npz"
     if self._write:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,8 @@ class StepHealth:
 
 
 def _what_is_wrong(values: Mapping[str, Any]) -> str:
+  # First, as a denominator of 0 makes the loss NaN, which would name the
+  # wrong cause.
   for name, value in values.items():
     if name.startswith("denominator/") and not value > 0:
       return (f"has a loss whose term {name.partition('/')[2]!r} has a "

@@ -31,6 +31,8 @@ def stack(
   multiple = num_microbatches * sharding.axis_size("batch")
 
   def fold(array: np.ndarray) -> Any:
+    # Every microbatch must have the same number of rows, which the mesh
+    # divides: all of them run in one compiled loop.
     padding = -len(array) % multiple
     array = np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
     array = array.reshape(num_microbatches, -1, *array.shape[1:])

@@ -84,7 +84,7 @@ def requested() -> bool:
   return _received
 
 
-def begin_anew() -> None:
+def nothing_to_save() -> None:
   """Declares that there is nothing to save: SIGTERM ends the process at once.
   """
   global _calls

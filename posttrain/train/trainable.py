@@ -74,6 +74,7 @@ def trained_paths(model: Transformer, plan: Plan) -> frozenset[str]:
   Raises:
     ValueError: no parameter matches, or the plan has adapters and trains none.
   """
+  # A scale belongs to its quantised matrix, and is never trained.
   here = [path for path in paths(model) if not path.endswith(quantized.SCALE)]
   adapters = [path for path in here if lora_lib.is_adapter(path)]
   if not plan.pattern:
@@ -145,6 +146,8 @@ def at_rest(
   Returns:
     A model that shares every array whose dtype was right already.
   """
+  # A float dtype applies to all frozen leaves; a quantised one to matrices
+  # only.
   kind = dtype if dtype in QUANTIZED else ""
   other = lora_lib.with_config(model, quantized=kind)
   here = [name for name in INPUT_AXES if hasattr(model.blocks, name)]
@@ -154,6 +157,7 @@ def at_rest(
 
   def settle(path, w):
     path = path_name(path)
+    # Quantised matrices and their scales are as they should be already.
     if jnp.issubdtype(w.dtype, jnp.integer) or path.endswith(quantized.SCALE):
       return w
     float32 = path in trained or lora_lib.is_adapter(path)
@@ -161,6 +165,7 @@ def at_rest(
         "float32" if float32 else BESIDE_QUANTIZED if kind else dtype)
     if w.dtype != to:
       return _replaced(lambda w: w.astype(to), w, consume=consume)
+    # The optimizer consumes the trained buffers, so a reference needs its own.
     return jnp.copy(w) if path in copied else w
 
   return jax.tree_util.tree_map_with_path(settle, other)

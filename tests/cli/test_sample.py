@@ -47,10 +47,10 @@ def test_chunks_of_any_size_print_the_text_once(text, data):
   states.insert(taken_back + 1, [*tokens[:taken_back], 2])  # Held back.
   shown = sorted(data.draw(st.sets(st.sampled_from(range(len(states))))))
   stream = io.StringIO()
-  live = sample.Live(Bytes(), IDS, stream)
+  printer = sample.StreamPrinter(Bytes(), IDS, stream)
   for i in shown:
-    live(recorder(states[i]), np.array([False]))
-  live(recorder([*tokens, STOP]), np.array([True]))
+    printer(recorder(states[i]), np.array([False]))
+  printer(recorder([*tokens, STOP]), np.array([True]))
   printed = stream.getvalue()
   assert printed == sample.console_lib.printable(text)
 
@@ -62,10 +62,10 @@ def recorder(tokens, provenance=None):
 
 def test_forced_tokens_and_waits_are_marked():
   stream = io.StringIO()
-  live = sample.Live(Bytes(), IDS, stream)
-  live(recorder([72, 105]), np.array([False]))
+  printer = sample.StreamPrinter(Bytes(), IDS, stream)
+  printer(recorder([72, 105]), np.array([False]))
   assert stream.getvalue() == "H"  # "i" might begin a delimiter.
-  live(recorder([72, 105, 87, 97, 33, 34], [1, 1, 2, 2, 1, 2]),
+  printer(recorder([72, 105, 87, 97, 33, 34], [1, 1, 2, 2, 1, 2]),
        np.array([True]))
   assert stream.getvalue() == 'Hi[wait: Wa]![forced: "]'
 
@@ -73,9 +73,9 @@ def test_forced_tokens_and_waits_are_marked():
 def test_a_completion_of_no_token_prints_nothing():
   """A maximum of 0 truncates so, and logits that are not finite do."""
   stream = io.StringIO()
-  live = sample.Live(Bytes(), IDS, stream, in_thinking=True)
-  live(recorder([]), np.array([False]))
-  live(recorder([]), np.array([True]))
+  printer = sample.StreamPrinter(Bytes(), IDS, stream, in_thinking=True)
+  printer(recorder([]), np.array([False]))
+  printer(recorder([]), np.array([True]))
   assert stream.getvalue() == ""
 
 
