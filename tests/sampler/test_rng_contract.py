@@ -166,11 +166,11 @@ def test_samples_of_a_prompt_differ(rollouts):
     assert rollouts.completion(row) != rollouts.completion(row + 1)
 
 
-@pytest.mark.parametrize("slots", [0, 3])
+@pytest.mark.parametrize("max_num_seqs", [0, 3])
 def test_a_prompt_asked_again_goes_on_with_its_samples(
-    params, rollouts, slots):
+    params, rollouts, max_num_seqs):
   """Three asks in one step are the six samples of one, and all differ."""
-  asked = run(params, [12, 11, 12, 12], slots=slots,
+  asked = run(params, [12, 11, 12, 12], max_num_seqs=max_num_seqs,
               first_sample=np.array([0, 0, 2, 4]))
   assert asked.prompt_id.tolist() == [12, 12, 11, 11, 12, 12, 12, 12]
   assert asked.sample_id.tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
