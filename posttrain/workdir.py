@@ -30,9 +30,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
+import posttrain
 from posttrain import config as config_lib
 from posttrain import lease as lease_lib
 from posttrain import leftovers, provenance
+
+OLDEST = "0.2.0"  # The first version whose runs this one resumes.
 
 # Keys that may change between two starts of a run: numbers depend on them by
 # rounding at most.
@@ -178,6 +181,8 @@ def create(
     raise _no_run(workdir.path, "no config.json")
   untrained = exists and anew and leftovers.is_untrained(
       workdir.path, saved, _starts(workdir))
+  if exists and not untrained:
+    check_version(workdir)
   if exists:
     news += _config_changes(workdir, config, may_differ, untrained)
   try:
@@ -220,6 +225,30 @@ def _starts(workdir: Workdir) -> list[dict[str, Any]]:
     return workdir.environments()
   except WorkdirError:
     return []
+
+
+def check_version(workdir: Workdir) -> None:
+  """Tests which version the run's last start was of.
+
+  Raises:
+    WorkdirError: it is older than `OLDEST`; says what can be done.
+  """
+  starts = _starts(workdir)
+  if not starts:
+    return
+  # Version 0.1.0 did not know itself where it was run without being installed.
+  found = starts[-1].get("versions", {}).get("posttrain", "0.1.0")
+  numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)]
+  if numbers(found) < numbers(OLDEST):
+    commit = (starts[-1].get("git") or {}).get("commit") or ""
+    raise WorkdirError(
+        f"{workdir.path} was written by posttrain {found}"
+        + f" (commit {commit[:12]})" * bool(commit)
+        + f", and posttrain {posttrain.__version__} goes on with runs of "
+        f"{OLDEST} or later. Use that version, or another --workdir. Its "
+        f"weights can be used here: --model={workdir.path}/STAGE/checkpoints "
+        "of sample, chat and export, or as init.path, with init.kind="
+        "'directory', of a config. report works as ever.")
 
 
 def _no_run(path: pathlib.Path, why: str) -> WorkdirError:
@@ -347,9 +376,10 @@ def read_config(
   """Reads the config of a workdir, with `path=value` assignments applied.
 
   Raises:
-    WorkdirError: config.json is no JSON object.
+    WorkdirError: config.json is no JSON object, or of an old version.
     ConfigError: it is no config, or an assignment is wrong.
   """
+  check_version(Workdir(path, is_writer=False))
   file = pathlib.Path(path, "config.json")
   return config_lib.from_jsonable(read_object(file), assignments, str(file))
 
