@@ -233,22 +233,20 @@ def check_version(workdir: Workdir) -> None:
   Raises:
     WorkdirError: it is older than `OLDEST`; says what can be done.
   """
-  starts = _starts(workdir)
-  if not starts:
-    return
+  last = (_starts(workdir) or [{}])[-1]
   # Version 0.1.0 did not know itself where it was run without being installed.
-  found = starts[-1].get("versions", {}).get("posttrain", "0.1.0")
+  found = last.get("versions", {"posttrain": OLDEST}).get("posttrain", "0.1.0")
   numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)]
   if numbers(found) < numbers(OLDEST):
-    commit = (starts[-1].get("git") or {}).get("commit") or ""
+    commit = last.get("git", {}).get("commit") or ""
     raise WorkdirError(
         f"{workdir.path} was written by posttrain {found}"
         + f" (commit {commit[:12]})" * bool(commit)
-        + f", and posttrain {posttrain.__version__} goes on with runs of "
-        f"{OLDEST} or later. Use that version, or another --workdir. Its "
-        f"weights can be used here: --model={workdir.path}/STAGE/checkpoints "
-        "of sample, chat and export, or as init.path, with init.kind="
-        "'directory', of a config. report works as ever.")
+        + f", and posttrain {posttrain.__version__} resumes runs of {OLDEST} "
+        "or later. Resume it with that version, or name another --workdir. "
+        f"Its weights can be used: --model={workdir.path}/STAGE/checkpoints "
+        "for sample, chat and export; init.kind='directory' with that path in "
+        "a config. `posttrain report` reads it.")
 
 
 def _no_run(path: pathlib.Path, why: str) -> WorkdirError:

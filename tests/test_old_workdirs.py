@@ -7,6 +7,7 @@ checkpoint is the oracle for weights that are read here.
 
 import json
 import pathlib
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 import safetensors.numpy
 
 import posttrain
+from posttrain import config as config_lib
 from posttrain import workdir as workdir_lib
 from posttrain.cli import main
+from tests import pipeline_run
 
 ARCHIVE = pathlib.Path(__file__).parent / "data/workdir_0.1.0.tar.xz"
 CONFIG = "--config=tests/pipeline_run.py"
@@ -45,7 +48,7 @@ def test_it_is_refused_in_a_line_that_names_its_version(old, command, capsys):
   [line] = capsys.readouterr().err.splitlines()
   assert line.startswith(
       f"posttrain: {old} was written by posttrain 0.1.0 (commit 6b410aa98339)"
-      f", and posttrain {posttrain.__version__} goes on with runs of 0.2.0 or")
+      f", and posttrain {posttrain.__version__} resumes runs of 0.2.0 or")
   assert f"--model={old}/STAGE/checkpoints" in line
   assert files_of(old) == before
 
@@ -126,14 +129,13 @@ def test_the_last_start_says_the_version(old):
       workdir_lib.check_version(start_by(old, **versions))
 
 
-def test_an_old_run_that_trained_nothing_is_begun_anew(old, tmp_path):
-  for file in files_of(old):
-    if file.name not in ("config.json", "environment.json"):
-      file.unlink()
+def test_an_old_run_that_trained_nothing_is_begun_anew(old):
+  for stage in ("cold_start", "reason", "measure"):
+    shutil.rmtree(old / stage)
+  (old / "metrics.jsonl").unlink()
   new = start_by(old)
-  assert main.main(["train", CONFIG, "--config.stages=cold_start",
-                    "--config.cold_start.num_steps=1",
-                    f"--workdir={old}"]) == 0
+  config = config_lib.assign(pipeline_run.CONFIG, (), "test")
+  workdir_lib.create(old, config, devices=["cpu"])
   assert new.environments()[-1]["versions"]["posttrain"] == (
       posttrain.__version__)
   workdir_lib.check_version(new)
