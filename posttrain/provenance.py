@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import posttrain
 from posttrain.tasks import loading
 
 PACKAGES = (
-    "posttrain", "jax", "jaxlib", "libtpu", "flax", "optax",
+    "jax", "jaxlib", "libtpu", "flax", "optax",
     "orbax-checkpoint", "grain", "numpy", "ml_collections", "sentencepiece",
     "tokenizers", "jinja2", "math-verify")
 
@@ -36,8 +37,9 @@ def environment(
       # depend on them.
       cores=len(os.sched_getaffinity(0)) if hasattr(
           os, "sched_getaffinity") else os.cpu_count(),
-      versions={name: version for name in PACKAGES
-                if (version := _version(name)) is not None},
+      versions={"posttrain": posttrain.__version__} | {
+          name: version for name in PACKAGES
+          if (version := _version(name)) is not None},
       git=_git(),
       devices=list(devices),
       sources={name: loading.source_hash(name)

@@ -234,7 +234,7 @@ def initial(
     return released.load(published(config), model)
   if init.kind == "workdir":
     workdir = workdir_lib.open_existing(init.path)
-    stage = init.stage or _last_stage(workdir)
+    stage = init.stage or trained_stage(workdir, "")
     if workdir.finished(stage) is None:
       raise workdir_lib.WorkdirError(
           f"init.stage={stage!r} has not finished in {workdir.path}. Name one "
@@ -243,19 +243,11 @@ def initial(
   return of_directory(model, init.path, renderer_hash)
 
 
-def _last_stage(workdir: workdir_lib.Workdir) -> str:
-  finished = [
-      name for name in workdir.config().stages
-      if workdir.finished(name) and workdir.checkpoints(name).exists()]
-  if not finished:
-    raise ValueError(
-        f"No training stage of {workdir.path} has finished. Set init.stage "
-        "to one that has a checkpoint.")
-  return finished[-1]
-
-
 def trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:
-  """Names a stage with a checkpoint: the one asked for, or the last finished.
+  """Finds a stage with a checkpoint: the one asked for, or the last finished.
+
+  Raises:
+    ValueError: there is none.
   """
   stages = workdir.config().stages
   trained = [name for name in stages if workdir.checkpoints(name).exists()]
@@ -265,8 +257,8 @@ def trained_stage(workdir: workdir_lib.Workdir, stage: str) -> str:
   what = f"stage {stage!r}" if stage else "finished training stage"
   raise ValueError(
       f"{workdir.path} holds no checkpoint of a {what}; it has those of "
-      f"{', '.join(trained) or 'none'}. Set --stage to one of them, or to "
-      "init.")
+      f"{', '.join(trained) or 'none'}. Set --stage (init.stage in a config) "
+      "to one of them, or --stage to init.")
 
 
 def of_stage(

@@ -30,9 +30,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
+import posttrain
 from posttrain import config as config_lib
 from posttrain import lease as lease_lib
 from posttrain import leftovers, provenance
+
+OLDEST = "0.2.0"  # The first version whose runs this one resumes.
 
 # Keys that may change between two starts of a run: numbers depend on them by
 # rounding at most.
@@ -179,6 +182,8 @@ def create(
     raise _no_run(workdir.path, "no config.json")
   untrained = exists and anew and leftovers.is_untrained(
       workdir.path, saved, _starts(workdir))
+  if exists and not untrained:
+    check_version(workdir)
   if exists:
     news += _config_changes(workdir, config, may_differ, untrained)
   try:
@@ -221,6 +226,28 @@ def _starts(workdir: Workdir) -> list[dict[str, Any]]:
     return workdir.environments()
   except WorkdirError:
     return []
+
+
+def check_version(workdir: Workdir) -> None:
+  """Tests which version the run's last start was of.
+
+  Raises:
+    WorkdirError: it is older than `OLDEST`; says what can be done.
+  """
+  last = (_starts(workdir) or [{}])[-1]
+  # Version 0.1.0 did not know itself where it was run without being installed.
+  found = last.get("versions", {"posttrain": OLDEST}).get("posttrain", "0.1.0")
+  numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)]
+  if numbers(found) < numbers(OLDEST):
+    commit = last.get("git", {}).get("commit") or ""
+    raise WorkdirError(
+        f"{workdir.path} was written by posttrain {found}"
+        + f" (commit {commit[:12]})" * bool(commit)
+        + f", and posttrain {posttrain.__version__} resumes runs of {OLDEST} "
+        "or later. Resume it with that version, or name another --workdir. "
+        f"Its weights can be used: --model={workdir.path}/STAGE/checkpoints "
+        "for sample, chat and export; init.kind='directory' with that path in "
+        "a config. `posttrain report` reads it.")
 
 
 def _no_run(path: pathlib.Path, why: str) -> WorkdirError:
@@ -348,9 +375,10 @@ def read_config(
   """Reads the config of a workdir, with `path=value` assignments applied.
 
   Raises:
-    WorkdirError: config.json is no JSON object.
+    WorkdirError: config.json is no JSON object, or of an old version.
     ConfigError: it is no config, or an assignment is wrong.
   """
+  check_version(Workdir(path, is_writer=False))
   file = pathlib.Path(path, "config.json")
   return config_lib.from_jsonable(read_object(file), assignments, str(file))
 

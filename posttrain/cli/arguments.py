@@ -140,8 +140,8 @@ examples:
 
 
 MODEL = ("published weights: a directory as transformers saves it, a GGUF "
-         "file, smollm2-135m (by its package), or a directory of posttrain "
-         "import")
+         "file, smollm2-135m (by its package), a directory of posttrain "
+         "import, or a stage's folder of checkpoints")
 
 
 RENAMED = {

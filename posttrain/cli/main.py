@@ -275,7 +275,8 @@ def _of_model(name: str) -> dict[str, Any]:
           "files), a GGUF file, a directory of posttrain import, or "
           f"{' or '.join(presets.PACKAGED)}, which comes as a package.")
     return dict(model=name, init=dict(kind="preset"), stages=())
-  kind = "directory" if (path / "model.json").exists() else "preset"
+  ours = (path / "model.json").exists() or "checkpoints" in path.parts[-2:]
+  kind = "directory" if ours else "preset"
   return dict(model="", init=dict(kind=kind, path=name), stages=())
 
 

@@ -8,7 +8,6 @@ problems a batch asks is the cursor's word; it is recorded with the batch.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from posttrain.sampler import rollouts as rollouts_lib
 from posttrain.telemetry import flops
 
 Arrays = dict[str, np.ndarray]
+OWN = ("indices", "scores", "statuses", "rewards")  # Of a scored batch.
 
 
 class RolloutBuffer:
@@ -122,24 +122,19 @@ class RolloutBuffer:
 
   def _from_arrays(self, arrays: Arrays) -> rollout_worker.ScoredRollouts:
     worker = self._worker
-    own = {name: arrays[name] for name in ("indices", "scores", "statuses")}
-    fields: dict[str, Any] = {
-        name: x for name, x in arrays.items() if name not in own}
+    own = {name: arrays.pop(name) for name in OWN}
     problems = worker.per_completion(
         [worker.problems[i] for i in own["indices"]])
+    fields: dict[str, Any] = arrays
     return rollout_worker.ScoredRollouts(
         rollouts=rollouts_lib.Rollouts(
             prompts=list(map(worker.renderer.prompt_tokens, problems)),
             **fields),
-        problems=problems, seconds={},
-        rewards=worker.rewards_of(own["scores"], own["statuses"]), **own)
+        problems=problems, seconds={}, **own)
 
 
 def _to_arrays(drawn: rollout_worker.ScoredRollouts) -> Arrays:
   """Converts a batch, but for problems and prompts: its indices name them."""
-  own = {name: getattr(drawn, name)
-         for name in ("indices", "scores", "statuses")}
-  names = [field.name for field in dataclasses.fields(drawn.rollouts)]
-  return own | {
-      name: value for name in names
-      if isinstance(value := getattr(drawn.rollouts, name), np.ndarray)}
+  return {name: getattr(drawn, name) for name in OWN} | {
+      name: x for name, x in vars(drawn.rollouts).items()
+      if isinstance(x, np.ndarray)}

@@ -79,7 +79,7 @@ def check(
     rewards: Mapping[str, scoring.Reward],
     prompts_of: Callable[[Problem], Iterable[Sequence[int]]],
 ) -> None:
-  """Looks at all problems: ids, prompts, the rewards' arguments, golds.
+  """Checks all problems: ids, prompts, the rewards' arguments, golds.
 
   Args:
     rewards: by name, the verifier first.
@@ -88,16 +88,17 @@ def check(
   Raises:
     ValueError: one is not fit to be asked; names the stage and the problem.
   """
-  told = Told(context, len(rows))
   try:
     scoring.check_ids(rows)
     for name, reward in rewards.items():
       scoring.check_arguments(name, reward, rows)
     check_prompts(
         rows, prompts_of, most=context.section.rollout.max_prompt_tokens,
-        progress=told.of("prompts"))
+        progress=progress_of(context, "prompts", len(rows)))
     name, verifier = next(iter(rewards.items()))
-    scoring.check_gold(name, verifier, rows, progress=told.of("gold answers"))
+    scoring.check_gold(
+        name, verifier, rows,
+        progress=progress_of(context, "gold answers", len(rows)))
   except ValueError as error:
     raise ValueError(f"{context.name}.problems: {error}") from error
 
@@ -138,21 +139,18 @@ def check_prompts(
         "tokens. Raise rollout.max_prompt_tokens, or leave them out.")
 
 
-class Told:
-  """Says how far a check is, where it takes long."""
+def progress_of(
+    context: RunContext, what: str, size: int) -> Callable[[int], None]:
+  """Makes a function that says how far a check is, where it takes long."""
+  last = time.monotonic()
 
-  def __init__(self, context: RunContext, size: int):
-    self._context, self._size = context, size
-    self._last = time.monotonic()
-
-  def of(self, what: str) -> Callable[[int], None]:
-    def progress(done: int) -> None:
-      now = time.monotonic()
-      if now - self._last >= EVERY:
-        self._last = now
-        self._context.console.line(
-            f"{self._context.name}: {done:,} of {self._size:,} {what} checked")
-    return progress
+  def progress(done: int) -> None:
+    nonlocal last
+    if time.monotonic() - last >= EVERY:
+      last = time.monotonic()
+      context.console.line(
+          f"{context.name}: {done:,} of {size:,} {what} checked")
+  return progress
 
 
 def constant_baseline(
