@@ -77,7 +77,7 @@ product_of_parts.defvjp(_forward, _backward)
 
 
 class Head(Protocol):
-  """What turns hidden states into logits."""
+  """A model's head: turns hidden states into logits."""
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[B, C, D] -> [B, C, V] float32; padded ids at a huge negative value."""

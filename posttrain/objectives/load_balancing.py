@@ -1,4 +1,4 @@
-"""How evenly a router spreads tokens over experts, and the loss that asks it.
+"""Load-balancing loss of a router over its experts, and measures of the load.
 
 The loss is a product of two means over the tokens of all layers, as in
 transformers' `load_balancing_loss_func`: E * sum_e f_e P_e, where f_e is how

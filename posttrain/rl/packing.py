@@ -39,7 +39,7 @@ class Shapes:
     rows: R, over all devices.
     num_minibatches: U.
     completions: per minibatch at most; its rows are never more.
-    share_prompts: completions of one prompt lie behind one copy of it.
+    share_prompts: the completions of a prompt share one copy of it.
   """
 
   length: int

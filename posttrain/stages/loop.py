@@ -396,7 +396,9 @@ def save(
 
 
 def _identity(context: RunContext, frozen: str) -> dict[str, Any]:
-  """What a checkpoint and a run must share; `frozen` as `frozen_name` has it.
+  """Lists the facts that a checkpoint and a run must share.
+
+  `frozen` is the name that `weights.frozen_name` gives.
   """
   return {
       "seed": context.config.seed, "renderer_hash": context.renderer.hash,

@@ -123,7 +123,7 @@ def make_tables(
     tokenizer: tokenizer_lib.Tokenizer, ids: thinking.ThinkingIds,
     suppress: Sequence[str] = (),
 ) -> budget_tables.BudgetTables:
-  """What budgets are counted and forced by, in a tokenizer's tokens.
+  """Builds the tables by which budgets are counted and forced, for a tokenizer.
 
   Args:
     suppress: words that are not sampled while a row thinks; tokens of the
