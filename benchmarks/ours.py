@@ -140,13 +140,13 @@ def pack(
     drawn: rollouts.Rollouts, advantages: np.ndarray, shape: packing.Shapes,
 ) -> packing.Arrays:
   """Packs all completions for one update, whose loss is the token mean."""
-  count, tokens = drawn.tokens.shape
-  per_token = np.broadcast_to(advantages[:, None], (count, tokens))
-  return packing.pack_experience(
-      drawn, drawn.prompt_id, {
-          "advantages": per_token,
-          "token_weights": np.ones((count, tokens), np.float32)},
-      [np.arange(count)], shape, [float(drawn.lengths.sum())])
+  packed = packing.pack_experience(
+      drawn, drawn.prompt_id, [np.arange(len(drawn.tokens))], shape)
+  ones = np.ones(packed["tokens"].shape, np.float32)
+  return packed | {
+      "token_weights": ones, "denominator_shares": ones,
+      "advantages": packing.per_token(packed, drawn, np.broadcast_to(
+          advantages[:, None], drawn.tokens.shape))}
 
 
 def grpo(config: ModelConfig, shape: Shape) -> Callable[[int], int]:

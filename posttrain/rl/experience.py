@@ -26,6 +26,10 @@ from posttrain.rl.objective import PolicyObjective
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.train import offload, step
 
+# Float32 columns that are there only if the objective needs them.
+FOR_LOSS = ("advantages", "token_weights", "denominator_shares",
+            "old_logprobs", "ref_logprobs")
+
 
 def of_model(experience: packing.Arrays) -> packing.Arrays:
   """Picks what the model reads: one compiled program, whatever else there is.
@@ -156,61 +160,48 @@ class Preparation:
     order = generator.permutation(group_ids.max() + 1)
     minibatch_of = np.argsort(order)[group_ids] % len(numbers)  # [B]
     minibatches = [rows[minibatch_of[rows] == index] for index in numbers]
+    experience = self._with_logprobs(packing.pack_experience(
+        rollouts, group_ids, minibatches, self.shapes), model, reference)
     advantages = advantages_lib.group_advantages(
         rewards, group_ids, std=objective.advantage_std,
         eps=objective.advantage_eps)
     metrics: dict[str, float] = {}
     if objective.kl_in_reward:
-      estimate = self._divergences(
-          packing.pack_experience(
-              rollouts, group_ids, {}, minibatches, self.shapes),
-          model, reference, len(rewards))
+      estimate = divergences(
+          experience, objective.kl_estimator, len(rewards))
       advantages -= (objective.kl_coef * advantages_lib.centred(
           np.where(scored, estimate, np.nan), group_ids)).astype(np.float32)
       metrics["kl"] = float(
           estimate[rows].sum() / max(rollouts.loss_mask[rows].sum(), 1))
-    experience = self._pack(
-        rollouts, group_ids, advantages, minibatches,
-        [scored & (minibatch_of == index) for index in numbers])
-    if self.several and "old_logprobs" in objective.needs:
-      experience = self._add("old_logprobs", model, experience)
-    if "ref_logprobs" in objective.needs:
-      experience = self._add(
-          "ref_logprobs", offload.to_devices(reference), experience)
-    return Prepared(experience, advantages, metrics)
-
-  def _pack(self, rollouts, group_ids, advantages, minibatches, counted):
-    """Packs the columns that the objective needs.
-
-    Args:
-      advantages: [B]; every token of a completion has its own.
-      minibatches: rows of each.
-      counted: [B] bool of each minibatch, the completions in its denominator,
-        also those that are not among its rows.
-    """
-    aggregation, needs = self.objective.aggregation, self.objective.needs
     lengths = rollouts.loss_mask.sum(1)
-    per_token = {
-        name: np.broadcast_to(values[:, None], rollouts.tokens.shape)
-        for name, values in (
-            ("advantages", advantages),
-            ("token_weights", policy.aggregation_weights(aggregation, lengths)))
-        if name in needs}
-    return packing.pack_experience(
-        rollouts, group_ids, per_token, minibatches, self.shapes, [
+    every = lambda x: packing.per_token(
+        experience, rollouts, np.broadcast_to(
+            x[:, None], rollouts.tokens.shape))
+    experience |= {
+        "advantages": every(advantages),
+        "token_weights": every(policy.aggregation_weights(
+            objective.aggregation, lengths)),
+        # Of all that have a score, also of those that are not packed.
+        "denominator_shares": packing.denominator_shares(experience, [
             policy.aggregation_denominator(
-                aggregation, lengths[rows], max_tokens=self.max_tokens)
-            for rows in counted] if "denominator_shares" in needs else None)
+                objective.aggregation, lengths[scored & (minibatch_of == n)],
+                max_tokens=self.max_tokens) for n in numbers])}
+    return Prepared(
+        {name: x for name, x in experience.items()
+         if name not in FOR_LOSS or name in self.columns},
+        advantages, metrics)
 
-  def _divergences(self, experience, model, reference, num_completions):
-    """Estimates the KL of each completion [B] to the reference."""
-    experience = self._add("old_logprobs", model, experience)
-    experience = self._add(
-        "ref_logprobs", offload.to_devices(reference), experience)
-    return divergences(
-        experience, self.objective.kl_estimator, num_completions)
+  @property
+  def columns(self) -> list[str]:
+    """Lists the columns of `FOR_LOSS` that the objective reads."""
+    return [name for name in FOR_LOSS if name in self.objective.needs and (
+        self.several or name != "old_logprobs")]
 
-  def _add(self, name, model, experience):
-    return add_logprobs(
-        name, model, experience, chunk=self.chunk,
-        temperature=self.temperature)
+  def _with_logprobs(self, experience, model, reference):
+    """Adds what the objective, or a KL in the reward, needs."""
+    for name, whose in (("old_logprobs", model), ("ref_logprobs", reference)):
+      if name in self.columns or self.objective.kl_in_reward:
+        experience = add_logprobs(
+            name, offload.to_devices(whose), experience, chunk=self.chunk,
+            temperature=self.temperature)
+    return experience

@@ -9,7 +9,7 @@ microbatches are in use, so that the learner is compiled once.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,6 @@ ALWAYS = dict(
     tokens=np.int32, loss_mask=np.bool_, sampler_logprobs=np.float32,
     completion_ids=np.int32, group_ids=np.int32, positions=np.int32,
     segment_ids=np.int32)
-# Float32, and only where an objective needs them.
-WHERE_NEEDED = ("advantages", "token_weights", "denominator_shares")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,57 +70,38 @@ def make_shapes(
 
 def pack_experience(
     rollouts: Rollouts, group_ids: np.ndarray,
-    per_token: Mapping[str, np.ndarray], minibatches: Sequence[np.ndarray],
-    shapes: Shapes, denominators: Sequence[float] | None = None,
+    minibatches: Sequence[np.ndarray], shapes: Shapes,
 ) -> Arrays:
-  """Packs completions with what their loss needs, as [U, M, R, T] arrays.
+  """Packs completions behind their prompts, as [U, M, R, T] arrays.
 
   Args:
     rollouts: B completions.
     group_ids: [B] int, equal for the completions of one prompt.
-    per_token: [B, T] float32 each, 0 on prompts: `advantages`,
-      `token_weights`, or others.
     minibatches: row indices of each; U of them, some may be empty.
-    denominators: of each minibatch's loss, which may count completions that
-      are not packed, since they cannot move the weights. The packed tokens
-      in the loss share it equally, as `denominator_shares`.
 
   Returns:
-    [U, M, R, T] arrays: those of `ALWAYS`, `per_token`, and
-    `denominator_shares` if there are any; `prefix_ids` if prompts are shared;
-    `num_microbatches` [U] int32; and `sampler_experts` [U, M, R, T, L, k] if
-    the rollouts have experts.
+    [U, M, R, T] arrays: those of `ALWAYS`, and `prefix_ids` if prompts are
+    shared; `num_microbatches` [U] int32; and `sampler_experts`
+    [U, M, R, T, L, k] if the rollouts have experts.
   """
   experts = rollouts.experts
-  names = [*per_token, *(
-      [] if denominators is None else ["denominator_shares"])]
-  columns = _columns(shapes, names, None if experts is None else experts[0, :0])
+  columns = _columns(shapes, None if experts is None else experts[0, :0])
 
-  def examples(rows, denominator):
-    tokens = rollouts.loss_mask[rows].sum()
-    if not tokens:  # Nothing that a loss could be of.
+  def examples(rows):
+    if not rollouts.loss_mask[rows].any():  # Nothing that a loss could be of.
       return []
-    share = {} if denominator is None else {
-        "denominator_shares": np.broadcast_to(
-            np.float32(denominator / tokens), rollouts.tokens.shape)}
-    alone = [_example(rollouts, {**per_token, **share}, row, group_ids[row])
-             for row in rows]
+    alone = [_example(rollouts, row, group_ids[row]) for row in rows]
     return shared_prompts.merge(
         alone, [rollouts.prompts[row] for row in rows],
         length=shapes.length) if shapes.share_prompts else alone
 
-  known = [None] * len(minibatches) if denominators is None else denominators
-  packed = [_pack(examples(rows, denominator), shapes, columns)
-            for rows, denominator in zip(minibatches, known, strict=True)]
+  packed = [_pack(examples(rows), shapes, columns) for rows in minibatches]
   return {
       name: np.stack([arrays[name] for arrays in packed])
       for name in packed[0]}
 
 
-def _example(
-    rollouts: Rollouts, per_token: Mapping[str, np.ndarray], row: int,
-    group: int,
-) -> Arrays:
+def _example(rollouts: Rollouts, row: int, group: int) -> Arrays:
   """Lays one completion behind its prompt."""
   prompt, length = rollouts.prompts[row], int(rollouts.lengths[row])
   behind = lambda values, dtype: np.concatenate([
@@ -139,32 +118,51 @@ def _example(
       "sampler_logprobs": behind(np.where(
           rollouts.loss_mask[row], rollouts.logprobs[row], 0), np.float32),
       **({} if experts is None else {
-          "sampler_experts": behind(experts[row], experts.dtype)}),
-      **{name: behind(values[row], np.float32)
-         for name, values in per_token.items()}}
+          "sampler_experts": behind(experts[row], experts.dtype)})}
+
+
+def per_token(
+    experience: Arrays, rollouts: Rollouts, values: np.ndarray) -> np.ndarray:
+  """Lays values [B, T] of completions' tokens where these are packed.
+
+  Returns:
+    [U, M, R, T] float32; 0 on prompts and padding.
+  """
+  ids = experience["completion_ids"]
+  prompts = np.array([len(prompt) for prompt in rollouts.prompts])
+  at = experience["positions"] - prompts[ids]
+  inside = (ids >= 0) & (at >= 0)
+  return np.where(
+      inside, values[ids, np.where(inside, at, 0)], 0).astype(np.float32)
+
+
+def denominator_shares(
+    experience: Arrays, denominators: Sequence[float]) -> np.ndarray:
+  """Shares each minibatch's denominator equally among its tokens in the loss.
+
+  It may count completions that are not packed, since they cannot move the
+  weights.
+  """
+  mask = experience["loss_mask"]
+  share = np.array(denominators) / np.maximum(mask.sum((1, 2, 3)), 1)
+  return mask * share.astype(np.float32)[:, None, None, None]
 
 
 def empty_experience(
-    shapes: Shapes, needs: Collection[str],
-    experts: np.ndarray | None = None,
-) -> Arrays:
+    shapes: Shapes, experts: np.ndarray | None = None) -> Arrays:
   """Packs one minibatch without a completion, [1, M, R, T]: for its shapes.
 
   Args:
-    needs: columns of the objective.
     experts: [0, L, k] of a model that has them, see `Rollouts.experts`.
   """
-  names = [name for name in WHERE_NEEDED if name in needs]
   return {name: x[None] for name, x in _pack(
-      [], shapes, _columns(shapes, names, experts)).items()}
+      [], shapes, _columns(shapes, experts)).items()}
 
 
-def _columns(
-    shapes: Shapes, names: Collection[str], experts: np.ndarray | None,
-) -> Arrays:
+def _columns(shapes: Shapes, experts: np.ndarray | None) -> Arrays:
   """Makes an array of no tokens for each column."""
-  columns: Arrays = {name: np.zeros(0, dtype) for name, dtype in (
-      *ALWAYS.items(), *((name, np.float32) for name in names))}
+  columns: Arrays = {
+      name: np.zeros(0, dtype) for name, dtype in ALWAYS.items()}
   if shapes.share_prompts:
     columns["prefix_ids"] = np.zeros(0, np.int32)
   return columns if experts is None else columns | {"sampler_experts": experts}

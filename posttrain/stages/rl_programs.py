@@ -82,24 +82,22 @@ def _learning(
     beside: arrays on the devices, without those of the names it is given.
   """
   name, section = stage.name, stage.section
-  shapes, needs = prepare.shapes, prepare.objective.needs
-  updates = rl_parts.num_updates(section)
-  experience = packing.empty_experience(
-      shapes, needs, _experts(models["policy"]))
+  shapes, updates = prepare.shapes, rl_parts.num_updates(section)
+  experience = packing.empty_experience(shapes, _experts(models["policy"]))
   count = shapes.microbatches
-  column = np.zeros(experience["tokens"].shape, np.float32)
   read = _arrays(experience_lib.of_model(experience))
-  for kind, whose, calls in _logprobs(prepare):
-    yield Program(
-        name, kind, functools.partial(
-            experience_lib.sequence_logprobs.lower, models[whose], read,
-            np.int32(count), chunk=prepare.chunk,
-            temperature=prepare.temperature),
-        (models[whose], read), SCORING, beside(whose),
-        calls * shapes.num_minibatches, unknown_trips=count)
-    if kind in needs and (whose == "reference" or prepare.several):
-      experience |= {kind: column}
-  every = _arrays(experience)
+  for kind, whose in (
+      ("old_logprobs", "policy"), ("ref_logprobs", "reference")):
+    if kind in prepare.columns or prepare.objective.kl_in_reward:
+      yield Program(
+          name, kind, functools.partial(
+              experience_lib.sequence_logprobs.lower, models[whose], read,
+              np.int32(count), chunk=prepare.chunk,
+              temperature=prepare.temperature),
+          (models[whose], read), SCORING, beside(whose),
+          shapes.num_minibatches, unknown_trips=count)
+  every = _arrays(experience | dict.fromkeys(
+      prepare.columns, np.zeros(experience["tokens"].shape, np.float32)))
   # The first update of a batch of rollouts is its own old policy.
   first = {key: x for key, x in every.items() if key != "old_logprobs"}
   for kind, batch, calls in (
@@ -159,21 +157,6 @@ def _experts(model: Transformer) -> np.ndarray | None:
 
 def _arrays(experience: packing.Arrays) -> dict[str, Any]:
   return packing.minibatch(experience, 0, put=sharding.abstract)[0]
-
-
-def _logprobs(
-    prepare: experience_lib.Preparation) -> Iterator[tuple[str, str, int]]:
-  """Yields columns of `Preparation`: name, model, calls per minibatch.
-
-  A KL in the reward has calls of its own, before the rows are packed.
-  """
-  needs, in_reward = prepare.objective.needs, prepare.objective.kl_in_reward
-  old = prepare.several and "old_logprobs" in needs
-  for kind, whose, needed in (
-      ("old_logprobs", "policy", old),
-      ("ref_logprobs", "reference", "ref_logprobs" in needs)):
-    if needed or in_reward:
-      yield kind, whose, needed + in_reward
 
 
 def memory(

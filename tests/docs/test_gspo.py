@@ -107,14 +107,17 @@ def packed(model, rows, share_prompts):
     shifts[row, ROLLOUTS.loss_mask[row]] = shift
   weights = policy.aggregation_weights("sequence_mean", lengths)
   experience = packing.pack_experience(
-      ROLLOUTS, np.repeat(np.arange(3), 2), {
-          "advantages": np.broadcast_to(ADVANTAGES[:, None], shape),
-          "token_weights": np.broadcast_to(weights[:, None], shape),
-          "shifts": shifts},
-      [np.arange(len(SAMPLED))], packing.Shapes(
+      ROLLOUTS, np.repeat(np.arange(3), 2), [np.arange(len(SAMPLED))],
+      packing.Shapes(
           length=LENGTH, rows=rows, num_minibatches=1,
-          completions=len(SAMPLED), share_prompts=share_prompts),
-      [float(len(SAMPLED))])
+          completions=len(SAMPLED), share_prompts=share_prompts))
+  experience |= {name: packing.per_token(experience, ROLLOUTS, values)
+                 for name, values in (
+      ("advantages", np.broadcast_to(ADVANTAGES[:, None], shape)),
+      ("token_weights", np.broadcast_to(weights[:, None], shape)),
+      ("shifts", shifts))}
+  experience["denominator_shares"] = packing.denominator_shares(
+      experience, [float(len(SAMPLED))])
   experience = experience_lib.add_logprobs(
       "old_logprobs", model, experience, **OPTIONS)
   experience["old_logprobs"] -= experience.pop("shifts")

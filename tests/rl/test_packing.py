@@ -138,17 +138,20 @@ def looped(index: int, aggregation: str):
 def pack(
     rows: int, aggregation: str, share_prompts: bool = False) -> packing.Arrays:
   lengths = ROLLOUTS.loss_mask.sum(1)
-  every = lambda x: np.broadcast_to(x[:, None], ROLLOUTS.tokens.shape)
-  return packing.pack_experience(
-      ROLLOUTS, GROUPS, {
-          "advantages": every(ADVANTAGES),
-          "token_weights": every(policy_lib.aggregation_weights(
-              aggregation, lengths))}, MINIBATCHES,
-      packing.Shapes(length=LENGTH, rows=rows, num_minibatches=2,
-                     completions=7, share_prompts=share_prompts),
-      [policy_lib.aggregation_denominator(
-          aggregation, lengths[rows_of], max_tokens=MAX_TOKENS)
-       for rows_of in MINIBATCHES])
+  every = lambda packed, x: packing.per_token(
+      packed, ROLLOUTS, np.broadcast_to(x[:, None], ROLLOUTS.tokens.shape))
+  packed = packing.pack_experience(
+      ROLLOUTS, GROUPS, MINIBATCHES, packing.Shapes(
+          length=LENGTH, rows=rows, num_minibatches=2, completions=7,
+          share_prompts=share_prompts))
+  return packed | {
+      "advantages": every(packed, ADVANTAGES),
+      "token_weights": every(packed, policy_lib.aggregation_weights(
+          aggregation, lengths)),
+      "denominator_shares": packing.denominator_shares(packed, [
+          policy_lib.aggregation_denominator(
+              aggregation, lengths[rows_of], max_tokens=MAX_TOKENS)
+          for rows_of in MINIBATCHES])}
 
 
 def with_logprobs(experience, old, reference):
@@ -240,6 +243,21 @@ def test_every_completion_is_packed_once_and_whole():
     assert sorted(found) == sorted(rows)
     for name in ("completion_ids", "group_ids"):
       assert (flat[name][flat["segment_ids"] == 0] == -1).all()
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_values_per_token_lie_with_their_tokens(share_prompts):
+  experience = pack(2, "token_mean", share_prompts)
+  values = RNG.normal(size=ROLLOUTS.tokens.shape)
+  found = packing.per_token(experience, ROLLOUTS, values)
+  left = np.count_nonzero(found)
+  for row in np.concatenate(MINIBATCHES):
+    length = ROLLOUTS.lengths[row]
+    at = np.argwhere(experience["completion_ids"] == row)[-length:]
+    np.testing.assert_array_equal(
+        found[tuple(at.T)], values[row, :length].astype(np.float32))
+    left -= length
+  assert left == 0
 
 
 def test_a_shared_prompt_is_of_a_group_and_of_no_completion():

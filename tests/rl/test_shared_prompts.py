@@ -83,7 +83,7 @@ def packed(share: bool, config) -> packing.Arrays:
         (*rollouts.tokens.shape, config.layers, config.experts_per_token),
         np.int8))
   return packing.pack_experience(
-      rollouts, alone.GROUPS, {}, alone.MINIBATCHES, packing.Shapes(
+      rollouts, alone.GROUPS, alone.MINIBATCHES, packing.Shapes(
           length=alone.LENGTH, rows=sharding.axis_size("batch") * 2,
           num_minibatches=2, completions=7, share_prompts=share))
 
