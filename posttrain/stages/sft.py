@@ -9,7 +9,6 @@ denominator are added up before the one division.
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,10 +92,18 @@ class Body(loop.Body):
            if name.startswith("router/")}}
 
   def evaluate(self) -> loop.Row:
+    """Computes the mean loss over all target tokens of the held-out data."""
     assert self._held_out is not None
-    return evaluate(
-        self._sums, self.state.model, self._held_out,
-        self._section.num_microbatches)
+    start = time.perf_counter()
+    found = [
+        self._sums(self.state.model, microbatches.stack(
+            batch, self._section.num_microbatches))
+        for batch in self._held_out]
+    with sharding.waiting():
+      numerators, denominators = np.array(jax.device_get(found), np.float64).T
+    return {
+        "eval_loss": float(numerators.sum() / denominators.sum()),
+        "time/eval": time.perf_counter() - start}
 
   def get_state(self) -> dict[str, Any]:
     return {"data": self._batches.get_state(), "num_tokens": self._num_tokens}
@@ -142,22 +149,6 @@ def held_out_sums(
   terms, _ = jax.lax.map(lambda microbatch: loss(model, microbatch), batch)
   term = terms["cross_entropy"]
   return term.numerator.sum(), term.denominator.sum()
-
-
-def evaluate(
-    sums: Callable, model: Transformer,
-    held_out: Iterable[batches_lib.Batch], num_microbatches: int,
-) -> dict[str, float]:
-  """Mean loss over all target tokens of the held-out data."""
-  start = time.perf_counter()
-  found = [
-      sums(model, microbatches.stack(batch, num_microbatches))
-      for batch in held_out]
-  with sharding.waiting():
-    numerators, denominators = np.array(jax.device_get(found), np.float64).T
-  return {
-      "eval_loss": float(numerators.sum() / denominators.sum()),
-      "time/eval": time.perf_counter() - start}
 
 
 def describe(
