@@ -9,6 +9,7 @@ denominator are added up before the one division.
 
 import functools
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,6 @@ from posttrain.data import batches as batches_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import supervised
-from posttrain.programs import abstract
 from posttrain.programs.program import SCORING, TRAINING, Program
 from posttrain.stages import loop, memory_estimate, training
 from posttrain.stages.planned_stage import PlannedStage
@@ -169,20 +169,15 @@ def describe(
 
 def programs(stage: PlannedStage) -> Iterator[Program]:
   """Yields the update, and the held-out loss where there is held-out data."""
-  section, (model, paths) = stage.section, stage.trained
+  section = stage.section
   optimizer, update, sums = make_programs(
       section, loss_chunk=stage.compute.loss_chunk)
-  state = abstract.state_of(
-      model, optimizer, paths, training.spike_rule(section))
-  count = section.num_microbatches
-  batch = microbatches.stack(
-      batches_lib.empty(**training.pick(section, "rows sequence_length")),
-      count, put=sharding.abstract)
-  yield Program(
-      stage.name, "update", functools.partial(
-          update.lower, state, batch, count),
-      (state, batch), calls=1, unknown_trips=count)
+  program = stage.update(
+      optimizer, update, batches_lib.empty(**training.pick(
+          section, "rows sequence_length")), section.num_microbatches)
+  yield program
   if section.eval_data.sources:
+    state, batch = program.arguments
     yield Program(
         stage.name, "held_out", functools.partial(
             sums.lower, state.model, batch), (state.model, batch), SCORING,

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from posttrain import config as config_lib
-from posttrain import pipeline, sharding
+from posttrain import pipeline
 from posttrain.telemetry import metrics
+from posttrain.train import preemption
 from tests import forked, meshes
-from tests.stages.test_sft import repeatable
+from tests.stages.test_sft import leave_at, repeatable
 
 HERE = "tests/stages/test_toy_kind.py"
 CONFIG = dict(
@@ -21,7 +22,7 @@ CONFIG = dict(
     tokenizer=dict(train="tests.stages.toy:corpus", model_type="word"),
     chat_template="plain", thinking=dict(end=""), stages=("drill",),
     drill=dict(
-        kind="tests/stages/toy_kind.py:STAGE", word=5, z_coef=0.1,
+        kind="tests/stages/toy_kind.py:STAGE", base=7, entropy_coef=0.1,
         num_steps=30, rows=4, sequence_length=8, learning_rate=1e-2,
         log_every=3, checkpoint=dict(every=4)))
 
@@ -34,6 +35,39 @@ def resolved(*assignments):
   return config_lib.assign(CONFIG, assignments, "test")
 
 
+def check_same(whole, cut):
+  """The same rows and weights; they are those of a model that counts."""
+  rows, again = (repeatable(metrics.read(path / "metrics.jsonl"))
+                 for path in (whole, cut))
+  assert again == rows
+  assert [row["step"] for row in rows] == list(range(1, 31))
+  assert rows[-1]["loss"] < rows[0]["loss"] / 4
+  with jax.set_mesh(meshes.one()):
+    models = [pipeline.set_up(resolved(), str(path)).weights_of("drill")
+              for path in (whole, cut)]
+    for a, b in zip(*map(jax.tree.leaves, models), strict=True):
+      np.testing.assert_array_equal(a, b)
+    tokens = (np.arange(7)[:, None] + np.arange(8)) % 7
+    logits = models[0].logits(models[0](
+        tokens, np.arange(8) + 0 * tokens, np.ones_like(tokens)))
+  np.testing.assert_array_equal(np.argmax(logits, -1), (tokens + 1) % 7)
+
+
+def test_it_is_preempted_and_goes_on_to_the_same_numbers(
+    tmp_path, monkeypatch):
+  whole, left = tmp_path / "whole", tmp_path / "left"
+  one = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: one)
+  pipeline.train(resolved(), str(whole))
+  with monkeypatch.context() as patch:
+    leave_at(patch, 7)
+    with pytest.raises(preemption.Preempted, match="saved at step 7"):
+      pipeline.train(resolved(), str(left))
+  pipeline.train(resolved(), str(left))
+  check_same(whole, left)
+
+
+@pytest.mark.slow
 def test_it_is_killed_and_goes_on_to_the_same_numbers(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
 
@@ -49,35 +83,20 @@ def test_it_is_killed_and_goes_on_to_the_same_numbers(tmp_path):
   forked.kill(process)
   assert 5 <= forked.last_step(killed) < 30
   forked.finish(start(killed), f"{killed}.log")
-  rows, again = (repeatable(metrics.read(path / "metrics.jsonl"))
-                 for path in (whole, killed))
-  assert again == rows
-  assert [row["step"] for row in rows] == list(range(1, 31))
-  with jax.set_mesh(meshes.one()):
-    models = [pipeline.set_up(resolved(), str(path)).weights_of("drill")
-              for path in (whole, killed)]
-    for a, b in zip(*map(jax.tree.leaves, models), strict=True):
-      np.testing.assert_array_equal(a, b)
-    # It says the word, and the z-loss keeps the normaliser small.
-    tokens = np.arange(8)[None]
-    logits = models[0].logits(models[0](
-        tokens, tokens, np.ones_like(tokens)))
-  assert (np.argmax(logits, -1) == 5).all()
-  assert rows[-1]["loss"] < rows[0]["loss"] / 2
+  check_same(whole, killed)
 
 
 def test_its_keys_are_checked(tmp_path):
-  with pytest.raises(config_lib.ConfigError, match=r"drill\.z_coef: .*2"):
-    resolved("drill.z_coef=2.0")
+  with pytest.raises(config_lib.ConfigError, match=r"drill\.entropy_coef: .*2"):
+    resolved("drill.entropy_coef=2.0")
   with pytest.raises(config_lib.ConfigError, match="warmup_steps: 40 is more"):
     resolved("drill.warmup_steps=40")
   with pytest.raises(config_lib.ConfigError, match="has no Stage 'STAGES'"):
     resolved("drill.kind=tests/stages/toy_kind.py:STAGES")
 
 
-def test_another_stage_starts_from_it_and_names_it(tmp_path):
-  config = resolved()
-  with jax.set_mesh(sharding.mesh_of(config.mesh)):
-    run = pipeline.set_up(config, str(tmp_path))
-  assert run.start_of("drill") == "init"
-  assert run.stage("drill").schema.trains
+def test_another_stage_starts_from_it(tmp_path):
+  two = config_lib.assign(CONFIG | dict(
+      stages=("drill", "again"), again=CONFIG["drill"]), (), "test")
+  with jax.set_mesh(meshes.one()):
+    assert pipeline.set_up(two, str(tmp_path)).start_of("again") == "drill"

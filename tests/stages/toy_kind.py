@@ -1,67 +1,78 @@
-"""A kind of stage of one's own: after any token the model says one word.
-
-The loss is the cross-entropy of that word and a z-loss, on rows of random
-tokens.
-
-  R: rows  T: length  V: vocabulary
-"""
+"""A kind of stage of one's own: the model learns to count, modulo a base."""
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from posttrain.config.keys import REQUIRED, Key, Section
 from posttrain.config.stages import StageSchema
 from posttrain.config.stages import training as keys
-from posttrain.data import random_streams
-from posttrain.stages import loop, training
-from posttrain.stages.stage import Stage
-from posttrain.train import microbatches
+from posttrain.objectives.columns import Term, needs
+from posttrain.stages import loop, memory_estimate, training
+from posttrain.stages.stage import Pass, Sizes, Stage
+from posttrain.telemetry.charts import Chart
+from posttrain.train import microbatches, step
 
 
-def loss(model, batch, *, word, z_coef):
-  logits = model.logits(model(
-      batch["tokens"], batch["positions"], batch["segment_ids"]))  # [R, T, V]
-  z = jax.nn.logsumexp(logits, axis=-1)
-  said = jnp.where(jnp.arange(logits.shape[-1]) == word, logits, 0).sum(-1)
-  total = jnp.sum(z - said + z_coef * z**2)
-  return total, jnp.float32(z.size), {"z": jnp.sum(z)}
+@needs("entropy")
+def objective(columns, *, entropy_coef):
+  """Cross-entropy of every token, and a bonus for entropy."""
+  logprobs, entropy = columns["logprobs"], columns["entropy"].sum()
+  size = np.float32(logprobs.size)
+  return {"surprise": Term(-logprobs.sum(), size),
+          "bonus": Term(-entropy, size, entropy_coef)}, {"entropy": entropy}
+
+
+def make_update(section, compute):
+  return training.make_update(section, functools.partial(
+      step.evaluate, functools.partial(
+          objective, entropy_coef=section.entropy_coef),
+      chunk=compute.loss_chunk))
+
+
+def make_batch(section, number=0):
+  row, at = np.indices((section.rows, section.sequence_length), np.int32)
+  return dict(tokens=(number + row + at) % section.base, positions=at,
+              segment_ids=np.ones_like(at))
 
 
 class Body(loop.Body):
 
   def __init__(self, context, start):
-    self.context, self.section = context, context.section
-    optimizer, self.update = training.make_update(
-        self.section, functools.partial(
-            loss, word=self.section.word, z_coef=self.section.z_coef))
+    self.section = context.section
+    optimizer, self.update = make_update(
+        self.section, context.config.compute)
     self.state = training.make_state(context, start, optimizer)
 
   def train_step(self, number, span):
-    rng = random_streams.stream(
-        self.context.config.seed, self.context.name, "tokens", number)
-    shape = self.section.rows, self.section.sequence_length
-    batch = dict(
-        tokens=rng.integers(self.state.trained.config.vocab_size, size=shape),
-        positions=np.arange(shape[1]) + np.zeros(shape, int),
-        segment_ids=np.ones(shape, int))
+    batch = make_batch(self.section, number)
     self.state, values = self.update(
         self.state, microbatches.stack(batch, 1), 1)
     return loop.Update(values, batch, lambda found, skipped: {
-        "loss": found["loss"], "z": found["z"] / found["denominator"]})
+        "loss": found["loss"], "entropy": found["entropy"] / batch[
+            "tokens"].size})
 
 
-KEYS = Section(
-    "Says one word.", word=Key(int, REQUIRED, "The word's id.", "[0, inf)"),
-    z_coef=Key(float, 0.0, "Weight of the z-loss.", "[0, 1]"),
-    num_steps=Key(int, REQUIRED, "Updates.", "[1, inf)"),
-    rows=Key(int, REQUIRED, "Rows per update.", "[1, inf)"),
-    sequence_length=Key(int, REQUIRED, "Tokens per row.", "[2, inf)"),
-    **keys.weights(), **keys.optimizer("constant"), health=keys.health(),
-    checkpoint=keys.checkpoint(), log_every=keys.LOG_EVERY)
+def memory(section, compute, model):
+  whole, sizes = memory_estimate.of_trained(section, compute, model)
+  return Sizes(
+      whole.config, sizes | training.pick(section, "rows sequence_length"),
+      smaller={"training": {"rows": "fewer"}})
+
+
 STAGE = Stage(
-    schema=StageSchema(KEYS, keys.CHECKS, trains=True),
+    schema=StageSchema(Section(
+        "Counts.", base=Key(int, REQUIRED, "The base.", "[2, inf)"),
+        entropy_coef=Key(float, 0.0, "Weight of the bonus.", "[0, 1]"),
+        num_steps=Key(int, REQUIRED, "Updates.", "[1, inf)"),
+        rows=Key(int, REQUIRED, "Rows per update.", "[1, inf)"),
+        sequence_length=Key(int, REQUIRED, "Tokens per row.", "[2, inf)"),
+        **keys.shared("constant")), keys.CHECKS, trains=True),
     run=lambda context, start: loop.run(
-        context, functools.partial(Body, context, start)))
+        context, functools.partial(Body, context, start)),
+    programs=lambda stage: [stage.update(
+        *make_update(stage.section, stage.compute), make_batch(stage.section),
+        1)],
+    memory=memory, work=lambda section, mesh: [
+        Pass(section.rows, section.sequence_length, times=1, backward=True)],
+    charts=(Chart("Entropy", {"entropy": "nats"}),), leaves=("rows",))
