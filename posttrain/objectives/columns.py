@@ -83,7 +83,10 @@ def needs(*names: str) -> Callable[[Objective], Objective]:
 
 
 def needed(function: Objective) -> tuple[str, ...]:
-  """Returns the columns that an objective declares."""
+  """Returns the columns that an objective declares, also one with arguments.
+  """
+  while isinstance(function, functools.partial):
+    function = function.func
   return getattr(function, "needs", ())
 
 

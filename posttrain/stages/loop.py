@@ -206,9 +206,7 @@ class Loop:
     if leaving or self._due(self._section.checkpoint.every):
       self._save(ranked=not leaving)
     if leaving:
-      with self._telemetry.span("checkpoint"):
-        self._saver.wait()
-      self._context.leave(f"saved at step {self.step}")
+      self._leave(f"saved at step {self.step}")
 
   def _leave_step(self) -> NoReturn:
     """Ends the process where SIGTERM came within a step, which is dropped.
@@ -223,11 +221,14 @@ class Loop:
     if self._body.may_save and self.step > kept:
       kept = self.step
       self._save(ranked=False)
-    with self._telemetry.span("checkpoint"):
-      self._saver.wait()
-    self._context.leave(
+    self._leave(
         (f"saved at step {kept}" if kept else "nothing to save yet")
         + "; the rollout under way is dropped, and will be drawn again")
+
+  def _leave(self, kept: str) -> NoReturn:
+    with self._telemetry.span("checkpoint"):
+      self._saver.wait()
+    self._context.leave(kept)
 
   @property
   def _last(self) -> bool:

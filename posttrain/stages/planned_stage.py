@@ -5,21 +5,25 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import config_dict
 
+from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.programs import abstract, transfer
+from posttrain.programs.program import Program
 from posttrain.rl import weight_sync
 from posttrain.sampler import budget_tables
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import sampling, training
 from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
+from posttrain.train import microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,26 @@ class PlannedStage:
     """The model as the stage trains it, and the paths of what it trains."""
     return abstract.trained(
         self.setup.model, training.plan(self.section, self.compute))
+
+  def update(
+      self, optimizer: Any, update: Any, batch: Mapping[str, np.ndarray],
+      num_microbatches: int,
+  ) -> Program:
+    """The program of an update; its arguments are the state and the batch.
+
+    Args:
+      optimizer, update: of `training.make_update`.
+      batch: of the shapes of the stage's batches.
+    """
+    model, paths = self.trained
+    state = abstract.state_of(
+        model, optimizer, paths, training.spike_rule(self.section))
+    stacked = microbatches.stack(
+        batch, num_microbatches, put=sharding.abstract)
+    return Program(
+        self.name, "update", functools.partial(
+            update.lower, state, stacked, num_microbatches),
+        (state, stacked), calls=1, unknown_trips=num_microbatches)
 
   @functools.cached_property
   def policy_there(self) -> Transformer:

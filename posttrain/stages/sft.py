@@ -9,7 +9,7 @@ denominator are added up before the one division.
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from posttrain.data import batches as batches_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import supervised
-from posttrain.programs import abstract
 from posttrain.programs.program import SCORING, TRAINING, Program
 from posttrain.stages import loop, memory_estimate, training
 from posttrain.stages.planned_stage import PlannedStage
@@ -93,10 +92,18 @@ class Body(loop.Body):
            if name.startswith("router/")}}
 
   def evaluate(self) -> loop.Row:
+    """Computes the mean loss over all target tokens of the held-out data."""
     assert self._held_out is not None
-    return evaluate(
-        self._sums, self.state.model, self._held_out,
-        self._section.num_microbatches)
+    start = time.perf_counter()
+    found = [
+        self._sums(self.state.model, microbatches.stack(
+            batch, self._section.num_microbatches))
+        for batch in self._held_out]
+    with sharding.waiting():
+      numerators, denominators = np.array(jax.device_get(found), np.float64).T
+    return {
+        "eval_loss": float(numerators.sum() / denominators.sum()),
+        "time/eval": time.perf_counter() - start}
 
   def get_state(self) -> dict[str, Any]:
     return {"data": self._batches.get_state(), "num_tokens": self._num_tokens}
@@ -144,22 +151,6 @@ def held_out_sums(
   return term.numerator.sum(), term.denominator.sum()
 
 
-def evaluate(
-    sums: Callable, model: Transformer,
-    held_out: Iterable[batches_lib.Batch], num_microbatches: int,
-) -> dict[str, float]:
-  """Mean loss over all target tokens of the held-out data."""
-  start = time.perf_counter()
-  found = [
-      sums(model, microbatches.stack(batch, num_microbatches))
-      for batch in held_out]
-  with sharding.waiting():
-    numerators, denominators = np.array(jax.device_get(found), np.float64).T
-  return {
-      "eval_loss": float(numerators.sum() / denominators.sum()),
-      "time/eval": time.perf_counter() - start}
-
-
 def describe(
     context: RunContext, batches: batches_lib.Batches,
     held_out: batches_lib.EvalBatches | None,
@@ -178,20 +169,15 @@ def describe(
 
 def programs(stage: PlannedStage) -> Iterator[Program]:
   """Yields the update, and the held-out loss where there is held-out data."""
-  section, (model, paths) = stage.section, stage.trained
+  section = stage.section
   optimizer, update, sums = make_programs(
       section, loss_chunk=stage.compute.loss_chunk)
-  state = abstract.state_of(
-      model, optimizer, paths, training.spike_rule(section))
-  count = section.num_microbatches
-  batch = microbatches.stack(
-      batches_lib.empty(**training.pick(section, "rows sequence_length")),
-      count, put=sharding.abstract)
-  yield Program(
-      stage.name, "update", functools.partial(
-          update.lower, state, batch, count),
-      (state, batch), calls=1, unknown_trips=count)
+  program = stage.update(
+      optimizer, update, batches_lib.empty(**training.pick(
+          section, "rows sequence_length")), section.num_microbatches)
+  yield program
   if section.eval_data.sources:
+    state, batch = program.arguments
     yield Program(
         stage.name, "held_out", functools.partial(
             sums.lower, state.model, batch), (state.model, batch), SCORING,

@@ -107,7 +107,7 @@ class Stage:
 
   Attributes:
     schema: keys and checks. A stage that trains has the keys `trained` and
-      `lora` (`config.stages.training.weights`).
+      `lora` (`config.stages.training.shared`).
     run: (context, start) -> the trained model, or `start` of a stage that
       does not train, for which it may be None.
     check: looks at problems and budgets before the first stage, on process
@@ -151,7 +151,7 @@ class Stage:
     if self.schema.trains and lacking:
       raise ValueError(
           f"A stage that trains has no key {' and '.join(sorted(lacking))}. "
-          "Add **posttrain.config.stages.training.weights() to the keys of "
+          "Add **posttrain.config.stages.training.shared() to the keys of "
           "its schema.")
 
   @property

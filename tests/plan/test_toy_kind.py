@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,13 +16,13 @@ from posttrain import config as config_lib
 from posttrain import pipeline, report, sharding
 from posttrain.config import stages
 from posttrain.plan import estimate, plan, programs, setup, topology
-from posttrain.stages import memory_check, memory_estimate, stage
+from posttrain.stages import memory_check, memory_estimate
 from posttrain.telemetry import memory
 from tests import meshes
-from tests.plan import toy_kind
+from tests.plan import toy_run
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILE = "tests/plan/toy_kind.py"
+FILE = "tests/plan/toy_run.py"
 
 
 def load(*changes):
@@ -39,7 +40,7 @@ def test_its_programs_are_planned_and_lacking_ones_are_named():
     text = program.lower().as_text()
   assert program.name == "drill/update" and "8x32xi32" in text
   assert [note.partition(", so")[0] for note in found.notes] == [
-      f"look: the kind {toy_kind.__file__}:BARE gives no `{field}`"
+      f"look: the kind {toy_run.__file__}:BARE gives no `{field}`"
       for field in ("programs", "memory", "work")]
 
 
@@ -100,17 +101,23 @@ def test_a_step_takes_as_long_as_the_same_work_of_another_kind():
 
 def test_a_training_kind_without_the_keys_of_its_weights_is_refused():
   with pytest.raises(ValueError, match="no key lora and trained"):
-    dataclasses.replace(toy_kind.BARE, schema=dataclasses.replace(
-        toy_kind.BARE.schema, trains=True))
+    dataclasses.replace(toy_run.BARE, schema=dataclasses.replace(
+        toy_run.BARE.schema, trains=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A run of the toy stage alone."""
+  path = tmp_path_factory.mktemp("toy") / "run"
+  with jax.set_mesh(meshes.one()):
+    run = make_pipeline(path)
+    pipeline.run_stage(run, "drill", None)
+  return path
 
 
 @pytest.fixture
-def workdir(tmp_path):
-  """A run of the toy stage alone."""
-  with jax.set_mesh(meshes.one()):
-    run = make_pipeline(tmp_path / "run")
-    stage.stage_of(run.config.drill.kind).run(run.context("drill"), None)
-  return tmp_path / "run"
+def workdir(trained, tmp_path):
+  return shutil.copytree(trained, tmp_path / "run")
 
 
 def page(workdir):
@@ -119,8 +126,8 @@ def page(workdir):
 
 def test_the_report_has_its_charts_and_its_other_metrics(workdir):
   text = page(workdir)
-  assert "<figcaption>Surprise</figcaption>" in text
-  assert "1 more metrics" in text and "<figcaption>boredom<" in text
+  assert "<figcaption>Entropy</figcaption>" in text
+  assert "<figcaption>loss<" in text
   assert "finished, step 2" in text
   assert "Stage look has not started." in text
   assert "is not known here" not in text
@@ -145,7 +152,7 @@ def test_a_kind_that_is_not_known_any_more_is_shown_by_its_files(
   rename(workdir, kind.format(workdir))
   text = page(workdir)
   assert "is not known here" in text and reason in text
-  assert "2 more metrics" in text and "<figcaption>surprise<" in text
+  assert "more metrics" in text and "<figcaption>entropy<" in text
 
 
 def test_plans_reports_and_estimates_name_no_kind():

@@ -116,8 +116,6 @@ KEYS = Section(
     share_prompts=Key(
         bool, False, "In the trainer's rows the completions of a group share "
         "one copy of their prompt. Not with compute.attention='splash'."),
-    **training.weights(),
-    **training.optimizer("constant"),
     problems=sampling.problems("train"),
     rewards=Key(tuple[str, ...], REQUIRED, "Reward functions that score a "
                 "completion. Their scores are added up.", function=True),
@@ -136,7 +134,8 @@ KEYS = Section(
         'from. "adapter_off": the policy without its LoRA adapters. The last '
         "two share with the policy all that it does not train.",
         needs=Needs("loss.kl_coef", ">", 0)),
-    health=training.health(
+    **training.shared(
+        "constant",
         patience=Key(int, 20, "Batches in a row without any signal, or with "
                      "every completion cut off at max_tokens, before the run "
                      "stops.", "[1, inf)"),
@@ -146,8 +145,6 @@ KEYS = Section(
         unscored_patience=Key(
             int, 3, "Batches in a row with a larger share before the run "
             "stops.", "[1, inf)", needs=Needs("health.max_unscored", "<", 1))),
-    checkpoint=training.checkpoint(),
-    log_every=training.LOG_EVERY,
     save_rollouts_every=Key(
         int, 10, "Steps between saved rollouts (JSONL). 0: none.", "[0, inf)"),
     show_sample_every=Key(

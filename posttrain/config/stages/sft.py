@@ -46,8 +46,6 @@ KEYS = Section(
     num_microbatches=Key(
         int, 1, "Gradient accumulation: microbatches into which an update's "
         "rows are cut, to save memory. The update is the same.", "[1, inf)"),
-    **training.weights(),
-    **training.optimizer("cosine"),
     data=Section(
         "Training examples.",
         sources=Items(
@@ -64,9 +62,7 @@ KEYS = Section(
         **_handling(_HELD_OUT)),
     eval_every=Key(int, 0, "Steps between evaluation losses. 0: one, at the "
                    "end.", "[0, inf)", needs=_HELD_OUT),
-    health=training.health(),
-    checkpoint=training.checkpoint(),
-    log_every=training.LOG_EVERY,
+    **training.shared("cosine"),
 )
 
 

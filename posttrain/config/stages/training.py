@@ -8,9 +8,19 @@ from posttrain.config import checks, keys
 from posttrain.config.keys import REQUIRED, Key, Needs, Section
 from posttrain.model.config import INPUT_AXES, LORA_DECODE
 
-LOG_EVERY = Key(
-    int, 10, "Steps between rows of the console's table. metrics.jsonl has a "
-    "row for every step.", "[1, inf)")
+
+def shared(schedule: str, **more_health: Key) -> dict[str, Any]:
+  """Keys of every kind that trains: the loop and the optimizer need them.
+
+  Args:
+    schedule: of the learning rate, by default.
+    **more_health: keys that the kind adds to `health`.
+  """
+  return dict(
+      **weights(), **optimizer(schedule), health=health(**more_health),
+      checkpoint=checkpoint(), log_every=Key(
+          int, 10, "Steps between rows of the console's table. metrics.jsonl "
+          "has a row for every step.", "[1, inf)"))
 
 
 def optimizer(schedule: str) -> dict[str, Key]:
