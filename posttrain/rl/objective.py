@@ -156,7 +156,8 @@ def _check_effect(
   for key, unset, column in (
       ("aggregation", schema.AGGREGATION, "token_weights"),
       ("importance_sampling", "none", "importance_weights"),
-      ("advantage_std", "population", "advantages")):
+      ("advantage_std", "population", "advantages"),
+      ("kl_in", "loss", "advantages")):
     value = getattr(objective, key)
     if value != unset and column not in without.needs:
       raise ValueError(
