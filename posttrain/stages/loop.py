@@ -193,7 +193,7 @@ class Loop:
       self.flush()
 
   def _evaluate(self) -> None:
-    # The updates under way are no part of an evaluation's time.
+    # Updates under way are no part of an evaluation's time.
     with self._telemetry.span("device_wait"), sharding.waiting():
       jax.block_until_ready(self._body.state.step)
     with self._telemetry.span("evaluation"):
@@ -337,8 +337,7 @@ def resume(
 ) -> tuple[state_lib.TrainState, checkpoints.Restored | None]:
   """The newest checkpoint's state, or the fresh one and None.
 
-  Raises:
-    DamagedError: the checkpoint cannot be read, and none before it may be.
+  A DamagedError: it cannot be read, and none before it may be.
   """
   if saver.latest_step() is None:
     return fresh, None
@@ -380,12 +379,8 @@ def save(
 ) -> None:
   """Saves the state with `extras` and what tells that it fits a run.
 
-  Frozen weights are saved once, beside the stages. The rows of metrics up to
-  here are on the disk before.
-
-  Args:
-    number: the step, as the stage counts it.
-    **more: `rollouts` and `metrics` of `Checkpoints.save`.
+  The rows of metrics up to here are on the disk before. Frozen weights are
+  saved once, beside the stages. For `**more` see `Checkpoints.save`.
   """
   distributed.on_first_host(context.workdir.check_lease)
   if context.workdir.is_writer:
@@ -397,10 +392,7 @@ def save(
 
 
 def _identity(context: RunContext, frozen: str) -> dict[str, Any]:
-  """Lists the facts that a checkpoint and a run must share.
-
-  `frozen` is the name that `weights.frozen_name` gives.
-  """
+  """Lists the facts that a checkpoint and a run must share."""
   return {
       "seed": context.config.seed, "renderer_hash": context.renderer.hash,
       "plan": training.plan(

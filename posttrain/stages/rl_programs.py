@@ -24,7 +24,7 @@ from posttrain.rl import experience as experience_lib
 from posttrain.rl import objective as objective_lib
 from posttrain.rl import packing
 from posttrain.sampler import decode
-from posttrain.stages import memory_estimate, rl_parts, sampling, training
+from posttrain.stages import memory_estimate, sampling, training
 from posttrain.stages.planned_stage import PlannedStage
 from posttrain.stages.stage import Decoding, Pass, Sizes
 from posttrain.tasks import loading
@@ -35,10 +35,34 @@ from posttrain.train import trainable
 SAMPLED_PROMPTS = 1000  # Whose lengths the padding is of.
 
 
+def num_updates(section: config_dict.ConfigDict) -> int:
+  """Optimizer updates from one batch of rollouts."""
+  return section.num_minibatches * section.num_epochs
+
+
+def make_preparation(
+    section: config_dict.ConfigDict, *, loss_chunk: int,
+) -> experience_lib.Preparation:
+  """Makes what turns rollouts into columns, with the objective of `loss`.
+
+  Raises:
+    ValueError: see `objective.make`.
+  """
+  return experience_lib.Preparation(
+      objective=objective_lib.make(**section.loss),
+      shapes=packing.make_shapes(**training.pick(
+          section, "sequence_length rows_per_microbatch num_groups group_size "
+          "num_minibatches share_prompts")),
+      max_tokens=section.rollout.max_tokens, chunk=loss_chunk,
+      temperature=section.rollout.temperature,
+      several=num_updates(section) > 1,
+      all_groups=bool(section.router_aux_coef))
+
+
 def programs(stage: PlannedStage) -> Iterator[Program]:
   """A batch of rollouts, logprobs where they are needed, and updates."""
   section, (model, paths) = stage.section, stage.trained
-  prepare = rl_parts.make_preparation(
+  prepare = make_preparation(
       section, loss_chunk=stage.compute.loss_chunk)
   optimizer, update = training.make_update(section, prepare.loss)
   state = abstract.state_of(
@@ -82,7 +106,7 @@ def _learning(
     beside: arrays on the devices, without those of the names it is given.
   """
   name, section = stage.name, stage.section
-  shapes, updates = prepare.shapes, rl_parts.num_updates(section)
+  shapes, updates = prepare.shapes, num_updates(section)
   experience = packing.empty_experience(shapes, _experts(models["policy"]))
   count = shapes.microbatches
   read = _arrays(experience_lib.of_model(experience))
@@ -138,7 +162,7 @@ def _reference(
 ) -> tuple[Transformer, bool]:
   """Builds the reference; tells if it shares arrays with the policy.
 
-  As `rl_parts.make_reference` has it: adapters that are new add nothing yet,
+  As `rl.make_reference` has it: adapters that are new add nothing yet,
   and another model has none.
   """
   if fresh or section.reference:
@@ -196,7 +220,7 @@ def work(
   completions, rollout = section.num_groups * section.group_size, (
       section.rollout)
   count = -(-completions // rows)
-  scored = (rl_parts.num_updates(section) > 1) + (section.loss.kl_coef > 0)
+  scored = (num_updates(section) > 1) + (section.loss.kl_coef > 0)
   some = functools.partial(Pass, rows, section.sequence_length)
   return [
       Decoding(

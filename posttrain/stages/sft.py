@@ -33,8 +33,6 @@ from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render
 from posttrain.train import checkpoints, microbatches, step
 
-Sums = dict[str, jax.Array]
-
 
 def run(context: RunContext, start: Transformer) -> Transformer:
   """Trains `start`, see `loop.run`."""

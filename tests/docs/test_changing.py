@@ -20,7 +20,7 @@ from posttrain import workdir as workdir_lib
 from posttrain.cli import main
 from posttrain.data.problem_cursor import ProblemCursor
 from posttrain.objectives.advantages import group_advantages
-from posttrain.stages import rl_parts
+from posttrain.stages import rl
 from posttrain.tasks import loading, signs
 from posttrain.telemetry import metrics
 from tests import meshes
@@ -135,7 +135,7 @@ def first_rollouts(workdir):
   with jax.set_mesh(sharding.make_mesh()):
     again = pipeline.set_up(workdir.config(), str(workdir.path))
     context = again.context("reason")
-    worker = rl_parts.make_rollout_worker(context)
+    worker = rl.make_rollout_worker(context)
     indices, _ = ProblemCursor(
         len(worker.problems), context.config.seed, context.name).take(
             context.section.num_groups)

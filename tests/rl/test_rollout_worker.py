@@ -8,7 +8,7 @@ from posttrain.data import random_streams
 from posttrain.data.problem_cursor import ProblemCursor
 from posttrain.objectives import advantages as advantages_lib
 from posttrain.rl import rollout_buffer
-from posttrain.stages import rl_parts
+from posttrain.stages import rl
 from posttrain.train import preemption
 from tests import meshes, pipeline_run
 
@@ -20,7 +20,7 @@ def drawn(tmp_path_factory):
   """The worker, its model and a batch of step 3."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path_factory.mktemp("drawn"))
-    worker = rl_parts.make_rollout_worker(run.context("reason"))
+    worker = rl.make_rollout_worker(run.context("reason"))
     model = pipeline_run.start(run)
     return worker, model, worker.collect(model, ASKED, step=3)
 

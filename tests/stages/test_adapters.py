@@ -130,8 +130,7 @@ def test_the_reference_is_the_policys_own_buffers(tmp_path, reference, steps):
     if steps:
       start = lora.add(start, lora.LoraConfig(rank=4), jax.random.key(0))
     run = pipeline_run.make_pipeline(tmp_path, assignments)
-    learner = pipeline_run.grpo.Learner(
-        run.context("reason"), start, run.weights_of)
+    learner = pipeline_run.Learner(run.context("reason"), start)
     base = {id(w) for w in jax.tree.leaves(learner.state.frozen)}
     own = [path for path, w in zip(
         trainable.paths(learner.reference),

@@ -20,7 +20,7 @@ from posttrain.objectives.columns import Term, needs
 from posttrain.rl import experience as experience_lib
 from posttrain.rl import rollout_buffer, rollout_worker
 from posttrain.sampler import budget
-from posttrain.stages import rl_parts
+from posttrain.stages import rl
 from posttrain.telemetry import metrics
 from posttrain.train import health, offload, preemption
 from tests import meshes, one_by_one, pipeline_run
@@ -640,7 +640,7 @@ def test_problems_of_one_id_are_no_group(tmp_path):
     run = pipeline_run.make_pipeline(
         tmp_path, ["reason.problems.task=tests.stages.toy:nameless"])
     with pytest.raises(ValueError, match="Two problems of the task have id=0"):
-      rl_parts.check(run.context("reason"))
+      rl.check(run.context("reason"))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_batch_and_the_weights(tmp_path):
