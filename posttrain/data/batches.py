@@ -31,8 +31,8 @@ Batch = dict[str, np.ndarray]
 REPORTED_EXAMPLES = 20_000
 
 
-class Batches:
-  """An endless iterator of packed batches whose state can be saved.
+class _Packed:
+  """Packed batches of a stream of examples, and statistics of its data.
 
   Attributes:
     report: statistics of the data, for `data_report.json`.
@@ -42,19 +42,32 @@ class Batches:
   """
 
   def __init__(
-      self, stream: grain.MapDataset, *, rows: int, sequence_length: int,
-      packing: bool, examples: list[examples_lib.Examples], setting: Any):
-    self._examples = sum(map(len, examples))
-    self._iterator = iter(_PackedBatches(
-        stream, rows=rows, length=sequence_length, packing=packing))
-    self._fingerprint = _fingerprint(examples, setting)
+      self, stream: grain.MapDataset, examples: list[examples_lib.Examples], *,
+      rows: int, sequence_length: int, packing: bool,
+      measured: int | None = None):
+    """Packs the first `measured` examples, or all, for the report's padding."""
+    self._packed = functools.partial(
+        _PackedIterator, stream, rows=rows, length=sequence_length,
+        packing=packing)
     first = stream[0]
     self.first_example = first["tokens"], first["loss_mask"]
     self.warnings = examples_lib.warnings(examples)
     self.report = examples_lib.report(examples) | {
-        "padding_share": _padding_share(
-            stream, min(self._examples, REPORTED_EXAMPLES), rows=rows,
-            length=sequence_length, packing=packing)}
+        "padding_share": _padding_share(self._packed(), measured)}
+
+
+class Batches(_Packed):
+  """An endless iterator of packed batches whose state can be saved."""
+
+  def __init__(
+      self, stream: grain.MapDataset, examples: list[examples_lib.Examples], *,
+      setting: Any, **packing: Any):
+    self._examples = sum(map(len, examples))
+    super().__init__(
+        stream, examples, measured=min(self._examples, REPORTED_EXAMPLES),
+        **packing)
+    self._iterator = self._packed()
+    self._fingerprint = _fingerprint(examples, setting)
 
   def __iter__(self) -> Iterator[Batch]:
     return self
@@ -90,37 +103,20 @@ class Batches:
     self._iterator.set_state(dict(state))
 
 
-class EvalBatches:
+class EvalBatches(_Packed):
   """One pass over the data in order; may be iterated any number of times.
 
   The last batch is filled up with empty rows.
-
-  Attributes:
-    report, warnings, first_example: as in `Batches`.
   """
 
-  def __init__(
-      self, stream: grain.MapDataset, *, rows: int, sequence_length: int,
-      packing: bool, examples: list[examples_lib.Examples]):
-    self._batches = _PackedBatches(
-        stream, rows=rows, length=sequence_length, packing=packing)
-    first = stream[0]
-    self.first_example = first["tokens"], first["loss_mask"]
-    self.warnings = examples_lib.warnings(examples)
-    self.report = examples_lib.report(examples) | {
-        "padding_share": _padding_share(
-            stream, None, rows=rows, length=sequence_length,
-            packing=packing)}
-
   def __iter__(self) -> Iterator[Batch]:
-    return iter(self._batches)
+    return self._packed()
 
 
 def make_batches(
     sources: Sequence[Mapping[str, Any]], renderer: render_lib.Renderer, *,
     sequence_length: int, rows: int, seed: int, stage: str,
-    on_overlong: str = "error", on_no_target: str = "error",
-    on_malformed: str = "error", packing: bool = True, shuffle: bool = True,
+    packing: bool = True, shuffle: bool = True, **on_faults: str,
 ) -> Batches:
   """Makes the endless batches of a training stage.
 
@@ -130,24 +126,16 @@ def make_batches(
     sequence_length: T, tokens per packed row.
     rows: packed rows of the global batch.
     seed, stage: the order of examples depends on them.
-    on_overlong: "error", "drop" or "truncate", which keeps EOS.
-    on_no_target: "error" or "drop".
-    on_malformed: "error" or "skip".
     packing: False puts each example in a row of its own.
     shuffle: False keeps the order of each source.
+    on_faults: on_overlong, on_no_target, on_malformed, see `examples.load`.
 
   Raises:
     ValueError: a source cannot be read, or rows are not as the config allows;
       the message names them.
   """
-  parsed = [sources_lib.Source(**source) for source in sources]
-  examples = [
-      examples_lib.load(
-          source, renderer, sequence_length=sequence_length,
-          on_overlong=on_overlong, on_no_target=on_no_target,
-          on_malformed=on_malformed)
-      for source in parsed]
-  _require_examples(examples)
+  examples = _load(
+      sources, renderer, sequence_length=sequence_length, **on_faults)
   parts = []
   for index, part in enumerate(examples):
     dataset = grain.MapDataset.source(part)
@@ -155,36 +143,48 @@ def make_batches(
       dataset = _EpochShuffle(dataset, functools.partial(
           random_streams.stream, seed, stage, "examples", index))
     parts.append(dataset.repeat())
-  weights = [source.weight for source in parsed]
+  weights = [part.source.weight for part in examples]
   stream = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
   return Batches(
-      stream, rows=rows, sequence_length=sequence_length, packing=packing,
-      examples=examples,
+      stream, examples, rows=rows, sequence_length=sequence_length,
+      packing=packing,
       setting=[weights, rows, sequence_length, seed, stage, packing, shuffle])
 
 
 def eval_batches(
     sources: Sequence[Mapping[str, Any]], renderer: render_lib.Renderer, *,
-    sequence_length: int, rows: int, on_overlong: str = "error",
-    on_no_target: str = "error", on_malformed: str = "error",
-    packing: bool = True,
+    sequence_length: int, rows: int, packing: bool = True, **on_faults: str,
 ) -> EvalBatches:
   """Makes one pass over held-out data, source after source, in order.
 
   Arguments and errors as in `make_batches`.
   """
-  examples = [
-      examples_lib.load(
-          sources_lib.Source(**source), renderer,
-          sequence_length=sequence_length, on_overlong=on_overlong,
-          on_no_target=on_no_target, on_malformed=on_malformed)
-      for source in sources]
-  _require_examples(examples)
+  examples = _load(
+      sources, renderer, sequence_length=sequence_length, **on_faults)
   stream = grain.MapDataset.concatenate(
       [grain.MapDataset.source(part) for part in examples])
   return EvalBatches(
-      stream, rows=rows, sequence_length=sequence_length, packing=packing,
-      examples=examples)
+      stream, examples, rows=rows, sequence_length=sequence_length,
+      packing=packing)
+
+
+def _load(
+    sources: Sequence[Mapping[str, Any]], renderer: render_lib.Renderer, *,
+    sequence_length: int, **on_faults: str) -> list[examples_lib.Examples]:
+  """Reads and tokenises all sources; each needs an example."""
+  parsed = [sources_lib.Source(**source) for source in sources]
+  examples = [
+      examples_lib.load(
+          source, renderer, sequence_length=sequence_length, **on_faults)
+      for source in parsed]
+  if not examples:
+    raise ValueError("there is no source of examples. Set data.sources.")
+  for part in examples:
+    if not len(part):
+      raise ValueError(
+          f"{part.source.name} has no example left: {part.counts}. Check "
+          "data.sources.")
+  return examples
 
 
 def empty(*, rows: int, sequence_length: int) -> Batch:
@@ -220,23 +220,7 @@ class _EpochShuffle(grain.MapDataset):
     return self._parent[int(self._order(epoch)[place])]
 
 
-class _PackedBatches(grain.IterDataset):
-  """Packs a dataset of examples into one of batches, as Grain's API asks."""
-
-  def __init__(
-      self, stream: grain.MapDataset, *, rows: int, length: int,
-      packing: bool):
-    super().__init__()
-    self._stream = stream
-    self._rows, self._length, self._packing = rows, length, packing
-
-  def __iter__(self) -> "_PackedIterator":
-    return _PackedIterator(
-        self._stream, rows=self._rows, length=self._length,
-        packing=self._packing)
-
-
-class _PackedIterator(grain.DatasetIterator):
+class _PackedIterator:
   """Packs examples in stream order, with a queue of those that must wait.
 
   A batch is closed when as many examples wait as it has rows. The more may
@@ -248,13 +232,15 @@ class _PackedIterator(grain.DatasetIterator):
   def __init__(
       self, stream: grain.MapDataset, *, rows: int, length: int,
       packing: bool):
-    super().__init__()
     self._stream = stream
     self._rows, self._length, self._packing = rows, length, packing
     self._position = 0  # Position of the next example that was never taken.
     # Positions rather than examples, so that the state is small; the stream
     # has random access.
     self._waiting: list[int] = []
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
 
   def get_state(self) -> dict[str, Any]:
     return {"position": self._position, "waiting": list(self._waiting)}
@@ -294,18 +280,14 @@ class _PackedIterator(grain.DatasetIterator):
         length=self._length)
 
 
-def _padding_share(
-    stream: grain.MapDataset, count: int | None, *, rows: int, length: int,
-    packing: bool) -> float:
+def _padding_share(batches: _PackedIterator, count: int | None) -> float:
   """Measures the share of padding while the first `count` examples are packed.
   """
-  iterator = iter(_PackedBatches(
-      stream, rows=rows, length=length, packing=packing))
   filled = total = 0
-  for batch in iterator:
+  for batch in batches:
     filled += int(np.count_nonzero(batch["segment_ids"]))
     total += batch["segment_ids"].size
-    if count is not None and iterator.get_state()["position"] >= count:
+    if count is not None and batches.get_state()["position"] >= count:
       break
   return 1 - filled / total
 
@@ -315,13 +297,3 @@ def _fingerprint(examples: list[examples_lib.Examples], setting: Any) -> str:
   for part in examples:
     checksum = part.checksum(checksum)
   return f"{checksum:08x}"
-
-
-def _require_examples(examples: list[examples_lib.Examples]) -> None:
-  if not examples:
-    raise ValueError("there is no source of examples. Set data.sources.")
-  for part in examples:
-    if not len(part):
-      raise ValueError(
-          f"{part.source.name} has no example left: {part.counts}. Check "
-          "data.sources.")

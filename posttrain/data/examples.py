@@ -73,7 +73,15 @@ def load(
 ) -> Examples:
   """Reads and tokenises a source.
 
-  Arguments and errors as in `batches.make_batches`.
+  Args:
+    sequence_length: most tokens of an example.
+    on_overlong: "error", "drop" or "truncate", which keeps EOS.
+    on_no_target: "error" or "drop".
+    on_malformed: "error" or "skip".
+
+  Raises:
+    ValueError: the source cannot be read, or rows are not as the config
+      allows; the message names them.
   """
   _check_choice("on_overlong", on_overlong, ("error", "drop", "truncate"))
   _check_choice("on_no_target", on_no_target, ("error", "drop"))

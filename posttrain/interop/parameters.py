@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import NamedSharding
 
 from posttrain import sharding
@@ -295,7 +296,8 @@ def load(
     order: a sort key of names, for a file that is best read in its own order.
     progress: called after every layer of every parameter.
   """
-  layout = _flatten(transformer.to_dict(transformer.abstract(config)))
+  layout = traverse_util.flatten_dict(
+      transformer.to_dict(transformer.abstract(config)), sep="/")
   if layout.keys() != sources.keys():
     raise ValueError(
         f"{sorted(layout.keys() ^ sources.keys())} are parameters of the model "
@@ -312,7 +314,8 @@ def load(
             [tensor(name) for name in place.names]), dtype)
     if progress:
       progress(done, len(todo))
-  return transformer.from_dict(config, _nested(arrays))
+  return transformer.from_dict(
+      config, traverse_util.unflatten_dict(arrays, sep="/"))
 
 
 def _filled(
@@ -374,7 +377,7 @@ def tensors(
   Every process has to take part. Values are rounded to `dtype` on the devices,
   before they are gathered.
   """
-  arrays = _flatten(transformer.to_dict(model))
+  arrays = traverse_util.flatten_dict(transformer.to_dict(model), sep="/")
   for place in places(sources, model.config.layers):
     value = arrays[place.path]
     value = (value.astype(dtype) if place.layer is None
@@ -388,26 +391,3 @@ def tensors(
 def _get_layer(whole: jax.Array, index: int, dtype: str) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(
       whole, index, keepdims=False).astype(dtype)
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Flattens nested dicts to leaves by slash-separated path."""
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= {f"{name}/{path}": leaf
-               for path, leaf in _flatten(value).items()}
-    else:
-      flat[name] = value
-  return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, leaf = path.split("/")
-    node = tree
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[leaf] = value
-  return tree

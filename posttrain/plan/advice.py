@@ -1,18 +1,16 @@
 """Advice on a program that does not fit: keys, remat policies, slices."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 
 from posttrain import sharding
 from posttrain.plan import estimate
 from posttrain.plan.measure import Result
-from posttrain.plan.topology import Topology
+from posttrain.plan.topology import LARGEST, Topology
 from posttrain.programs.program import SAMPLING, TRAINING
 from posttrain.telemetry.chips import GIB
 
 REMAT_ORDER = ("none", "dots", "full")
-LARGEST = 1024  # Devices up to which a larger slice is looked for.
 
 
 def advise(
@@ -74,10 +72,7 @@ def _remat(stages, topology, mesh, room) -> list[str]:
 
 def _topology(stages, topology, room) -> list[str]:
   """Finds the smallest slice of the same chip on which some mesh fits."""
-  for size in topology.chip.sizes:
-    other = dataclasses.replace(topology, size=size)
-    if other.num_devices > LARGEST:
-      break
+  for other in topology.others():
     found = list(estimate.candidates(stages, other))
     for remat in dict.fromkeys((stages.model.remat, *REMAT_ORDER)):
       fitting = [each for each in found

@@ -67,30 +67,25 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
       r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
   assert labels is not None, instruction
   size = lambda dims, names, label: dims[names.index(label)]
-  window = _window(instruction.attribute("window"))
+  window = instruction.attribute("window")
   pairs = 1
   for number in range(sum(label.isdigit() for label in labels[1])):
     label = str(number)
     pairs *= _pairs(
         size(left, labels[1], label), size(out, labels[3], label),
-        *(int(each) for each in window(number)))
+        *_window(window, number))
   groups = int(instruction.attribute("batch_group_count") or 1)
   return (2 * size(left, labels[1], "b") * size(right, labels[2], "i")
           * size(out, labels[3], "f") * pairs // groups)
 
 
-def _window(text: str):
-  """Window of a spatial dimension: size, stride, low padding, dilations."""
+def _window(text: str, number: int) -> list[int]:
+  """Reads size, stride, low padding and dilations of a spatial dimension."""
   fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
-
-  def of(number: int):
-    value = lambda name, default: (
-        fields[name].split("x")[number] if name in fields else default)
-    low, _, _ = value("pad", "0_0").partition("_")
-    return (value("size", 1), value("stride", 1), low,
-            value("lhs_dilate", 1), value("rhs_dilate", 1))
-
-  return of
+  defaults = dict(size=1, stride=1, pad=0, lhs_dilate=1, rhs_dilate=1)
+  return [  # Padding is written as `low_high`.
+      int(fields[name].split("x")[number].partition("_")[0])
+      if name in fields else default for name, default in defaults.items()]
 
 
 @functools.cache

@@ -113,8 +113,9 @@ class Instruction:
 
   @property
   def called(self) -> str:
-    """The computation that a fusion or call runs, or ""."""
-    return (self.attribute("calls") or self.attribute("to_apply")).lstrip("%")
+    """The computation that a fusion, call or loop runs, or ""."""
+    found = map(self.attribute, ("calls", "to_apply", "body"))
+    return next(filter(None, found), "").lstrip("%")
 
   @property
   def op_name(self) -> str:

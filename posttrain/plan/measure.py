@@ -131,7 +131,10 @@ class Compiler:
         temporaries=None, peak=0, available=self._chip.hbm_bytes, beside={
             name: shard_bytes(tree) for name, tree in program.beside.items()})
     if key in self._seen:
-      return _again(self._seen[key], program, memory)
+      first = self._seen[key]
+      return dataclasses.replace(
+          first, program=program, seconds=0.0, same_as=first.name,
+          memory=dataclasses.replace(first.memory, beside=memory.beside))
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -163,12 +166,6 @@ class Compiler:
             self._chip, passes_flops=counts.passes_flops + counts.kernel_flops,
             hbm_bytes=counts.hbm_bytes, collectives=counts.collectives),
         seconds)
-
-
-def _again(first: Result, program: Program, memory: Memory) -> Result:
-  return dataclasses.replace(
-      first, program=program, seconds=0.0, same_as=first.name,
-      memory=dataclasses.replace(first.memory, beside=memory.beside))
 
 
 def count(

@@ -12,7 +12,6 @@ from posttrain.stages.stage import stage_of
 from posttrain.telemetry.memory import format_bytes
 
 SHOWN = 12
-LARGEST = 1024  # Devices up to which larger slices are looked at.
 
 
 def rank(
@@ -23,12 +22,8 @@ def rank(
   What does not fit comes last, the smallest first.
   """
   best = []
-  for size in topology.chip.sizes:
-    other = Topology(topology.chip, size, topology.num_slices)
-    if other.num_devices > LARGEST:
-      break
-    found = sorted(estimate.candidates(stages, other), key=_order)
-    best += found[:3]
+  for other in topology.others():
+    best += sorted(estimate.candidates(stages, other), key=_order)[:3]
   return sorted(best, key=_order)
 
 

@@ -1,12 +1,16 @@
 """TPU slices by name, and their devices."""
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from posttrain.plan.environment import PlanError
 from posttrain.telemetry.chips import CHIPS, Chip
+
+LARGEST = 1024  # Devices up to which other slices are looked at.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,12 @@ class Topology:
   @property
   def num_devices(self) -> int:
     return self.num_chips * self.chip.per_chip
+
+  def others(self) -> Iterator["Topology"]:
+    """Yields the sizes of this kind up to LARGEST devices, smallest first."""
+    found = (dataclasses.replace(self, size=s) for s in self.chip.sizes)
+    return itertools.takewhile(
+        lambda each: each.num_devices <= LARGEST, found)
 
   def __str__(self) -> str:
     times = f"{self.num_slices} x " if self.num_slices > 1 else ""

@@ -86,7 +86,6 @@ def _of_gradient(scope: Scope, name: str, seen: set) -> bool:
     return False
   seen.add((scope.computation.name, name))
   instruction = scope.computation[name]
-  back = lambda operand: _of_gradient(scope, operand, seen)
   if instruction.opcode in ("dot", "convolution"):
     return _BACKWARD in instruction.op_name and bool(
         dots.flops(scope.computation, instruction)) and (
@@ -102,7 +101,7 @@ def _of_gradient(scope: Scope, name: str, seen: set) -> bool:
     return _of_gradient(
         scope.caller, scope.call.operands[int(instruction.operands[0])], seen)
   return instruction.opcode in _THROUGH and any(
-      map(back, instruction.operands))
+      _of_gradient(scope, operand, seen) for operand in instruction.operands)
 
 
 def _element(scope: Scope, get: Instruction, seen: set) -> bool:
@@ -110,12 +109,8 @@ def _element(scope: Scope, get: Instruction, seen: set) -> bool:
   of = scope.computation.operand(get)
   if of.opcode == "tuple":
     return _of_gradient(scope, of.operands[get.index], seen)
-  if of.opcode == "fusion":
-    inner = scope.inner(of.called, of)
-    return _root_element(inner, get.index, seen)
-  if of.opcode == "while":
-    body = scope.inner(of.attribute("body").lstrip("%"), of)
-    return _root_element(body, get.index, seen)
+  if of.opcode in ("fusion", "while"):
+    return _root_element(scope.inner(of.called, of), get.index, seen)
   if of.opcode == "parameter" and scope.in_loop:
     if _root_element(scope, get.index, seen):
       return True

@@ -100,7 +100,7 @@ class Scope:
   def keeps(self, index: int) -> bool:
     """Tests if the body of a loop leaves element `index` unchanged."""
     assert self.call is not None
-    body = self.module[self.call.attribute("body").lstrip("%")]
+    body = self.module[self.call.called]
     root = body[body.root]
     return root.opcode == "tuple" and counter(
         Scope(self.module, body, self.caller, self.call),
@@ -178,9 +178,9 @@ def trip_count(scope: Scope, loop: Instruction) -> int | None:
   A loop that may also end early (a decode loop whose rows are done) has the
   count that its counter allows.
   """
-  part = lambda name: scope.inner(loop.attribute(name).lstrip("%"), loop)
-  body = part("body")
-  for where, instruction in _instructions(part("condition")):
+  body = scope.inner(loop.called, loop)
+  condition = scope.inner(loop.attribute("condition").lstrip("%"), loop)
+  for where, instruction in _instructions(condition):
     direction = instruction.attribute("direction")
     if instruction.opcode != "compare" or direction not in _COMPARISONS:
       continue
@@ -215,6 +215,8 @@ def _visit(
   fused = bool(place)
   here = place or scope.computation.name
   for instruction in scope.computation:
+    inside = lambda name, times, place: _visit(
+        scope.inner(name, instruction), times, place, unknown_trips)
     yield Visit(scope, instruction, times, here, fused)
     if instruction.opcode == "while":
       trips = trip_count(scope, instruction)
@@ -223,19 +225,12 @@ def _visit(
         raise ValueError(
             f"The trip count of the loop {instruction.name} "
             f"({instruction.op_name}) is an argument of the program.")
-      yield from _visit(
-          scope.inner(instruction.attribute("body").lstrip("%"), instruction),
-          times * trips, "", unknown_trips)
+      yield from inside(instruction.called, times * trips, "")
     elif instruction.opcode == "fusion":
-      yield from _visit(
-          scope.inner(instruction.called, instruction), times, here,
-          unknown_trips)
+      yield from inside(instruction.called, times, here)
     elif instruction.opcode in ("call", "async-start"):
-      yield from _visit(
-          scope.inner(instruction.called, instruction), times, place,
-          unknown_trips)
+      yield from inside(instruction.called, times, place)
     elif instruction.opcode == "conditional":
       for name in re.findall(
           r"%([\w.\-]+)", instruction.attribute("branch_computations")):
-        yield from _visit(  # All branches: an upper bound.
-            scope.inner(name, instruction), times, place, unknown_trips)
+        yield from inside(name, times, place)  # All: an upper bound.
