@@ -132,21 +132,16 @@ def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Fault]:
   """Converts to Python values, row by row if a text is not UTF-8."""
   try:
     rows = batch.to_pylist()
-  except UnicodeDecodeError:
-    for at in range(batch.num_rows):
-      try:
-        rows = batch.slice(at, 1).to_pylist()
-      except UnicodeDecodeError as error:
-        yield Fault(f"not UTF-8: {error.reason} at byte {error.start}")
-      else:
-        yield from map(_present, rows)
-  else:
-    yield from map(_present, rows)
-
-
-def _present(row: dict[str, Any]) -> dict[str, Any]:
-  """Drops nulls: a Parquet row has every column."""
-  return {key: value for key, value in row.items() if value is not None}
+  except UnicodeDecodeError as error:
+    if batch.num_rows == 1:
+      yield Fault(f"not UTF-8: {error.reason} at byte {error.start}")
+    else:
+      for at in range(batch.num_rows):
+        yield from _rows_of(batch.slice(at, 1))
+    return
+  for row in rows:
+    # A Parquet row has every column; nulls are absent ones.
+    yield {key: value for key, value in row.items() if value is not None}
 
 
 def _read_task(source: Source) -> Iterator[tuple[str, dict | Fault]]:

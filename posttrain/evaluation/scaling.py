@@ -9,8 +9,7 @@ from its tables only with log2 of the tokens, and so are per doubling; both are
 here.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,29 +94,15 @@ def flips(before: np.ndarray, after: np.ndarray) -> Flips:
                before.size)
 
 
-def flips_per_wait(correct: Sequence[np.ndarray]) -> list[Flips]:
-  """Counts flips from each number of waits to the next.
-
-  Args:
-    correct: [W] arrays of [Q] bool, in the order of the waits (0, 1, 2, 4).
-
-  Returns:
-    [W - 1].
-  """
-  return [flips(a, b) for a, b in itertools.pairwise(correct)]
-
-
 def majority_curve(
     tokens: Sequence[Sequence[int]], answers: Sequence[Sequence[str | None]],
-    correct: Sequence[Sequence[bool]], *,
-    vote: Callable[..., float] = statistics.maj_at_k,
+    correct: Sequence[Sequence[bool]],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens spent and accuracy of a majority vote of k = 1..M samples.
 
   Args:
     tokens: [Q][M] thinking tokens of each sample.
     answers, correct: [Q][M], as in `statistics.maj_at_k`.
-    vote: `statistics.maj_at_k` or `statistics.majority_of_first_k`.
 
   Returns:
     Mean tokens a question [M] and accuracy [M].
@@ -133,7 +118,7 @@ def majority_curve(
         f"was given {sorted(counts)} samples and {len(tokens)}, "
         f"{len(answers)} and {len(correct)} questions.")
   ks = range(1, counts.pop() + 1)
-  accuracy = [np.mean([vote(a, c, k) for a, c in zip(
+  accuracy = [np.mean([statistics.maj_at_k(a, c, k) for a, c in zip(
       answers, correct, strict=True)]) for k in ks]
   return np.mean(np.asarray(tokens)) * np.asarray(ks), np.asarray(accuracy)
 

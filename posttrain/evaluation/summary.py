@@ -7,6 +7,7 @@ bits: two cells differ in the budget alone.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -198,10 +199,8 @@ def cell_figures(
           for row in scored.correct])) for k in pass_at}}
   if votes:
     figures["no_answer"] = float(np.mean(scored.answers == None))  # noqa: E711
-    figures["maj@k"] = {str(k): float(np.mean([
-        statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
-        for answers, correct in zip(
-            scored.answers, scored.correct, strict=True)])) for k in pass_at}
+    figures["maj@k"] = {
+        str(k): float(np.mean(_majority(scored, k))) for k in pass_at}
   if cell.amount or cell.max_thinking_tokens >= 0:
     spent = (scored.thinking_steps if cell.asked == "steps"
              else scored.thinking_tokens)
@@ -238,10 +237,10 @@ def _flips(
   waits = sorted((c for c in scored if c.max_thinking_tokens == maximum
                   and c.max_thinking_steps < 0 and not c.asked),
                  key=lambda cell: cell.num_waits)
-  flips = scaling.flips_per_wait([scored[c].correct.ravel() for c in waits])
   return [{"max_thinking_tokens": maximum, "from_waits": a.num_waits,
-           "to_waits": b.num_waits, **flip._asdict()}
-          for a, b, flip in zip(waits, waits[1:], flips, strict=False)]
+           "to_waits": b.num_waits, **scaling.flips(
+               scored[a].correct, scored[b].correct)._asdict()}
+          for a, b in itertools.pairwise(waits)]
 
 
 def waits_by_maximum(
@@ -319,16 +318,15 @@ def majority_baseline(
     scored: Scored, cluster: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
   """Accuracy of a vote of 1..M free samples, and the tokens it spends."""
-  tokens, _ = scaling.majority_curve(
-      scored.thinking_tokens.tolist(), scored.answers.tolist(),
-      scored.correct.tolist())
-  rows = []
-  for k, spent in enumerate(tokens, start=1):
-    per_question = np.array([
-        statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
-        for answers, correct in zip(
-            scored.answers, scored.correct, strict=True)])
-    rows.append({
-        "samples": k, "mean_tokens": float(spent),
-        **accuracy(per_question, cluster)})
-  return rows
+  return [{
+      "samples": k, "mean_tokens": float(k * scored.thinking_tokens.mean()),
+      **accuracy(_majority(scored, k), cluster)}
+          for k in range(1, scored.correct.shape[1] + 1)]
+
+
+def _majority(scored: Scored, k: int) -> np.ndarray:
+  """Computes maj@k of every question, [Q]."""
+  return np.array([
+      statistics.maj_at_k(answers.tolist(), correct.tolist(), k)
+      for answers, correct in zip(
+          scored.answers, scored.correct, strict=True)])

@@ -101,9 +101,12 @@ class Axis:
       powers = _powers(10, self.low, self.high, count)
       if len(powers) > 2:
         return powers
+      # 1, 2 and 5 times the powers of ten.
       between = [
-          value for value in _between(self.low, self.high)
-          if self.low <= value <= self.high]
+          step * 10.0**e for e in range(
+              math.floor(math.log10(self.low)),
+              math.floor(math.log10(self.high)) + 1)
+          for step in (1, 2, 5) if self.low <= step * 10.0**e <= self.high]
       return between or nice_ticks(self.low, self.high, count)
     if self.kind == "log2":
       powers = ([0.0] if self.low <= 0 else []) + _powers(
@@ -119,13 +122,6 @@ def _powers(base: int, low: float, high: float, count: int) -> list[float]:
       math.floor(math.log(high, base) + 1e-9) + 1)
   every = max(1, -(-len(exponents) // count))
   return [float(base) ** e for e in exponents if e % every == 0]
-
-
-def _between(low: float, high: float) -> list[float]:
-  """Lists 1, 2 and 5 times the powers of ten around low..high."""
-  exponents = range(
-      math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-  return [step * 10.0**e for e in exponents for step in (1, 2, 5)]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -33,10 +33,6 @@ class GGUFFile:
   metadata: dict[str, Any]
   tensors: dict[str, gguf_file.Tensor]
 
-  def shape(self, name: str) -> tuple[int, ...]:
-    """Returns a tensor's shape, row-major: `[out, in]` of a projection."""
-    return self.tensors[name].shape
-
   def tensor(self, name: str) -> np.ndarray:
     """Reads one tensor, dequantised to float32.
 
@@ -79,7 +75,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
     fields["rope_scaling"] = gguf_models.llama3_scaling(
         file.tensor(gguf_models.ROPE_TENSOR), fields["rope_theta"], file.path)
   return ModelConfig(
-      vocab_size=file.shape("token_embd.weight")[0],
+      vocab_size=file.tensors["token_embd.weight"].shape[0],
       tied_embeddings="output.weight" not in file.tensors, **fields)
 
 
@@ -106,7 +102,7 @@ def load(
   sources = gguf_models.sources(
       config, gguf_models.ARCHITECTURES[name].permuted)
   # The divisors of the frequencies are in the config: `model_config`.
-  shapes = {name: file.shape(name) for name in file.tensors
+  shapes = {name: tensor.shape for name, tensor in file.tensors.items()
             if name != gguf_models.ROPE_TENSOR}
   parameters.check_tensors(shapes, sources, config.layers, file.path)
   return parameters.load(

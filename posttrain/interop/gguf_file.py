@@ -16,6 +16,7 @@ import math
 import mmap
 import pathlib
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import gguf
@@ -123,7 +124,7 @@ class _Header:
       self._what = f"field {key!r}"
       if key in metadata:
         raise self._error("comes twice")
-      metadata[key] = self._value(self._kind(), 0)
+      metadata[key] = self._value(self._type(Kind), 0)
     found: dict[str, Tensor] = {}
     for number in range(tensors):
       self._what = f"tensor {number + 1} of {tensors}"
@@ -141,11 +142,7 @@ class _Header:
       raise self._error(f"has {dimensions} dimensions, and the format has up "
                         f"to {MOST_DIMENSIONS}")
     shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
-    number = self._number("<I")
-    try:
-      kind = gguf.GGMLQuantizationType(number)
-    except ValueError as error:
-      raise self._error(f"is of type {number}, which is not known") from error
+    kind = self._type(gguf.GGMLQuantizationType)
     block = gguf.GGML_QUANT_SIZES[kind][0]
     if shape[-1] % block:
       raise self._error(
@@ -183,7 +180,7 @@ class _Header:
     if depth == DEEPEST_ARRAY:
       raise self._error(
           f"has arrays in arrays, more than {DEEPEST_ARRAY} deep")
-    inner = self._kind()
+    inner = self._type(Kind)
     count = self._count("elements", SMALLEST[inner])
     if inner in SCALARS:
       return self._scalars(inner, count)
@@ -194,10 +191,11 @@ class _Header:
     values = np.frombuffer(self._take(count * dtype.itemsize), dtype)
     return (values != 0 if kind == Kind.BOOL else values).tolist()
 
-  def _kind(self) -> Kind:
+  def _type(self, types: Callable[[int], Any]) -> Any:
+    """Reads a member of an enum."""
     number = self._number("<I")
     try:
-      return Kind(number)
+      return types(number)
     except ValueError as error:
       raise self._error(f"is of type {number}, which is not known") from error
 

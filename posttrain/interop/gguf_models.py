@@ -228,22 +228,14 @@ def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
 def sources(
     config: ModelConfig, permuted: bool) -> dict[str, parameters.Source]:
   """Maps every parameter path of the model to the tensors that hold it."""
-  c = config
-  prepare: dict[str, Callable] = {}
+  c, prepare = config, dict[str, Callable]()
   if permuted:
     prepare |= {"q": functools.partial(undo_permutation, heads=c.heads),
                 "k": functools.partial(undo_permutation, heads=c.kv_heads)}
-
-  def take_off(norm: np.ndarray) -> np.ndarray:
-    return norm - np.float32(c.norm_offset)
-
-  def source(path: str, found: parameters.Source) -> parameters.Source:
-    leaf = path.split("/")[-1]
-    if leaf in prepare:
-      return dataclasses.replace(found, prepare=prepare[leaf])
-    if leaf.endswith("norm") and c.norm_offset:
-      return dataclasses.replace(found, prepare=take_off)
-    return found
-
+  if c.norm_offset:
+    take_off = lambda norm: norm - np.float32(c.norm_offset)
+    prepare |= {leaf: take_off for leaf in NAMES if leaf.endswith("norm")}
   table = parameters.table(c, NAMES, "blk.{layer}.")
-  return {path: source(path, found) for path, found in table.items()}
+  return {path: dataclasses.replace(
+      source, prepare=prepare.get(path.split("/")[-1], source.prepare))
+          for path, source in table.items()}

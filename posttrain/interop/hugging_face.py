@@ -28,6 +28,7 @@ from posttrain.interop import (
 from posttrain.interop.parameters import Progress
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
+from posttrain.text import token_files
 from posttrain.text.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -295,8 +296,8 @@ def save(
       model, partial if writes else None, dtype, shard_bytes, progress)
   if writes:
     tokenizer.save(partial)
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "generation_config.json", {
+    token_files.write_json(partial / "config.json", config)
+    token_files.write_json(partial / "generation_config.json", {
         key: value for key, value in config.items()
         if key.endswith("_token_id") and value is not None})
     partial.rename(path)
@@ -342,7 +343,7 @@ def _write_weights(
     if writer:
       writer.close()
   if path is not None and len(shards) > 1:
-    _write_json(path / INDEX, {
+    token_files.write_json(path / INDEX, {
         "metadata": {"total_size": kind.itemsize * sum(
             map(math.prod, shapes.values()))},
         "weight_map": {name: file for file, names in zip(
@@ -363,7 +364,3 @@ def _shards(
     shards[-1].append(name)
     size += own
   return shards
-
-
-def _write_json(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

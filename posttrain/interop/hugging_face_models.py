@@ -95,15 +95,14 @@ def model_config(data: Mapping[str, Any], path: Any) -> ModelConfig:
   family = FAMILIES[name]
   _check_keys(data, family, path)
   # Null stands for "not set" in most keys, and then the default holds.
-  data = {key: value for key, value in family.defaults.items()} | {
+  data = dict(family.defaults) | {
       key: value for key, value in data.items()
       if value is not None or key in NULLABLE}
   missing = [key for key in SIZES.values() if key not in data]
   if missing:
     raise ValueError(f"{path} lacks {', '.join(missing)}.")
   try:
-    fields = _fields(data, family)
-    return ModelConfig(**fields)
+    return ModelConfig(**_fields(data, family))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 

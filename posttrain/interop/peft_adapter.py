@@ -9,7 +9,6 @@ transformers. Heads need no reordering: both sides rotate half-split pairs.
   L: layers  r: rank
 """
 
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -21,6 +20,7 @@ import safetensors.numpy
 from posttrain import sharding
 from posttrain.model.config import INPUT_AXES
 from posttrain.model.transformer import Transformer
+from posttrain.text import token_files
 
 MODULES = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
@@ -92,8 +92,7 @@ def save(model: Transformer, path: str | pathlib.Path, base: str) -> None:
   partial = path.with_name(path.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  (partial / "adapter_config.json").write_text(
-      json.dumps(contents, indent=2) + "\n")
+  token_files.write_json(partial / "adapter_config.json", contents)
   safetensors.numpy.save_file(
       arrays, partial / "adapter_model.safetensors", {"format": "pt"})
   partial.rename(path)

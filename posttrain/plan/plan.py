@@ -69,15 +69,14 @@ class Plan:
 
   def role_seconds(self, stage: str, role: str) -> float | None:
     """Bound of the programs of one role; None too if it has none."""
-    total, found = 0.0, False
+    total = None
     for result in self.results:
       program = result.program
       if (program.stage, program.role) == (stage, role) and program.calls:
         if result.times is None:
           return None
-        total += program.calls * result.times.bound
-        found = True
-    return total if found else None
+        total = (total or 0.0) + program.calls * result.times.bound
+    return total
 
   def _stepping(self, stage: str) -> set[str]:
     """Roles that have a part in a step of a stage."""

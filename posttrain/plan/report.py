@@ -10,6 +10,7 @@ Every column says where its figures come from:
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -301,7 +302,9 @@ def all_figures(plan: Plan) -> dict[str, Any]:
 
 def lines(table: Table) -> list[str]:
   """Formats a table for a console, with columns as wide as their cells."""
-  wrapped = [_wrap(each) for each in table.header]
+  wrapped = [
+      textwrap.wrap(each, 12, break_long_words=False, break_on_hyphens=False)
+      for each in table.header]
   height = max(map(len, wrapped))
   header = [
       tuple(column[i - height] if i - height >= -len(column) else ""
@@ -315,16 +318,3 @@ def lines(table: Table) -> list[str]:
   return [
       "", f"== {table.title} ==", *map(draw, header),
       *map(draw, table.rows), *(f"  - {note}" for note in table.notes)]
-
-
-def _wrap(text: str) -> list[str]:
-  """Wraps a heading into lines of one or two words."""
-  found: list[str] = []
-  for word in text.split():
-    if found and len(found[-1]) + len(word) < 12:
-      found[-1] += f" {word}"
-    else:
-      found.append(word)
-  return found
-
-

@@ -198,12 +198,6 @@ class _Shapes:
     """Prompts may share a prefix: a whole chunk, with a token behind it."""
     return self.length > self.prefill.chunk
 
-  @property
-  def slots(self) -> dict[str, Any]:
-    """Slots at their largest, while prompts are prefilled for the next wave."""
-    return {"slots": self.carry(self.settings.sizes[-1]),
-            "requests": self.requests}
-
   def empty(
       self, named: Callable[..., Program], count: int, slots: int,
       beside: dict[str, Any], calls: int,
@@ -251,7 +245,10 @@ def _prompts(
     named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
   """Yields programs that prefill prompts, and copy a prefix that they share."""
   count, parts = shapes.prefill.rows, shapes.prefill.parts
-  beside = {**shapes.slots, **shapes.prompts(shapes.waves.batches - 1)}
+  # Slots are at their largest while prompts are prefilled for the next wave.
+  beside = {"slots": shapes.carry(shapes.settings.sizes[-1]),
+            "requests": shapes.requests,
+            **shapes.prompts(shapes.waves.batches - 1)}
   for source in shapes.sources:
     rows = shapes.rows(count, source)
     calls = shapes.waves.calls["prefill", count, source]

@@ -35,12 +35,6 @@ class Array:
     return jax.ShapeDtypeStruct(
         self.sent.shape, self.arrived.dtype, sharding=self.sent.sharding)
 
-  @property
-  def gather(self) -> tuple[Any, ...]:
-    """Key of the gather: arrays with the same one share a program."""
-    return self.sent.shape, self.sent.dtype, self.sent.sharding, (
-        self.arrived.dtype)
-
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
@@ -115,7 +109,8 @@ def _gathers(
   """Yields a program for all arrays that are alike, once for each slab."""
   alike: dict[tuple, list[Array]] = {}
   for array in arrays:
-    alike.setdefault(array.gather, []).append(array)
+    key = array.sent, array.arrived.dtype
+    alike.setdefault(key, []).append(array)
   for same in alike.values():
     x, dtype = same[0].sent, same[0].arrived.dtype
     axis, size = weight_sync.slab(x, dtype)

@@ -44,13 +44,12 @@ def _section(
   having = [(run, stage) for run, stage in found if stage.rows]
   if not having:
     return heading + markup.missing("No metrics.")
-  stack_up = not compare
   charts, empty = [], []
   drawn = max((stage.charts for _, stage in having), key=len)
   for chart in drawn:
     lines = series(chart, having, compare=compare)
     if lines:
-      charts.append(draw(chart, lines, stacked=chart.stacked and stack_up))
+      charts.append(draw(chart, lines, stacked=chart.stacked and not compare))
     elif not chart.optional:
       empty.append(chart.title.lower())
   waits = sampled_waits(having)

@@ -4,7 +4,6 @@ Reads `<stage>/eval/<checkpoint>.json` as an evaluation writes it (see
 `posttrain.evaluation.summary`); a figure that a result lacks is a dash.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -90,22 +89,24 @@ def headline(group: Sequence[Result]) -> markup.Html:
     change = ""
     if before is not None and before.run == result.run:
       change = paired_change(before, result)
-    tiles.append(markup.div(
-        f"tile {svg.colour_class(result.colour)}",
-        markup.tag("b", result.label),
-        markup.tag("span", markup.percent(free["accuracy"]),
-                   attributes={"class": "figure"}),
-        markup.tag("span", _uncertainty(free)),
-        *([markup.tag("span", change)] if change else [])))
+    tiles.append(_tile(
+        svg.colour_class(result.colour), result.label, free["accuracy"],
+        _uncertainty(free), change))
   baseline = group[0].data.get("summary", {}).get("constant_baseline")
   if baseline:
-    tiles.append(markup.div(
-        "tile base", markup.tag("b", "best constant answer"),
-        markup.tag("span", markup.percent(baseline["accuracy"]),
-                   attributes={"class": "figure"}),
-        markup.tag("span", f"n {baseline['n']}, answer "
-                   f"{baseline.get('answer', 'not recorded')}")))
+    tiles.append(_tile(
+        "base", "best constant answer", baseline["accuracy"],
+        f"n {baseline['n']}, answer {baseline.get('answer', 'not recorded')}"))
   return markup.div("tiles", *tiles)
+
+
+def _tile(
+    colour: str, title: str, accuracy: float, *lines: str) -> markup.Html:
+  return markup.div(
+      f"tile {colour}", markup.tag("b", title),
+      markup.tag("span", markup.percent(accuracy),
+                 attributes={"class": "figure"}),
+      *(markup.tag("span", line) for line in lines if line))
 
 
 def _uncertainty(cell: Cell) -> str:
@@ -118,9 +119,7 @@ def _uncertainty(cell: Cell) -> str:
 def paired_change(before: Result, after: Result) -> str:
   """Paired difference on the same questions, or "" where they are others."""
   scores = [_free_scores(before), _free_scores(after)]
-  if not scores[0] or scores[0].keys() != scores[1].keys():
-    return ""
-  if len(scores[0]) < 2:
+  if len(scores[0]) < 2 or scores[0].keys() != scores[1].keys():
     return ""
   questions = sorted(scores[0])
   cluster = {record["id"]: record.get("cluster")
@@ -225,8 +224,7 @@ def cells_table(group: Sequence[Result]) -> markup.Html:
             *(name.replace("k", k) for name, k in votes), "cut", "no answer",
             "not scored"]
   rows = []
-  for result, cell in itertools.chain.from_iterable(
-      ((result, cell) for cell in result.cells) for result in group):
+  for result, cell in ((r, c) for r in group for c in r.cells):
     samples = cell.get("samples", 1)
     rows.append([
         result.label, describe(cell),

@@ -153,7 +153,8 @@ def reward(
   words = answer.split()
   if words[::2] != [str(number) for number in numbers]:
     return 0.0
-  return float(_value(numbers, _signs_of(words)) == target)
+  signs = [1 if word == "+" else -1 for word in words[1::2]]
+  return float(_value(numbers, signs) == target)
 
 
 def extract(completion: str) -> str | None:
@@ -201,10 +202,6 @@ def _patterns(terms: int) -> list[tuple[int, ...]]:
 def _value(numbers: Sequence[int], signs: Sequence[int]) -> int:
   return numbers[0] + sum(s * n for s, n in zip(signs, numbers[1:],
                                                 strict=True))
-
-
-def _signs_of(words: Sequence[str]) -> list[int]:
-  return [1 if word == "+" else -1 for word in words[1::2]]
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import tokenizers
 
@@ -183,15 +182,10 @@ def _steps(component: dict | None) -> Iterator[dict]:
     yield from _steps(step)
 
 
-def _state(component: Any) -> dict | None:
-  return None if component is None else json.loads(component.__getstate__())
-
-
 def _prefix_scheme(tokenizer: tokenizers.Tokenizer) -> str:
   """Finds where a space is put before a text: "never", "first" or "always"."""
-  found = {"never"}
-  for step in (*_steps(_state(tokenizer.normalizer)),
-               *_steps(_state(tokenizer.pre_tokenizer))):
+  found, spec = {"never"}, json.loads(tokenizer.to_str())
+  for step in (*_steps(spec["normalizer"]), *_steps(spec["pre_tokenizer"])):
     if step["type"] == "Metaspace":
       found.add(step["prepend_scheme"])
     elif step["type"] == "Prepend" or step.get("add_prefix_space"):
@@ -231,7 +225,7 @@ def prefix_at_start_only(
   The file itself is older than that setting, and puts a space after every added
   token too. Other pipelines are returned as they are.
   """
-  steps = list(_steps(_state(tokenizer.normalizer)))
+  steps = list(_steps(json.loads(tokenizer.to_str())["normalizer"]))
   if [step["type"] for step in steps] != ["Prepend", "Replace"]:
     return tokenizer
   copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())

@@ -9,7 +9,7 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 # Tokens that a chat template may write by name.
@@ -99,10 +99,10 @@ def write(directory: pathlib.Path, tokenizer: Any, **config: Any) -> None:
     tokenizer: a `Tokenizer`.
     config: further entries of tokenizer_config.json.
   """
-  _write_json(directory / "tokenizer_config.json", {
+  write_json(directory / "tokenizer_config.json", {
       **tokenizer.named, "add_bos_token": tokenizer.bos_id is not None,
       **config})
-  _write_json(
+  write_json(
       directory / "generation_config.json",
       {"eos_token_id": list(tokenizer.stop_ids)})
   if tokenizer.chat_template is not None:
@@ -120,5 +120,6 @@ def splitter(words: Iterable[str]) -> Callable[[str], list[str]]:
   return lambda text: [part for part in pattern.split(text) if part]
 
 
-def _write_json(path: pathlib.Path, contents: dict) -> None:
+def write_json(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
+  """Writes an indented JSON object."""
   path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -99,15 +99,13 @@ def load(
     path = found[0]
   if not path.exists():
     raise ValueError(f"{path} does not exist. Check tokenizer.path.")
-  if path.suffix == ".model":
-    with token_files.errors_name(path.parent):
-      return _load_sentencepiece(path)
-  if path.suffix == ".json":
-    with token_files.errors_name(path.parent):
-      return _load_hugging_face(path, vocab_size)
-  raise ValueError(
-      f"{path} is neither a tokenizer.json nor a SentencePiece *.model. "
-      "Check tokenizer.path.")
+  if path.suffix not in (".model", ".json"):
+    raise ValueError(
+        f"{path} is neither a tokenizer.json nor a SentencePiece *.model. "
+        "Check tokenizer.path.")
+  with token_files.errors_name(path.parent):
+    return (_load_sentencepiece(path) if path.suffix == ".model"
+            else _load_hugging_face(path, vocab_size))
 
 
 def newline_ends(tokenizer: Tokenizer) -> np.ndarray:

@@ -84,8 +84,8 @@ def test_slopes_are_means_over_pairs_that_have_one():
 def test_flips_are_the_change_in_accuracy():
   rng = np.random.default_rng(0)
   correct = rng.random((4, 100)) < 0.5
-  for step, before, after in zip(
-      scaling.flips_per_wait(correct), correct[:-1], correct[1:], strict=True):
+  for before, after in itertools.pairwise(correct):
+    step = scaling.flips(before, after)
     lost = [i for i in range(100) if before[i] and not after[i]]
     won = [i for i in range(100) if after[i] and not before[i]]
     assert step == (len(lost), len(won), 100)

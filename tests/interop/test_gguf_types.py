@@ -41,7 +41,7 @@ def test_blocks_are_what_a_scalar_loop_reads(tmp_path, name):
   loop, _, width, _ = gguf_blocks.FORMATS[name]
   data = random_blocks(name)
   file = write(tmp_path / "a.gguf", data, TYPES[name])
-  assert file.shape("w") == SHAPE
+  assert file.tensors["w"].shape == SHAPE
   got = file.tensor("w")
   want = [loop(block.tobytes()) for block in data.reshape(-1, width)]
   assert got.dtype == np.float32
@@ -59,7 +59,7 @@ def test_what_is_written_is_read(tmp_path, name):
   values = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
   data = gguf_package.quantize(values, TYPES[name])
   file = write(tmp_path / "a.gguf", data, TYPES[name])
-  assert file.shape("w") == SHAPE
+  assert file.tensors["w"].shape == SHAPE
   got = file.tensor("w")
   assert got.dtype == np.float32 and got.shape == SHAPE
   largest = np.abs(values.reshape(-1, 32)).max(-1, keepdims=True)
