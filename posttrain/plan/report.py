@@ -277,13 +277,11 @@ def all_figures(plan: Plan) -> dict[str, Any]:
     row |= {
         "measured": {
             "memory": dataclasses.asdict(result.memory),
-            "counts": dataclasses.asdict(result.counts)
-            if result.counts else None,
+            "counts": result.counts and dataclasses.asdict(result.counts),
             "compile_s": result.seconds, "same_as": result.same_as,
             "error": result.error},
         "modelled": {
-            "seconds": dataclasses.asdict(result.times)
-            if result.times else None,
+            "seconds": result.times and dataclasses.asdict(result.times),
             "calls_per_step": result.program.calls,
             "role": result.program.role,
             "assumptions": list(roofline.ASSUMPTIONS)}}

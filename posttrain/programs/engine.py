@@ -114,38 +114,27 @@ def of_engine(
     tokens: of a completion at most.
     beside: abstract arrays that are on the devices meanwhile.
   """
-  shapes = _Shapes(model, tables, settings, prompts, tokens, beside)
   named = functools.partial(named, note=NOTE)
+  engine = _Engine(named, model, tables, settings, prompts, tokens, beside)
   yield named("unstack", functools.partial(
       decode.unstacked.lower, model, weights_dtype=settings.weights_dtype),
       (model,), beside)
-  yield from _idle(named, shapes)
-  yield from _prompts(named, shapes)
-  yield from _admission(named, shapes)
-  yield from _resizes(named, shapes)
-  for size in settings.sizes:
-    carry = shapes.carry(size)
-    script = sharding.abstract(
-        np.zeros((settings.rows, settings.chunk), np.int32), "rows", "slots")
-    yield named("decode", functools.partial(
-        decode.decode.lower, shapes.whole, shapes.blocks, carry,
-        shapes.requests, script, np.int32(settings.rows), tables,
-        steps=settings.chunk, recorded=settings.recorded,
-        logits_processor=settings.logits_processor,
-        budget_schedule=settings.budget_schedule),
-        (shapes.whole, shapes.blocks, carry, shapes.requests, script),
-        beside | shapes.kept | shapes.prompts(shapes.waves.kept),
-        shapes.waves.calls["decode", size], f"S={size}")
+  yield from engine.slots()
+  yield from engine.prefills()
+  yield from engine.admission()
+  yield from engine.resizes()
+  yield from engine.decodes()
 
 
-class _Shapes:
-  """Abstract arrays of an engine, as the current mesh would hold them."""
+class _Engine:
+  """An engine's abstract arrays on the current mesh, and its programs."""
 
   def __init__(
-      self, model: Transformer, tables: budget.BudgetTables,
-      settings: Settings, prompts: Prompts, tokens: int,
-      beside: dict[str, Any]):
-    self.settings, self.tables, self.config = settings, tables, model.config
+      self, named: Callable[..., Program], model: Transformer,
+      tables: budget.BudgetTables, settings: Settings, prompts: Prompts,
+      tokens: int, beside: dict[str, Any]):
+    self.named, self.settings = named, settings
+    self.tables, self.config = tables, model.config
     self.whole, self.blocks, self.kept = abstract.unstacked(
         model, settings.weights_dtype)
     self.weights = beside | {
@@ -199,127 +188,135 @@ class _Shapes:
     return self.length > self.prefill.chunk
 
   def empty(
-      self, named: Callable[..., Program], count: int, slots: int,
-      beside: dict[str, Any], calls: int,
+      self, count: int, slots: int, beside: dict[str, Any], calls: int,
   ) -> Program:
-    return named("empty", functools.partial(
+    return self.named("empty", functools.partial(
         prefill.empty.lower, self.config, np.int32(0), rows=count,
         slots=slots, cache_dtype=self.settings.cache_dtype), (), beside,
         calls, f"rows={count} S={slots}")
 
   def place(
-      self, named: Callable[..., Program], kind: str, into: prefill.Rows,
-      source: prefill.Rows, calls: int, sizes: str,
+      self, kind: str, into: prefill.Rows, source: prefill.Rows, calls: int,
+      sizes: str,
   ) -> Program:
     columns = (np.zeros(self.prefill.rows, np.int32),) * 3
     carry = self.carry(self.settings.sizes[0])
-    return named(kind, functools.partial(
+    return self.named(kind, functools.partial(
         prefill.place.lower, into, source, *columns), (into, source), {
             **self.weights, **self.prompts(self.waves.batches - 1),
             "state": (carry.state, carry.processor_state, carry.earlier),
             "requests": self.requests}, calls, sizes)
 
-
-def _idle(
-    named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Yields programs that make the engine's slots, without a request."""
-  settings, tables = shapes.settings, shapes.tables
-  size = settings.sizes[0]
-  yield shapes.empty(named, settings.rows, size, shapes.weights, 1)
-  rows = shapes.rows(settings.rows, size)
-  beside = {**shapes.weights, "slots": rows}
-  yield named(
-      "done", functools.partial(device_batch.done.lower, *shapes.idle), (),
-      beside)
-  if tables.recalled:
-    yield named("earlier", functools.partial(
-        device_batch.no_earlier.lower, rows.hidden, tables), (rows.hidden,),
+  def slots(self) -> Iterator[Program]:
+    """Yields programs that make the engine's slots, without a request."""
+    settings, tables = self.settings, self.tables
+    size = settings.sizes[0]
+    yield self.empty(settings.rows, size, self.weights, 1)
+    rows = self.rows(settings.rows, size)
+    beside = {**self.weights, "slots": rows}
+    yield self.named(
+        "done", functools.partial(device_batch.done.lower, *self.idle), (),
         beside)
-  for n, row in enumerate(jax.tree.leaves(shapes.processor_row)):
-    yield named("processor_rows", functools.partial(
-        device_batch.repeated.lower, row, rows=settings.rows), (), beside,
-        sizes=f"state={n}")
+    if tables.recalled:
+      yield self.named("earlier", functools.partial(
+          device_batch.no_earlier.lower, rows.hidden, tables), (rows.hidden,),
+          beside)
+    for n, row in enumerate(jax.tree.leaves(self.processor_row)):
+      yield self.named("processor_rows", functools.partial(
+          device_batch.repeated.lower, row, rows=settings.rows), (), beside,
+          sizes=f"state={n}")
 
+  def prefills(self) -> Iterator[Program]:
+    """Yields programs that prefill prompts, and copy a shared prefix."""
+    count, parts = self.prefill.rows, self.prefill.parts
+    # Slots are at their largest while prompts are prefilled for the next wave.
+    beside = {"slots": self.carry(self.settings.sizes[-1]),
+              "requests": self.requests,
+              **self.prompts(self.waves.batches - 1)}
+    for source in self.sources:
+      rows = self.rows(count, source)
+      calls = self.waves.calls["prefill", count, source]
+      yield self.empty(
+          count, source, self.weights | beside,
+          self.waves.calls["empty", count, source])
+      tokens = sharding.abstract(
+          np.zeros((count, self.prefill.chunk), np.int32), "rows", "slots")
+      yield self.named("prefill", functools.partial(
+          prefill.feed.lower, self.whole, self.blocks, rows, tokens,
+          tokens), (self.whole, self.blocks, rows, tokens, tokens),
+          self.beside | self.kept | beside, calls,
+          f"rows={count} S={source}")
+    if not self.can_share:
+      return
+    for a, b in itertools.combinations_with_replacement(self.sources, 2):
+      yield self.place(
+          "prefix", self.rows(count, b), self.rows(parts, a), 0,
+          f"S={a} to {b}")
+    if parts != count:
+      for source in self.sources:
+        yield self.empty(parts, source, self.weights | beside, 0)
+        yield self.place(
+            "keep_prefix", self.rows(parts, source),
+            self.rows(count, source), 0, f"S={source}")
 
-def _prompts(
-    named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Yields programs that prefill prompts, and copy a prefix that they share."""
-  count, parts = shapes.prefill.rows, shapes.prefill.parts
-  # Slots are at their largest while prompts are prefilled for the next wave.
-  beside = {"slots": shapes.carry(shapes.settings.sizes[-1]),
-            "requests": shapes.requests,
-            **shapes.prompts(shapes.waves.batches - 1)}
-  for source in shapes.sources:
-    rows = shapes.rows(count, source)
-    calls = shapes.waves.calls["prefill", count, source]
-    yield shapes.empty(
-        named, count, source, shapes.weights | beside,
-        shapes.waves.calls["empty", count, source])
-    tokens = sharding.abstract(
-        np.zeros((count, shapes.prefill.chunk), np.int32), "rows", "slots")
-    yield named("prefill", functools.partial(
-        prefill.feed.lower, shapes.whole, shapes.blocks, rows, tokens,
-        tokens), (shapes.whole, shapes.blocks, rows, tokens, tokens),
-        shapes.beside | shapes.kept | beside, calls,
-        f"rows={count} S={source}")
-  if not shapes.can_share:
-    return
-  for a, b in itertools.combinations_with_replacement(shapes.sources, 2):
-    yield shapes.place(
-        named, "prefix", shapes.rows(count, b), shapes.rows(parts, a), 0,
-        f"S={a} to {b}")
-  if parts != count:
-    for source in shapes.sources:
-      yield shapes.empty(named, parts, source, shapes.weights | beside, 0)
-      yield shapes.place(
-          named, "keep_prefix", shapes.rows(parts, source),
-          shapes.rows(count, source), 0, f"S={source}")
+  def admission(self) -> Iterator[Program]:
+    """Yields programs that admit requests to slots."""
+    settings, calls = self.settings, self.waves.calls
+    for source, size in itertools.product(self.sources, settings.sizes):
+      yield self.place(
+          "place", self.rows(settings.rows, size),
+          self.rows(self.prefill.rows, source), calls["place", size, source],
+          f"S={source} to {size}")
+    carry = self.carry(settings.sizes[-1])
+    beside = {**self.weights, **self.prompts(self.waves.batches)}
+    yield self.named("begin", functools.partial(
+        device_batch.begin.lower, self.state, self.tables, *self.admitted),
+        (self.state,), {
+            **beside, "slots": (
+                carry.cache, carry.hidden, carry.processor_state,
+                carry.earlier), "requests": self.requests},
+        calls["begin",])
+    if self.processor_state is not None:
+      yield self.named("logits_processor", functools.partial(
+          device_batch.set_row.lower, self.processor_state,
+          self.processor_row, np.int32(0)), (self.processor_state,), {
+              **beside, "slots": (carry.cache, carry.hidden, carry.state,
+                                  carry.earlier), "requests": self.requests},
+          calls["logits_processor",])
 
+  def resizes(self) -> Iterator[Program]:
+    """Yields programs that resize the cache.
 
-def _admission(
-    named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Yields programs that admit requests to slots."""
-  settings, calls = shapes.settings, shapes.waves.calls
-  for source, size in itertools.product(shapes.sources, settings.sizes):
-    yield shapes.place(
-        named, "place", shapes.rows(settings.rows, size),
-        shapes.rows(shapes.prefill.rows, source), calls["place", size, source],
-        f"S={source} to {size}")
-  carry = shapes.carry(settings.sizes[-1])
-  beside = {**shapes.weights, **shapes.prompts(shapes.waves.batches)}
-  yield named("begin", functools.partial(
-      device_batch.begin.lower, shapes.state, shapes.tables, *shapes.admitted),
-      (shapes.state,), {
-          **beside, "slots": (
-              carry.cache, carry.hidden, carry.processor_state,
-              carry.earlier), "requests": shapes.requests},
-      calls["begin",])
-  if shapes.processor_state is not None:
-    yield named("logits_processor", functools.partial(
-        device_batch.set_row.lower, shapes.processor_state,
-        shapes.processor_row, np.int32(0)), (shapes.processor_state,), {
-            **beside, "slots": (carry.cache, carry.hidden, carry.state,
-                                carry.earlier), "requests": shapes.requests},
-        calls["logits_processor",])
+    It grows to the next size, and shrinks where a short row needs a quarter."""
+    settings = self.settings
+    least = 1 + min(settings.chunk, self.tokens)
+    beside = {**self.weights, **self.prompts(self.waves.batches),
+              "requests": self.requests}
+    for small, large in itertools.pairwise(settings.sizes):
+      back = [(large, small)] if least <= large // 4 else []
+      for before, after in [(small, large), *back]:
+        carry = self.carry(before)
+        yield self.named("resize", functools.partial(
+            decode.resize.lower, carry, slots=after), (carry,), beside,
+            self.waves.calls["resize", before, after],
+            f"S={before} to {after}")
 
-
-def _resizes(
-    named: Callable[..., Program], shapes: _Shapes) -> Iterator[Program]:
-  """Yields programs that resize the cache.
-
-  It grows to the next size, and shrinks where a short row needs a quarter."""
-  settings = shapes.settings
-  least = 1 + min(settings.chunk, shapes.tokens)
-  beside = {**shapes.weights, **shapes.prompts(shapes.waves.batches),
-            "requests": shapes.requests}
-  for small, large in itertools.pairwise(settings.sizes):
-    back = [(large, small)] if least <= large // 4 else []
-    for before, after in [(small, large), *back]:
-      carry = shapes.carry(before)
-      yield named("resize", functools.partial(
-          decode.resize.lower, carry, slots=after), (carry,), beside,
-          shapes.waves.calls["resize", before, after],
-          f"S={before} to {after}")
+  def decodes(self) -> Iterator[Program]:
+    """Yields a chunk of decoding for each size of the cache."""
+    settings = self.settings
+    script = sharding.abstract(
+        np.zeros((settings.rows, settings.chunk), np.int32), "rows", "slots")
+    for size in settings.sizes:
+      carry = self.carry(size)
+      yield self.named("decode", functools.partial(
+          decode.decode.lower, self.whole, self.blocks, carry,
+          self.requests, script, np.int32(settings.rows), self.tables,
+          steps=settings.chunk, recorded=settings.recorded,
+          logits_processor=settings.logits_processor,
+          budget_schedule=settings.budget_schedule),
+          (self.whole, self.blocks, carry, self.requests, script),
+          self.beside | self.kept | self.prompts(self.waves.kept),
+          self.waves.calls["decode", size], f"S={size}")
 
 
 def _never(*_: Any, **__: Any) -> Any:

@@ -40,7 +40,7 @@ def build(
     WorkdirError: a directory holds no run.
     ValueError: a file of a run is damaged.
   """
-  runs = read_runs([pathlib.Path(path) for path in workdirs])
+  runs = read_runs(workdirs)
   path = pathlib.Path(output or runs[0].path / "report.html")
   workdir_lib.replace_file(path, render(runs).encode())
   return path
@@ -48,8 +48,7 @@ def build(
 
 def figures(workdirs: Sequence[str | os.PathLike]) -> str:
   """Formats the accuracies as text; "" before an evaluation."""
-  return evaluations.figures(
-      read_runs([pathlib.Path(path) for path in workdirs]))
+  return evaluations.figures(read_runs(workdirs))
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -94,7 +93,8 @@ def _run(run: Run) -> markup.Html:
     facts.append(("starts", len(run.environments)))
   times = [stage for stage in run.stages if stage.goodput]
   reports = [
-      markup.details(f"Data of {stage.name}", _flat_table(stage.data_report))
+      markup.details(f"Data of {stage.name}", markup.table(
+          ["", ""], _leaves(stage.data_report, "")))
       for stage in run.stages if stage.data_report]
   return markup.div(
       "run", markup.tag("h3", run.label), stages,
@@ -117,8 +117,8 @@ def _wall_time(stages: Sequence[Stage]) -> markup.Html:
   return markup.details(
       "Where the wall time went", markup.table(
           ["", "in all", "starts", *(
-              name.replace("_", " ") for name in goodput.NAMES)], rows,
-          words=1), is_open=True)
+              name.replace("_", " ") for name in goodput.NAMES)], rows),
+      is_open=True)
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -142,13 +142,8 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
        or "not recorded")]
 
 
-def _flat_table(data: Mapping[str, Any]) -> markup.Html:
-  """Tabulates nested dicts as rows of dotted names."""
-  return markup.table(
-      ["", ""], _leaves(data, ""), words=1)
-
-
 def _leaves(data: Any, prefix: str) -> list[tuple[str, str]]:
+  """Lists the leaves of nested dicts, with dotted names."""
   if isinstance(data, Mapping):
     return [leaf for key, value in data.items()
             for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)]

@@ -13,6 +13,7 @@ These files are read, and nothing else (all paths within a workdir):
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -74,7 +75,7 @@ class Run:
   missing: list[str]
 
 
-def read_runs(paths: Sequence[str | pathlib.Path]) -> list[Run]:
+def read_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
   """Reads each workdir once, labelled by its last distinct path part.
 
   Raises:
