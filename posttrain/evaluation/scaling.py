@@ -9,12 +9,9 @@ from its tables only with log2 of the tokens, and so are per doubling; both are
 here.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from posttrain.evaluation import statistics
 
 
 class Flips(NamedTuple):
@@ -94,35 +91,6 @@ def flips(before: np.ndarray, after: np.ndarray) -> Flips:
                before.size)
 
 
-def majority_curve(
-    tokens: Sequence[Sequence[int]], answers: Sequence[Sequence[str | None]],
-    correct: Sequence[Sequence[bool]],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens spent and accuracy of a majority vote of k = 1..M samples.
-
-  Args:
-    tokens: [Q][M] thinking tokens of each sample.
-    answers, correct: [Q][M], as in `statistics.maj_at_k`.
-
-  Returns:
-    Mean tokens a question [M] and accuracy [M].
-
-  Raises:
-    ValueError: there are no questions, or not M samples of each.
-  """
-  # A vote of k samples is compared over all questions, so each needs them.
-  counts = {len(row) for rows in (tokens, answers, correct) for row in rows}
-  if len(counts) != 1 or not len(tokens) == len(answers) == len(correct):
-    raise ValueError(
-        "A majority curve needs equally many samples of each question, and "
-        f"was given {sorted(counts)} samples and {len(tokens)}, "
-        f"{len(answers)} and {len(correct)} questions.")
-  ks = range(1, counts.pop() + 1)
-  accuracy = [np.mean([statistics.maj_at_k(a, c, k) for a, c in zip(
-      answers, correct, strict=True)]) for k in ks]
-  return np.mean(np.asarray(tokens)) * np.asarray(ks), np.asarray(accuracy)
-
-
 def majority_at_tokens(
     budget: float, tokens: np.ndarray, accuracy: np.ndarray,
 ) -> float | None:
@@ -134,7 +102,7 @@ def majority_at_tokens(
 
   Args:
     budget: mean thinking tokens a question.
-    tokens, accuracy: [M] each, from `majority_curve`.
+    tokens, accuracy: [M] each, see `summary.majority_baseline`.
 
   Returns:
     None if the budget is below a single sample's tokens, or above those of all

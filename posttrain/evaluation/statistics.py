@@ -211,24 +211,6 @@ def maj_at_k(
   return wins / math.comb(len(answers), k)
 
 
-def majority_of_first_k(
-    answers: Sequence[str | None], correct: Sequence[bool], k: int,
-) -> float:
-  """Majority vote of the first k samples, as s1's maj@k: 1 if it is right.
-
-  A tie goes to the answer that came first, and the first sample of an answer
-  speaks for it. `maj_at_k` is the mean of this over all orders.
-
-  Arguments and errors are those of `maj_at_k`.
-  """
-  _check_votes(answers, correct, k)
-  votes = Counter(answer for answer in answers[:k] if answer is not None)
-  if not votes:
-    return 0.0
-  winner = votes.most_common(1)[0][0]  # In a tie, the one counted first.
-  return float(correct[list(answers).index(winner)])
-
-
 def best_of_n(
     scores: Sequence[float], correct: Sequence[bool], n: int,
 ) -> float:

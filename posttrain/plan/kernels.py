@@ -44,30 +44,18 @@ def flops(
     return 2 * 2 * math.prod(queries) * keys[2]
   if instruction.name.startswith(RAGGED_INDEX):
     return 0
-  if instruction.name.startswith(RAGGED) and experts:
-    rows, weights = _floats(computation, instruction)
-    return _ragged(rows[0], weights, experts)
+  arrays = [computation[name].array for name in instruction.operands]
+  floats = [array.dims for array in arrays if array.dtype in ("bf16", "f32")]
   parts = instruction.name.split("_")
-  if RAGGED_GRADIENT in parts and experts:
-    rows, _ = _floats(computation, instruction)
-    return _ragged(rows[0], instruction.array.dims, experts)
+  gradient = RAGGED_GRADIENT in parts
+  if experts and (gradient or instruction.name.startswith(RAGGED)):
+    # The rows have room for all tokens.
+    rows, weights = floats
+    return 2 * rows[0] * math.prod(
+        instruction.array.dims if gradient else weights) // experts
   products = [count for name, count in _PRODUCTS.items() if name in parts]
-  floats = _floats(computation, instruction)
   if "splash" not in parts or not products or len(floats) < 2:
     return None
   queries, keys = floats[:2]
   return int(
       2 * products[0] * math.prod(queries) * keys[-2] * VISIBLE)
-
-
-def _ragged(rows: int, weights: tuple[int, ...], experts: int) -> int:
-  """FLOPs of a product by expert; its rows have room for all tokens."""
-  return 2 * rows * math.prod(weights) // experts
-
-
-def _floats(
-    computation: Computation, instruction: Instruction,
-) -> list[tuple[int, ...]]:
-  """Dimensions of the operands of floating point."""
-  arrays = [computation[name].array for name in instruction.operands]
-  return [array.dims for array in arrays if array.dtype in ("bf16", "f32")]

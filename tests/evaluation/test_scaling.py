@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posttrain.evaluation import scaling, statistics
+from posttrain.evaluation import scaling
 
 ORACLES = json.loads(
     (Path(__file__).parents[1] / "data" / "oracles.json").read_text())
@@ -93,23 +93,6 @@ def test_flips_are_the_change_in_accuracy():
         after.sum() - before.sum())
 
 
-def test_majority_curve_is_maj_at_k_at_k_times_the_tokens():
-  rng = np.random.default_rng(1)
-  answers = rng.choice(list("ABC"), size=(6, 5)).tolist()
-  correct = [[answer == "A" for answer in row] for row in answers]
-  lengths = rng.integers(10, 50, size=(6, 5))
-  tokens, accuracy = scaling.majority_curve(lengths, answers, correct)
-  for k in range(1, 6):
-    # A subset of k samples costs its own tokens; here over all subsets.
-    spent = [lengths[q, list(subset)].sum() for q in range(6)
-             for subset in itertools.combinations(range(5), k)]
-    assert tokens[k - 1] == pytest.approx(np.mean(spent))
-    assert accuracy[k - 1] == pytest.approx(np.mean([
-        statistics.maj_at_k(a, c, k)
-        for a, c in zip(answers, correct, strict=True)]))
-  assert accuracy[0] == pytest.approx(np.mean(correct))
-
-
 def test_majority_at_tokens():
   tokens, accuracy = np.array([10., 20., 30.]), np.array([.4, .4, .7])
   at = lambda budget: scaling.majority_at_tokens(budget, tokens, accuracy)
@@ -120,10 +103,7 @@ def test_majority_at_tokens():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: scaling.flips(np.ones(2), np.ones(3)), "same questions"),
-    (lambda: scaling.scaling_per_1k([1, 2], [1]), "one curve"),
-    (lambda: scaling.majority_curve([[1], [1, 2]], [["A"], ["A"]], [
-        [True], [True]]), "equally many samples"),
-    (lambda: scaling.majority_curve([], [], []), "equally many samples")])
+    (lambda: scaling.scaling_per_1k([1, 2], [1]), "one curve")])
 def test_errors(call, message):
   with pytest.raises(ValueError, match=message):
     call()
