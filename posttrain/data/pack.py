@@ -76,8 +76,7 @@ class Rows:
 
 
 def first_fit(
-    sizes: Sequence[int] | np.ndarray, *, length: int,
-    rows: int | None = None) -> Placement:
+    sizes: Sequence[int] | np.ndarray, *, length: int) -> Placement:
   """Places examples, longest first, each in the first row with room.
 
   First-fit decreasing needs at most 11/9 of the fewest possible rows, plus 6/9
@@ -86,7 +85,6 @@ def first_fit(
   Args:
     sizes: [N] tokens per example.
     length: T.
-    rows: the most rows; None: as many as are needed.
 
   Raises:
     ValueError: an example is empty or longer than a row.
@@ -96,7 +94,7 @@ def first_fit(
     raise ValueError(
         f"examples have {sizes.min()} to {sizes.max()} tokens, and a packed "
         f"row has room for 1 to {length}. Raise sequence_length.")
-  bins = Rows(length, rows)
+  bins = Rows(length, None)
   placed = np.zeros((sizes.size, 3), int)
   # Stable, so that every host and NumPy version has the same placement.
   for n in np.argsort(-sizes, kind="stable"):
@@ -128,15 +126,13 @@ def assemble(
 
 def pack_rows(
     examples: Sequence[Mapping[str, np.ndarray]], *, length: int,
-    rows: int | None = None,
 ) -> tuple[dict[str, np.ndarray], Placement]:
-  """Packs examples with any per-token columns.
+  """Packs examples with any per-token columns into as many rows as they need.
 
   Args:
     examples: N mappings, with the same columns, of arrays [tokens, ...];
       those of one example are equally long. `tokens`, `loss_mask`, ...
     length: T.
-    rows: R; None: as many as are needed.
 
   Returns:
     [R, T, ...] arrays of the examples' columns (0 is padding), `positions` and
@@ -144,8 +140,8 @@ def pack_rows(
     again: `result[p.row[n], p.start[n]:p.start[n] + size]`.
 
   Raises:
-    ValueError: there is no example, one is empty or longer than a row, columns
-      differ, or `rows` rows have no room for all.
+    ValueError: there is no example, one is empty or longer than a row, or
+      columns differ.
   """
   if not examples:
     raise ValueError("there are no examples to pack.")
@@ -159,17 +155,10 @@ def pack_rows(
       raise ValueError(
           f"example {n} has the columns {sorted(example)}, and the first one "
           f"has {sorted(names)}.")
-  sizes = [_size(example) for example in examples]
-  placement = first_fit(sizes, length=length, rows=rows)
-  misfits = int((placement.row == MISFIT).sum())
-  if misfits:
-    raise ValueError(
-        f"{misfits} of {len(examples)} examples do not fit into {rows} rows "
-        f"of {length} tokens, which hold {sum(sizes)} tokens in all. Raise "
-        "the number of rows or sequence_length.")
-  needed = int(placement.row.max()) + 1
+  placement = first_fit([_size(example) for example in examples], length=length)
   return assemble(
-      examples, placement, rows=rows or needed, length=length), placement
+      examples, placement, rows=int(placement.row.max()) + 1,
+      length=length), placement
 
 
 def _size(example: Mapping[str, np.ndarray]) -> int:

@@ -8,7 +8,6 @@ from ml_collections import config_dict
 from posttrain.plan import (
   estimate,
   measure,
-  page,
   plan,
   report,
   sweep,
@@ -61,7 +60,7 @@ def run(
     console.line(f"  {line}")
   for file, text in (
       (json_file, lambda: json.dumps(report.as_json(found), indent=2)),
-      (html_file, lambda: page.render(found, extra))):
+      (html_file, lambda: report.page(found, extra))):
     if file:
       replace_file(pathlib.Path(file), text().encode())
       console.line(f"saved {file}")

@@ -14,7 +14,6 @@ from posttrain.plan import (
   collectives,
   estimate,
   measure,
-  padding,
   programs,
   transposes,
 )
@@ -46,7 +45,7 @@ class Plan:
   mesh: dict[str, int]
   setup: Setup
   results: list[measure.Result]
-  padding: list[padding.Padding]
+  padding: list[programs.Padding]
   advice: list[str]
   only: str = ""
   sampling_mesh: dict[str, int] | None = None
@@ -122,7 +121,7 @@ def make(
   sampling = meshes.get(SAMPLING)
   with jax.set_mesh(meshes[TRAINING]):
     transfers = programs.transfers(setup, sampling) if sampling else []
-    padded = padding.of_config(setup, {
+    padded = programs.padding(setup, {
         role: _sizes(mesh) for role, mesh in meshes.items()
     }) if with_padding else []
   return Plan(

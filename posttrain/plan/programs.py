@@ -1,19 +1,38 @@
-"""Programs that the stages of a config would run, on abstract arrays.
+"""Programs and padding of a config's stages, on abstract arrays.
 
 Nothing is copied from the stages: each makes the jitted functions and the
 arrays that it runs, and is asked for shapes in place of arrays
 (`sharding.abstract`).
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 import jax
 
+from posttrain import sharding
 from posttrain.model.transformer import Transformer
 from posttrain.programs import abstract, transfer
 from posttrain.programs.program import Program
 from posttrain.stages.planned_stage import PlannedStage, Setup
 from posttrain.stages.stage import Stage, stage_of
+from posttrain.text import render
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+  """Padding that one stage computes.
+
+  Attributes:
+    what: rows or tokens that are padded.
+    share: of the positions; None where it is unknown.
+    text: the source of the figure, or why it is not known.
+  """
+
+  stage: str
+  what: str
+  share: float | None
+  text: str
 
 
 def of_config(
@@ -53,3 +72,22 @@ def transfers(
   """Lists the transfers of stages that learn from rollouts of other devices."""
   return [stage.transfer for stage, record in planned(setup, sampling)
           if record.learns_from_rollouts]
+
+
+def padding(
+    setup: Setup, meshes: Mapping[str, sharding.MeshSizes],
+) -> list[Padding]:
+  """Measures the padding of every stage that has some, on its role's mesh."""
+  found = []
+  for stage, record in planned(setup):
+    for what, measure in record.padding.items():
+      try:
+        if setup.tokenizer is None:
+          raise ValueError("the tokenizer is not here")
+        renderer = render.make_renderer(
+            setup.tokenizer, setup.config.chat_template)
+        share, text = measure(stage, renderer, meshes)
+        found.append(Padding(stage.name, what, share, text))
+      except (ValueError, OSError) as error:
+        found.append(Padding(stage.name, what, None, f"unknown: {error}"))
+  return found

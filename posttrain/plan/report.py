@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.evaluation import markup
 from posttrain.plan import kernels, roofline
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
@@ -22,6 +23,20 @@ from posttrain.stages.stage import stage_of
 from posttrain.telemetry.memory import format_bytes
 
 NONE = "-"
+
+# Of the page.
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 76rem; padding: 0 1rem; color-scheme: light dark; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #8884;
+  text-align: right; vertical-align: bottom; }
+th.word, td.word { text-align: left; }
+.scroll { overflow-x: auto; }
+.advice { border-left: .3rem solid #c60; padding-left: 1rem; }
+footer { margin-top: 3rem; opacity: .7; }
+"""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,3 +331,22 @@ def lines(table: Table) -> list[str]:
   return [
       "", f"== {table.title} ==", *map(draw, header),
       *map(draw, table.rows), *(f"  - {note}" for note in table.notes)]
+
+
+def page(plan: Plan, sweep: Sequence[Table] = ()) -> str:
+  """Renders one HTML file that needs nothing else; its JSON has every figure.
+  """
+  title = f"posttrain plan: {plan.setup.config.model} on {plan.topology}"
+  items = lambda texts: markup.tag(
+      "ul", *(markup.tag("li", text) for text in texts))
+  advice = [markup.div("advice", markup.tag("h2", "What to change"),
+                       items(plan.advice))] if plan.advice else []
+  sections = [
+      markup.tag("section", markup.tag("h2", table.title),
+                 markup.table(table.header, table.rows), items(table.notes))
+      for table in (*tables(plan), *sweep)]
+  body = markup.join([
+      markup.tag("h1", title), items(summary(plan)), *advice,
+      *sections, markup.made_by("plan"),
+      markup.json_script("plan", all_figures(plan))])
+  return markup.document(title, body, style=STYLE, policy=POLICY)

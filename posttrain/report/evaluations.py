@@ -57,10 +57,9 @@ def figures(runs: Sequence[Run]) -> str:
 def _section(name: str, group: Sequence[Result]) -> markup.Html:
   return markup.join([
       markup.tag("h3", name),
-      markup.tag("p", _decoding(group), attributes={"class": "caption"}),
       *(markup.tag("p", remark, attributes={"class": "caption"})
-        for remark in statistics.cautions(
-            cell for result in group for cell in result.cells)),
+        for remark in (_decoding(group), *statistics.cautions(
+            cell for result in group for cell in result.cells))),
       headline(group), plot(group), s1_table(group),
       flips_table(group),
       markup.details("All cells", cells_table(group), is_open=True)])

@@ -31,8 +31,8 @@ def problems(
     if value > budget.get("max_tokens", value):
       yield (f"{name(field)}: {value} is more than "
              f"{name('max_tokens')}={budget['max_tokens']}.")
-  steps, waits = (budget.get("max_thinking_steps", -1),
-                  budget.get("num_waits", 0))
+  steps = budget.get("max_thinking_steps", -1)
+  waits = budget.get("num_waits", 0)
   used = [field for field, is_set in (
       ("max_thinking_tokens", maximum >= 0), ("num_waits", waits),
       ("min_thinking_tokens", minimum > 0), ("max_thinking_steps", steps >= 0),
