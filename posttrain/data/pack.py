@@ -42,9 +42,6 @@ class Rows:
     self._used = [0] * (rows or 0)
     self._segments = [0] * (rows or 0)
 
-  def __len__(self) -> int:
-    return len(self._used)
-
   @property
   def full(self) -> bool:
     """Tests if no row has room for any example."""

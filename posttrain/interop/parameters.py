@@ -326,7 +326,7 @@ def _filled(
   if layer is None:
     return put_like(value, like, dtype)
   if whole is None:
-    whole = _zeros(like.shape, dtype, like.sharding.spec)
+    whole = jnp.zeros(like.shape, dtype, out_sharding=like.sharding.spec)
   part = put_like(value, jax.eval_shape(lambda w: w[0], like), dtype)
   # Wait, or tensors would pile up on the host: reading is faster than copying
   # to the device.
@@ -356,11 +356,6 @@ def put_like(
 
   layout = NamedSharding(jax.sharding.get_mesh(), like.sharding.spec)
   return jax.make_array_from_callback(like.shape, layout, part)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: str, layout) -> jax.Array:
-  return jnp.zeros(shape, dtype, out_sharding=layout)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -31,24 +31,22 @@ class Plan:
   """All figures of a config on a slice.
 
   Attributes:
-    mesh: size of each axis, of the devices that train.
+    roles: size of each axis of the mesh of each role; sampling has none of
+      its own where the roles share their devices.
     results: of every program that was asked for.
     padding: of each stage that pads.
     advice: where something does not fit.
     only: a part of the names of the programs that were asked for.
-    sampling_mesh: of the devices that only sample; None if the roles are
-      shared.
     transfers: of weights between the two, by stage.
   """
 
   topology: topology_lib.Topology
-  mesh: dict[str, int]
+  roles: dict[str, dict[str, int]]
   setup: Setup
   results: list[measure.Result]
   padding: list[programs.Padding]
   advice: list[str]
   only: str = ""
-  sampling_mesh: dict[str, int] | None = None
   transfers: Sequence[Transfer] = ()
 
   @property
@@ -84,14 +82,8 @@ class Plan:
 
   def overlaps(self, stage: str) -> bool:
     """Tests if rollouts are asynchronous: drawn while others are trained on."""
-    return self.sampling_mesh is not None and bool(
+    return SAMPLING in self.roles and bool(
         self.setup.config[stage].get("staleness"))
-
-  @property
-  def roles(self) -> dict[str, dict[str, int]]:
-    """The mesh of each."""
-    return {TRAINING: self.mesh} | (
-        {SAMPLING: self.sampling_mesh} if self.sampling_mesh else {})
 
 
 def make(
@@ -125,9 +117,9 @@ def make(
         role: _sizes(mesh) for role, mesh in meshes.items()
     }) if with_padding else []
   return Plan(
-      topology, dict(meshes[TRAINING].shape), setup, results,
-      padded, _advice(results, setup, topology, meshes), only,
-      dict(sampling.shape) if sampling else None, transfers)
+      topology, {role: dict(mesh.shape) for role, mesh in meshes.items()},
+      setup, results, padded, _advice(results, setup, topology, meshes), only,
+      transfers)
 
 
 Meshes = dict[str, jax.sharding.Mesh]  # By role.

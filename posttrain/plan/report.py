@@ -19,6 +19,7 @@ from posttrain.plan import kernels, roofline
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
 from posttrain.programs.abstract import shard_bytes
+from posttrain.programs.program import SAMPLING, TRAINING
 from posttrain.stages.stage import stage_of
 from posttrain.telemetry.memory import format_bytes
 
@@ -301,7 +302,8 @@ def all_figures(plan: Plan) -> dict[str, Any]:
             "role": result.program.role,
             "assumptions": list(roofline.ASSUMPTIONS)}}
   return found | {
-      "mesh": plan.mesh, "sampling_mesh": plan.sampling_mesh,
+      "mesh": plan.roles[TRAINING],
+      "sampling_mesh": plan.roles.get(SAMPLING),
       "transfers": [{
           "stage": each.stage, "received": each.received(),
           "sent": each.sent(), "received_first": each.received(first=True),

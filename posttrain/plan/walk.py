@@ -61,20 +61,17 @@ class Scope:
     if instruction.opcode in _SAME:
       return self.source(instruction.operands[0])
     if instruction.opcode == "parameter":
-      return self._argument(int(instruction.operands[0]))
+      # Of a loop it is the whole tuple; `_element` takes one of it.
+      if self.caller is None or self.call is None or self.in_loop:
+        return None
+      return self.caller.source(
+          self.call.operands[int(instruction.operands[0])])
     if instruction.opcode == "fusion":
       inner = self.inner(instruction.called, instruction)
       return inner.source(inner.computation.root)
     if instruction.opcode == "get-tuple-element":
       return self._element(instruction)
     return self, instruction
-
-  def _argument(self, number: int) -> tuple["Scope", Instruction] | None:
-    if self.caller is None or self.call is None:
-      return None
-    if self.call.opcode == "while":
-      return None  # The whole tuple; `_element` takes one of it.
-    return self.caller.source(self.call.operands[number])
 
   def _element(self, get: Instruction) -> tuple["Scope", Instruction] | None:
     of = self.computation.operand(get)

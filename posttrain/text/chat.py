@@ -16,7 +16,6 @@ Not done: images, tools, and a date. `strftime_now` always answers 26 July 2024
 (the default of the Llama templates), so that a prompt is the same on every day.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -38,7 +37,6 @@ class ChatTemplate:
 
   Attributes:
     source: the Jinja source.
-    hash: its sha256.
   """
 
   def __init__(
@@ -55,7 +53,6 @@ class ChatTemplate:
       ValueError: the source is not a Jinja template.
     """
     self.source = source
-    self.hash = hashlib.sha256(source.encode()).hexdigest()
     self._tokenizer = tokenizer
     # Longest first: one control token's text may begin another's.
     self._controls = sorted(tokenizer.controls, key=len, reverse=True)

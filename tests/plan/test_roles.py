@@ -140,8 +140,8 @@ def test_roles_that_overlap_take_as_long_as_the_slower():
   for staleness, expected in ((0, 16.0), (1, 10.0)):
     config.reason.staleness = staleness
     found = plan.Plan(
-        topology.parse("v5e:2x2"), {"fsdp": 2}, planned_stage.Setup(
-            config, None, None, None, None), results, [], [],
-        sampling_mesh={"fsdp": 2})
+        topology.parse("v5e:2x2"),
+        {program.TRAINING: {"fsdp": 2}, program.SAMPLING: {"fsdp": 2}},
+        planned_stage.Setup(config, None, None, None, None), results, [], [])
     assert found.step_seconds("reason") == expected
     assert found.role_seconds("reason", program.SAMPLING) == 10.0
