@@ -57,10 +57,8 @@ def summary(plan: Plan) -> list[str]:
       f"{plan.topology}: {plan.topology.num_chips} chips, "
       f"{plan.topology.num_devices} devices with "
       f"{format_bytes(chip.hbm_bytes)} each; " + "; ".join(
-          f"{role}{_mesh(sizes)}" for role, sizes in zip(
-              ["mesh "] if len(plan.roles) == 1 else [
-                  f"{role} on " for role in plan.roles],
-              plan.roles.values(), strict=True)),
+          (f"{role} on " if len(plan.roles) > 1 else "mesh ") + _mesh(sizes)
+          for role, sizes in plan.roles.items()),
       f"{plan.setup.config.model}: {model.num_parameters:,} parameters, "
       f"{model.dtype}, remat {model.remat}",
       *plan.setup.notes,

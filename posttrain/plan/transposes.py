@@ -96,10 +96,8 @@ def _of_gradient(scope: Scope, name: str, seen: set) -> bool:
   if instruction.opcode == "get-tuple-element":
     return _element(scope, instruction, seen)
   if instruction.opcode == "parameter":
-    if scope.caller is None or scope.call is None or scope.in_loop:
-      return False
-    return _of_gradient(
-        scope.caller, scope.call.operands[int(instruction.operands[0])], seen)
+    passed = scope.argument(instruction)
+    return passed is not None and _of_gradient(*passed, seen)
   return instruction.opcode in _THROUGH and any(
       _of_gradient(scope, operand, seen) for operand in instruction.operands)
 

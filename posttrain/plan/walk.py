@@ -61,17 +61,24 @@ class Scope:
     if instruction.opcode in _SAME:
       return self.source(instruction.operands[0])
     if instruction.opcode == "parameter":
-      # Of a loop it is the whole tuple; `_element` takes one of it.
-      if self.caller is None or self.call is None or self.in_loop:
-        return None
-      return self.caller.source(
-          self.call.operands[int(instruction.operands[0])])
+      passed = self.argument(instruction)
+      return passed[0].source(passed[1]) if passed else None
     if instruction.opcode == "fusion":
       inner = self.inner(instruction.called, instruction)
       return inner.source(inner.computation.root)
     if instruction.opcode == "get-tuple-element":
       return self._element(instruction)
     return self, instruction
+
+  def argument(self, parameter: Instruction) -> tuple["Scope", str] | None:
+    """Finds the value that the caller passes for a parameter.
+
+    None for the program's own, and for a loop's, which is the whole state:
+    `_element` takes one of it.
+    """
+    if self.caller is None or self.call is None or self.in_loop:
+      return None
+    return self.caller, self.call.operands[int(parameter.operands[0])]
 
   def _element(self, get: Instruction) -> tuple["Scope", Instruction] | None:
     of = self.computation.operand(get)
@@ -130,10 +137,9 @@ def counter(scope: Scope, name: str) -> int | None:
   instruction = scope.computation[name]
   if instruction.opcode in _SAME:
     return counter(scope, instruction.operands[0])
-  if instruction.opcode == "parameter" and not scope.in_loop and scope.call:
-    assert scope.caller is not None
-    return counter(
-        scope.caller, scope.call.operands[int(instruction.operands[0])])
+  if instruction.opcode == "parameter":
+    passed = scope.argument(instruction)
+    return counter(*passed) if passed else None
   if instruction.opcode == "get-tuple-element" and scope.in_loop and (
       scope.computation.operand(instruction).opcode == "parameter"):
     return instruction.index
