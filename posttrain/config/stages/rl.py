@@ -65,7 +65,7 @@ LOSS = Section(
         float, 1e-6, "Epsilon: added to that standard deviation.", "[0, 1]",
         needs=Needs("loss.advantage_std", "!=", "none")),
     kl_coef=Key(float, 0.0, "KL penalty: weight of the KL divergence from the "
-                "reference (TRL: beta). 0: no reference is held.", "[0, 1000]"),
+                "reference (TRL: beta). 0: no KL penalty.", "[0, 1000]"),
     kl_estimator=Key(
         str, ESTIMATOR, "Estimator of the KL divergence. k1: the log ratio, "
         "for the reward; k2: half its square; k3: unbiased and positive, as in "
