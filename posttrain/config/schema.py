@@ -81,9 +81,9 @@ COMPUTE = Section(
     "Precision, memory and speed. Logits and trained parameters are float32.",
     dtype=Key(str, "float32", "Precision of activations and matrix products.",
               choices=("float32", "bfloat16")),
-    remat=Key(str, "none", "Rematerialisation (activation or gradient "
-              "checkpointing): the backward pass recomputes nothing, each "
-              "whole layer, or all but its matrix products.",
+    remat=Key(str, "none", "Rematerialisation (activation checkpointing, "
+              "gradient checkpointing): the backward pass recomputes nothing, "
+              "each whole layer, or all but its matrix products.",
               choices=("none", "full", "dots")),
     unroll=Key(
         int, 1, "Layers per iteration of the scan over layers.", "[1, inf)"),

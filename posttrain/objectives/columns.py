@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 # Every objective has those of them that its batch has.
 GIVEN = ("tokens", "positions", "segment_ids", "loss_mask", "completion_ids",
@@ -27,6 +28,9 @@ DECLARED = (
     "entropy", "advantages", "sampler_logprobs", "old_logprobs",
     "ref_logprobs", "importance_weights", "token_weights",
     "denominator_shares")
+
+# Metrics of every update: no sum of an objective has their names.
+TAKEN = ("loss", "grad_norm", "learning_rate", "spike")
 
 Sums = dict[str, jax.Array]
 
@@ -98,18 +102,26 @@ def call(
 
   Raises:
     ValueError: it reads another column, or returns something else than terms
-      and sums.
+      and sums, or a sum with the name of another metric.
   """
   names = (*GIVEN, *needed(function))
   found = function(Columns({
       name: columns[name] for name in names if name in columns}), **args)
   right = isinstance(found, tuple) and len(found) == 2 and all(
       isinstance(part, dict) for part in found) and found[0] and all(
-          isinstance(term, Term) for term in found[0].values())
+          isinstance(term, Term) and isinstance(term.coefficient, int | float)
+          for term in found[0].values()) and all(
+              np.ndim(x) == 0 for x in jax.tree.leaves(found))
   if not right:
     raise ValueError(
         f"{getattr(function, '__name__', function)} returned {found!r}, and an "
         "objective returns two dicts, (terms, sums): each term is a "
-        "Term(numerator, denominator), each sum a scalar. See "
-        "docs/changing.md.")
+        "Term(numerator, denominator) of two scalars, and a number as its "
+        "coefficient; each sum is a scalar. See docs/changing.md.")
+  taken = [name for name in found[1] if name in TAKEN or name.startswith(
+      ("loss/", "denominator/"))]
+  if taken:
+    raise ValueError(
+        f"{getattr(function, '__name__', function)} returns a sum "
+        f"{taken[0]!r}, the name of a metric of every update. Rename it.")
   return found

@@ -1,4 +1,4 @@
-"""Importance-sampling correction of off-policy tokens (TIS, IcePop).
+"""Importance sampling correction of off-policy tokens (TIS, IcePop).
 
 The sampler's logprobs are of the policy that drew (the behaviour policy): an
 older version, or the same one in a program that rounds otherwise. Each token's

@@ -69,7 +69,7 @@ def aggregation_denominator(
 def policy_loss(
     columns: Columns, *, clip_low: float, clip_high: float,
 ) -> tuple[Terms, Sums]:
-  """Clips the ratio to the old policy, token by token.
+  """Clips the ratio to the old policy, token by token (PPO clipping).
 
   Args:
     columns: `importance_weights` multiply the policy term, see

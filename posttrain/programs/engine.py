@@ -33,8 +33,8 @@ from posttrain.sampler import (
 )
 from posttrain.sampler.engine_settings import Settings
 
-NOTE = ("calls of programs that refill slots are modelled: prompts of the most "
-        "tokens that share none, and completions that all run to their "
+NOTE = ("calls of programs of continuous batching are modelled: prompts of the "
+        "most tokens that share none, and completions that all run to their "
         "maximum; one with 0 calls runs for other lengths only")
 
 

@@ -157,6 +157,7 @@ def _check_effect(
       ("aggregation", schema.AGGREGATION, "token_weights"),
       ("importance_sampling", "none", "importance_weights"),
       ("advantage_std", "population", "advantages"),
+      ("advantage_eps", PolicyObjective.advantage_eps, "advantages"),
       ("kl_in", "loss", "advantages")):
     value = getattr(objective, key)
     if value != unset and column not in without.needs:

@@ -326,7 +326,12 @@ def check(context: RunContext) -> None:
     ValueError: there are too few problems, one is not fit to be asked, the
       budgets contradict each other, or a key has no effect under the loss.
   """
-  objective.make(**context.section.loss)
+  made = objective.make(**context.section.loss)
+  if context.section.reference and not made.needs_reference:
+    raise ValueError(
+        f"{context.name}.reference is {context.section.reference!r} and has no "
+        f"effect: loss.function={context.section.loss.function} does not "
+        "declare ref_logprobs, and loss.kl_coef is 0.")
   rows = problems.load(context)
   if len(rows) < context.section.num_groups:
     raise ValueError(

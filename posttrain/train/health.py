@@ -84,9 +84,8 @@ class StepHealth:
            f"(health.max_skips={self._max_skips})") if self._max_skips else ""
     raise HealthError(
         f"Step {step} {found}{row}. Its batch is in {path}; its update was "
-        "not made, and the last checkpoint is from before it. Lower "
-        "learning_rate, lengthen warmup_steps, lower max_grad_norm, or use "
-        "compute.dtype=float32.")
+        "not made, and the last checkpoint is from before it."
+        + OF_NUMBERS * ("denominator" not in found))
 
   def get_state(self) -> dict[str, int]:
     """Returns the counts for the checkpoint: a resumed run stops at the same
@@ -96,6 +95,11 @@ class StepHealth:
 
   def set_state(self, state: Mapping[str, int]) -> None:
     self._skipped = Streak(state["skipped"])
+
+
+# No help where the loss function has a mistake.
+OF_NUMBERS = (" Lower learning_rate, lengthen warmup_steps, lower "
+              "max_grad_norm, or use compute.dtype=float32.")
 
 
 def _what_is_wrong(values: Mapping[str, Any]) -> str:

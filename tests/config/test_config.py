@@ -248,6 +248,7 @@ def test_a_kind_of_ones_own(tmp_path):
     ("x = 1", "has no Stage 'STAGE'."),
     ("STAGE = 3", "is a int, needed a Stage of posttrain.stages.stage"),
     ("STAGE = 1 / 0", "cannot be imported: ZeroDivisionError: division by"),
+    ("raise ValueError('odd')", "cannot be imported: ValueError: odd."),
     ("STAGE = (", "line 1: '(' was never closed."),
 ])
 def test_a_kind_of_ones_own_that_is_none(tmp_path, text, expected):
@@ -359,6 +360,8 @@ def test_offload_of_what_is_not_there_has_no_effect():
   assert "no stage holds one" in problem(of("reference"), kl, lora)
   assert not problems(of("reference"), kl, lora, "reason.reference=init")
   assert not problems(of("reference,optimizer"), kl)
+  own = "reason.loss.function=my_loss.py:loss"  # It may declare ref_logprobs.
+  assert not problems(of("reference"), own, "reason.reference=init")
   assert "without a stage of kind rl" in problem(
       of("optimizer"), spec="configs/s1.py:debug")
 

@@ -41,9 +41,21 @@ def test_needs_names_columns_that_there_are():
 
 
 @pytest.mark.parametrize("found", [
-    (1.0, 2.0, {}), ({}, {}), ({"policy": (1.0, 2.0)}, {}), None])
+    (1.0, 2.0, {}), ({}, {}), ({"policy": (1.0, 2.0)}, {}), None,
+    ({"policy": Term(ONES, 2.0)}, {}), ({"policy": Term(1.0, ONES)}, {}),
+    ({"policy": Term(1.0, 2.0)}, {"ratio": ONES}),
+    ({"policy": Term(1.0, 2.0, jnp.ones(()))}, {})])
 def test_what_is_returned_must_be_terms_and_sums(found):
   with pytest.raises(ValueError, match=r"returns two dicts, \(terms, sums\)"):
+    columns_lib.call(lambda columns: found, COLUMNS, {})
+
+
+@pytest.mark.parametrize("name", [
+    "loss", "grad_norm", "learning_rate", "spike", "loss/policy",
+    "denominator/policy"])
+def test_a_sum_does_not_replace_a_metric_of_the_update(name):
+  found = {"policy": Term(1.0, 2.0)}, {name: jnp.float32(777)}
+  with pytest.raises(ValueError, match=f"a sum '{name}', the name of a metric"):
     columns_lib.call(lambda columns: found, COLUMNS, {})
 
 

@@ -857,6 +857,7 @@ def test_a_denominator_of_zero_stops_the_run(tmp_path):
     ("half", "importance_sampling=mask",
      r"does not declare importance_weights"),
     ("empty", "advantage_std=none", r"does not declare advantages"),
+    ("empty", "advantage_eps=0.1", r"does not declare advantages"),
     ("half", "args.values=1", r"loss\.args: .*:half .*'values'"),
     ("greedy", "clip_low=0.2", r"loss\.args: .*:greedy .*'values'")])
 def test_a_key_that_a_loss_does_not_use_is_refused(
@@ -865,6 +866,19 @@ def test_a_key_that_a_loss_does_not_use_is_refused(
     pipeline_run.make_learner(tmp_path, [
         f"reason.loss.function=tests.stages.test_rl:{function}",
         f"reason.loss.{change}"])
+
+
+def test_a_kl_or_reference_that_a_loss_does_not_use_is_refused(tmp_path):
+  own = "reason.loss.function=tests.stages.test_rl:empty"
+  with jax.set_mesh(meshes.one()):
+    with pytest.raises(ValueError, match=r"loss\.kl_in is 'reward' .*advanta"):
+      pipeline_run.make_learner(tmp_path / "a", [
+          own, "reason.loss.kl_coef=0.1", "reason.loss.kl_in=reward",
+          "reason.loss.kl_estimator=k1"])
+    pipeline = pipeline_run.make_pipeline(
+        tmp_path / "b", [own, "reason.reference=init"])
+    with pytest.raises(ValueError, match=r"reference is 'init' .*declare ref_"):
+      pipeline.stage("reason").check(pipeline.context("reason"))
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -85,7 +85,8 @@ def test_a_loss_without_a_denominator_is_named(tmp_path, denominator):
   values = {"loss": np.nan, "grad_norm": np.nan,
             "denominator/policy": denominator}
   with pytest.raises(health.HealthError, match=(
-      r"term 'policy' has a denominator of .* see loss\.function")):
+      r"term 'policy' has a denominator of .* see loss\.function.*before it\.$"
+  )):
     health.StepHealth(tmp_path).update(1, values, BATCH)
 
 

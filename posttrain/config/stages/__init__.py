@@ -70,9 +70,9 @@ def schema_of(kind: str) -> StageSchema:
 def _own(kind: str) -> StageSchema:
   try:
     stage = loading.load(kind, "Stage")
-  except ValueError:
-    raise
-  except Exception as error:  # Of the file's own code.
+  except Exception as error:
+    if isinstance(error, ValueError) and str(error).startswith(repr(kind)):
+      raise  # Of `loading`; any other is of the file's own code.
     raise ValueError(
         f"{kind!r} cannot be imported: {type(error).__name__}: {error}."
     ) from error

@@ -14,6 +14,7 @@ from posttrain.config.keys import (
 from posttrain.config.stages import StageSchema, sampling, training
 
 # Defaults of the loss, which say if a key is set.
+FUNCTION = "posttrain.objectives.policy:policy_loss"
 CLIP, AGGREGATION, ESTIMATOR = 0.2, "token_mean", "k3"
 CORRECTIONS = ("none", "truncate", "mask")
 
@@ -42,7 +43,7 @@ ROLLOUT = Section(
 
 LOSS = Section(
     "The clipped policy-gradient objective (PPO, GRPO, DAPO, Dr. GRPO).",
-    function=Key(str, "posttrain.objectives.policy:policy_loss", "Objective: "
+    function=Key(str, FUNCTION, "Objective: "
                  "a function of named columns that gives the terms of the "
                  "loss; see docs/changing.md.", function=True),
     args=Key(dict, {}, "Parameters of a loss.function of your own, by name."),
@@ -64,7 +65,7 @@ LOSS = Section(
         float, 1e-6, "Epsilon: added to that standard deviation.", "[0, 1]",
         needs=Needs("loss.advantage_std", "!=", "none")),
     kl_coef=Key(float, 0.0, "KL penalty: weight of the KL divergence from the "
-                "reference (TRL: beta). 0: no reference is held.", "[0, 1000]"),
+                "reference (TRL: beta). 0: no KL penalty.", "[0, 1000]"),
     kl_estimator=Key(
         str, ESTIMATOR, "Estimator of the KL divergence. k1: the log ratio, "
         "for the reward; k2: half its square; k3: unbiased and positive, as in "
@@ -129,11 +130,11 @@ KEYS = Section(
         "by the policy as it was before the updates of batch b - staleness. "
         "Needs mesh.roles='split'.", "[0, inf)"),
     reference=Key(
-        str, "", 'Reference policy of the KL penalty: an earlier stage, "init" '
+        str, "", 'Reference policy of the KL penalty, or of a loss.function '
+        'that declares ref_logprobs: an earlier stage, "init" '
         'or a checkpoint\'s directory. "": the weights that this stage starts '
         'from. "adapter_off": the policy without its LoRA adapters. The last '
-        "two share with the policy all that it does not train.",
-        needs=Needs("loss.kl_coef", ">", 0)),
+        "two share with the policy all that it does not train."),
     **training.shared(
         "constant",
         patience=Key(int, 20, "Batches in a row without any signal, or with "
@@ -224,8 +225,17 @@ def check_rewards(config, name: str, stage: Mapping) -> Iterator[str]:
            "reward_weights.")
 
 
+def may_have_reference(stage: Mapping) -> bool:
+  """Tests for a KL, or a loss of one's own, which may declare ref_logprobs."""
+  loss = stage["loss"]
+  return bool(loss["kl_coef"]) or loss["function"] != FUNCTION
+
+
 def check_reference(config, name: str, stage: Mapping) -> Iterator[str]:
-  if stage["reference"] == checks.ADAPTER_OFF:
+  if stage["reference"] and not may_have_reference(stage):
+    yield (f"reference: set to {stage['reference']!r}, but it has no effect "
+           f"unless {name}.loss.kl_coef > 0; found 0.0.")
+  elif stage["reference"] == checks.ADAPTER_OFF:
     if not stage["lora"]["rank"]:
       yield ("reference: 'adapter_off' needs adapters; set lora.rank.")
   elif stage["reference"]:
@@ -264,4 +274,4 @@ SCHEMA = StageSchema(
         check_budget, check_max_num_seqs,
         sampling.check_weights_dtype),
     trains=True, samples=True, formerly=("grpo",),
-    holds_reference=lambda stage: bool(stage["loss"]["kl_coef"]))
+    holds_reference=may_have_reference)
