@@ -246,8 +246,9 @@ def check_version(workdir: Workdir) -> None:
         + f", and posttrain {posttrain.__version__} resumes runs of {OLDEST} "
         "or later. Resume it with that version, or name another --workdir. "
         f"Its weights can be used: --model={workdir.path}/STAGE/checkpoints "
-        "for sample, chat and export; init.kind='directory' with that path in "
-        "a config. `posttrain report` reads it.")
+        "for sample, chat and export, with the --config.chat_template and "
+        "--config.thinking of its config.json; init.kind='directory' with that "
+        "path in a config. `posttrain report` reads it.")
 
 
 def _no_run(path: pathlib.Path, why: str) -> WorkdirError:

@@ -299,9 +299,11 @@ def run(read: reader.Reader) -> list[str]:
   problems: list[str] = []
   faulty = read.faulty | {
       STAGES for name in read.faulty if name not in schema.TOP.keys}
+  # A section whose kind is wrong is there all the same.
+  config = dict.fromkeys(read.faulty & set(read.values), {}) | read.resolved
   for check, reads in CHECKS.items():
     if not faulty.intersection(reads):
-      problems += check(read.resolved)
+      problems += check(config)
   if faulty & _READ_BY_STAGES:
     return problems
   for name, kind in _in_order(read.resolved).items():

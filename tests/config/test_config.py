@@ -191,6 +191,11 @@ def test_a_key_is_a_string():
       "7", "model_overrides", "reason.7"]
 
 
+def test_a_wrong_kind_is_one_problem():
+  [found] = problems("reason.kind=grpo")
+  assert "reason.kind" in found and "rl" in found
+
+
 def test_a_wrong_kind_names_the_nearest():
   assert "needed one of sft, rl, evaluate; the nearest is evaluate" in problems(
       "reason.kind=evalute")[0]
