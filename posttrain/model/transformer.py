@@ -30,12 +30,7 @@ from posttrain.model import (
 from posttrain.model import cache as kv
 from posttrain.model import head as head_lib
 from posttrain.model.attention import causal_mask
-from posttrain.model.block import (
-  Block,
-  View,
-  constant,
-  normal,
-)
+from posttrain.model.block import Block, View, constant, normal
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import (
   axis_size,
