@@ -54,8 +54,8 @@ def import_release(config: config_dict.ConfigDict, output: str) -> None:
     if first:
       shutil.rmtree(partial, ignore_errors=True)  # Left by a killed import.
       tokenizer.save(partial / "tokenizer")
-    weights.keep_shape(
-        workdir_lib.Workdir(partial, is_writer=first), shape)
+    workdir_lib.Workdir(partial, is_writer=first).write_json(
+        weights.SHAPE, shape.to_json())
     with checkpoints.Checkpoints(partial / "checkpoints", keep=1) as saver:
       saver.save(0, {"model": state.to_dict(model)}, {"renderer_hash": None})
     if first:

@@ -43,9 +43,7 @@ def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
       jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["cos", "sin", "mask", "window"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
   """View of the sequence that layers of one kind have.
