@@ -354,13 +354,7 @@ def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> str:
 def on_mesh(tree: Any) -> Any:
   """Gives abstract arrays the shardings of the current, concrete mesh."""
   mesh = jax.sharding.get_mesh()
-
-  def placed(x):  # A constant's type has no sharding: it is replicated.
-    spec = x.sharding.spec if x.sharding else sharding.spec()
-    return jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
-
-  return jax.tree.map(placed, tree)
+  return jax.tree.map(lambda x: sharding.on_mesh(x, mesh), tree)
 
 
 def load_for_sampling(

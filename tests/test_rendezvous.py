@@ -46,13 +46,14 @@ def test_all_return_when_the_last_has_come(free_port):
   with socket.create_server(("127.0.0.1", free_port)):
     pass  # The address is free for JAX, though the connections stay.
   hosts = dict.fromkeys(range(8), socket.gethostname())
-  assert all(answers.hosts == hosts for answers in found.values())
-  first = found[0].connections
+  assert all(names == hosts for names, _ in found.values())
+  _, first = found[0]
   assert set(first) == set(range(1, 8))
   for number, connection in first.items():
     connection.sendall(bytes([number]))  # What follows the verdict is kept.
-    assert set(found[number].connections) == {0}
-    assert found[number].connections[0].recv(9) == bytes([number])
+    _, connections = found[number]
+    assert set(connections) == {0}
+    assert connections[0].recv(9) == bytes([number])
 
 
 def test_those_that_are_there_name_the_missing(free_port, monkeypatch):
