@@ -140,7 +140,7 @@ def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
 
 
 def check_router(config, name: str, stage: Mapping) -> Iterator[str]:
-  if stage["router_aux_coef"] and checks.is_dense(config):
+  if stage["router_aux_coef"] and checks.experts(config) == 0:
     yield (f"router_aux_coef: set to {stage['router_aux_coef']}, but it has "
            "no effect: the model has no experts.")
 
