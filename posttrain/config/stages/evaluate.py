@@ -7,7 +7,6 @@ from posttrain.config.keys import REQUIRED, Key, Needs, Renamed, Section, shown
 from posttrain.config.stages import StageSchema, sampling
 from posttrain.text.instructions import CLASSES, TEXTS
 
-
 _text = lambda name, asked: Key(
     str, TEXTS[name], "Text that is put after the question"
     + ("; {n} is the amount." if "{n}" in TEXTS[name] else "."),
