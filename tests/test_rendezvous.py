@@ -149,7 +149,7 @@ def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
   monkeypatch.setenv(distributed.COORDINATOR, "auto")
   def meet(*arguments, **more):
     calls.append((arguments, more))
-    return rendezvous.Answers({}, {})
+    return {}, {}
   monkeypatch.setattr(rendezvous, "meet", meet)
   monkeypatch.setattr(host_connections, "use", lambda line: None)
   monkeypatch.setattr(distributed, "delay_aborts", lambda: None)
