@@ -157,7 +157,7 @@ def decode_step(config: ModelConfig, *, rows: int, context: int) -> Work:
   all rows, the cache is read once and has one slot written.
   """
   weights = (
-      config.layers * memory.layer_parameters(config)
+      config.layers * config.matrix_parameters(config.num_experts)
       * memory.BYTES[config.dtype]
       + config.vocab_size * config.embed * FLOAT32)
   cache = memory.cache_bytes(config, rows=rows, slots=context + 1)

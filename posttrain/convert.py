@@ -45,7 +45,7 @@ def import_release(config: config_dict.ConfigDict, output: str) -> None:
   partial = path.with_name(f".{path.name}.partial")
   first = jax.process_index() == 0
   console = console_lib.Console(quiet=not first)
-  with _mesh(config):
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
     files = weights.published(config)
     tokenizer = released.tokenizer(files)
     shape = weights.model_config(config, tokenizer.vocab_size)
@@ -54,8 +54,8 @@ def import_release(config: config_dict.ConfigDict, output: str) -> None:
     if first:
       shutil.rmtree(partial, ignore_errors=True)  # Left by a killed import.
       tokenizer.save(partial / "tokenizer")
-    weights.keep_shape(
-        workdir_lib.Workdir(partial, is_writer=first), shape)
+    workdir_lib.Workdir(partial, is_writer=first).write_json(
+        weights.SHAPE, shape.to_json())
     with checkpoints.Checkpoints(partial / "checkpoints", keep=1) as saver:
       saver.save(0, {"model": state.to_dict(model)}, {"renderer_hash": None})
     if first:
@@ -93,7 +93,7 @@ def export(
   """
   path = _new(output)
   console = console_lib.Console(quiet=jax.process_index() != 0)
-  with _mesh(config):
+  with jax.set_mesh(sharding.mesh_of(config.mesh)):
     model, tokenizer = _source(config, workdir, stage, step)
     if adapter_of:
       peft_adapter.save(model, path, adapter_of)
@@ -138,10 +138,6 @@ def _new(output: str) -> pathlib.Path:
     raise ValueError(
         f"{path} exists, and is not overwritten. Name a new --output.")
   return path
-
-
-def _mesh(config: config_dict.ConfigDict):
-  return jax.set_mesh(sharding.mesh_of(config.mesh))
 
 
 @contextlib.contextmanager

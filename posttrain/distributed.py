@@ -99,11 +99,11 @@ def _join(
   and its detection of a lost process is slower than a closed connection.
   """
   lost_seconds = _integer(LOST_SECONDS, "100")
-  answers = rendezvous.meet(
+  hosts, connections = rendezvous.meet(
       coordinator, num_processes, process_id, seconds=seconds, bind=bind)
   host_connections.use(host_connections.Connections(
-      process_id, answers.hosts, answers.connections,
-      lost_seconds=lost_seconds, waits=sharding.waits, leave=_leave).start())
+      process_id, hosts, connections, lost_seconds=lost_seconds,
+      waits=sharding.waits, leave=_leave).start())
   delay_aborts()
 
   # The connections take SIGTERM and notice a lost process first; two services

@@ -231,7 +231,7 @@ class _Watch:
     if text is None:
       return False
     if found is not None and _is_here(found, me):
-      if not _runs(found.pid, found.started):
+      if _started(found.pid) != found.started:  # Gone, or its id is reused.
         return False
       if found.directory == me.directory:
         return True
@@ -266,18 +266,16 @@ def _me(directory: pathlib.Path) -> Holder:
       since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
-def _runs(pid: int, started: int) -> bool:
-  """Tests if that very process is running; a zombie does not count."""
-  return _started(pid) == started
-
-
 def is_running(pid: int) -> bool:
   """Tests if this machine has a process with that id."""
   return _started(pid) is not None
 
 
 def _started(pid: int) -> int | None:
-  """Returns when a process started, in ticks since boot; None without one."""
+  """Returns when a process started, in ticks since boot; None without one.
+
+  A zombie does not count.
+  """
   try:
     stat = (PROC / str(pid) / "stat").read_text()
   except OSError:

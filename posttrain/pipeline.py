@@ -183,7 +183,7 @@ def set_up(
   workdir = workdir_lib.Workdir(path, is_writer=first)
   tokenizer = weights.tokenizer(config, workdir)
   model = weights.model_config(config, tokenizer.vocab_size, workdir)
-  weights.keep_shape(workdir, model)
+  workdir.write_json(weights.SHAPE, model.to_json())
   return Pipeline(
       config=config, workdir=workdir, model=model,
       renderer=render.make_renderer(tokenizer, config.chat_template),

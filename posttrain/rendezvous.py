@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 SLICES = "POSTTRAIN_SLICES"  # Names of the slices in order, for messages.
 HEARING_SECONDS = 5.0  # Time for a caller to say who it is.
@@ -23,17 +23,9 @@ class StartError(RuntimeError):
   """Not all processes of a run are there; the message names those missing."""
 
 
-class Answers(NamedTuple):
-  """All processes of a run, as the rendezvous found them.
-
-  Attributes:
-    hosts: names of the hosts of all processes, by process number.
-    connections: process 0 has one with each other process, and each of those
-      has one with process 0.
-  """
-
-  hosts: dict[int, str]
-  connections: dict[int, socket.socket]
+# Names of the hosts of all processes, and connections, each by process number:
+# process 0 has one with each other process, and each of those with process 0.
+Answers = tuple[dict[int, str], dict[int, socket.socket]]
 
 
 def meet(
@@ -101,7 +93,7 @@ def _listen(
     _tell(connection, problem, hosts)
   if problem:
     raise StartError(problem)
-  return Answers(hosts, callers)
+  return hosts, callers
 
 
 def _hear(connection: socket.socket) -> dict[str, Any] | None:
@@ -164,7 +156,7 @@ def _answer(
       if verdict["problem"]:
         connection.close()
         raise StartError(verdict["problem"])
-      return Answers(dict(enumerate(verdict["hosts"])), {0: connection})
+      return dict(enumerate(verdict["hosts"])), {0: connection}
     time.sleep(0.1)
   raise StartError(
       f"{_name(0, int(caller['of']))} did not start, or cannot be reached "
@@ -181,15 +173,9 @@ def _ask(
   try:
     connection.sendall(json.dumps(dict(caller)).encode() + b"\n")
     connection.settimeout(seconds)
-    line = b""
-    # Byte by byte: what follows the line belongs to `host_connections`, and a
-    # buffered reader would take it.
-    while not line.endswith(b"\n"):
-      byte = connection.recv(1)
-      if not byte:
-        break
-      line += byte
-    else:
+    # Unbuffered: what follows the line belongs to `host_connections`.
+    line = connection.makefile("rb", buffering=0).readline()
+    if line.endswith(b"\n"):
       return json.loads(line)
   except BaseException:
     connection.close()

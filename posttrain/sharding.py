@@ -169,11 +169,9 @@ def split_devices(devices: Iterable[Any], count: int) -> tuple[list, list]:
           f"mesh.sampling.devices={count} leaves process {process} no device "
           f"to train with: it has {len(own)}. Set it to {len(own) - 1} or "
           'less, or mesh.roles="shared".')
-  first, rest = [], []
-  for own in of_process.values():
-    first += own[:count]
-    rest += own[count:]
-  return first, rest
+  hosts = of_process.values()
+  return ([device for own in hosts for device in own[:count]],
+          [device for own in hosts for device in own[count:]])
 
 
 class MeshSizes(NamedTuple):
@@ -277,9 +275,10 @@ def on_mesh(
     like: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh,
 ) -> jax.ShapeDtypeStruct:
   """Gives an abstract array the devices of a mesh with the same axes."""
+  # A constant's type has no sharding: it is replicated.
+  layout = like.sharding.spec if like.sharding else P()
   return jax.ShapeDtypeStruct(
-      like.shape, like.dtype,
-      sharding=NamedSharding(mesh, like.sharding.spec))
+      like.shape, like.dtype, sharding=NamedSharding(mesh, layout))
 
 
 def single_device_mesh(device: Any):

@@ -57,22 +57,12 @@ def model_config(
     workdir: holds the shape of an earlier start, if there was one.
 
   Raises:
-    ValueError: the preset or a field is unknown, nothing gives the shape, or
-      the vocabulary does not fit.
+    ValueError: nothing gives the shape, or the vocabulary does not fit.
   """
-  if config.model and config.model not in PRESETS:
-    raise ValueError(
-        f"model={config.model!r} is no preset. Choose from "
-        f"{', '.join(PRESETS)}, or set \"\" for the shape of what init names.")
   shape = PRESETS[config.model] if config.model else _shape(config, workdir)
-  overrides = dict(config.model_overrides)
-  unknown = set(overrides) - {f.name for f in dataclasses.fields(shape)}
-  if unknown:
-    raise ValueError(
-        f"model_overrides.{min(unknown)} is no field of ModelConfig.")
   # How it is computed is the config's own choice, in the shape of any source.
   compute = {name: config.compute[name] for name in COMPUTE_FIELDS}
-  shape = dataclasses.replace(shape, **overrides, **compute)
+  shape = dataclasses.replace(shape, **config.model_overrides, **compute)
   if shape.num_experts:
     shape = dataclasses.replace(shape, moe=moe.form_of(shape.moe))
   if shape.vocab_size == 0:
@@ -85,34 +75,28 @@ def model_config(
   return shape
 
 
-def keep_shape(workdir: workdir_lib.Workdir, model: ModelConfig) -> None:
-  """Writes the shape, for later starts, exports and other runs."""
-  workdir.write_json(SHAPE, model.to_json())
-
-
 def _shape(
     config: config_dict.ConfigDict, workdir: workdir_lib.Workdir | None,
 ) -> ModelConfig:
-  """Reads the shape that `init` names, or the workdir's copy of it."""
+  """Reads the shape that `init` names, or the workdir's copy of it.
+
+  Raises:
+    ValueError: there is none, or the file is damaged.
+  """
   kept = [workdir.path] if workdir else []
   for folder in (*kept, *_folders(config)):
     if (folder / SHAPE).exists():
-      return _read_shape(folder / SHAPE)
+      found = workdir_lib.read_object(folder / SHAPE)
+      try:
+        return ModelConfig.from_json(found)
+      except (ValueError, TypeError) as error:
+        raise workdir_lib.damaged(folder / SHAPE, str(error)) from error
   if config.init.kind == "preset":
     return released.model_config(published(config))
   raise ValueError(
       'The config names no model (model=""), and its init brings none: there '
       f"is no {SHAPE} in or above init.path={config.init.path!r}. Set model "
       "to a preset.")
-
-
-def _read_shape(path: pathlib.Path) -> ModelConfig:
-  """Raises WorkdirError where the file is damaged."""
-  found = workdir_lib.read_object(path)
-  try:
-    return ModelConfig.from_json(found)
-  except (ValueError, TypeError) as error:
-    raise workdir_lib.damaged(path, str(error)) from error
 
 
 def _folders(config: config_dict.ConfigDict) -> Iterator[pathlib.Path]:
@@ -370,13 +354,7 @@ def save_frozen(frozen: Transformer, workdir: workdir_lib.Workdir) -> str:
 def on_mesh(tree: Any) -> Any:
   """Gives abstract arrays the shardings of the current, concrete mesh."""
   mesh = jax.sharding.get_mesh()
-
-  def placed(x):  # A constant's type has no sharding: it is replicated.
-    spec = x.sharding.spec if x.sharding else sharding.spec()
-    return jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
-
-  return jax.tree.map(placed, tree)
+  return jax.tree.map(lambda x: sharding.on_mesh(x, mesh), tree)
 
 
 def load_for_sampling(

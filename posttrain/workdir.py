@@ -143,10 +143,10 @@ class Workdir:
 
 def create(
     path: str | os.PathLike, config: config_dict.ConfigDict, *,
-    devices: Sequence[str], is_writer: bool = True,
-    may_differ: Sequence[str] = (), anew: bool = True,
+    devices: Sequence[str], may_differ: Sequence[str] = (),
+    anew: bool = True,
 ) -> tuple[Workdir, list[str]]:
-  """Makes the directory of a run, or returns to it.
+  """Makes the directory of a run, or returns to it; for process 0.
 
   As long as nothing has been trained there the directory belongs to no config:
   after a first start that fails, the corrected command may run in it. This
@@ -156,7 +156,6 @@ def create(
     path: the directory; it may exist.
     config: resolved.
     devices: descriptions of the devices, for the record.
-    is_writer: true in process 0.
     may_differ: names of sections that may differ from the saved config, such
       as those of stages that are evaluated again; config.json stays as it is.
     anew: begin a directory again if nothing was trained in it.
@@ -171,14 +170,14 @@ def create(
       files but no run, is damaged, or cannot be written.
     ValueError: a task or reward that the config names does not exist.
   """
-  workdir = Workdir(path, is_writer=is_writer)
+  workdir = Workdir(path)
   # Also a check: it raises for a function that does not exist.
   found = provenance.environment(config_lib.functions(config), devices)
   news: list[str] = []
   # All checks come before the first write: a refused start changes no file.
   saved = _saved(workdir)
   exists = saved is not None
-  if not exists and is_writer and _holds_files(workdir.path):
+  if not exists and _holds_files(workdir.path):
     raise _no_run(workdir.path, "no config.json")
   untrained = exists and anew and leftovers.is_untrained(
       workdir.path, saved, _starts(workdir))
@@ -187,20 +186,20 @@ def create(
   if exists:
     news += _config_changes(workdir, config, may_differ, untrained)
   try:
-    if untrained and is_writer:
+    if untrained:
       leftovers.clear(workdir.path, saved)
     if not exists or untrained:
       workdir.write_json("config.json", config_lib.jsonable(config))
-    if is_writer:
-      leftovers.remove_partials(workdir.path)
+    leftovers.remove_partials(workdir.path)
     starts = read_or_set_aside(
-        workdir.path / "environment.json", workdir.environments, news.append,
-        keep=is_writer) or []
+        workdir.path / "environment.json", workdir.environments,
+        news.append) or []
     workdir.write_json("environment.json", [*starts, found])
   except OSError as error:
     raise unwritable(workdir.path, error) from error
-  news += [f"differs from the last start: {change}"
-           for change in (_changes(starts[-1], found) if starts else ())]
+  if starts:
+    news += [f"differs from the last start: {change}"
+             for change in _changes(starts[-1], found)]
   return workdir, news
 
 
@@ -290,8 +289,7 @@ def _config_changes(
 
 
 def read_or_set_aside(
-    path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None], *,
-    keep: bool = True,
+    path: pathlib.Path, read: Callable[[], Any], say: Callable[[str], None],
 ) -> Any:
   """Reads a record; if it is damaged, moves it aside and returns None.
 
@@ -301,14 +299,12 @@ def read_or_set_aside(
     path: the record; it is moved aside if it is damaged.
     read: reads it.
     say: takes a warning about it.
-    keep: true if this process may move the file.
   """
   try:
     return read()
   except WorkdirError as error:
     aside = path.with_name(path.name + ".damaged")
-    if keep:
-      path.replace(aside)
+    path.replace(aside)
     say(f"{error} It is {aside.name} now, and is begun anew.")
     return None
 
@@ -381,7 +377,8 @@ def read_config(
   """
   check_version(Workdir(path, is_writer=False))
   file = pathlib.Path(path, "config.json")
-  return config_lib.from_jsonable(read_object(file), assignments, str(file))
+  return config_lib.assign(
+      read_object(file), assignments, str(file), saved=True)
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:

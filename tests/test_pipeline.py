@@ -126,9 +126,8 @@ def test_a_half_finished_evaluation_goes_on(workdir_copy, monkeypatch):
 
 def test_eval_measures_something_else_on_the_same_weights(workdir_copy):
   """The config of the run stays; what is measured may be another."""
-  config = config_lib.from_jsonable(
-      workdir.read_json(workdir_copy / "config.json"),
-      ["measure.max_thinking_tokens=3"])
+  config = workdir.read_config(
+      workdir_copy, ["measure.max_thinking_tokens=3"])
   saved = (workdir_copy / "config.json").read_bytes()
   before = json.loads((workdir_copy / "measure/eval/init.json").read_text())
   pipeline.evaluate(config, str(workdir_copy))

@@ -46,13 +46,14 @@ def test_all_return_when_the_last_has_come(free_port):
   with socket.create_server(("127.0.0.1", free_port)):
     pass  # The address is free for JAX, though the connections stay.
   hosts = dict.fromkeys(range(8), socket.gethostname())
-  assert all(answers.hosts == hosts for answers in found.values())
-  first = found[0].connections
+  assert all(names == hosts for names, _ in found.values())
+  _, first = found[0]
   assert set(first) == set(range(1, 8))
   for number, connection in first.items():
     connection.sendall(bytes([number]))  # What follows the verdict is kept.
-    assert set(found[number].connections) == {0}
-    assert found[number].connections[0].recv(9) == bytes([number])
+    _, connections = found[number]
+    assert set(connections) == {0}
+    assert connections[0].recv(9) == bytes([number])
 
 
 def test_those_that_are_there_name_the_missing(free_port, monkeypatch):
@@ -102,7 +103,8 @@ def test_strangers_and_the_dead_are_not_counted(free_port):
     return 0.2 * number
   found = call_all(free_port, (0, 2), 3, 6, when)
   assert "1 of 3 processes did not start: process 1." in found[0]
-  assert set(call_all(free_port, (0, 1, 2), 3, 60)[0].hosts) == {0, 1, 2}
+  hosts, _ = call_all(free_port, (0, 1, 2), 3, 60)[0]
+  assert set(hosts) == {0, 1, 2}
 
 
 def test_a_pod_of_which_one_host_is_missing_is_refused(tmp_path, free_port):
@@ -147,7 +149,7 @@ def test_auto_asks_the_cluster_that_jax_finds(monkeypatch):
   monkeypatch.setenv(distributed.COORDINATOR, "auto")
   def meet(*arguments, **more):
     calls.append((arguments, more))
-    return rendezvous.Answers({}, {})
+    return {}, {}
   monkeypatch.setattr(rendezvous, "meet", meet)
   monkeypatch.setattr(host_connections, "use", lambda line: None)
   monkeypatch.setattr(distributed, "delay_aborts", lambda: None)

@@ -203,8 +203,8 @@ def test_finished_stages(tmp_path, config):
   assert workdir.checkpoints("reason") == tmp_path / "reason/checkpoints"
 
 
-def test_a_process_that_is_not_the_writer_writes_nothing(tmp_path, config):
-  workdir, _ = create(tmp_path / "run", config, is_writer=False)
+def test_a_process_that_is_not_the_writer_writes_nothing(tmp_path):
+  workdir = workdir_lib.Workdir(tmp_path / "run", is_writer=False)
   workdir.finish("reason", {})
   workdir.write_text("a.txt", "a")
   workdir.stage("reason")

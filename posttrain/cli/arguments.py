@@ -171,22 +171,15 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parsers() -> dict[str, _Parser]:
   """Makes one parser per verb."""
-  parsers = {
-      verb: _Parser(prog=f"posttrain {verb}", description=text,
-                    epilog=EXIT_STATUS)
-      for verb, text in (
-          ("train", TRAIN), ("eval", EVAL), ("sample", SAMPLE),
-          ("chat", CHAT),
-          ("report", REPORT), ("export", EXPORT), ("import", IMPORT),
-          ("plan", PLAN))}
-  _add_train(parsers["train"])
-  _add_eval(parsers["eval"])
-  _add_sample(parsers["sample"])
-  _add_chat(parsers["chat"])
-  _add_report(parsers["report"])
-  _add_export(parsers["export"])
-  _add_import(parsers["import"])
-  _add_plan(parsers["plan"])
+  parsers = {}
+  for verb, text, add_flags in (
+      ("train", TRAIN, _add_train), ("eval", EVAL, _add_eval),
+      ("sample", SAMPLE, _add_sample), ("chat", CHAT, _add_chat),
+      ("report", REPORT, _add_report), ("export", EXPORT, _add_export),
+      ("import", IMPORT, _add_import), ("plan", PLAN, _add_plan)):
+    parsers[verb] = _Parser(
+        prog=f"posttrain {verb}", description=text, epilog=EXIT_STATUS)
+    add_flags(parsers[verb])
   return parsers
 
 
@@ -272,13 +265,7 @@ def _add_report(parser: _Parser) -> None:
 
 
 def _add_export(parser: _Parser) -> None:
-  weights = parser.add_argument_group("weights, one of")
-  weights.add_argument("--workdir", metavar="DIR", help="a trained workdir")
-  weights.add_argument("--model", metavar="MODEL", help=MODEL)
-  _add_config(weights, "what this config's `init` names")
-  parser.add_argument("--stage", metavar="NAME", default="", help=(
-      "with --workdir: a training stage, or init (default: the last finished "
-      "training stage)"))
+  _add_weights(parser)
   parser.add_argument(
       "--step", metavar="N", type=number(int, "[0, inf)"),
       help="with --workdir: the checkpoint's step (default: the last)")

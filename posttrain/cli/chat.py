@@ -17,6 +17,7 @@ from posttrain import sharding, weights
 from posttrain.cli.stream_printer import StreamPrinter
 from posttrain.config import keys
 from posttrain.sampler import requests, sampler, token_sampling, transcript
+from posttrain.sampler.engine_settings import doublings
 from posttrain.stages import sampling
 from posttrain.telemetry import console as console_lib
 from posttrain.text import render
@@ -173,9 +174,7 @@ class Chat:
     """Draws and prints a turn; returns its text without the thinking."""
     tokenizer = self._renderer.tokenizer
     prompt = self._renderer.prompt_tokens({"messages": messages})
-    slots = 64
-    while slots < len(prompt):
-      slots *= 2  # Few sizes, as each is compiled.
+    slots = doublings(64, len(prompt))[-1]  # Few sizes: each is compiled.
     how = dataclasses.replace(self._how, max_prompt_tokens=slots)
     opened = requests.in_thinking(tuple(prompt), how.tables)
     drawn = how.generate(

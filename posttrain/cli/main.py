@@ -117,10 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def sample(arguments: argparse.Namespace) -> int:
   _one_source(arguments)
   rows = _prompts(arguments)
-  config = _config(arguments)
-  _check_sampling(arguments, config)
-  _start(config)
-  _check_functions(arguments, "logits_processor", "budget_schedule")
+  config = _start_sampling(arguments)
   from posttrain.cli import sample as sample_stage
   sample_stage.run(
       config, rows, output=arguments.output,
@@ -131,10 +128,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def chat(arguments: argparse.Namespace) -> int:
   _one_source(arguments)
-  config = _config(arguments)
-  _check_sampling(arguments, config)
-  _start(config)
-  _check_functions(arguments, "logits_processor", "budget_schedule")
+  config = _start_sampling(arguments)
   from posttrain.cli import chat as chat_stage
   chat_stage.run(config, **_drawn(arguments))
   return 0
@@ -323,14 +317,18 @@ def _flag(name: str) -> str:
   return f"--config.{name}" if "." in name else f"--{name.replace('_', '-')}"
 
 
-def _check_functions(arguments: argparse.Namespace, *flags: str) -> None:
-  """Checks functions that flags name, once JAX may be imported with them."""
-  for flag in flags:
+def _start_sampling(arguments: argparse.Namespace) -> config_dict.ConfigDict:
+  """Checks the flags of sampling, starts JAX, and returns the config."""
+  config = _config(arguments)
+  _check_sampling(arguments, config)
+  _start(config)
+  for flag in "logits_processor", "budget_schedule":  # They may import JAX.
     try:
       if name := getattr(arguments, flag):
         loading.load_function(name)
     except ValueError as error:
       raise CommandError(f"{_flag(flag)}: {error}") from error
+  return config
 
 
 def _prompts(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -170,8 +170,9 @@ class _Queue:
       with (open(self._output, "a") if self._output and first
             else contextlib.nullcontext()) as file:
         for done in self._drawn(model, todo):
-          self._records[done.request.prompt_id, done.request.sample_id] = (
-              record := _record(self._tokenizer, done, self._how.ids))
+          record = _record_of_completion(
+              self._tokenizer, done, self._how.ids)
+          self._records[record["prompt_id"], record["sample_id"]] = record
           if file:
             print(_line(record, self._settings), file=file, flush=True)
           yield record
@@ -237,7 +238,7 @@ def _live(
   drawn = how.generate(
       model, [prompt], limits, seed=seed, prompt_id=[0], stage="sample",
       on_chunk=StreamPrinter(tokenizer, how.ids, stream) if first else None)
-  [record] = _records(tokenizer, drawn, how.ids)
+  record = _record(tokenizer, drawn, how.ids)
   if first:
     console = console_lib.Console(stream=stream)
     console.line("")
@@ -258,19 +259,19 @@ def _write(
       f"{_line(record, settings)}\n" for record in records).encode())
 
 
-def _records(
+def _record(
     tokenizer: tokenizer_lib.Tokenizer, drawn: rollouts.Rollouts,
     ids: thinking.ThinkingIds,
-) -> list[dict[str, Any]]:
-  return [
-      transcript.record(tokenizer, drawn, row, ids) | {
-          "tokens": drawn.completion(row),
-          "logprobs": drawn.logprobs[row, :length].tolist(),
-          "provenance": drawn.provenance[row, :length].tolist()}
-      for row, length in enumerate(drawn.lengths)]
+) -> dict[str, Any]:
+  """Makes the record of rollouts of one row."""
+  length = drawn.lengths[0]
+  return transcript.record(tokenizer, drawn, 0, ids) | {
+      "tokens": drawn.completion(0),
+      "logprobs": drawn.logprobs[0, :length].tolist(),
+      "provenance": drawn.provenance[0, :length].tolist()}
 
 
-def _record(
+def _record_of_completion(
     tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
     ids: thinking.ThinkingIds,
 ) -> dict[str, Any]:
@@ -279,8 +280,7 @@ def _record(
             "sample_id": done.request.sample_id,
             "prompt": tokenizer.decode(list(done.request.prompt)),
             "error": done.error}
-  [record] = _records(tokenizer, rollouts.of_completions([done]), ids)
-  return record
+  return _record(tokenizer, rollouts.of_completions([done]), ids)
 
 
 def _show(record: Mapping[str, Any], stream: TextIO, progress: str) -> None:

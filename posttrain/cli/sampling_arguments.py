@@ -29,7 +29,7 @@ def number(kind: type, bounds: str):
       value = kind(text)
     except ValueError:
       raise argparse.ArgumentTypeError(
-          f"found {keys.shown(text)}, needed {keys.type_name(kind)}") from None
+          f"found {keys.shown(text)}, needed {keys.TYPE_NAMES[kind]}") from None
     if not keys.within(value, bounds):
       raise argparse.ArgumentTypeError(
           f"{keys.shown(value)} is not in {keys.allowed(value, bounds)}")

@@ -8,6 +8,7 @@ of a stage's own kind does.
 
 import importlib.util
 import inspect
+import json
 import pathlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -207,23 +208,9 @@ def resolve(
 
 
 def jsonable(config: config_dict.ConfigDict | Mapping) -> dict[str, Any]:
-  """Converts a config to plain dicts and lists."""
-  return _lists(reader.plain(config))
-
-
-def _lists(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {key: _lists(item) for key, item in value.items()}
-  return [_lists(item) for item in value] if isinstance(
-      value, tuple) else value
-
-
-def from_jsonable(
-    data: Mapping, assignments: Sequence[str] = (),
-    origin: str = "config.json",
-) -> config_dict.ConfigDict:
-  """Resolves the config of a config.json, under `path=value` assignments."""
-  return assign(data, assignments, origin, saved=True)
+  """Converts a config to plain dicts and lists, as config.json gives it back.
+  """
+  return json.loads(json.dumps(reader.plain(config)))
 
 
 def functions(config: config_dict.ConfigDict) -> dict[str, str]:

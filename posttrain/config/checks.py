@@ -88,7 +88,7 @@ def _override_problems(
       yield f"model_overrides.{field}: no such key.{near}"
     elif reader.typed_as(value, types[field]) is None:
       yield (f"model_overrides.{field}: found {keys.shown(value)}, needed "
-             f"{keys.type_name(types[field])}.")
+             f"{keys.TYPE_NAMES[types[field]]}.")
     elif types[field] in (int, float) and not keys.within(value, bounds):
       yield (f"model_overrides.{field}: found {keys.shown(value)}, needed a "
              f"value in {keys.allowed(value, bounds)}.")
@@ -167,7 +167,7 @@ def check_offload(config: Mapping) -> Iterator[str]:
 
 def check_expert_axis(config: Mapping) -> Iterator[str]:
   size = reader.at(config, "mesh.expert")
-  if size != 1 and is_dense(config):
+  if size != 1 and experts(config) == 0:
     yield (f"mesh.expert: set to {size}, and the model has no experts; "
            "mesh.fsdp splits the same things.")
 
@@ -177,11 +177,6 @@ def check_quantized(config: Mapping) -> Iterator[str]:
   if kind in model_config.QUANTIZED and not importlib.util.find_spec("qwix"):
     yield (f"compute.frozen_dtype: {kind!r} needs the package qwix: pip "
            "install 'posttrain[qlora]'.")
-
-
-def is_dense(config: Mapping) -> bool:
-  """Tests if the model is known and has no experts."""
-  return experts(config) == 0
 
 
 def experts(config: Mapping) -> int | None:

@@ -69,7 +69,7 @@ def _text(value: Any) -> str:
 
 def _meaning(key: keys.Key) -> str:
   parts = [key.doc]
-  kind = keys.type_name(key.type).removeprefix("a ").removeprefix("an ")
+  kind = keys.TYPE_NAMES[key.type].removeprefix("a ").removeprefix("an ")
   if key.choices:
     parts.append("One of " + ", ".join(
         f"`{_text(choice)}`" for choice in key.choices) + ".")

@@ -136,12 +136,8 @@ def shown(value: Any) -> str:
   return f"{text[:half]}...{text[-half:]} ({len(text):,} characters)"
 
 
-def type_name(kind: Any) -> str:
-  """Names a type of the schema for a person."""
-  return _TYPE_NAMES[kind]
-
-
-_TYPE_NAMES = {
+# Names of types in messages.
+TYPE_NAMES = {
     int: "an int", float: "a float", bool: "True or False", str: "a string",
     dict: "a dict", tuple[int, ...]: "a tuple of ints",
     tuple[float, ...]: "a tuple of floats",

@@ -205,7 +205,7 @@ class Reader:
     if typed is None:
       self._problem(path, (
           f"found {keys.shown(value)} ({type(value).__name__}), needed "
-          f"{keys.type_name(node.type)}."))
+          f"{keys.TYPE_NAMES[node.type]}."))
       return value
     for item in typed if isinstance(typed, tuple) else (typed,):
       if node.choices and item not in node.choices:

@@ -19,7 +19,10 @@ from flax import nnx
 from posttrain.model import attention, moe, quantized
 from posttrain.model.attention import rotate
 from posttrain.model.config import (
+    HEADS,
     INPUT_AXES,
+    KV_HEADS,
+    MATRIX_AXES,
     LoraConfig,
     ModelConfig,
     check_sampling_dtype,
@@ -43,9 +46,7 @@ def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
       jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["cos", "sin", "mask", "window"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
   """View of the sequence that layers of one kind have.
@@ -122,54 +123,40 @@ class Block(nnx.Module):
     c = config
     self.config = config
     keys = iter(jax.random.split(key, 8 if c.num_experts else 7))
-    layers, width = (c.layers,), c.embed**-0.5
-    # Residual branches start small, so that depth does not grow the stream.
-    residual = (2 * c.layers) ** -0.5
-    heads, kv = (c.kv_heads, c.groups, c.head_dim), (c.kv_heads, c.head_dim)
-    head_axes, kv_axes = (
-        ("kv_heads", "groups", "head_dim"), ("kv_heads", "head_dim"))
+    sizes = dict(
+        layers=c.layers, embed=c.embed, act_embed=c.embed,
+        expert_embed=c.embed, experts=c.num_experts, router=c.num_experts,
+        kv_heads=c.kv_heads, groups=c.groups, head_dim=c.head_dim, mlp=c.mlp)
+    shape = lambda axes: tuple(sizes[axis] for axis in axes)
     # A scale is stored as its distance from `norm_offset`, as Gemma's is.
-    norm = lambda shape, *axes: constant(
-        1 - c.norm_offset, (*layers, *shape), "layers", *axes)
+    norm = lambda *axes: constant(
+        1 - c.norm_offset, shape(("layers", *axes)), "layers", *axes)
     if c.norm_placement != "post":
-      self.attn_norm = norm((c.embed,), "act_embed")
-      self.mlp_norm = norm((c.embed,), "act_embed")
+      self.attn_norm, self.mlp_norm = norm("act_embed"), norm("act_embed")
     if c.norm_placement != "pre":
-      self.attn_post_norm = norm((c.embed,), "act_embed")
-      self.mlp_post_norm = norm((c.embed,), "act_embed")
-    self.q = normal(next(keys), (*layers, c.embed, *heads), width,
-                    "layers", "embed", *head_axes)
-    self.k = normal(next(keys), (*layers, c.embed, *kv), width,
-                    "layers", "embed", *kv_axes)
-    self.v = normal(next(keys), (*layers, c.embed, *kv), width,
-                    "layers", "embed", *kv_axes)
-    self.o = normal(next(keys), (*layers, *heads, c.embed),
-                    residual * (c.heads * c.head_dim) ** -0.5,
-                    "layers", *head_axes, "embed")
-    if c.qkv_bias:
-      self.q_bias = constant(0, (*layers, *heads), "layers", *head_axes)
-      self.k_bias = constant(0, (*layers, *kv), "layers", *kv_axes)
-      self.v_bias = constant(0, (*layers, *kv), "layers", *kv_axes)
+      self.attn_post_norm = norm("act_embed")
+      self.mlp_post_norm = norm("act_embed")
     if c.qk_norm == "head":
-      self.q_norm = norm((c.head_dim,), "head_dim")
-      self.k_norm = norm((c.head_dim,), "head_dim")
+      self.q_norm, self.k_norm = norm("head_dim"), norm("head_dim")
     if c.qk_norm == "full":
-      self.q_norm = norm(heads, *head_axes)
-      self.k_norm = norm(kv, *kv_axes)
-    lead: tuple[int, ...] = layers
-    lead_axes: tuple[str, ...] = ("layers",)
-    embed = "expert_embed" if c.num_experts else "embed"
+      self.q_norm, self.k_norm = norm(*HEADS), norm(*KV_HEADS)
+    # Residual branches start small, so that depth does not grow the stream.
+    width, residual = c.embed**-0.5, (2 * c.layers) ** -0.5
+    stds = {"o": residual * (c.heads * c.head_dim) ** -0.5,
+            "down": residual * c.mlp**-0.5}
+    for name, axes in MATRIX_AXES.items():
+      if c.num_experts and "mlp" in axes:
+        inner = {"embed": "expert_embed", "mlp": "mlp"}
+        axes = ("experts", *(inner[axis] for axis in axes))
+      axes = ("layers", *axes)
+      setattr(self, name, normal(
+          next(keys), shape(axes), stds.get(name, width), *axes))
     if c.num_experts:
-      lead, lead_axes = (*layers, c.num_experts), ("layers", "experts")
-    self.gate = normal(next(keys), (*lead, c.embed, c.mlp), width,
-                       *lead_axes, embed, "mlp")
-    self.up = normal(next(keys), (*lead, c.embed, c.mlp), width,
-                     *lead_axes, embed, "mlp")
-    self.down = normal(next(keys), (*lead, c.mlp, c.embed),
-                       residual * c.mlp**-0.5, *lead_axes, "mlp", embed)
-    if c.num_experts:
-      self.router = normal(next(keys), (*layers, c.embed, c.num_experts),
-                           width, "layers", "embed", "router")
+      axes = ("layers", "embed", "router")
+      self.router = normal(next(keys), shape(axes), width, *axes)
+    for name in "qkv" if c.qkv_bias else "":
+      axes = ("layers", *MATRIX_AXES[name][1:])
+      setattr(self, f"{name}_bias", constant(0, shape(axes), *axes))
 
   def weight(self, name: str, dtype: str = "") -> jax.Array:
     """Returns the weight of this name, gathered over the FSDP axes.

@@ -24,6 +24,13 @@ GRADIENT_FORMS = ("reference", "in_layout")
 COMPUTE_FIELDS = (
     "dtype", "remat", "unroll", "moe", "attention", "attention_block",
     "gradients", "decode_attention")
+# Logical axes of a layer's matrices, where it has no experts.
+HEADS = ("kv_heads", "groups", "head_dim")
+KV_HEADS = ("kv_heads", "head_dim")
+MATRIX_AXES: dict[str, tuple[str, ...]] = {
+    "q": ("embed", *HEADS), "k": ("embed", *KV_HEADS),
+    "v": ("embed", *KV_HEADS), "o": (*HEADS, "embed"),
+    "gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
 # How many leading axes of a matrix, behind that of the layers, are contracted.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 QUANTIZED = ("int8", "int4", "nf4")
@@ -317,17 +324,19 @@ class ModelConfig:
     """Parameters that one token passes through; fewer with experts."""
     return self._parameters(self.experts_per_token)
 
+  def matrix_parameters(self, experts: int) -> int:
+    """Counts the parameters of one layer's matrices, with `experts` experts."""
+    attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
+    return attention + self.embed * self.num_experts + (
+        3 * self.embed * self.mlp * (experts or 1))
+
   def _parameters(self, experts: int) -> int:
     """Counts parameters with `experts` experts in each layer, if it has any."""
-    attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
-    attention += {
+    norms = {
         "": 0, "head": 2 * self.head_dim,
         "full": self.head_dim * (self.heads + self.kv_heads)}[self.qk_norm]
-    attention += self.qkv_bias * self.head_dim * (
-        self.heads + 2 * self.kv_heads)
-    norms = 4 if self.norm_placement == "both" else 2
-    router = self.embed * self.num_experts
-    mlp = 3 * self.embed * self.mlp * (experts or 1)
-    block = attention + router + mlp + norms * self.embed
+    norms += (4 if self.norm_placement == "both" else 2) * self.embed
+    biases = self.qkv_bias * self.head_dim * (self.heads + 2 * self.kv_heads)
+    block = self.matrix_parameters(experts) + norms + biases
     tables = self.vocab_size * self.embed * (1 if self.tied_embeddings else 2)
     return self.layers * block + tables + self.embed

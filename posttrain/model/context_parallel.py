@@ -19,12 +19,7 @@ from collections.abc import Callable
 import jax
 
 from posttrain.model.config import ModelConfig
-from posttrain.sharding import (
-    axis_size,
-    lengthwise,
-    shard,
-    splits_length,
-)
+from posttrain.sharding import axis_size, lengthwise, shard, splits_length
 
 
 def check(config: ModelConfig) -> None:

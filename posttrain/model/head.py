@@ -8,14 +8,15 @@ products, with those of the table, say the same.
   D: embed  V: vocabulary, padded
 """
 
-import dataclasses
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 Parts = tuple[jax.Array, ...]
+# A head: [B, C, D] -> [B, C, V] float32; padded ids at a huge negative value.
+Head = Callable[[jax.Array], jax.Array]
 
 
 def product(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -74,41 +75,3 @@ def _backward(saved, cotangent):
 
 
 product_of_parts.defvjp(_forward, _backward)
-
-
-class Head(Protocol):
-  """A model's head: turns hidden states into logits."""
-
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """[B, C, D] -> [B, C, V] float32; padded ids at a huge negative value."""
-    ...
-
-
-class Model(Head, Protocol):
-  """A language model, as far as its head goes."""
-
-  def head_table(self) -> jax.Array:
-    """[D, V], gathered."""
-    ...
-
-  def finished(self, logits: jax.Array) -> jax.Array:
-    """Capped, and without ids that do not exist."""
-    ...
-
-
-def for_many_products(model: Model, dtype: str) -> Head:
-  """Prepares the head of a gathered model for hidden states of a dtype."""
-  return _InParts(
-      model, parts_of(model.head_table())) if dtype == "bfloat16" else model
-
-
-@dataclasses.dataclass(frozen=True)
-class _InParts:
-  """A model's head with its table in parts, made once for many products."""
-
-  model: Model
-  parts: Parts
-
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    return self.model.finished(product_of_parts(
-        hidden, self.model.head_table(), self.parts))

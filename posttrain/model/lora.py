@@ -17,17 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posttrain.model.block import constant
-from posttrain.model.config import INPUT_AXES, LoraConfig
+from posttrain.model.config import INPUT_AXES, MATRIX_AXES, LoraConfig
 from posttrain.model.transformer import Transformer
 from posttrain.sharding import spec
-
-HEADS, KV_HEADS = (
-    ("kv_heads", "groups", "head_dim"), ("kv_heads", "head_dim"))
-AXES = {
-    "q": ("embed", *HEADS), "k": ("embed", *KV_HEADS),
-    "v": ("embed", *KV_HEADS), "o": (*HEADS, "embed"),
-    "gate": ("embed", "mlp"), "up": ("embed", "mlp"),
-    "down": ("mlp", "embed")}
 
 
 def is_adapter(name: str) -> bool:
@@ -57,7 +49,7 @@ def add(model: Transformer, lora: LoraConfig, key: jax.Array) -> Transformer:
   for index, name in enumerate(INPUT_AXES):
     if name not in lora.targets:
       continue
-    shape, axes = _shape(model, name), AXES[name]
+    shape, axes = _shape(model, name), MATRIX_AXES[name]
     cut = INPUT_AXES[name]
     bound = math.prod(shape[1:1 + cut]) ** -0.5
     a = jax.random.uniform(
@@ -75,14 +67,14 @@ def add(model: Transformer, lora: LoraConfig, key: jax.Array) -> Transformer:
 def _shape(model: Transformer, name: str) -> tuple[int, ...]:
   """Returns the shape of a stacked matrix as it was before quantisation."""
   w = getattr(model.blocks, name)
-  if w.ndim != 1 + len(AXES[name]):
+  if w.ndim != 1 + len(MATRIX_AXES[name]):
     raise ValueError(
         f"lora.targets has {name!r}, which in this model is one matrix per "
         "expert. Name attention's (q, k, v, o) only.")
   sizes = {"embed": model.config.embed}  # Two numbers of it share a byte.
   return (w.shape[0], *(
       sizes.get(axis, size) for axis, size in zip(
-          AXES[name], w.shape[1:], strict=True)))
+          MATRIX_AXES[name], w.shape[1:], strict=True)))
 
 
 def without(model: Transformer) -> Transformer:

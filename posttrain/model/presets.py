@@ -1,9 +1,10 @@
 """Presets: published model shapes by name. No JAX here.
 
-Source: the `config.json` of each release. A family is a function that fills in
-the fields that its sizes share; a size's own fields are on its line.
+Source: the `config.json` of each release. A family fills in the fields that its
+sizes share; a size's own fields are on its line.
 """
 
+import functools
 from typing import Any
 
 from posttrain.model.config import ModelConfig, RopeScaling
@@ -19,34 +20,27 @@ def _llama3(factor: float, **fields) -> ModelConfig:
       max_positions=131_072, norm_eps=1e-5, **fields)
 
 
-def _smollm2(**fields) -> ModelConfig:
-  """SmolLM2 (arXiv 2502.02737)."""
-  return ModelConfig(
-      vocab_size=49_152, head_dim=64, norm_eps=1e-5, max_positions=8192,
-      **fields)
-
-
-def _qwen2(vocab_size=151_936, **fields) -> ModelConfig:
-  """Qwen2.5 (arXiv 2412.15115): biases on q, k and v."""
-  return ModelConfig(
-      vocab_size=vocab_size, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True,
-      max_positions=32_768, **fields)
-
-
-def _qwen3(kv_heads=8, **fields) -> ModelConfig:
-  """Qwen3 (arXiv 2505.09388): RMSNorm over each head of q and k."""
-  return ModelConfig(
-      vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6, qk_norm="head",
-      head_dim=128, kv_heads=kv_heads, max_positions=40_960, **fields)
-
-
-def _qwen3_moe(**fields) -> ModelConfig:
-  """Qwen3-MoE: all layers have experts; `mlp` is `moe_intermediate_size`."""
-  return _qwen3(
-      kv_heads=4, num_experts=128, experts_per_token=8, normalize_router=True,
-      tied_embeddings=False, **fields)
-
-
+# SmolLM2 (arXiv 2502.02737).
+_smollm2 = functools.partial(
+    ModelConfig, vocab_size=49_152, head_dim=64, norm_eps=1e-5,
+    max_positions=8192)
+# Qwen2.5 (arXiv 2412.15115): biases on q, k and v.
+_qwen2 = functools.partial(
+    ModelConfig, vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6,
+    qkv_bias=True, max_positions=32_768)
+# Qwen3 (arXiv 2505.09388): RMSNorm over each head of q and k.
+_qwen3 = functools.partial(
+    ModelConfig, vocab_size=151_936, rope_theta=1e6, norm_eps=1e-6,
+    qk_norm="head", head_dim=128, kv_heads=8, max_positions=40_960)
+# Qwen3-MoE: all layers have experts; `mlp` is `moe_intermediate_size`.
+_qwen3_moe = functools.partial(
+    _qwen3, kv_heads=4, num_experts=128, experts_per_token=8,
+    normalize_router=True, tied_embeddings=False)
+# OLMo 2 (arXiv 2501.00656): norms behind attention and MLP.
+_olmo2 = functools.partial(
+    ModelConfig, vocab_size=100_352, head_dim=128, rope_theta=5e5,
+    norm_eps=1e-6, norm_placement="post", qk_norm="full",
+    tied_embeddings=False, max_positions=4096)
 GEMMA: dict[str, Any] = dict(
     norm_placement="both", norm_offset=1.0, embedding_scale=True,
     activation="gelu")
@@ -76,14 +70,6 @@ def _gemma3(
       rope_scaling=RopeScaling("linear", factor=8.0) if scaled else None,
       max_positions=131_072 if scaled else 32_768,
       query_scale=query_width**-0.5, **GEMMA, **fields)
-
-
-def _olmo2(**fields) -> ModelConfig:
-  """OLMo 2 (arXiv 2501.00656): norms behind attention and MLP."""
-  return ModelConfig(
-      vocab_size=100_352, head_dim=128, rope_theta=5e5, norm_eps=1e-6,
-      norm_placement="post", qk_norm="full", tied_embeddings=False,
-      max_positions=4096, **fields)
 
 
 PRESETS = {

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain import sharding
+from posttrain.model.config import MATRIX_AXES
 
 BLOCK = 64
 SCALE, CHANNELS = "_scale", "_channels"
@@ -32,7 +33,8 @@ HIGH = 127  # The largest 8-bit number of `symmetric`; -128 is not used.
 
 def embed_axis(name: str) -> int:
   """Returns the axis of D in the matrix of this name, from the end."""
-  return {"q": -4, "k": -3, "v": -3, "gate": -2, "up": -2}.get(name, -1)
+  axes = MATRIX_AXES[name]
+  return axes.index("embed") - len(axes)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -123,7 +123,7 @@ def _next_logprobs(
     return x.reshape(x.shape[0], num_chunks * chunk)[:, :length]
 
   def body(_, xs):
-    return None, _chunk_logprobs(head.logits(xs[0]) / temperature, xs[1])
+    return None, _chunk_logprobs(head(xs[0]) / temperature, xs[1])
 
   # Within a scan nothing else could be merged with the recomputation.
   body = jax.checkpoint(body, prevent_cse=False)

@@ -30,12 +30,7 @@ from posttrain.model import (
 from posttrain.model import cache as kv
 from posttrain.model import head as head_lib
 from posttrain.model.attention import causal_mask
-from posttrain.model.block import (
-  Block,
-  View,
-  constant,
-  normal,
-)
+from posttrain.model.block import Block, View, constant, normal
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import (
   axis_size,
@@ -337,9 +332,16 @@ class Transformer(nnx.Module):
     return self.finished(head_lib.product(hidden, self.head_table()))
 
   def gathered_head(self) -> head_lib.Head:
-    """Gathers the head once, for what computes logits many times."""
-    return head_lib.for_many_products(
-        self.gathered(self.head_name), self.config.dtype)
+    """Returns `logits` with a head that is gathered once, for many products.
+
+    For hidden states in bfloat16 its table is cut into parts once, too.
+    """
+    model = self.gathered(self.head_name)
+    if self.config.dtype != "bfloat16":
+      return model.logits
+    parts = head_lib.parts_of(model.head_table())
+    return lambda hidden: model.finished(head_lib.product_of_parts(
+        hidden, model.head_table(), parts))
 
   def head_table(self) -> jax.Array:
     """Returns the head's table [D, V], gathered over the FSDP axes."""

@@ -150,8 +150,8 @@ def _microbatch(
   chip, size = topology.chip, memory.BYTES[model.dtype]
   tensor = mesh.tensor
   tokens = -(-rows // mesh.batch) * length / mesh.context
-  layer = memory.layer_parameters(model)
-  active = memory.layer_parameters(model, model.experts_per_token)
+  layer = model.matrix_parameters(model.num_experts)
+  active = model.matrix_parameters(model.experts_per_token)
   layer_passes = _LAYER_PASSES[model.remat] if training else 1.0
   head_passes = _HEAD_PASSES[model.dtype][training]
   attention = 4 * tokens * length * model.heads * model.head_dim
@@ -193,8 +193,8 @@ def _decoding(
   """Bound of decoding: what is read from memory for each token.
 
   That is the weights, the head, and on average half of the full cache."""
-  weights = model.layers * memory.layer_parameters(
-      model) * memory.decode_bytes(model, work.weights_dtype) / mesh.tensor
+  weights = model.layers * model.matrix_parameters(model.num_experts) * (
+      memory.decode_bytes(model, work.weights_dtype)) / mesh.tensor
   head = memory.FLOAT32 * model.padded_vocab_size * model.embed / mesh.tensor
   cache = memory.cache_bytes(
       model, rows=work.rows, slots=work.slots, parts=mesh.rows,

@@ -31,14 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain import sharding
-from posttrain.sampler import budget_state, budget_tables
 from posttrain.sampler.budget_state import (
     ANSWER,
     BUDGET,
     CLOSED,
     DONE,
     EOS,
-    FAILED,
     FORCED,
     LENGTH,
     NATURAL,
@@ -47,12 +45,11 @@ from posttrain.sampler.budget_state import (
     SAMPLED,
     STOP,
     THINK,
+    Budgets,
+    BudgetState,
+    Emit,
 )
-
-BudgetTables = budget_tables.BudgetTables
-Budgets = budget_state.Budgets
-BudgetState = budget_state.BudgetState
-Emit = budget_state.Emit
+from posttrain.sampler.budget_tables import BudgetTables
 
 
 def init(
@@ -224,16 +221,11 @@ def stop(
     rows: [B] bool; rows that are done already stay as they are.
     reason: their `finish_reason`.
   """
-  return _end(state, rows & ~state.done, reason)
+  return end(state, rows & ~state.done, reason)
 
 
-def fail(state: BudgetState, rows: jax.Array) -> BudgetState:
-  """Ends rows [B] bool whose logits were not finite, as FAILED."""
-  return _end(state, rows, FAILED)
-
-
-def _end(state: BudgetState, rows: jax.Array, reason: int) -> BudgetState:
-  """Ends rows [B] bool for a reason."""
+def end(state: BudgetState, rows: jax.Array, reason: int) -> BudgetState:
+  """Ends rows [B] bool for a reason, those that are done included."""
   return dataclasses.replace(
       state, phase=jnp.where(rows, DONE, state.phase),
       finish_reason=jnp.where(rows, reason, state.finish_reason))

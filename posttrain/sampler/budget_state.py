@@ -6,7 +6,6 @@ The state machine that reads and advances them is `budget`.
 """
 
 import dataclasses
-import functools
 
 import jax
 
@@ -21,11 +20,7 @@ OPEN, NATURAL, CLOSED = range(3)
 NONE, SAMPLED, FORCED = range(3)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["max_thinking_tokens", "min_thinking_tokens", "num_waits",
-                 "max_tokens", "truncate", "stop_ids", "wait_order",
-                 "suppress", "max_thinking_steps"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Budgets:
   """Budgets of each row; arrays, so that changing them compiles nothing.
@@ -60,11 +55,7 @@ class Budgets:
   max_thinking_steps: jax.Array | None = None
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["phase", "cursor", "recent", "run", "thinking", "steps",
-                 "answer", "num_tokens", "draws", "waits_left", "wait_count",
-                 "just_waited", "think_end", "finish_reason"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BudgetState:
   """State of each row between two steps; all [B] int32 unless stated.
@@ -117,9 +108,7 @@ class BudgetState:
     return self.phase == DONE
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["token", "provenance", "dropped", "refeed"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Emit:
   """Output of one step: what it adds to the record of each row.

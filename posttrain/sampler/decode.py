@@ -323,7 +323,7 @@ def _choose(
         jnp.any(replaced),
         lambda: jnp.where(replaced, own_logprobs(), logprobs),
         lambda: logprobs)
-  state = budget.fail(state, failed)
+  state = budget.end(state, failed, budget_state.FAILED)
   emit = dataclasses.replace(
       emit, provenance=jnp.where(failed, budget_state.NONE, emit.provenance),
       dropped=jnp.where(failed, 0, emit.dropped))

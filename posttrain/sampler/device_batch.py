@@ -18,13 +18,7 @@ from posttrain import sharding
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import (
-  budget,
-  decode,
-  prefill,
-  requests,
-  token_sampling,
-)
+from posttrain.sampler import budget, decode, prefill, requests, token_sampling
 from posttrain.sampler.engine_settings import Settings
 from posttrain.sampler.requests import Request
 from posttrain.sharding import shard, spec

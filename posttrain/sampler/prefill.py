@@ -26,6 +26,7 @@ from posttrain.model import cache as kv
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
+from posttrain.sampler.engine_settings import doublings
 from posttrain.sharding import spec
 
 Tokens = tuple[int, ...]
@@ -252,10 +253,7 @@ class Prefill:
 
   def slots_of(self, length: int) -> int:
     """Returns the cache slots for a prompt: C, or the next of its doublings."""
-    slots = self.chunk
-    while slots < length:
-      slots *= 2
-    return slots
+    return doublings(self.chunk, length)[-1]
 
   def _batch(
       self, model: Transformer, blocks: list[Block],

@@ -17,9 +17,9 @@ from posttrain.sampler.requests import Completion
 
 # Names of the numbers of `budget_state`: RUNNING, EOS, BUDGET, LENGTH, STOP,
 # FAILED and ABORTED; OPEN, NATURAL and CLOSED.
-FINISH_REASONS = dict(enumerate(
-    ("running", "eos", "budget", "length", "stop", "error", "abort")))
-THINK_ENDS = dict(enumerate(("open", "natural", "budget")))
+FINISH_REASONS = (
+    "running", "eos", "budget", "length", "stop", "error", "abort")
+THINK_ENDS = ("open", "natural", "budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Rollouts:
 def of_completions(completions: Sequence[Completion]) -> Rollouts:
   """Collects an engine's completions, in the order given."""
   codes = lambda names, field: np.array(
-      [{name: code for code, name in names.items()}[getattr(c, field)]
-       for c in completions], np.int8)
+      [names.index(getattr(c, field)) for c in completions], np.int8)
   numbers = lambda values: np.array(list(values), np.int32)
   experts = [c.experts for c in completions if c.experts is not None]
   return Rollouts(

@@ -13,7 +13,6 @@ sorts if one is cut by rank or mass, and draws noise if one is not greedy.
 """
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -55,9 +54,7 @@ class SamplingParams:
                          f"Change rollout.{name}.")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "min_p"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
   """`SamplingParams` of each row: [B] float32, `top_k` int32."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from posttrain.model.config import ModelConfig
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.telemetry import memory
 
 
 def forward(
@@ -96,8 +95,8 @@ def mean_context(config: ModelConfig, positions: np.ndarray) -> float:
 
 def _products(config: ModelConfig, tokens: float, logits: float) -> float:
   """Counts the products with weights; LoRA's are left out as negligible."""
-  layers = config.layers * memory.layer_parameters(
-      config, config.experts_per_token)
+  layers = config.layers * config.matrix_parameters(
+      config.experts_per_token)
   return 2.0 * (tokens * layers + logits * config.embed * config.vocab_size)
 
 

@@ -82,19 +82,6 @@ class Estimate:
     return text + (f"; {self.note})" if self.note else ")")
 
 
-def layer_parameters(config: ModelConfig, experts: int | None = None) -> int:
-  """Counts the matrix parameters of one layer; norms and biases are left out.
-
-  Args:
-    experts: number of experts to count; None: all.
-  """
-  experts = config.num_experts if experts is None else experts
-  attention = config.embed * config.head_dim * 2 * (
-      config.heads + config.kv_heads)
-  return attention + config.embed * config.num_experts + (
-      3 * config.embed * config.mlp * (experts or 1))
-
-
 def parameters(config: ModelConfig) -> int:
   """Counts all parameters, the padding of the vocabulary included."""
   tables = 1 if config.tied_embeddings else 2
@@ -201,7 +188,7 @@ def _training(
   chunk = math.ceil(rows / batch) * min(loss_chunk, length // context)
   table = config.padded_vocab_size * config.embed // tensor
   # Experts are never gathered: a device has its own only.
-  layer = layer_parameters(config, config.num_experts // expert) // tensor
+  layer = config.matrix_parameters(config.num_experts // expert) // tensor
   gathered = config.unroll * layer * size
   return {
       # The gradient of one microbatch, and the sum over microbatches.
@@ -293,8 +280,7 @@ def estimate(
         # it is quantised; and both tables, if they rest split.
         "decode weights": whole + int(
             config.layers * decode_bytes(config, weights_dtype)
-            * layer_parameters(
-                config, config.num_experts // expert) / tensor),
+            * config.matrix_parameters(config.num_experts // expert) / tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
     }
   if "reference" in waiting:

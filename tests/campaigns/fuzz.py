@@ -121,7 +121,8 @@ def _too_long(*_: object) -> None:
 def _accepted(config: config_dict.ConfigDict | None) -> Outcome:
   if config is None:
     return Outcome("accepted")
-  again = config_lib.from_jsonable(config_lib.jsonable(config))
+  again = config_lib.assign(
+      config_lib.jsonable(config), [], "config.json", saved=True)
   changed = config_lib.diff(config, again)
   return Outcome(
       "accepted", f"JSON changes {changed}" if changed else "", config=config)
@@ -206,8 +207,7 @@ def _finished(workdir: pathlib.Path, outcome: Outcome) -> Outcome:
   """Status 0 of a training means that every stage has its mark."""
   if not workdir.exists():
     return outcome  # It was another run's, which had finished.
-  stages = config_lib.from_jsonable(main.workdir_lib.read_json(
-      workdir / "config.json")).stages
+  stages = main.workdir_lib.read_config(workdir).stages
   missing = [name for name in stages
              if not (workdir / name / "done.json").exists()]
   return dataclasses.replace(

@@ -82,7 +82,7 @@ def test_a_model_in_bfloat16_trains_with_the_samplers_logprobs(tied, mesh):
     def both(model):
       hidden, _ = model.routed(*rows)
       return token_logprobs.token_logprobs(model, batch, chunk=8)[0], (
-          token_logprobs.of_hidden(model, hidden, rows[0], chunk=8)[0])
+          token_logprobs.of_hidden(model.logits, hidden, rows[0], chunk=8)[0])
 
     ours, plain = both(model)
     grads = jax.jit(jax.grad(lambda model: jnp.sum(

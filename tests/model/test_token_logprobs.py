@@ -53,7 +53,7 @@ def chunked(mesh, **options):
   head, hidden, tokens, weights = arrays()
 
   def loss(model, hidden, tokens, weights):
-    got = token_logprobs.of_hidden(model, hidden, tokens, **options)
+    got = token_logprobs.of_hidden(model.logits, hidden, tokens, **options)
     return jnp.sum(got[0] * weights), got
 
   with jax.set_mesh(mesh):
@@ -109,7 +109,7 @@ def test_no_logits_of_the_whole_length_exist():
 
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
     got = largest(lambda head, hidden: token_logprobs.of_hidden(
-        Head(sharding.shard(head, "embed", "vocab")), hidden, tokens,
+        Head(sharding.shard(head, "embed", "vocab")).logits, hidden, tokens,
         chunk=2))
     assert got == max(B * T * D, B * 2 * PADDED)
     # The search itself sees them where they are.
@@ -121,7 +121,7 @@ def test_one_token_has_no_predictor():
   head, hidden, tokens, _ = arrays()
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
     got, entropy = token_logprobs.of_hidden(
-        Head(sharding.put(head, "embed", "vocab")),
+        Head(sharding.put(head, "embed", "vocab")).logits,
         sharding.put(hidden[:, :1], "batch", None, None),
         sharding.put(tokens[:, :1], "batch", None))
   for x in (got, entropy):
@@ -134,4 +134,4 @@ def test_one_token_has_no_predictor():
 def test_impossible_options_name_their_config_key(options, key):
   head, hidden, tokens, _ = arrays()
   with pytest.raises(ValueError, match=key):
-    token_logprobs.of_hidden(Head(head), hidden, tokens, **options)
+    token_logprobs.of_hidden(Head(head).logits, hidden, tokens, **options)

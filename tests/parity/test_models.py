@@ -95,7 +95,7 @@ def packed() -> dict[str, np.ndarray]:
 def loss_and_gradient(model, tokens, positions, segment_ids):
   """The mean over the tokens that have a predecessor in their segment."""
   hidden = model(tokens, positions, segment_ids)
-  found, _ = token_logprobs.of_hidden(model, hidden, tokens, chunk=16)
+  found, _ = token_logprobs.of_hidden(model.logits, hidden, tokens, chunk=16)
   mask = (segment_ids > 0) & (positions > 0)
   return -jnp.sum(found * mask) / jnp.sum(mask)
 

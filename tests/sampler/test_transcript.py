@@ -63,8 +63,7 @@ def test_the_text_keeps_delimiters_and_loses_the_stop():
 def rollouts_of(rows, prompts):
   """Makes the sampler's record of rows of the plain-Python account."""
   codes = lambda names, key: np.array(
-      [{name: code for code, name in names.items()}[getattr(r, key)]
-       for r in rows])
+      [names.index(getattr(r, key)) for r in rows])
   width = max(len(row.tokens) for row in rows)
   padded = lambda values: np.array(
       [[*row, *[0] * (width - len(row))] for row in values])

@@ -69,7 +69,9 @@ def make_context(path, assignments=()) -> RunContext:
   """A stage in the workdir `path`, on the current mesh."""
   config = config_lib.assign(CONFIG, assignments, "test")
   first = jax.process_index() == 0
-  run, _ = workdir.create(path, config, devices=[], is_writer=first)
+  if first:
+    workdir.create(path, config, devices=[])
+  run = workdir.Workdir(path, is_writer=first)
   tokenizer = weights.tokenizer(config, run)
   return RunContext(
       name="cold_start", config=config, workdir=run,

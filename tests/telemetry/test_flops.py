@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.model.presets import PRESETS
-from posttrain.telemetry import flops, memory
+from posttrain.telemetry import flops
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vocab_size=300, layers=3,
@@ -38,7 +38,7 @@ def token_by_token(config, positions) -> float:
   total = 0.0
   for position in positions:
     for kind in config.layer_kinds:
-      total += 2 * memory.layer_parameters(config)
+      total += 2 * config.matrix_parameters(config.num_experts)
       total += 4 * keys_of(position, kind) * config.heads * config.head_dim
     total += 2 * config.embed * config.vocab_size
   return total

@@ -23,7 +23,7 @@ def loss(model, batch):
   """Cross entropy on [R, T] arrays, and two figures of the even ids."""
   hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
   logprobs, _ = token_logprobs.of_hidden(
-      model, hidden, batch["tokens"], chunk=4)
+      model.logits, hidden, batch["tokens"], chunk=4)
   mask = batch["loss_mask"]
   even = mask & (batch["tokens"] % 2 == 0)
   sums = {"even": jnp.sum(even), "even_max": jnp.max(even * batch["tokens"])}

@@ -7,29 +7,23 @@ from posttrain.config.keys import REQUIRED, Key, Needs, Renamed, Section, shown
 from posttrain.config.stages import StageSchema, sampling
 from posttrain.text.instructions import CLASSES, TEXTS
 
-
-def instructions() -> Section:
-  """Keys for the cells whose prompts ask for an amount of thinking."""
-  asks = lambda name: Needs(f"instructions.{name}", "!=", ())
-  text = lambda name, needs: Key(
-      str, TEXTS[name], "Text that is put after the question"
-      + ("; {n} is the amount." if "{n}" in TEXTS[name] else "."),
-      needs=asks(needs))
-  return Section(
-      "Cells whose prompts ask for an amount of thinking (s1's token-, step- "
-      "and class-conditional control).",
-      tokens=Key(tuple[int, ...], (), "Amounts of thinking tokens, each a "
-                 "cell.", "[1, inf)"),
-      steps=Key(tuple[int, ...], (), "Amounts of steps that end in "
-                "thinking.step, each a cell.", "[1, inf)"),
-      classes=Key(tuple[str, ...], (), "Classes of length, each a cell.",
-                  choices=CLASSES),
-      forced=Key(bool, False, "Budget forcing: each amount is a second cell, "
-                 "in which it is forced as well."),
-      token_text=text("tokens", "tokens"), step_text=text("steps", "steps"),
-      short_text=text("short", "classes"), long_text=text("long", "classes"))
-
-
+_text = lambda name, asked: Key(
+    str, TEXTS[name], "Text that is put after the question"
+    + ("; {n} is the amount." if "{n}" in TEXTS[name] else "."),
+    needs=Needs(f"instructions.{asked}", "!=", ()))
+INSTRUCTIONS = Section(
+    "Cells whose prompts ask for an amount of thinking (s1's token-, step- "
+    "and class-conditional control).",
+    tokens=Key(tuple[int, ...], (), "Amounts of thinking tokens, each a "
+               "cell.", "[1, inf)"),
+    steps=Key(tuple[int, ...], (), "Amounts of steps that end in "
+              "thinking.step, each a cell.", "[1, inf)"),
+    classes=Key(tuple[str, ...], (), "Classes of length, each a cell.",
+                choices=CLASSES),
+    forced=Key(bool, False, "Budget forcing: each amount is a second cell, "
+               "in which it is forced as well."),
+    token_text=_text("tokens", "tokens"), step_text=_text("steps", "steps"),
+    short_text=_text("short", "classes"), long_text=_text("long", "classes"))
 ROLLOUT = Section(
     "Sampling of completions.",
     **sampling.ROLLOUT,
@@ -78,7 +72,7 @@ KEYS = Section(
         "tokens without an answer. Unset: the largest of max_thinking_tokens, "
         "or no maximum without any.", "[-1, inf)",
         needs=Needs("num_waits", "!=", ())),
-    instructions=instructions(),
+    instructions=INSTRUCTIONS,
     majority=Section(
         "Majority vote (self-consistency) at equal tokens, as a baseline.",
         max_samples=Key(

@@ -17,8 +17,8 @@ def shared(schedule: str, **more_health: Key) -> dict[str, Any]:
     **more_health: keys that the kind adds to `health`.
   """
   return dict(
-      **weights(), **optimizer(schedule), health=health(**more_health),
-      checkpoint=checkpoint(), log_every=Key(
+      **WEIGHTS, **optimizer(schedule), health=health(**more_health),
+      checkpoint=CHECKPOINT, log_every=Key(
           int, 10, "Steps between rows of the console's table. metrics.jsonl "
           "has a row for every step.", "[1, inf)"))
 
@@ -60,30 +60,29 @@ def optimizer(schedule: str) -> dict[str, Key]:
   )
 
 
-def weights() -> dict[str, Any]:
-  """Keys for the trainable parameters of a stage."""
-  adapted = Needs("lora.rank", ">", 0)
-  return dict(
-      trained=Key(str, "", "Trainable parameters: a regular expression that "
-                  'matches the whole path of each, such as "blocks/(q|k|v|o)". '
-                  '"": the LoRA adapters if lora.rank is above 0, else '
-                  "everything. The rest is frozen, in compute.frozen_dtype."),
-      lora=Section(
-          "LoRA: low-rank adapters. A stage goes on with the adapters of the "
-          "stage before if they are alike; others are first merged into the "
-          "weights.",
-          rank=Key(int, 0, "Rank of the adapters. 0: no LoRA.", "[0, 65536]"),
-          alpha=Key(float, 16.0, "Scale of the adapters: their product counts "
-                    "alpha / rank times.", "[1e-3, 1e6]", needs=adapted),
-          targets=Key(
-              tuple[str, ...], tuple(INPUT_AXES), "Matrices that get adapters "
-              "(target modules).", choices=tuple(INPUT_AXES), needs=adapted),
-          rslora=Key(bool, False, "Scales by alpha / sqrt(rank) instead "
-                     "(rsLoRA).", needs=adapted),
-          decode=Key(str, "live", "Weights and adapters in the sampler's "
-                     "decode loop: multiplied one by one (live), or merged at "
-                     "each call of the sampler (merged). The logprobs are the "
-                     "same to rounding.", choices=LORA_DECODE, needs=adapted)))
+# Keys for the trainable parameters of a stage.
+_ADAPTED = Needs("lora.rank", ">", 0)
+WEIGHTS: dict[str, Any] = dict(
+    trained=Key(str, "", "Trainable parameters: a regular expression that "
+                'matches the whole path of each, such as "blocks/(q|k|v|o)". '
+                '"": the LoRA adapters if lora.rank is above 0, else '
+                "everything. The rest is frozen, in compute.frozen_dtype."),
+    lora=Section(
+        "LoRA: low-rank adapters. A stage goes on with the adapters of the "
+        "stage before if they are alike; others are first merged into the "
+        "weights.",
+        rank=Key(int, 0, "Rank of the adapters. 0: no LoRA.", "[0, 65536]"),
+        alpha=Key(float, 16.0, "Scale of the adapters: their product counts "
+                  "alpha / rank times.", "[1e-3, 1e6]", needs=_ADAPTED),
+        targets=Key(
+            tuple[str, ...], tuple(INPUT_AXES), "Matrices that get adapters "
+            "(target modules).", choices=tuple(INPUT_AXES), needs=_ADAPTED),
+        rslora=Key(bool, False, "Scales by alpha / sqrt(rank) instead "
+                   "(rsLoRA).", needs=_ADAPTED),
+        decode=Key(str, "live", "Weights and adapters in the sampler's "
+                   "decode loop: multiplied one by one (live), or merged at "
+                   "each call of the sampler (merged). The logprobs are the "
+                   "same to rounding.", choices=LORA_DECODE, needs=_ADAPTED)))
 
 
 def health(**more: Key) -> Section:
@@ -107,25 +106,24 @@ def health(**more: Key) -> Section:
       **more)
 
 
-def checkpoint() -> Section:
-  """Keys for checkpoints."""
-  best = Needs("checkpoint.keep_best", ">", 0)
-  return Section(
-      "Checkpoints. One is also saved at preemption (SIGTERM), and the same "
-      "command resumes from it.",
-      every=Key(
-          int, 0, "Steps between checkpoints. 0: one, at the end.", "[0, inf)"),
-      keep=Key(int, 2, "Most recent checkpoints that are kept.", "[1, inf)"),
-      keep_best=Key(
-          int, 0, "Best checkpoints that are kept in addition.", "[0, inf)"),
-      best_metric=Key(
-          str, "", "Name in metrics.jsonl that ranks checkpoints.", needs=best),
-      best_mode=Key(str, "max", "End of the metric that is best.",
-                    choices=("max", "min"), needs=best),
-      on_damaged=Key(str, "error", "The newest checkpoint cannot be read at a "
-                     "resume: stop, or move it away and resume from the one "
-                     "before.", choices=("error", "previous")),
-  )
+# Keys for checkpoints.
+_BEST = Needs("checkpoint.keep_best", ">", 0)
+CHECKPOINT = Section(
+    "Checkpoints. One is also saved at preemption (SIGTERM), and the same "
+    "command resumes from it.",
+    every=Key(
+        int, 0, "Steps between checkpoints. 0: one, at the end.", "[0, inf)"),
+    keep=Key(int, 2, "Most recent checkpoints that are kept.", "[1, inf)"),
+    keep_best=Key(
+        int, 0, "Best checkpoints that are kept in addition.", "[0, inf)"),
+    best_metric=Key(
+        str, "", "Name in metrics.jsonl that ranks checkpoints.", needs=_BEST),
+    best_mode=Key(str, "max", "End of the metric that is best.",
+                  choices=("max", "min"), needs=_BEST),
+    on_damaged=Key(str, "error", "The newest checkpoint cannot be read at a "
+                   "resume: stop, or move it away and resume from the one "
+                   "before.", choices=("error", "previous")),
+)
 
 
 def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -142,7 +140,7 @@ def check_optimizer(config, name: str, stage: Mapping) -> Iterator[str]:
 
 
 def check_router(config, name: str, stage: Mapping) -> Iterator[str]:
-  if stage["router_aux_coef"] and checks.is_dense(config):
+  if stage["router_aux_coef"] and checks.experts(config) == 0:
     yield (f"router_aux_coef: set to {stage['router_aux_coef']}, but it has "
            "no effect: the model has no experts.")
 
