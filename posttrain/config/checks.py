@@ -295,7 +295,7 @@ def run(read: reader.Reader) -> list[str]:
   faulty = read.faulty | {
       STAGES for name in read.faulty if name not in schema.TOP.keys}
   # A section whose kind is wrong is there all the same.
-  config = dict.fromkeys(read.faulty & set(read.values), {}) | read.resolved
+  config = {key: {} for key in read.faulty & set(read.values)} | read.resolved
   for check, reads in CHECKS.items():
     if not faulty.intersection(reads):
       problems += check(config)
