@@ -206,7 +206,7 @@ def test_the_estimate_has_the_state_of_the_section(name, dtype):
       f"cold_start.optimizer={name}", f"cold_start.moments_dtype={dtype}"])
   section = config.cold_start
   with jax.set_mesh(meshes.one()):
-    _, held = memory_estimate.held(section, config.compute, CONFIG)
+    _, held = memory_estimate.of_trained(section, config.compute, CONFIG)
     opt_state = jax.eval_shape(
         lambda: make(name, dtype).init(
             transformer.Transformer(CONFIG, jax.random.key(0))))
