@@ -62,7 +62,8 @@ def trainer(model: transformer.Transformer, loss: step.Loss):
       schedule="constant", learning_rate=shapes.LEARNING_RATE, warmup_steps=0,
       num_steps=1, final_learning_rate=0.0)
   state = state_lib.create(model, adamw)
-  return state, step.compile_update(loss, adamw, schedule)
+  return state, step.compile_update(functools.partial(
+      step.update, loss=loss, optimizer=adamw, schedule=schedule))
 
 
 def full_rows(shape: Shape, vocab_size: int) -> dict[str, jax.Array]:

@@ -20,7 +20,7 @@ from posttrain import lease as lease_lib
 from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.stages import memory_check, memory_estimate, sampling
+from posttrain.stages import memory_estimate, sampling
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage, stage_of
 from posttrain.tasks import loading
@@ -197,7 +197,8 @@ def check_room(pipeline: Pipeline, stages: Sequence[str]) -> None:
   Raises:
     ConfigError: one is, and the config does not say to go on all the same.
   """
-  problems = [problem for name in stages for problem in memory_check.problems(
+  problems = [
+      problem for name in stages for problem in memory_estimate.problems(
       pipeline.context(name), pipeline.model)]
   if problems and pipeline.config.compute.on_too_large == "error":
     raise config_lib.ConfigError(problems, "memory")

@@ -49,14 +49,12 @@ def with_metrics(sums: Sums) -> Sums:
   """
   if "router_load" not in sums:
     return sums
-  routers = {name: sums[f"router_{name}"]
-             for name in ("load", "mass", "entropy", "tokens")}
+  load, tokens = sums["router_load"], sums["router_tokens"]
+  even = jnp.mean(load, axis=1, keepdims=True)
   kept = {name: value for name, value in sums.items()
           if not name.startswith("router_")}
-  load, tokens = routers["load"], jnp.maximum(routers["tokens"], 1)
-  even = jnp.mean(load, axis=1, keepdims=True)
   return kept | {
-      "router/aux_loss": balance_loss(
-          load, routers["mass"], routers["tokens"]),
+      "router/aux_loss": balance_loss(load, sums["router_mass"], tokens),
       "router/load_max": jnp.max(load / jnp.where(even > 0, even, 1)),
-      "router/entropy": jnp.mean(routers["entropy"] / tokens)}
+      "router/entropy": jnp.mean(
+          sums["router_entropy"] / jnp.maximum(tokens, 1))}

@@ -52,22 +52,6 @@ class Shapes:
     return -(-self.completions // self.rows)
 
 
-def make_shapes(
-    *, sequence_length: int, rows_per_microbatch: int, num_groups: int,
-    group_size: int, num_minibatches: int, share_prompts: bool,
-) -> Shapes:
-  """Makes the packing shapes on the current mesh.
-
-  A microbatch has rows that the mesh divides; those added are padding.
-  """
-  parts = sharding.axis_size("batch")
-  return Shapes(
-      length=sequence_length, rows=-(-rows_per_microbatch // parts) * parts,
-      num_minibatches=num_minibatches,
-      completions=-(-num_groups // num_minibatches) * group_size,
-      share_prompts=share_prompts)
-
-
 def pack_experience(
     rollouts: Rollouts, group_ids: np.ndarray,
     minibatches: Sequence[np.ndarray], shapes: Shapes,

@@ -8,6 +8,7 @@ problems a batch asks is the cursor's word; it is recorded with the batch.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,38 +25,33 @@ Arrays = dict[str, np.ndarray]
 OWN = ("indices", "scores", "statuses", "rewards")  # Of a scored batch.
 
 
+@dataclasses.dataclass
 class RolloutBuffer:
   """Draws batches, and holds those that wait to be learned from.
 
   Attributes:
+    worker: draws and scores a batch.
     cursor: behind the last problem that was asked.
+    num_groups: problems of a batch.
+    num_batches: of the stage.
+    updates: optimizer updates from one batch.
     staleness: off-policy lag, in batches of rollouts.
+    sync: to devices that only sample; None where all devices do both.
     seconds, flops: of what was drawn last.
   """
 
-  def __init__(
-      self, worker: rollout_worker.RolloutWorker, cursor: ProblemCursor, *,
-      num_groups: int, num_batches: int, updates: int, staleness: int,
-      sync: weight_sync.WeightSync | None):
-    """Makes an empty buffer.
-
-    Args:
-      worker: draws and scores a batch.
-      cursor: before the first problem.
-      num_groups: problems of a batch.
-      num_batches: of the stage.
-      updates: optimizer updates from one batch.
-      staleness: see the class.
-      sync: to devices that only sample; None where all devices do both.
-    """
-    self.cursor, self.staleness = cursor, staleness
-    self._worker, self._num_groups = worker, num_groups
-    self._num_batches, self._updates = num_batches, updates
-    self._sync = sync
-    self._drawn: list[rollout_worker.ScoredRollouts] = []
-    self._policy: Transformer | None = None
-    self.seconds: dict[str, float] = {}
-    self.flops = 0.0
+  worker: rollout_worker.RolloutWorker
+  cursor: ProblemCursor
+  num_groups: int
+  num_batches: int
+  updates: int
+  staleness: int
+  sync: weight_sync.WeightSync | None
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  flops: float = 0.0
+  _drawn: list[rollout_worker.ScoredRollouts] = dataclasses.field(
+      default_factory=list)
+  _policy: Transformer | None = None
 
   def take(self, model: Transformer,
       batch: int) -> rollout_worker.ScoredRollouts:
@@ -67,38 +63,38 @@ class RolloutBuffer:
     """
     self.seconds = {}
     policy = model
-    if self._sync is not None:
-      policy = self._sync(model)
-      self.seconds["weight_sync"] = self._sync.seconds
+    if self.sync is not None:
+      policy = self.sync(model)
+      self.seconds["weight_sync"] = self.sync.seconds
     # No earlier policy could draw the first batches.
     while len(self._drawn) < min(
-        max(self.staleness, 1), self._num_batches - batch):
+        max(self.staleness, 1), self.num_batches - batch):
       self._drawn.append(self._draw(policy, batch + len(self._drawn)))
     self._policy = policy if self.staleness else None
     return self._drawn.pop(0)
 
   def draw_ahead(self, batch: int) -> None:
     """Draws with the policy of the last `take`, which was of `batch`."""
-    if self._policy is not None and batch + self.staleness < self._num_batches:
+    if self._policy is not None and batch + self.staleness < self.num_batches:
       self._drawn.append(self._draw(self._policy, batch + self.staleness))
     self._policy = None
 
-  def behind(self, batch: int) -> int:
-    """Returns the batch's off-policy lag, in batches learned from since."""
-    return min(batch, self.staleness)
-
-  def metrics(self) -> dict[str, float]:
-    """Returns the metrics of the last `take`."""
-    return {} if self._sync is None else {
-        "perf/weight_sync_bytes": float(self._sync.bytes)}
+  def metrics(self, batch: int) -> dict[str, float]:
+    """Returns the metrics of the last `take`, which was of `batch`."""
+    found: dict[str, float] = {}
+    if self.sync is not None:
+      found["perf/weight_sync_bytes"] = float(self.sync.bytes)
+    if self.staleness:  # Batches that were learned from since it was drawn.
+      found["staleness"] = float(min(batch, self.staleness))
+    return found
 
   def _draw(self, policy: Transformer,
       batch: int) -> rollout_worker.ScoredRollouts:
-    indices, behind = self.cursor.take(self._num_groups)
-    with (contextlib.nullcontext() if self._sync is None
-          else jax.set_mesh(self._sync.mesh)):
-      found = self._worker.collect(
-          policy, indices, step=batch * self._updates)
+    indices, behind = self.cursor.take(self.num_groups)
+    with (contextlib.nullcontext() if self.sync is None
+          else jax.set_mesh(self.sync.mesh)):
+      found = self.worker.collect(
+          policy, indices, step=batch * self.updates)
     self.cursor = behind  # A batch that was left half drawn asks again.
     self.flops = flops.of_rollouts(policy.config, found.rollouts)
     for name, value in found.seconds.items():
@@ -121,7 +117,7 @@ class RolloutBuffer:
     self._drawn = [self._from_arrays(waiting[n]) for n in sorted(waiting)]
 
   def _from_arrays(self, arrays: Arrays) -> rollout_worker.ScoredRollouts:
-    worker = self._worker
+    worker = self.worker
     own = {name: arrays.pop(name) for name in OWN}
     problems = worker.per_completion(
         [worker.problems[i] for i in own["indices"]])

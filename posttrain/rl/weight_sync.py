@@ -75,7 +75,7 @@ class WeightSync:
   ) -> None:
     with jax.set_mesh(self.mesh):
       found = fingerprint.of(arrived)
-    cast = _cast(sent, {name: x.dtype for name, x in arrived.items()})
+    cast = {name: x.astype(arrived[name].dtype) for name, x in sent.items()}
     for name, number in fingerprint.of(cast).items():
       if found[name] != number:
         raise WeightSyncError(
@@ -195,12 +195,6 @@ def gathered(
   if x.ndim and size < x.shape[axis]:
     x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
   return sharding.replicate(x.astype(dtype))
-
-
-def _cast(
-    arrays: dict[str, jax.Array], dtypes: dict[str, Any],
-) -> dict[str, jax.Array]:
-  return {name: x.astype(dtypes[name]) for name, x in arrays.items()}
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:

@@ -24,8 +24,8 @@ from posttrain.evaluation import scaling_plot, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import transcript
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.stages import evaluate_programs, kept_cells, sampling, training
 from posttrain.stages import evaluation_cells as cells_lib
+from posttrain.stages import kept_cells, sampling, training
 from posttrain.stages import problems as problems_lib
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage, stage_of
@@ -369,5 +369,5 @@ def log(context: RunContext, results: Mapping[str, Mapping]) -> None:
 
 STAGE = Stage(
     schema=SCHEMA, run=run, check=check, finished=finished,
-    programs=evaluate_programs.programs, memory=evaluate_programs.memory,
+    programs=cells_lib.programs, memory=cells_lib.memory,
     work=lambda section, mesh: [], leaves=("evaluations",))

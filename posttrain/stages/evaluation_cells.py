@@ -1,9 +1,22 @@
-"""Cells of an evaluate stage: budgets, samples and batches of each."""
+"""Cells of an evaluate stage, and the programs and sizes that they take.
+
+A cell has budgets, samples and batches of its own.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import config_dict
 
 from posttrain.evaluation import summary
+from posttrain.model.config import ModelConfig
+from posttrain.programs import sampling as sampling_programs
+from posttrain.programs.program import Program
 from posttrain.sampler import sampler as sampler_lib
+from posttrain.stages import memory_estimate
+from posttrain.stages.planned_stage import PlannedStage
+from posttrain.stages.stage import Sizes
 
 
 def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
@@ -38,3 +51,45 @@ def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
 def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
   """Problems that are asked together."""
   return max(1, section.rollout.max_num_seqs // samples)
+
+
+def programs(stage: PlannedStage) -> Iterator[Program]:
+  """A cell of each shape: of samples, and of waits where they count."""
+  section, setup = stage.section, stage.setup
+  rollout, count = section.rollout, section.problems.count
+  samples_of = samples_of_cells(section)
+  waits = rollout.continuous_batching or rollout.wait_order == "draw"
+  found: dict[tuple[int, int], Any] = {}
+  for cell in cells_of(section):
+    found.setdefault(
+        (samples_of[cell.name], cell.num_waits if waits else 0), cell)
+  several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
+  for (samples, _), cell in found.items():
+    groups = batch_size(section, samples)
+    if rollout.continuous_batching:  # All; enough for the engine's rows.
+      groups = count or groups + 1
+    detail = itertools.compress(
+        (f"G={samples}", f"waits={cell.num_waits}"), several)
+    yield from sampling_programs.of_rollout(
+        stage.name, setup.sampler(rollout), stage.start,
+        groups=min(groups, count) if count else groups, group_size=samples,
+        limits=limits_of(section, cell),
+        beside=stage.beside, detail=" ".join(detail), steps=False)
+
+
+def memory(
+    section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
+    model: ModelConfig,
+) -> Sizes:
+  """Weights, and the cache of the completions that are decoded together."""
+  del compute
+  samples = max(section.samples_per_problem, section.majority.max_samples)
+  rows, count = section.rollout.max_num_seqs, section.problems.count
+  if not section.rollout.continuous_batching:  # An engine has all its slots.
+    rows = max(rows, samples)
+    rows = min(rows, count * samples) if count else rows
+  return Sizes(
+      model, memory_estimate.of_rollout(section.rollout, rows), smaller={
+          "sampling": {"rollout.max_num_seqs": "fewer",
+                       "samples_per_problem": "fewer",
+                       **memory_estimate.SMALLER_ROLLOUT}})

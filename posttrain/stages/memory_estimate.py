@@ -1,13 +1,20 @@
 """Memory estimate of a stage, before anything is compiled.
 
 It needs the stage's section and the model's shape alone, so that weights that
-do not fit are reported before they are made.
+do not fit are reported before they are made. Stages that cannot fit are refused
+before the first of them begins. The estimate of an update is within a third of
+the compiler's figure. So a stage is refused only where it is far too large, by
+a factor of `MARGIN`, and `compute.on_too_large="warn"` goes on all the same.
 """
 
 import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding
@@ -16,8 +23,17 @@ from posttrain.model.transformer import Transformer
 from posttrain.stages import training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Sizes, stage_of
-from posttrain.telemetry import memory
+from posttrain.telemetry import chips, memory
 from posttrain.train import trainable
+
+MARGIN, MIB = 1.5, 2**20
+# Of a row on its host: tokens, positions, segments, targets' masks.
+ROW_BYTES_PER_TOKEN = 16
+CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+MODEL = ("the model (model, model_overrides) or its part of a device "
+         "(mesh.fsdp)")
+SMALLER_ROLLOUT = {"rollout.max_tokens": "fewer",
+                   "rollout.max_prompt_tokens": "fewer"}
 
 
 def of_stage(
@@ -92,10 +108,6 @@ def of_rollout(rollout: config_dict.ConfigDict, rows: int) -> dict[str, Any]:
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype)
 
 
-SMALLER_ROLLOUT = {"rollout.max_tokens": "fewer",
-                   "rollout.max_prompt_tokens": "fewer"}
-
-
 def smaller_moments(section: config_dict.ConfigDict) -> dict[str, str]:
   """The key that makes the optimizer's state smaller, if it is not yet."""
   return {"moments_dtype": "bfloat16 halves the optimizer's state"} if (
@@ -111,3 +123,62 @@ def cache_slots(rollout: config_dict.ConfigDict) -> int:
   while slots < rollout.max_tokens:
     slots *= 2
   return rollout.max_prompt_tokens + slots
+
+
+def host_bytes() -> int:
+  """The memory of this host, or as much of it as the process may use."""
+  installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
+  return min(installed, int(limit)) if limit.isdecimal() else installed
+
+
+def device_bytes() -> int:
+  """The memory of one device; of CPU devices, which share it, of the host.
+
+  What a device says itself goes before the table of chips.
+  """
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  chip = chips.find(device.device_kind)
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  if chip is not None:
+    return chip.hbm_bytes
+  return host_bytes() // jax.local_device_count()
+
+
+def _everywhere(size: int) -> int:
+  """The first host's, to the MiB: all must come to one verdict."""
+  return int(sharding.of_first_host(np.array(size // MIB, np.int32))) * MIB
+
+
+def problems(context: RunContext, model: ModelConfig) -> Iterator[str]:
+  """Lists why the stage of `context` cannot fit, on its mesh."""
+  name, section = context.name, context.section
+  sizes = sizes_of(section, context.config.compute, model)
+  available = _everywhere(device_bytes())
+  go_on = "or go on all the same with compute.on_too_large='warn'."
+  for role, estimate in of_stage(context, model).items():
+    if estimate.peak > MARGIN * available:
+      keys = [key for part in _parts(estimate)
+              for key in sizes.keys(name, section, part) or (MODEL,)]
+      yield (f"{f'{name}, {role}' if role else name}: "
+             f"{estimate.line(available)}. It cannot fit. Change "
+             f"{', '.join(dict.fromkeys(keys))}; {go_on}")
+  batch = sizes.batch_tokens * ROW_BYTES_PER_TOKEN
+  host = _everywhere(host_bytes())
+  if batch > host:
+    yield (f"{name}: a batch of rows takes {memory.format_bytes(batch)} of its "
+           f"host's {memory.format_bytes(host)}. It cannot fit. Change "
+           f"{', '.join(sizes.keys(name, section, 'batch'))}; {go_on}")
+
+
+def _parts(estimate: memory.Estimate) -> Iterator[str]:
+  """Parts of `Sizes.smaller` that the two largest parts depend on."""
+  phases = (estimate.training, estimate.sampling, estimate.scoring)
+  phase = max(phases, key=lambda phase: sum(phase.values()))
+  parts = estimate.persistent | phase
+  sampled = phase is estimate.sampling
+  for part in sorted(parts, key=parts.__getitem__, reverse=True)[:2]:
+    yield "sampling" if part == "cache" or (part == "logits" and sampled) else (
+        "training" if part in ("activations", "logits") else "model")

@@ -45,19 +45,13 @@ class Setup:
 
   def sampler(self, rollout: config_dict.ConfigDict) -> sampler_lib.Sampler:
     """The sampler of a section `rollout`."""
-    return sampling.of_tables(
-        self.thinking_ids, self._tables_of(rollout), rollout)
-
-  def _tables_of(
-      self, rollout: config_dict.ConfigDict) -> budget_tables.BudgetTables:
-    """The tables of a section, which may suppress words of reflection."""
-    words = rollout.get("suppress", ())
-    if not words:
-      return self.tables
-    if self.tokenizer is None:  # Which tokens they are is data.
-      return dataclasses.replace(
-          self.tables, reflections=np.zeros(self.tables.vocab_size, bool))
-    return sampling.make_tables(self.tokenizer, self.thinking_ids, words)
+    tables, words = self.tables, rollout.get("suppress", ())
+    if words and self.tokenizer is None:  # Which tokens they are is data.
+      tables = dataclasses.replace(
+          tables, reflections=np.zeros(tables.vocab_size, bool))
+    elif words:
+      tables = sampling.make_tables(self.tokenizer, self.thinking_ids, words)
+    return sampling.of_tables(self.thinking_ids, tables, rollout)
 
 
 @dataclasses.dataclass(frozen=True)

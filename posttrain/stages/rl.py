@@ -23,11 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from posttrain import sharding
-from posttrain.config import checks
 from posttrain.config.stages.rl import SCHEMA
 from posttrain.data import random_streams
 from posttrain.data.problem_cursor import ProblemCursor
-from posttrain.model import lora
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.rl import (
@@ -40,7 +38,6 @@ from posttrain.rl import (
 from posttrain.stages import (
   loop,
   problems,
-  rl_charts,
   rl_programs,
   sampling,
   training,
@@ -170,11 +167,10 @@ class Learner(loop.Body):
             self.context.config.seed, self.context.name, "minibatches", batch))
     self._move_optimizer(offload.to_devices)
     self.experience = prepared.experience
-    self.rollout_metrics = prepared.metrics | self.buffer.metrics(
-        ) | rollout_worker.metrics(
-        collected, prepared.advantages, list(self.worker.rewards))
-    if self.buffer.staleness:
-      self.rollout_metrics["staleness"] = float(self.buffer.behind(batch))
+    self.rollout_metrics = {
+        **prepared.metrics, **self.buffer.metrics(batch),
+        **rollout_worker.metrics(
+            collected, prepared.advantages, list(self.worker.rewards))}
     self.prepare_seconds = time.monotonic() - started
     show_and_save(
         self.context, self.worker, collected, prepared.advantages,
@@ -356,14 +352,14 @@ def make_reference(
     fresh: the policy's adapters are new, and so add nothing yet.
   """
   section, compute = context.section, context.config.compute
-  name, dtype = section.reference, compute.frozen_dtype
-  model, trained = state.model, trainable.paths(state.trained)
-  if name not in ("", checks.ADAPTER_OFF):
-    reference = trainable.at_rest(context.weights_of(name), (), dtype)
+  model, dtype = state.model, compute.frozen_dtype
+  if rl_programs.is_of_policy(section):
+    reference = rl_programs.reference_of(
+        section, model, dtype, trained=trainable.paths(state.trained),
+        fresh=fresh)
   else:
-    like = lora.without(model) if (
-        fresh or name == checks.ADAPTER_OFF) else model
-    reference = trainable.reference(like, trained, dtype)
+    reference = trainable.at_rest(
+        context.weights_of(section.reference), (), dtype)
   if "reference" in compute.offload:
     reference = offload.to_host(reference, but=model)
   return reference
@@ -401,4 +397,4 @@ STAGE = Stage(
     work=rl_programs.work, padding={
         "prompts": rl_programs.padding,
         "completions": rl_programs.no_lengths},
-    charts=rl_charts.CHARTS, leaves=("rows", "rollouts"))
+    charts=rl_programs.CHARTS, leaves=("rows", "rollouts"))

@@ -1,4 +1,6 @@
-"""Programs, sizes and work of reinforcement learning, for plans and estimates.
+"""Programs, sizes, work and charts of reinforcement learning.
+
+They are for plans, estimates and the report.
 
   P: prompts  G: samples of each  M: microbatches  R: rows of one  T: length
 """
@@ -28,6 +30,7 @@ from posttrain.stages import memory_estimate, sampling, training
 from posttrain.stages.planned_stage import PlannedStage
 from posttrain.stages.stage import Decoding, Pass, Sizes
 from posttrain.tasks import loading
+from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render
 from posttrain.train import state as state_lib
 from posttrain.train import trainable
@@ -40,6 +43,11 @@ def num_updates(section: config_dict.ConfigDict) -> int:
   return section.num_minibatches * section.num_epochs
 
 
+def _rows(section: config_dict.ConfigDict, parts: int) -> int:
+  """Rows of a microbatch that the mesh divides; those added are padding."""
+  return -(-section.rows_per_microbatch // parts) * parts
+
+
 def make_preparation(
     section: config_dict.ConfigDict, *, loss_chunk: int,
 ) -> experience_lib.Preparation:
@@ -50,9 +58,13 @@ def make_preparation(
   """
   return experience_lib.Preparation(
       objective=objective_lib.make(**section.loss),
-      shapes=packing.make_shapes(**training.pick(
-          section, "sequence_length rows_per_microbatch num_groups group_size "
-          "num_minibatches share_prompts")),
+      shapes=packing.Shapes(
+          length=section.sequence_length,
+          rows=_rows(section, sharding.axis_size("batch")),
+          num_minibatches=section.num_minibatches,
+          completions=-(-section.num_groups // section.num_minibatches)
+          * section.group_size,
+          share_prompts=section.share_prompts),
       max_tokens=section.rollout.max_tokens, chunk=loss_chunk,
       temperature=section.rollout.temperature,
       several=num_updates(section) > 1,
@@ -69,12 +81,11 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
       model, optimizer, paths, training.spike_rule(section))
   models, own = {"policy": model}, {"policy": model}
   if prepare.objective.needs_reference:
-    reference, shared = _reference(
-        section, model, stage.compute.frozen_dtype,
-        fresh=model.config.lora != stage.start.config.lora)
-    models["reference"] = weights.on_mesh(reference)
-    own["reference"] = models["reference"]
-    if shared:  # What the policy does not move is there once.
+    reference = jax.eval_shape(lambda policy: reference_of(
+        section, policy, stage.compute.frozen_dtype,
+        fresh=model.config.lora != stage.start.config.lora), model)
+    models["reference"] = own["reference"] = weights.on_mesh(reference)
+    if is_of_policy(section):  # What the policy does not move is there once.
       own = {key: trainable.split(tree, paths)[0]
              for key, tree in own.items()}
   beside = lambda *running: {
@@ -156,20 +167,24 @@ def _draws(
     yield dataclasses.replace(program, role=SAMPLING)
 
 
-def _reference(
-    section: config_dict.ConfigDict, model: Transformer, dtype: str, *,
-    fresh: bool = False,
-) -> tuple[Transformer, bool]:
-  """Builds the reference; tells if it shares arrays with the policy.
+def reference_of(
+    section: config_dict.ConfigDict, policy: Transformer, dtype: str, *,
+    trained: Collection[str] = (), fresh: bool = False,
+) -> Transformer:
+  """Makes the KL's reference of the policy; it shares what this does not move.
 
-  As `rl.make_reference` has it: adapters that are new add nothing yet,
-  and another model has none.
+  Args:
+    trained: paths of what the policy moves.
+    fresh: the policy's adapters are new, and so add nothing yet.
   """
   if fresh or section.reference:
-    model = lora.without(model)
-  return jax.eval_shape(
-      lambda model: trainable.at_rest(model, (), dtype), model), (
-          section.reference in ("", checks.ADAPTER_OFF))
+    policy = lora.without(policy)
+  return trainable.reference(policy, trained, dtype)
+
+
+def is_of_policy(section: config_dict.ConfigDict) -> bool:
+  """Tests if the reference is made of the policy, and not of a checkpoint."""
+  return section.reference in ("", checks.ADAPTER_OFF)
 
 
 def _experts(model: Transformer) -> np.ndarray | None:
@@ -190,9 +205,10 @@ def memory(
   """Policy, reference, optimizer, one microbatch, and the sampler's cache."""
   whole, arguments = memory_estimate.of_trained(section, compute, model)
   if objective_lib.make(**section.loss).needs_reference:
-    kept, shared = _reference(section, whole, compute.frozen_dtype)
+    kept = jax.eval_shape(lambda policy: reference_of(
+        section, policy, compute.frozen_dtype), whole)
     arguments["reference_bytes"] = memory_estimate.bytes_of(
-        kept) - shared * arguments["frozen_bytes"]
+        kept) - is_of_policy(section) * arguments["frozen_bytes"]
   rollout, length = section.rollout, {"sequence_length": "shorter"}
   completions = section.num_groups * section.group_size
   groups = {"num_groups": "fewer", "group_size": "fewer"}
@@ -216,7 +232,7 @@ def work(
     section: config_dict.ConfigDict, mesh: sharding.MeshSizes,
 ) -> list[Pass | Decoding]:
   """Completions to their maximum, logprobs where needed, and updates."""
-  rows = -(-section.rows_per_microbatch // mesh.batch) * mesh.batch
+  rows = _rows(section, mesh.batch)
   completions, rollout = section.num_groups * section.group_size, (
       section.rollout)
   count = -(-completions // rows)
@@ -254,3 +270,43 @@ def padding(
 def no_lengths(*_: Any) -> tuple[float, str]:
   """Raises ValueError: nobody knows the lengths of completions yet."""
   raise ValueError("the policy decides the lengths during the run.")
+
+
+CHARTS = (
+    Chart("Reward", {"reward": "reward"}, spread={"reward": "reward_std"},
+          caption="Mean over completions."),
+    Chart("Lengths", {"completions/mean_length": "completion",
+                      "think/mean_length": "thinking",
+                      "answer/mean_length": "answer"},
+          caption="Mean tokens of a completion and its parts."),
+    Chart("Longest and shortest", {"completions/max_length": "longest",
+                                   "completions/min_length": "shortest"}),
+    Chart("Cut and closed", {"completions/clipped_ratio": "cut at max_tokens",
+                             "think/forced_end_frac": "closed by the budget"},
+          unit="share", caption="Share of completions."),
+    Chart("Forced waits", {"think/wait_count": "forced"},
+          caption="Mean number per completion."),
+    Chart("Groups without signal", {"frac_reward_zero_std": "all equal",
+                                    "frac_groups_solved": "all right"},
+          unit="share"),
+    Chart("Completions without a score", {"frac_unscored": "no score"},
+          unit="share", optional=True, caption="A reward timed out or failed "
+          "on them, or none applies; they leave their group."),
+    Chart("Entropy", {"entropy": "entropy"}, caption="On sampled tokens."),
+    Chart("KL to the reference", {"kl": "kl"}),
+    Chart("Clipped ratios", {"clip_ratio/low_mean": "low",
+                             "clip_ratio/high_mean": "high"},
+          unit="share", caption="Share of sampled tokens."),
+    Chart("Sampler against trainer", {
+        "sampling/logp_difference/mean": "mean",
+        "sampling/logp_difference/max": "max"}, log=True,
+        caption="Absolute difference of the logprobs of sampled tokens."),
+    *LEARNING,
+    Chart("Where the time goes", {
+        "time/rollout": "rollout", "time/reward": "reward",
+        "time/prepare": "packing and logprobs",
+        "time/learn": "learn"}, unit="seconds", stacked=True,
+        caption="Learning is of one update, the rest of a whole batch."),
+    Chart("Throughput", {"perf/tokens_per_sec": "completion tokens/s"}),
+    *MACHINE,
+)

@@ -1,5 +1,6 @@
 """The update of a training stage: optimizer, trained parameters, program."""
 
+import functools
 from typing import Any
 
 import jax
@@ -39,9 +40,10 @@ def make_update(
       section, "schedule learning_rate warmup_steps num_steps "
       "final_learning_rate"))
   optimize = make_optimizer(section)
-  return optimize, step.compile_update(
-      loss, optimize, schedule, router_aux_coef=section.router_aux_coef,
-      spikes=spike_rule(section), skip=section.health.on_bad_step == "skip")
+  return optimize, step.compile_update(functools.partial(
+      step.update, loss=loss, optimizer=optimize, schedule=schedule,
+      router_aux_coef=section.router_aux_coef, spikes=spike_rule(section),
+      skip=section.health.on_bad_step == "skip"))
 
 
 def make_optimizer(

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from posttrain import sharding
@@ -73,9 +74,6 @@ class Checkpoints:
       raise ValueError(
           f"checkpoint.keep_best is {keep_best}, which needs the name of a "
           "metric in checkpoint.best_metric.")
-    if best_mode not in ("max", "min"):
-      raise ValueError(
-          f'checkpoint.best_mode is {best_mode!r}, not "max" or "min".')
     checkpoint_integrity.say_errors_once()
     self._directory = _absolute(directory)
     self._best_metric = best_metric if keep_best else ""
@@ -94,7 +92,11 @@ class Checkpoints:
         cleanup_tmp_directories=True)
     with checkpoint_integrity.errors_name(self._directory, "opened"):
       self._manager = _Manager(
-          self._directory, item_handlers=_handlers(), options=options)
+          self._directory, item_handlers={
+              "state": ocp.PyTreeCheckpointHandler(),
+              "extras": ocp.JsonCheckpointHandler(),
+              "rollouts": ocp.PyTreeCheckpointHandler()},
+          options=options)
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest whole checkpoint, or None."""
@@ -310,13 +312,6 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
-def _handlers() -> dict[str, ocp.CheckpointHandler]:
-  return {
-      "state": ocp.PyTreeCheckpointHandler(),
-      "extras": ocp.JsonCheckpointHandler(),
-      "rollouts": ocp.PyTreeCheckpointHandler()}
-
-
 def _absolute(directory: epath.PathLike) -> epath.Path:
   return epath.Path(directory).absolute()
 
@@ -342,16 +337,9 @@ def _plain(tree: Any, path: str = "") -> dict[str, Any]:
   return plain
 
 
-def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Flattens nested dicts to leaves by slash-separated path, sorted."""
-  flat: dict[str, Any] = {}
-  for name in sorted(tree):
-    here = f"{path}/{name}" if path else name
-    if isinstance(tree[name], Mapping):
-      flat |= _flatten(tree[name], here)
-    else:
-      flat[here] = tree[name]
-  return flat
+  return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
 def _check_structure(

@@ -5,7 +5,6 @@ anyway. A stop is a `HealthError`, which says what was seen, for how long, and
 which config keys to change.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,18 +16,29 @@ class HealthError(RuntimeError):
   """The run cannot go on usefully; the message says why and what to do."""
 
 
-@dataclasses.dataclass
-class Streak:
-  """Counts for how many steps in a row a condition has held."""
+class Streaks:
+  """Counts for how many steps in a row each of some conditions has held."""
 
-  length: int = 0
+  def __init__(self, *names: str):
+    self._lengths = dict.fromkeys(names, 0)
 
-  def update(self, holds: bool) -> int:
-    self.length = self.length + 1 if holds else 0
-    return self.length
+  def count(self, name: str, holds: bool) -> int:
+    """Returns the length of the condition's streak, this step included."""
+    self._lengths[name] = self._lengths[name] + 1 if holds else 0
+    return self._lengths[name]
+
+  def get_state(self) -> dict[str, int]:
+    """Returns the counts for the checkpoint: a resumed run stops at the same
+    step.
+    """
+    return dict(self._lengths)
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    """Takes over the own counts; `state` may have others too."""
+    self._lengths = {name: state[name] for name in self._lengths}
 
 
-class StepHealth:
+class StepHealth(Streaks):
   """Stops at an update that was not made, or after several of them in a row.
 
   The compiled update itself decides (`step.update`): if the loss or the
@@ -46,9 +56,9 @@ class StepHealth:
       max_skips: number of skipped updates in a row that are tolerated.
       write: false on all hosts but the first.
     """
+    super().__init__("skipped")
     self._directory, self._write = directory, write
     self._max_skips = max_skips
-    self._skipped = Streak()
 
   def update(
       self, step: int, values: Mapping[str, Any],
@@ -71,7 +81,7 @@ class StepHealth:
         were not made either.
     """
     found = _what_is_wrong(values)
-    skipped = self._skipped.update(bool(found))
+    skipped = self.count("skipped", bool(found))
     # 0 <= max_skips always holds for an update that was made.
     if skipped <= self._max_skips:
       return found
@@ -86,15 +96,6 @@ class StepHealth:
         f"Step {step} {found}{row}. Its batch is in {path}; its update was "
         "not made, and the last checkpoint is from before it."
         + OF_NUMBERS * ("denominator" not in found))
-
-  def get_state(self) -> dict[str, int]:
-    """Returns the counts for the checkpoint: a resumed run stops at the same
-    step.
-    """
-    return {"skipped": self._skipped.length}
-
-  def set_state(self, state: Mapping[str, int]) -> None:
-    self._skipped = Streak(state["skipped"])
 
 
 # No help where the loss function has a mistake.
@@ -119,7 +120,7 @@ def _what_is_wrong(values: Mapping[str, Any]) -> str:
   return ""
 
 
-class ScoringHealth:
+class ScoringHealth(Streaks):
   """Stops when rewards could not score too many completions, several times.
 
   A few graders that are late cost a few completions. A judge that is gone
@@ -134,8 +135,8 @@ class ScoringHealth:
       max_unscored: tolerated share of a batch (`health.max_unscored`).
       patience: batches in a row (`health.unscored_patience`).
     """
+    super().__init__("unscored")
     self._most, self._patience = max_unscored, patience
-    self._unscored = Streak()
 
   def update(self, step: int, share: float) -> None:
     """Checks the share of one batch of rollouts that has no score.
@@ -143,7 +144,7 @@ class ScoringHealth:
     Raises:
       HealthError: it was above the maximum for `patience` batches in a row.
     """
-    length = self._unscored.update(share > self._most)
+    length = self.count("unscored", share > self._most)
     if length >= self._patience:
       raise HealthError(
           f"Step {step}: {100 * share:.3g}% of the completions could not be "
@@ -154,17 +155,8 @@ class ScoringHealth:
           "warnings above why (where both are 0, no reward applies to these "
           "completions); mend it, or raise health.max_unscored.")
 
-  def get_state(self) -> dict[str, int]:
-    """Returns the count for the checkpoint: a resumed run stops at the same
-    step.
-    """
-    return {"unscored": self._unscored.length}
 
-  def set_state(self, state: Mapping[str, int]) -> None:
-    self._unscored = Streak(state["unscored"])
-
-
-class RolloutHealth:
+class RolloutHealth(Streaks):
   """Stops when rollouts have carried no signal for `patience` steps.
 
   Either every completion was cut off at its maximum length, so that no answer
@@ -184,9 +176,8 @@ class RolloutHealth:
     if patience < 1:
       raise ValueError(
           f"health.patience is {patience}, and needs at least 1 step.")
+    super().__init__("clipped", "silent")
     self._patience = patience
-    self._clipped = Streak()
-    self._silent = Streak()
 
   def update(
       self, step: int, *, clipped_ratio: float, frac_reward_zero_std: float,
@@ -201,8 +192,8 @@ class RolloutHealth:
     Raises:
       HealthError: a streak has reached `patience`.
     """
-    clipped = self._clipped.update(clipped_ratio >= 1)
-    silent = self._silent.update(frac_reward_zero_std >= 1)
+    clipped = self.count("clipped", clipped_ratio >= 1)
+    silent = self.count("silent", frac_reward_zero_std >= 1)
     if clipped >= self._patience:
       raise HealthError(
           f"Step {step}: all completions were cut off at their maximum length "
@@ -217,13 +208,3 @@ class RolloutHealth:
           "from. Choose problems that are solved sometimes (look at `reward`: "
           "0 is too hard, 1 too easy), raise group_size or "
           "rollout.temperature, or check the reward function on a sample.")
-
-  def get_state(self) -> dict[str, int]:
-    """Returns the counts for the checkpoint: a resumed run stops at the same
-    step.
-    """
-    return {"clipped": self._clipped.length, "silent": self._silent.length}
-
-  def set_state(self, state: Mapping[str, int]) -> None:
-    self._clipped = Streak(state["clipped"])
-    self._silent = Streak(state["silent"])

@@ -14,6 +14,7 @@ Stern, https://arxiv.org/abs/1804.04235. The upper bound on Adafactor's decay
 and its mean in bfloat16: Zhai et al., https://arxiv.org/abs/2106.04560.
 """
 
+import re
 import zlib
 from typing import Any
 
@@ -63,11 +64,9 @@ def make_schedule(
 
 def decay_mask(params: Any) -> Any:
   """Marks the leaves that weight decay shrinks: all but norms and biases."""
-  def decays(path, _):
-    name = jax.tree_util.keystr(path)
-    return not ("norm" in name or "bias" in name)
-
-  return jax.tree_util.tree_map_with_path(decays, params)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: not re.search("norm|bias", trainable.path_name(path)),
+      params)
 
 
 def make_optimizer(

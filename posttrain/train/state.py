@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from posttrain.model.transformer import Transformer
 from posttrain.train import spikes as spikes_lib
@@ -85,14 +86,9 @@ def from_checkpoint(like: TrainState, tree: dict) -> TrainState:
 
 def to_dict(tree: Any) -> dict:
   """Converts a pytree to nested plain dicts of its leaves, for checkpoints."""
-  nested: dict = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    *parents, last = trainable.path_name(path).split("/")
-    node = nested
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = leaf
-  return nested
+  return traverse_util.unflatten_dict({
+      trainable.path_name(path): leaf
+      for path, leaf in jax.tree.leaves_with_path(tree)}, sep="/")
 
 
 def from_dict(like: Any, nested: dict) -> Any:
@@ -101,10 +97,6 @@ def from_dict(like: Any, nested: dict) -> Any:
   Raises:
     KeyError: a leaf of `like` is not in `nested`.
   """
-  def leaf(path, _):
-    node = nested
-    for name in trainable.path_name(path).split("/"):
-      node = node[name]
-    return node
-
-  return jax.tree_util.tree_map_with_path(leaf, like)
+  flat = traverse_util.flatten_dict(nested, sep="/")
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: flat[trainable.path_name(path)], like)

@@ -244,17 +244,13 @@ class CompiledUpdate:
 
 
 def compile_update(
-    loss: Loss, optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule, *, router_aux_coef: float = 0.0,
-    spikes: spikes_lib.Rule | None = None, skip: bool = False,
+    function: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
 ) -> CompiledUpdate:
-  """`update` with its keywords bound."""
+  """Compiles `update` with its keywords bound."""
   @functools.partial(jax.jit, donate_argnums=0)
   def moved(state, frozen, batch, num_microbatches):
-    state, metrics = update(
-        dataclasses.replace(state, frozen=frozen), batch, num_microbatches,
-        loss=loss, optimizer=optimizer, schedule=schedule,
-        router_aux_coef=router_aux_coef, spikes=spikes, skip=skip)
+    state, metrics = function(
+        dataclasses.replace(state, frozen=frozen), batch, num_microbatches)
     return dataclasses.replace(state, frozen=None), metrics
 
   return CompiledUpdate(moved)

@@ -16,7 +16,7 @@ from posttrain import config as config_lib
 from posttrain import pipeline, report, sharding
 from posttrain.config import stages
 from posttrain.plan import estimate, plan, programs, setup, topology
-from posttrain.stages import memory_check, memory_estimate
+from posttrain.stages import memory_estimate
 from posttrain.telemetry import memory
 from tests import meshes
 from tests.plan import toy_run
@@ -82,7 +82,7 @@ def test_its_memory_is_estimated_by_its_sizes(tmp_path):
 def test_the_keys_to_change_are_its_own(tmp_path):
   with jax.set_mesh(meshes.one()):
     run = make_pipeline(tmp_path, "drill.rows=2147483647")
-    [line] = memory_check.problems(run.context("drill"), run.model)
+    [line] = memory_estimate.problems(run.context("drill"), run.model)
   assert "Change drill.rows=2147483647 (fewer); or go on" in line
 
 

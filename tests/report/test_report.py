@@ -10,7 +10,7 @@ import pytest
 from posttrain import report
 from posttrain import workdir as workdir_lib
 from posttrain.report import curves, read
-from posttrain.stages import rl_charts
+from posttrain.stages import rl_programs
 from tests.report import synthetic
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -362,7 +362,7 @@ def test_the_time_stack_adds_up(tmp_path):
   path = synthetic.write(tmp_path / "run")
   (run,) = read.read_runs([path])
   stage = run.stages[1]
-  chart = next(c for c in rl_charts.CHARTS if c.stacked)
+  chart = next(c for c in rl_programs.CHARTS if c.stacked)
   lines = curves.filled(
       curves.series(chart, [(run, stage)], compare=False))
   width = curves.bar_width(lines)

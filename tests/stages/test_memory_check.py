@@ -5,15 +5,16 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline
-from posttrain.stages import memory_check, memory_estimate
+from posttrain.stages import memory_estimate
 from tests import meshes, pipeline_run
 
 
 def problems(tmp_path, *changes):
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [*pipeline_run.ALL, *changes])
-    return [problem for name in run.config.stages
-            for problem in memory_check.problems(run.context(name), run.model)]
+    return [
+        problem for name in run.config.stages
+        for problem in memory_estimate.problems(run.context(name), run.model)]
 
 
 @pytest.mark.parametrize("changes, stages, named", [
@@ -61,9 +62,9 @@ def test_an_estimate_a_little_above_is_let_through(tmp_path, monkeypatch):
     estimate = memory_estimate.of_stage(run.context("measure"), run.model)[""]
   for share, refused in ((0.7, False), (0.6, True)):
     monkeypatch.setattr(
-        memory_check, "device_bytes",
+        memory_estimate, "device_bytes",
         lambda share=share: int(share * estimate.peak))
-    monkeypatch.setattr(memory_check, "_everywhere", int)  # Not to the MiB.
+    monkeypatch.setattr(memory_estimate, "_everywhere", int)  # Not to the MiB.
     found = [line for line in problems(tmp_path) if "measure:" in line]
     assert bool(found) == refused, share
 
@@ -72,9 +73,9 @@ def test_a_cpu_device_has_its_share_of_the_hosts_memory():
   with open("/proc/meminfo") as file:
     [kib] = [int(line.split()[1]) for line in file
              if line.startswith("MemTotal:")]
-  found = memory_check.device_bytes() * jax.local_device_count()
+  found = memory_estimate.device_bytes() * jax.local_device_count()
   assert found <= kib * 1024
-  if not memory_check.CGROUP.exists() or memory_check.CGROUP.read_text().strip(
+  if not memory_estimate.CGROUP.exists() or memory_estimate.CGROUP.read_text().strip(
       ) == "max":
     assert found == pytest.approx(kib * 1024, rel=1e-3)
 
@@ -83,11 +84,11 @@ def test_a_cpu_device_has_its_share_of_the_hosts_memory():
     ("max\n", None), ("1073741824\n", 2**30), (str(2**60), None)])
 def test_a_container_may_have_less_than_its_host(
     written, expected, tmp_path, monkeypatch):
-  whole = memory_check.host_bytes()
+  whole = memory_estimate.host_bytes()
   limit = tmp_path / "memory.max"
   limit.write_text(written)
-  monkeypatch.setattr(memory_check, "CGROUP", limit)
-  assert memory_check.host_bytes() == (expected or whole)
+  monkeypatch.setattr(memory_estimate, "CGROUP", limit)
+  assert memory_estimate.host_bytes() == (expected or whole)
 
 
 def test_no_stage_begins_where_a_later_one_cannot_fit(

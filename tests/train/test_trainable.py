@@ -1,6 +1,7 @@
 """Trained, frozen and shared parameters: by buffers and by bytes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,9 @@ def make_state(plan):
       final_learning_rate=0.0)
   model, trained = prepare(plan)
   return state.create(model, adamw, trained), trained, step.compile_update(
-      test_step.loss, adamw, schedule)
+      functools.partial(
+          step.update, loss=test_step.loss, optimizer=adamw,
+          schedule=schedule))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
