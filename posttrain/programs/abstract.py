@@ -37,7 +37,7 @@ def trained(
 
 
 def state_of(
-    model: Transformer, optimizer: Any, paths: Collection[str],
+    model: Transformer, paths: Collection[str], optimizer: Any,
     rule: spikes.Rule | None,
 ) -> state_lib.TrainState:
   """The training state of an update, as the current mesh would hold it."""

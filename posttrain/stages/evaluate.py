@@ -179,9 +179,7 @@ class Evaluation:
     """A cell's completions: kept ones, or drawn and then kept."""
     found = self.kept.read(name, cell)
     if found is None:
-      found = self._answer(
-          weights(), cell,
-          cells_lib.samples_of_cells(self.section)[cell.name])
+      found = self._answer(weights(), cell)
       self.kept.write(name, cell, found)
     return found
 
@@ -200,15 +198,15 @@ class Evaluation:
                 "split": self.section.problems.split}
 
   def _answer(
-      self, model: Transformer, cell: summary.Cell, samples: int,
-  ) -> kept_cells.Records:
-    """Asks every problem `samples` times under the budgets of one cell.
+      self, model: Transformer, cell: summary.Cell) -> kept_cells.Records:
+    """Asks every problem under the budgets of one cell.
 
     Returns:
       The scored completions in order of problem, then sample.
     """
     rollout = self.section.rollout
     limits = cells_lib.limits_of(self.section, cell)
+    samples = cells_lib.samples_of(self.section, cell)
     size = (len(self.problems) if rollout.continuous_batching
             else cells_lib.batch_size(self.section, samples))
     records = []

@@ -39,13 +39,12 @@ def limits_of(
       truncate=rollout.truncate)
 
 
-def samples_of_cells(section: config_dict.ConfigDict) -> dict[str, int]:
-  """Completions per problem in each cell, by its name."""
+def samples_of(section: config_dict.ConfigDict, cell: summary.Cell) -> int:
+  """Completions per problem in a cell; votes need more in the free one."""
   samples = section.samples_per_problem
-  return {
-      cell.name: max(samples, section.majority.max_samples)
-      if cell == summary.Cell() else samples
-      for cell in cells_of(section)}
+  if cell == summary.Cell():
+    return max(samples, section.majority.max_samples)
+  return samples
 
 
 def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
@@ -57,12 +56,11 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
   """A cell of each shape: of samples, and of waits where they count."""
   section, setup = stage.section, stage.setup
   rollout, count = section.rollout, section.problems.count
-  samples_of = samples_of_cells(section)
   waits = rollout.continuous_batching or rollout.wait_order == "draw"
   found: dict[tuple[int, int], Any] = {}
   for cell in cells_of(section):
     found.setdefault(
-        (samples_of[cell.name], cell.num_waits if waits else 0), cell)
+        (samples_of(section, cell), cell.num_waits if waits else 0), cell)
   several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
   for (samples, _), cell in found.items():
     groups = batch_size(section, samples)

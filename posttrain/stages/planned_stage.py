@@ -24,6 +24,7 @@ from posttrain.stages import sampling, training
 from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import microbatches
+from posttrain.train import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Setup:
   def sampler(self, rollout: config_dict.ConfigDict) -> sampler_lib.Sampler:
     """The sampler of a section `rollout`."""
     tables, words = self.tables, rollout.get("suppress", ())
-    if words and self.tokenizer is None:  # Which tokens they are is data.
+    if words and self.tokenizer:
+      tables = sampling.make_tables(self.tokenizer, self.thinking_ids, words)
+    elif words:  # Which tokens they are is data.
       tables = dataclasses.replace(
           tables, reflections=np.zeros(tables.vocab_size, bool))
-    elif words:
-      tables = sampling.make_tables(self.tokenizer, self.thinking_ids, words)
     return sampling.of_tables(self.thinking_ids, tables, rollout)
 
 
@@ -85,6 +86,11 @@ class PlannedStage:
     return abstract.trained(
         self.setup.model, training.plan(self.section, self.compute))
 
+  def state(self, optimizer: Any) -> state_lib.TrainState:
+    """The training state before an update."""
+    return abstract.state_of(
+        *self.trained, optimizer, training.spike_rule(self.section))
+
   def update(
       self, optimizer: Any, update: Any, batch: Mapping[str, np.ndarray],
       num_microbatches: int,
@@ -95,9 +101,7 @@ class PlannedStage:
       optimizer, update: of `training.make_update`.
       batch: of the shapes of the stage's batches.
     """
-    model, paths = self.trained
-    state = abstract.state_of(
-        model, optimizer, paths, training.spike_rule(self.section))
+    state = self.state(optimizer)
     stacked = microbatches.stack(
         batch, num_microbatches, put=sharding.abstract)
     return Program(

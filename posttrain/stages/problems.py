@@ -92,9 +92,7 @@ def check(
     scoring.check_ids(rows)
     for name, reward in rewards.items():
       scoring.check_arguments(name, reward, rows)
-    check_prompts(
-        rows, prompts_of, most=context.section.rollout.max_prompt_tokens,
-        progress=progress_of(context, "prompts", len(rows)))
+    check_prompts(context, rows, prompts_of)
     name, verifier = next(iter(rewards.items()))
     scoring.check_gold(
         name, verifier, rows,
@@ -115,11 +113,12 @@ def check_budgets(
 
 
 def check_prompts(
-    rows: Sequence[Problem],
-    prompts_of: Callable[[Problem], Iterable[Sequence[int]]], *, most: int,
-    progress: Callable[[int], None] = lambda done: None,
+    context: RunContext, rows: Sequence[Problem],
+    prompts_of: Callable[[Problem], Iterable[Sequence[int]]],
 ) -> None:
-  """Raises ValueError where a prompt is not of 1 to `most` tokens."""
+  """Raises ValueError where a prompt is empty, or longer than its room."""
+  most = context.section.rollout.max_prompt_tokens
+  progress = progress_of(context, "prompts", len(rows))
   longest, wrong = 0, []
   for done, row in enumerate(rows):
     progress(done)

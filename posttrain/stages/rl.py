@@ -107,9 +107,8 @@ class Learner(loop.Body):
     self.sent: list[Sent] = []
     self.rollout_metrics: dict[str, float] = {}
     self.prepare_seconds = 0.0
-    self.health = health.RolloutHealth(section.health.patience)
-    self.scoring_health = health.ScoringHealth(
-        section.health.max_unscored, section.health.unscored_patience)
+    self.health = health.RolloutHealth(**training.pick(
+        section.health, "patience max_unscored unscored_patience"))
     self.step = 0
 
   def restore(self, found: checkpoints.Restored) -> None:
@@ -121,13 +120,12 @@ class Learner(loop.Body):
     self.buffer.restore(found.extras["problem_cursor"], waiting)
     self.rollout_metrics = found.extras["rollout_metrics"]
     self.health.set_state(found.extras["health"])
-    self.scoring_health.set_state(found.extras["health"])
 
   def get_state(self) -> dict[str, Any]:
     return {
         "problem_cursor": self.buffer.cursor.get_state(),
-        "rollout_metrics": self.rollout_metrics, "health": (
-            self.health.get_state() | self.scoring_health.get_state())}
+        "rollout_metrics": self.rollout_metrics,
+        "health": self.health.get_state()}
 
   def arrays(self) -> packing.Arrays | None:
     """Rollouts in flight, packed or waiting."""
@@ -175,13 +173,7 @@ class Learner(loop.Body):
     show_and_save(
         self.context, self.worker, collected, prepared.advantages,
         self.step)
-    # First: what has no score has no signal either.
-    self.scoring_health.update(
-        self.step, self.rollout_metrics["frac_unscored"])
-    self.health.update(
-        self.step,
-        clipped_ratio=self.rollout_metrics["completions/clipped_ratio"],
-        frac_reward_zero_std=self.rollout_metrics["frac_reward_zero_std"])
+    self.health.update(self.step, self.rollout_metrics)
 
   def _move_optimizer(self, to: Callable[[Any], Any]) -> None:
     self.state = dataclasses.replace(

@@ -19,8 +19,8 @@ from posttrain.config import checks
 from posttrain.model import lora
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.programs import abstract, transfer
 from posttrain.programs import sampling as sampling_programs
+from posttrain.programs import transfer
 from posttrain.programs.program import SAMPLING, SCORING, TRAINING, Program
 from posttrain.rl import experience as experience_lib
 from posttrain.rl import objective as objective_lib
@@ -77,8 +77,7 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
   prepare = make_preparation(
       section, loss_chunk=stage.compute.loss_chunk)
   optimizer, update = training.make_update(section, prepare.loss)
-  state = abstract.state_of(
-      model, optimizer, paths, training.spike_rule(section))
+  state = stage.state(optimizer)
   models, own = {"policy": model}, {"policy": model}
   if prepare.objective.needs_reference:
     reference = jax.eval_shape(lambda policy: reference_of(

@@ -120,80 +120,63 @@ def _what_is_wrong(values: Mapping[str, Any]) -> str:
   return ""
 
 
-class ScoringHealth(Streaks):
-  """Stops when rewards could not score too many completions, several times.
-
-  A few graders that are late cost a few completions. A judge that is gone
-  leaves nothing to learn from; and which scores are missing may depend on what
-  they would have been, which biases the rest.
-  """
-
-  def __init__(self, max_unscored: float, patience: int):
-    """Takes the limits.
-
-    Args:
-      max_unscored: tolerated share of a batch (`health.max_unscored`).
-      patience: batches in a row (`health.unscored_patience`).
-    """
-    super().__init__("unscored")
-    self._most, self._patience = max_unscored, patience
-
-  def update(self, step: int, share: float) -> None:
-    """Checks the share of one batch of rollouts that has no score.
-
-    Raises:
-      HealthError: it was above the maximum for `patience` batches in a row.
-    """
-    length = self.count("unscored", share > self._most)
-    if length >= self._patience:
-      raise HealthError(
-          f"Step {step}: {100 * share:.3g}% of the completions could not be "
-          f"scored, and more than {100 * self._most:.3g}% in each of the last "
-          f"{length} batches (health.max_unscored={self._most:g}, "
-          f"health.unscored_patience={self._patience}). `rewards/*/timeouts` "
-          "and `rewards/*/errors` say which reward could not judge, the "
-          "warnings above why (where both are 0, no reward applies to these "
-          "completions); mend it, or raise health.max_unscored.")
-
-
 class RolloutHealth(Streaks):
-  """Stops when rollouts have carried no signal for `patience` steps.
+  """Stops when rollouts have carried no signal for several batches in a row.
 
   Either every completion was cut off at its maximum length, so that no answer
   was ever scored, or no group had two different rewards, so that every
-  advantage is zero.
+  advantage is zero, or rewards could not score too many completions. A few
+  graders that are late cost a few completions. A judge that is gone leaves
+  nothing to learn from; and which scores are missing may depend on what they
+  would have been, which biases the rest.
   """
 
-  def __init__(self, patience: int):
-    """Takes the limit.
+  def __init__(
+      self, *, patience: int, max_unscored: float, unscored_patience: int):
+    """Takes the limits, which are keys of `health`.
 
     Args:
-      patience: steps in a row (`health.patience`).
+      patience: batches in a row without a signal.
+      max_unscored: tolerated share of a batch without a score.
+      unscored_patience: batches in a row above that share.
 
     Raises:
       ValueError: patience is less than one.
     """
+    super().__init__("clipped", "silent", "unscored")
     if patience < 1:
       raise ValueError(
           f"health.patience is {patience}, and needs at least 1 step.")
-    super().__init__("clipped", "silent")
-    self._patience = patience
+    self._patience, self._most = patience, max_unscored
+    self._unscored_patience = unscored_patience
 
-  def update(
-      self, step: int, *, clipped_ratio: float, frac_reward_zero_std: float,
-  ) -> None:
+  def update(self, step: int, metrics: Mapping[str, float]) -> None:
     """Checks one batch of rollouts.
 
     Args:
       step: the step just made.
-      clipped_ratio: share of completions that hit their maximum length.
-      frac_reward_zero_std: share of groups whose rewards are all equal.
+      metrics: of `rollout_worker.metrics`; the shares of completions without a
+        score and of those that hit their maximum length, and of groups whose
+        rewards are all equal, are read.
 
     Raises:
-      HealthError: a streak has reached `patience`.
+      HealthError: a streak has reached its limit.
     """
-    clipped = self.count("clipped", clipped_ratio >= 1)
-    silent = self.count("silent", frac_reward_zero_std >= 1)
+    share = metrics["frac_unscored"]
+    unscored = self.count("unscored", share > self._most)
+    clipped = self.count("clipped", metrics["completions/clipped_ratio"] >= 1)
+    silent = self.count("silent", metrics["frac_reward_zero_std"] >= 1)
+    # First: what has no score has no signal either.
+    if unscored >= self._unscored_patience:
+      raise HealthError(
+          f"Step {step}: {100 * share:.3g}% of the completions could not be "
+          f"scored, and more than {100 * self._most:.3g}% in each of the last "
+          f"{unscored} batches (health.max_unscored={self._most:g}, "
+          f"health.unscored_patience={self._unscored_patience}). "
+          "`rewards/*/timeouts` and `rewards/*/errors` say which reward could "
+          "not judge, the warnings above why (where both are 0, no reward "
+          "applies to these completions); mend it, or raise "
+          "health.max_unscored.")
     if clipped >= self._patience:
       raise HealthError(
           f"Step {step}: all completions were cut off at their maximum length "

@@ -75,8 +75,8 @@ def test_a_cpu_device_has_its_share_of_the_hosts_memory():
              if line.startswith("MemTotal:")]
   found = memory_estimate.device_bytes() * jax.local_device_count()
   assert found <= kib * 1024
-  if not memory_estimate.CGROUP.exists() or memory_estimate.CGROUP.read_text().strip(
-      ) == "max":
+  limit = memory_estimate.CGROUP
+  if not limit.exists() or limit.read_text().strip() == "max":
     assert found == pytest.approx(kib * 1024, rel=1e-3)
 
 

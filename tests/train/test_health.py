@@ -51,33 +51,48 @@ def test_so_many_in_a_row_are_skipped(tmp_path):
       each.update(6, nan, BATCH)
 
 
+def rollout_rules(
+    patience=1000, max_unscored=1.0, unscored_patience=1):
+  """Rules of rollouts; those that a test leaves out never fire."""
+  return health.RolloutHealth(
+      patience=patience, max_unscored=max_unscored,
+      unscored_patience=unscored_patience)
+
+
+def rollout_metrics(
+    clipped_ratio=0.5, frac_reward_zero_std=0.5, frac_unscored=0.0):
+  return {"completions/clipped_ratio": clipped_ratio,
+          "frac_reward_zero_std": frac_reward_zero_std,
+          "frac_unscored": frac_unscored}
+
+
 @pytest.mark.parametrize("bad, advice", [
     (dict(clipped_ratio=1.0, frac_reward_zero_std=0.5), "rollout.max_tokens"),
     (dict(clipped_ratio=0.5, frac_reward_zero_std=1.0), "group_size"),
 ])
 def test_patience(bad, advice):
   good = dict(clipped_ratio=0.99, frac_reward_zero_std=0.99)
-  rules = health.RolloutHealth(patience=3)
+  rules = rollout_rules(patience=3)
   for step, figures in enumerate([bad, bad, good, bad, bad]):
-    rules.update(step, **figures)
-  resumed = health.RolloutHealth(patience=3)
+    rules.update(step, rollout_metrics(**figures))
+  resumed = rollout_rules(patience=3)
   resumed.set_state(rules.get_state())
   for each in (rules, resumed):
     with pytest.raises(health.HealthError, match=f"Step 5: .*{advice}"):
-      each.update(5, **bad)
+      each.update(5, rollout_metrics(**bad))
 
 
 def test_two_conditions_in_turn_are_no_streak():
-  rules = health.RolloutHealth(patience=2)
+  rules = rollout_rules(patience=2)
   for step in range(6):
     odd = step % 2
-    rules.update(step, clipped_ratio=odd, frac_reward_zero_std=1 - odd)
+    rules.update(step, rollout_metrics(odd, 1 - odd))
     assert max(rules.get_state().values()) == 1
 
 
 def test_patience_is_at_least_one():
   with pytest.raises(ValueError, match=r"health\.patience is 0"):
-    health.RolloutHealth(patience=0)
+    rollout_rules(patience=0)
 
 
 @pytest.mark.parametrize("denominator", [0.0, -1.0, np.nan])
@@ -92,15 +107,16 @@ def test_a_loss_without_a_denominator_is_named(tmp_path, denominator):
 
 def test_completions_without_a_score_are_bounded():
   """Above the share, and so many times in a row; a resume counts on."""
-  rules = health.ScoringHealth(0.25, 3)
+  rules = rollout_rules(max_unscored=0.25, unscored_patience=3)
   for share in (1.0, 0.3, 0.25, 1.0, 0.26):
-    rules.update(1, share)
-  resumed = health.ScoringHealth(0.25, 3)
+    rules.update(1, rollout_metrics(frac_unscored=share))
+  resumed = rollout_rules(max_unscored=0.25, unscored_patience=3)
   resumed.set_state(rules.get_state())
   for each in (rules, resumed):
     with pytest.raises(health.HealthError, match=(
         r"Step 9: 50% of the completions could not be scored, and more than "
         r"25% in each of the last 3 batches .*raise health\.max_unscored")):
-      each.update(9, 0.5)
+      each.update(9, rollout_metrics(frac_unscored=0.5))
   for _ in range(9):
-    health.ScoringHealth(1.0, 1).update(1, 1.0)
+    rollout_rules(max_unscored=1.0, unscored_patience=1).update(
+        1, rollout_metrics(frac_unscored=1.0))
