@@ -78,8 +78,8 @@ class Learner(rl.Learner):
     super().__init__(context, start)
     self.step_health = loop.step_health(context)
 
-  def update(self):
-    update = super().update()
+  def update(self, *span):
+    update = super().update(*span)
     return loop.row_of(
         self.context, self.step_health, self.step, update,
         jax.device_get(update.values))

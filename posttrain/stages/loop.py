@@ -81,13 +81,18 @@ class Body:
       span: measures a part of the step, see `StageTelemetry.span`.
 
     Raises:
-      Preempted: SIGTERM came; the step is dropped, and made again.
+      Preempted: SIGTERM came; the step is dropped, and made again. The state
+        is that behind the step before, or `may_save` is false.
     """
     raise NotImplementedError
 
   @property
   def may_save(self) -> bool:
-    """Tests if the state is that behind the last step, to go on from."""
+    """Tests if a start could go on from the state, and SIGTERM may save it.
+
+    A checkpoint that is due is saved either way: the schema's checks keep
+    `checkpoint.every` to steps at which it could.
+    """
     return True
 
   def evaluate(self) -> Row:
@@ -223,7 +228,7 @@ class Loop:
       self._save(ranked=False)
     self._leave(
         (f"saved at step {kept}" if kept else "nothing to save yet")
-        + "; the rollout under way is dropped, and will be drawn again")
+        + "; the step under way is dropped, and will be made again")
 
   def _leave(self, kept: str) -> NoReturn:
     with self._telemetry.span("checkpoint"):
@@ -312,7 +317,7 @@ def row_of(
     context.console.warning(f"step {number} skipped: it {wrong}")
   row = update.row(values, bool(wrong)) | update.held_out
   if context.section.health.on_bad_step == "skip":
-    row.setdefault("skipped_updates", float(bool(wrong)))
+    row.setdefault("skipped_updates", float(bool(wrong) or not values))
   return row
 
 

@@ -12,6 +12,7 @@ moves nothing.
 Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from posttrain import sharding
@@ -143,10 +145,10 @@ class Learner(loop.Body):
 
   def train_step(self, number: int, span: loop.Span) -> loop.Update:
     """Draws a batch of rollouts where none is in flight; sends an update."""
-    del number, span
+    del number
     if self.experience is None:
       self.collect()
-    return self.update()
+    return self.update(span)
 
   def collect(self) -> None:
     """Samples, scores and packs the next batch of rollouts."""
@@ -155,8 +157,10 @@ class Learner(loop.Body):
       self._move_optimizer(offload.to_host)
     try:
       collected = self.buffer.take(model, batch)
-    except preemption.Preempted:  # What is saved is on the devices.
-      self._move_optimizer(offload.to_devices)
+    except preemption.Preempted as request:
+      # Its frames hold the KV cache, beside which the optimizer may not fit.
+      request.__traceback__ = None
+      self._move_optimizer(offload.to_devices)  # What is saved is there.
       raise
     started = time.monotonic()
     prepared = self.prepare(
@@ -179,8 +183,8 @@ class Learner(loop.Body):
     self.state = dataclasses.replace(
         self.state, opt_state=to(self.state.opt_state))
 
-  def update(self) -> loop.Update:
-    """Sends one optimizer update to the devices.
+  def update(self, span: loop.Span = contextlib.nullcontext) -> loop.Update:
+    """Sends one optimizer update to the devices, and waits for it.
 
     With rollouts that may be stale the devices are given all updates of the
     batch at once, and while they work others draw: in this order on every
@@ -194,10 +198,13 @@ class Learner(loop.Body):
         sharding.settle(self.state)
         self.buffer.draw_ahead(self.step // self.updates)
     assert self.experience is not None
-    sent, first = self.sent.pop(0), index == 0
+    sent, first, started = self.sent.pop(0), index == 0, time.monotonic()
+    with span("device_wait"), sharding.waiting():
+      jax.block_until_ready(sent.sums)
+    learn = sent.seconds + time.monotonic() - started
     update = loop.Update(
         sent.sums, self.experience,
-        functools.partial(self._row, sent, first, time.monotonic()),
+        functools.partial(self._row, sent.flops, first, learn),
         flops=sent.flops + (self.buffer.flops if first else 0),
         tokens=self.rollout_metrics["num_tokens"] if first else None)
     self.step += 1
@@ -226,7 +233,7 @@ class Learner(loop.Body):
     return Sent(sums, time.monotonic() - started, work)
 
   def _row(
-      self, sent: Sent, first: bool, since: float, values: dict[str, float],
+      self, work: float, first: bool, learn: float, values: dict[str, float],
       skipped: bool,
   ) -> loop.Row:
     """Builds the row of an update, once it is made.
@@ -235,15 +242,16 @@ class Learner(loop.Body):
     no part of the model FLOPs.
 
     Args:
+      work: model FLOPs of the update.
       first: the update is the first of its batch of rollouts.
-      since: when waiting for it began.
+      learn: seconds of the update.
     """
-    seconds = {"learn": sent.seconds + time.monotonic() - since}
+    seconds = {"learn": learn}
     if first:
       seconds |= self.buffer.seconds | {"prepare": self.prepare_seconds}
     return self._metrics(values, first, skipped) | self.rollout_metrics | {
         f"time/{name}": value for name, value in seconds.items()
-    } | hardware.find().mfu("perf/learn_mfu", sent.flops, seconds["learn"])
+    } | hardware.find().mfu("perf/learn_mfu", work, learn)
 
   def _metrics(
       self, values: dict[str, float], first: bool, skipped: bool) -> loop.Row:

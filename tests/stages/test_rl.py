@@ -6,7 +6,9 @@ a KL term, a maximum of thinking tokens and waits in the rollouts.
 
 import dataclasses
 import json
+import time
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -715,6 +717,42 @@ def leave_in_chunk(monkeypatch, number):
       raise preemption.Preempted("in a rollout")
   monkeypatch.setattr(preemption, "leave_if_requested", look)
   return chunks
+
+
+def test_what_a_rollout_held_is_free_before_the_optimizer_is_back(
+    tmp_path, monkeypatch):
+  """They do not fit together: that is why the optimizer was moved away."""
+  held, free = [], []
+
+  def collect(*args, **kwargs):
+    cache = np.zeros(1)
+    held.append(weakref.ref(cache))
+    raise preemption.Preempted("in a rollout")
+
+  def back(tree):
+    free.append(held[0]() is None)
+    return tree
+
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(
+        tmp_path, ["compute.offload=optimizer"])
+    monkeypatch.setattr(rollout_worker.RolloutWorker, "collect", collect)
+    monkeypatch.setattr(offload, "to_devices", back)
+    with pytest.raises(preemption.Preempted):
+      learner.collect()
+  assert free == [True]
+
+
+def test_an_updates_time_ends_with_the_update(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path)
+    learner.collect()
+    update = rl.Learner.update(learner)
+    values = {name: float(x) for name, x in update.values.items()}
+    row = update.row(dict(values), False)
+    time.sleep(0.01)  # Such as the comparison with other hosts.
+    assert update.row(dict(values), False) == row
+  assert 0 < row["time/learn"]
 
 
 @pytest.mark.slow
