@@ -8,6 +8,7 @@ tells a watcher. With SLOW_CHUNKS=n:seconds a chunk takes so long from the nth
 on.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -78,8 +79,8 @@ class Learner(rl.Learner):
     super().__init__(context, start)
     self.step_health = loop.step_health(context)
 
-  def update(self, *span):
-    update = super().update(*span)
+  def update(self, span=contextlib.nullcontext):
+    update = super().update(span)
     return loop.row_of(
         self.context, self.step_health, self.step, update,
         jax.device_get(update.values))

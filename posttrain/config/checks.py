@@ -222,7 +222,7 @@ def check_whole_blocks(config: Mapping) -> Iterator[str]:
                "compute.attention='splash' takes whole blocks.")
 
 
-# What checks ask of the stages.
+# Facts about the stages, for the checks.
 
 
 def stage_schemas(config: Mapping) -> dict[str, stages.StageSchema]:
@@ -273,7 +273,7 @@ def weights_problem(
 # Stands for every section of a stage in the names of what a check reads.
 STAGES = "*"
 
-CHECKS = {  # And the names of what they read.
+CHECKS = {  # Each with the names of the keys that it reads.
     check_stages: ("stages",),
     check_model: ("model", "model_overrides", "compute", "init"),
     check_init: ("init", "tokenizer", "model"),

@@ -18,12 +18,12 @@ LARGEST_INT = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 OR_ZERO = "0 or "
-# Ranges that flags have too. Beyond them a number only looks like a choice: a
-# temperature that makes logits infinite or a draw blind, more of a thing than
-# a run could compute.
+# Ranges that flags of the command line have too. Beyond them a temperature
+# makes logits infinite or all tokens alike, and a number of waits or samples is
+# more than a run could compute.
 TEMPERATURES, WAITS, SAMPLES = "[0.001, 1000]", "[0, 10000]", "[1, 65536]"
 
-SIMILAR = 0.6  # Of names, as difflib's own cutoff.
+SIMILAR = 0.6  # Least ratio of similar names: difflib's own cutoff.
 LONGEST_SHOWN = 120  # Characters of a value in a message.
 
 
@@ -148,8 +148,8 @@ TYPE_NAMES = {
 def within(value: float, bounds: str) -> bool:
   """Tests if a number lies in an interval such as "(0, 1]"; a nan never.
 
-  It must also be one that an array of 32 bits holds. "0 or [0.1, 1]" is that
-  interval and 0; "" is every such number.
+  An array of 32 bits must hold it too. "0 or [0.1, 1]" is that interval and 0;
+  "" is every such number.
   """
   if bounds.startswith(OR_ZERO) and value == 0:
     return True

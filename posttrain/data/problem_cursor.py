@@ -35,7 +35,7 @@ class ProblemCursor:
     """Takes the indices [count] of distinct problems.
 
     Returns:
-      The indices, and the cursor behind them.
+      The indices, and the cursor after them.
 
     Raises:
       ValueError: the task has fewer problems.

@@ -17,7 +17,7 @@ STANDARD_DEVIATIONS = ("population", "sample", "none")
 
 
 def combine_rewards(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Weighted sum over the reward functions that apply to a row.
+  """Sums the rewards that apply to a row, by weight.
 
   Args:
     rewards: [B, K] float, NaN where a function does not apply.
@@ -46,7 +46,7 @@ def combine_rewards(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def informative(rewards: np.ndarray, prompt_id: np.ndarray) -> np.ndarray:
-  """[B] bool, the row has a reward, and its group more than one value."""
+  """Marks rows [B] with a reward whose group has more than one value."""
   _, group = np.unique(prompt_id, return_inverse=True)
   least = np.full(group.max(initial=-1) + 1, np.inf)
   most = -least

@@ -1,6 +1,6 @@
 """Sums and means over a completion, given back to each of its tokens.
 
-What a sequence-level ratio needs (GSPO), or a mask of whole completions. All
+A sequence-level ratio (GSPO) needs them, and a mask of whole completions. All
 tokens of a completion lie together in one row, packed or behind a prompt that
 its group shares, so a microbatch never holds a part of one.
 

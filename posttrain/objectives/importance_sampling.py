@@ -1,10 +1,11 @@
 """Importance sampling correction of off-policy tokens (TIS, IcePop).
 
 The sampler's logprobs are of the policy that drew (the behaviour policy): an
-older version, or the same one in a program that rounds otherwise. Each token's
-policy term is multiplied by how much likelier the trainer's old policy is to
-draw it. The KL to the reference is not: TRL 1.16 adds it after the product, so
-that a token that is left out, or weighed down, keeps its pull to the reference.
+older version, or the same one in a program that rounds differently. Each
+token's policy term is multiplied by the ratio of its probability under the
+trainer's old policy to that under the sampler's. The KL to the reference is
+not: TRL 1.16 adds it after the product, so that a token that is left out, or
+has a small weight, is still pulled to the reference.
 
   R: rows    T: length
 

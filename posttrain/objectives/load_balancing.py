@@ -23,7 +23,7 @@ Sums = dict[str, jax.Array]
 
 def balance_loss(
     load: jax.Array, mass: jax.Array, tokens: jax.Array) -> jax.Array:
-  """The loss, or the part of it that `mass` is a part of.
+  """Computes the loss, or the part of it that `mass` stands for.
 
   Args:
     load: [L, E] float32, choices per layer and expert, of the whole batch.
@@ -33,14 +33,14 @@ def balance_loss(
   Returns:
     A float32 scalar; with a gradient in `mass` only.
   """
-  # Of a batch without a token, nothing.
+  # A batch without a token has a loss of 0.
   rows = jnp.maximum(jnp.sum(tokens), 1)
   share = jax.lax.stop_gradient(jnp.sum(load, axis=0) / rows)
   return load.shape[1] * jnp.sum(share * jnp.sum(mass, axis=0) / rows)
 
 
 def with_metrics(sums: Sums) -> Sums:
-  """Sums of a whole batch, those of its routers turned into three figures.
+  """Turns the sums of a batch's routers into three figures.
 
   `router/aux_loss` is `balance_loss`; `router/load_max` the load of the
   busiest expert of any layer, over an even share: 1 to E / k;

@@ -72,7 +72,7 @@ def pack_experience(
   columns = _columns(shapes, None if experts is None else experts[0, :0])
 
   def examples(rows):
-    if not rollouts.loss_mask[rows].any():  # Nothing that a loss could be of.
+    if not rollouts.loss_mask[rows].any():  # No token is in the loss.
       return []
     alone = [_example(rollouts, row, group_ids[row]) for row in rows]
     return shared_prompts.merge(
@@ -98,7 +98,7 @@ def _example(rollouts: Rollouts, row: int, group: int) -> Arrays:
       "tokens": np.concatenate(
           [prompt, rollouts.tokens[row, :length]]).astype(np.int32),
       "loss_mask": behind(rollouts.loss_mask[row], bool),
-      # A forced token's, which may be unknown, has no place in learning.
+      # A forced token's logprob may be unknown, and is never learned from.
       "sampler_logprobs": behind(np.where(
           rollouts.loss_mask[row], rollouts.logprobs[row], 0), np.float32),
       **({} if experts is None else {
@@ -181,7 +181,7 @@ def minibatch(
     experience: Arrays, index: int,
     put: Callable[..., Any] = sharding.put,
 ) -> tuple[dict[str, Any], int]:
-  """Puts one minibatch on the mesh; its number of microbatches in use.
+  """Puts one minibatch on the mesh; returns its microbatches in use too.
 
   Args:
     put: what makes device arrays; `sharding.abstract` for their shapes.

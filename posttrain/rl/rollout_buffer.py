@@ -3,8 +3,8 @@
 Batch b is drawn by the policy as it is before the updates of batch
 max(0, b - staleness), however often a run is resumed. Without staleness a batch
 is drawn when it is needed. With asynchronous rollouts (staleness above 0, and
-devices that only sample) one is drawn while another is learned from. Which
-problems a batch asks is the cursor's word; it is recorded with the batch.
+devices that only sample) one is drawn while another is learned from. The
+problem cursor chooses a batch's problems; their indices stay with the batch.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class RolloutBuffer:
 
   Attributes:
     worker: draws and scores a batch.
-    cursor: behind the last problem that was asked.
+    cursor: the place after the last problem that was asked.
     num_groups: problems of a batch.
     num_batches: of the stage.
     updates: optimizer updates from one batch.
@@ -53,8 +53,8 @@ class RolloutBuffer:
       default_factory=list)
   _policy: Transformer | None = None
 
-  def take(self, model: Transformer,
-      batch: int) -> rollout_worker.ScoredRollouts:
+  def take(
+      self, model: Transformer, batch: int) -> rollout_worker.ScoredRollouts:
     """Returns the batch to learn from now.
 
     Args:
@@ -88,14 +88,15 @@ class RolloutBuffer:
       found["staleness"] = float(min(batch, self.staleness))
     return found
 
-  def _draw(self, policy: Transformer,
-      batch: int) -> rollout_worker.ScoredRollouts:
-    indices, behind = self.cursor.take(self.num_groups)
+  def _draw(
+      self, policy: Transformer, batch: int,
+  ) -> rollout_worker.ScoredRollouts:
+    indices, after = self.cursor.take(self.num_groups)
     with (contextlib.nullcontext() if self.sync is None
           else jax.set_mesh(self.sync.mesh)):
       found = self.worker.collect(
           policy, indices, step=batch * self.updates)
-    self.cursor = behind  # A batch that was left half drawn asks again.
+    self.cursor = after  # A batch left half drawn has not moved it.
     self.flops = flops.of_rollouts(policy.config, found.rollouts)
     for name, value in found.seconds.items():
       self.seconds[name] = self.seconds.get(name, 0.0) + value

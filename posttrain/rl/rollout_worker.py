@@ -1,8 +1,8 @@
 """Rollout worker: problems -> completions -> scores, for one batch.
 
 It runs the same on every host; only the model's work is spread over them. A
-problem that a batch asks again is a group of its own, and its completions have
-the sample ids that follow those of the ask before, so that their draws differ.
+problem that a batch asks again is a group of its own. Its completions have the
+sample ids after those of the earlier group, so that their draws differ.
 
   P: problems asked (groups)    G: group_size    B: completions, P * G
   K: reward functions

@@ -1,11 +1,11 @@
-"""Completions of one prompt behind one copy of it, for the learner.
+"""Shared prompts: a group's completions after one copy of their prompt.
 
 A group's completions have their prompt in common, and so its hidden states in
-every layer. A piece of a row is then: the prompt without its last token, and
-behind it each completion, begun by that last token. Each such member sees the
-prompt and itself, and no other member; positions go on from the prompt's in
-each. Logprobs and gradients are those of completions that lie apart: a
-prompt's gradient is the sum over its members either way.
+every layer. A piece of a row holds the prompt without its last token, and then
+its members: each is that last token and a completion. A member sees the prompt
+and itself, and no other member; its positions go on from the prompt's. Logprobs
+and gradients are those of completions packed one by one: a prompt's gradient is
+the sum over its members either way.
 
 The last token of the prompt is there once for each member since it predicts
 the first of the completion: so every token follows its predictor in the row.
@@ -27,7 +27,7 @@ def merge(
     examples: Sequence[Mapping[str, np.ndarray]],
     prompts: Sequence[Sequence[int]], *, length: int,
 ) -> list[Arrays]:
-  """Examples whose prompts are equal, as few pieces as first-fit finds.
+  """Merges examples of equal prompts into as few pieces as first-fit finds.
 
   Args:
     examples: columns [tokens, ...] of a prompt and a completion each; those of
@@ -37,7 +37,7 @@ def merge(
 
   Returns:
     Pieces with the examples' columns, and for each token its `member` (0 is
-    the prompt) and its `place` behind the prompt's start: see `separate`.
+    the prompt) and its `place`, counted from the prompt's start.
 
   Raises:
     ValueError: an example is longer than a row.
@@ -70,13 +70,13 @@ def _piece(members: Sequence[Mapping[str, np.ndarray]], shared: int) -> Arrays:
 
 
 def separate(packed: Mapping[str, np.ndarray]) -> Arrays:
-  """Packed pieces with a segment for each member, and what it goes on from.
+  """Gives each member of packed pieces a segment, and names its prompt's.
 
   Args:
     packed: [R, T, ...] columns of `merge`'s pieces, one segment for each.
 
   Returns:
-    The same without `member` and `place`; with `positions` behind the
+    The same without `member` and `place`; with `positions` from the
     prompt's start, `segment_ids` of each member and, in `prefix_ids`, that of
     its prompt.
   """

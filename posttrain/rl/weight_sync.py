@@ -1,10 +1,10 @@
-"""The policy's weights, from the devices that train to those that sample.
+"""Weight sync: copies the policy from the devices that train to the sampler's.
 
 JAX copies arrays from one set of devices to another within one process only.
-Where the roles are split, every process has devices of both, and hands on
-within itself: an array is gathered on the devices that train, a slab at a time,
-and each process cuts out of its copy what its own sampling devices are to hold.
-So any layout can become any other, on any number of hosts.
+Where the roles are split, every process has devices of both roles. An array is
+gathered on the devices that train, a slab at a time, and each process cuts the
+parts of its own sampling devices out of its copy. So any layout can become any
+other, on any number of hosts.
 """
 
 import functools
@@ -22,7 +22,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.train import fingerprint, trainable
 from posttrain.train.trainable import path_name
 
-SLAB_BYTES = 2**28  # Of what is whole on every training device at one time.
+SLAB_BYTES = 2**28  # Largest slab, which is whole on every training device.
 
 
 class WeightSyncError(RuntimeError):
@@ -50,7 +50,7 @@ class WeightSync:
     self.seconds, self.bytes = 0.0, 0
 
   def __call__(self, model: Transformer) -> Transformer:
-    """The same weights on the sampling mesh; call it on the training mesh.
+    """Copies weights to the sampling mesh; call it on the training mesh.
 
     Raises:
       WeightSyncError: a fingerprint differs.
@@ -87,7 +87,7 @@ def wanted(
     config: ModelConfig, plan: trainable.Plan, sampling: jax.sharding.Mesh, *,
     weights_dtype: str,
 ) -> Transformer:
-  """The policy on the sampling mesh, as abstract arrays in its dtypes.
+  """Makes the policy on the sampling mesh, as abstract arrays.
 
   Args:
     config, plan: the model that the stage starts from, and its training.
@@ -101,7 +101,7 @@ def wanted(
 
 def sampler_dtypes(
     like: Transformer, *, weights_dtype: str) -> Transformer:
-  """Abstract arrays in the dtypes in which a move loses nothing.
+  """Gives abstract arrays the dtypes in which a copy loses nothing.
 
   The sampler multiplies by the layers' matrices in the compute dtype, so they
   travel in it; not where it makes int8 of them, or adds adapters to them.
@@ -127,7 +127,7 @@ def sampler_dtypes(
 
 
 def moved(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-  """The array on other devices, in another layout and dtype.
+  """Copies an array to other devices, in another layout and dtype.
 
   Args:
     x: of any layout, on the current mesh.
@@ -153,7 +153,7 @@ def moved(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _joined(parts: list[jax.Array], axis: int, device: Any) -> jax.Array:
-  """Slabs of one device's part, on that device."""
+  """Joins the slabs of one device's part, on that device."""
   if len(parts) == 1:
     return parts[0]
   with sharding.single_device_mesh(device):
@@ -162,7 +162,7 @@ def _joined(parts: list[jax.Array], axis: int, device: Any) -> jax.Array:
 
 def slab(
     x: jax.Array | jax.ShapeDtypeStruct, dtype: Any) -> tuple[int, int]:
-  """An axis that is not split, and a divisor of its length; or all of it."""
+  """Chooses an axis that is not split, and a slab's length along it."""
   split = jax.typeof(x).sharding.spec
   free = [n for n, names in enumerate(split) if names is None and x.shape[n]]
   if not free:
@@ -178,7 +178,7 @@ def slab(
 def _within(
     index: tuple[slice, ...], axis: int, start: int, size: int,
 ) -> tuple[slice, ...] | None:
-  """The part of a slab that a device holds, within the slab; None for none."""
+  """Finds the part of a slab that a device holds, or None."""
   first = max((index[axis].start or 0) - start, 0)
   stop = index[axis].stop
   last = min(size, size if stop is None else stop - start)
@@ -191,13 +191,13 @@ def _within(
 def gathered(
     x: jax.Array, start: jax.Array, *, size: int, axis: int, dtype: Any,
 ) -> jax.Array:
-  """A slab, whole on every device."""
+  """Gathers a slab, whole on every device."""
   if x.ndim and size < x.shape[axis]:
     x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
   return sharding.replicate(x.astype(dtype))
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
-  """Every array with its path, in order."""
+  """Lists every array with its path, in order."""
   return [(path_name(path), x)
           for path, x in jax.tree.leaves_with_path(tree)]

@@ -1,8 +1,8 @@
 """Evaluation: accuracy as a function of thinking, for several checkpoints.
 
 Every checkpoint answers the same problems in every cell (a budget, or a
-number of forced waits) with the same random bits, and so do the checkpoints
-among each other: differences are paired. One JSON file per checkpoint holds
+number of forced waits) with the same random bits. So differences between cells
+and between checkpoints are paired. One JSON file per checkpoint holds
 the figures and every completion; `curve.svg` shows them. A cell that is
 finished is kept at once (`kept_cells`).
 """
@@ -69,9 +69,9 @@ def run(
 def _result(
     evaluation: "Evaluation", context: RunContext, name: str,
 ) -> dict[str, Any]:
-  """One checkpoint's result, evaluated where it is not there."""
+  """Reads one checkpoint's result, or evaluates it if there is none."""
   file = result_file(context, name)
-  # One host's view: files of others may show up late on a shared disk.
+  # The first host decides: a file may show up late on the others.
   there = bool(sharding.of_first_host(np.array(file.exists())))
   if there and not context.again:
     return workdir_lib.read_object(file, "cells")
@@ -92,7 +92,7 @@ def checkpoints_of(context: RunContext) -> tuple[str, ...]:
 
 
 def finished(context: RunContext) -> int | None:
-  """The number of results; None where one that was made is missing."""
+  """Counts the results; None where one that was made is missing."""
   summary = context.workdir.finished(context.name)
   for checkpoint in summary or ():
     file = result_file(context, checkpoint)
@@ -103,13 +103,13 @@ def finished(context: RunContext) -> int | None:
 
 
 def result_file(context: RunContext, checkpoint: str) -> pathlib.Path:
-  """The file of the figures and completions of a checkpoint."""
+  """Returns the file of a checkpoint's figures and completions."""
   return context.workdir.path / context.name / "eval" / (
       f"{label(checkpoint)}.json")
 
 
 def label(checkpoint: str) -> str:
-  """A checkpoint's name as that of a file."""
+  """Converts a checkpoint's name to that of a file."""
   return re.sub(r"[^\w.-]+", "_", checkpoint).strip("_")
 
 
@@ -135,12 +135,13 @@ class Evaluation:
 
   def evaluate(
       self, name: str, weights: Callable[[], Transformer]) -> dict[str, Any]:
-    """All cells of one checkpoint: figures and records.
+    """Evaluates all cells of one checkpoint: figures and records.
 
-    A verifier that returns None (not applicable) has not said 1: the record
-    has it as null, and it is not correct. Nor is what it could not judge: n
-    stays that of all problems, so that cells and checkpoints are compared on
-    the same ones, and `unscored` says how many such there are.
+    A completion counts as correct only if the verifier gives 1. None (not
+    applicable) is null in the record and counts as wrong, and so does a
+    completion that the verifier could not judge. `n` counts all problems, so
+    that cells and checkpoints are compared on the same ones; `unscored` counts
+    the completions without a score.
 
     Args:
       name: of the checkpoint, as that of a file.
@@ -228,7 +229,7 @@ class Evaluation:
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
       cell: summary.Cell,
   ) -> kept_cells.Records:
-    # Without those that filled the batch up.
+    # The problems that filled the batch up have no records.
     samples = int(rollouts.sample_id.max()) + 1
     rows = len(problems) * samples
     records = [transcript.record(
@@ -287,7 +288,7 @@ def check(context: RunContext) -> None:
           "The instruction")
   problems_lib.check_budgets(
       context, [cells_lib.limits_of(section, cell) for cell in cells])
-  # Of all cells that ask for nothing the prompts are alike.
+  # Cells that ask for no amount have the same prompts.
   kinds = [summary.Cell(), *(cell for cell in cells if cell.asked)]
   problems_lib.check(
       context, rows, {section.reward: loading.load_function(section.reward)},
@@ -302,7 +303,7 @@ def check(context: RunContext) -> None:
 def prompt_of(
     context: RunContext, row: Mapping[str, Any], cell: summary.Cell,
 ) -> list[int]:
-  """A problem as it is asked in a cell."""
+  """Renders the prompt of a problem in a cell."""
   if cell.asked:
     row = instructions.ask(
         row, instruction(context.section, cell), context.config.thinking.start)
@@ -317,7 +318,7 @@ def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:
 
 
 def clusters(problems: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-  """[Q] the column `cluster` of a task's problems; None where it has none.
+  """Returns the column `cluster` [Q] of a task's problems, or None.
 
   Raises:
     ValueError: some problems have one and some do not.
@@ -350,7 +351,7 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
 
 
 def log(context: RunContext, results: Mapping[str, Mapping]) -> None:
-  """One row of metrics.jsonl per checkpoint."""
+  """Writes one row of metrics.jsonl per checkpoint."""
   with metrics_lib.Writer(
       context.workdir.metrics, context.workdir.tensorboard, context.name,
       restored_step=0, check=context.workdir.check_known_lease) as writer:

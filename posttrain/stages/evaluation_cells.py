@@ -20,7 +20,7 @@ from posttrain.stages.stage import Sizes
 
 
 def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:
-  """The free cell first."""
+  """Lists the cells; the one without a budget is first."""
   asked = section.instructions
   return summary.cells(
       section.max_thinking_tokens, section.num_waits,
@@ -53,7 +53,10 @@ def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
 
 
 def programs(stage: PlannedStage) -> Iterator[Program]:
-  """A cell of each shape: of samples, and of waits where they count."""
+  """Yields the programs of one cell for each shape.
+
+  The shape depends on the samples, and on the waits where they count.
+  """
   section, setup = stage.section, stage.setup
   rollout, count = section.rollout, section.problems.count
   waits = rollout.continuous_batching or rollout.wait_order == "draw"

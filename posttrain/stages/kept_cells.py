@@ -4,8 +4,8 @@
 
 A cell may take an hour. One that is finished is written at once, and a restart
 takes its records as they are: figures are made from records alone. A file names
-what it was made with, our own code included, and is of use to nothing else: two
-versions of a grader shall not be mixed in one result.
+what it was made with, the code of this package included, and another run
+ignores it: two versions of a grader must not be mixed in one result.
 """
 
 import functools
@@ -38,10 +38,10 @@ class KeptCells:
             for name in config_lib.functions(context.config)}}
 
   def read(self, checkpoint: str, cell: summary.Cell) -> Records | None:
-    """A cell's records; None where there are none of these settings.
+    """Reads a cell's records; None where there are none of these settings.
 
-    They are process 0's: files of others may show up late on a shared disk.
-    The others are told what figures are made from, and not the texts.
+    Process 0 reads them, as a file may show up late on the other hosts. It
+    sends them the values that figures are made from, and not the texts.
     """
     whole: Records | None = None
 
@@ -84,7 +84,7 @@ class KeptCells:
         {"made_with": self._made_with, "records": records})
 
   def clear(self) -> None:
-    """Removes all of them, once the results hold what they held."""
+    """Removes all kept cells, once the results hold their records."""
     if self._context.workdir.is_writer and self._folder.exists():
       shutil.rmtree(self._folder)
 

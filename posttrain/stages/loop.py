@@ -46,7 +46,7 @@ class Update:
       step, in their order.
     flops: of the model, on all devices.
     tokens: that the rate of tokens counts; None: the row has no rate.
-    held_out: metrics of held-out data, behind this update.
+    held_out: metrics of held-out data, after this update.
   """
 
   values: Mapping[str, Any]
@@ -63,7 +63,7 @@ class Body:
   Attributes:
     state: weights, optimizer state and number of updates, as a subclass makes
       them at first. The loop puts a checkpoint's state here.
-    runs_ahead: steps are sent to the devices while they make those before.
+    runs_ahead: the host sends a step while the devices make earlier ones.
     eval_every: steps between two calls of `evaluate`, 0: at the end alone;
       None: never.
     headline: metrics of the progress line.
@@ -88,7 +88,7 @@ class Body:
 
   @property
   def may_save(self) -> bool:
-    """Tests if a start could go on from the state, and SIGTERM may save it.
+    """Tests if a start could go on from the state; SIGTERM then saves it.
 
     A checkpoint that is due is saved either way: the schema's checks keep
     `checkpoint.every` to steps at which it could.
@@ -108,7 +108,7 @@ class Body:
     return None
 
   def restore(self, found: checkpoints.Restored) -> None:
-    """Takes over `get_state` and `arrays` of a checkpoint."""
+    """Restores what a checkpoint holds of `get_state` and `arrays`."""
 
   def ranks(self, row: Row) -> bool:
     """Tests if a checkpoint may be ranked by this row."""
@@ -182,7 +182,7 @@ class Loop:
         self._save_or_leave()
 
   def _make_step(self) -> None:
-    """One update, and the rows that are due behind it."""
+    """Makes one update, and writes the rows that are due after it."""
     number, body = self.step + 1, self._body
     try:
       with self._telemetry.step(number, lambda: body.state.step):
@@ -216,8 +216,9 @@ class Loop:
   def _leave_step(self) -> NoReturn:
     """Ends the process where SIGTERM came within a step, which is dropped.
 
-    It is made again, the same, as random bits go by the ids alone. Where the
-    state is further than the last step, the last checkpoint is gone on from.
+    The next start makes it again with the same random bits, which depend on
+    ids alone. Where the state is ahead of the last step, that start goes back
+    to the last checkpoint.
 
     Raises:
       Preempted: the updates made so far are saved.
@@ -265,7 +266,7 @@ class Loop:
     self._show()
 
   def _timing(self, pending: list[Update]) -> Row:
-    """Times and rates, which are means over these updates."""
+    """Computes times and rates, which are means over these updates."""
     timing = self._telemetry.lap(len(pending))
     tokens = [u.tokens for u in pending if u.tokens is not None]
     timing |= self._telemetry.rates(
@@ -286,7 +287,7 @@ class Loop:
       self._window.clear()
 
   def _save(self, *, ranked: bool) -> None:
-    """Saves what a start goes on from; the rows up to here come before."""
+    """Saves a checkpoint, once the rows up to its step are written."""
     self.flush()
     body = self._body
     with self._telemetry.saving(self.step):
@@ -301,17 +302,17 @@ def row_of(
     context: RunContext, rule: health.StepHealth, number: int, update: Update,
     fetched: Mapping[str, Any],
 ) -> Row:
-  """A step's row, without its times.
+  """Builds a step's row, without its times.
 
   Args:
-    rule: is given the step.
+    rule: the health rule, which counts the step.
     fetched: `update.values`, on the host.
 
   Raises:
     HealthError: the update was not made, and may not be skipped.
   """
   values = {name: float(value) for name, value in fetched.items()}
-  # A step that had nothing to learn from says nothing of those beside it.
+  # A step with nothing to learn from neither ends nor lengthens a streak.
   wrong = rule.update(number, values, update.batch) if values else ""
   if wrong:
     context.console.warning(f"step {number} skipped: it {wrong}")
@@ -340,9 +341,10 @@ def resume(
     context: RunContext, saver: checkpoints.Checkpoints,
     fresh: state_lib.TrainState,
 ) -> tuple[state_lib.TrainState, checkpoints.Restored | None]:
-  """The newest checkpoint's state, or the fresh one and None.
+  """Restores the newest checkpoint; without one, the fresh state and None.
 
-  A DamagedError: it cannot be read, and none before it may be.
+  Raises:
+    DamagedError: it cannot be read, and no earlier one may take its place.
   """
   if saver.latest_step() is None:
     return fresh, None
@@ -362,7 +364,7 @@ def _newest(
     context: RunContext, saver: checkpoints.Checkpoints,
     wanted: dict[str, Any],
 ) -> checkpoints.Restored:
-  """The newest checkpoint, or as `checkpoint.on_damaged` says."""
+  """Reads the newest checkpoint; `checkpoint.on_damaged` may allow others."""
   while True:
     try:
       return saver.restore(wanted)
@@ -382,7 +384,7 @@ def save(
     state: state_lib.TrainState, number: int, extras: dict[str, Any],
     **more: Any,
 ) -> None:
-  """Saves the state with `extras` and what tells that it fits a run.
+  """Saves the state with `extras` and the facts that a run must share.
 
   The rows of metrics up to here are on the disk before. Frozen weights are
   saved once, beside the stages. For `**more` see `Checkpoints.save`.

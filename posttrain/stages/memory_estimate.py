@@ -1,10 +1,10 @@
 """Memory estimate of a stage, before anything is compiled.
 
 It needs the stage's section and the model's shape alone, so that weights that
-do not fit are reported before they are made. Stages that cannot fit are refused
-before the first of them begins. The estimate of an update is within a third of
-the compiler's figure. So a stage is refused only where it is far too large, by
-a factor of `MARGIN`, and `compute.on_too_large="warn"` goes on all the same.
+do not fit are reported before they are made. `problems` refuses stages that
+cannot fit before the first one begins. The estimate of an update is within a
+third of the compiler's figure. So a stage is refused only where it is far too
+large, by a factor of `MARGIN`; `compute.on_too_large="warn"` only warns.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from posttrain.telemetry import chips, memory
 from posttrain.train import trainable
 
 MARGIN, MIB = 1.5, 2**20
-# Of a row on its host: tokens, positions, segments, targets' masks.
+# A row on its host has tokens, positions, segments and the mask of targets.
 ROW_BYTES_PER_TOKEN = 16
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 MODEL = ("the model (model, model_overrides) or its part of a device "
@@ -41,7 +41,7 @@ def of_stage(
   """The estimate for the stage of `context`, on the current mesh.
 
   Returns:
-    One, without a name; of split roles one for each, of whose devices it is.
+    One estimate under the name ""; with split roles, one for each role.
   """
   section, config = context.section, context.config
   sizes = sizes_of(section, config.compute, model)
@@ -63,7 +63,10 @@ def sizes_of(
     section: config_dict.ConfigDict, compute: config_dict.ConfigDict,
     model: ModelConfig,
 ) -> Sizes:
-  """Sizes of a stage's arrays; of a kind that gives none, the parameters."""
+  """Computes the sizes of a stage's arrays.
+
+  A kind that gives no `memory` has its parameters alone.
+  """
   memory_of = stage_of(section.kind).memory
   return memory_of(section, compute, model) if memory_of else Sizes(
       model, note=f"the parameters alone, as {section.kind} gives no `memory`")
@@ -109,13 +112,13 @@ def of_rollout(rollout: config_dict.ConfigDict, rows: int) -> dict[str, Any]:
 
 
 def smaller_moments(section: config_dict.ConfigDict) -> dict[str, str]:
-  """The key that makes the optimizer's state smaller, if it is not yet."""
+  """Names the key that makes the optimizer state smaller, if one would."""
   return {"moments_dtype": "bfloat16 halves the optimizer's state"} if (
       section.moments_dtype == "float32") else {}
 
 
 def cache_slots(rollout: config_dict.ConfigDict) -> int:
-  """Slots of the cache at its largest: a chunk behind the prompt, and doubled.
+  """Counts the slots of the largest cache: a prompt and doubled chunks.
 
   Tokens that are taken back for a wait need slots too, and are not counted.
   """
@@ -126,16 +129,16 @@ def cache_slots(rollout: config_dict.ConfigDict) -> int:
 
 
 def host_bytes() -> int:
-  """The memory of this host, or as much of it as the process may use."""
+  """Returns the memory of this host that the process may use."""
   installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
   return min(installed, int(limit)) if limit.isdecimal() else installed
 
 
 def device_bytes() -> int:
-  """The memory of one device; of CPU devices, which share it, of the host.
+  """Returns the memory of one device; CPU devices share the host's.
 
-  What a device says itself goes before the table of chips.
+  A device's own figure goes before the table of chips.
   """
   device = jax.local_devices()[0]
   stats = device.memory_stats() or {}
@@ -148,7 +151,7 @@ def device_bytes() -> int:
 
 
 def _everywhere(size: int) -> int:
-  """The first host's, to the MiB: all must come to one verdict."""
+  """Takes the first host's size, in whole MiB, so that all hosts agree."""
   return int(sharding.of_first_host(np.array(size // MIB, np.int32))) * MIB
 
 

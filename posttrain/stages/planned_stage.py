@@ -111,7 +111,7 @@ class PlannedStage:
 
   @functools.cached_property
   def policy_there(self) -> Transformer:
-    """The policy as the devices have it that only sample."""
+    """The policy on the devices that only sample."""
     assert self.sampling_mesh is not None
     return weight_sync.wanted(
         self.setup.model, training.plan(self.section, self.compute),
@@ -119,5 +119,5 @@ class PlannedStage:
 
   @property
   def transfer(self) -> transfer.Transfer:
-    """The transfer of the policy to these."""
+    """The transfer of the policy to the devices that only sample."""
     return transfer.of_policy(self.name, *self.trained, self.policy_there)

@@ -12,7 +12,6 @@ moves nothing.
 Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -78,7 +77,7 @@ class Sent(NamedTuple):
 
 
 class Learner(loop.Body):
-  """The moving parts of the stage.
+  """The step of the stage: rollouts, and updates from them.
 
   Attributes:
     state: parameters, optimizer state, step.
@@ -114,7 +113,7 @@ class Learner(loop.Body):
     self.step = 0
 
   def restore(self, found: checkpoints.Restored) -> None:
-    """Takes over what a checkpoint held, rollouts in flight included."""
+    """Restores what a checkpoint holds, rollouts in flight included."""
     self.step = found.step
     waiting = found.rollouts
     if not self.buffer.staleness:
@@ -130,17 +129,17 @@ class Learner(loop.Body):
         "health": self.health.get_state()}
 
   def arrays(self) -> packing.Arrays | None:
-    """Rollouts in flight, packed or waiting."""
+    """Returns the rollouts in flight, packed or waiting."""
     return (self.buffer.to_arrays() if self.experience is None
             else self.experience)
 
   def ranks(self, row: loop.Row) -> bool:
-    """Without a score there is nothing to rank a checkpoint by."""
+    """Tests for a score: without one nothing ranks a checkpoint."""
     return row["frac_unscored"] < 1
 
   @property
   def may_save(self) -> bool:
-    """No update is under way whose batch could not be learned from again."""
+    """Tests that no updates of a batch are under way together."""
     return not self.sent
 
   def train_step(self, number: int, span: loop.Span) -> loop.Update:
@@ -183,7 +182,7 @@ class Learner(loop.Body):
     self.state = dataclasses.replace(
         self.state, opt_state=to(self.state.opt_state))
 
-  def update(self, span: loop.Span = contextlib.nullcontext) -> loop.Update:
+  def update(self, span: loop.Span) -> loop.Update:
     """Sends one optimizer update to the devices, and waits for it.
 
     With rollouts that may be stale the devices are given all updates of the

@@ -35,11 +35,11 @@ from posttrain.text import render
 from posttrain.train import state as state_lib
 from posttrain.train import trainable
 
-SAMPLED_PROMPTS = 1000  # Whose lengths the padding is of.
+SAMPLED_PROMPTS = 1000  # Their lengths give the padding.
 
 
 def num_updates(section: config_dict.ConfigDict) -> int:
-  """Optimizer updates from one batch of rollouts."""
+  """Counts the optimizer updates from one batch of rollouts."""
   return section.num_minibatches * section.num_epochs
 
 
@@ -51,7 +51,7 @@ def _rows(section: config_dict.ConfigDict, parts: int) -> int:
 def make_preparation(
     section: config_dict.ConfigDict, *, loss_chunk: int,
 ) -> experience_lib.Preparation:
-  """Makes what turns rollouts into columns, with the objective of `loss`.
+  """Makes the preparation of rollouts, with the objective of `loss`.
 
   Raises:
     ValueError: see `objective.make`.
@@ -72,7 +72,7 @@ def make_preparation(
 
 
 def programs(stage: PlannedStage) -> Iterator[Program]:
-  """A batch of rollouts, logprobs where they are needed, and updates."""
+  """Yields the programs of a batch: rollouts, logprobs and updates."""
   section, (model, paths) = stage.section, stage.trained
   prepare = make_preparation(
       section, loss_chunk=stage.compute.loss_chunk)
@@ -97,7 +97,7 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
 
 
 def _offloaded(program: Program, names: Collection[str]) -> Program:
-  """The program while what is offloaded and not its own is in host memory."""
+  """Moves the offloaded arrays that a program does not use to the host."""
   part = lambda inside: {name: tree for name, tree in program.beside.items()
                          if (name in names) == inside}
   return dataclasses.replace(
@@ -230,12 +230,14 @@ def memory(
 def work(
     section: config_dict.ConfigDict, mesh: sharding.MeshSizes,
 ) -> list[Pass | Decoding]:
-  """Completions to their maximum, logprobs where needed, and updates."""
+  """Lists completions to their maximum, logprobs where needed, updates."""
   rows = _rows(section, mesh.batch)
   completions, rollout = section.num_groups * section.group_size, (
       section.rollout)
   count = -(-completions // rows)
-  scored = (num_updates(section) > 1) + (section.loss.kl_coef > 0)
+  objective = objective_lib.make(**section.loss)
+  scored = objective.needs_reference + (objective.kl_in_reward or (
+      num_updates(section) > 1 and "old_logprobs" in objective.needs))
   some = functools.partial(Pass, rows, section.sequence_length)
   return [
       Decoding(
@@ -250,7 +252,7 @@ def padding(
     stage: PlannedStage, renderer: render.Renderer,
     meshes: Mapping[str, sharding.MeshSizes],
 ) -> tuple[float, str]:
-  """The task's first prompts against the room for them."""
+  """Compares the task's first prompts with the room for them."""
   section = stage.section
   parts = meshes.get(SAMPLING, meshes[TRAINING]).rows
   problems = loading.load_function(section.problems.task)(

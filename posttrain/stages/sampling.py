@@ -1,4 +1,4 @@
-"""From strings and settings to a sampler."""
+"""Makes samplers from the strings and settings of a config."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from posttrain.text import boundaries, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import preemption
 
-# Of `make_sampling_options`: what the flags of a verb have by default.
+# Defaults of a command's flags, for `make_sampling_options`.
 PLAIN: Mapping[str, Any] = {
     "suppress": (), "wait_order": "cycle", "logits_processor": "",
     "logits_processor_args": {}, "budget_schedule": ""}
@@ -31,7 +31,9 @@ def thinking_ids(
     config: config_dict.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
     console: console_lib.Console,
 ) -> thinking.ThinkingIds:
-  """The thinking strings as token ids; warns where they are not always seen.
+  """Converts the thinking strings to token ids.
+
+  It warns of strings that are not always found in the tokens.
 
   Raises:
     ValueError: as `thinking.resolve`.
@@ -47,7 +49,7 @@ def thinking_ids(
 def make_sampler(
     context: RunContext, rollout: config_dict.ConfigDict,
 ) -> sampler.Sampler:
-  """The sampler of a stage."""
+  """Makes the sampler of a stage."""
   ids = context.thinking_ids
   tables = make_tables(
       context.renderer.tokenizer, ids, rollout.get("suppress", ()))
@@ -58,7 +60,7 @@ def of_tables(
     ids: thinking.ThinkingIds, tables: budget_tables.BudgetTables,
     rollout: config_dict.ConfigDict,
 ) -> sampler.Sampler:
-  """The sampler of a section; the truncations are an evaluation's only."""
+  """Makes the sampler of a section; only evaluation has top-k and the like."""
   truncations = {
       name: rollout[name] for name in ("top_k", "top_p", "min_p")
       if name in rollout}
@@ -74,7 +76,7 @@ def of_tables(
 
 
 def make_limits(rollout: config_dict.ConfigDict) -> sampler.Limits:
-  """The budgets of GRPO's completions, all of which have the same."""
+  """Makes the budgets of an RL stage, the same for all completions."""
   return sampler.Limits(**{name: rollout[name] for name in (
       "max_tokens", "max_thinking_tokens", "min_thinking_tokens", "num_waits",
       "truncate", "max_thinking_steps")})

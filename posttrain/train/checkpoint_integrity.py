@@ -64,8 +64,7 @@ def errors_name(path: epath.Path, verb: str) -> Iterator[None]:
 
 
 def say_errors_once() -> None:
-  """Keeps storage layers from printing tracebacks of errors that they also
-  raise.
+  """Stops storage layers from printing errors that they also raise.
 
   Orbax logs each error from several threads, and Tensorstore's pending writes
   find their event loop closed. A full disk would otherwise print screens of

@@ -151,8 +151,8 @@ class Checkpoints:
             "has_rollouts": rollouts is not None})}
     if rollouts is not None:
       items["rollouts"] = ocp.args.PyTreeSave({"npz": _pack(rollouts)})
-    with checkpoint_integrity.errors_name(self._directory / str(step),
-        "written"):
+    with checkpoint_integrity.errors_name(
+        self._directory / str(step), "written"):
       self._manager.save(
           step, args=ocp.args.Composite(**items), force=True,
           metrics=ranking)
@@ -364,9 +364,9 @@ def _check_fingerprints(
 ) -> None:
   bad = [name for name in found if found[name] != expected.get(name)]
   if bad:
-    raise checkpoint_integrity.damaged(path,
-        f"array {bad[0]!r} is not what was saved "
-                   f"({len(bad)} of {len(found)} arrays differ)")
+    raise checkpoint_integrity.damaged(
+        path, f"array {bad[0]!r} is not what was saved "
+        f"({len(bad)} of {len(found)} arrays differ)")
 
 
 def _read_extras(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:

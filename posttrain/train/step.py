@@ -170,14 +170,14 @@ def update(
     schedule: optax.Schedule, router_aux_coef: float = 0.0,
     spikes: spikes_lib.Rule | None = None, skip: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update of what is trained; jit it with the keywords bound.
+  """Updates the trained parameters once; jit it with the keywords bound.
 
   A non-finite loss or gradient, or a spike, leaves the state as it was, and
   shows in the metrics: the caller decides what then.
 
   Args:
-    spikes: when a loss is one; None: never.
-    skip: `step` counts an update that was not made too.
+    spikes: the rule by which a loss is a spike; None: none is.
+    skip: `step` also counts an update that was not made.
 
   Returns:
     The new state, and float32 scalars: those of `metrics_of_terms` (without
@@ -236,7 +236,7 @@ class CompiledUpdate:
   def lower(
       self, state: TrainState, batch: Any, num_microbatches: Any,
   ) -> jax.stages.Lowered:
-    """The same program, of abstract arrays."""
+    """Lowers the same program for abstract arrays."""
     return self.moved.lower(*self._parts(state), batch, num_microbatches)
 
   def _parts(self, state: TrainState) -> tuple[TrainState, Any]:

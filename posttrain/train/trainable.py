@@ -116,8 +116,7 @@ def prepare(
 
 def abstract(
     config: ModelConfig, plan: Plan) -> tuple[Transformer, frozenset[str]]:
-  """Does as `prepare` with a model of this shape, on shapes instead of arrays.
-  """
+  """Prepares a model of this shape, on shapes instead of arrays."""
   transformer.check_mesh(config)
   trained: list[frozenset[str]] = []
 

@@ -4,6 +4,7 @@ The run that is taken apart has all there is: several minibatches and epochs,
 a KL term, a maximum of thinking tokens and waits in the rollouts.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,13 +17,14 @@ import numpy as np
 import optax
 import pytest
 
+from posttrain import config as config_lib
 from posttrain.data import random_streams
 from posttrain.objectives import policy as policy_lib
 from posttrain.objectives.columns import Term, needs
 from posttrain.rl import experience as experience_lib
 from posttrain.rl import rollout_buffer, rollout_worker
 from posttrain.sampler import budget
-from posttrain.stages import rl
+from posttrain.stages import rl, rl_programs
 from posttrain.telemetry import metrics
 from posttrain.train import health, offload, preemption
 from tests import meshes, one_by_one, pipeline_run
@@ -747,12 +749,12 @@ def test_an_updates_time_ends_with_the_update(tmp_path):
   with jax.set_mesh(meshes.one()):
     learner = pipeline_run.make_learner(tmp_path)
     learner.collect()
-    update = rl.Learner.update(learner)
+    update = rl.Learner.update(learner, contextlib.nullcontext)
     values = {name: float(x) for name, x in update.values.items()}
     row = update.row(dict(values), False)
     time.sleep(0.01)  # Such as the comparison with other hosts.
     assert update.row(dict(values), False) == row
-  assert 0 < row["time/learn"]
+  assert row["time/learn"] > 0
 
 
 @pytest.mark.slow
@@ -865,6 +867,11 @@ def empty(columns):
   return {"nothing": Term(total, 0 * total)}, {}
 
 
+@needs("ref_logprobs")
+def pulled(columns):
+  return empty(columns)
+
+
 def greedy(columns, *, values):
   raise AssertionError("It is never called.")
 
@@ -874,6 +881,20 @@ def updated(tmp_path, *changes):
     learner = pipeline_run.make_learner(tmp_path, changes)
     learner.collect()
     return learner.update()
+
+
+@pytest.mark.parametrize("changes, passes", [
+    ([], 0), (["num_minibatches=2"], 1), (["loss.kl_coef=0.1"], 1),
+    (["loss.kl_coef=0.1", "num_epochs=2"], 2),
+    # A KL in the reward is of old and reference logprobs.
+    (["loss.kl_coef=0.1", "loss.kl_in=reward", "loss.kl_estimator=k1"], 2),
+    (["loss.function=tests.stages.test_rl:pulled"], 1),
+    (["loss.function=tests.stages.test_rl:empty", "num_epochs=2"], 0)])
+def test_planned_passes_are_the_logprobs_that_are_needed(changes, passes):
+  config = config_lib.assign(
+      pipeline_run.CONFIG, [f"reason.{change}" for change in changes], "test")
+  _, scored, _ = rl_programs.work(config.reason, types.SimpleNamespace(batch=1))
+  assert scored.times == passes * 8  # 16 completions, 2 to a microbatch.
 
 
 def test_a_denominator_below_one_is_divided_by(tmp_path):
