@@ -10,8 +10,11 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline
+from posttrain.stages import loop
+from posttrain.tasks import loading
 from posttrain.telemetry import metrics
 from posttrain.train import preemption
+from posttrain.train import state as state_lib
 from tests import forked, meshes
 from tests.stages.test_sft import leave_at, repeatable
 
@@ -65,6 +68,38 @@ def test_it_is_preempted_and_goes_on_to_the_same_numbers(
       pipeline.train(resolved(), str(left))
   pipeline.train(resolved(), str(left))
   check_same(whole, left)
+
+
+def test_steps_may_be_dropped_or_have_nothing_to_learn_from(
+    tmp_path, monkeypatch):
+  """SIGTERM within step 6, with rows of earlier steps still on the devices."""
+  whole, left = tmp_path / "whole", tmp_path / "left"
+  body = loading.load(CONFIG["drill"]["kind"]).run.__globals__["Body"]
+  train_step, leaving = body.train_step, []
+
+  def odd(self, number, span):
+    if number in leaving:
+      raise preemption.Preempted("within the step")
+    if number % 5:
+      return train_step(self, number, span)
+    self.state = state_lib.skip(self.state)
+    return loop.Update({}, {}, lambda found, skipped: {})
+
+  one = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: one)
+  monkeypatch.setattr(body, "train_step", odd)
+  config = resolved("drill.num_steps=8", "drill.health.on_bad_step=skip")
+  pipeline.train(config, str(whole))
+  leaving.append(6)
+  with pytest.raises(preemption.Preempted, match="saved at step 5; the step"):
+    pipeline.train(config, str(left))
+  leaving.clear()
+  pipeline.train(config, str(left))
+  rows, again = (repeatable(metrics.read(path / "metrics.jsonl"))
+                 for path in (whole, left))
+  assert again == rows
+  assert [row["skipped_updates"] for row in rows] == [
+      0, 0, 0, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.slow
