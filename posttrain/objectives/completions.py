@@ -1,7 +1,7 @@
 """Sums and means over a completion, given back to each of its tokens.
 
 A sequence-level ratio (GSPO) needs them, and a mask of whole completions. All
-tokens of a completion lie together in one row, packed or behind a prompt that
+tokens of a completion lie together in one row, packed or after a prompt that
 its group shares, so a microbatch never holds a part of one.
 
   R: rows    T: length

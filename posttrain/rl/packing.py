@@ -1,7 +1,7 @@
 """Rollouts -> packed columns, and the arrays of an update.
 
-A minibatch is a set of completions, each behind its prompt, packed into rows
-and cut into microbatches; or several behind one prompt, see `shared_prompts`.
+A minibatch is a set of completions, each after its prompt, packed into rows and
+cut into microbatches; or several share one prompt, see `shared_prompts`.
 All minibatches of a batch of rollouts have one shape, and say how many of their
 microbatches are in use, so that the learner is compiled once.
 
@@ -56,7 +56,7 @@ def pack_experience(
     rollouts: Rollouts, group_ids: np.ndarray,
     minibatches: Sequence[np.ndarray], shapes: Shapes,
 ) -> Arrays:
-  """Packs completions behind their prompts, as [U, M, R, T] arrays.
+  """Packs completions with their prompts, as [U, M, R, T] arrays.
 
   Args:
     rollouts: B completions.
@@ -86,7 +86,7 @@ def pack_experience(
 
 
 def _example(rollouts: Rollouts, row: int, group: int) -> Arrays:
-  """Lays one completion behind its prompt."""
+  """Lays one completion after its prompt."""
   prompt, length = rollouts.prompts[row], int(rollouts.lengths[row])
   behind = lambda values, dtype: np.concatenate([
       np.zeros((len(prompt), *values.shape[1:]), dtype),

@@ -82,7 +82,7 @@ class Body:
 
     Raises:
       Preempted: SIGTERM came; the step is dropped, and made again. The state
-        is that behind the step before, or `may_save` is false.
+        is that after the step before, or `may_save` is false.
     """
     raise NotImplementedError
 

@@ -134,8 +134,10 @@ class Learner(loop.Body):
             else self.experience)
 
   def ranks(self, row: loop.Row) -> bool:
-    """Tests for a score: without one nothing ranks a checkpoint."""
-    return row["frac_unscored"] < 1
+    """Tests for a score, and a metric that a skipped update may lack."""
+    return row["frac_unscored"] < 1 and (
+        self.section.checkpoint.best_metric in row
+        or not row["skipped_updates"])
 
   @property
   def may_save(self) -> bool:

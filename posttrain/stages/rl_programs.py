@@ -170,7 +170,7 @@ def reference_of(
     section: config_dict.ConfigDict, policy: Transformer, dtype: str, *,
     trained: Collection[str] = (), fresh: bool = False,
 ) -> Transformer:
-  """Makes the KL's reference of the policy; it shares what this does not move.
+  """Makes the KL's reference of the policy; they share frozen weights.
 
   Args:
     trained: paths of what the policy moves.

@@ -85,7 +85,7 @@ def make_limits(rollout: config_dict.ConfigDict) -> sampler.Limits:
 def make_sampling_options(
     settings: Mapping[str, Any], vocab_size: int,
 ) -> sampling_options.SamplingOptions:
-  """Loads the functions that a section, or the flags of a verb, name.
+  """Loads the functions that a section, or flags of a command, name.
 
   Args:
     settings: `wait_order` and `budget_schedule`, and where they are allowed

@@ -598,6 +598,15 @@ def test_nothing_to_learn_from_stops_with_advice(tmp_path):
   assert [row["frac_reward_zero_std"] for row in rows] == [1, 1]
 
 
+def test_a_step_without_a_loss_is_not_ranked_by_it(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    pipeline_run.train(tmp_path, [
+        "reason.num_steps=1", "reason.rewards=tests.stages.toy:constant",
+        "reason.checkpoint.keep_best=1", "reason.checkpoint.best_metric=loss"])
+  [row] = repeatable(tmp_path)
+  assert row["skipped_updates"] == 1 and "loss" not in row
+
+
 def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
   with jax.set_mesh(meshes.one()), pytest.raises(
       health.HealthError, match=r"all completions were cut off .* for 2 steps"):
