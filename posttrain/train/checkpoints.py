@@ -126,7 +126,8 @@ class Checkpoints:
       extras: JSON-able.
       rollouts: flat dict of NumPy arrays, the same on every host.
       metrics: `best_metric` must be among them if checkpoints are ranked;
-        None saves one that is kept as a recent one only.
+        None, or a value that is not finite, saves one that is kept as a
+        recent one only.
 
     Raises:
       ValueError: `tree` is not a dict of arrays, or the metric is missing.
@@ -165,7 +166,9 @@ class Checkpoints:
           f"checkpoint.best_metric is {self._best_metric!r}, which is not "
           f"among the metrics of this step: {sorted(metrics)}. Choose one of "
           "them, or a checkpoint.every at whose steps it is measured.")
-    return {"value": float(metrics[self._best_metric])}
+    value = float(metrics[self._best_metric])
+    # Orbax sorts by it, and a NaN of a skipped update has no place in an order.
+    return {"value": value} if np.isfinite(value) else None
 
   def restore(self, abstract: Tree, step: int | None = None) -> Restored:
     """Restores from this stage, as the function `restore`."""

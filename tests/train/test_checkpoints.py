@@ -104,6 +104,20 @@ def test_another_mesh_and_a_part_of_the_tree(tmp_path, mesh):
   assert found.rollouts is None
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_what_is_not_finite_is_never_the_best(tmp_path, mesh, mode):
+  """Such as the loss of an update that was skipped."""
+  with checkpoints.Checkpoints(
+      tmp_path / "c", keep=1, keep_best=1, best_metric="loss",
+      best_mode=mode) as saver:
+    for step, loss in enumerate(
+        (np.nan, 0.5, np.nan, np.inf, -np.inf), start=1):
+      saver.save(step, state(step), {}, metrics={"loss": loss})
+    saver.wait()
+    assert saver.best_step() == 2
+    assert saver.steps() == [2, 5]
+
+
 def test_keeps_the_latest_and_the_best(tmp_path, mesh):
   saver = checkpoints.Checkpoints(
       tmp_path / "c", keep=2, keep_best=1, best_metric="eval_loss",
