@@ -1,8 +1,8 @@
 """Scored rollouts -> advantages -> the columns of a batch's updates.
 
-A KL in the reward is not the paper's: it is taken off the advantage, centred in
-its group and never divided by the standard deviation of the rewards, so that
-`kl_coef` weighs it alike in every group.
+A KL in the reward is not the paper's. It is subtracted from the advantage,
+centred in its group and not divided by the standard deviation of the rewards,
+so that `kl_coef` has the same weight in every group.
 
   B: completions  U: minibatches  M: microbatches  R: rows of one  T: length
 
@@ -117,8 +117,8 @@ class Preparation:
     chunk, temperature: see `token_logprobs.of_hidden`.
     several: more than one update learns from a batch, so that old logprobs
       are not those of the update itself.
-    all_groups: completions without a signal are packed too: a term beside
-      the objective needs them.
+    all_groups: completions without a signal are packed too, for a loss
+      outside the objective (load balancing).
   """
 
   objective: PolicyObjective

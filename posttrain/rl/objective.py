@@ -68,9 +68,9 @@ class PolicyObjective:
   def needs_silent_groups(self) -> bool:
     """Tests if completions whose advantages are 0 have a gradient.
 
-    They have none in a function that takes advantages and gets its
-    denominator told: it is no smaller where they are not packed. A KL to the
-    reference moves them.
+    They have none in a function that declares `advantages` and
+    `denominator_shares`, which count them even where they are not packed. A
+    KL to the reference gives them one.
     """
     told = {"advantages", "denominator_shares"}
     return self.kl_coef > 0 or not told <= set(

@@ -40,7 +40,7 @@ def limits_of(
 
 
 def samples_of(section: config_dict.ConfigDict, cell: summary.Cell) -> int:
-  """Completions per problem in a cell; votes need more in the free one."""
+  """Completions per problem; majority votes take more without a budget."""
   samples = section.samples_per_problem
   if cell == summary.Cell():
     return max(samples, section.majority.max_samples)

@@ -387,7 +387,7 @@ def save(
   """Saves the state with `extras` and the facts that a run must share.
 
   The rows of metrics up to here are on the disk before. Frozen weights are
-  saved once, beside the stages. For `**more` see `Checkpoints.save`.
+  saved once, for all stages. For `**more` see `Checkpoints.save`.
   """
   distributed.on_first_host(context.workdir.check_lease)
   if context.workdir.is_writer:

@@ -6,8 +6,8 @@ program: those of the first update are its own (the ratio is exactly 1), the
 others are computed once, before it. The loss is a mean over all completions of
 a minibatch. Where it has no term but the policy's, completions of groups whose
 rewards are all equal have no gradient: they count in the denominator, and their
-forward pass is saved. An update of a minibatch of nothing else is counted, and
-moves nothing.
+forward pass is saved. An update whose minibatch holds no others is counted, and
+leaves the weights as they are.
 
 Reference: DeepSeekMath, https://arxiv.org/abs/2402.03300, section 4.1.
 """
@@ -214,7 +214,7 @@ class Learner(loop.Body):
     return update
 
   def _send(self, index: int) -> Sent:
-    """Starts an update, whose state is the next one's."""
+    """Starts an update; the next one begins with its state."""
     assert self.experience is not None
     started, part = time.monotonic(), index % self.section.num_minibatches
     arrays, used = packing.minibatch(self.experience, part)

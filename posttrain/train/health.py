@@ -34,7 +34,7 @@ class Streaks:
     return dict(self._lengths)
 
   def set_state(self, state: Mapping[str, int]) -> None:
-    """Takes over the own counts; `state` may have others too."""
+    """Restores these counts; `state` may have others too."""
     self._lengths = {name: state[name] for name in self._lengths}
 
 
