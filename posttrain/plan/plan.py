@@ -23,7 +23,7 @@ from posttrain.plan.environment import PlanError
 from posttrain.programs import abstract
 from posttrain.programs.program import SAMPLING, TRAINING, Program
 from posttrain.programs.transfer import Transfer
-from posttrain.stages.planned_stage import Setup
+from posttrain.stages.stage import Setup
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,7 @@ from posttrain import sharding
 from posttrain.model.transformer import Transformer
 from posttrain.programs import abstract, transfer
 from posttrain.programs.program import Program
-from posttrain.stages.planned_stage import PlannedStage, Setup
-from posttrain.stages.stage import Stage, stage_of
+from posttrain.stages.stage import PlannedStage, Setup, Stage, stage_of
 from posttrain.text import render
 
 

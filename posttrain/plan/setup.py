@@ -7,8 +7,7 @@ from posttrain import weights
 from posttrain.plan.environment import PlanError
 from posttrain.sampler import budget_tables
 from posttrain.stages import sampling
-from posttrain.stages.planned_stage import Setup
-from posttrain.stages.stage import stage_of
+from posttrain.stages.stage import Setup, stage_of
 from posttrain.text import thinking
 
 # Fields of a kind's record, and what a plan does without them.

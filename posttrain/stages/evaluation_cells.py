@@ -15,8 +15,7 @@ from posttrain.programs import sampling as sampling_programs
 from posttrain.programs.program import Program
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import memory_estimate
-from posttrain.stages.planned_stage import PlannedStage
-from posttrain.stages.stage import Sizes
+from posttrain.stages.stage import PlannedStage, Sizes
 
 
 def cells_of(section: config_dict.ConfigDict) -> list[summary.Cell]:

@@ -27,8 +27,7 @@ from posttrain.rl import objective as objective_lib
 from posttrain.rl import packing
 from posttrain.sampler import decode
 from posttrain.stages import memory_estimate, sampling, training
-from posttrain.stages.planned_stage import PlannedStage
-from posttrain.stages.stage import Decoding, Pass, Sizes
+from posttrain.stages.stage import Decoding, Pass, PlannedStage, Sizes
 from posttrain.tasks import loading
 from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render

@@ -25,9 +25,8 @@ from posttrain.model.transformer import Transformer
 from posttrain.objectives import supervised
 from posttrain.programs.program import SCORING, TRAINING, Program
 from posttrain.stages import loop, memory_estimate, training
-from posttrain.stages.planned_stage import PlannedStage
 from posttrain.stages.run_context import RunContext
-from posttrain.stages.stage import Pass, Sizes, Stage
+from posttrain.stages.stage import Pass, PlannedStage, Sizes, Stage
 from posttrain.telemetry import flops
 from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render

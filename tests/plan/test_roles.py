@@ -15,7 +15,7 @@ from posttrain.programs import abstract, program
 from posttrain.programs import transfer as transfer_lib
 from posttrain.rl import experience, weight_sync
 from posttrain.sampler import decode
-from posttrain.stages import planned_stage, training
+from posttrain.stages import stage, training
 from posttrain.train import fingerprint
 from tests import meshes
 
@@ -142,6 +142,6 @@ def test_roles_that_overlap_take_as_long_as_the_slower():
     found = plan.Plan(
         topology.parse("v5e:2x2"),
         {program.TRAINING: {"fsdp": 2}, program.SAMPLING: {"fsdp": 2}},
-        planned_stage.Setup(config, None, None, None, None), results, [], [])
+        stage.Setup(config, None, None, None, None), results, [], [])
     assert found.step_seconds("reason") == expected
     assert found.role_seconds("reason", program.SAMPLING) == 10.0
