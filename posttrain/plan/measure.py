@@ -15,8 +15,7 @@ import jax
 from posttrain.plan import collectives as collectives_lib
 from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
-from posttrain.programs.abstract import shard_bytes
-from posttrain.programs.program import Program
+from posttrain.programs.program import Program, shard_bytes
 from posttrain.telemetry.chips import Chip
 
 

@@ -20,8 +20,7 @@ from posttrain.plan import (
 from posttrain.plan import setup as setup_lib
 from posttrain.plan import topology as topology_lib
 from posttrain.plan.environment import PlanError
-from posttrain.programs import abstract
-from posttrain.programs.program import SAMPLING, TRAINING, Program
+from posttrain.programs.program import SAMPLING, TRAINING, Program, model_of
 from posttrain.programs.transfer import Transfer
 from posttrain.stages.stage import Setup
 
@@ -196,7 +195,7 @@ def gradient_shapes(setup: Setup) -> set[tuple[int, ...]]:
   Each dimension whole or split, for all layers or for one.
   """
   found = set()
-  for weight in jax.tree.leaves(abstract.model_of(setup.model)):
+  for weight in jax.tree.leaves(model_of(setup.model)):
     choices = [{whole, part} for whole, part in zip(
         weight.shape, weight.sharding.shard_shape(weight.shape), strict=True)]
     for dims in itertools.product(*choices):

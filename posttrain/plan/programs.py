@@ -12,8 +12,8 @@ import jax
 
 from posttrain import sharding
 from posttrain.model.transformer import Transformer
-from posttrain.programs import abstract, transfer
-from posttrain.programs.program import Program
+from posttrain.programs import transfer
+from posttrain.programs.program import Program, model_of
 from posttrain.stages.stage import PlannedStage, Setup, Stage, stage_of
 from posttrain.text import render
 
@@ -52,7 +52,7 @@ def planned(
     setup: Setup, sampling: jax.sharding.Mesh | None = None,
 ) -> Iterator[tuple[PlannedStage, Stage]]:
   """Yields the stages of a config, each from the model of the one before."""
-  model: Transformer = abstract.model_of(setup.model)
+  model: Transformer = model_of(setup.model)
   trained = False
   for name in setup.config.stages:
     record = stage_of(setup.config[name].kind)

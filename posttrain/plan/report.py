@@ -18,8 +18,7 @@ from posttrain.evaluation import markup
 from posttrain.plan import kernels, roofline
 from posttrain.plan.measure import Result
 from posttrain.plan.plan import Plan
-from posttrain.programs.abstract import shard_bytes
-from posttrain.programs.program import SAMPLING, TRAINING
+from posttrain.programs.program import SAMPLING, TRAINING, shard_bytes
 from posttrain.stages.stage import stage_of
 from posttrain.telemetry.memory import format_bytes
 

@@ -21,8 +21,7 @@ import numpy as np
 
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
-from posttrain.programs import abstract
-from posttrain.programs.program import Program
+from posttrain.programs.program import Program, unstacked
 from posttrain.sampler import (
   budget,
   decode,
@@ -135,7 +134,7 @@ class _Engine:
       tokens: int, beside: dict[str, Any]):
     self.named, self.settings = named, settings
     self.tables, self.config = tables, model.config
-    self.whole, self.blocks, self.kept = abstract.unstacked(
+    self.whole, self.blocks, self.kept = unstacked(
         model, settings.weights_dtype)
     self.weights = beside | {
         "model": self.whole, "layers": self.blocks, **self.kept}

@@ -16,8 +16,8 @@ import numpy as np
 
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
-from posttrain.programs import abstract, engine
-from posttrain.programs.program import SAMPLING, Program
+from posttrain.programs import engine
+from posttrain.programs.program import SAMPLING, Program, unstacked
 from posttrain.sampler import decode
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.sampler.requests import Request
@@ -78,7 +78,7 @@ def _waiting(
   prompts = [inputs[key] for key in (
       "tokens", "segment_ids", "in_thinking", "done")]
   fixed = sampler.tables, inputs["budgets"]
-  whole, blocks, kept = abstract.unstacked(
+  whole, blocks, kept = unstacked(
       model, sampler.weights_dtype)
   looping = beside | kept
   # A cache of any size has the layout that prefill would give it.

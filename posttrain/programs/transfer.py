@@ -14,8 +14,7 @@ from typing import Any
 import jax
 
 from posttrain.model.transformer import Transformer
-from posttrain.programs.abstract import shard_bytes
-from posttrain.programs.program import SAMPLING, Program
+from posttrain.programs.program import SAMPLING, Program, shard_bytes
 from posttrain.rl import weight_sync
 from posttrain.train import fingerprint
 

@@ -20,8 +20,7 @@ from posttrain.config import stages
 from posttrain.config.stages import StageSchema
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.programs import abstract, transfer
-from posttrain.programs.program import Program
+from posttrain.programs import program, transfer
 from posttrain.rl import weight_sync
 from posttrain.sampler import budget_tables
 from posttrain.sampler import sampler as sampler_lib
@@ -91,18 +90,18 @@ class PlannedStage:
   @functools.cached_property
   def trained(self) -> tuple[Transformer, frozenset[str]]:
     """The model as the stage trains it, and the paths of what it trains."""
-    return abstract.trained(
+    return program.trained(
         self.setup.model, training.plan(self.section, self.compute))
 
   def state(self, optimizer: Any) -> state_lib.TrainState:
     """The training state before an update."""
-    return abstract.state_of(
+    return program.state_of(
         *self.trained, optimizer, training.spike_rule(self.section))
 
   def update(
       self, optimizer: Any, update: Any, batch: Mapping[str, np.ndarray],
       num_microbatches: int,
-  ) -> Program:
+  ) -> program.Program:
     """The program of an update; its arguments are the state and the batch.
 
     Args:
@@ -112,7 +111,7 @@ class PlannedStage:
     state = self.state(optimizer)
     stacked = microbatches.stack(
         batch, num_microbatches, put=sharding.abstract)
-    return Program(
+    return program.Program(
         self.name, "update", functools.partial(
             update.lower, state, stacked, num_microbatches),
         (state, stacked), calls=1, unknown_trips=num_microbatches)
@@ -238,7 +237,7 @@ class Stage:
   run: Callable[[RunContext, Any], Transformer | None]
   check: Callable[[RunContext], None] = _nothing
   finished: Callable[[RunContext], int | None] = _trained
-  programs: Callable[[PlannedStage], Iterator[Program]] | None = None
+  programs: Callable[[PlannedStage], Iterator[program.Program]] | None = None
   memory: Callable[[
       config_dict.ConfigDict, config_dict.ConfigDict, ModelConfig,
   ], Sizes] | None = None

@@ -9,7 +9,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.plan import programs, setup
-from posttrain.programs import abstract
+from posttrain.programs import program as program_lib
 from posttrain.rl import experience
 from posttrain.sampler import decode
 from posttrain.stages import training
@@ -55,9 +55,9 @@ def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   with jax.set_mesh(sharding.make_mesh(4, 2)):
     for program in programs.of_config(setup.set_up(config)):
       kind = program.kind.replace("later_update", "update")
-      planned[kind].add(abstract.shard_bytes(program.arguments))
+      planned[kind].add(program_lib.shard_bytes(program.arguments))
       if program.kind == "old_logprobs":
-        beside = abstract.shard_bytes(program.beside)
+        beside = program_lib.shard_bytes(program.beside)
   assert beside > 0
 
   monkeypatch.setattr(training, "make_update", watched_update)
@@ -92,7 +92,7 @@ def test_what_is_offloaded_is_beside_no_program():
     names = {"reference", "optimizer"} if a.stage == "reason" else set()
     assert set(b.waiting) == names & set(a.beside), a.name
     assert set(b.beside) == set(a.beside) - names
-    assert abstract.shard_bytes(b.waiting) + abstract.shard_bytes(
-        b.beside) == abstract.shard_bytes(a.beside)
+    assert program_lib.shard_bytes(b.waiting) + program_lib.shard_bytes(
+        b.beside) == program_lib.shard_bytes(a.beside)
   prefill = next(p for p in before if p.name == "reason/prefill")
   assert {"reference", "optimizer"} <= set(prefill.beside)

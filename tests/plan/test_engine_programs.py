@@ -14,7 +14,7 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.plan import programs, setup
-from posttrain.programs import abstract
+from posttrain.programs import program as program_lib
 from posttrain.programs import sampling as sampling_programs
 from posttrain.sampler import device_batch, logits_processors
 from posttrain.sampler import sampler as sampler_lib
@@ -37,7 +37,7 @@ def small_setup(**rollout):
 def planned(found, groups, group_size):
   """Name -> its program, of one call of the sampler."""
   rollout = found.config.reason.rollout
-  model = abstract.model_of(found.model)
+  model = program_lib.model_of(found.model)
   return {program.name: program for program in sampling_programs.of_rollout(
       "reason", found.sampler(rollout), model, groups=groups,
       group_size=group_size, limits=LIMITS, beside={})}
@@ -62,7 +62,7 @@ def watched(monkeypatch):
                     kind, "").format(*numbers)
     name = f"reason/{kind}{detail}"
     calls[name] += 1
-    held[name].add(abstract.shard_bytes([
+    held[name].add(program_lib.shard_bytes([
         x for x in jax.tree.leaves((args, kwargs))
         if isinstance(x, jax.Array)]))
     return original(self, key, function, *args, **kwargs)
@@ -100,7 +100,7 @@ def test_calls_are_those_of_the_longest_rows(
       name: program.calls for name, program in expected.items()
       if program.calls}
   for name, sizes in held.items():
-    assert sizes == {abstract.shard_bytes(expected[name].arguments)}, name
+    assert sizes == {program_lib.shard_bytes(expected[name].arguments)}, name
   # Others are for shorter rows and for prompts that share a beginning.
   assert {re.sub(r"\W.*", "", name.split("/")[1])
           for name in set(expected) - set(calls)} <= {
@@ -142,7 +142,7 @@ def test_a_hook_is_planned(monkeypatch):
   assert calls["reason/logits_processor"] == (
       expected["reason/logits_processor"].calls) == 12
   for name, sizes in held.items():
-    assert sizes == {abstract.shard_bytes(expected[name].arguments)}, name
+    assert sizes == {program_lib.shard_bytes(expected[name].arguments)}, name
 
 
 def evaluation(count=0, **rollout):

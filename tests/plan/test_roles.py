@@ -11,7 +11,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.plan import measure, plan, programs, setup, topology
-from posttrain.programs import abstract, program
+from posttrain.programs import program
 from posttrain.programs import transfer as transfer_lib
 from posttrain.rl import experience, weight_sync
 from posttrain.sampler import decode
@@ -66,7 +66,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
     [transfer] = programs.transfers(found, sampling_mesh)
   expected = collections.defaultdict(collections.Counter)
   for each in planned:
-    size = abstract.shard_bytes(each.arguments)
+    size = program.shard_bytes(each.arguments)
     first = each.detail == "first"  # Before the first of three batches only.
     expected[each.kind][size] += 1 if first else 3 * int(each.calls)
     on = {d for x in jax.tree.leaves(each.arguments)
@@ -95,9 +95,9 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   frozen = [x for x in transfer.arrays if not x.trained]
   assert {x.name for x in frozen} >= {"embedding"}
   for x in frozen:
-    expected["gather"][abstract.shard_bytes([x.sent])] += 1
+    expected["gather"][program.shard_bytes([x.sent])] += 1
   for kind in ("fingerprints_sent", "fingerprints_arrived"):
-    expected[kind][abstract.shard_bytes([
+    expected[kind][program.shard_bytes([
         x.cast if kind.endswith("sent") else x.arrived
         for x in transfer.arrays if x.trained])] -= 1  # Of the first batch.
     # Checkpoints take others.

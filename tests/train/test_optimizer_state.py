@@ -13,7 +13,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding, weights
 from posttrain.model import presets, transformer
-from posttrain.programs import abstract
+from posttrain.programs import program
 from posttrain.stages import memory_estimate
 from posttrain.telemetry import memory
 from posttrain.train import checkpoints, optimizer, state
@@ -175,7 +175,7 @@ def test_the_plans_bytes_are_those_of_real_shards(name, dtype):
     real = state.create(model, made)
     planned = weights.on_mesh(
         jax.eval_shape(lambda model: state.create(model, made), model))
-    assert abstract.shard_bytes(planned) == sum(
+    assert program.shard_bytes(planned) == sum(
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real))
 
 
