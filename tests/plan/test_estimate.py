@@ -10,7 +10,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import presets, transformer
-from posttrain.plan import advice, estimate, measure, sweep, topology
+from posttrain.plan import estimate, measure, plan, sweep, topology
 from posttrain.programs import program as program_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
@@ -109,7 +109,7 @@ def result(kind, needed, beside=0):
 
 def test_advice_names_keys_and_what_fits(stages):
   needed = estimate.peak_bytes(stages, "none", sizes(8, 1))
-  lines = "\n".join(advice.advise(
+  lines = "\n".join(plan.advise(
       result("update", needed), stages, V5E, sizes(8, 1)))
   assert "cold_start.num_microbatches=2 (more parts" in lines
   assert "compute.loss_chunk=128" in lines
@@ -122,7 +122,7 @@ def test_advice_is_scaled_by_what_the_compiler_said(stages):
   """Where the estimate was too low, a larger slice is named."""
   needed = estimate.peak_bytes(stages, "none", sizes(8, 1))
   lines = [
-      advice.advise(result("update", scale * needed), stages, V5E,
+      plan.advise(result("update", scale * needed), stages, V5E,
                     sizes(8, 1))[-1] for scale in (1, 4)]
   chips = [topology.parse(line.split(": ")[1].split(" ")[0]).num_chips
            for line in lines]
