@@ -11,14 +11,7 @@ from typing import Any
 
 import jax
 
-from posttrain.telemetry import (
-  compilation,
-  console,
-  goodput,
-  hardware,
-  stragglers,
-  trace,
-)
+from posttrain.telemetry import console, goodput, hardware, stragglers, trace
 
 # Parts of a step's time, as far as a stage has spans of these names.
 PARTS = ("input_wait", "dispatch", "device_wait")
@@ -47,7 +40,7 @@ class StageTelemetry:
         write=is_writer)
     self._machine = hardware.find()
     self._hosts = stragglers.Stragglers(warn=console.warning)
-    self._compared = compilation.seconds()
+    self._compared = goodput.compile_seconds()
     self._start_lap()
 
   def __enter__(self) -> "StageTelemetry":
@@ -68,7 +61,7 @@ class StageTelemetry:
     """
     self._hosts.begin()
     self._ledger.begin(step)
-    self._compared = compilation.seconds()
+    self._compared = goodput.compile_seconds()
     self._start_lap()
 
   @contextlib.contextmanager
@@ -98,7 +91,7 @@ class StageTelemetry:
 
   def lap(self, steps: int) -> dict[str, float]:
     """Seconds per step since the last lap, without what is `APART`."""
-    spans, compiled = self._ledger.spans, compilation.seconds()
+    spans, compiled = self._ledger.spans, goodput.compile_seconds()
     took = {name: spans.get(name, 0.0) - self._spans.get(name, 0.0)
             for name in (*PARTS, *APART) if name in spans or name in APART}
     took["compile"] = compiled - self._compiled
@@ -122,11 +115,11 @@ class StageTelemetry:
 
   def compare_hosts(self) -> dict[str, float]:
     """`Stragglers.compare`; every host calls it after the same step."""
-    compiled = compilation.seconds()
+    compiled = goodput.compile_seconds()
     found = self._hosts.compare(apart=compiled - self._compared)
     self._compared = compiled
     return found
 
   def _start_lap(self) -> None:
-    self._since, self._compiled = time.monotonic(), compilation.seconds()
+    self._since, self._compiled = time.monotonic(), goodput.compile_seconds()
     self._spans = dict(self._ledger.spans)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import workdir
-from posttrain.telemetry import compilation, goodput
+from posttrain.telemetry import goodput
 
 
 @dataclasses.dataclass
@@ -192,7 +192,7 @@ def test_a_process_that_is_killed_and_started_again(tmp_path):
 def test_the_union_of_intervals(pairs):
   """Told in the order of their ends, as compilations are."""
   intervals = sorted((sorted(pair) for pair in pairs), key=lambda p: p[1])
-  union = compilation.Union()
+  union = goodput.Union()
   for start, end in intervals:
     union.add(start, end)
   covered = {n for start, end in intervals for n in range(start, end)}
@@ -201,12 +201,12 @@ def test_the_union_of_intervals(pairs):
 
 def test_compiling_is_measured():
   """A new program compiles; a call of one that exists does not."""
-  before = compilation.seconds()
+  before = goodput.compile_seconds()
   program = jax.jit(lambda x: jnp.sort(x * 3.25 + 1)[::-1])
   start = time.monotonic()
   jax.block_until_ready(program(jnp.arange(7.0)))
   wall = time.monotonic() - start
-  took = compilation.seconds() - before
+  took = goodput.compile_seconds() - before
   assert 0 < took <= wall
   jax.block_until_ready(program(jnp.arange(7.0)))
-  assert compilation.seconds() - before == took
+  assert goodput.compile_seconds() - before == took
