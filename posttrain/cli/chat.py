@@ -14,7 +14,7 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding, weights
-from posttrain.cli.stream_printer import StreamPrinter
+from posttrain.cli.sample import StreamPrinter
 from posttrain.config import keys
 from posttrain.sampler import requests, sampler, token_sampling, transcript
 from posttrain.sampler.engine_settings import doublings
