@@ -17,7 +17,7 @@ from posttrain import sharding, weights
 from posttrain.cli.sample import StreamPrinter
 from posttrain.config import keys
 from posttrain.sampler import requests, sampler, token_sampling, transcript
-from posttrain.sampler.engine_settings import doublings
+from posttrain.sampler.requests import doublings
 from posttrain.stages import sampling
 from posttrain.telemetry import console as console_lib
 from posttrain.text import render

@@ -35,6 +35,10 @@ from posttrain.text import instructions, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import preemption
 
+BATCH_ROWS = 64  # Completions decoded together.
+CHUNK = 16  # Tokens between two looks; streaming wants few, speed many.
+FACTS = ("length", "think_length", "wait_count", "finish_reason")
+
 
 class StreamPrinter:
   """Prints one completion as it grows, with forced tokens marked.
@@ -96,11 +100,6 @@ class StreamPrinter:
       self._console.file.write(
           text if name in ("sampled", "thinking") else f"[{name}: {text}]")
     self._console.file.flush()
-
-
-BATCH_ROWS = 64  # Completions decoded together.
-CHUNK = 16  # Tokens between two looks; streaming wants few, speed many.
-FACTS = ("length", "think_length", "wait_count", "finish_reason")
 
 
 def run(

@@ -14,7 +14,6 @@ from ml_collections import config_dict
 
 from posttrain import sharding
 from posttrain.plan import collectives, estimate, measure, programs, transposes
-from posttrain.plan import setup as setup_lib
 from posttrain.plan import topology as topology_lib
 from posttrain.plan.environment import PlanError
 from posttrain.programs.program import SAMPLING, TRAINING, Program, model_of
@@ -138,7 +137,7 @@ def _programs(
     meshes = _meshes(config, devices, topology.num_slices)
     # What "auto" stands for depends on the devices.
     with jax.set_mesh(meshes[TRAINING]):
-      setup = setup_lib.set_up(config)
+      setup = programs.set_up(config)
       found = list(programs.of_config(setup, meshes.get(SAMPLING)))
   except ValueError as error:
     raise PlanError(str(error)) from error

@@ -22,15 +22,8 @@ import numpy as np
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
 from posttrain.programs.program import Program, unstacked
-from posttrain.sampler import (
-  budget,
-  decode,
-  device_batch,
-  engine_settings,
-  prefill,
-  requests,
-)
-from posttrain.sampler.engine_settings import Settings
+from posttrain.sampler import budget, decode, device_batch, prefill, requests
+from posttrain.sampler.requests import Settings
 
 NOTE = ("calls of programs of continuous batching are modelled: prompts of the "
         "most tokens that share none, and completions that all run to their "
@@ -85,7 +78,7 @@ def waves(
     for used in range(0, tokens, settings.chunk):
       needed = min(prompts.length + used + settings.chunk,
                    settings.max_seq_len)
-      for larger in engine_settings.fitting(sizes, size, needed):
+      for larger in requests.fitting(sizes, size, needed):
         calls["resize", size, larger] += 1
         size = larger
       if not used:
@@ -144,7 +137,7 @@ class _Engine:
         chunk=settings.prefill_chunk, prefixes=settings.prefixes,
         cache_dtype=settings.cache_dtype, run=_never)
     # S of the caches that prompts may be prefilled in.
-    self.sources = engine_settings.doublings(
+    self.sources = requests.doublings(
         self.prefill.chunk, self.prefill.slots_of(prompts.length))
     self.waves = waves(settings, self.prefill, prompts, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, settings.max_ids)

@@ -19,8 +19,7 @@ from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import budget, decode, prefill, requests, token_sampling
-from posttrain.sampler.engine_settings import Settings
-from posttrain.sampler.requests import Request
+from posttrain.sampler.requests import Request, Settings
 from posttrain.sharding import shard, spec
 
 

@@ -39,8 +39,13 @@ from posttrain.sampler import (
   rollouts,
 )
 from posttrain.sampler.active_sequence import ActiveSequence
-from posttrain.sampler.engine_settings import Settings, doublings, fitting
-from posttrain.sampler.requests import Completion, Request
+from posttrain.sampler.requests import (
+  Completion,
+  Request,
+  Settings,
+  doublings,
+  fitting,
+)
 from posttrain.sampler.stop_strings import Decode
 
 

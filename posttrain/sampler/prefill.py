@@ -26,7 +26,7 @@ from posttrain.model import cache as kv
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler.engine_settings import doublings
+from posttrain.sampler.requests import doublings
 from posttrain.sharding import spec
 
 Tokens = tuple[int, ...]

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
-from posttrain.plan import programs, setup
+from posttrain.plan import programs
 from posttrain.programs import program as program_lib
 from posttrain.rl import experience
 from posttrain.sampler import decode
@@ -53,7 +53,7 @@ def test_logical_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
 
   planned = collections.defaultdict(set)
   with jax.set_mesh(sharding.make_mesh(4, 2)):
-    for program in programs.of_config(setup.set_up(config)):
+    for program in programs.of_config(programs.set_up(config)):
       kind = program.kind.replace("later_update", "update")
       planned[kind].add(program_lib.shard_bytes(program.arguments))
       if program.kind == "old_logprobs":
@@ -83,7 +83,7 @@ def test_what_is_offloaded_is_beside_no_program():
   config = small_config()
   def found():
     with jax.set_mesh(meshes.one()):
-      return list(programs.of_config(setup.set_up(config)))
+      return list(programs.of_config(programs.set_up(config)))
   before = found()
   with config.unlocked():
     config.compute.offload = ("reference", "optimizer")

@@ -13,7 +13,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import transformer
-from posttrain.plan import programs, setup
+from posttrain.plan import programs
 from posttrain.programs import program as program_lib
 from posttrain.programs import sampling as sampling_programs
 from posttrain.sampler import device_batch, logits_processors
@@ -31,7 +31,7 @@ def small_setup(**rollout):
   config.mesh.update(fsdp=4, tensor=2)
   config.compute.update(dtype="float32", remat="none")
   config.reason.rollout.update(max_tokens=20, chunk=4, **rollout)
-  return setup.set_up(config_lib.resolve(config))
+  return programs.set_up(config_lib.resolve(config))
 
 
 def planned(found, groups, group_size):
@@ -156,7 +156,7 @@ def evaluation(count=0, **rollout):
       rollout=dict(max_prompt_tokens=16, chunk=16,
                    max_num_seqs=8, **{"max_tokens": 32, **rollout}))
   config.thinking = dict(newline="", wait_text="<think>")
-  found = setup.set_up(config_lib.resolve(config))
+  found = programs.set_up(config_lib.resolve(config))
   with jax.set_mesh(meshes.one()):
     return list(programs.of_config(found))
 

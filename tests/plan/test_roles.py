@@ -10,7 +10,7 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
-from posttrain.plan import measure, plan, programs, setup, topology
+from posttrain.plan import measure, plan, programs, topology
 from posttrain.programs import program
 from posttrain.programs import transfer as transfer_lib
 from posttrain.rl import experience, weight_sync
@@ -61,7 +61,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
   training_devices = set(training_mesh.devices.flat)
   assert not training_devices & set(sampling_mesh.devices.flat)
   with jax.set_mesh(training_mesh):
-    found = setup.set_up(config)
+    found = programs.set_up(config)
     planned = list(programs.of_config(found, sampling_mesh))
     [transfer] = programs.transfers(found, sampling_mesh)
   expected = collections.defaultdict(collections.Counter)

@@ -15,7 +15,7 @@ import pytest
 from posttrain import config as config_lib
 from posttrain import pipeline, report, sharding
 from posttrain.config import stages
-from posttrain.plan import estimate, plan, programs, setup, topology
+from posttrain.plan import estimate, plan, programs, topology
 from posttrain.stages import memory_estimate
 from posttrain.telemetry import memory
 from tests import meshes
@@ -35,7 +35,7 @@ def make_pipeline(path, *changes):
 
 def test_its_programs_are_planned_and_lacking_ones_are_named():
   with jax.set_mesh(meshes.one()):
-    found = setup.set_up(load())
+    found = programs.set_up(load())
     [program] = programs.of_config(found)
     text = program.lower().as_text()
   assert program.name == "drill/update" and "8x32xi32" in text
@@ -89,7 +89,7 @@ def test_the_keys_to_change_are_its_own(tmp_path):
 def test_a_step_takes_as_long_as_the_same_work_of_another_kind():
   """SFT on as many rows of the same length."""
   config = load()
-  model = setup.set_up(config).model
+  model = programs.set_up(config).model
   where = topology.parse("v5e:2x2")
   seconds = lambda config: estimate.step_seconds(
       config, model, where, sharding.MeshSizes(fsdp=4))

@@ -13,8 +13,7 @@ from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.sampler import budget_tables, decode, device_batch
-from posttrain.sampler.engine_settings import Settings
-from posttrain.sampler.requests import Request
+from posttrain.sampler.requests import Request, Settings
 from posttrain.text import thinking
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2,
