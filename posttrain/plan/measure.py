@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from posttrain.plan import collectives as collectives_lib
 from posttrain.plan import dots, hlo, kernels, roofline, traffic, transposes
 from posttrain.plan import walk as walk_lib
 from posttrain.programs.program import Program, shard_bytes
@@ -69,7 +68,7 @@ class Counts:
   kernel_flops: int
   uncounted: list[str]
   hbm_bytes: int
-  collectives: list[collectives_lib.Collective]
+  collectives: list[traffic.Collective]
   transposes: list[transposes.Transpose]
 
 
@@ -104,7 +103,7 @@ class Compiler:
   """Compiles for one mesh; a program that it has seen before is free."""
 
   def __init__(
-      self, chip: Chip, layout: collectives_lib.Layout,
+      self, chip: Chip, layout: traffic.Layout,
       weights: Collection[tuple[int, ...]], experts: int = 0):
     """Makes a compiler.
 
@@ -168,7 +167,7 @@ class Compiler:
 
 
 def count(
-    text: str, layout: collectives_lib.Layout,
+    text: str, layout: traffic.Layout,
     weights: Collection[tuple[int, ...]], unknown_trips: int | None, *,
     experts: int = 0,
 ) -> Counts:
@@ -191,7 +190,7 @@ def count(
       dot_flops=dot_flops, passes_flops=passes_flops,
       kernel_flops=kernel_flops, uncounted=uncounted,
       hbm_bytes=traffic.hbm_bytes(visits, module),
-      collectives=collectives_lib.collect(visits, layout),
+      collectives=traffic.collect(visits, layout),
       transposes=transposes.beside_gradients(visits, weights))
 
 

@@ -13,7 +13,7 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding
-from posttrain.plan import collectives, estimate, measure, programs, transposes
+from posttrain.plan import estimate, measure, programs, traffic, transposes
 from posttrain.plan import topology as topology_lib
 from posttrain.plan.environment import PlanError
 from posttrain.programs.program import SAMPLING, TRAINING, Program, model_of
@@ -183,7 +183,7 @@ def _compiler(
   with jax.set_mesh(mesh):
     shapes = gradient_shapes(setup)
   return measure.Compiler(
-      topology.chip, collectives.Layout(
+      topology.chip, traffic.Layout(
           mesh.axis_names, (across // topology.num_slices, *others),
           topology.num_slices), shapes, setup.model.num_experts)
 

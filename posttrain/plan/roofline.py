@@ -8,7 +8,7 @@ perfectly and all at once.
 import dataclasses
 from collections.abc import Sequence
 
-from posttrain.plan.collectives import Collective
+from posttrain.plan.traffic import Collective
 from posttrain.telemetry.chips import Chip
 
 ASSUMPTIONS = (

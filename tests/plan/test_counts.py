@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 
 from posttrain.plan import (
-  collectives,
   dots,
   hlo,
   kernels,
@@ -32,7 +31,7 @@ from posttrain.plan import (
 )
 
 RECORDED = pathlib.Path(__file__).parent / "recorded"
-LAYOUT = collectives.Layout(("fsdp", "tensor"), (2, 2))
+LAYOUT = traffic.Layout(("fsdp", "tensor"), (2, 2))
 
 
 def recorded(name):
@@ -82,7 +81,7 @@ def test_products_of_one_row_are_counted():
   weights = layers * (embed * head * 2 * (heads + kv) + 3 * embed * mlp)
   scores = layers * 2 * heads * head * slots
   counts = measure.count(
-      recorded("one_row"), collectives.Layout(("fsdp", "tensor"), (32, 1)),
+      recorded("one_row"), traffic.Layout(("fsdp", "tensor"), (32, 1)),
       set(), None)
   assert counts.dot_flops == steps * 2 * (weights + scores + embed * vocab)
   # Each weight is copied to the core in every step, which two rows of the
@@ -106,7 +105,7 @@ def test_an_unknown_bound_has_to_be_given():
 def test_collectives_by_axis(update):
   """Each of 7 weights is gathered forward and again backward."""
   _, visits = update
-  found = {(c.kind, c.axis): c for c in collectives.collect(visits, LAYOUT)}
+  found = {(c.kind, c.axis): c for c in traffic.collect(visits, LAYOUT)}
   layers_times_microbatches = 3 * 2
   gathers = found["all-gather", "fsdp"]
   assert gathers.count - 14 * layers_times_microbatches == 8  # The tables.
@@ -143,7 +142,7 @@ def test_traffic_is_bounded_by_what_is_there(update):
 def test_collectives_between_slices():
   """What hosts send between slices, next to what a slice does itself."""
   visits = list(walk.walk(hlo.parse(recorded("two_slices")), 1))
-  found = collectives.collect(visits, collectives.Layout(
+  found = traffic.collect(visits, traffic.Layout(
       ("fsdp", "tensor"), (2, 2), num_slices=2))
   across = {c.kind: c for c in found if c.across_slices}
   within = {(c.kind, c.axis): c for c in found if not c.across_slices}
@@ -155,7 +154,7 @@ def test_collectives_between_slices():
 
 def test_attention_kernels_are_counted_by_hand():
   """Nine products of all pairs, half of which a causal mask shows."""
-  counts = measure.count(recorded("splash"), collectives.Layout(
+  counts = measure.count(recorded("splash"), traffic.Layout(
       ("fsdp", "tensor"), (1, 1)), set(), None)
   batch, heads, length, head = 2, 4, 1024, 128
   one = 2 * batch * heads * length**2 * head
@@ -174,7 +173,7 @@ ENTRY %main (blocks: s32[2,1], q: bf16[2,3,4,128], k: s8[2,3,40,128], scale: f32
   %scale = f32[2,3,40]{2,1,0} parameter(3)
   ROOT %decode_attention.1 = bf16[2,3,4,128]{3,2,1,0} custom-call(%blocks, %q, %k, %k, %scale, %scale), custom_call_target="tpu_custom_call"
 }
-""", collectives.Layout(("fsdp", "tensor"), (1, 1)), set(), None)  # noqa: E501
+""", traffic.Layout(("fsdp", "tensor"), (1, 1)), set(), None)  # noqa: E501
   assert counts.kernel_flops == 2 * 2 * (2 * 3 * 4) * 40 * 128
   assert not counts.uncounted
 
@@ -190,7 +189,7 @@ def test_products_by_expert_are_counted_by_hand(name, num_kernels, num_dense):
   one = 2 * 1024 * 256 * 384
   for experts, share in ((8, 1), (32, 1 / 4)):  # All here; a fourth of them.
     counts = measure.count(
-        recorded(name), collectives.Layout(("fsdp", "tensor"), (1, 1)),
+        recorded(name), traffic.Layout(("fsdp", "tensor"), (1, 1)),
         set(), None, experts=experts)
     assert counts.kernel_flops == num_kernels * one * share
     assert counts.dot_flops == num_dense * one and not counts.uncounted
@@ -199,7 +198,7 @@ def test_products_by_expert_are_counted_by_hand(name, num_kernels, num_dense):
 def test_another_kernel_is_named():
   counts = measure.count(
       recorded("splash").replace("splash_mha", "paged_mha"),
-      collectives.Layout(("fsdp", "tensor"), (1, 1)), set(), None)
+      traffic.Layout(("fsdp", "tensor"), (1, 1)), set(), None)
   assert len(counts.uncounted) == 3 and counts.kernel_flops == 0
 
 
@@ -217,7 +216,7 @@ def test_another_kernel_is_named():
 def test_replica_groups(text, groups):
   instruction = hlo.Instruction(
       "x", "all-gather", (), (), f"channel_id=1, {text}, dimensions={{0}}")
-  found = collectives.parse_groups(instruction, 4)
+  found = traffic.parse_groups(instruction, 4)
   assert sorted(sorted(g) for g in found.tolist()) == sorted(
       sorted(g) for g in groups)
 
