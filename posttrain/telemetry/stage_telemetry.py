@@ -11,11 +11,59 @@ from typing import Any
 
 import jax
 
-from posttrain.telemetry import console, goodput, hardware, stragglers, trace
+from posttrain.telemetry import console, goodput, hardware, stragglers
 
 # Parts of a step's time, as far as a stage has spans of these names.
 PARTS = ("input_wait", "dispatch", "device_wait")
 APART = ("checkpoint", "evaluation", "profile")  # No part of a step.
+
+
+class Tracer:
+  """Traces a range of steps, and writes the trace after the last one."""
+
+  def __init__(
+      self, directory: pathlib.Path, steps: Sequence[int], *,
+      say: Callable[[str], None], write: bool = True):
+    """Takes the range of steps.
+
+    Args:
+      directory: for the traces, each in a folder named by its time.
+      steps: the first and the last step, or a single one; empty: none.
+      say: takes a line for a person.
+      write: false on all hosts but the first.
+    """
+    self._directory, self._say = directory, say
+    steps = steps if write else ()
+    self._first, self._last = (min(steps), max(steps)) if steps else (0, 0)
+    self._active = False
+
+  def before(self, step: int, latest: Any) -> None:
+    """Starts the trace if the step is the first; a later resume starts none.
+
+    Args:
+      latest: results of the step before, which the devices may still compute.
+    """
+    if step == self._first:
+      # JAX returns before the devices are done. Without this wait the trace
+      # would begin with the rest of the step before.
+      jax.block_until_ready(latest)
+      jax.profiler.start_trace(self._directory)
+      self._active = True
+
+  def after(self, step: int, latest: Any) -> None:
+    """Ends and writes the trace if the step is the last."""
+    if self._active and step == self._last:
+      # And without this one it would end before the last step.
+      jax.block_until_ready(latest)
+      self.close()
+
+  def close(self) -> None:
+    """Writes the trace as far as it is, if one is running."""
+    if self._active:
+      self._active = False
+      jax.profiler.stop_trace()
+      self._say(f"trace from step {self._first} on: "
+                f"xprof --logdir={self._directory}")
 
 
 class StageTelemetry:
@@ -35,7 +83,7 @@ class StageTelemetry:
     self._name, self._console = name, console
     self._ledger = goodput.Ledger(
         directory / "goodput.json", write=is_writer, warn=console.warning)
-    self._tracer = trace.Tracer(
+    self._tracer = Tracer(
         directory / "profile", profile_steps, say=console.line,
         write=is_writer)
     self._machine = hardware.find()

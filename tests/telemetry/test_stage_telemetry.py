@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from posttrain.telemetry import trace
+from posttrain.telemetry.stage_telemetry import Tracer
 
 
 def program(name):
@@ -49,7 +49,7 @@ def traced(directory):
 def test_the_steps_of_the_range_are_traced(
     tmp_path, programs, steps, run_from, found):
   lines = []
-  run(trace.Tracer(tmp_path, steps, say=lines.append), programs,
+  run(Tracer(tmp_path, steps, say=lines.append), programs,
       range(run_from, 6))
   assert traced(tmp_path) == found
   assert [str(tmp_path) in line for line in lines] == [True] * bool(found)
@@ -57,11 +57,11 @@ def test_the_steps_of_the_range_are_traced(
 
 def test_a_run_that_ends_within_the_range_leaves_what_it_has(
     tmp_path, programs):
-  run(trace.Tracer(tmp_path, (2, 5), say=print), programs, range(1, 4))
+  run(Tracer(tmp_path, (2, 5), say=print), programs, range(1, 4))
   assert traced(tmp_path) == [2, 3]
 
 
 def test_other_hosts_trace_nothing(tmp_path, programs):
-  run(trace.Tracer(tmp_path, (2, 3), say=print, write=False), programs,
+  run(Tracer(tmp_path, (2, 3), say=print, write=False), programs,
       range(1, 6))
   assert traced(tmp_path) == []
