@@ -38,7 +38,7 @@ from posttrain.sampler import (
   requests,
   rollouts,
 )
-from posttrain.sampler.active_sequence import ActiveSequence
+from posttrain.sampler.active_sequence import ActiveSequence, Decode
 from posttrain.sampler.requests import (
   Completion,
   Request,
@@ -46,7 +46,6 @@ from posttrain.sampler.requests import (
   doublings,
   fitting,
 )
-from posttrain.sampler.stop_strings import Decode
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ from posttrain.sampler import (
   requests,
   token_sampling,
 )
+from posttrain.sampler.active_sequence import Matcher
 from posttrain.sampler.requests import Request
-from posttrain.sampler.stop_strings import Matcher
 from tests import meshes
 from tests.model import build, numpy_transformer
 from tests.sampler import engine_scene as scene
