@@ -23,7 +23,7 @@ from posttrain.rl import packing
 from posttrain.rl.objective import PolicyObjective
 from posttrain.sampler import budget_tables, rollouts, sampler, token_sampling
 from posttrain.text import thinking
-from posttrain.train import microbatches, optimizer, step
+from posttrain.train import optimizer, step
 from posttrain.train import state as state_lib
 
 LOSS_CHUNK = 128  # Positions whose logits exist at once.
@@ -72,7 +72,7 @@ def full_rows(shape: Shape, vocab_size: int) -> dict[str, jax.Array]:
       shape.rows, shape.length, vocab_size), np.int32)
   positions = np.tile(np.arange(shape.length, dtype=np.int32),
                       (shape.rows, 1))
-  return microbatches.stack({
+  return step.stack({
       "tokens": tokens, "positions": positions,
       "segment_ids": np.ones_like(tokens), "loss_mask": positions > 0}, 1)
 

@@ -30,7 +30,7 @@ from posttrain.stages.stage import Pass, PlannedStage, Sizes, Stage
 from posttrain.telemetry import flops
 from posttrain.telemetry.charts import LEARNING, MACHINE, Chart
 from posttrain.text import render
-from posttrain.train import checkpoints, microbatches, step
+from posttrain.train import checkpoints, step
 
 
 def run(context: RunContext, start: Transformer) -> Transformer:
@@ -65,7 +65,7 @@ class Body(loop.Body):
       batch = next(self._batches)
     with span("dispatch"):
       self.state, values = self._update(
-          self.state, microbatches.stack(batch, count), count)
+          self.state, step.stack(batch, count), count)
     return loop.Update(
         values, batch, functools.partial(self._row, batch),
         flops=self._flops(batch),
@@ -93,7 +93,7 @@ class Body(loop.Body):
     assert self._held_out is not None
     start = time.perf_counter()
     found = [
-        self._sums(self.state.model, microbatches.stack(
+        self._sums(self.state.model, step.stack(
             batch, self._section.num_microbatches))
         for batch in self._held_out]
     with sharding.waiting():

@@ -30,8 +30,8 @@ from posttrain.tasks import loading
 from posttrain.telemetry.charts import Chart
 from posttrain.text import render, thinking
 from posttrain.text import tokenizer as tokenizer_lib
-from posttrain.train import microbatches
 from posttrain.train import state as state_lib
+from posttrain.train import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,7 @@ class PlannedStage:
       batch: of the shapes of the stage's batches.
     """
     state = self.state(optimizer)
-    stacked = microbatches.stack(
-        batch, num_microbatches, put=sharding.abstract)
+    stacked = step.stack(batch, num_microbatches, put=sharding.abstract)
     return program.Program(
         self.name, "update", functools.partial(
             update.lower, state, stacked, num_microbatches),

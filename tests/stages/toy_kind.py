@@ -11,7 +11,7 @@ from posttrain.objectives.columns import Term, needs
 from posttrain.stages import loop, memory_estimate, training
 from posttrain.stages.stage import Pass, Sizes, Stage
 from posttrain.telemetry.charts import Chart
-from posttrain.train import microbatches, step
+from posttrain.train import step
 
 
 @needs("entropy")
@@ -47,7 +47,7 @@ class Body(loop.Body):
   def train_step(self, number, span):
     batch = make_batch(self.section, number)
     self.state, values = self.update(
-        self.state, microbatches.stack(batch, 1), 1)
+        self.state, step.stack(batch, 1), 1)
     return loop.Update(values, batch, lambda found, skipped: {
         "loss": found["loss"], "entropy": found["entropy"] / batch[
             "tokens"].size})
