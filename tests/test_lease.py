@@ -18,7 +18,7 @@ from posttrain import config as config_lib
 from posttrain import lease as lease_lib
 from posttrain import workdir as workdir_lib
 from posttrain.evaluation import summary
-from posttrain.stages import kept_cells
+from posttrain.stages import evaluation_cells
 from posttrain.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -251,7 +251,7 @@ def test_no_cell_of_an_evaluation_begins_without_the_lease(tmp_path):
   config = config_lib.load(str(ROOT / "configs/tiny.py"))
   workdir = workdir_lib.Workdir(tmp_path)
   workdir.lease = lease = take(tmp_path)
-  kept = kept_cells.KeptCells(types.SimpleNamespace(
+  kept = evaluation_cells.KeptCells(types.SimpleNamespace(
       section=config.measure, config=config, workdir=workdir,
       directory=tmp_path / "measure"))
   assert kept.read("init", summary.Cell()) is None

@@ -4,7 +4,7 @@ Every checkpoint answers the same problems in every cell (a budget, or a
 number of forced waits) with the same random bits. So differences between cells
 and between checkpoints are paired. One JSON file per checkpoint holds
 the figures and every completion; `curve.svg` shows them. A cell that is
-finished is kept at once (`kept_cells`).
+finished is kept at once (`evaluation_cells`).
 """
 
 import functools
@@ -25,8 +25,8 @@ from posttrain.model.transformer import Transformer
 from posttrain.sampler import transcript
 from posttrain.sampler.rollouts import Rollouts
 from posttrain.stages import evaluation_cells as cells_lib
-from posttrain.stages import kept_cells, sampling, training
 from posttrain.stages import problems as problems_lib
+from posttrain.stages import sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage, stage_of
 from posttrain.tasks import loading, scoring
@@ -131,7 +131,7 @@ class Evaluation:
         context.console.warning(f"{context.name}: {remark}")
     self.cells = cells_lib.cells_of(section)
     self.sampler = sampling.make_sampler(context, section.rollout)
-    self.kept = kept_cells.KeptCells(context)
+    self.kept = cells_lib.KeptCells(context)
 
   def evaluate(
       self, name: str, weights: Callable[[], Transformer]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class Evaluation:
 
   def _records(
       self, name: str, cell: summary.Cell,
-      weights: Callable[[], Transformer]) -> kept_cells.Records:
+      weights: Callable[[], Transformer]) -> cells_lib.Records:
     """A cell's completions: kept ones, or drawn and then kept."""
     found = self.kept.read(name, cell)
     if found is None:
@@ -199,7 +199,7 @@ class Evaluation:
                 "split": self.section.problems.split}
 
   def _answer(
-      self, model: Transformer, cell: summary.Cell) -> kept_cells.Records:
+      self, model: Transformer, cell: summary.Cell) -> cells_lib.Records:
     """Asks every problem under the budgets of one cell.
 
     Returns:
@@ -228,7 +228,7 @@ class Evaluation:
   def _score(
       self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
       cell: summary.Cell,
-  ) -> kept_cells.Records:
+  ) -> cells_lib.Records:
     # The problems that filled the batch up have no records.
     samples = int(rollouts.sample_id.max()) + 1
     rows = len(problems) * samples
