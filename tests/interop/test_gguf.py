@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.interop import gguf, gguf_models
+from posttrain.interop import gguf
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from posttrain.model.presets import PRESETS
@@ -102,7 +102,7 @@ def test_heads_are_unpermuted_one_by_one():
       permuted[row + 2 * i] = original[row + i]
       permuted[row + 2 * i + 1] = original[row + i + head_dim // 2]
   np.testing.assert_array_equal(
-      gguf_models.undo_permutation(permuted, heads), original)
+      gguf.undo_permutation(permuted, heads), original)
 
 
 def test_padded_vocabulary_rows_are_zero(path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.interop import gguf, gguf_models, parameters
+from posttrain.interop import gguf, parameters
 from posttrain.model import transformer
 from posttrain.model.config import ModelConfig
 from tests.interop import convert_gguf, releases
@@ -38,10 +38,10 @@ def test_the_divisors_are_llama_3s():
   """Two readings of the same rule; a llama.cpp file of Llama 3.1 has 8."""
   for head_dim, factor in ((64, 32.0), (128, 8.0)):
     want = convert_gguf.llama3_divisors(head_dim, LLAMA3 | dict(factor=factor))
-    scaling = gguf_models.llama3_scaling(want, 5e5, "a file")
+    scaling = gguf.llama3_scaling(want, 5e5, "a file")
     assert (scaling.factor, scaling.original_context) == (factor, 8192)
     with pytest.raises(ValueError, match="is not Llama 3's scaling"):
-      gguf_models.llama3_scaling(want[::-1], 5e5, "a file")
+      gguf.llama3_scaling(want[::-1], 5e5, "a file")
 
 
 def test_queries_of_the_27b_models_are_scaled_by_their_width():
@@ -52,10 +52,10 @@ def test_queries_of_the_27b_models_are_scaled_by_their_width():
           "attention.head_count_kv": 16, "attention.key_length": 128,
           "attention.layer_norm_rms_epsilon": 1e-6,
           "attention.sliding_window": 1024, "rope.freq_base": 1e6}.items()}
-  fields = gguf_models.model_fields(metadata, "a file")
+  fields = gguf.model_fields(metadata, "a file")
   assert fields["query_scale"] == pytest.approx(168**-0.5)
   metadata["gemma3.block_count"] = 48
-  assert "query_scale" not in gguf_models.model_fields(metadata, "a file")
+  assert "query_scale" not in gguf.model_fields(metadata, "a file")
 
 
 @pytest.mark.parametrize(("name", "key", "value", "found"), [
@@ -73,7 +73,7 @@ def test_what_the_model_does_not_do_is_named(
   convert_gguf.convert(path, architecture, json_config, tensors)
   metadata = gguf.read(path).metadata | {key: value}
   with pytest.raises(ValueError, match=found):
-    gguf_models.model_fields(metadata, path)
+    gguf.model_fields(metadata, path)
 
 
 def test_two_ways_to_say_the_same_model_are_equal(tmp_path):
