@@ -24,7 +24,7 @@ from posttrain.objectives import kl, policy
 from posttrain.rl import packing
 from posttrain.rl.objective import PolicyObjective
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.train import offload, step
+from posttrain.train import state, step
 
 # Float32 columns that are there only if the objective needs them.
 FOR_LOSS = ("advantages", "token_weights", "denominator_shares",
@@ -202,6 +202,6 @@ class Preparation:
     for name, whose in (("old_logprobs", model), ("ref_logprobs", reference)):
       if name in self.columns or self.objective.kl_in_reward:
         experience = add_logprobs(
-            name, offload.to_devices(whose), experience, chunk=self.chunk,
+            name, state.to_devices(whose), experience, chunk=self.chunk,
             temperature=self.temperature)
     return experience

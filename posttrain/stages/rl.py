@@ -47,13 +47,7 @@ from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
 from posttrain.tasks import loading, scoring
 from posttrain.telemetry import flops, hardware
-from posttrain.train import (
-  checkpoints,
-  health,
-  offload,
-  preemption,
-  trainable,
-)
+from posttrain.train import checkpoints, health, preemption, trainable
 from posttrain.train import state as state_lib
 
 
@@ -92,7 +86,7 @@ class Learner(loop.Body):
     section = context.section
     self.context, self.section = context, section
     self.offload = context.config.compute.offload
-    offload.check(self.offload)
+    state_lib.check_offload(self.offload)
     self.updates = rl_programs.num_updates(section)
     self.worker = make_rollout_worker(context)
     self.buffer = make_rollout_buffer(context, self.worker, start.config)
@@ -155,20 +149,20 @@ class Learner(loop.Body):
     """Samples, scores and packs the next batch of rollouts."""
     model, batch = self.state.model, self.step // self.updates
     if "optimizer" in self.offload:  # Until there is something to learn from.
-      self._move_optimizer(offload.to_host)
+      self._move_optimizer(state_lib.to_host)
     try:
       collected = self.buffer.take(model, batch)
     except preemption.Preempted as request:
       # Its frames hold the KV cache, beside which the optimizer may not fit.
       request.__traceback__ = None
-      self._move_optimizer(offload.to_devices)  # What is saved is there.
+      self._move_optimizer(state_lib.to_devices)  # What is saved is there.
       raise
     started = time.monotonic()
     prepared = self.prepare(
         collected.rollouts, collected.group_ids, collected.rewards, model,
         self.reference, random_streams.stream(
             self.context.config.seed, self.context.name, "minibatches", batch))
-    self._move_optimizer(offload.to_devices)
+    self._move_optimizer(state_lib.to_devices)
     self.experience = prepared.experience
     self.rollout_metrics = {
         **prepared.metrics, **self.buffer.metrics(batch),
@@ -362,7 +356,7 @@ def make_reference(
     reference = trainable.at_rest(
         context.weights_of(section.reference), (), dtype)
   if "reference" in compute.offload:
-    reference = offload.to_host(reference, but=model)
+    reference = state_lib.to_host(reference, but=model)
   return reference
 
 

@@ -26,7 +26,7 @@ from posttrain.rl import rollout_buffer, rollout_worker
 from posttrain.sampler import budget
 from posttrain.stages import rl, rl_programs
 from posttrain.telemetry import metrics
-from posttrain.train import health, offload, preemption
+from posttrain.train import health, preemption, state
 from tests import meshes, one_by_one, pipeline_run
 
 ALL = [
@@ -165,10 +165,10 @@ def test_a_backend_without_such_memory_is_an_error(monkeypatch):
       device_kind="TPU v1", platform="tpu", addressable_memories=lambda: [
           types.SimpleNamespace(kind="device")])
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  offload.check(())
+  state.check_offload(())
   with pytest.raises(ValueError, match=(
       r"'pinned_host'; TPU v1 \(tpu\) has device\. Leave compute\.offload")):
-    offload.check(("optimizer",))
+    state.check_offload(("optimizer",))
 
 
 def groups_of(batch):
@@ -748,7 +748,7 @@ def test_what_a_rollout_held_is_free_before_the_optimizer_is_back(
     learner = pipeline_run.make_learner(
         tmp_path, ["compute.offload=optimizer"])
     monkeypatch.setattr(rollout_worker.RolloutWorker, "collect", collect)
-    monkeypatch.setattr(offload, "to_devices", back)
+    monkeypatch.setattr(state, "to_devices", back)
     with pytest.raises(preemption.Preempted):
       learner.collect()
   assert free == [True]
