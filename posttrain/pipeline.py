@@ -197,9 +197,9 @@ def check_room(pipeline: Pipeline, stages: Sequence[str]) -> None:
   Raises:
     ConfigError: one is, and the config does not say to go on all the same.
   """
-  problems = [
-      problem for name in stages for problem in memory_estimate.problems(
-      pipeline.context(name), pipeline.model)]
+  problems = [problem for name in stages
+              for problem in memory_estimate.problems(
+                  pipeline.context(name), pipeline.model)]
   if problems and pipeline.config.compute.on_too_large == "error":
     raise config_lib.ConfigError(problems, "memory")
   for problem in problems:
@@ -258,8 +258,8 @@ def run_stage(
   """
   context, stage = pipeline.context(name), pipeline.stage(name)
   pipeline.console.heading(f"{name} ({context.section.kind})")
-  for role, estimate in memory_estimate.of_stage(context, pipeline.model).items(
-      ):
+  estimates = memory_estimate.of_stage(context, pipeline.model)
+  for role, estimate in estimates.items():
     pipeline.console.line(f"{role}: " * bool(role) + estimate.line())
   if model is None and stage.schema.trains:
     model = pipeline.weights_of(pipeline.start_of(name))

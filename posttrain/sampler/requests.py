@@ -228,8 +228,8 @@ def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
 
 def columns(
     requests: Sequence[Request | None], max_ids: int,
-) -> tuple[budget.Budgets, token_sampling.RowParams, Any,
-dict[str, np.ndarray]]:
+) -> tuple[
+    budget.Budgets, token_sampling.RowParams, Any, dict[str, np.ndarray]]:
   """Makes the columns of the rows: budgets, parameters, bans and key parts.
 
   Args:
