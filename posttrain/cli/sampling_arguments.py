@@ -11,12 +11,11 @@ from posttrain.text.instructions import CLASSES
 
 KEYS = {"seed": schema.TOP.keys["seed"], **stage_keys.ROLLOUT,
         "temperature": stage_keys.TEMPERATURE, **stage_keys.TRUNCATIONS,
-        **stage_keys.BUDGET,
-        **stage_keys.LOGITS}
+        **stage_keys.BUDGET, **stage_keys.LOGITS}
 DEFAULTS = {"max_tokens": 256, "temperature": 0.0}
 SAMPLING = ("max_tokens", "temperature", *stage_keys.TRUNCATIONS, "seed",
             "cache_dtype", "weights_dtype", "logits_processor",
-           "logits_processor_args")
+            "logits_processor_args")
 THINKING = (*stage_keys.BUDGET, "wait_order", "suppress", "budget_schedule")
 OPTIONS = ("suppress", "wait_order", "logits_processor",
            "logits_processor_args", "budget_schedule")

@@ -226,9 +226,10 @@ def check_whole_blocks(config: Mapping) -> Iterator[str]:
 
 
 def stage_schemas(config: Mapping) -> dict[str, stages.StageSchema]:
-  """Maps the names of all stage sections to their schemas."""
+  """Maps the names of the stage sections to their schemas; {} has none."""
   return {name: stages.schema_of(section["kind"])
-          for name, section in config.items() if name not in schema.TOP.keys}
+          for name, section in config.items()
+          if name not in schema.TOP.keys and section}
 
 
 def _in_order(config: Mapping) -> dict[str, stages.StageSchema]:
@@ -278,7 +279,7 @@ CHECKS = {  # Each with the names of the keys that it reads.
     check_model: ("model", "model_overrides", "compute", "init"),
     check_init: ("init", "tokenizer", "model"),
     check_mesh: ("mesh",),
-    check_roles: ("mesh", "compute", "stages"),
+    check_roles: ("mesh", "compute", "stages", STAGES),
     check_frozen: ("compute", STAGES),
     check_offload: ("compute", STAGES),
     check_expert_axis: ("mesh", "model", "model_overrides"),
@@ -295,7 +296,8 @@ def run(read: reader.Reader) -> list[str]:
   faulty = read.faulty | {
       STAGES for name in read.faulty if name not in schema.TOP.keys}
   # A section whose kind is wrong is there all the same.
-  config = {key: {} for key in read.faulty & set(read.values)} | read.resolved
+  config = {name: {} for name, value in read.values.items() if isinstance(
+      value, Mapping) and "kind" in value} | read.resolved
   for check, reads in CHECKS.items():
     if not faulty.intersection(reads):
       problems += check(config)

@@ -43,11 +43,15 @@ def of_stage(
   Returns:
     One estimate under the name ""; with split roles, one for each role.
   """
-  section, config = context.section, context.config
-  sizes = sizes_of(section, config.compute, model)
+  return _of_roles(
+      context, sizes_of(context.section, context.config.compute, model))
+
+
+def _of_roles(context: RunContext, sizes: Sizes) -> dict[str, memory.Estimate]:
+  config = context.config
   both = of_sizes(sizes, config.compute, sharding.mesh_sizes())
   if config.mesh.roles == "shared" or not stage_of(
-      section.kind).learns_from_rollouts:
+      context.section.kind).learns_from_rollouts:
     return {"": both}
   _, sampling = sharding.roles_of(config.mesh)
   with jax.set_mesh(sampling):
@@ -161,7 +165,7 @@ def problems(context: RunContext, model: ModelConfig) -> Iterator[str]:
   sizes = sizes_of(section, context.config.compute, model)
   available = _everywhere(device_bytes())
   go_on = "or go on all the same with compute.on_too_large='warn'."
-  for role, estimate in of_stage(context, model).items():
+  for role, estimate in _of_roles(context, sizes).items():
     if estimate.peak > MARGIN * available:
       keys = [key for part in _parts(estimate)
               for key in sizes.keys(name, section, part) or (MODEL,)]

@@ -191,8 +191,14 @@ def test_a_key_is_a_string():
 
 
 def test_a_wrong_kind_is_one_problem():
-  [found] = problems("reason.kind=grpo")
-  assert "reason.kind" in found and "rl" in found
+  for more in (), ("mesh.roles=split",), ("compute.offload=reference",):
+    found = problem("reason.kind=grpo", *more)
+    assert found.startswith("reason.kind: ") and "rl" in found
+
+
+def test_a_key_that_is_no_stage_is_one_problem_too():
+  found = problem("sed=1", "mesh.roles=split", "mesh.sampling.devices=1")
+  assert found.startswith("sed: no such key")
 
 
 def test_a_wrong_kind_names_the_nearest():
