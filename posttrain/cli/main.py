@@ -269,7 +269,9 @@ def _of_model(name: str) -> dict[str, Any]:
           "files), a GGUF file, a directory of posttrain import, or "
           f"{' or '.join(presets.PACKAGED)}, which comes as a package.")
     return dict(model=name, init=dict(kind="preset"), stages=())
-  ours = (path / "model.json").exists() or "checkpoints" in path.parts[-2:]
+  # A stage's checkpoints, or one of them: others' folders have such names too.
+  folder = path.parent if path.name.isdecimal() else path
+  ours = (path / "model.json").exists() or folder.name == "checkpoints"
   kind = "directory" if ours else "preset"
   return dict(model="", init=dict(kind=kind, path=name), stages=())
 

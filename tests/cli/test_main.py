@@ -374,3 +374,12 @@ def test_report_compares_workdirs(calls, workdir, capsys):
   path = pathlib.Path(workdir)
   assert calls == [("report", ([path, path], path / "report.html"), {})]
   assert capsys.readouterr().out == f"figures\n{path / 'report.html'}\n"
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("run/stage/checkpoints", "directory"),
+    ("run/stage/checkpoints/300", "directory"),
+    ("checkpoints/Qwen3-0.6B", "preset"), ("checkpoints/7/model", "preset")])
+def test_a_release_may_lie_in_a_folder_of_checkpoints(tmp_path, name, kind):
+  (tmp_path / name).mkdir(parents=True)
+  assert main_lib._of_model(str(tmp_path / name))["init"]["kind"] == kind
