@@ -220,7 +220,8 @@ def metrics_of_sums(
   """Computes means over the sampled tokens, under the names that users know.
 
   Args:
-    sums: of an update; those that the loss function adds are averaged too.
+    sums: of an update; those that the loss function adds are averaged too,
+      but for the largest values, whose names end in "max".
     fresh: the sampler's logprobs and the trainer's are of the same weights:
       the update is the first of rollouts that are not stale.
   """
@@ -229,8 +230,8 @@ def metrics_of_sums(
   metrics = {
       "entropy": mean("entropy"),
       **{name: value for name, value in sums.items() if name.startswith(KEPT)},
-      **{_user_name(name): mean(name) for name in sums
-         if name not in DIAGNOSTICS
+      **{_user_name(name): sums[name] if name.endswith("max") else mean(name)
+         for name in sums if name not in DIAGNOSTICS
          and not name.startswith((*KEPT, "denominator/"))}}
   if "ratio_deviation_max" in sums:
     metrics["ratio/max_deviation"] = sums["ratio_deviation_max"]

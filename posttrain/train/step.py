@@ -135,8 +135,9 @@ def accumulate(
   whole = None
   if len(batch["tokens"]) > 1 and (len(nothing[0]) > 1 or router_aux_coef):
     whole = jax.lax.fori_loop(
-        0, num_microbatches, lambda index, found: _merged(
-            found, _shared_by_microbatches(*of_microbatch(model, index))),
+        0, num_microbatches, lambda index, found: jax.tree.map(
+            jnp.add, found,
+            _shared_by_microbatches(*of_microbatch(model, index))),
         _shared_by_microbatches(*nothing))
   return jax.lax.fori_loop(
       0, num_microbatches, functools.partial(body, whole=whole),

@@ -100,3 +100,9 @@ def test_loss_args_are_for_a_function_of_ones_own():
     objective.make(
         function="posttrain.objectives.policy:policy_loss",
         args=dict(clip_low=0.1), **CLIPS)
+
+
+def test_a_largest_value_is_no_mean():
+  found = objective.metrics_of_sums(
+      {"tokens": 4.0, "entropy": 2.0, "own": 6.0, "own_max": 3.0}, fresh=False)
+  assert found == {"entropy": 0.5, "own": 1.5, "own_max": 3.0}

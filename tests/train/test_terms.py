@@ -22,14 +22,17 @@ COEFFICIENT = 0.7
 
 @needs("entropy")
 def two_terms(columns):
-  """Means over the tokens of the loss, and over the even ones, squared."""
+  """Means over the tokens of the loss, and over the even ones, squared.
+
+  A sum whose name ends in "max" is a maximum; a term is never one.
+  """
   logprobs, mask = columns["logprobs"], columns["loss_mask"]
   even = mask & (columns["tokens"] % 2 == 0)
   ones = jnp.ones_like(logprobs)
   return {
       "plain": Term(
           masked_sum(-logprobs, mask), masked_sum(ones, mask)),
-      "even": Term(masked_sum(logprobs**2, even), masked_sum(ones, even),
+      "even_max": Term(masked_sum(logprobs**2, even), masked_sum(ones, even),
                    COEFFICIENT)}, {}
 
 
@@ -74,7 +77,7 @@ def test_each_term_is_over_its_own_denominator(mesh, microbatches):
   build.assert_same_leaves(grads, wanted)
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(
-      [metrics["loss/plain"], metrics["loss/even"]], parts, rtol=1e-5)
+      [metrics["loss/plain"], metrics["loss/even_max"]], parts, rtol=1e-5)
 
 
 def flops(objective):
@@ -88,14 +91,14 @@ def flops(objective):
 
 def one_term(columns):
   terms, _ = two_terms(columns)
-  return {"even": terms["even"]}, {}
+  return {"even_max": terms["even_max"]}, {}
 
 
 def of_logprobs(columns):
   """A denominator that only a pass of the model tells."""
   terms, _ = two_terms(columns)
-  even = terms["even"]
-  return terms | {"even": Term(
+  even = terms["even_max"]
+  return terms | {"even_max": Term(
       even.numerator, -jnp.sum(columns["logprobs"]), COEFFICIENT)}, {}
 
 
@@ -109,8 +112,8 @@ def test_denominators_are_found_without_the_model():
 
 def no_even(columns):
   terms, _ = two_terms(columns)
-  even = terms["even"]
-  return terms | {"even": Term(
+  even = terms["even_max"]
+  return terms | {"even_max": Term(
       even.numerator, 0 * even.denominator, COEFFICIENT)}, {}
 
 
@@ -125,6 +128,7 @@ def test_a_denominator_of_zero_is_told_with_its_term(tmp_path, microbatches):
   assert np.isnan(metrics["loss"])
   assert np.isnan(np.asarray(grads.final_norm[...])).all()
   with pytest.raises(health.HealthError, match=(
-      r"term 'even' has a denominator of 0\.0, and a positive one is needed")):
+      r"term 'even_max' has a denominator of 0\.0, and a positive one is "
+      "needed")):
     health.StepHealth(tmp_path).update(
         1, {name: float(x) for name, x in metrics.items()}, {})
