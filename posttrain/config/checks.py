@@ -129,7 +129,7 @@ def check_mesh(config: Mapping) -> Iterator[str]:
 def check_roles(config: Mapping) -> Iterator[str]:
   if config["mesh"]["roles"] != "split":
     return
-  if not any(_alternates(kind) for kind in _in_order(config).values()):
+  if not any(kind.learns_from_rollouts for kind in _in_order(config).values()):
     yield ("mesh.roles: 'split' has no effect without a stage of kind "
            f"{_alternating()}, which samples and trains.")
   if "optimizer" in config["compute"]["offload"]:
@@ -152,7 +152,8 @@ def check_frozen(config: Mapping) -> Iterator[str]:
 
 def check_offload(config: Mapping) -> Iterator[str]:
   kinds, offload = stage_schemas(config), config["compute"]["offload"]
-  if "optimizer" in offload and not any(map(_alternates, kinds.values())):
+  if "optimizer" in offload and not any(
+      kind.learns_from_rollouts for kind in kinds.values()):
     yield ("compute.offload: 'optimizer' has no effect without a stage of kind "
            f"{_alternating()}, which alternates between sampling and training.")
   own = [name for name, kind in kinds.items()
@@ -242,13 +243,10 @@ def _has_adapters(section: Mapping) -> bool:
   return bool(section.get("lora", {}).get("rank"))
 
 
-def _alternates(kind: stages.StageSchema) -> bool:
-  return kind.samples and kind.trains
-
-
 def _alternating() -> str:
   return " or ".join(
-      kind for kind in stages.KINDS if _alternates(stages.schema_of(kind)))
+      kind for kind in stages.KINDS
+      if stages.schema_of(kind).learns_from_rollouts)
 
 
 def weights_problem(

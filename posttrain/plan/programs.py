@@ -129,7 +129,7 @@ def transfers(
     setup: Setup, sampling: jax.sharding.Mesh) -> list[transfer.Transfer]:
   """Lists the transfers of stages that learn from rollouts of other devices."""
   return [stage.transfer for stage, record in planned(setup, sampling)
-          if record.learns_from_rollouts]
+          if record.schema.learns_from_rollouts]
 
 
 def padding(

@@ -51,7 +51,7 @@ def _of_roles(context: RunContext, sizes: Sizes) -> dict[str, memory.Estimate]:
   config = context.config
   both = of_sizes(sizes, config.compute, sharding.mesh_sizes())
   if config.mesh.roles == "shared" or not stage_of(
-      context.section.kind).learns_from_rollouts:
+      context.section.kind).schema.learns_from_rollouts:
     return {"": both}
   _, sampling = sharding.roles_of(config.mesh)
   with jax.set_mesh(sampling):

@@ -258,11 +258,6 @@ class Stage:
           "Add **posttrain.config.stages.training.shared() to the keys of "
           "its schema.")
 
-  @property
-  def learns_from_rollouts(self) -> bool:
-    """It trains on its own completions, maybe on other devices' (roles)."""
-    return self.schema.trains and self.schema.samples
-
 
 def stage_of(kind: str) -> Stage:
   """Finds the record of a kind: a shipped one's, or `file.py:STAGE`'s.

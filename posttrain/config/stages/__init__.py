@@ -44,6 +44,11 @@ class StageSchema:
   holds_reference: Callable[[Mapping[str, Any]], bool] = lambda section: False
   formerly: tuple[str, ...] = ()
 
+  @property
+  def learns_from_rollouts(self) -> bool:
+    """It trains on its own completions, maybe of other devices (roles)."""
+    return self.trains and self.samples
+
 
 def schema_of(kind: str) -> StageSchema:
   """Finds the schema of a kind of stage.

@@ -3,14 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from posttrain.config import checks, keys, reader
-from posttrain.config.keys import (
-    REQUIRED,
-    Key,
-    Needs,
-    Refused,
-    Renamed,
-    Section,
-)
+from posttrain.config.keys import REQUIRED, Key, Needs, Section
 from posttrain.config.stages import StageSchema, sampling, training
 
 # Defaults of the loss, which say if a key is set.
@@ -30,12 +23,12 @@ ROLLOUT = Section(
         "and the beginning that all prompts share is prefilled once (prefix "
         "caching). 0: static batching, where all of a batch are decoded "
         "together and wait for the longest.", "[0, inf)"),
-    slots=Renamed("rollout.max_num_seqs"),
-    **{name: Refused(
+    slots=keys.Renamed("rollout.max_num_seqs"),
+    **{name: keys.Refused(
         "the policy ratio would be against a truncated distribution; RL "
         "rollouts sample from the whole vocabulary")
        for name in sampling.TRUNCATIONS},
-    **{name: Refused(
+    **{name: keys.Refused(
         "the policy ratio would be against another distribution than the "
         "model's; it is there for evaluation")
        for name in sampling.LOGITS},
@@ -90,9 +83,9 @@ LOSS = Section(
     importance_sampling_floor=Key(
         float, 0.5, "Floor of the importance ratio, with masking.", "[0, 1]",
         needs=Needs("loss.importance_sampling", "==", "mask")),
-    behaviour_correction=Renamed("loss.importance_sampling"),
-    behaviour_cap=Renamed("loss.importance_sampling_cap"),
-    behaviour_floor=Renamed("loss.importance_sampling_floor"),
+    behaviour_correction=keys.Renamed("loss.importance_sampling"),
+    behaviour_cap=keys.Renamed("loss.importance_sampling_cap"),
+    behaviour_floor=keys.Renamed("loss.importance_sampling_floor"),
 )
 
 KEYS = Section(
