@@ -222,6 +222,7 @@ def plan(arguments: argparse.Namespace) -> int:
                        "to plan.")
   from posttrain.plan import topology
   where = topology.parse(arguments.topology, arguments.num_slices)
+  environment.check()  # Last: a mistake in the command is found without it.
   from posttrain.plan import command
   return command.run(
       config, where, json_file=arguments.json, html_file=arguments.html,

@@ -24,13 +24,13 @@ class PlanError(ValueError):
 
 
 def prepare() -> None:
-  """Sets the variables.
+  """Sets the variables."""
+  os.environ.update(VARIABLES)
 
-  Raises:
-    PlanError: libtpu is not installed.
-  """
+
+def check() -> None:
+  """Raises PlanError if libtpu is not installed."""
   if importlib.util.find_spec("libtpu") is None:
     raise PlanError(
         "libtpu, the compiler for TPUs, is not installed. Run "
         "`pip install 'posttrain[plan]'`, or `make plan-deps` in a checkout.")
-  os.environ.update(VARIABLES)

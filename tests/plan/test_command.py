@@ -14,14 +14,18 @@ def plan(*flags):
   return main.main(["plan", "--config=configs/tiny.py:debug", *flags])
 
 
-def test_a_missing_compiler_is_named(monkeypatch, capsys):
+@pytest.fixture
+def no_libtpu(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_missing_compiler_is_named(no_libtpu, capsys):
   assert plan("--topology=v5e:2x2") == 2
   assert "pip install 'posttrain[plan]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["v5p-8", "v6e:3x3", "trillium:2x2", "v5e"])
-def test_an_unknown_topology_lists_those_there_are(name, capsys):
+def test_an_unknown_topology_lists_those_there_are(name, no_libtpu, capsys):
   assert plan(f"--topology={name}") == 2
   error = capsys.readouterr().err
   assert "v5e:1x1, v5e:2x2" in error and "tpu7x:4x4x4" in error
@@ -29,11 +33,12 @@ def test_an_unknown_topology_lists_those_there_are(name, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
+    (("--topology=v5e:2x2", "--config.sed=1"), "sed: no such key"),
     (("--topology=v5e:2x2", "--compile-best=2"), "without --sweep"),
     (("--topology=v5e:2x2", "--num_slices=0"), "[1, 65536]"),
     ((), "--topology"),
     (("--topology=v5e:2x2", "--slices=2"), "no flag --slices")])
-def test_wrong_flags(flags, message, capsys):
+def test_wrong_flags(flags, message, no_libtpu, capsys):
   assert plan(*flags) == 2
   assert message in capsys.readouterr().err
 
