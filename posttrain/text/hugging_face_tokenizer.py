@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tokenizers
 
@@ -56,6 +57,8 @@ class HuggingFaceTokenizer:
         piece_of(self._special, i): i for i in _special_ids(self._special)}
     unk = getattr(self._special.model, "unk_token", None)
     self.unk_id = None if unk is None else self._special.token_to_id(unk)
+    self._bytes_of = _bytes_of_pieces(self._special)
+    self.words = self._bytes_of is None
     self._keep_text_plain()
     # Decoders strip a leading space at the start of a sequence only, so
     # `token_text` decodes a token after this one.
@@ -123,6 +126,24 @@ class HuggingFaceTokenizer:
       return piece_of(self._special, int(token))
     return text
 
+  def token_bytes(self, token: int) -> bytes:
+    """Returns the bytes that a token adds to a text, a leading space too.
+
+    Control tokens, the unknown token and ids without an entry have none.
+    """
+    token = int(token)
+    piece = self._pieces.get(token)
+    if piece is None or piece in self.controls or token == self.unk_id:
+      return b""
+    if self._bytes_of is None or piece in self._added:
+      return piece.encode()
+    return self._bytes_of(piece)
+
+  @functools.cached_property
+  def _pieces(self) -> dict[int, str]:
+    vocabulary = self._special.get_vocab(with_added_tokens=True)
+    return {i: piece for piece, i in vocabulary.items()}
+
   def fingerprint(self) -> str:
     """Computes the sha256 of the vocabulary, rules and special ids."""
     contents = json.dumps(
@@ -155,6 +176,58 @@ def piece_of(tokenizer: tokenizers.Tokenizer, token: int) -> str:
   return piece
 
 
+def _bytes_of_pieces(
+    tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes] | None:
+  """Makes a function from a vocabulary entry to the bytes that it stands for.
+
+  It does what the decoder does with a token inside of a text. None if the
+  decoder puts spaces between tokens.
+  """
+  steps = list(_steps(json.loads(tokenizer.to_str())["decoder"]))
+  kinds = {step["type"] for step in steps}
+  if "ByteLevel" in kinds:
+    return _bytes_of_letters
+  if not kinds & {"Metaspace", "Replace"}:
+    return None
+  spaces = [
+      (step["pattern"].get("String"), step["content"])
+      if step["type"] == "Replace" else (step["replacement"], " ")
+      for step in steps if step["type"] in ("Metaspace", "Replace")]
+
+  def of_piece(piece: str) -> bytes:
+    if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+      return bytes([int(piece[3:-1], 16)])
+    for mark, text in spaces:
+      piece = piece.replace(mark, text) if mark else piece
+    return piece.encode()
+
+  return of_piece
+
+
+def _bytes_of_letters(piece: str) -> bytes:
+  """Reads an entry in which each byte is written as a letter (GPT-2)."""
+  try:
+    return piece.translate(_BYTE_OF_LETTER).encode("latin-1")
+  except UnicodeEncodeError:
+    return piece.encode()
+
+
+def _letters() -> dict[int, int]:
+  """Makes GPT-2's table: code of a letter -> byte.
+
+  Printable characters of Latin-1 stand for themselves, the other bytes for the
+  letters from U+0100 on.
+  """
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [i for i in range(256) if i not in set(plain)]
+  # A letter that is none of the 256 must not pass for a byte.
+  return dict.fromkeys(range(256), 0x100) | {i: i for i in plain} | {
+      0x100 + i: byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters()
+
+
 def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
   return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -172,10 +245,11 @@ def _special_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 
 def _steps(component: dict | None) -> Iterator[dict]:
-  """Yields the steps of a serialised normalizer or pre-tokenizer, in order."""
+  """Yields the steps of a serialised part of a pipeline, in order."""
   if component is None:
     return
-  inner = component.get("normalizers", component.get("pretokenizers"))
+  inner = next((component[name] for name in (
+      "normalizers", "pretokenizers", "decoders") if name in component), None)
   if inner is None:
     yield component
   for step in inner or ():

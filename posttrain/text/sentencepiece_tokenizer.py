@@ -58,6 +58,8 @@ class SentencePieceTokenizer:
     bos = self._model.bos_id()
     self.bos_id: int | None = bos if bos >= 0 and add_bos else None
     self.unk_id: int | None = self._model.unk_id()
+    trainer = _parse(proto).trainer_spec
+    self.words = trainer.model_type == trainer.WORD
     self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
     self.chat_template = chat_template
     piece = self._model.id_to_piece
@@ -115,6 +117,20 @@ class SentencePieceTokenizer:
       value = int(piece[3:-1], 16)  # "<0x0A>"
       return chr(value) if value < 128 else piece
     return piece.replace("\u2581", " ")
+
+  def token_bytes(self, token: int) -> bytes:
+    """Returns the bytes that a token adds to a text, a leading space too.
+
+    Control, unknown and unused pieces have none.
+    """
+    model, token = self._model, int(token)
+    if (model.is_control(token) or model.is_unknown(token)
+        or model.is_unused(token)):
+      return b""
+    piece = model.id_to_piece(token)
+    if model.is_byte(token):
+      return bytes([int(piece[3:-1], 16)])  # "<0x0A>"
+    return piece.replace("\u2581", " ").encode()
 
   def fingerprint(self) -> str:
     """Computes the sha256 of the model and of the settings around it."""

@@ -40,6 +40,8 @@ class Tokenizer(Protocol):
     eos_id: the id that ends a completion.
     stop_ids: EOS and the other ids at which sampling stops (end of turn).
     unk_id: the id for text that the vocabulary cannot spell, or None.
+    words: each token is a word, and decoding puts the spaces between them: the
+      bytes of a text are not those of its tokens.
     controls: control tokens, text -> id.
     named: texts that a chat template may write by name, "bos_token" and others.
       A family can name a BOS that its sequences do not begin with (OLMo 2).
@@ -51,6 +53,7 @@ class Tokenizer(Protocol):
   eos_id: int
   stop_ids: tuple[int, ...]
   unk_id: int | None
+  words: bool
   controls: dict[str, int]
   named: dict[str, str]
   chat_template: str | None
@@ -63,6 +66,8 @@ class Tokenizer(Protocol):
       self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
 
   def token_text(self, token: int) -> str: ...
+
+  def token_bytes(self, token: int) -> bytes: ...
 
   def fingerprint(self) -> str: ...
 

@@ -98,3 +98,39 @@ def words(*texts: str, symbols=("<think>", "</think>", "Wait")):
   return vocabulary.train_sentencepiece(
       texts or ("6 5 2 : 1 - + = OK NO",), model_type="word",
       symbols=symbols)
+
+# Qwen's: punctuation goes with the line breaks behind it and a space before.
+SPLITTER = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Merges across the edges of "</think>"; Ċ and Ġ are a line break and a space.
+ACROSS = (".</", "Ġ</", "></", ">Ċ", ">ĊĊ")
+
+
+def merging(
+    texts: tuple[str, ...] = (
+        "so it is.</think>\nThe answer", "it is </think>\n\n18", "<think>\n",
+        "<b></think>\n", "Wait.</think> and 7", "a <think>x</think>y"),
+    *, vocab_size: int = 330, chat_template: str | None = None,
+) -> tokenizer_lib.HuggingFaceTokenizer:
+  """Trains a byte-level BPE that merges across delimiters, as Qwen's does.
+
+  "<think>" and "</think>" are no tokens of it. "<|im_end|>" ends a text.
+  """
+  raw = tokenizers.Tokenizer(models.BPE())
+  raw.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(SPLITTER), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  raw.decoder = decoders.ByteLevel()
+  raw.train_from_iterator([*texts] * 4, trainers.BpeTrainer(
+      vocab_size=vocab_size, show_progress=False,
+      special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  vocabulary = raw.get_vocab()
+  assert not {"<think>", "</think>"} & vocabulary.keys()
+  missing = [piece for piece in ACROSS if piece not in vocabulary]
+  assert not missing, missing
+  return tokenizer_lib.HuggingFaceTokenizer(
+      raw, bos_id=None, eos_id=raw.token_to_id("<|im_end|>"),
+      stop_ids=[raw.token_to_id("<|endoftext|>")],
+      chat_template=chat_template)

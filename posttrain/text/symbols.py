@@ -1,0 +1,110 @@
+"""Symbols of text: bytes of ordinary tokens, and control tokens.
+
+Text is matched by its symbols, however tokens spell it. A control token is one
+symbol of its own, so that typed text never equals a control token. So is each
+word of a vocabulary of words, where decoding puts the spaces between.
+
+  V: vocabulary
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+from posttrain.text import token_files
+from posttrain.text import tokenizer as tokenizer_lib
+
+Symbols = tuple[int, ...]
+CONTROL = 256  # The symbol of a control token is this plus its id.
+
+
+def vocabulary(tokenizer: tokenizer_lib.Tokenizer) -> list[Symbols]:
+  """Returns the symbols of each token: its bytes, or 256 + id for a control.
+
+  A token without bytes, and each token of a vocabulary of words, is one symbol
+  of its own, too.
+  """
+  own = {*tokenizer.controls.values(), *tokenizer.stop_ids}
+  return [
+      (CONTROL + i,) if i in own or tokenizer.words
+      else tuple(tokenizer.token_bytes(i)) or (CONTROL + i,)
+      for i in range(tokenizer.vocab_size)]
+
+
+def parse(text: str, tokenizer: tokenizer_lib.Tokenizer) -> Symbols:
+  """Returns the symbols of a configured string, control tokens by their ids.
+  """
+  if tokenizer.words:
+    return tuple(CONTROL + i for i in _encode(text, tokenizer, special=True))
+  controls = tokenizer.controls
+  found: list[int] = []
+  for part in token_files.splitter(controls)(text):
+    found += ([CONTROL + controls[part]] if part in controls
+              else part.encode())
+  return tuple(found)
+
+
+def speller(
+    tokenizer: tokenizer_lib.Tokenizer, tokens: Sequence[Symbols],
+) -> Callable[[Symbols], tuple[int, ...]]:
+  """Makes a function that spells symbols as token ids, alone.
+
+  It is the tokenizer's own spelling behind other text, where that has the same
+  bytes; else the fewest ordinary tokens, longer ones first. The function
+  returns () where the vocabulary cannot spell the symbols.
+
+  Args:
+    tokenizer: of the vocabulary.
+    tokens: [V] its symbols, see `vocabulary`.
+  """
+  ids: dict[Symbols, int] = {}
+  for i, symbols in enumerate(tokens):
+    ids.setdefault(symbols, i)
+
+  @functools.cache
+  def fewest(symbols: Symbols) -> tuple[int, ...]:
+    best: list[tuple[int, ...] | None] = [()]  # By length of the beginning.
+    for end in range(1, len(symbols) + 1):
+      found = [(*before, ids[symbols[begin:end]])
+               for begin, before in enumerate(best)
+               if before is not None and symbols[begin:end] in ids]
+      best.append(min(found, key=len, default=None))
+    return best[-1] or ()
+
+  def of_bytes(symbols: Symbols) -> tuple[int, ...]:
+    try:
+      text = bytes(symbols).decode()
+    except UnicodeDecodeError:
+      return fewest(symbols)
+    own = tuple(_encode(text, tokenizer))
+    same = tuple(s for i in own for s in tokens[i]) == symbols
+    return own if same else fewest(symbols)
+
+  def spell(symbols: Symbols) -> tuple[int, ...]:
+    spelt: list[int] = []
+    for control, part in itertools.groupby(symbols, lambda s: s >= CONTROL):
+      run = tuple(part)
+      found = tuple(s - CONTROL for s in run) if control else of_bytes(run)
+      if not found:
+        return ()
+      spelt += found
+    return tuple(spelt)
+
+  return spell
+
+
+def shown(symbols: Symbols) -> str:
+  """Writes symbols for a message, control tokens by their ids."""
+  parts = itertools.groupby(symbols, lambda s: s >= CONTROL)
+  return " + ".join(
+      ", ".join(f"token {s - CONTROL}" for s in part) if control
+      else repr(bytes(part).decode(errors="backslashreplace"))
+      for control, part in parts)
+
+
+def _encode(
+    text: str, tokenizer: tokenizer_lib.Tokenizer, *, special: bool = False,
+) -> list[int]:
+  """Encodes a string as it goes on after other text."""
+  return tokenizer.encode(
+      text, special=special, after=tokenizer.encode("a")[-1])
