@@ -223,7 +223,7 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
 
 def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
   """True if the prompt opens a thinking section and does not close it."""
-  return thinking.opens(prompt, start=tables.start, end=tables.end)
+  return thinking.opens_by_ids(prompt, start=tables.start, end=tables.end)
 
 
 def columns(

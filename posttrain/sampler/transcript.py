@@ -31,7 +31,7 @@ def split(
   tokens = rollouts.completion(row)
   whole, nothing = slice(0, len(tokens)), slice(len(tokens), len(tokens))
   begin = 0
-  if not thinking.opens(
+  if not thinking.opens_by_ids(
       rollouts.prompts[row], start=ids.start, end=ids.end):
     begin = thinking.find(tokens, ids.start) if ids.end else -1
     if begin < 0:

@@ -37,6 +37,9 @@ class Strings:
   step: Symbols = ()
 
 
+NOTHING = Strings((), (), ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Automaton:
   """Automaton of one tokenizer and its strings, as NumPy arrays.
@@ -101,7 +104,7 @@ def build(
     ValueError: a head, or a rest of `end`, has no spelling.
   """
   if not strings.end:
-    strings = Strings((), (), ())
+    strings = NOTHING
   machine = Machine(strings.start, strings.delimiters, strings.step)
   flat = Tokens.of(tokens)
   state, steps, behind = machine.run(flat)

@@ -15,6 +15,7 @@ from posttrain.text import token_files
 from posttrain.text import tokenizer as tokenizer_lib
 
 Symbols = tuple[int, ...]
+SPACES = frozenset(b" \t\n\r\v\f")
 CONTROL = 256  # The symbol of a control token is this plus its id.
 
 
@@ -91,6 +92,20 @@ def speller(
     return tuple(spelt)
 
   return spell
+
+
+def stripped(text: Symbols) -> Symbols:
+  """Returns a text without the white space (of ASCII) at its end."""
+  end = len(text)
+  while end and text[end - 1] in SPACES:
+    end -= 1
+  return text[:end]
+
+
+def find_last(text: Symbols, part: Symbols) -> int:
+  """Returns the last index at which `part` occurs, or -1."""
+  return next((at for at in range(len(text) - len(part), -1, -1)
+               if text[at:at + len(part)] == part), -1)
 
 
 def shown(symbols: Symbols) -> str:

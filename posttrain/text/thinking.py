@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from posttrain.text import delimiters as delimiters_lib
+from posttrain.text import symbols
 from posttrain.text import tokenizer as tokenizer_lib
 
 FORCED = 2  # Provenance of a token that budget forcing put there.
@@ -41,9 +43,16 @@ class Thinking:
 
 @dataclasses.dataclass(frozen=True)
 class ThinkingIds:
-  """Token ids of the strings of `Thinking`; `delimiters` has `end` first.
+  """Strings of `Thinking` for one tokenizer: as ids to force, as text to match.
 
-  `step_tokens` are all tokens whose text contains `step`.
+  `delimiters` has `end` first. `step_tokens` are all tokens whose text contains
+  `step`.
+
+  Attributes:
+    start, end, newline, final_answer, wait, more_waits: token ids, each string
+      spelt alone.
+    strings: the delimiters as symbols, `end` first.
+    tokens: [V] the symbols of each token.
   """
 
   start: tuple[int, ...] = ()
@@ -55,6 +64,9 @@ class ThinkingIds:
   more_waits: tuple[tuple[int, ...], ...] = ()
   step: tuple[int, ...] = ()
   step_tokens: tuple[int, ...] = ()
+  strings: delimiters_lib.Strings = delimiters_lib.NOTHING
+  tokens: Sequence[symbols.Symbols] = dataclasses.field(
+      default=(), compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,7 @@ def resolve(
   encode = lambda name, text: _encode(name, text, tokenizer)
   end = encode("end", thinking.end)
   others = [encode("delimiters", text) for text in thinking.delimiters]
+  parse = lambda text: symbols.parse(text, tokenizer)
   return ThinkingIds(
       start=encode("start", thinking.start),
       end=end,
@@ -100,7 +113,12 @@ def resolve(
       step_tokens=tuple(
           i for i in range(tokenizer.vocab_size)
           if thinking.step in tokenizer.token_text(i)) if thinking.step
-      else ())
+      else (),
+      strings=delimiters_lib.Strings(
+          parse(thinking.start), parse(thinking.end), tuple(dict.fromkeys(map(
+              parse, (thinking.end, *thinking.delimiters)))),
+          parse(thinking.step)),
+      tokens=symbols.vocabulary(tokenizer))
 
 
 def split(
@@ -142,7 +160,24 @@ def split(
   return Split(slice(start, end), answer, True)
 
 
-def opens(
+def opens(prompt: Sequence[int], ids: ThinkingIds) -> bool:
+  """Tests if a prompt's text ends in `start`; white space may follow it.
+
+  With an empty `start` every prompt opens thinking.
+  """
+  start = ids.strings.start
+  if not ids.end or not start:
+    return bool(ids.end)
+  text: symbols.Symbols = ()
+  for token in reversed(prompt):
+    text = ids.tokens[token] + text
+    if len(symbols.stripped(text)) >= len(start):
+      break
+  at = symbols.find_last(text, start)
+  return at >= 0 and not symbols.stripped(text[at + len(start):])
+
+
+def opens_by_ids(
     prompt: Sequence[int], *, start: Sequence[int], end: Sequence[int],
 ) -> bool:
   """Tests if a prompt opens a thinking section and does not close it."""
@@ -150,8 +185,9 @@ def opens(
     return False
   if not start:
     return True
-  opened = _find_last(prompt, start)
-  return opened >= 0 and opened > _find_last(prompt, end)
+  last = lambda part: max((i for i in range(len(prompt)) if list(
+      prompt[i:i + len(part)]) == list(part)), default=-1)
+  return last(start) > last(end)
 
 
 def find(
@@ -162,13 +198,6 @@ def find(
     if list(tokens[i:i + len(part)]) == part:
       return i
   return -1
-
-
-def _find_last(tokens: Sequence[int], part: Sequence[int]) -> int:
-  """Returns the last index where `part` occurs, or -1."""
-  tokens, part = list(tokens), list(part)
-  return next((i for i in range(len(tokens) - len(part), -1, -1)
-               if tokens[i:i + len(part)] == part), -1)
 
 
 def _encode(

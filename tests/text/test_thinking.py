@@ -1,5 +1,7 @@
 """Oracles: completions whose parts are known because they were put there."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,3 +74,27 @@ def test_what_cannot_be_forced_is_an_error():
     make(newline="\n")
   with pytest.raises(ValueError, match=r"tokenizer\.symbols"):
     make(wait_text="Hold on")
+
+
+@pytest.mark.parametrize("prompt, is_open", [
+    ("x<think>", True), ("<think>\n", True), ("a.<think> \n\n", True),
+    ("<think>a", False), ("<think></think>", False), ("", False),
+    ("think>", False), ("<think><think>", True), ("<think", False),
+    ("what is <think> for?\n", False), ("</think>x<think>\n", True)])
+@pytest.mark.parametrize("tokenizer", [build.merging(), build.chatml()])
+def test_a_prompt_that_ends_in_start_opens_thinking(
+    prompt, is_open, tokenizer):
+  strings = thinking.Thinking(start="<think>", end="</think>")
+  ids = thinking.resolve(strings, tokenizer)
+  encoded = tokenizer.encode(prompt)
+  assert thinking.opens(encoded, ids) == is_open
+  by_letters = [tokenizer.encode(letter)[0] for letter in prompt]
+  assert thinking.opens(by_letters, ids) == is_open
+  # A control token behind it is no white space.
+  assert not thinking.opens([*encoded, tokenizer.eos_id], ids)
+  line = dataclasses.replace(strings, start="<think>\n")
+  assert thinking.opens(encoded, thinking.resolve(line, tokenizer)) == (
+      is_open and "<think>\n" in prompt)
+  always = thinking.resolve(dataclasses.replace(strings, start=""), tokenizer)
+  assert thinking.opens(encoded, always)
+  assert not thinking.opens(encoded, thinking.ThinkingIds())
