@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import machine, ours, shapes, sides
 from benchmarks.shapes import Shape
@@ -27,8 +26,11 @@ from posttrain import distributed, sharding
 from posttrain.model import presets, transformer
 from posttrain.model.config import ModelConfig
 from posttrain.objectives import supervised
-from posttrain.sampler import decode, sampler, token_sampling
-from posttrain.telemetry import flops
+from posttrain.sampler import decode
+from posttrain.sampler.engine import Engine
+from posttrain.sampler.requests import Request, Settings
+from posttrain.stages import memory_estimate
+from posttrain.telemetry import flops, memory
 from posttrain.telemetry import hardware as machine_lib
 from posttrain.text import thinking
 from posttrain.train import step
@@ -113,41 +115,24 @@ def decode_loop(
     cache_dtype: str = "compute", weights_dtype: str = "compute",
 ) -> dict[str, float]:
   """Measures chunks of the decode loop: rows that never end, one cache size."""
-  tables = sides.tables(config, thinking.ThinkingIds())
-  draws = sampler.Sampler(
-      ids=thinking.ThinkingIds(), tables=tables,
-      params=token_sampling.SamplingParams(), max_prompt_tokens=prompt,
-      chunk=steps,
-      cache_dtype=cache_dtype, weights_dtype=weights_dtype)
   chunks = repeats + 2
-  asked = draws.make_requests(
-      shapes.tokens(rows, prompt, config.vocab_size),
-      sampler.Limits((chunks + 1) * steps), prompt_id=range(rows))
-  given = draws.inputs(asked, group_size=1)
-  of_rows = draws.rows(given, sampler.row_keys(
-      seed=np.uint32(0), stage="benchmark", step=0,
-      prompt_id=given["prompt_id"], sample_id=given["sample_id"]))
+  slots = prompt + (chunks + 1) * steps
   model = transformer.init(config, 0)
-  carry = decode.prefill(
-      model, *(given[name] for name in (
-          "tokens", "segment_ids", "in_thinking", "done")), tables,
-      given["budgets"], group_size=1, slots=prompt + chunks * steps,
-      cache_dtype=cache_dtype)
-  per_slot = sum(
-      x.nbytes for x in jax.tree.leaves(carry.cache.layers)
-  ) / (prompt + chunks * steps)
-  model, blocks = decode.unstacked(model, weights_dtype=weights_dtype)
-  weights = sum(x.nbytes for x in jax.tree.leaves(
-      (blocks, getattr(model, model.head_name))))
-
-  def run():
-    nonlocal carry
-    carry, record = decode.decode(
-        model, blocks, carry, of_rows,
-        sampler.script_window(None, rows, 0, steps), np.int32(rows), tables,
-        steps=steps)
-    return record
-
+  engine = Engine(
+      model, sides.tables(config, thinking.ThinkingIds()), Settings(
+          max_num_seqs=rows, max_seq_len=slots, min_seq_len=slots, chunk=steps,
+          prefill_chunk=prompt, max_ids=0, cache_dtype=cache_dtype,
+          weights_dtype=weights_dtype))
+  for i, tokens in enumerate(shapes.tokens(rows, prompt, config.vocab_size)):
+    engine.submit(Request(
+        prompt=tuple(tokens), max_tokens=(chunks + 1) * steps, prompt_id=i,
+        stage="benchmark"))
+  per_slot = memory.cache_bytes(config, rows=rows, slots=1, dtype=cache_dtype)
+  whole, blocks = decode.unstacked.eval_shape(
+      model, weights_dtype=weights_dtype)
+  weights = memory_estimate.bytes_of(
+      (blocks, getattr(whole, whole.head_name)))
+  run = engine.step  # The first one prefills, and is not measured.
   taken = seconds(run, repeats) / steps
   in_use = per_slot * (prompt + chunks * steps / 2)  # As they are measured.
   return {"seconds": taken, "tokens_per_s": rows / taken,

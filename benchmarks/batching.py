@@ -2,10 +2,11 @@
 
 Completions of lognormal lengths, the longest at least `--tail` times the mean,
 are drawn twice by the same model with the same number of rows decoded together:
-with static batching, where a batch waits for its longest row, and by the
-engine's continuous batching, where a row that ends makes room for the next
-request. Both sides take turns, so that other load meets both. A line of JSON
-has medians and their ratio, on the wall and in process CPU seconds.
+in batches, each of which waits for its longest row (static batching), and in
+one queue, where a row that ends makes room for the next request (continuous
+batching). Both are the engine. Both sides take turns, so that other load meets
+both. A line of JSON has medians and their ratio, on the wall and in process CPU
+seconds.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import numpy as np
 
 from benchmarks import ours, shapes, sides
 from posttrain import distributed, sharding
-from posttrain.sampler import sampler, token_sampling
 from posttrain.sampler.engine import Engine, Settings
 from posttrain.sampler.requests import Request
 from posttrain.text import thinking
@@ -46,39 +46,19 @@ def lognormal_lengths(count: int, mean: float, tail: float) -> np.ndarray:
   raise ValueError(f"{count} lengths do not reach a tail of {tail}.")
 
 
-class Static:
-  """Static batching: batches of `rows`, which wait for their longest row."""
+class Drawing:
+  """Draws all lengths with an engine, `batch` requests at a time.
 
-  def __init__(self, model, tables, prompts, lengths, rows):
-    self._model, self._prompts = model, prompts
-    self._lengths, self._rows = lengths, rows
-    self._sampler = sampler.Sampler(
-        ids=thinking.ThinkingIds(), tables=tables,
-        params=token_sampling.SamplingParams(),
-        max_prompt_tokens=len(prompts[0]), chunk=32)
-    self.steps = 0
+  A batch of as many requests as there are rows is static batching: it waits
+  for its longest row. One of all requests is continuous batching.
+  """
 
-  def __call__(self) -> int:
-    tokens, self.steps = 0, 0
-    for start in range(0, len(self._prompts), self._rows):
-      part = slice(start, start + self._rows)
-      drawn = self._sampler.generate(
-          self._model, self._prompts[part],
-          sampler.Limits(self._lengths[part]),
-          prompt_id=range(start, start + self._rows), seed=0, stage="benchmark")
-      tokens += int(drawn.lengths.sum())
-      self.steps += int(drawn.lengths.max())
-    return tokens
-
-
-class Continuous:
-  """Continuous batching: the engine, with as many rows."""
-
-  def __init__(self, model, tables, prompts, lengths, rows):
+  def __init__(self, model, tables, prompts, lengths, *, rows, batch):
     longest = len(prompts[0]) + int(lengths.max())
+    self._batch = batch
     self._engine = Engine(model, tables, Settings(
         max_num_seqs=rows, max_seq_len=longest, chunk=32,
-        prefill_chunk=len(prompts[0])))
+        prefill_chunk=len(prompts[0]), prefill_rows=max(1, rows // 8)))
     self._asked = [
         Request(prompt=tuple(prompt), max_tokens=int(length), prompt_id=i,
                 stage="benchmark")
@@ -87,10 +67,11 @@ class Continuous:
     self.steps = 0
 
   def __call__(self) -> int:
-    before = self._engine.stats.steps
-    for request in self._asked:
-      self._engine.submit(request)
-    tokens = sum(len(done.tokens) for done in self._engine.results())
+    before, tokens = self._engine.stats.steps, 0
+    for start in range(0, len(self._asked), self._batch):
+      for request in self._asked[start:start + self._batch]:
+        self._engine.submit(request)
+      tokens += sum(len(done.tokens) for done in self._engine.results())
     self.steps = self._engine.stats.steps - before
     return tokens
 
@@ -106,9 +87,10 @@ def measure(model, arguments: argparse.Namespace) -> dict:
       arguments.requests, arguments.mean, arguments.tail)
   prompts = shapes.tokens(len(lengths), arguments.prompt, config.vocab_size)
   tables = sides.tables(config, thinking.ThinkingIds())
-  given = model, tables, prompts, lengths, arguments.rows
-  static, continuous = Static(*given), Continuous(*given)
-  ways = {"static": static, "continuous": continuous}
+  ways = {name: Drawing(
+      model, tables, prompts, lengths, rows=arguments.rows, batch=batch)
+          for name, batch in (
+              ("static", arguments.rows), ("continuous", len(lengths)))}
   total = int(lengths.sum())
   found = sides.take(
       dict(ways), total, repeats=arguments.repeats, locks=arguments.lock)
@@ -116,7 +98,7 @@ def measure(model, arguments: argparse.Namespace) -> dict:
       "benchmark": "batching", "size": arguments.size,
       "requests": len(lengths), "rows": arguments.rows, "tokens": total,
       "longest_to_mean": lengths.max() / lengths.mean(),
-      "occupancy": continuous.occupancy,
+      "occupancy": ways["continuous"].occupancy,
       **{f"{name}_steps": way.steps for name, way in ways.items()},
       **{f"{name}_tokens_per_{clock}_sec": total / found[name][clock]
          for name in ways for clock in ("wall", "cpu")},

@@ -88,8 +88,8 @@ def test_activations_and_cache_are_split_by_rows_and_heads():
   rows = np.ones((4, 6), int)
 
   def trace(model, tokens):
-    hidden, cache = model.prefill(tokens, tokens, tokens)
-    cache = kv.resize(kv.fan_out(cache, 3), 10)
+    hidden, cache, _ = model.extend(
+        tokens, tokens, kv.empty(model.config, 4, 10), model.unstacked())
     seen.update(
         hidden=str(jax.typeof(hidden)), k=str(jax.typeof(cache.layers[0].k)),
         positions=str(jax.typeof(cache.positions)),
@@ -100,8 +100,8 @@ def test_activations_and_cache_are_split_by_rows_and_heads():
   with jax.set_mesh(meshes.eight()):
     jax.eval_shape(trace, born(meshes.eight(), 3), *build.put_rows(rows))
   assert seen == {
-      "hidden": "float32[4@fsdp,6,32]", "k": "float32[12@fsdp,2@tensor,10,12]",
-      "positions": "int32[12@fsdp,10]",
+      "hidden": "float32[4@fsdp,6,32]", "k": "float32[4@fsdp,2@tensor,10,12]",
+      "positions": "int32[4@fsdp,10]",
       "logits": "float32[4@fsdp,6,128@tensor]"}
 
 

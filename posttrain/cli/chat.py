@@ -14,16 +14,27 @@ import jax
 from ml_collections import config_dict
 
 from posttrain import sharding, weights
-from posttrain.cli.sample import StreamPrinter
+from posttrain.cli.sample import StreamPrinter, watched
 from posttrain.config import keys
-from posttrain.sampler import requests, sampler, token_sampling, transcript
-from posttrain.sampler.requests import doublings
+from posttrain.model.transformer import Transformer
+from posttrain.sampler import (
+  engine,
+  requests,
+  rollouts,
+  sampler,
+  token_sampling,
+  transcript,
+)
 from posttrain.stages import sampling
 from posttrain.telemetry import console as console_lib
 from posttrain.text import render
 from posttrain.train import preemption
 
 CHUNK = 8  # Tokens between two looks: what is read is seen early.
+# Tokens of a conversation at most. The KV cache grows in doublings, so only
+# what is used takes memory.
+LONGEST = 2**20
+MOST_WAITS = 10_000  # As `keys.WAITS` has it.
 HELP = """\
 /budget N     at most N thinking tokens; /budget off for no maximum
 /least N      at least N thinking tokens
@@ -76,14 +87,14 @@ def run(
     # Once: it looks at every token of the vocabulary.
     tables = sampling.make_tables(
         renderer.tokenizer, ids, options["suppress"])
-    talk = Chat(renderer, sampler.Sampler(
+    talk = Chat(renderer, model, sampler.Sampler(
         ids=ids, tables=tables, params=params, max_prompt_tokens=0,
         chunk=CHUNK, cache_dtype=cache_dtype, weights_dtype=weights_dtype,
         options=sampling.make_sampling_options(options, tables.vocab_size),
         before_chunk=preemption.leave_if_requested),
                 limits, seed, stream or sys.stdout)
     for line in lines if lines is not None else typed():
-      if not talk.hear(model, line.strip()):
+      if not talk.hear(line.strip()):
         break
   return talk.messages
 
@@ -113,10 +124,19 @@ class Chat:
   """
 
   def __init__(
-      self, renderer: render.ChatRenderer, how: sampler.Sampler,
-      limits: sampler.Limits, seed: int, stream: TextIO,
+      self, renderer: render.ChatRenderer, model: Transformer,
+      how: sampler.Sampler, limits: sampler.Limits, seed: int, stream: TextIO,
   ):
-    """Takes the sampler; each turn sets its own room for the prompt."""
+    """Makes the one engine that draws all turns."""
+    options = how.options
+    self._engine = engine.Engine(model, how.tables, requests.Settings(
+        max_num_seqs=sharding.axis_size("rows"), max_seq_len=LONGEST,
+        chunk=how.chunk, max_ids=0,
+        max_waits=MOST_WAITS if options.draw_waits else 0,
+        cache_dtype=how.cache_dtype, weights_dtype=how.weights_dtype,
+        logits_processor=options.logits_processor,
+        budget_schedule=options.budget_schedule),
+        before_chunk=how.before_chunk)
     self.messages: list[dict[str, str]] = []
     self._renderer, self._how = renderer, how
     self._limits, self._seed = limits, seed
@@ -124,7 +144,7 @@ class Chat:
     self._console = console_lib.Console(stream=stream)
     self._turns = 0
 
-  def hear(self, model, line: str) -> bool:
+  def hear(self, line: str) -> bool:
     """Answers a line, or obeys a command; returns False to leave."""
     if not line:
       return True
@@ -136,7 +156,7 @@ class Chat:
     # Only an answered turn becomes a part of the conversation.
     asked = [*self.messages, {"role": "user", "content": line}]
     try:
-      answer = self._answer(model, asked)
+      answer = self._answer(asked)
     except ValueError as error:  # This turn fails; the conversation goes on.
       self._console.line(str(error), "red")
       return True
@@ -170,22 +190,26 @@ class Chat:
       return str(error)
     return HELP
 
-  def _answer(self, model, messages: list[dict[str, str]]) -> str:
+  def _answer(self, messages: list[dict[str, str]]) -> str:
     """Draws and prints a turn; returns its text without the thinking."""
-    tokenizer = self._renderer.tokenizer
+    tokenizer, how = self._renderer.tokenizer, self._how
     prompt = self._renderer.prompt_tokens({"messages": messages})
-    slots = doublings(64, len(prompt))[-1]  # Few sizes: each is compiled.
-    how = dataclasses.replace(self._how, max_prompt_tokens=slots)
-    opened = requests.in_thinking(tuple(prompt), how.tables)
-    drawn = how.generate(
-        model, [prompt], self._limits, seed=self._seed, stage="chat",
-        prompt_id=[self._turns], on_chunk=StreamPrinter(
-            tokenizer, how.ids, self._stream, in_thinking=opened))
+    request = how.options.apply(requests.Request(
+        prompt=tuple(prompt), params=how.params, **vars(self._limits),
+        seed=self._seed, stage="chat", prompt_id=self._turns),
+        len(how.tables.waits))
+    number = self._engine.submit(request)
+    [done] = watched(self._engine, number, StreamPrinter(
+        tokenizer, how.ids, self._stream,
+        in_thinking=requests.in_thinking(request.prompt, how.tables)))
+    if done.error:
+      raise ValueError(done.error)
     self._turns += 1
     self._console.line("")
     self._console.line(
-        f"{drawn.lengths[0]} tokens, {drawn.think_lengths[0]} of them "
-        f"thinking, {drawn.wait_count[0]} waits, {drawn.finish_name(0)}", "dim")
+        f"{len(done.tokens)} tokens, {done.think_length} of them thinking, "
+        f"{done.wait_count} waits, {done.finish_reason}", "dim")
+    drawn = rollouts.of_completions([done])
     answer = transcript.split(drawn, 0, how.ids).answer
     return transcript.completion_text(
-        tokenizer, drawn.completion(0)[answer]).strip()
+        tokenizer, done.tokens[answer]).strip()

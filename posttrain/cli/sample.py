@@ -37,16 +37,16 @@ from posttrain.train import preemption
 
 BATCH_ROWS = 64  # Completions decoded together.
 CHUNK = 16  # Tokens between two looks; streaming wants few, speed many.
+ROOM = 64  # Tokens that the room for prompts is a multiple of.
 FACTS = ("length", "think_length", "wait_count", "finish_reason")
 
 
 class StreamPrinter:
   """Prints one completion as it grows, with forced tokens marked.
 
-  A delimiter of several tokens may be retracted for a wait, and a character may
-  need several tokens: text that may still change is held back. `in_thinking`
-  tells if the prompt opened thinking, which is then dimmed; None: nothing is
-  dimmed.
+  A character may need several tokens: text that may still change is held back.
+  `in_thinking` tells if the prompt opened thinking, which is then dimmed; None:
+  nothing is dimmed.
   """
 
   def __init__(
@@ -56,19 +56,23 @@ class StreamPrinter:
     self._in_thinking = in_thinking
     self._tokenizer = tokenizer
     self._ids = ids
-    # The last tokens may turn out to be a delimiter that a wait replaces.
-    self._held = max((len(d) for d in ids.delimiters), default=1) - 1
     self._printed = 0
     self._console = rich.console.Console(
         file=stream, markup=False, emoji=False, highlight=False)
 
-  def __call__(self, recorder: rollouts.Recorder, done: np.ndarray) -> None:
-    tokens, provenance = recorder.tokens[0], recorder.provenance[0]
-    end = len(tokens) - self._held
-    if done[0]:
-      # The stop token ends the text and is no part of it.
-      stopped = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
-      end = len(tokens) - stopped
+  def __call__(
+      self, tokens: Sequence[int], provenance: Sequence[int], done: bool,
+  ) -> None:
+    """Prints what is new.
+
+    Args:
+      tokens, provenance: all so far that nothing can retract any more.
+      done: the completion has ended.
+    """
+    # The stop token ends the text and is no part of it.
+    stopped = done and bool(tokens) and (
+        tokens[-1] in self._tokenizer.stop_ids)
+    end = len(tokens) - stopped
     if end <= 0:
       return
     thought = slice(0, 0)
@@ -80,7 +84,7 @@ class StreamPrinter:
         self._tokenizer, tokens[:end], provenance[:end], self._ids, thought)
     text = "".join(part for part, _ in parts)
     # U+FFFD at the end is a character whose other bytes are still to come.
-    settled = len(text) if done[0] else len(text.rstrip("\ufffd"))
+    settled = len(text) if done else len(text.rstrip("\ufffd"))
     position = 0
     for part, name in parts:
       begin = max(self._printed - position, 0)
@@ -149,7 +153,7 @@ def run(
         cache_dtype=cache_dtype, weights_dtype=weights_dtype)
     how = sampler.Sampler(
         ids=ids, tables=tables, params=params, chunk=CHUNK,
-        max_prompt_tokens=0, **dtypes,
+        max_prompt_tokens=0, max_num_seqs=BATCH_ROWS, **dtypes,
         options=sampling.make_sampling_options(options, tables.vocab_size),
         before_chunk=preemption.leave_if_requested)
     if ask:
@@ -159,13 +163,6 @@ def run(
     prompts = [renderer.prompt_tokens(row) for row in rows]
     settings = dataclasses.asdict(params) | dataclasses.asdict(limits) | {
         "seed": seed} | dtypes | sampling.with_sources(options)
-    if len(rows) * num_samples == 1:
-      with _told_at_sigterm(stream, lambda: "the completion is dropped"):
-        records = [_live(
-            renderer.tokenizer, how, model, prompts[0], limits, seed, stream)]
-      if output and first:
-        _write(output, records, settings)
-      return records
     asked = [
         how.options.apply(requests.Request(
             prompt=tuple(prompt), params=params,
@@ -178,9 +175,12 @@ def run(
         + (f"in {output}, and the same command goes on" if output else
            "printed, and none is kept without --output"))
     with _told_at_sigterm(stream, kept):
-      for record in queue.records(model, asked):
+      live = StreamPrinter(renderer.tokenizer, ids, stream) if (
+          len(asked) == 1) else None
+      for record in queue.records(model, asked, live):
         if first:
-          _show(record, stream, f"{queue.finished} of {len(asked)}")
+          _show(record, stream, "" if live else (
+              f"{queue.finished} of {len(asked)}"))
   records = queue.ordered()
   if all("error" in record for record in records):
     raise ValueError(f"Every prompt failed. The first: {records[0]['error']}")
@@ -220,10 +220,14 @@ class _Queue:
 
   def records(
       self, model: Transformer, asked: Sequence[requests.Request],
+      live: StreamPrinter | None = None,
   ) -> Iterator[dict[str, Any]]:
     """Yields the records that are not in the file, as completions finish.
 
     Each is appended to the file at once.
+
+    Args:
+      live: prints the only request's completion as it grows.
     """
     self._resume(asked)
     todo = [r for r in asked
@@ -232,7 +236,7 @@ class _Queue:
     if todo:
       with (open(self._output, "a") if self._output and first
             else contextlib.nullcontext()) as file:
-        for done in self._drawn(model, todo):
+        for done in self._drawn(model, todo, live):
           record = _record_of_completion(
               self._tokenizer, done, self._how.ids)
           self._records[record["prompt_id"], record["sample_id"]] = record
@@ -244,22 +248,16 @@ class _Queue:
 
   def _drawn(
       self, model: Transformer, todo: Sequence[requests.Request],
+      live: StreamPrinter | None,
   ) -> Iterator[requests.Completion]:
-    tables, options = self._how.tables, self._how.options
-    parts = sharding.axis_size("rows")
-    slots = min(BATCH_ROWS, len(todo))
-    queue = engine.Engine(model, tables, engine.Settings(
-        max_num_seqs=-(-slots // parts) * parts, chunk=CHUNK, max_seq_len=max(
-            requests.most_slots(request, tables) for request in todo),
-        max_ids=max(len(request.wait_order) for request in todo),
-        logits_processor=options.logits_processor,
-        budget_schedule=options.budget_schedule,
-        cache_dtype=self._how.cache_dtype,
-        weights_dtype=self._how.weights_dtype),
-        before_chunk=self._how.before_chunk)
+    longest = max(len(request.prompt) for request in todo)
+    # Few sizes: each is compiled.
+    how = dataclasses.replace(
+        self._how, max_prompt_tokens=-(-longest // ROOM) * ROOM)
+    queue = how.make_engine(model, todo)
     for request in todo:
-      queue.submit(request)
-    yield from queue.results()
+      number = queue.submit(request)
+    yield from watched(queue, number, live) if live else queue.results()
 
   def _resume(self, asked: Sequence[requests.Request]) -> None:
     """Takes the completions that an interrupted run has left in the file.
@@ -289,24 +287,21 @@ class _Queue:
       self._records[key] = record
 
 
-def _live(
-    tokenizer: tokenizer_lib.Tokenizer, how: sampler.Sampler,
-    model: Transformer, prompt: Sequence[int], limits: sampler.Limits,
-    seed: int, stream: TextIO,
-) -> dict[str, Any]:
-  """Draws one completion, printed as it grows."""
-  first = jax.process_index() == 0
-  how = dataclasses.replace(
-      how, max_prompt_tokens=-(-len(prompt) // 64) * 64)
-  drawn = how.generate(
-      model, [prompt], limits, seed=seed, prompt_id=[0], stage="sample",
-      on_chunk=StreamPrinter(tokenizer, how.ids, stream) if first else None)
-  record = _record(tokenizer, drawn, how.ids)
-  if first:
-    console = console_lib.Console(stream=stream)
-    console.line("")
-    console.line("  ".join(f"{k} {record[k]}" for k in FACTS), "dim")
-  return record
+def watched(
+    queue: engine.Engine, number: int, live: StreamPrinter,
+) -> Iterator[requests.Completion]:
+  """Yields the completion of the only request, printed as it grows."""
+  tokens: list[int] = []
+  provenance: list[int] = []
+  for new, kinds in queue.stream(number):
+    tokens += new
+    provenance += kinds
+    if jax.process_index() == 0:
+      live(tokens, provenance, done=False)
+  for done in queue.results():
+    if jax.process_index() == 0:
+      live(done.tokens, done.provenance.tolist(), done=True)
+    yield done
 
 
 def _line(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -322,18 +317,6 @@ def _write(
       f"{_line(record, settings)}\n" for record in records).encode())
 
 
-def _record(
-    tokenizer: tokenizer_lib.Tokenizer, drawn: rollouts.Rollouts,
-    ids: thinking.ThinkingIds,
-) -> dict[str, Any]:
-  """Makes the record of rollouts of one row."""
-  length = drawn.lengths[0]
-  return transcript.record(tokenizer, drawn, 0, ids) | {
-      "tokens": drawn.completion(0),
-      "logprobs": drawn.logprobs[0, :length].tolist(),
-      "provenance": drawn.provenance[0, :length].tolist()}
-
-
 def _record_of_completion(
     tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
     ids: thinking.ThinkingIds,
@@ -343,11 +326,19 @@ def _record_of_completion(
             "sample_id": done.request.sample_id,
             "prompt": tokenizer.decode(list(done.request.prompt)),
             "error": done.error}
-  return _record(tokenizer, rollouts.of_completions([done]), ids)
+  return transcript.record(
+      tokenizer, rollouts.of_completions([done]), 0, ids) | {
+          "tokens": done.tokens, "logprobs": done.logprobs.tolist(),
+          "provenance": done.provenance.tolist()}
 
 
 def _show(record: Mapping[str, Any], stream: TextIO, progress: str) -> None:
+  """Prints a record; of one that was watched (no `progress`), the facts."""
   console = console_lib.Console(stream=stream)
+  if not progress and "error" not in record:
+    console.line("")
+    return console.line(
+        "  ".join(f"{k} {record[k]}" for k in FACTS), "dim")
   name = (f"prompt {record['prompt_id']}, sample {record['sample_id']} "
           f"({progress})")
   if "error" in record:

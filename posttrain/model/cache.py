@@ -106,22 +106,6 @@ def storage_dtype(config: ModelConfig, cache_dtype: str) -> Any:
   return jnp.dtype(config.dtype if cache_dtype == "compute" else cache_dtype)
 
 
-def from_prefill(k: jax.Array, v: jax.Array, positions: jax.Array,
-                 segment_ids: jax.Array, dtype: Any) -> KVCache:
-  """Makes a full cache (S = T) of a prefill's keys and values.
-
-  Args:
-    k, v: [L, B, T, K, H].
-    positions, segment_ids: [B, T] int32; segment 0 is padding.
-    dtype: of `storage_dtype`.
-  """
-  occupied = jnp.where(segment_ids > 0, positions, -1)
-  layers = tuple(
-      stored(*each, dtype) for each in zip(k, v, strict=True))
-  # T tokens fill the ring, so the next slot is 0 again: `resize` makes room.
-  return KVCache(layers, occupied, jnp.int32(0))
-
-
 def heads_first(x: jax.Array) -> jax.Array:
   """Swaps [B, T, K, ...] of a layer and [B, K, T, ...] of the cache."""
   return jnp.swapaxes(x, 1, 2)
@@ -146,21 +130,6 @@ def over_slots(
       jax.tree.map(each, *(cache.layers for cache in caches)),
       function(*(cache.positions for cache in caches), *POSITION_AXES,
                fill=-1), index)
-
-
-def fan_out(cache: KVCache, group_size: int) -> KVCache:
-  """Repeats each row `group_size` times: [P, ...] -> [P * G, ...].
-
-  Each device repeats its own rows; nothing is communicated.
-  """
-  def repeat(x, *axes, fill):
-    # Broadcast and reshape, so that every device's rows stay on it.
-    rows = (x.shape[0], group_size, *x.shape[1:])
-    x = jnp.broadcast_to(x[:, None], rows)
-    return jax.lax.reshape(
-        x, (rows[0] * group_size, *rows[2:]), out_sharding=spec(*axes))
-
-  return over_slots(repeat, cache, index=cache.index)
 
 
 def empty(

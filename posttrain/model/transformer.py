@@ -1,9 +1,9 @@
 """Transformer: the one decoder-only model of training, prefill and decode.
 
-Its layers are stacked on a leading axis. Training and prefill scan over that
-axis. Decode unrolls it over a KV cache of one array per layer, because a cache
-that a scan carries is copied. The three differ only in the `attend` closure
-that a block is given.
+Its layers are stacked on a leading axis. Training scans over that axis. Prefill
+and decode unroll it over a KV cache of one array per layer, because a cache
+that a scan carries is copied. They differ only in the `attend` closure that a
+block is given.
 
   B: batch  T: length  D: embed  K: kv heads  G: query heads per kv head
   H: head_dim  F: mlp  L: layers  V: vocab (padded)  S: keys, or cache slots
@@ -12,7 +12,6 @@ that a block is given.
 Not here: losses, sampling, anything that knows a stage.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -207,31 +206,40 @@ class Transformer(nnx.Module):
     Returns:
       [B, T, D]; and the traffic, None without experts.
     """
-    hidden, _, traffic = self._scan(
-        tokens, positions, segment_ids, lambda k, v: None, prefix_ids)
-    return hidden, traffic
+    config = self.config
+    # Context parallelism splits the tokens, but each query reads the whole row,
+    # so positions and ids of all tokens are on each device: they are small.
+    keys, whole_ids, prefixes = jax.tree.map(
+        whole_length, (positions, segment_ids, prefix_ids))
+    mask = causal_mask(keys, whole_ids, prefixes) if (
+        config.attention == "reference") else None
 
-  def prefill(
-      self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
-      cache_dtype: str = "compute",
-  ) -> tuple[jax.Array, kv.KVCache]:
-    """Computes hidden states as `__call__` does, and the KV cache.
+    def attend_fn(q, k, v, view):
+      with_all = lambda q, k, v: self.attend_whole(
+          q, k, v, view, keys, whole_ids, prefixes)
+      return context_parallel.over_length(with_all, q, k, v), None
 
-    The tokens attend to keys and values that are not rounded; those of an int8
-    cache are rounded for later tokens.
+    kinds = tuple(dict.fromkeys(config.layer_kinds))
+    views = [self.view(kind, positions, keys, mask) for kind in kinds]
+    # A scan runs one program for all layers. Where they are of several kinds,
+    # each picks its kind's view by its number.
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *views)
+    numbers = jnp.array([kinds.index(kind) for kind in config.layer_kinds])
 
-    Args:
-      tokens, positions, segment_ids: see `__call__`.
-      cache_dtype: "compute" or "int8".
+    def layer(x, scanned):
+      block, number = scanned
+      view = views[0] if len(kinds) == 1 else jax.tree.map(
+          lambda each: jax.lax.dynamic_index_in_dim(
+              each, number, keepdims=False), stacked)
+      x, _, routing = block(x, view, attend_fn)
+      return x, routing and moe.tally(routing, segment_ids > 0)
 
-    Returns:
-      [B, T, D]; and a cache of T slots, all of them in use.
-    """
-    hidden, (k, v), _ = self._scan(
-        tokens, positions, segment_ids, lambda k, v: (k, v))
-    return hidden, kv.from_prefill(
-        k, v, positions, segment_ids,
-        kv.storage_dtype(self.config, cache_dtype))
+    if config.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT[config.remat])
+    x, traffic = jax.lax.scan(
+        layer, self.embed(tokens), (self.blocks, numbers),
+        unroll=config.unroll)
+    return self.normed(x), traffic
 
   def decode(
       self, tokens: jax.Array, positions: jax.Array, cache: kv.KVCache,
@@ -361,55 +369,6 @@ class Transformer(nnx.Module):
     """Applies the final norm to the residual stream x [B, T, D]."""
     return attention.rms_norm(
         x, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
-
-  def _scan(
-      self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
-      keep: Callable[[jax.Array, jax.Array], Any],
-      prefix_ids: jax.Array | None = None,
-  ):
-    """Runs all layers on whole sequences, as a scan.
-
-    Args:
-      tokens, positions, segment_ids, prefix_ids: see `routed`.
-      keep: takes k and v of a layer, and returns what to keep of them.
-
-    Returns:
-      Hidden states; what was kept, stacked over layers; traffic or None.
-    """
-    config = self.config
-    # Context parallelism splits the tokens, but each query reads the whole row,
-    # so positions and ids of all tokens are on each device: they are small.
-    keys, whole_ids, prefixes = jax.tree.map(
-        whole_length, (positions, segment_ids, prefix_ids))
-    mask = causal_mask(keys, whole_ids, prefixes) if (
-        config.attention == "reference") else None
-
-    def attend_fn(q, k, v, view):
-      with_all = lambda q, k, v: self.attend_whole(
-          q, k, v, view, keys, whole_ids, prefixes)
-      return context_parallel.over_length(with_all, q, k, v), keep(k, v)
-
-    kinds = tuple(dict.fromkeys(config.layer_kinds))
-    views = [self.view(kind, positions, keys, mask) for kind in kinds]
-    # A scan runs one program for all layers. Where they are of several kinds,
-    # each picks its kind's view by its number.
-    stacked = jax.tree.map(lambda *each: jnp.stack(each), *views)
-    numbers = jnp.array([kinds.index(kind) for kind in config.layer_kinds])
-
-    def layer(x, scanned):
-      block, number = scanned
-      view = views[0] if len(kinds) == 1 else jax.tree.map(
-          lambda each: jax.lax.dynamic_index_in_dim(
-              each, number, keepdims=False), stacked)
-      x, kept, routing = block(x, view, attend_fn)
-      return x, (kept, routing and moe.tally(routing, segment_ids > 0))
-
-    if config.remat != "none":
-      layer = jax.checkpoint(layer, policy=REMAT[config.remat])
-    x, (kept, traffic) = jax.lax.scan(
-        layer, self.embed(tokens), (self.blocks, numbers),
-        unroll=config.unroll)
-    return self.normed(x), kept, traffic
 
 
 def init(config: ModelConfig, seed: int) -> Transformer:

@@ -140,7 +140,7 @@ class _Engine:
     self.sources = requests.doublings(
         self.prefill.chunk, self.prefill.slots_of(prompts.length))
     self.waves = waves(settings, self.prefill, prompts, tokens)
-    budgets, *_ = requests.columns([None] * settings.rows, settings.max_ids)
+    budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
     self.idle = tables, budgets, np.zeros(settings.rows, np.int32)
     self.state = weights.on_mesh(device_batch.done.eval_shape(*self.idle))
     self.processor_row = self.processor_state = None
@@ -151,7 +151,7 @@ class _Engine:
           lambda x: device_batch.repeated.eval_shape(x, rows=settings.rows),
           self.processor_row))
     self.admitted = device_batch.begin_arguments(
-        [None] * settings.rows, [0], tables, settings.max_ids)
+        [None] * settings.rows, [0], tables, settings)
     self.requests, _ = weights.on_mesh(device_batch.begin.eval_shape(
         self.state, tables, *self.admitted))
 

@@ -155,6 +155,11 @@ class ActiveSequence:
     self._row.cut(kept)
     return True
 
+  @property
+  def provenance(self) -> list[int]:
+    """Provenance of all tokens so far, see `Completion`."""
+    return self._row.columns["provenance"]
+
   def settled(self) -> list[int]:
     """Returns the tokens that nothing can retract or cut off any more."""
     tokens = self._row.tokens[:max(len(self._row.tokens) - self._held, 0)]

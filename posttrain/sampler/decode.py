@@ -1,8 +1,6 @@
-"""Decode loop: the compiled part of sampling, with the prefill before it.
+"""Decode loop: up to N steps on the device before the host syncs.
 
-A prompt is prefilled once. Its keys and values are copied to its G samples,
-which draw their first tokens from the same logits. The loop then runs up to N
-steps on the device, with budget forcing inside, before the host syncs.
+Prompts were prefilled before (`prefill`), and budget forcing is inside.
 
 All that a request asks for is data of its row (`Rows`), so one program serves
 any mixture of requests, and any requests that come after them in the same rows.
@@ -11,9 +9,9 @@ A step draws a token of every row from the hidden state that it has (`_choose`),
 and then runs the model on that token (`_feed`), which gives the next hidden
 state and extends the KV cache.
 
-  P: prompts  G: samples per prompt  B: rows  T: prompt slots
-  S: cache slots  N: steps of a chunk  V: vocabulary (without padding)
-  D: embed  K: ids of a row  L: layers  k: experts per token
+  B: rows  S: cache slots  N: steps of a chunk
+  V: vocabulary (without padding)  D: embed  K: ids of a row  L: layers
+  k: experts per token
 """
 
 import dataclasses
@@ -107,40 +105,6 @@ PLAIN = Recorded()
 # raise max_tokens, which the row's cache slots were counted by. The waits that
 # are left are in the state, not in the budgets.
 BudgetSchedule = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
-
-
-@functools.partial(
-    jax.jit, static_argnames=("group_size", "slots", "cache_dtype"))
-def prefill(
-    model: Transformer, tokens: jax.Array, segment_ids: jax.Array,
-    in_thinking: jax.Array, done: jax.Array, tables: budget.BudgetTables,
-    budgets: budget.Budgets, *, group_size: int, slots: int,
-    cache_dtype: str = "compute",
-) -> Carry:
-  """Prefills whole prompts, and makes the carry of their samples.
-
-  Args:
-    model: as it trains.
-    tokens, segment_ids: [P, T] int32, prompts aligned to the right; padding
-      (on the left) has segment 0.
-    in_thinking, done: [B] bool, see `budget.init`.
-    tables, budgets: token ids of the strings, and limits of the B rows.
-    group_size: G. slots: S, at least T + 1.
-    cache_dtype: of the cache, "compute" or "int8".
-  """
-  positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  hidden, cache = model.prefill(tokens, positions, segment_ids, cache_dtype)
-  # Prompts are aligned to the right, so every row's last token is in the last
-  # column, and all rows write their first new token to the same slot.
-  last = jnp.repeat(
-      tokens[:, -1], group_size, out_sharding=spec("rows"))
-  hidden = jnp.repeat(
-      hidden[:, -1], group_size, axis=0,
-      out_sharding=spec("rows", "act_embed"))
-  return Carry(
-      cache=kv.resize(kv.fan_out(cache, group_size), slots), hidden=hidden,
-      state=budget.init(tables, budgets, in_thinking, last, done),
-      earlier=no_earlier(hidden, tables))
 
 
 def no_earlier(

@@ -70,7 +70,7 @@ class DeviceBatch:
     count, size = settings.rows, settings.sizes[0]
     rows = run(("empty", count, size), prefill.empty, config, np.int32(0),
                rows=count, slots=size, cache_dtype=settings.cache_dtype)
-    budgets, *_ = requests.columns([None] * count, settings.max_ids)
+    budgets, *_ = requests.columns([None] * count, tables, settings)
     zeros = np.zeros(count, np.int32)
     self.carry = decode.Carry(
         rows.cache, rows.hidden,
@@ -108,8 +108,7 @@ class DeviceBatch:
     # then serves any number of new ones.
     self._rows, state = self._run(
         ("begin",), begin, self.carry.state, self.tables,
-        *begin_arguments(
-            asked, admitted, self.tables, self.settings.max_ids))
+        *begin_arguments(asked, admitted, self.tables, self.settings))
     processor_state = self.carry.processor_state
     if self.settings.logits_processor is not None:
       # A processor's state may be large ([V] a row), so only new rows are sent.
@@ -159,13 +158,13 @@ class DeviceBatch:
 
 def begin_arguments(
     asked: Sequence[Request | None], admitted: Sequence[int],
-    tables: budget.BudgetTables, max_ids: int,
+    tables: budget.BudgetTables, settings: Settings,
 ) -> tuple[Any, ...]:
   """Makes the NumPy arguments of `begin`, those behind the tables.
 
   `asked` and `admitted` are those of `DeviceBatch.begin`.
   """
-  budgets, params, banned_ids, keys = requests.columns(asked, max_ids)
+  budgets, params, banned_ids, keys = requests.columns(asked, tables, settings)
   # An idle row has a prompt of one token, and is done: nothing reads it.
   prompts = [request.prompt if request else (0,) for request in asked]
   lengths = np.array([len(p) for p in prompts], np.int32)

@@ -108,6 +108,10 @@ class Engine:
       raise ValueError(
           f"max_num_seqs={settings.max_num_seqs} cannot be split over {parts} "
           f"parts of the mesh. Use a multiple of {parts}.")
+    # A stop string is found after the device went on: the counts must then be
+    # those of the last token that is kept, so each step's are recorded.
+    settings = dataclasses.replace(settings, recorded=dataclasses.replace(
+        settings.recorded, counts=text is not None))
     self.tables, self.settings = tables, settings
     self._text, self._before_chunk = text, before_chunk
     self._numbers = itertools.count()
@@ -137,8 +141,8 @@ class Engine:
     """
     number = next(self._numbers)
     error = requests.problem(
-        request, self.tables, max_seq_len=self.settings.max_seq_len,
-        max_ids=self.settings.max_ids, can_decode=self._text is not None)
+        request, self.tables, self.settings,
+        can_decode=self._text is not None)
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
     else:
@@ -161,19 +165,23 @@ class Engine:
         return
       self.step()
 
-  def stream(self, number: int) -> Iterator[list[int]]:
-    """Yields the tokens of a request as they settle; the others go on too.
+  def stream(self, number: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields tokens of a request as they settle; the others go on too.
 
     Tokens that may still be retracted for a wait, or cut off for a stop
     string, are held back. The completion itself comes out of `results`.
+
+    Yields:
+      The new tokens, and the provenance of each, see `Completion`.
     """
     sent = 0
     while True:
-      tokens = self._settled(number)
-      if tokens is None:
+      settled = self._settled(number)
+      if settled is None:
         return
+      tokens, provenance = settled
       if len(tokens) > sent:
-        yield tokens[sent:]
+        yield tokens[sent:], provenance[sent:len(tokens)]
         sent = len(tokens)
       if any(done.id == number for done in self._ready):
         return
@@ -359,13 +367,16 @@ class Engine:
     self.stats.surplus += done.surplus
     self._ready.append(done)
 
-  def _settled(self, number: int) -> list[int] | None:
-    """Returns a request's settled tokens; None if it was taken already."""
+  def _settled(self, number: int) -> tuple[list[int], list[int]] | None:
+    """Returns a request's settled tokens, and at least as much provenance.
+
+    None if the request was taken already.
+    """
     for sequence in self._active:
       if sequence and sequence.number == number:
-        return sequence.settled()
+        return sequence.settled(), sequence.provenance
     for done in self._ready:
       if done.id == number:
-        return done.tokens
+        return done.tokens, done.provenance.tolist()
     waits = any(number == waiting for waiting, _ in self._pending)
-    return [] if waits else None
+    return ([], []) if waits else None

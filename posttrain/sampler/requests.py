@@ -147,7 +147,7 @@ def most_slots(request: Request, tables: BudgetTables) -> int:
 
 
 def problem(
-    request: Request, tables: BudgetTables, *, max_seq_len: int, max_ids: int,
+    request: Request, tables: BudgetTables, settings: "Settings", *,
     can_decode: bool,
 ) -> str:
   """Validates a request; returns why it cannot run, or "".
@@ -155,8 +155,7 @@ def problem(
   Args:
     request: the request.
     tables: token ids of its tokenizer.
-    max_seq_len: the most cache slots of a row.
-    max_ids: the most stop ids, banned ids, and entries of `wait_order`, each.
+    settings: of the engine.
     can_decode: the engine can turn tokens into text.
   """
   r, size = request, tables.vocab_size
@@ -171,18 +170,19 @@ def problem(
   if r.max_tokens < 1:
     return f"max_tokens is {r.max_tokens} and must be 1 or more."
   needed = most_slots(r, tables)
-  if needed > max_seq_len:
+  if needed > settings.max_seq_len:
     return (f"A prompt of {len(r.prompt)} tokens and a completion of up to "
             f"{needed - len(r.prompt)} need {needed} slots, and the cache has "
-            f"{max_seq_len}. Shorten them or raise max_seq_len.")
+            f"{settings.max_seq_len}. Shorten them or raise max_seq_len.")
   if not 0 <= r.prefix < len(r.prompt):
     return (f"prefix is {r.prefix}, and of {len(r.prompt)} prompt tokens one "
             "at least is not shared.")
-  for name in ("stop_ids", "banned_ids", "wait_order"):
-    found = len(getattr(r, name))
-    if found > max_ids:
-      return (f"{name} has {found} ids, and the engine was made for "
-              f"{max_ids}. Raise its max_ids.")
+  for name, limit in (("stop_ids", "max_ids"), ("banned_ids", "max_ids"),
+                      ("wait_order", "max_waits")):
+    found, most = len(getattr(r, name)), getattr(settings, limit)
+    if found > most:
+      return (f"{name} has {found} ids, and the engine was made for {most}. "
+              f"Raise its {limit}.")
   if not all(0 <= i < len(tables.waits) for i in r.wait_order):
     return (f"wait_order={r.wait_order} names wait texts, of which there are "
             f"{len(tables.waits)}, from 0.")
@@ -227,14 +227,20 @@ def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
 
 
 def columns(
-    requests: Sequence[Request | None], max_ids: int,
+    requests: Sequence[Request | None], tables: BudgetTables,
+    settings: "Settings",
 ) -> tuple[
     budget.Budgets, token_sampling.RowParams, Any, dict[str, np.ndarray]]:
   """Makes the columns of the rows: budgets, parameters, bans and key parts.
 
+  A column that no request of this engine can fill is None, and is then no part
+  of the programs.
+
   Args:
     requests: [B]; None is an idle row, whose values are never used.
-    max_ids: K, to which lists of ids are padded with -1.
+    tables: token ids of their tokenizer.
+    settings: K is `max_ids` or `max_waits`, to which lists of ids are padded
+      with -1.
 
   Returns:
     `Budgets`, `RowParams`, banned ids [B, K] int32, and the arguments of
@@ -243,27 +249,32 @@ def columns(
   idle = Request(prompt=(0,), max_tokens=1)
   rows = [request or idle for request in requests]
 
-  def column(name: str, dtype: type = np.int32) -> Any:  # NumPy until later.
-    return np.array([getattr(r, name) for r in rows], dtype)
+  def column(name: str, dtype: type = np.int32, used: bool = True) -> Any:
+    return np.array([getattr(r, name) for r in rows], dtype) if used else None
 
-  def padded(name: str) -> Any:
+  def padded(name: str, most: int) -> Any:
     ids = [getattr(r, name) for r in rows]
-    return np.array([(*i, *(-1,) * (max_ids - len(i))) for i in ids], np.int32)
+    return np.array(
+        [(*i, *(-1,) * (most - len(i))) for i in ids], np.int32
+    ) if most else None
 
   budgets = budget.Budgets(
       max_thinking_tokens=column("max_thinking_tokens"),
       min_thinking_tokens=column("min_thinking_tokens"),
       num_waits=column("num_waits"), max_tokens=column("max_tokens"),
-      truncate=column("truncate", bool), stop_ids=padded("stop_ids"),
-      wait_order=padded("wait_order"), suppress=column("suppress", bool),
-      max_thinking_steps=column("max_thinking_steps"))
+      truncate=column("truncate", bool),
+      stop_ids=padded("stop_ids", settings.max_ids),
+      wait_order=padded("wait_order", settings.max_waits),
+      suppress=column("suppress", bool, tables.reflections is not None),
+      max_thinking_steps=column(
+          "max_thinking_steps", used=bool(tables.step)))
   keys = {
       "seed": column("seed", np.uint32), "step": column("step"),
       "stage": np.array(
           [token_sampling.stage_number(r.stage) for r in rows], np.uint32),
       "prompt_id": column("prompt_id"), "sample_id": column("sample_id")}
   return (budgets, token_sampling.RowParams.of([r.params for r in rows]),
-          padded("banned_ids"), keys)
+          padded("banned_ids", settings.max_ids), keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +295,11 @@ class Settings:
       comes alone.
     prefill_chunk: tokens of a prompt in one forward pass (chunked prefill).
     prefixes: shared prefixes kept on the device (prefix caching).
-    max_ids: the most stop ids, banned ids, and entries of `wait_order` that
-      a request may have, of each.
+    max_ids: the most stop ids and banned ids that a request may have, of each.
+    max_waits: the most entries of `wait_order` that a request may have.
     cache_dtype, weights_dtype: dtype of the KV cache, and of the decode
       loop's matrices: "compute", or "int8" with scales.
-    recorded: what a completion holds besides tokens and logprobs. Counts are
-      always recorded.
+    recorded: what a completion holds besides tokens and logprobs.
     logits_processor: changes the logits of every step.
     budget_schedule: changes the budgets of every step.
   """
@@ -303,17 +313,12 @@ class Settings:
   prefill_chunk: int = 64
   prefixes: int = 8
   max_ids: int = 4
+  max_waits: int = 4
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
   recorded: decode.Recorded = decode.PLAIN
   logits_processor: logits_processors.LogitsProcessor | None = None
   budget_schedule: decode.BudgetSchedule | None = None
-
-  def __post_init__(self):
-    # A stop string is found after the device went on: the counts must then be
-    # those of the last token that is kept, so each step's are recorded.
-    object.__setattr__(self, "recorded", dataclasses.replace(
-        self.recorded, counts=True))
 
   @property
   def rows(self) -> int:

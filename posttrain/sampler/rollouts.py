@@ -140,47 +140,6 @@ class Row:
       del values[length:]
 
 
-class Recorder:
-  """Collects the loop's per-step records of a batch into rows."""
-
-  def __init__(self, rows: int):
-    self._rows = [Row() for _ in range(rows)]
-    self._raw: list[np.ndarray] = []
-
-  @property
-  def tokens(self) -> list[list[int]]:
-    """Tokens of each row so far."""
-    return [row.tokens for row in self._rows]
-
-  @property
-  def provenance(self) -> list[list[int]]:
-    """Provenance of each row's tokens, see `Rollouts`."""
-    return [row.columns["provenance"] for row in self._rows]
-
-  def add(self, record: Mapping[str, np.ndarray]) -> None:
-    """Adds one chunk of [B, steps, ...] arrays; rows behind B are padding."""
-    self._raw.append(record["raw"][:len(self._rows)])
-    for i, row in enumerate(self._rows):
-      row.add({name: x[i] for name, x in record.items()})
-
-  def cut(self, row: int, length: int) -> None:
-    """Keeps the first `length` tokens of a row."""
-    self._rows[row].cut(length)
-
-  def padded(self) -> dict[str, np.ndarray]:
-    """Returns the fields of `Rollouts` that are recorded step by step."""
-    column = lambda name: [row.columns[name] for row in self._rows]
-    experts = {}
-    if "experts" in self._rows[0].columns:
-      experts["experts"] = _padded(column("experts"))
-    return experts | {
-        "tokens": _padded(column("token"), np.int32),
-        "logprobs": _padded(column("logprob"), np.float32),
-        "provenance": _padded(column("provenance"), np.int8),
-        "lengths": np.array([len(tokens) for tokens in self.tokens], np.int32),
-        "raw": np.concatenate(self._raw, axis=1)}
-
-
 def _padded(
     rows: Sequence[Sequence | np.ndarray], dtype: type | None = None,
     fill: int = 0,

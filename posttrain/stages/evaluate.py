@@ -205,37 +205,22 @@ class Evaluation:
     Returns:
       The scored completions in order of problem, then sample.
     """
-    rollout = self.section.rollout
-    limits = cells_lib.limits_of(self.section, cell)
-    samples = cells_lib.samples_of(self.section, cell)
-    size = (len(self.problems) if rollout.continuous_batching
-            else cells_lib.batch_size(self.section, samples))
-    records = []
-    for start in range(0, len(self.problems), size):
-      part = self.problems[start:start + size]
-      # The last batch is filled up, so that it has the shape of the others.
-      filled = [*part, *(part[-1:] * (min(size, len(self.problems))
-                                      - len(part)))]
-      rollouts = self.sampler.generate(
-          model,
-          [prompt_of(self.context, row, cell) for row in filled],
-          limits, prompt_id=[row["id"] for row in filled],
-          group_size=samples, seed=self.context.config.seed,
-          stage=self.context.name)
-      records += self._score(rollouts, part, cell)
-    return records
+    rollouts = self.sampler.generate(
+        model, [prompt_of(self.context, row, cell) for row in self.problems],
+        cells_lib.limits_of(self.section, cell),
+        prompt_id=[row["id"] for row in self.problems],
+        group_size=cells_lib.samples_of(self.section, cell),
+        seed=self.context.config.seed, stage=self.context.name)
+    return self._score(rollouts, cell)
 
   def _score(
-      self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
-      cell: summary.Cell,
-  ) -> cells_lib.Records:
-    # The problems that filled the batch up have no records.
-    samples = int(rollouts.sample_id.max()) + 1
-    rows = len(problems) * samples
+      self, rollouts: Rollouts, cell: summary.Cell) -> cells_lib.Records:
+    rows = len(rollouts.prompts)
     records = [transcript.record(
         self.context.renderer.tokenizer, rollouts, row,
         self.context.thinking_ids) for row in range(rows)]
-    repeated = [row for row in problems for _ in range(samples)]
+    samples = rows // len(self.problems)
+    repeated = [row for row in self.problems for _ in range(samples)]
     scores, answers = distributed.on_first_host(
         lambda: self._judge(rollouts, repeated))
     if scores.reasons:

@@ -65,11 +65,6 @@ def samples_of(section: config_dict.ConfigDict, cell: summary.Cell) -> int:
   return samples
 
 
-def batch_size(section: config_dict.ConfigDict, samples: int) -> int:
-  """Problems that are asked together."""
-  return max(1, section.rollout.max_num_seqs // samples)
-
-
 def programs(stage: PlannedStage) -> Iterator[Program]:
   """Yields the programs of one cell for each shape.
 
@@ -77,22 +72,18 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
   """
   section, setup = stage.section, stage.setup
   rollout, count = section.rollout, section.problems.count
-  waits = rollout.continuous_batching or rollout.wait_order == "draw"
   found: dict[tuple[int, int], Any] = {}
   for cell in cells_of(section):
-    found.setdefault(
-        (samples_of(section, cell), cell.num_waits if waits else 0), cell)
+    found.setdefault((samples_of(section, cell), cell.num_waits), cell)
   several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
   for (samples, _), cell in found.items():
-    groups = batch_size(section, samples)
-    if rollout.continuous_batching:  # All; enough for the engine's rows.
-      groups = count or groups + 1
     detail = itertools.compress(
         (f"G={samples}", f"waits={cell.num_waits}"), several)
+    # The problems are not read: more than decode together stand for all.
+    groups = count or rollout.max_num_seqs // samples + 1
     yield from sampling_programs.of_rollout(
-        stage.name, setup.sampler(rollout), stage.start,
-        groups=min(groups, count) if count else groups, group_size=samples,
-        limits=limits_of(section, cell),
+        stage.name, setup.sampler(rollout), stage.start, groups=groups,
+        group_size=samples, limits=limits_of(section, cell),
         beside=stage.beside, detail=" ".join(detail), steps=False)
 
 
@@ -104,14 +95,11 @@ def memory(
   del compute
   samples = max(section.samples_per_problem, section.majority.max_samples)
   rows, count = section.rollout.max_num_seqs, section.problems.count
-  if not section.rollout.continuous_batching:  # An engine has all its slots.
-    rows = max(rows, samples)
-    rows = min(rows, count * samples) if count else rows
+  rows = min(rows, count * samples) if count else rows
   return Sizes(
       model, memory_estimate.of_rollout(section.rollout, rows), smaller={
-          "sampling": {"rollout.max_num_seqs": "fewer",
-                       "samples_per_problem": "fewer",
-                       **memory_estimate.SMALLER_ROLLOUT}})
+              "sampling": {"rollout.max_num_seqs": "fewer",
+                           **memory_estimate.SMALLER_ROLLOUT}})
 
 
 class KeptCells:

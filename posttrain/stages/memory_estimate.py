@@ -20,6 +20,7 @@ from ml_collections import config_dict
 from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
+from posttrain.sampler import requests
 from posttrain.stages import training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Sizes, stage_of
@@ -122,14 +123,13 @@ def smaller_moments(section: config_dict.ConfigDict) -> dict[str, str]:
 
 
 def cache_slots(rollout: config_dict.ConfigDict) -> int:
-  """Counts the slots of the largest cache: a prompt and doubled chunks.
+  """Counts the slots of the largest cache: a prompt and its completion.
 
   Tokens that are taken back for a wait need slots too, and are not counted.
   """
-  slots = rollout.chunk
-  while slots < rollout.max_tokens:
-    slots *= 2
-  return rollout.max_prompt_tokens + slots
+  return requests.Settings(
+      max_num_seqs=1, max_seq_len=rollout.max_prompt_tokens
+      + rollout.max_tokens).sizes[-1]
 
 
 def host_bytes() -> int:

@@ -209,20 +209,20 @@ def memory(
         kept) - is_of_policy(section) * arguments["frozen_bytes"]
   rollout, length = section.rollout, {"sequence_length": "shorter"}
   completions = section.num_groups * section.group_size
+  decoded = min(rollout.max_num_seqs or completions, completions)
   groups = {"num_groups": "fewer", "group_size": "fewer"}
-  sampled = {"rollout.max_num_seqs": "fewer"} if rollout.max_num_seqs else {
-      **groups, "rollout.max_num_seqs": "some, for continuous batching"}
   return Sizes(
       whole.config, arguments | dict(
           rows=section.rows_per_microbatch,
           sequence_length=section.sequence_length, offload=compute.offload,
-          **memory_estimate.of_rollout(
-              rollout, rollout.max_num_seqs or completions)),
+          **memory_estimate.of_rollout(rollout, decoded)),
       batch_tokens=completions * section.sequence_length,
       smaller={
           "training": {"rows_per_microbatch": "fewer", **length},
           "optimizer": memory_estimate.smaller_moments(section),
-          "sampling": sampled | memory_estimate.SMALLER_ROLLOUT,
+          "sampling": (groups if decoded == completions else {}) | {
+              "rollout.max_num_seqs": "fewer, but not 0",
+              **memory_estimate.SMALLER_ROLLOUT},
           "batch": groups | length})
 
 

@@ -69,8 +69,7 @@ def of_tables(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
-      max_num_seqs=rollout.max_num_seqs
-      if rollout.get("continuous_batching", True) else 0,
+      max_num_seqs=rollout.max_num_seqs,
       options=make_sampling_options(rollout, tables.vocab_size),
       before_chunk=preemption.leave_if_requested)
 

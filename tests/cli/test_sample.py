@@ -4,10 +4,8 @@ import io
 import itertools
 import json
 import pathlib
-import types
 
 import hypothesis
-import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -40,33 +38,23 @@ class Bytes:
     st.text(min_size=1, max_size=12).filter(lambda t: "\0" not in t),
     st.data())
 def test_chunks_of_any_size_print_the_text_once(text, data):
-  """With a delimiter begun and taken back in the middle."""
   tokens = list(text.encode())
-  taken_back = data.draw(st.integers(0, len(tokens)))
-  states = [tokens[:n] for n in range(len(tokens) + 1)]
-  states.insert(taken_back + 1, [*tokens[:taken_back], 2])  # Held back.
-  shown = sorted(data.draw(st.sets(st.sampled_from(range(len(states))))))
+  shown = sorted(data.draw(st.sets(st.integers(0, len(tokens)))))
   stream = io.StringIO()
   printer = sample.StreamPrinter(Bytes(), IDS, stream)
-  for i in shown:
-    printer(recorder(states[i]), np.array([False]))
-  printer(recorder([*tokens, STOP]), np.array([True]))
+  for n in shown:
+    printer(tokens[:n], [1] * n, done=False)
+  printer([*tokens, STOP], [1] * (len(tokens) + 1), done=True)
   printed = stream.getvalue()
   assert printed == sample.console_lib.printable(text)
-
-
-def recorder(tokens, provenance=None):
-  return types.SimpleNamespace(
-      tokens=[tokens], provenance=[provenance or [1] * len(tokens)])
 
 
 def test_forced_tokens_and_waits_are_marked():
   stream = io.StringIO()
   printer = sample.StreamPrinter(Bytes(), IDS, stream)
-  printer(recorder([72, 105]), np.array([False]))
-  assert stream.getvalue() == "H"  # "i" might begin a delimiter.
-  printer(recorder([72, 105, 87, 97, 33, 34], [1, 1, 2, 2, 1, 2]),
-       np.array([True]))
+  printer([72, 105], [1, 1], done=False)
+  assert stream.getvalue() == "Hi"
+  printer([72, 105, 87, 97, 33, 34], [1, 1, 2, 2, 1, 2], done=True)
   assert stream.getvalue() == 'Hi[wait: Wa]![forced: "]'
 
 
@@ -74,8 +62,8 @@ def test_a_completion_of_no_token_prints_nothing():
   """A maximum of 0 truncates so, and logits that are not finite do."""
   stream = io.StringIO()
   printer = sample.StreamPrinter(Bytes(), IDS, stream, in_thinking=True)
-  printer(recorder([]), np.array([False]))
-  printer(recorder([]), np.array([True]))
+  printer([], [], done=False)
+  printer([], [], done=True)
   assert stream.getvalue() == ""
 
 

@@ -55,10 +55,16 @@ def scenario(vocab_size, seed=0):
 def decode(model, prompts, segment_ids, tokens, positions, slots,
            cache_dtype="compute"):
   """Log-probabilities [STEPS, B, V], after each token that is fed."""
-  order = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  _, cache = model.prefill(prompts, order, segment_ids, cache_dtype)
-  cache = kv.resize(kv.fan_out(cache, GROUP_SIZE), slots)
+  rows, width = tokens.shape[0], prompts.shape[1]
+  order = jnp.where(segment_ids > 0, jnp.cumsum(segment_ids, axis=1) - 1, -1)
   blocks = model.unstacked()
+  empty = functools.partial(
+      kv.empty, model.config, cache_dtype=cache_dtype)
+  _, source, _ = model.extend(
+      prompts, order, empty(len(prompts), width), blocks)
+  cache = kv.insert(
+      empty(rows, slots), source, jnp.arange(rows) // GROUP_SIZE,
+      jnp.full(rows, width), jnp.arange(rows))
 
   def step(cache, column):
     token, position = column

@@ -49,13 +49,12 @@ def as_floats(cache):
 
 
 @pytest.mark.parametrize("move", [
-    lambda cache, other: kv.fan_out(cache, 3),
     lambda cache, other: kv.resize(cache, 20),
     lambda cache, other: kv.resize(cache, 7),
     lambda cache, other: kv.insert(
         cache, other, jnp.array([1, 0]), jnp.array([4, 6]),
         jnp.array([3, 9]))],
-    ids=["fan_out", "grow", "shrink", "insert"])
+    ids=["grow", "shrink", "insert"])
 def test_what_moves_a_cache_moves_its_scales(move):
   rng = np.random.default_rng(0)
   with jax.set_mesh(meshes.one()):

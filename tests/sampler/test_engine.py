@@ -304,6 +304,7 @@ BAD = [
     (dict(max_tokens=0), "max_tokens is 0"),
     (dict(prefix=2), "prefix is 2"),
     (dict(stop_ids=(1, 2, 3, 4, 5)), "stop_ids has 5 ids.*max_ids"),
+    (dict(wait_order=(0,) * 5), "wait_order has 5 ids.*max_waits"),
     (dict(stop_strings=("a", "")), "stop string is empty"),
     (dict(stop_strings=("a",)), "no tokenizer"),
     (dict(max_thinking_tokens=2, min_thinking_tokens=3),

@@ -267,7 +267,9 @@ def test_streams_add_up_and_others_go_on():
   parts = [list(busy.stream(number)) for number in numbers[::2]]
   assert any(len(part) > 2 for part in parts)
   for pieces, done in zip(parts, want[::2], strict=True):
-    assert [t for piece in pieces for t in piece] == done.tokens
+    assert [t for tokens, _ in pieces for t in tokens] == done.tokens
+    assert [p for _, kinds in pieces for p in kinds] == (
+        done.provenance.tolist())
   results = {done.id: done for done in busy.results()}
   assert [results[n].tokens for n in numbers] == [d.tokens for d in want]
   assert list(busy.stream(numbers[0])) == []  # It was taken.

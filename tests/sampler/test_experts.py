@@ -37,23 +37,21 @@ def test_the_record_has_the_experts_of_every_token_that_was_fed(
     np.testing.assert_array_equal(found.experts[row, fed:], 0)
 
 
-def test_the_recorder_follows_what_is_kept():
+def test_the_record_follows_what_is_kept():
   """Two chunks; the second takes back the last token of the first."""
   def chunk(tokens, dropped):
-    shape = 1, len(tokens)
-    tokens = np.array([tokens])
+    tokens = np.array(tokens)
     return {
-        "token": tokens, "raw": tokens, "dropped": np.array([dropped]),
-        "provenance": np.full(shape, budget_state.SAMPLED),
-        "logprob": np.zeros(shape, np.float32),
-        "experts": (10 * tokens[..., None, None]).astype(np.uint8)}
+        "token": tokens, "raw": tokens, "dropped": np.array(dropped),
+        "provenance": np.full(tokens.shape, budget_state.SAMPLED),
+        "logprob": np.zeros(tokens.shape, np.float32),
+        "experts": (10 * tokens[:, None, None]).astype(np.uint8)}
 
-  recorder = rollouts.Recorder(1)
-  recorder.add(chunk([1, 2, 3], [0, 0, 0]))
-  recorder.add(chunk([4, 5], [1, 0]))
-  found = recorder.padded()
-  assert found["tokens"].tolist() == [[1, 2, 4, 5]]
-  assert found["experts"].ravel().tolist() == [10, 20, 40, 50]
+  row = rollouts.Row()
+  row.add(chunk([1, 2, 3], [0, 0, 0]))
+  row.add(chunk([4, 5], [1, 0]))
+  assert row.tokens == [1, 2, 4, 5]
+  assert np.ravel(row.columns["experts"]).tolist() == [10, 20, 40, 50]
 
 
 def test_without_experts_there_is_no_record():

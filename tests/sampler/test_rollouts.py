@@ -4,9 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.sampler import budget_state, rollouts
-
-ROWS = 3
+from posttrain.sampler import budget_state, requests, rollouts
 
 
 def one_by_one(steps):
@@ -21,58 +19,64 @@ def one_by_one(steps):
 
 @st.composite
 def records(draw):
-  """Per row, steps whose drops never exceed what is there."""
-  rows = []
-  count = draw(st.integers(1, 24))
-  for _ in range(ROWS):
-    steps, length = [], 0
-    for step in range(count):
-      dropped = draw(st.sampled_from([0, 0, 0, 1, 2, 3]))
-      dropped = min(dropped, length)
-      provenance = draw(st.sampled_from([0, 1, 1, 2]))
-      length += (provenance > 0) - dropped
-      steps.append((100 + step, provenance, dropped))
-    rows.append(steps)
-  return np.array(rows)  # [ROWS, count, 3]
+  """Steps whose drops never exceed what is there."""
+  steps, length = [], 0
+  for step in range(draw(st.integers(1, 24))):
+    dropped = min(draw(st.sampled_from([0, 0, 0, 1, 2, 3])), length)
+    provenance = draw(st.sampled_from([0, 1, 1, 2]))
+    length += (provenance > 0) - dropped
+    steps.append((100 + step, provenance, dropped))
+  return np.array(steps)  # [count, 3]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(records(), st.integers(1, 8), st.integers(0, 3))
-def test_the_recorder_keeps_what_a_loop_keeps(rows, chunk, padding):
-  recorder = rollouts.Recorder(ROWS)
-  count = rows.shape[1]
-  padded = np.pad(rows, ((0, padding), (0, -count % chunk), (0, 0)))
-  for start in range(0, count, chunk):
-    part = padded[:, start:start + chunk]
-    recorder.add({
-        "token": part[..., 0], "provenance": part[..., 1],
-        "dropped": part[..., 2], "logprob": -part[..., 0] / 7.0,
-        "raw": part[..., 0]})
-  out = recorder.padded()
-  for row in range(ROWS):
-    want = one_by_one(rows[row].tolist())
-    length = out["lengths"][row]
-    assert length == len(want)
-    tokens, provenance = out["tokens"][row], out["provenance"][row]
-    assert list(zip(tokens[:length].tolist(), provenance[:length].tolist(),
-                    strict=True)) == want
-    np.testing.assert_allclose(
-        out["logprobs"][row, :length], -tokens[:length] / 7.0, rtol=1e-6)
-    assert not tokens[length:].any() and not provenance[length:].any()
-  assert out["raw"].shape == (ROWS, count + -count % chunk)
-  assert out["tokens"].shape[1] == out["lengths"].max()
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(records(), st.integers(1, 8))
+def test_the_record_keeps_what_a_loop_keeps(steps, chunk):
+  row = rollouts.Row()
+  for start in range(0, len(steps), chunk):
+    part = steps[start:start + chunk]
+    row.add({
+        "token": part[:, 0], "provenance": part[:, 1], "dropped": part[:, 2],
+        "logprob": -part[:, 0] / 7.0, "raw": part[:, 0]})
+  want = one_by_one(steps.tolist())
+  assert list(zip(row.tokens, row.columns["provenance"], strict=True)) == want
+  np.testing.assert_allclose(
+      row.columns["logprob"], [-token / 7.0 for token, _ in want], rtol=1e-6)
 
 
-def test_cutting_a_row_leaves_the_others():
-  recorder = rollouts.Recorder(2)
-  tokens = np.arange(8).reshape(2, 4)
-  recorder.add({
-      "token": tokens, "provenance": np.ones((2, 4)), "raw": tokens,
-      "dropped": np.zeros((2, 4), int), "logprob": -tokens / 2})
-  recorder.cut(0, 1)
-  out = recorder.padded()
-  np.testing.assert_array_equal(out["tokens"], [[0, 0, 0, 0], [4, 5, 6, 7]])
-  np.testing.assert_array_equal(out["lengths"], [1, 4])
+def test_a_row_is_cut_in_all_its_columns():
+  row = rollouts.Row()
+  row.add({
+      "token": np.arange(4), "provenance": np.ones(4), "raw": np.arange(4),
+      "dropped": np.zeros(4, int), "logprob": -np.arange(4) / 2})
+  row.cut(3)
+  assert row.columns == {
+      "token": [0, 1, 2], "provenance": [1, 1, 1],
+      "logprob": [0.0, -0.5, -1.0]}
+
+
+def completion(number, tokens, reason):
+  count = len(tokens)
+  return requests.Completion(
+      number, requests.Request((number,), 9, prompt_id=number), tokens,
+      np.full(count, -0.5, np.float32), np.ones(count, np.int8), reason,
+      raw=np.arange(count + number, dtype=np.int32))
+
+
+def test_completions_are_padded_on_the_right():
+  found = rollouts.of_completions([
+      completion(1, [4, 5], "eos"), completion(2, [], "length"),
+      completion(0, [7], "budget")])
+  np.testing.assert_array_equal(found.tokens, [[4, 5], [0, 0], [7, 0]])
+  np.testing.assert_array_equal(found.provenance, [[1, 1], [0, 0], [1, 0]])
+  np.testing.assert_array_equal(
+      found.logprobs, [[-0.5, -0.5], [0, 0], [-0.5, 0]])
+  np.testing.assert_array_equal(
+      found.raw, [[0, 1, 2], [0, 1, -1], [0, -1, -1]])
+  assert found.prompts == [[1], [2], [0]]
+  assert found.lengths.tolist() == [2, 0, 1]
+  assert [found.finish_name(row) for row in range(3)] == [
+      "eos", "length", "budget"]
 
 
 def test_names_and_masks():

@@ -178,7 +178,7 @@ def test_logprobs_are_the_training_programs(option, forcing):
   assert rollouts.loss_mask.sum() > 100
 
 
-def test_continuous_batching_is_numpy_and_replayed_bitwise():
+def test_sequences_that_wait_are_numpy_and_replayed_bitwise():
   """Sixteen sequences through five rows, with budgets of their own."""
   mesh, model, config, params = scene("tied", (1, 1))
   limits, prompts = random_limits(9), make_prompts(9)
@@ -240,7 +240,11 @@ FREE = make_sampler(
     Strings(vocab_size=V), max_prompt_tokens=PROMPT, chunk=8, temperature=5.0)
 
 
-def test_one_decode_program_per_cache_bucket():
+PROGRAMS = (decode.decode, decode.resize, prefill.empty, prefill.feed,
+            prefill.place)
+
+
+def test_one_decode_program_per_size_of_the_cache():
   """Budgets, prompts, weights and ids are data. Padding is never sampled."""
   mesh, model, _, _ = scene("tied", (1, 1))
 
@@ -250,11 +254,11 @@ def test_one_decode_program_per_cache_bucket():
         Limits(max_tokens=max_tokens), prompt_id=[seed, 5], group_size=2,
         seed=seed, stage="x", step=seed)
 
-  sizes = lambda: (decode.prefill._cache_size(), decode.decode._cache_size())
+  sizes = lambda: (prefill.feed._cache_size(), decode.decode._cache_size())
   with jax.set_mesh(mesh):
     prefills, decodes = sizes()
     first = run(32, 0)
-    # Of 8, 16 and 32 slots behind the prompt.
+    # Of 16, 32 and 64 slots.
     assert sizes() == (prefills + 1, decodes + 3)
     assert run(20, 1).lengths.tolist() == [20] * 4
     run(3, 2)
@@ -263,16 +267,15 @@ def test_one_decode_program_per_cache_bucket():
   assert set(first.tokens.ravel().tolist()) == set(range(V))
 
 
-def test_continuous_batching_of_other_prompts_compiles_nothing():
+@pytest.mark.parametrize("max_num_seqs", [0, 3])
+def test_other_prompts_compile_nothing(max_num_seqs):
   """The ring is as large as the longest prompt allows, not the one at hand."""
   mesh, model, _, _ = scene("tied", (1, 1))
-  continuous = dataclasses.replace(FREE, max_num_seqs=3)
-  programs = (decode.decode, decode.resize, prefill.empty, prefill.feed,
-              prefill.place)
-  count = lambda: sum(program._cache_size() for program in programs)
+  some = dataclasses.replace(FREE, max_num_seqs=max_num_seqs)
+  count = lambda: sum(program._cache_size() for program in PROGRAMS)
 
   def run(*prompts):
-    return continuous.generate(
+    return some.generate(
         model, prompts, Limits(max_tokens=40), prompt_id=range(len(prompts)),
         group_size=2, seed=0, stage="x")
 
@@ -283,44 +286,15 @@ def test_continuous_batching_of_other_prompts_compiles_nothing():
     assert count() == before
 
 
-def test_fewer_rows_than_max_num_seqs_go_through_the_engine_too(monkeypatch):
-  """No other program than the one whose memory was estimated."""
-  mesh, model, _, _ = scene("tied", (1, 1))
-  run = lambda sampler: sampler.generate(
-      model, [[6], [7, 8]], Limits(max_tokens=9), prompt_id=[0, 1], seed=0,
-      stage="x")
-  with jax.set_mesh(mesh):
-    wanted = run(FREE)
-    monkeypatch.setattr(decode, "prefill", None)  # Static batching.
-    found = run(dataclasses.replace(FREE, max_num_seqs=3))
-  assert found.tokens.tolist() == wanted.tokens.tolist()
-
-
-def test_the_host_may_stop_rows():
-  mesh, model, _, _ = scene("tied", (1, 1))
-  calls = []
-
-  def on_chunk(recorder, done):
-    """Stops row 1 after its fifth token, as a stop string would."""
-    calls.append(done.tolist())
-    if len(calls) > 1:
-      return None
-    recorder.cut(1, 5)
-    return np.arange(4) == 1
-
-  def run(**options):
-    return FREE.generate(
-        model, [[6], [6]], Limits(max_tokens=20), prompt_id=[0, 1],
-        group_size=2, seed=3, stage="x", **options)
-
-  with jax.set_mesh(mesh):
-    free, stopped = run(), run(on_chunk=on_chunk)
-  assert stopped.completion(1) == free.completion(1)[:5]
-  for row in (0, 2, 3):
-    assert stopped.completion(row) == free.completion(row)
-  assert [stopped.finish_name(i) for i in range(4)] == [
-      "length", "stop", "length", "length"]
-  assert calls == [[False] * 4, [False, True, False, False], [True] * 4]
+def test_no_more_rows_than_requests():
+  """Else the cache would be larger than what was asked needs."""
+  asked = FREE.make_requests(
+      [[6], [7, 8]], Limits(max_tokens=9), prompt_id=[0, 1], group_size=2)
+  with jax.set_mesh(meshes.one()):
+    rows = {wanted: dataclasses.replace(
+        FREE, max_num_seqs=wanted).engine_settings(asked, 2).max_num_seqs
+            for wanted in (0, 3, 4, 64)}
+  assert rows == {0: 4, 3: 3, 4: 4, 64: 4}
 
 
 @pytest.mark.parametrize("prompts,limits,message", [

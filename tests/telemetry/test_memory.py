@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
+from posttrain.model import cache as kv
 from posttrain.model import token_logprobs, transformer
 from posttrain.model.presets import PRESETS
 from posttrain.objectives.columns import Term
@@ -36,13 +37,10 @@ def test_parameters_are_those_of_the_model(tied):
 
 
 @pytest.mark.parametrize("dtype", ["compute", "int8"])
-def test_cache_is_that_of_a_prefill(dtype):
-  tokens = jax.ShapeDtypeStruct((6, 32), jnp.int32)
+def test_cache_is_that_of_the_model(dtype):
   config = dataclasses.replace(TINY, dtype="bfloat16")
   with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
-    _, cache = jax.eval_shape(
-        lambda *args: transformer.Transformer.prefill(*args, dtype),
-        transformer.abstract(config), tokens, tokens, tokens)
+    cache = jax.eval_shape(lambda: kv.empty(config, 6, 32, dtype))
   expected = size(cache.layers)
   count = functools.partial(
       memory.cache_bytes, config, rows=6, slots=32, dtype=dtype)

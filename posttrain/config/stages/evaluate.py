@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from posttrain.config import checks, keys, reader
-from posttrain.config.keys import REQUIRED, Key, Needs, Renamed, Section, shown
+from posttrain.config.keys import REQUIRED, Key, Needs, Section, shown
 from posttrain.config.stages import StageSchema, sampling
 from posttrain.text.instructions import CLASSES, TEXTS
 
@@ -29,15 +29,7 @@ ROLLOUT = Section(
     **sampling.ROLLOUT,
     temperature=sampling.TEMPERATURE,
     **sampling.TRUNCATIONS,
-    max_num_seqs=Key(int, 64, "Sequences that are decoded at a time (vLLM: "
-                     "max_num_seqs).", "[1, inf)"),
-    continuous_batching=Key(
-        bool, False, "Continuous batching: a completion that ends makes room "
-        "for the next, and the beginning that all prompts share is prefilled "
-        "once (prefix caching). Otherwise static batching: a batch waits for "
-        "its longest completion."),
-    batch_rows=Renamed("rollout.max_num_seqs"),
-    refill=Renamed("rollout.continuous_batching"),
+    max_num_seqs=sampling.max_num_seqs(64, "[1, inf)"),
     **sampling.LOGITS,
 )
 

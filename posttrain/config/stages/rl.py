@@ -17,13 +17,8 @@ ROLLOUT = Section(
     temperature=Key(float, 1.0, "Sampling temperature, which the loss's "
                     "logprobs have too.", keys.TEMPERATURES),
     **sampling.BUDGET,
-    max_num_seqs=Key(
-        int, 0, "Continuous batching with this many sequences at a time "
-        "(vLLM: max_num_seqs): a completion that ends makes room for the next, "
-        "and the beginning that all prompts share is prefilled once (prefix "
-        "caching). 0: static batching, where all of a batch are decoded "
-        "together and wait for the longest.", "[0, inf)"),
-    slots=keys.Renamed("rollout.max_num_seqs"),
+    max_num_seqs=sampling.max_num_seqs(
+        0, "[0, inf)", " 0: all completions of a batch."),
     **{name: keys.Refused(
         "the policy ratio would be against a truncated distribution; RL "
         "rollouts sample from the whole vocabulary")
@@ -251,20 +246,10 @@ def check_budget(config, name: str, stage: Mapping) -> Iterator[str]:
       "rollout.max_thinking_tokens or rollout.max_thinking_steps")
 
 
-def check_max_num_seqs(config, name: str, stage: Mapping) -> Iterator[str]:
-  rows = stage["rollout"]["max_num_seqs"]
-  completions = stage["num_groups"] * stage["group_size"]
-  if rows >= completions:
-    yield (f"rollout.max_num_seqs: {rows} is not below the num_groups x "
-           f"group_size = {completions} completions of a batch, so none would "
-           "wait for a place. Use fewer, or 0 for static batching.")
-
-
 SCHEMA = StageSchema(
     keys=KEYS, checks=(
         *training.CHECKS, check_groups, check_kl, check_importance_sampling,
         check_staleness, check_rewards, check_reference, check_shared_prompts,
-        check_budget, check_max_num_seqs,
-        sampling.check_weights_dtype),
+        check_budget, sampling.check_weights_dtype),
     trains=True, samples=True, formerly=("grpo",),
     holds_reference=may_have_reference)

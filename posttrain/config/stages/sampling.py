@@ -47,7 +47,23 @@ ROLLOUT: dict[str, Any] = dict(
     budget_schedule=Key(str, "", "Budget schedule: function(budgets, state) -> "
                         "budgets, which may change each row's thinking budget "
                         "at every step; see docs/sampler.md.", function=True),
-    policy=Renamed("rollout.budget_schedule"))
+    policy=Renamed("rollout.budget_schedule"),
+    slots=Renamed("rollout.max_num_seqs"),
+    batch_rows=Renamed("rollout.max_num_seqs"),
+    **{name: keys.Refused(
+        "there is one way to sample, which is continuous batching; remove the "
+        "key, and set rollout.max_num_seqs to the sequences that decode "
+        "together")
+       for name in ("continuous_batching", "refill")})
+
+
+def max_num_seqs(default: int, bounds: str, more: str = "") -> Key:
+  """Makes the key for the number of sequences that decode together."""
+  return Key(
+      int, default, "Sequences that decode together at most (vLLM: "
+      "max_num_seqs); the KV cache holds this many. A completion that ends "
+      f"makes room for the next (continuous batching).{more}", bounds)
+
 
 # Keys of the same section where all completions have one budget.
 BUDGET: dict[str, Key] = dict(
