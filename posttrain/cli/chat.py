@@ -20,7 +20,7 @@ from posttrain.sampler import requests, sampler, token_sampling, transcript
 from posttrain.sampler.requests import doublings
 from posttrain.stages import sampling
 from posttrain.telemetry import console as console_lib
-from posttrain.text import render
+from posttrain.text import render, thinking
 from posttrain.train import preemption
 
 CHUNK = 8  # Tokens between two looks: what is read is seen early.
@@ -70,9 +70,8 @@ def run(
       raise ValueError(
           'chat_template="plain" has no turns. Use a model with a chat '
           "template, or set chat_template to a Jinja file.")
-    ids = sampling.thinking_ids(
-        config, renderer.tokenizer,
-        console_lib.Console(stream=stream or sys.stdout))
+    ids = thinking.resolve(
+        thinking.Thinking(**config.thinking), renderer.tokenizer)
     # Once: it looks at every token of the vocabulary.
     tables = sampling.make_tables(
         renderer.tokenizer, ids, options["suppress"])
@@ -187,5 +186,5 @@ class Chat:
         f"{drawn.lengths[0]} tokens, {drawn.think_lengths[0]} of them "
         f"thinking, {drawn.wait_count[0]} waits, {drawn.finish_name(0)}", "dim")
     answer = transcript.split(drawn, 0, how.ids).answer
-    return transcript.completion_text(
-        tokenizer, drawn.completion(0)[answer]).strip()
+    return transcript.span_text(
+        tokenizer, drawn.completion(0), how.ids, answer).strip()

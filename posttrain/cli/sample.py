@@ -56,15 +56,14 @@ class StreamPrinter:
     self._in_thinking = in_thinking
     self._tokenizer = tokenizer
     self._ids = ids
-    # The last tokens may turn out to be a delimiter that a wait replaces.
-    self._held = max((len(d) for d in ids.delimiters), default=1) - 1
     self._printed = 0
     self._console = rich.console.Console(
         file=stream, markup=False, emoji=False, highlight=False)
 
   def __call__(self, recorder: rollouts.Recorder, done: np.ndarray) -> None:
     tokens, provenance = recorder.tokens[0], recorder.provenance[0]
-    end = len(tokens) - self._held
+    # The last tokens may turn out to be a delimiter that a wait replaces.
+    end = thinking.settled(tokens, self._ids)
     if done[0]:
       # The stop token ends the text and is no part of it.
       stopped = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
@@ -75,7 +74,7 @@ class StreamPrinter:
     if self._in_thinking is not None:
       thought = thinking.split(
           tokens[:end], provenance[:end], self._ids,
-          in_thinking=self._in_thinking).thinking
+          in_thinking=self._in_thinking).thinking.touched
     parts = transcript.segments(
         self._tokenizer, tokens[:end], provenance[:end], self._ids, thought)
     text = "".join(part for part, _ in parts)
@@ -140,9 +139,8 @@ def run(
   stream = stream or sys.stdout
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
     renderer, model = weights.load_for_sampling(config, workdir, stage)
-    ids = sampling.thinking_ids(
-        config, renderer.tokenizer,
-        console_lib.Console(stream=stream, quiet=not first))
+    ids = thinking.resolve(
+        thinking.Thinking(**config.thinking), renderer.tokenizer)
     tables = sampling.make_tables(
         renderer.tokenizer, ids, options["suppress"])
     dtypes: dict[str, Any] = dict(
