@@ -20,7 +20,7 @@ from posttrain import lease as lease_lib
 from posttrain import workdir as workdir_lib
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.stages import memory_estimate, sampling
+from posttrain.stages import memory_estimate
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage, stage_of
 from posttrain.tasks import loading
@@ -187,7 +187,8 @@ def set_up(
   return Pipeline(
       config=config, workdir=workdir, model=model,
       renderer=render.make_renderer(tokenizer, config.chat_template),
-      thinking_ids=sampling.thinking_ids(config, tokenizer, console),
+      thinking_ids=thinking.resolve(
+          thinking.Thinking(**config.thinking), tokenizer),
       console=console)
 
 

@@ -27,7 +27,7 @@ from posttrain.sampler import (
 )
 from posttrain.stages import sampling
 from posttrain.telemetry import console as console_lib
-from posttrain.text import render
+from posttrain.text import render, thinking
 from posttrain.train import preemption
 
 CHUNK = 8  # Tokens between two looks: what is read is seen early.
@@ -81,9 +81,8 @@ def run(
       raise ValueError(
           'chat_template="plain" has no turns. Use a model with a chat '
           "template, or set chat_template to a Jinja file.")
-    ids = sampling.thinking_ids(
-        config, renderer.tokenizer,
-        console_lib.Console(stream=stream or sys.stdout))
+    ids = thinking.resolve(
+        thinking.Thinking(**config.thinking), renderer.tokenizer)
     # Once: it looks at every token of the vocabulary.
     tables = sampling.make_tables(
         renderer.tokenizer, ids, options["suppress"])
@@ -211,5 +210,5 @@ class Chat:
         f"{done.wait_count} waits, {done.finish_reason}", "dim")
     drawn = rollouts.of_completions([done])
     answer = transcript.split(drawn, 0, how.ids).answer
-    return transcript.completion_text(
-        tokenizer, done.tokens[answer]).strip()
+    return transcript.span_text(
+        tokenizer, done.tokens, how.ids, answer).strip()

@@ -79,7 +79,7 @@ class StreamPrinter:
     if self._in_thinking is not None:
       thought = thinking.split(
           tokens[:end], provenance[:end], self._ids,
-          in_thinking=self._in_thinking).thinking
+          in_thinking=self._in_thinking).thinking.touched
     parts = transcript.segments(
         self._tokenizer, tokens[:end], provenance[:end], self._ids, thought)
     text = "".join(part for part, _ in parts)
@@ -144,9 +144,8 @@ def run(
   stream = stream or sys.stdout
   with jax.set_mesh(sharding.mesh_of(config.mesh)):
     renderer, model = weights.load_for_sampling(config, workdir, stage)
-    ids = sampling.thinking_ids(
-        config, renderer.tokenizer,
-        console_lib.Console(stream=stream, quiet=not first))
+    ids = thinking.resolve(
+        thinking.Thinking(**config.thinking), renderer.tokenizer)
     tables = sampling.make_tables(
         renderer.tokenizer, ids, options["suppress"])
     dtypes: dict[str, Any] = dict(

@@ -4,7 +4,8 @@ Its record of tokens, its search for stop strings, and the completion that it
 becomes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,27 @@ import numpy as np
 from posttrain.sampler import decode, requests, rollouts
 from posttrain.sampler.budget_tables import BudgetTables
 from posttrain.sampler.requests import Completion, Request
+from posttrain.text import symbols
 
 NOT_FINITE = (
     "The logits are not finite, so nothing can be drawn from them: the weights "
     "have diverged or were loaded wrongly, or a logits processor has divided "
     "by zero.")
-Decode = Callable[[list[int]], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+  """Place of a stop string in a row's tokens.
+
+  Attributes:
+    end: index behind the token that completes the string.
+    begin: index of the token in which the string begins.
+    head: symbols of that token before the string.
+  """
+
+  end: int
+  begin: int
+  head: int
 
 
 class Matcher:
@@ -25,64 +41,51 @@ class Matcher:
 
   A string may begin and end inside tokens. What counts is the text: the row
   ends with the first token that completes one of its strings, and the chunk in
-  which the host finds the string changes nothing.
-
-  Each call of `find` is given all tokens so far, and decodes the new ones and
-  a few before them only.
+  which the host finds the string changes nothing. If several strings end at
+  the same place, the longest counts.
   """
 
-  def __init__(self, strings: Sequence[str], decode: Decode):
-    self._strings = tuple(strings)
-    self._decode = decode
+  def __init__(
+      self, strings: Sequence[symbols.Symbols],
+      tokens: Sequence[symbols.Symbols],
+  ):
+    """Takes the strings, one or more, and the symbols of each token."""
+    self._strings = tuple(map(symbols.as_text, strings))
+    self._tokens = tokens
     self._searched = 0  # Tokens known not to complete a string.
+    self._tail = ""  # Their last symbols, in which a string may have begun.
 
-  def find(self, tokens: list[int]) -> int:
-    """Returns how many tokens the row keeps; -1 if no string is complete.
+  def find(self, tokens: Sequence[int]) -> Stop | None:
+    """Finds the stop string that is completed first.
 
     Args:
       tokens: all tokens so far that cannot be retracted any more.
     """
-    # The whole text is not decoded anew for every chunk, only its end.
-    begin = self._begin(tokens)
-    complete = lambda end: self._complete(self._decode(tokens[begin:end]))
-    if not complete(len(tokens)):
+    new = [symbols.as_text(self._tokens[token])
+           for token in tokens[self._searched:]]
+    text = self._tail + "".join(new)
+    found = [(at + len(string), -len(string)) for string in self._strings
+             if (at := text.find(string)) >= 0]
+    if not found:
       self._searched = len(tokens)
-      return -1
-    # The first token that completes a string, whatever the chunk brought.
-    return next(end for end in range(self._searched + 1, len(tokens) + 1)
-                if complete(end))
+      longest = max(map(len, self._strings)) - 1
+      self._tail = text[len(text) - min(longest, len(text)):]
+      return None
+    place, length = min(found)
+    begin = end = self._searched
+    at = len(self._tail)
+    while at < place:
+      at += len(new[end - self._searched])
+      end += 1
+    begin = end
+    while at > place + length:
+      begin -= 1
+      at -= len(self._tokens[tokens[begin]])
+    return Stop(end, begin, place + length - at)
 
-  def settled(self, tokens: list[int]) -> int:
-    """Returns how many of the searched tokens no stop string can cut off.
-
-    The others spell the beginning of a stop string.
-    """
-    begin = self._begin(tokens)
-    text = self._decode(tokens[begin:])
-    open_length = max(
-        (n for s in self._strings for n in range(1, len(s))
-         if text.endswith(s[:n])), default=0)
-    end = len(tokens)
-    while end > begin and open_length and (
-        len(self._decode(tokens[begin:end])) > len(text) - open_length):
-      end -= 1
-    return end
-
-  def _complete(self, text: str) -> bool:
-    """True if the text has one of the strings in it."""
-    return any(string in text for string in self._strings)
-
-  def _begin(self, tokens: list[int]) -> int:
-    """Returns a token before which no string that is not found yet begins."""
-    # A decoder may treat the first token of a text in its own way, and a
-    # character may need several tokens: hence more than the longest string.
-    needed = max(map(len, self._strings)) + 4
-    begin = self._searched
-    while begin > 0:
-      begin = max(begin - needed, 0)
-      if len(self._decode(tokens[begin:self._searched])) >= 2 * needed:
-        break
-    return begin
+  def settled(self, tokens: Sequence[int]) -> int:
+    """Returns how many of the tokens have no text of a string that is begun."""
+    return symbols.before_begun(tokens, self._tokens, self._strings)
 
 
 class ActiveSequence:
@@ -92,14 +95,16 @@ class ActiveSequence:
     number: what `Engine.submit` returned for the request.
     request: the request.
     steps: decode steps that its row took, those of dropped tokens included.
+    stop: where the stop string is that ended it, if one did.
   """
 
   def __init__(
       self, number: int, request: Request, tables: BudgetTables,
-      text: Decode | None, recorded: decode.Recorded,
+      table: symbols.SymbolTable | None, recorded: decode.Recorded,
   ):
     self.number, self.request = number, request
     self.steps = 0
+    self.stop: Stop | None = None
     self._recorded = recorded
     self._most = requests.most_slots(request, tables)
     # A delimiter that completes may retract this many earlier tokens, so the
@@ -110,8 +115,9 @@ class ActiveSequence:
     self._surplus = 0
     self._matcher = None
     if request.stop_strings:
-      assert text is not None
-      self._matcher = Matcher(request.stop_strings, text)
+      assert table is not None
+      self._matcher = Matcher(
+          [table.parse(s) for s in request.stop_strings], table.tokens)
 
   def needed(self, chunk: int) -> int:
     """Returns the cache slots that it may use by the end of the next chunk."""
@@ -148,11 +154,11 @@ class ActiveSequence:
       return False
     # A string that ends in tokens that may be retracted is not found yet.
     settled = len(self._row.tokens) - (0 if done else self._held)
-    kept = self._matcher.find(self._row.tokens[:max(settled, 0)])
-    if kept < 0:
+    self.stop = self._matcher.find(self._row.tokens[:max(settled, 0)])
+    if self.stop is None:
       return False
-    self._surplus = len(self._row.tokens) - kept
-    self._row.cut(kept)
+    self._surplus = len(self._row.tokens) - self.stop.end
+    self._row.cut(self.stop.end)
     return True
 
   @property

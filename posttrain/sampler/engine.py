@@ -38,7 +38,7 @@ from posttrain.sampler import (
   requests,
   rollouts,
 )
-from posttrain.sampler.active_sequence import ActiveSequence, Decode
+from posttrain.sampler.active_sequence import ActiveSequence
 from posttrain.sampler.requests import (
   Completion,
   Request,
@@ -46,6 +46,7 @@ from posttrain.sampler.requests import (
   doublings,
   fitting,
 )
+from posttrain.text.symbols import SymbolTable
 
 
 @dataclasses.dataclass
@@ -85,7 +86,7 @@ class Engine:
 
   def __init__(
       self, model: Transformer, tables: budget.BudgetTables,
-      settings: Settings, *, text: Decode | None = None,
+      settings: Settings, *, symbols: SymbolTable | None = None,
       log: Callable[[str], None] = lambda line: None,
       before_chunk: Callable[[], None] = nothing,
   ):
@@ -95,7 +96,7 @@ class Engine:
       model: on the current mesh.
       tables: the thinking strings and stop ids of its tokenizer.
       settings: shapes, and the functions that are traced into the loop.
-      text: decodes tokens to text, for stop strings.
+      symbols: of the tokenizer, to find stop strings.
       log: is given a line for every program that is compiled.
       before_chunk: is called at the beginning of each `step`. If it raises,
         the engine stays as it was.
@@ -111,9 +112,9 @@ class Engine:
     # A stop string is found after the device went on: the counts must then be
     # those of the last token that is kept, so each step's are recorded.
     settings = dataclasses.replace(settings, recorded=dataclasses.replace(
-        settings.recorded, counts=text is not None))
+        settings.recorded, counts=symbols is not None))
     self.tables, self.settings = tables, settings
-    self._text, self._before_chunk = text, before_chunk
+    self._symbols, self._before_chunk = symbols, before_chunk
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
     self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
@@ -141,8 +142,7 @@ class Engine:
     """
     number = next(self._numbers)
     error = requests.problem(
-        request, self.tables, self.settings,
-        can_decode=self._text is not None)
+        request, self.tables, self.settings, symbols=self._symbols)
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
     else:
@@ -289,7 +289,7 @@ class Engine:
          for _, request in taken])
     for row, (number, request) in zip(free, taken, strict=True):
       self._active[row] = ActiveSequence(
-          number, request, self.tables, self._text, self.settings.recorded)
+          number, request, self.tables, self._symbols, self.settings.recorded)
     # The ring has to hold the new sequences before their prompts are copied.
     self._fit()
     prompts = [self._prefill.get(request.prompt) for _, request in taken]

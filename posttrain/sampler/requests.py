@@ -13,6 +13,7 @@ import numpy as np
 from posttrain.sampler import budget, decode, logits_processors, token_sampling
 from posttrain.sampler.budget_tables import BudgetTables
 from posttrain.text import budget_rules, thinking
+from posttrain.text.symbols import SymbolTable
 
 PLAIN = token_sampling.SamplingParams()
 # A TPU keeps bfloat16 in tiles of 16 slots, and int8 in tiles of 32. Where the
@@ -148,7 +149,7 @@ def most_slots(request: Request, tables: BudgetTables) -> int:
 
 def problem(
     request: Request, tables: BudgetTables, settings: "Settings", *,
-    can_decode: bool,
+    symbols: SymbolTable | None,
 ) -> str:
   """Validates a request; returns why it cannot run, or "".
 
@@ -156,7 +157,7 @@ def problem(
     request: the request.
     tables: token ids of its tokenizer.
     settings: of the engine.
-    can_decode: the engine can turn tokens into text.
+    symbols: of its tokenizer, to find stop strings.
   """
   r, size = request, tables.vocab_size
   if not r.prompt:
@@ -192,8 +193,12 @@ def problem(
     return "Every token is banned."
   if not all(r.stop_strings):
     return "A stop string is empty, and would stop before the first token."
-  if r.stop_strings and not can_decode:
+  if r.stop_strings and symbols is None:
     return "The engine has no tokenizer to find stop strings with."
+  for string in r.stop_strings:
+    if symbols and not symbols.parse(string):
+      return (f"The stop string {string!r} has words that are not in the "
+              "vocabulary, or none.")
   return budget_problem(r, tables)
 
 

@@ -1,5 +1,6 @@
 """Transcripts of completions: texts, and which part was sampled or forced."""
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any
 from posttrain.sampler import budget_state
 from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
 from posttrain.tasks import scoring
-from posttrain.text import thinking
+from posttrain.text import symbols, thinking
 from posttrain.text.thinking import ThinkingIds
 from posttrain.text.tokenizer import Tokenizer
 
@@ -21,6 +22,21 @@ def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
   return tokenizer.decode(tokens)
 
 
+def span_text(
+    tokenizer: Tokenizer, tokens: Sequence[int], ids: ThinkingIds,
+    span: thinking.Span,
+) -> str:
+  """Decodes a part of a completion as `completion_text` does the whole."""
+  part = tokens[span.tokens]
+  if not span.before and not span.after:
+    return completion_text(tokenizer, part)
+  if part and part[-1] in tokenizer.stop_ids:
+    part = part[:-1]
+  return symbols.decoded((
+      *span.before, *(s for token in part for s in ids.tokens[token]),
+      *span.after), tokenizer)
+
+
 def split(
     rollouts: Rollouts, row: int, ids: ThinkingIds) -> thinking.Split:
   """Splits a completion into thinking and answer, by the sampler's record.
@@ -29,24 +45,11 @@ def split(
   ended has no answer; without thinking the whole completion is the answer.
   """
   tokens = rollouts.completion(row)
-  whole, nothing = slice(0, len(tokens)), slice(len(tokens), len(tokens))
-  begin = 0
-  if not thinking.opens_by_ids(
-      rollouts.prompts[row], start=ids.start, end=ids.end):
-    begin = thinking.find(tokens, ids.start) if ids.end else -1
-    if begin < 0:
-      return thinking.Split(slice(0, 0), whole, False)
-    begin += len(ids.start)
-  if rollouts.think_end[row] == budget_state.OPEN:
-    return thinking.Split(slice(begin, len(tokens)), nothing, False)
-  stop = begin + int(rollouts.think_lengths[row])
-  # `end` follows the thinking, behind a newline if the closing was forced. It
-  # is not found where `max_tokens` cut it off.
-  end = thinking.find(tokens, ids.end, stop)
-  if end < 0:
-    return thinking.Split(slice(begin, stop), nothing, False)
-  return thinking.Split(
-      slice(begin, stop), slice(end + len(ids.end), len(tokens)), True)
+  return thinking.split(
+      tokens, rollouts.provenance[row, :len(tokens)].tolist(), ids,
+      in_thinking=thinking.opens(rollouts.prompts[row], ids),
+      is_open=int(rollouts.think_end[row]) == budget_state.OPEN,
+      length=int(rollouts.think_lengths[row]))
 
 
 def segments(
@@ -72,11 +75,7 @@ def segments(
       names += ["thinking" if i in inside else "sampled"
                 for i in range(start, stop)]
       continue
-    spelt = max(  # The length of what the two begin with in common.
-        sum(itertools.takewhile(
-            bool, map(operator.eq, tokens[start:stop], wait)))
-        for wait in (ids.wait, *ids.more_waits))
-    names += ["wait"] * spelt + ["forced"] * (stop - start - spelt)
+    names += _forced_names(tuple(tokens[start:stop]), ids)
   # Differences of decoded prefixes: a tokenizer may drop a leading space, or
   # need several tokens for one character.
   texts, done = [], ""
@@ -85,6 +84,29 @@ def segments(
     texts.append((text[len(done):], name))
     done = text
   return texts
+
+
+def _forced_names(run: tuple[int, ...], ids: ThinkingIds) -> list[str]:
+  """Names each token of a run of forced ones "wait" or "forced".
+
+  A wait may follow text that stood before a delimiter in one token. Behind
+  `end` there is no wait.
+  """
+  waits = sorted(filter(None, (ids.wait, *ids.more_waits)), key=len)
+  begins = lambda at, part: run[at:at + len(part)] == part
+  names: list[str] = []
+  while len(names) < len(run):
+    at = len(names)
+    wait = next((w for w in reversed(waits) if begins(at, w)), ())
+    if not wait and begins(at, ids.end):
+      break
+    names += ["wait"] * len(wait) or ["forced"]
+  if "wait" not in names:  # One that was cut short.
+    spelt = max((  # The length of what the two begin with in common.
+        sum(itertools.takewhile(bool, map(operator.eq, run, wait)))
+        for wait in waits), default=0)
+    names[:spelt] = ["wait"] * spelt
+  return names + ["forced"] * (len(run) - len(names))
 
 
 def _runs(values: list) -> list[tuple[int, int, Any]]:
@@ -104,13 +126,13 @@ def record(
   """
   tokens = rollouts.completion(row)
   provenance = rollouts.provenance[row, :len(tokens)].tolist()
-  answer = tokens[split(rollouts, row, ids).answer]
+  answer = split(rollouts, row, ids).answer
   return {
       "prompt_id": int(rollouts.prompt_id[row]),
       "sample_id": int(rollouts.sample_id[row]),
       "prompt": tokenizer.decode(rollouts.prompts[row]),
       "completion": completion_text(tokenizer, tokens),
-      "answer_text": completion_text(tokenizer, answer),
+      "answer_text": span_text(tokenizer, tokens, ids, answer),
       "segments": segments(tokenizer, tokens, provenance, ids),
       "finish_reason": rollouts.finish_name(row),
       "think_end": THINK_ENDS[int(rollouts.think_end[row])],
@@ -131,11 +153,10 @@ def completions(
   found = []
   for row in range(rows):
     tokens = rollouts.completion(row)
-    text = lambda part, of=tokens: completion_text(
-        tokenizer, of[part])
+    text = functools.partial(span_text, tokenizer, tokens, ids)
     parts = split(rollouts, row, ids)
     found.append(scoring.Completion(
         answer=text(parts.answer), thinking=text(parts.thinking),
-        full_text=text(slice(None)), num_tokens=len(tokens),
+        full_text=completion_text(tokenizer, tokens), num_tokens=len(tokens),
         finish_reason=rollouts.finish_name(row)))
   return found

@@ -16,8 +16,7 @@ from posttrain.sampler import (
 )
 from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading
-from posttrain.telemetry import console as console_lib
-from posttrain.text import boundaries, thinking
+from posttrain.text import thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import preemption
 
@@ -25,25 +24,6 @@ from posttrain.train import preemption
 PLAIN: Mapping[str, Any] = {
     "suppress": (), "wait_order": "cycle", "logits_processor": "",
     "logits_processor_args": {}, "budget_schedule": ""}
-
-
-def thinking_ids(
-    config: config_dict.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
-    console: console_lib.Console,
-) -> thinking.ThinkingIds:
-  """Converts the thinking strings to token ids.
-
-  It warns of strings that are not always found in the tokens.
-
-  Raises:
-    ValueError: as `thinking.resolve`.
-  """
-  strings = thinking.Thinking(**config.thinking)
-  ids = thinking.resolve(strings, tokenizer)
-  told = boundaries.warning(strings, tokenizer)
-  if told:
-    console.warning(told)
-  return ids
 
 
 def make_sampler(

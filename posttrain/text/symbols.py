@@ -7,6 +7,7 @@ word of a vocabulary of words, where decoding puts the spaces between.
   V: vocabulary
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,6 +18,28 @@ from posttrain.text import tokenizer as tokenizer_lib
 Symbols = tuple[int, ...]
 SPACES = frozenset(b" \t\n\r\v\f")
 CONTROL = 256  # The symbol of a control token is this plus its id.
+
+
+@dataclasses.dataclass(frozen=True)
+class SymbolTable:
+  """Symbols of one tokenizer, and its way to and from token ids.
+
+  Attributes:
+    tokens: [V] symbols of each token.
+    parse: reads a configured string, see `parse`.
+    spell: spells symbols as ids, see `speller`.
+  """
+
+  tokens: Sequence[Symbols]
+  parse: Callable[[str], Symbols]
+  spell: Callable[[Symbols], tuple[int, ...]]
+
+  @classmethod
+  def of(cls, tokenizer: tokenizer_lib.Tokenizer) -> "SymbolTable":
+    """Makes the table of a tokenizer; it reads the whole vocabulary."""
+    tokens = vocabulary(tokenizer)
+    return cls(tokens, functools.partial(parse, tokenizer=tokenizer),
+               speller(tokenizer, tokens))
 
 
 def vocabulary(tokenizer: tokenizer_lib.Tokenizer) -> list[Symbols]:
@@ -34,9 +57,13 @@ def vocabulary(tokenizer: tokenizer_lib.Tokenizer) -> list[Symbols]:
 
 def parse(text: str, tokenizer: tokenizer_lib.Tokenizer) -> Symbols:
   """Returns the symbols of a configured string, control tokens by their ids.
+
+  A vocabulary of words that lacks one of the string's gives ().
   """
   if tokenizer.words:
-    return tuple(CONTROL + i for i in _encode(text, tokenizer, special=True))
+    ids = _encode(text, tokenizer, special=True)
+    return () if tokenizer.unk_id in ids else tuple(
+        CONTROL + i for i in ids)
   controls = tokenizer.controls
   found: list[int] = []
   for part in token_files.splitter(controls)(text):
@@ -83,7 +110,7 @@ def speller(
 
   def spell(symbols: Symbols) -> tuple[int, ...]:
     spelt: list[int] = []
-    for control, part in itertools.groupby(symbols, lambda s: s >= CONTROL):
+    for control, part in itertools.groupby(symbols, _is_control):
       run = tuple(part)
       found = tuple(s - CONTROL for s in run) if control else of_bytes(run)
       if not found:
@@ -92,6 +119,52 @@ def speller(
     return tuple(spelt)
 
   return spell
+
+
+def as_text(symbols: Symbols) -> str:
+  """Writes symbols as characters, one each, to search them with."""
+  return "".join(map(chr, symbols))
+
+
+def of_text(text: str) -> Symbols:
+  """Reads the symbols of `as_text`."""
+  return tuple(map(ord, text))
+
+
+def decoded(symbols: Symbols, tokenizer: tokenizer_lib.Tokenizer) -> str:
+  """Decodes symbols to text; bytes that are not UTF-8 become U+FFFD."""
+  return "".join(
+      tokenizer.decode([s - CONTROL for s in run]) if control
+      else bytes(run).decode(errors="replace")
+      for control, run in itertools.groupby(symbols, _is_control))
+
+
+def _is_control(symbol: int) -> bool:
+  return symbol >= CONTROL
+
+
+def before_begun(
+    tokens: Sequence[int], of: Sequence[Symbols], strings: Sequence[str],
+) -> int:
+  """Returns how many first tokens have no text of a string that is begun.
+
+  Args:
+    tokens: a text.
+    of: [V] symbols of each token.
+    strings: as `as_text` writes them; the text may end in a beginning of one.
+  """
+  tail, kept = "", len(tokens)
+  longest = max(map(len, strings), default=1) - 1
+  while kept and len(tail) < longest:
+    kept -= 1
+    tail = as_text(of[tokens[kept]]) + tail
+  begun = max((n for string in strings for n in range(1, len(string))
+               if tail.endswith(string[:n])), default=0)
+  kept, left = len(tokens), begun
+  while left > 0:
+    kept -= 1
+    left -= len(of[tokens[kept]])
+  return kept
 
 
 def stripped(text: Symbols) -> Symbols:
@@ -110,7 +183,7 @@ def find_last(text: Symbols, part: Symbols) -> int:
 
 def shown(symbols: Symbols) -> str:
   """Writes symbols for a message, control tokens by their ids."""
-  parts = itertools.groupby(symbols, lambda s: s >= CONTROL)
+  parts = itertools.groupby(symbols, _is_control)
   return " + ".join(
       ", ".join(f"token {s - CONTROL}" for s in part) if control
       else repr(bytes(part).decode(errors="backslashreplace"))

@@ -4,7 +4,9 @@ Budget forcing works on token sequences. This module encodes the strings of the
 config once, and finds the thinking part in a finished completion.
 """
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,18 +72,38 @@ class ThinkingIds:
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+  """Part of a completion's text, which may begin and end inside of tokens.
+
+  Attributes:
+    tokens: slice of the tokens that lie in it whole.
+    before: symbols of the token before these, behind a delimiter.
+    after: symbols of the token behind these, before a delimiter.
+  """
+
+  tokens: slice
+  before: symbols.Symbols = ()
+  after: symbols.Symbols = ()
+
+  @property
+  def touched(self) -> slice:
+    """Slice of the tokens that have any of its text."""
+    return slice(self.tokens.start - bool(self.before),
+                 self.tokens.stop + bool(self.after))
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
-  """Places of thinking and answer in a completion: `tokens[thinking]` and so
-  on.
+  """Thinking and answer of a completion.
 
   Attributes:
     thinking: without its delimiter, and without a newline forced before that.
-    answer: all tokens after the delimiter.
+    answer: all text behind the delimiter.
     closed: true if the delimiter is there.
   """
 
-  thinking: slice
-  answer: slice
+  thinking: Span
+  answer: Span
   closed: bool
 
 
@@ -124,40 +146,154 @@ def resolve(
 def split(
     tokens: Sequence[int] | np.ndarray,
     provenance: Sequence[int] | np.ndarray, ids: ThinkingIds, *,
-    in_thinking: bool,
+    in_thinking: bool, is_open: bool = False, length: int | None = None,
 ) -> Split:
-  """Finds thinking and answer in a completion.
+  """Finds thinking and answer in a completion, however `end` is spelt.
 
-  One case cannot be decided from the tokens alone: a wait text that begins with
-  a line break, and is cut off by the maximum right after it, looks like a
-  forced newline. The sampler's own count (`think_lengths`) has it right.
+  The text alone does not tell where: a wait text may have `end` in it, and what
+  was retracted may have left its beginning. The sampler's record tells.
 
   Args:
     tokens: [n] a completion, with or without the end of text.
     provenance: [n] 1 sampled, 2 forced.
     ids: the resolved strings.
     in_thinking: true if the prompt already opened thinking.
+    is_open: the thinking did not end, by the record.
+    length: thinking tokens, by the record. None if there is no record: then the
+      first `end` counts.
   """
-  tokens = [int(token) for token in tokens]
-  n = len(tokens)
-  opened = 0 if in_thinking else find(tokens, ids.start)
-  if not ids.end or opened < 0:
-    return Split(slice(0, 0), slice(0, n), False)
-  start = opened + (0 if in_thinking else len(ids.start))
-  end = find(tokens, ids.end, start)
-  if end < 0:
-    return Split(slice(start, n), slice(n, n), False)
-  answer = slice(end + len(ids.end), n)
-  ends_with = lambda part: (
-      bool(part) and end - len(part) >= start
-      and tuple(tokens[end - len(part):end]) == part
-      and all(p == FORCED for p in provenance[end - len(part):end]))
-  # A newline is forced only after a token that does not end in one. So where a
-  # wait text ends in a newline, that newline is a part of the wait.
-  if ends_with(ids.newline) and not any(
-      map(ends_with, (ids.wait, *ids.more_waits))):
-    end -= len(ids.newline)
-  return Split(slice(start, end), answer, True)
+  text = _Text.of([int(token) for token in tokens], list(provenance), ids)
+  size = len(text.symbols)
+  nothing = text.span(size, size)
+  begin = 0
+  if not in_thinking or not ids.end:
+    begin = text.begin() if ids.end else -1
+    if begin < 0:
+      return Split(text.span(0, 0), text.span(0, size), False)
+  if is_open:
+    return Split(text.span(begin, size), nothing, False)
+  # Some text of the last thinking token is before `end`.
+  behind = bisect.bisect_left(text.edges, begin) + (length or 0)
+  behind = min(behind, len(text.edges) - 1)
+  least = max(begin, text.edges[behind - 1] + 1) if length else begin
+  at = text.end_from(least)
+  if at < 0:
+    # `max_tokens` cut `end` off. The newline before it is no thinking.
+    stop = size
+    if length is not None:
+      stop = min(text.begun_from(least), text.edges[behind])
+    return Split(text.span(begin, stop), nothing, False)
+  answer = text.span(at + len(ids.strings.end), size)
+  stop = text.before_newline(at, behind, begin, length is not None)
+  return Split(text.span(begin, stop), answer, True)
+
+
+def settled(tokens: Sequence[int], ids: ThinkingIds) -> int:
+  """Returns how many of a completion's tokens no delimiter can retract.
+
+  The others spell the beginning of a delimiter.
+  """
+  if not ids.end:
+    return len(tokens)
+  return symbols.before_begun(
+      tokens, ids.tokens, tuple(map(symbols.as_text, ids.strings.delimiters)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+  """Text of a completion, one character for each symbol.
+
+  Attributes:
+    tokens, provenance: [n].
+    ids: the resolved strings.
+    symbols: the text.
+    edges: [n + 1] where each token begins, and where the last one ends.
+  """
+
+  tokens: list[int]
+  provenance: list[int]
+  ids: ThinkingIds
+  symbols: str
+  edges: list[int]
+
+  @classmethod
+  def of(
+      cls, tokens: list[int], provenance: list[int], ids: ThinkingIds,
+  ) -> "_Text":
+    # Without thinking strings nothing is cut inside of a token.
+    parts = ([symbols.as_text(ids.tokens[token]) for token in tokens]
+             if ids.end else [" "] * len(tokens))
+    return cls(tokens, provenance, ids, "".join(parts), [
+        *itertools.accumulate(map(len, parts), initial=0)])
+
+  def begin(self) -> int:
+    """Returns where the text behind the first `start` begins, or -1."""
+    start = symbols.as_text(self.ids.strings.start)
+    at = self.symbols.find(start) if start else -1
+    return at + len(start) if at >= 0 else -1
+
+  def end_from(self, least: int) -> int:
+    """Returns the first place from `least` at which `end` stands, or -1."""
+    end = symbols.as_text(self.ids.strings.end)
+    at = self.symbols.find(end, least)
+    while at >= 0 and not self._is_one(at, at + len(end)):
+      at = self.symbols.find(end, at + 1)
+    return at
+
+  def begun_from(self, least: int) -> int:
+    """Returns where a beginning of `end` stands that ends the text."""
+    end, size = symbols.as_text(self.ids.strings.end), len(self.symbols)
+    return next(
+        (at for at in range(max(least, size - len(end)), size)
+         if end.startswith(self.symbols[at:]) and self._is_one(at, size)), size)
+
+  def _is_one(self, begin: int, end: int) -> bool:
+    """Tests if text may be a delimiter, by who wrote its tokens.
+
+    It is not matched across a forced token. The model may have begun it, and
+    the rest of it was forced; or it was forced alone.
+    """
+    first = bisect.bisect_right(self.edges, begin) - 1
+    codes = self.provenance[first:bisect.bisect_left(self.edges, end)]
+    return codes == sorted(codes) and (
+        codes[0] != FORCED or self.edges[first] == begin)
+
+  def before_newline(
+      self, end: int, thought: int, begin: int, recorded: bool) -> int:
+    """Returns where the thinking ends: before a newline forced before `end`.
+
+    Args:
+      end: where `end` stands.
+      thought: index behind the last thinking token, if it is recorded.
+      begin: where the thinking begins.
+      recorded: there is a record of the thinking tokens.
+    """
+    at, ids = bisect.bisect_left(self.edges, end), self.ids
+    if self.edges[at] != end or not self._forced(ids.newline, at, begin):
+      return end
+    first = at - len(ids.newline)
+    # A newline is forced only after a token that does not end in one. So where
+    # a wait text ends in a newline, that newline is a part of the wait.
+    is_thought = first < thought if recorded else any(
+        self._forced(wait, at, begin) for wait in (ids.wait, *ids.more_waits))
+    return end if is_thought else self.edges[first]
+
+  def _forced(self, part: tuple[int, ...], at: int, begin: int) -> bool:
+    """Tests if the tokens before `at` are `part`, forced in the thinking."""
+    first = at - len(part)
+    return (bool(part) and first >= 0 and self.edges[first] >= begin
+            and tuple(self.tokens[first:at]) == part
+            and set(self.provenance[first:at]) == {FORCED})
+
+  def span(self, begin: int, end: int) -> Span:
+    """Makes the span of the symbols from `begin` to `end`."""
+    first = bisect.bisect_left(self.edges, begin)
+    last = bisect.bisect_right(self.edges, end) - 1
+    part = lambda begin, end: symbols.of_text(self.symbols[begin:end])
+    if first > last:  # Both inside of one token.
+      return Span(slice(first, first), part(begin, end))
+    return Span(slice(first, last), part(begin, self.edges[first]),
+                part(self.edges[last], end))
 
 
 def opens(prompt: Sequence[int], ids: ThinkingIds) -> bool:
@@ -188,16 +324,6 @@ def opens_by_ids(
   last = lambda part: max((i for i in range(len(prompt)) if list(
       prompt[i:i + len(part)]) == list(part)), default=-1)
   return last(start) > last(end)
-
-
-def find(
-    tokens: Sequence[int], part: Sequence[int], begin: int = 0) -> int:
-  """Returns the first index from `begin` where `part` occurs, or -1."""
-  part = list(part)
-  for i in range(begin, len(tokens) - len(part) + 1):
-    if list(tokens[i:i + len(part)]) == part:
-      return i
-  return -1
 
 
 def _encode(

@@ -17,11 +17,12 @@ from posttrain.sampler.sampler import Limits
 from posttrain.text import thinking
 from posttrain.train import preemption
 from tests import meshes
+from tests.text import build
 
 TINY = str(pathlib.Path(__file__).parents[2] / "configs/tiny.py")
 STOP = 0
-IDS = thinking.ThinkingIds(
-    start=(1,), end=(2, 3), delimiters=((2, 3),), wait=(87, 97))
+IDS = build.alone(
+    size=256, start=(1,), end=(2, 3), delimiters=((2, 3),), wait=(87, 97))
 
 
 class Bytes:
@@ -56,6 +57,21 @@ def test_forced_tokens_and_waits_are_marked():
   assert stream.getvalue() == "Hi"
   printer([72, 105, 87, 97, 33, 34], [1, 1, 2, 2, 1, 2], done=True)
   assert stream.getvalue() == 'Hi[wait: Wa]![forced: "]'
+
+
+def test_a_token_that_a_delimiter_may_begin_in_is_held_back():
+  tokenizer = build.merging()
+  ids = thinking.resolve(thinking.Thinking(end="</think>"), tokenizer)
+  stream = io.StringIO()
+  printer = sample.StreamPrinter(tokenizer, ids, stream, in_thinking=True)
+  tokens = tokenizer.encode("so it is.</think>\nThe answer")
+  assert ".</" in map(tokenizer.token_text, tokens)
+  shown = []
+  for n in range(len(tokens) + 1):
+    printer(recorder(tokens[:n]), np.array([False]))
+    shown.append(stream.getvalue())
+  assert "so it is" in shown and shown[-1] == "so it is.</think>\nThe answer"
+  assert not any("." in text and "</think>" not in text for text in shown)
 
 
 def test_a_completion_of_no_token_prints_nothing():

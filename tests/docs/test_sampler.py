@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import types
 
 import jax
 
@@ -16,13 +15,24 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs/sampler.md").read_text()
 USE, PROCESSOR, SCHEDULE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
+class Letters:
+  """A tokenizer in which each token is a letter."""
+
+  vocab_size, controls, stop_ids, words = scene.V, {}, (), False
+
+  def decode(self, tokens):
+    return "".join(chr(64 + t) for t in tokens)
+
+  def token_bytes(self, token):
+    return self.decode([token]).encode()
+
+
 def test_the_engine_of_the_page_answers(capsys):
   with jax.set_mesh(meshes.one()):
     exec(USE, {
         "model": build.load(scene.CONFIG, scene.params()),
         "tables": scene.STRINGS.tables(), "prompts": [[12, 13], [14, 3]],
-        "tokenizer": types.SimpleNamespace(
-            decode=lambda tokens: "".join(chr(64 + t) for t in tokens))})
+        "tokenizer": Letters()})
   lines = capsys.readouterr().out.splitlines()
   programs = [line for line in lines if line.startswith("compiled ")]
   answers = [line.split() for line in lines if line not in programs]

@@ -15,7 +15,7 @@ from posttrain import sharding
 from posttrain.interop import gguf, smollm2
 from posttrain.model.presets import PRESETS
 from posttrain.sampler import budget_tables, sampler, token_sampling
-from posttrain.text import boundaries, render, thinking, tokenizer
+from posttrain.text import render, thinking, tokenizer
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -198,13 +198,11 @@ def test_sampler_logprobs_equal_teacher_forced_ones(
   assert differences.mean() < 2e-5
 
 
-def test_its_own_closing_is_never_seen_and_warned_about(smollm2_tokenizer):
+def test_a_closing_is_seen_where_it_merges(smollm2_tokenizer):
   strings = thinking.Thinking(start="<think>", end="</think>")
   ids = thinking.resolve(strings, smollm2_tokenizer)
   tokens = smollm2_tokenizer.encode("so 18 </think> 18")
-  assert not thinking.split(
-      tokens, [1] * len(tokens), ids, in_thinking=True).closed
-  assert "thinking.end='</think>'" in boundaries.warning(
-      strings, smollm2_tokenizer)
-  assert boundaries.warning(thinking.Thinking(
-      start="<|im_start|>", end="<|im_end|>"), smollm2_tokenizer) == ""
+  assert smollm2_tokenizer.encode(" </")[0] in tokens
+  found = thinking.split(tokens, [1] * len(tokens), ids, in_thinking=True)
+  assert found.closed and found.thinking.after == (32,)
+  assert smollm2_tokenizer.decode(tokens[found.answer.tokens]) == " 18"

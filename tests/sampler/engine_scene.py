@@ -10,6 +10,7 @@ from posttrain.sampler import rollouts, token_sampling
 from posttrain.sampler.engine import Engine, Settings
 from posttrain.sampler.requests import Request
 from posttrain.sampler.sampler import Limits
+from posttrain.text import symbols
 from tests import meshes
 from tests.model import build
 from tests.sampler import numpy_sampler
@@ -36,10 +37,17 @@ def params():
 
 def make_engine(strings=STRINGS, settings=SETTINGS, **changes) -> Engine:
   options = {name: changes.pop(name) for name in (
-      "text", "log", "before_chunk") if name in changes}
+      "symbols", "log", "before_chunk") if name in changes}
   return Engine(
       build.load(CONFIG, changes.pop("weights", None) or params()),
       strings.tables(), dataclasses.replace(settings, **changes), **options)
+
+
+def table_of(words) -> symbols.SymbolTable:
+  """Makes the symbols of a vocabulary in which a token is its word's bytes."""
+  parse = lambda text: tuple(text.encode())
+  return symbols.SymbolTable(
+      [parse(word) for word in words], parse, lambda text: ())
 
 
 def take(engine: Engine, asked) -> list:

@@ -12,16 +12,19 @@ from posttrain.sampler import (
   requests,
   token_sampling,
 )
-from posttrain.sampler.active_sequence import Matcher
+from posttrain.sampler.active_sequence import Matcher, Stop
 from posttrain.sampler.requests import Request
+from posttrain.text import symbols
 from tests import meshes
 from tests.model import build, numpy_transformer
 from tests.sampler import engine_scene as scene
 from tests.sampler import test_token_sampling
+from tests.text import build as build_text
 
 # Text of an id: of no, one and several characters.
 WORDS = ["", "a", "", "b", "ab", "ba", "c", "abc", "é", " ", "cab", "bb", "-",
          *"defghijklmnopqrst", "x-"]
+TABLE = scene.table_of(WORDS)
 PLAIN = Request(prompt=(12, 13, 14), max_tokens=20)
 
 
@@ -50,7 +53,7 @@ def test_stop_strings_are_exact_across_tokens():
   asked = [dataclasses.replace(r, stop_strings=s)
            for r, s in zip(free, strings, strict=True)]
   whole = scene.take(scene.make_engine(), free)
-  runs = [scene.take(scene.make_engine(text=text, chunk=chunk), asked)
+  runs = [scene.take(scene.make_engine(symbols=TABLE, chunk=chunk), asked)
           for chunk in (8, 5)]
   stopped = surplus = 0
   for i, (done, again) in enumerate(zip(*runs, strict=True)):
@@ -72,7 +75,7 @@ def test_the_counts_of_a_stopped_row_are_of_what_it_kept():
   free = dataclasses.replace(
       PLAIN, prompt=(12, 3), max_tokens=60, num_waits=1)
   asked = [dataclasses.replace(free, prompt_id=i) for i in range(20)]
-  stopped = scene.take(scene.make_engine(text=text), [
+  stopped = scene.take(scene.make_engine(symbols=TABLE), [
       dataclasses.replace(r, stop_strings=("g", "ab")) for r in asked])
   kept = [len(done.tokens) for done in stopped]
   short = scene.take(scene.make_engine(), [
@@ -88,26 +91,56 @@ def test_the_counts_of_a_stopped_row_are_of_what_it_kept():
   assert checked > 3
 
 
-@pytest.mark.parametrize("strings", [("ab",), ("aab", "b-"), ("cabbage",)])
+@pytest.mark.parametrize("strings", [
+    ("ab",), ("aab", "b-"), ("cabbage",), ("ab", "cab", "b"), ("\u00e9b",)])
 def test_a_matcher_finds_what_a_search_of_the_whole_text_finds(strings):
   rng = np.random.default_rng(len(strings[0]))
+  parsed = [TABLE.parse(string) for string in strings]
+  heads = 0
   for _ in range(200):
     tokens = rng.integers(0, 13, rng.integers(1, 40)).tolist()
-    matcher, looked, found = Matcher(strings, text), 0, -1
-    while found < 0 and looked < len(tokens):
-      looked = min(looked + int(rng.integers(1, 7)), len(tokens))
-      found = matcher.find(tokens[:looked])
-      if found < 0:
-        # Whatever comes next, a string does not begin in what is settled.
-        settled = matcher.settled(tokens[:looked])
-        want = cut(tokens, strings)
-        assert not any(s in text(tokens[:settled]) for s in strings)
-        if want != tokens or any(s in text(want) for s in strings):
-          first = min(text(want).find(s) for s in strings if s in text(want))
-          assert len(text(tokens[:settled])) <= first
+    matcher, looked, found = Matcher(parsed, TABLE.tokens), 0, None
     want = cut(tokens, strings)
     ends = any(s in text(want) for s in strings)
-    assert found == (len(want) if ends else -1)
+    whole = text(want)
+    # The first that is complete; of those, the one that begins first.
+    _, first = min((whole.find(s) + len(s), whole.find(s))
+                   for s in strings if s in whole) if ends else (0, len(whole))
+    while found is None and looked < len(tokens):
+      looked = min(looked + int(rng.integers(1, 7)), len(tokens))
+      found = matcher.find(tokens[:looked])
+      if found is None:
+        # Whatever comes next, a string does not begin in what is settled.
+        assert len(text(tokens[:matcher.settled(tokens[:looked])])) <= first
+    assert (found.end if found else -1) == (len(want) if ends else -1)
+    if found:
+      head = text(tokens[found.begin:]).encode()[:found.head].decode()
+      assert text(tokens[:found.begin]) + head == whole[:first]
+      assert not head or len(head) < len(WORDS[tokens[found.begin]])
+      heads += bool(head)
+  assert heads or strings not in (("ab",), ("aab", "b-"))
+
+
+def test_typed_text_never_equals_a_control_token():
+  tokenizer = build_text.merging()
+  table = symbols.SymbolTable.of(tokenizer)
+  named = [table.parse("x<|im_start|>")]
+  x, control = tokenizer.encode("x<|im_start|>", special=True)
+  typed = tokenizer.encode("x<|im_start|>y")
+  assert Matcher(named, table.tokens).find(typed) is None
+  # It begins inside of a token, and ends in the control token.
+  begin = table.tokens.index(tuple(b">x"))
+  found = Matcher(named, table.tokens).find([*typed, begin, control, x])
+  assert found == Stop(len(typed) + 2, len(typed), 1)
+  assert Matcher([table.parse("start")], table.tokens).find([control]) is None
+
+
+def test_a_stop_string_of_unknown_words_is_an_error():
+  words = build_text.words()
+  engine = scene.make_engine(symbols=symbols.SymbolTable.of(words))
+  [done] = scene.take(engine, [dataclasses.replace(
+      PLAIN, stop_strings=("6 zebra",))])
+  assert done.finish_reason == "error" and "'6 zebra'" in done.error
 
 
 def test_stop_ids_and_bans_are_the_requests_own():
@@ -261,8 +294,8 @@ def test_streams_add_up_and_others_go_on():
   rng = np.random.default_rng(2)
   asked = [scene.random_request(rng, i) for i in range(12)]
   asked = [dataclasses.replace(r, stop_strings=("abd", "gh")) for r in asked]
-  want = scene.take(scene.make_engine(text=text), asked)
-  busy = scene.make_engine(text=text, chunk=3)
+  want = scene.take(scene.make_engine(symbols=TABLE), asked)
+  busy = scene.make_engine(symbols=TABLE, chunk=3)
   numbers = [busy.submit(request) for request in asked]
   parts = [list(busy.stream(number)) for number in numbers[::2]]
   assert any(len(part) > 2 for part in parts)

@@ -31,8 +31,7 @@ ASKED = (
 )
 
 
-def text(tokens):
-  return "".join(chr(97 + token % 26) for token in tokens)
+TABLE = scene.table_of([chr(97 + token % 26) for token in range(scene.V)])
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ def one_device():
 @functools.cache
 def completions(recorded: decode.Recorded):
   """Runs `ASKED`, and one that is ended before its first step."""
-  engine = scene.make_engine(text=text, recorded=recorded)
+  engine = scene.make_engine(symbols=TABLE, recorded=recorded)
   done = scene.take(engine, ASKED)
   number = engine.submit(PLAIN)
   engine._admit()

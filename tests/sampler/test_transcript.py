@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from posttrain.sampler import budget_state, transcript
 from posttrain.sampler.rollouts import FINISH_REASONS, THINK_ENDS, Rollouts
 from posttrain.text import thinking, vocabulary
-from tests.sampler import forcing, numpy_sampler, test_budget
+from tests.sampler import forcing, test_budget
+from tests.text import build
 
 SAMPLED, FORCED = budget_state.SAMPLED, budget_state.FORCED
 WORDS = vocabulary.train_sentencepiece(
@@ -94,14 +95,19 @@ def test_the_answer_is_what_follows_the_thinking(index, limits, seed):
   prompts = np.random.default_rng(seed).integers(
       0, 8, (test_budget.ROWS, 3)).tolist()
   model = test_budget.markov(strings, seed)
+  ids = build.alone(**{
+      name: getattr(strings, name) for name in (
+          "start", "end", "delimiters", "newline", "final_answer", "wait",
+          "more_waits")})
   rows = [forcing.reference(
       functools.partial(model, i), prompt,
-      numpy_sampler.in_thinking(prompt, strings), strings, limits[i])
+      thinking.opens(prompt, ids), strings, limits[i])
           for i, prompt in enumerate(prompts)]
   rollouts = rollouts_of(rows, prompts)
   for i, row in enumerate(rows):
-    found = transcript.split(rollouts, i, strings)
-    thought, answer = row.tokens[found.thinking], row.tokens[found.answer]
+    found = transcript.split(rollouts, i, ids)
+    thinks, answers = found.thinking.tokens, found.answer.tokens
+    thought, answer = row.tokens[thinks], row.tokens[answers]
     if row.think_at is None:  # It never thought.
       assert (thought, answer) == ([], row.tokens)
     elif row.answer_at is None:  # It never left; or was cut as it left.
@@ -109,9 +115,9 @@ def test_the_answer_is_what_follows_the_thinking(index, limits, seed):
       assert row.closed != "open" or thought == row.tokens[row.think_at:]
     else:
       assert answer == row.tokens[row.answer_at:]
-      between = row.tokens[found.thinking.stop:row.answer_at]
+      between = row.tokens[thinks.stop:row.answer_at]
       assert tuple(between) in (strings.end, strings.newline + strings.end)
-      assert found.thinking.start == row.think_at
+      assert thinks.start == row.think_at
     assert not row.thinking or len(thought) >= row.thinking
 
 

@@ -26,8 +26,7 @@ FACTS = ("tokens", "finish_reason", "think_end", "think_length", "wait_count",
          "surplus", "error")
 
 
-def text(tokens) -> str:
-  return "".join(chr(ord("a") + token % 26) for token in tokens)
+TABLE = scene.table_of([chr(97 + token % 26) for token in range(scene.V)])
 
 
 def serve() -> dict:
@@ -40,7 +39,7 @@ def serve() -> dict:
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
   admitted = []
   with jax.set_mesh(mesh):
-    busy = scene.make_engine(text=text)
+    busy = scene.make_engine(symbols=TABLE)
     numbers = [busy.submit(request) for request in asked]
     results = {}
     for done in busy.results():

@@ -3,8 +3,8 @@
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from posttrain.text import delimiters, symbols, thinking, vocabulary
 from posttrain.text import tokenizer as tokenizer_lib
-from posttrain.text import vocabulary
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' "
@@ -92,6 +92,18 @@ def llama(chat_template: str | None = LLAMA3):
 def inst():
   return byte_level(
       ["<s>", "</s>"], bos="<s>", eos="</s>", chat_template=INST)
+
+
+def alone(size: int = 100, **strings) -> thinking.ThinkingIds:
+  """Makes thinking strings of ids that merge with nothing."""
+  ids = {"start": (), "end": (), "step": ()} | strings
+  symbol = lambda ids: tuple(symbols.CONTROL + i for i in ids)
+  further = ids.pop("delimiters", ())
+  parsed = delimiters.Strings(
+      symbol(ids["start"]), symbol(ids["end"]), tuple(dict.fromkeys(
+          map(symbol, (ids["end"], *further)))), symbol(ids.pop("step")))
+  return thinking.ThinkingIds(
+      **ids, strings=parsed, tokens=[symbol([i]) for i in range(size)])
 
 
 def words(*texts: str, symbols=("<think>", "</think>", "Wait")):

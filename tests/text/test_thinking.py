@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from posttrain.text import thinking
 from tests.text import build
 
-IDS = thinking.ThinkingIds(
+IDS = build.alone(
     start=(1, 2), end=(3, 4), delimiters=((3, 4), (5,)), newline=(6,),
     final_answer=(7,), wait=(8, 6))
 OTHER = st.lists(st.integers(10, 15), max_size=5)
@@ -17,7 +17,9 @@ OTHER = st.lists(st.integers(10, 15), max_size=5)
 
 def parts(tokens, provenance, *, in_thinking):
   found = thinking.split(tokens, provenance, IDS, in_thinking=in_thinking)
-  return tokens[found.thinking], tokens[found.answer], found.closed
+  assert found.thinking == thinking.Span(found.thinking.tokens)
+  return (tokens[found.thinking.tokens], tokens[found.answer.tokens],
+          found.closed)
 
 
 @given(before=OTHER, thought=OTHER, answer=OTHER, newline=st.booleans(),
@@ -50,7 +52,8 @@ def test_without_a_start_there_is_no_thinking():
   assert parts([10, 11], [1, 1], in_thinking=False) == ([], [10, 11], False)
   found = thinking.split(
       [10], [1], thinking.ThinkingIds(), in_thinking=True)
-  assert (found.thinking, found.answer) == (slice(0, 0), slice(0, 1))
+  assert (found.thinking.tokens, found.answer.tokens) == (
+      slice(0, 0), slice(0, 1))
 
 
 def test_resolve_encodes_and_puts_end_first():
