@@ -65,6 +65,15 @@ def turns(value: Any, role: str | None) -> list[dict]:
   return [_turn(message, f"message {i}") for i, message in enumerate(value)]
 
 
+def opening(text: str, start: str) -> int:
+  """Returns the index of a `start` that ends a prompt, or -1.
+
+  White space may follow it.
+  """
+  found = text.rfind(start) if start else -1
+  return found if not text[found:].removeprefix(start).strip() else -1
+
+
 def _turn(message: Any, name: str) -> dict[str, Any]:
   if not isinstance(message, Mapping) or not isinstance(
       message.get("role"), str):
