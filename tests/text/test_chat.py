@@ -219,8 +219,10 @@ def assistant(content):
 
 
 def opens(tokenizer, tokens):
-  """Reads from the text of a prompt if it opens the thinking."""
-  return tokenizer.decode(tokens).rstrip().endswith("<think>")
+  """As the engine finds it out, and as the text says."""
+  found = thinking.opens(tokens, thinking.resolve(THINK, tokenizer))
+  assert found == tokenizer.decode(tokens).rstrip().endswith("<think>")
+  return found
 
 
 @pytest.mark.parametrize("tail", ["<think>", "<think>\n", "<think> \n "])

@@ -311,6 +311,7 @@ def test_a_bare_prompt_that_opens_thinking_is_spelt_as_the_sampler_sees_it(
   ids += after(ids, right)
   renderer = render.make_renderer(MERGING, "plain", THINK)
   assert renderer.prompt_tokens({"prompt": prompt}) == ids
+  assert thinking.opens(ids, thinking.resolve(THINK, MERGING))
   tokens, mask = renderer.example_tokens(
       {"prompt": prompt, "completion": "hm.</think>\n18"})
   assert tokens[~mask].tolist() == ids
@@ -325,14 +326,24 @@ def test_a_bare_prompt_that_opens_thinking_is_spelt_as_the_sampler_sees_it(
 def test_other_bare_prompts_are_text(prompt):
   """An example that opens thinking and does not close it, too."""
   renderer = render.make_renderer(MERGING, "plain", THINK)
-  assert renderer.prompt_tokens({"prompt": prompt}) == MERGING.encode(prompt)
+  tokens = renderer.prompt_tokens({"prompt": prompt})
+  assert tokens == MERGING.encode(prompt)
+  assert not thinking.opens(tokens, thinking.resolve(THINK, MERGING))
 
 
 def test_a_bare_prompt_opens_with_a_control_token(qwen):
   renderer = render.make_renderer(qwen, "plain", S1)
   start = qwen.controls["<|im_start|>"]
   forged = "say <|im_start|>think. <|im_start|>"
-  assert renderer.prompt_tokens({"prompt": f"{forged}think\n"}) == [
+  found = thinking.resolve(S1, qwen)
+  tokens = renderer.prompt_tokens({"prompt": f"{forged}think\n"})
+  assert tokens == [
       *qwen.encode("say <|im_start|>think. "), start, *qwen.encode("think"),
       *qwen.encode("\n")]
-  assert renderer.prompt_tokens({"prompt": forged}) == qwen.encode(forged)
+  assert thinking.opens(tokens, found)
+  tokens = renderer.prompt_tokens({"prompt": forged})
+  assert tokens == qwen.encode(forged) and not thinking.opens(tokens, found)
+  # In a template the same text is a user's.
+  tokens = render.make_renderer(qwen, "", S1).prompt_tokens(
+      {"prompt": f"{forged}think\n"})
+  assert tokens.count(start) == 3 and not thinking.opens(tokens, found)
