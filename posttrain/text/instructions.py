@@ -44,8 +44,8 @@ def ask(
   key = "messages" if "messages" in row else "prompt"
   value = row[key]
   if isinstance(value, str):
-    # Templates that open the thinking in the prompt end in its delimiter, which
-    # must stay last: the sampler reads from it that thinking is open.
+    # A bare prompt that opens the thinking ends in `start`, which must stay
+    # last: the sampler reads from it that thinking is open.
     at = messages_lib.opening(value, think_start)
     if at < 0:
       return {**row, key: f"{value}\n\n{text}"}
