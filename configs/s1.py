@@ -73,7 +73,11 @@ def get_config(arg=""):
 
 
 def demonstrations(split, *, path):
-  """s1K in s1's format: thinking and answer behind <|im_start|>."""
+  """s1K in s1's format: thinking and answer behind <|im_start|>.
+
+  The thinking strings of the config make this the control token; in a question
+  it stays text.
+  """
   if split != "train":
     raise ValueError(f"s1K has no split {split!r}, only 'train'.")
   rows = pyarrow.parquet.read_table(path).to_pylist()

@@ -186,7 +186,7 @@ def set_up(
   workdir.write_json(weights.SHAPE, model.to_json())
   return Pipeline(
       config=config, workdir=workdir, model=model,
-      renderer=render.make_renderer(tokenizer, config.chat_template),
+      renderer=weights.make_renderer(config, tokenizer),
       thinking_ids=thinking.resolve(
           thinking.Thinking(**config.thinking), tokenizer),
       console=console)

@@ -31,7 +31,7 @@ from posttrain.model.config import COMPUTE_FIELDS, ModelConfig
 from posttrain.model.presets import PRESETS
 from posttrain.model.transformer import Transformer
 from posttrain.tasks import loading
-from posttrain.text import render, vocabulary
+from posttrain.text import render, thinking, vocabulary
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import checkpoints, fingerprint, state, trainable
 
@@ -357,6 +357,18 @@ def on_mesh(tree: Any) -> Any:
   return jax.tree.map(lambda x: sharding.on_mesh(x, mesh), tree)
 
 
+def make_renderer(
+    config: config_dict.ConfigDict, tokenizer: tokenizer_lib.Tokenizer,
+) -> render.Renderer:
+  """Makes the renderer of a config, for a tokenizer.
+
+  Raises:
+    ValueError: as `render.make_renderer`.
+  """
+  return render.make_renderer(
+      tokenizer, config.chat_template, thinking.Thinking(**config.thinking))
+
+
 def load_for_sampling(
     config: config_dict.ConfigDict, path: str | None, stage: str,
 ) -> tuple[render.Renderer, Transformer]:
@@ -364,7 +376,7 @@ def load_for_sampling(
   workdir = workdir_lib.open_existing(
       path, is_writer=False) if path else None
   found = tokenizer(config, workdir)
-  renderer = render.make_renderer(found, config.chat_template)
+  renderer = make_renderer(config, found)
   shape = model_config(config, found.vocab_size, workdir)
   if workdir is None or stage == "init":
     return renderer, initial(config, shape, renderer.hash)

@@ -20,7 +20,7 @@ from posttrain.programs.program import Program, model_of
 from posttrain.sampler import budget_tables
 from posttrain.stages import sampling
 from posttrain.stages.stage import PlannedStage, Setup, Stage, stage_of
-from posttrain.text import render, thinking
+from posttrain.text import thinking
 
 # Fields of a kind's record, and what a plan does without them.
 LACKING = {
@@ -142,8 +142,7 @@ def padding(
       try:
         if setup.tokenizer is None:
           raise ValueError("the tokenizer is not here")
-        renderer = render.make_renderer(
-            setup.tokenizer, setup.config.chat_template)
+        renderer = weights.make_renderer(setup.config, setup.tokenizer)
         share, text = measure(stage, renderer, meshes)
         found.append(Padding(stage.name, what, share, text))
       except (ValueError, OSError) as error:

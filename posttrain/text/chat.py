@@ -12,19 +12,27 @@ and it is an error. A turn that has lost text is an error too, as Qwen 3's
 template cuts the reasoning out of earlier turns. White space at the edges of a
 turn may be removed by the template (Llama's and Gemma's trim it).
 
+An assistant turn is cut at the thinking strings (see `posttrain.text.cuts`), in
+prompts too: there its tokens may also be those that were sampled. The strings
+themselves may then be control tokens. In other messages they stay text, and no
+message opens the thinking: a prompt in which one would is an error.
+
 Not done: images, tools, and a date. `strftime_now` always answers 26 July 2024
 (the default of the Llama templates), so that a prompt is the same on every day.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from posttrain.text import cuts, sandbox
 from posttrain.text import messages as messages_lib
-from posttrain.text import sandbox
+from posttrain.text import thinking as thinking_lib
 from posttrain.text import tokenizer as tokenizer_lib
 
 Messages = Sequence[Mapping[str, Any]]
+Sampled = Mapping[int, Sequence[int]]
 
 # Noncharacters: no valid text has them. The first pair encloses the number of a
 # control token in a message, the second the text of a {% generation %} block.
@@ -41,16 +49,19 @@ class ChatTemplate:
 
   def __init__(
       self, source: str, tokenizer: tokenizer_lib.Tokenizer,
-      name: str = "the chat template"):
+      name: str = "the chat template",
+      strings: thinking_lib.Thinking | None = None):
     """Compiles the template.
 
     Args:
       source: the Jinja source.
       tokenizer: the tokenizer that the template was made for.
       name: names the template in error messages.
+      strings: at which the assistant's text is cut.
 
     Raises:
-      ValueError: the source is not a Jinja template.
+      ValueError: the source is not a Jinja template, or the tokenizer cannot
+        spell a string.
     """
     self.source = source
     self._tokenizer = tokenizer
@@ -64,17 +75,29 @@ class ChatTemplate:
     self._control = re.compile(
         f"({'|'.join(map(re.escape, self._controls))})")
     self._template = sandbox.Template(source, name)
+    self._strings = strings or thinking_lib.Thinking()
+    self._cuts = cuts.Cuts(self._strings, tokenizer, self._pattern)
 
   def render(self, messages: Messages, add_generation_prompt: bool) -> str:
     """Renders the text, as transformers' `apply_chat_template` does."""
     return self._reveal(self._render(messages, add_generation_prompt)[0])
 
-  def prompt_tokens(self, messages: Messages) -> list[int]:
+  def prompt_tokens(
+      self, messages: Messages, sampled: Sampled = MappingProxyType({}),
+  ) -> list[int]:
     """Tokenizes the messages and the generation prompt, for the sampler.
+
+    Args:
+      messages: the last one is not the assistant's.
+      sampled: number of an assistant's message -> the ids that were sampled as
+        it. They are used if they spell what the template writes for the turn,
+        so that a prompt begins with the tokens of the turn before. A template
+        may rewrite the turn, as those do that cut earlier reasoning out: then
+        its text is encoded.
 
     Raises:
       ValueError: the template refuses the messages, or the last one is an
-        assistant's.
+        assistant's, or a message opens the thinking.
     """
     if not messages or messages[-1]["role"] == "assistant":
       raise ValueError(
@@ -82,7 +105,8 @@ class ChatTemplate:
           f"this one has {len(messages)} message(s). Move the answer to "
           "`completion`.")
     text, _ = self._render(messages, True)
-    return self._encode(text, messages, frozenset())[0]
+    self._check_opening(text, messages)
+    return self._encode(text, messages, frozenset(), sampled)[0]
 
   def example_tokens(
       self, messages: Messages, *, last_only: bool = False,
@@ -122,8 +146,23 @@ class ChatTemplate:
         documents=None, **self._tokenizer.named)
     return _unmark(text)
 
+  def _check_opening(self, text: str, messages: Messages) -> None:
+    """Checks that no message ends a prompt in `start`; a template may."""
+    start, last = self._strings.start, messages[-1]
+    opens = lambda text: messages_lib.opening(text, start) >= 0
+    if not (self._strings.end and opens(text) and opens(last["content"])):
+      return
+    closed = {**last, "content": f"{last['content']}."}
+    if not opens(self._render([*messages[:-1], closed], True)[0]):
+      raise ValueError(
+          f"the last message ends in thinking.start={start!r}, and the chat "
+          "template writes nothing behind it, so that the message would open "
+          "the thinking. Take it out of the message, or out of the thinking "
+          "strings.")
+
   def _encode(
       self, text: str, messages: Messages, targets: frozenset[int],
+      sampled: Sampled = MappingProxyType({}),
   ) -> tuple[list[int], list[bool]]:
     """Encodes turn by turn: no token straddles the start of a turn.
 
@@ -132,10 +171,11 @@ class ChatTemplate:
     """
     ids: list[int] = []
     mask: list[bool] = []
-    for piece, in_loss in self._pieces(text, messages, targets):
-      tokens = self._encode_piece(piece, ids[-1] if ids else None)
+    for piece, turn in self._pieces(text, messages, targets):
+      tokens = (self._encode_piece(piece, ids[-1:]) if turn is None else
+                self._encode_turn(piece, ids[-1:], sampled.get(turn, ())))
       ids += tokens
-      mask += [in_loss] * len(tokens)
+      mask += [turn in targets] * len(tokens)
     # Some templates write BOS and some leave it to the tokenizer.
     bos = self._tokenizer.bos_id
     if bos is not None and ids[:1] != [bos]:
@@ -150,9 +190,8 @@ class ChatTemplate:
 
   def _pieces(
       self, text: str, messages: Messages, targets: frozenset[int],
-  ) -> Iterator[tuple[str, bool]]:
-    """Cuts a text at assistant turns; yields pieces, and if they are targets.
-    """
+  ) -> Iterator[tuple[str, int | None]]:
+    """Cuts a text at assistant turns; yields pieces, and numbers of turns."""
     done = 0
     for i, message in enumerate(messages):
       if message["role"] != "assistant":
@@ -165,10 +204,10 @@ class ChatTemplate:
       # In a prompt, and outside the loss, a turn that cannot be located is
       # encoded with its surroundings.
       if not isinstance(span, str) and span[0] >= done:
-        yield text[done:span[0]], False
-        yield text[span[0]:span[1]], i in targets
+        yield text[done:span[0]], None
+        yield text[span[0]:span[1]], i
         done = span[1]
-    yield text[done:], False
+    yield text[done:], None
 
   def _locate(
       self, text: str, messages: Messages, i: int) -> tuple[int, int] | str:
@@ -201,10 +240,13 @@ class ChatTemplate:
             "assistant turn)"))
     # The text before the content: a header of the turn (a control token, or any
     # text if the template has no generation prompt) must not be in the loss.
-    lead = squeezed[:squeezed.index(wanted)]
+    lead = header = squeezed[:squeezed.index(wanted)]
+    for string in (self._strings.start, self._strings.end):
+      if string:  # Templates write these around the reasoning.
+        header = header.replace("".join(string.split()), "")
     without = self._render(messages[:i], False)[0]
     ignored = without == self._render(messages[:i], True)[0]
-    if self._control.search(lead) or (ignored and lead):
+    if self._control.search(header) or (ignored and lead):
       raise _inexact(i, (
           f"has {lead!r} before its text, which belongs to the generation "
           "prompt"))
@@ -227,7 +269,43 @@ class ChatTemplate:
           f"{marked}, and the assistant turns with their end-of-turn tokens "
           f"are {spans}. Correct the blocks (chat_template).")
 
-  def _encode_piece(self, text: str, after: int | None) -> list[int]:
+  def _encode_turn(
+      self, text: str, before: list[int], sampled: Sequence[int],
+  ) -> list[int]:
+    """Encodes an assistant turn, or takes the ids that were sampled as it.
+
+    Args:
+      text: the turn, end-of-turn token included.
+      before: the token before it, if any.
+      sampled: with or without an end-of-turn token.
+    """
+    tokenizer, whole = self._tokenizer, self._reveal(text)
+    if sampled:
+      # With the token before: a tokenizer may drop a space at the start.
+      lead = len(tokenizer.decode(before))
+      written = tokenizer.decode([*before, *sampled])[lead:]
+      ended = sampled[-1] in tokenizer.stop_ids
+      rest = whole.removeprefix(written)
+      if whole == written + rest and (
+          not rest if ended else self._stop.fullmatch(rest)):
+        return [*sampled, *tokenizer.encode(
+            rest, special=True, after=sampled[-1])]
+    ids: list[int] = []
+    for piece, spelt in self._cuts.pieces(text):
+      ids += spelt or self._encode_piece(piece, (before + ids)[-1:])
+    return ids
+
+  def _pattern(self, text: str) -> str:
+    """Makes the pattern of a string, whose controls a message has hidden."""
+    number = {control: i for i, control in enumerate(self._controls)}
+    return "".join(
+        f"(?:{re.escape(part)}|{HIDE}{number[part]}{HIDE_END})"
+        if part in number else re.escape(part)
+        for part in self._control.split(text))
+
+  def _encode_piece(self, text: str, before: list[int]) -> list[int]:
+    """Encodes a piece behind the token before it, if there is one."""
+    after = before[0] if before else None
     if HIDE not in text:
       return self._tokenizer.encode(text, special=True, after=after)
     # Control tokens of the template are found first; the hidden ones become

@@ -44,13 +44,12 @@ def ask(
   key = "messages" if "messages" in row else "prompt"
   value = row[key]
   if isinstance(value, str):
-    # Templates that open the thinking in the prompt end in its delimiter, which
-    # must stay last: the sampler reads from it that thinking is open.
-    opened = value.rstrip()
-    if not think_start or not opened.endswith(think_start):
+    # A bare prompt that opens the thinking ends in `start`, which must stay
+    # last: the sampler reads from it that thinking is open.
+    at = messages_lib.opening(value, think_start)
+    if at < 0:
       return {**row, key: f"{value}\n\n{text}"}
-    body = opened.removesuffix(think_start)
-    question = body.rstrip()
+    question = value[:at].rstrip()
     rest = value[len(question):]
     return {**row, key: f"{question}\n\n{text}{rest}"}
   return {**row, key: _ask_last(messages_lib.turns(value, None), text)}

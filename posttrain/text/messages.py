@@ -6,6 +6,7 @@ Other content is an error, as a template would write it in its Python form.
 """
 
 import reprlib
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,16 @@ def turns(value: Any, role: str | None) -> list[dict]:
     raise ValueError(
         f"messages are a {type(value).__name__}, and a list is needed.")
   return [_turn(message, f"message {i}") for i, message in enumerate(value)]
+
+
+def opening(text: str, start: str) -> int:
+  """Returns the index of a `start` that ends a prompt, or -1.
+
+  White space (of ASCII) may follow it.
+  """
+  found = text.rfind(start) if start else -1
+  behind = text[found + len(start):] if found >= 0 else ""
+  return -1 if behind.strip(string.whitespace) else found
 
 
 def _turn(message: Any, name: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A row has `prompt` and `completion` (strings, or lists of messages), or
 `messages`. A prompt is encoded by itself and the completion after it, so that a
-training example begins with exactly the tokens that the sampler is given.
+training example begins with exactly the tokens that the sampler is given. The
+assistant's text is cut where sampling forces, see `posttrain.text.cuts`.
 """
 
 import hashlib
@@ -10,12 +11,14 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
-from posttrain.text import chat
+from posttrain.text import chat, cuts
 from posttrain.text import messages as messages_lib
+from posttrain.text import thinking as thinking_lib
 from posttrain.text import tokenizer as tokenizer_lib
 
 PLAIN = "plain"
@@ -30,6 +33,8 @@ class Renderer(Protocol):
     tokenizer: encodes the rendered text.
     hash: sha256 of the template and the tokenizer; kept in checkpoints, so that
       weights are not used with another template than they were trained with.
+      The thinking strings are not in it: they say how a run samples, and
+      weights may be sampled with another `final_answer` than they learnt from.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
@@ -41,11 +46,19 @@ class Renderer(Protocol):
 
 
 class PlainRenderer:
-  """Renders without a template: [BOS] + prompt, completion + EOS."""
+  """Renders without a template: [BOS] + prompt, completion + EOS.
 
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
+  A prompt that ends in `thinking.start` opens the thinking; `start` is then
+  spelt alone.
+  """
+
+  def __init__(
+      self, tokenizer: tokenizer_lib.Tokenizer,
+      strings: thinking_lib.Thinking | None = None):
     self.tokenizer = tokenizer
     self.hash = _hash(PLAIN, tokenizer)
+    self._start = strings.start if strings else ""
+    self._cuts = cuts.Cuts(strings or thinking_lib.Thinking(), tokenizer)
 
   def prompt_tokens(self, row: Row) -> list[int]:
     """Tokenizes `prompt`.
@@ -55,8 +68,14 @@ class PlainRenderer:
     """
     prompt = _require_text(row, "prompt")
     bos = self.tokenizer.bos_id
-    lead = [] if bos is None else [bos]
-    return lead + self.tokenizer.encode(prompt)
+    ids = [] if bos is None else [bos]
+    at = messages_lib.opening(prompt, self._start)
+    if self._start not in self._cuts.strings or at < 0:
+      return ids + self.tokenizer.encode(prompt)
+    ids += self.tokenizer.encode(prompt[:at])
+    ids += self._cuts.strings[self._start]
+    behind = prompt[at + len(self._start):]
+    return ids + self.tokenizer.encode(behind, after=ids[-1])
 
   def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes prompt and completion; completion and EOS are in the loss.
@@ -73,7 +92,10 @@ class PlainRenderer:
       raise ValueError(
           "the prompt has no tokens and the tokenizer no BOS, so nothing "
           "predicts the first token of the completion. Give it a prompt.")
-    completion = self.tokenizer.encode(_require_text(row, "completion"))
+    completion: list[int] = []
+    for text, ids in self._cuts.pieces(_require_text(row, "completion")):
+      completion += ids or self.tokenizer.encode(
+          text, after=completion[-1] if completion else None)
     # EOS is in the loss: the model has to learn to stop.
     completion.append(self.tokenizer.eos_id)
     return (
@@ -91,13 +113,19 @@ class ChatRenderer:
     self.template = template
     self.hash = _hash(template.source, tokenizer)
 
-  def prompt_tokens(self, row: Row) -> list[int]:
+  def prompt_tokens(
+      self, row: Row, sampled: chat.Sampled = MappingProxyType({}),
+  ) -> list[int]:
     """Tokenizes the messages and the generation prompt.
+
+    Args:
+      sampled: as `ChatTemplate.prompt_tokens` takes it, by the numbers of the
+        row's messages.
 
     Raises:
       ValueError: as `ChatTemplate.prompt_tokens`, or the row is malformed.
     """
-    return self.template.prompt_tokens(messages_lib.of_row(row))
+    return self.template.prompt_tokens(messages_lib.of_row(row), sampled)
 
   def example_tokens(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes a conversation, with its loss mask.
@@ -120,19 +148,23 @@ class ChatRenderer:
 
 
 def make_renderer(
-    tokenizer: tokenizer_lib.Tokenizer, chat_template: str = "") -> Renderer:
+    tokenizer: tokenizer_lib.Tokenizer, chat_template: str = "",
+    strings: thinking_lib.Thinking | None = None) -> Renderer:
   """Makes the renderer that the config asks for.
 
   Args:
     tokenizer: also has the template, unless another one is named.
     chat_template: "" for the tokenizer's own, "plain" for none, or the path
       of a Jinja file.
+    strings: the config's section `thinking`, at which the assistant's text is
+      cut; None: it is cut nowhere.
 
   Raises:
-    ValueError: the tokenizer has no template, or the file does not exist.
+    ValueError: the tokenizer has no template or cannot spell a string, or the
+      file does not exist.
   """
   if chat_template == PLAIN:
-    return PlainRenderer(tokenizer)
+    return PlainRenderer(tokenizer, strings)
   if chat_template:
     path = pathlib.Path(chat_template).expanduser()
     # Unlike `Path.is_file`, this is False for a name that is too long.
@@ -148,7 +180,8 @@ def make_renderer(
         "bare prompts and completions, or to the path of a Jinja file.")
   else:
     source, name = tokenizer.chat_template, "the tokenizer's chat template"
-  return ChatRenderer(chat.ChatTemplate(source, tokenizer, name), tokenizer)
+  return ChatRenderer(
+      chat.ChatTemplate(source, tokenizer, name, strings), tokenizer)
 
 
 def _hash(template: str, tokenizer: tokenizer_lib.Tokenizer) -> str:

@@ -117,7 +117,7 @@ def resolve(
   """
   if not thinking.end:
     return ThinkingIds()
-  encode = lambda name, text: _encode(name, text, tokenizer)
+  encode = lambda name, text: spell(name, text, tokenizer)
   end = encode("end", thinking.end)
   others = [encode("delimiters", text) for text in thinking.delimiters]
   parse = lambda text: symbols.parse(text, tokenizer)
@@ -326,9 +326,17 @@ def opens_by_ids(
   return last(start) > last(end)
 
 
-def _encode(
+def spell(
     name: str, text: str, tokenizer: tokenizer_lib.Tokenizer,
 ) -> tuple[int, ...]:
+  """Encodes a string of the config alone, special tokens allowed.
+
+  Args:
+    name: its key in the section `thinking`, for messages.
+
+  Raises:
+    ValueError: as `resolve`.
+  """
   # These strings go on after other text, which here is "a".
   ids = tuple(tokenizer.encode(
       text, special=True, after=tokenizer.encode("a")[-1]))

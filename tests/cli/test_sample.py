@@ -68,7 +68,8 @@ def test_a_token_that_a_delimiter_may_begin_in_is_held_back():
   assert ".</" in map(tokenizer.token_text, tokens)
   shown = []
   for n in range(len(tokens) + 1):
-    printer(recorder(tokens[:n]), np.array([False]))
+    final = tokens[:thinking.settled(tokens[:n], ids)]
+    printer(final, [1] * len(final), done=False)
     shown.append(stream.getvalue())
   assert "so it is" in shown and shown[-1] == "so it is.</think>\nThe answer"
   assert not any("." in text and "</think>" not in text for text in shown)

@@ -17,7 +17,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.stages import sft
 from posttrain.stages.run_context import RunContext
 from posttrain.telemetry import console
-from posttrain.text import render, thinking
+from posttrain.text import thinking
 from posttrain.train import checkpoints
 
 HERE = "tests.stages.sft_run"
@@ -75,7 +75,7 @@ def make_context(path, assignments=()) -> RunContext:
   tokenizer = weights.tokenizer(config, run)
   return RunContext(
       name="cold_start", config=config, workdir=run,
-      renderer=render.make_renderer(tokenizer, config.chat_template),
+      renderer=weights.make_renderer(config, tokenizer),
       thinking_ids=thinking.resolve(
           thinking.Thinking(**config.thinking), tokenizer),
       console=console.Console(quiet=not first), weights_of=lambda name: (

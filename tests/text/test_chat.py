@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.text import chat
+from posttrain.text import chat, thinking
 from tests.text import build
 
 CHATML, LLAMA, INST = build.chatml(), build.llama(), build.inst()
@@ -198,3 +198,163 @@ def test_rows_that_cannot_be_used():
     template.prompt_tokens(TALK)
   with pytest.raises(ValueError, match="noncharacters"):
     template.prompt_tokens([{"role": "user", "content": "\ufdd0"}])
+
+
+THINK = thinking.Thinking(start="<think>", end="</think>")
+# Like R1's distilled models': the generation prompt opens the thinking, and
+# the reasoning is cut out of earlier turns.
+R1 = build.STRIPS_REASONING.replace("assistant\n'", "assistant\n<think>\n'")
+# The end of the last message is the end of the prompt.
+BARE = ("{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}")
+
+
+def user(content):
+  return {"role": "user", "content": content}
+
+
+def assistant(content):
+  return {"role": "assistant", "content": content}
+
+
+def opens(tokenizer, tokens):
+  """As the engine finds it out, and as the text says."""
+  found = thinking.opens(tokens, thinking.resolve(THINK, tokenizer))
+  assert found == tokenizer.decode(tokens).rstrip().endswith("<think>")
+  return found
+
+
+@pytest.mark.parametrize("tail", ["<think>", "<think>\n", "<think> \n "])
+@pytest.mark.parametrize("merges", [False, True])
+def test_no_message_opens_the_thinking(tail, merges):
+  """Templates with a generation prompt, with none, and with white space."""
+  tokenizer = build.merging() if merges else CHATML
+  make = lambda source, strings=THINK: chat.ChatTemplate(
+      source, tokenizer, strings=strings)
+  said = [user(f"6? {tail}")]
+  for source in (build.CHATML, build.SMOLLM2, build.STRIPS_REASONING):
+    assert not opens(tokenizer, make(source).prompt_tokens(said))
+  for source in (BARE, BARE + "{{ '\n' }}"):
+    with pytest.raises(ValueError, match="would open the thinking"):
+      make(source).prompt_tokens(said)
+    for fine in ([user("6? <think>."), assistant("5"), user("<think> 6?")],
+                 [user("6? <think> and 6"), assistant("5"), user("6 < 7?")]):
+      assert not opens(tokenizer, make(source).prompt_tokens(fine))
+    # Without thinking nothing opens it.
+    make(source, thinking.Thinking(
+        start="<think>", end="")).prompt_tokens(said)
+
+
+@pytest.mark.parametrize("content", [
+    "6?", "6? <think>", "<think>\n", "like so: <think>\nhm\n6?"])
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_generation_prompt_opens_the_thinking(content, merges):
+  """Whatever the message says."""
+  tokenizer = build.merging() if merges else CHATML
+  template = chat.ChatTemplate(R1, tokenizer, strings=THINK)
+  tokens = template.prompt_tokens([
+      user("an example"), assistant("<think>\nhm</think>5"), user(content)])
+  assert opens(tokenizer, tokens)
+  plain = chat.ChatTemplate(R1, tokenizer).prompt_tokens([
+      user("an example"), assistant("5"), user(content)])
+  assert tokens == plain
+
+
+def conversation(template, tokenizer, completions, texts=None):
+  """Asks turn after turn; returns prompts, and the messages at the end.
+
+  Args:
+    completions: the sampled ids of each turn.
+    texts: contents of the assistant's messages; by default what they spell.
+  """
+  messages, sampled, prompts = [], {}, []
+  for turn, ids in enumerate(completions):
+    messages.append(user(f"question {turn} <think>."))
+    prompts.append(template.prompt_tokens(messages, sampled))
+    # An end of turn is no part of the text.
+    text = tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
+    sampled[len(messages)] = ids
+    messages.append(assistant(texts[turn] if texts else text))
+  return prompts, messages
+
+
+def odd(tokenizer, text):
+  """Spells a text in bytes, as no encoder would."""
+  ids = [i for char in text for i in tokenizer.encode(char)]
+  assert ids != tokenizer.encode(text) and tokenizer.decode(ids) == text
+  return ids
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama", "merging"])
+def test_a_prompt_begins_with_the_turn_before(name, ended):
+  """With the ids that were sampled, whatever the text alone would give.
+
+  A turn that a length cut off has no end; the template adds it.
+  """
+  tokenizer, source = (build.merging(), build.CHATML) if (
+      name == "merging") else FAMILIES[name][:2]
+  template = chat.ChatTemplate(source, tokenizer, strings=THINK)
+  stop = [tokenizer.eos_id] * ended
+  completions = [[*odd(tokenizer, text), *stop] for text in (
+      "<think>hm.</think>\nhello", "and so it is.", "The answer is 42.")]
+  prompts, messages = conversation(template, tokenizer, completions)
+  for before, ids, later in zip(
+      prompts, completions, prompts[1:], strict=False):
+    begin = [*before, *ids]
+    assert later[:len(begin)] == begin
+    assert later[len(begin) - ended] == tokenizer.eos_id
+  for k, prompt in enumerate(prompts):
+    text = template.render(messages[:2 * k + 1], True)
+    assert tokenizer.decode(prompt) == text
+  plain, _ = conversation(
+      chat.ChatTemplate(source, tokenizer), tokenizer, completions)
+  assert plain == prompts
+
+
+def test_a_control_token_that_was_sampled_stays_one():
+  """Its text is the same as if the message had typed it."""
+  strings = thinking.Thinking(
+      start="<|im_start|>think", end="<|im_start|>answer")
+  template = chat.ChatTemplate(build.CHATML, CHATML, strings=strings)
+  control = CHATML.controls["<|im_start|>"]
+  ids = [control, *CHATML.encode("user\n"), control, *odd(CHATML, "think"),
+         CHATML.eos_id]
+  prompts, messages = conversation(template, CHATML, [ids, []])
+  assert prompts[1][:len(prompts[0]) + len(ids)] == [*prompts[0], *ids]
+  # Without the ids only the string of the config is a control token.
+  text = template.prompt_tokens(messages[:3])
+  assert text[len(prompts[0]):][:len(ids) + 99].count(control) == 3
+
+
+@pytest.mark.parametrize("source", [build.STRIPS_REASONING, R1])
+def test_a_history_without_its_reasoning_is_encoded_as_text(source):
+  template = chat.ChatTemplate(source, CHATML, strings=THINK)
+  ids = [*odd(CHATML, "<think>\nhm</think>\nhello"), CHATML.eos_id]
+  prompts, messages = conversation(template, CHATML, [ids, ids, []])
+  for k, prompt in enumerate(prompts):
+    assert prompt == template.prompt_tokens(messages[:2 * k + 1])
+  assert "hm" not in CHATML.decode(prompts[-1])
+
+
+@pytest.mark.parametrize("ids", [
+    [], CHATML.encode("other"), [*CHATML.encode("hello"), 0],
+    [*CHATML.encode("hello"), CHATML.eos_id, CHATML.eos_id],
+    CHATML.encode("hello there"), CHATML.encode("hell")])
+def test_ids_that_spell_something_else_are_not_used(ids):
+  """0 is a stop token, and not the one with which this template ends turns."""
+  template = chat.ChatTemplate(build.CHATML, CHATML, strings=THINK)
+  messages = [user("a"), assistant("hello"), user("b")]
+  assert CHATML.controls["<|endoftext|>"] == 0
+  assert template.prompt_tokens(
+      messages, {1: ids}) == template.prompt_tokens(messages)
+
+
+def test_a_typed_end_of_turn_needs_its_own():
+  template = chat.ChatTemplate(build.CHATML, CHATML, strings=THINK)
+  messages = [user("a"), assistant("hello<|im_end|>"), user("b")]
+  for ids in (CHATML.encode("hello"), [*CHATML.encode("hello"), CHATML.eos_id]):
+    tokens = template.prompt_tokens(messages, {1: ids})
+    assert tokens == template.prompt_tokens(messages)
+    assert tokens.count(CHATML.eos_id) == 3
