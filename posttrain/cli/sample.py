@@ -70,8 +70,7 @@ class StreamPrinter:
       done: the completion has ended.
     """
     # The stop token ends the text and is no part of it.
-    stopped = done and bool(tokens) and (
-        tokens[-1] in self._tokenizer.stop_ids)
+    stopped = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
     end = len(tokens) - stopped
     if end <= 0:
       return

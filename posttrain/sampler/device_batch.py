@@ -30,9 +30,11 @@ class Programs:
     seconds: of each program's first call, its compilation included, by key.
   """
 
-  def __init__(self, log: Callable[[str], None]):
+  # It must not refer to the engine, whose arrays would then stay on the device
+  # until Python looks for cycles.
+  def __init__(self, log: Callable[[str], None], most: int):
     self.seconds: dict[tuple, float] = {}
-    self._log = log
+    self._log, self._most = log, most
 
   def __call__(self, key: tuple, function: Callable, *args, **kwargs) -> Any:
     """Calls `function`.
@@ -46,7 +48,8 @@ class Programs:
     result = function(*args, **kwargs)
     self.seconds[key] = time.monotonic() - started
     self._log(f"compiled {' '.join(map(str, key))} in "
-              f"{self.seconds[key]:.1f} s")
+              f"{self.seconds[key]:.1f} s ({len(self.seconds)} of at most "
+              f"{self._most})")
     return result
 
 

@@ -123,8 +123,7 @@ class Engine:
     self._ready: deque[Completion] = deque()
     self._aborted: set[int] = set()
     self._sizes = settings.sizes
-    run = device_batch.Programs(lambda line: log(
-        f"{line} ({len(run.seconds)} of at most {self.most_programs})"))
+    run = device_batch.Programs(log, self.most_programs)
     self.stats = Stats(programs=run.seconds)
     self._prefill = prefill.Prefill(
         model.config, rows=settings.prefill_rows,

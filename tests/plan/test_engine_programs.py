@@ -161,10 +161,10 @@ def evaluation(count=0, **rollout):
     return list(programs.of_config(found))
 
 
-def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
+def test_an_evaluation_has_a_ring_for_its_waits():
   """Waits need slots beyond the longest completion."""
   # Of 64 slots the prompt has 16 and the completion 47, its end takes one.
-  found = evaluation(continuous_batching=True, max_tokens=47)
+  found = evaluation(max_tokens=47)
   assert not any(program.calls for program in found)
   names = [program.name for program in found]
   # One token for the delimiter, of each wait and of the end.
@@ -172,19 +172,19 @@ def test_an_evaluation_that_refills_has_a_ring_for_its_waits():
   assert "measure/decode[waits=2 S=96]" in names
 
 
-@pytest.mark.parametrize("count", [3, 8, 9])
-def test_few_problems_go_through_the_engine_too(count):
-  """Of eight slots, which are what the memory estimate counts."""
-  names = {program.name.partition("[")[0]
-           for program in evaluation(count=count, continuous_batching=True)}
-  assert "measure/begin" in names and "measure/grow" not in names
+@pytest.mark.parametrize("count, rows", [(3, 3), (8, 8), (9, 8), (0, 8)])
+def test_no_more_rows_than_completions_are_planned(count, rows):
+  """Of eight at most; they are what the memory estimate counts."""
+  [decode] = {program.arguments[2].hidden.shape[0]
+              for program in evaluation(count=count)
+              if program.kind == "decode"}
+  assert decode == rows
 
 
-@pytest.mark.parametrize("continuous", [False, True])
-def test_words_that_are_suppressed_are_in_the_program(continuous):
+def test_words_that_are_suppressed_are_in_the_program():
   texts = []
   for words in ((), ("0",)):
-    found = evaluation(continuous_batching=continuous, suppress=words)
+    found = evaluation(suppress=words)
     decode = [program for program in found if program.kind == "decode"][-1]
     with jax.set_mesh(meshes.one()):
       texts.append(decode.lower().as_text())

@@ -59,9 +59,12 @@ def test_the_json_is_as_promised(golden):
   assert list(short) == ["topology", "devices", "programs"]
   assert (short["topology"], short["devices"]) == ("v5e:2x2", 4)
   assert [program["name"] for program in short["programs"]] == [
-      "cold_start/update", "reason/prefill", "reason/unstack",
-      "reason/decode[S=32]", "reason/grow[S=32 to 48]", "reason/decode[S=48]",
-      "reason/ref_logprobs", "reason/update"]
+      "cold_start/update", "reason/unstack", "reason/empty[rows=16 S=32]",
+      "reason/done", "reason/empty[rows=4 S=16]",
+      "reason/prefill[rows=4 S=16]", "reason/place[S=16 to 32]",
+      "reason/place[S=16 to 64]", "reason/begin",
+      "reason/resize[S=32 to 64]", "reason/decode[S=32]",
+      "reason/decode[S=64]", "reason/ref_logprobs", "reason/update"]
   for program in short["programs"]:
     assert list(program) == [
         "name", "fits", "bytes_per_device", "hbm_bytes_available",
@@ -97,7 +100,9 @@ def test_transposes_beside_weight_gradients(golden):
 def test_decode_reads_little_more_than_weights_and_cache(golden):
   """Nothing is gathered or summed but what a layer and the head need."""
   short, _ = golden
-  found = collectives(short["programs"][3])
+  found = collectives(next(
+      each for each in short["programs"]
+      if each["name"] == "reason/decode[S=32]"))
   steps = 16
   assert found["all-reduce", "tensor"] <= steps * (2 * LAYERS + 1)
   assert ("all-gather", "fsdp") not in found
@@ -107,7 +112,7 @@ def test_what_is_beside_is_counted(golden):
   """Adam's two moments, and the reference, while the sampler runs."""
   _, figures = golden
   memory = {p["name"]: p["measured"]["memory"] for p in figures["programs"]}
-  beside = memory["reason/prefill"]["beside"]
+  beside = memory["reason/prefill[rows=4 S=16]"]["beside"]
   assert beside["optimizer"] - 4 == 2 * beside["reference"]
   assert set(memory["reason/ref_logprobs"]["beside"]) == {
       "policy", "optimizer"}

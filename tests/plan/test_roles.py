@@ -14,7 +14,7 @@ from posttrain.plan import measure, plan, programs, topology
 from posttrain.programs import program
 from posttrain.programs import transfer as transfer_lib
 from posttrain.rl import experience, weight_sync
-from posttrain.sampler import decode
+from posttrain.sampler import decode, prefill
 from posttrain.stages import stage, training
 from posttrain.train import fingerprint
 from tests import meshes
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path, monkeypatch):
 
   monkeypatch.setattr(training, "make_update", watched_update)
   for module, kind, name in (
-      (decode, "prefill", "prefill"), (decode, "unstack", "unstacked"),
+      (prefill, "prefill", "feed"), (decode, "unstack", "unstacked"),
       (experience, "ref_logprobs", "sequence_logprobs"),
       (weight_sync, "gather", "gathered"),
       (fingerprint, "fingerprints", "fingerprints")):

@@ -1,6 +1,7 @@
 """Options of a single request. Oracles: NumPy, free runs."""
 
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -306,6 +307,22 @@ def test_streams_add_up_and_others_go_on():
   results = {done.id: done for done in busy.results()}
   assert [results[n].tokens for n in numbers] == [d.tokens for d in want]
   assert list(busy.stream(numbers[0])) == []  # It was taken.
+
+
+def test_an_engine_leaves_the_devices_when_it_goes():
+  """At once, and not when Python looks for cycles."""
+  counts = []
+  gc.collect()
+  gc.disable()
+  try:
+    for _ in range(3):
+      busy = scene.make_engine(text=text)
+      scene.take(busy, [PLAIN])
+      del busy
+      counts.append(len(jax.live_arrays()))
+  finally:
+    gc.enable()
+  assert counts[1] == counts[2]
 
 
 def test_aborted_requests_leave_the_others_alone():
