@@ -172,20 +172,38 @@ def split(
       return Split(text.span(0, 0), text.span(0, size), False)
   if is_open:
     return Split(text.span(begin, size), nothing, False)
-  # Some text of the last thinking token is before `end`.
-  behind = bisect.bisect_left(text.edges, begin) + (length or 0)
-  behind = min(behind, len(text.edges) - 1)
-  least = max(begin, text.edges[behind - 1] + 1) if length else begin
-  at = text.end_from(least)
+  if length is not None:
+    return _by_record(text, begin, length)
+  at = text.end_from(begin)
   if at < 0:
-    # `max_tokens` cut `end` off. The newline before it is no thinking.
-    stop = size
-    if length is not None:
-      stop = min(text.begun_from(least), text.edges[behind])
-    return Split(text.span(begin, stop), nothing, False)
-  answer = text.span(at + len(ids.strings.end), size)
-  stop = text.before_newline(at, behind, begin, length is not None)
-  return Split(text.span(begin, stop), answer, True)
+    return Split(text.span(begin, size), nothing, False)
+  return Split(text.span(begin, text.before_newline(at, begin)),
+               text.span(at + len(ids.strings.end), size), True)
+
+
+def _by_record(text: "_Text", begin: int, length: int) -> Split:
+  """Splits a completion whose thinking ended.
+
+  Args:
+    text: of the completion.
+    begin: where the thinking begins.
+    length: how many tokens have some of it.
+  """
+  size = len(text.symbols)
+  behind = min(bisect.bisect_right(text.edges, begin) - 1 + length,
+               len(text.edges) - 1)
+  stop = text.edges[behind]
+  answer = text.behind_closing(behind)
+  if answer < 0:
+    # The model wrote `end` or its beginning, perhaps inside of a token. Some
+    # text of the last thinking token is before it.
+    least = max(begin, text.edges[behind - 1]) + 1 if length else begin
+    at = text.end_from(least)
+    answer = at + len(text.ids.strings.end) if at >= 0 else size + 1
+    stop = at if at >= 0 else min(stop, text.begun_from(least))
+  # Where `max_tokens` cut `end` off there is no answer.
+  return Split(text.span(begin, stop), text.span(min(answer, size), size),
+               answer <= size)
 
 
 def settled(tokens: Sequence[int], ids: ThinkingIds) -> int:
@@ -258,25 +276,37 @@ class _Text:
     return codes == sorted(codes) and (
         codes[0] != FORCED or self.edges[first] == begin)
 
-  def before_newline(
-      self, end: int, thought: int, begin: int, recorded: bool) -> int:
-    """Returns where the thinking ends: before a newline forced before `end`.
+  def behind_closing(self, at: int) -> int:
+    """Returns where the text behind an `end` begins that was forced alone.
+
+    A newline may stand before it. One more than the text has symbols if the
+    closing is cut off; -1 if there is none.
 
     Args:
-      end: where `end` stands.
-      thought: index behind the last thinking token, if it is recorded.
-      begin: where the thinking begins.
-      recorded: there is a record of the thinking tokens.
+      at: index of the token in which it begins.
+    """
+    # A newline is forced only after text that does not end in one.
+    ended = self.symbols[:self.edges[at]].endswith("\n")
+    for newline in ((), ) if ended else (self.ids.newline, ()):
+      closing = (*newline, *self.ids.end)
+      found = tuple(self.tokens[at:at + len(closing)])
+      codes = self.provenance[at:at + len(closing)]
+      if found and closing[:len(found)] == found and set(codes) == {FORCED}:
+        return (self.edges[at + len(found)] if found == closing
+                else len(self.symbols) + 1)
+    return -1
+
+  def before_newline(self, end: int, begin: int) -> int:
+    """Returns where thinking from `begin` ends: before a newline forced for
+    the `end` at that place.
     """
     at, ids = bisect.bisect_left(self.edges, end), self.ids
     if self.edges[at] != end or not self._forced(ids.newline, at, begin):
       return end
-    first = at - len(ids.newline)
-    # A newline is forced only after a token that does not end in one. So where
-    # a wait text ends in a newline, that newline is a part of the wait.
-    is_thought = first < thought if recorded else any(
-        self._forced(wait, at, begin) for wait in (ids.wait, *ids.more_waits))
-    return end if is_thought else self.edges[first]
+    # Where a wait text ends in a newline, that newline is a part of the wait.
+    is_wait = any(self._forced(wait, at, begin)
+                  for wait in (ids.wait, *ids.more_waits))
+    return end if is_wait else self.edges[at - len(ids.newline)]
 
   def _forced(self, part: tuple[int, ...], at: int, begin: int) -> bool:
     """Tests if the tokens before `at` are `part`, forced in the thinking."""

@@ -1,13 +1,19 @@
-"""Oracles: completions whose parts are known because they were put there."""
+"""Oracles: completions whose parts are known because they were put there.
+
+In those of merging tokens, sampled text is cut into tokens in any way, over the
+edges of delimiters; forced strings are spelt alone.
+"""
 
 import dataclasses
+import functools
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.text import thinking
-from tests.text import build
+from posttrain.text import symbols, thinking
+from tests.text import build, test_delimiters
 
 IDS = build.alone(
     start=(1, 2), end=(3, 4), delimiters=((3, 4), (5,)), newline=(6,),
@@ -101,3 +107,134 @@ def test_a_prompt_that_ends_in_start_opens_thinking(
   always = thinking.resolve(dataclasses.replace(strings, start=""), tokenizer)
   assert thinking.opens(encoded, always)
   assert not thinking.opens(encoded, thinking.ThinkingIds())
+
+
+class Writer:
+  """Writes a completion part by part, and knows what it writes.
+
+  Attributes:
+    tokens, codes: of the completion, codes 1 sampled and 2 forced.
+    thinking: the text of the thinking.
+    begin: place of the thinking in the text, -1 before it.
+    length: tokens that have some text of the thinking.
+  """
+
+  def __init__(self, cutter, table, begin):
+    self.cutter, self.table = cutter, table
+    self.tokens, self.codes = [], []
+    self.thinking, self.begin, self.length = "", begin, 0
+    self.size = 0
+
+  def write(self, before, thought, behind, code, ids=None):
+    """Writes one run: text before the thinking, in it, and behind it."""
+    text = before + thought + behind
+    if ids is None:
+      ids = self.cutter.cut(tuple(map(ord, text)))
+    assert spelt(ids, self.table) == text
+    if before:
+      self.begin = self.size + len(before)
+    stop = self.size + len(before) + len(thought)
+    for token in ids:
+      first = self.size
+      self.size += len(self.table[token])
+      self.length += max(first, self.begin) < min(self.size, stop)
+      self.tokens.append(token)
+      self.codes.append(code)
+    self.thinking += thought
+
+
+def spelt(ids, table) -> str:
+  return "".join(chr(s) for i in ids for s in table[i])
+
+
+def a_run(rng, end, pieces):
+  """Text in which `end` does not occur."""
+  while True:
+    text = "".join(rng.choice(pieces) for _ in range(rng.randrange(4)))
+    if end not in text:
+      return text
+
+
+def begun(text, end) -> int:
+  return max(n for n in range(len(end)) if text.endswith(end[:n]))
+
+
+MERGING = build.merging()
+KINDS = ("open", "natural", "replaced", "closed", "begun", "cut")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end, newline", [
+    ("</think>", "\n"), ("</think>\n", "\n"), ("aba", ""), ("aab", "\n"),
+    ("\n\n", "\n"), (". </", "")])
+def test_split_is_exact_however_the_end_is_spelt(kind, end, newline):
+  rng = random.Random(f"{kind} {end}")
+  ids = thinking.resolve(thinking.Thinking(
+      start="<think>", end=end, newline=newline, wait_text="Wait",
+      final_answer="So"), MERGING)
+  cutter = test_delimiters.Cutter(ids.tokens)
+  cutter.cut = functools.partial(cutter.cut, rng=rng)
+  spell = symbols.speller(MERGING, ids.tokens)
+  force = lambda text: spell(tuple(map(ord, text)))
+  pieces = [end[:1], end[:2], end[1:], end[:-1], "x", "<", ".", " ", ">", "\n",
+            "<think>"]
+  inside = 0
+  for _ in range(250):
+    in_thinking = rng.random() < 0.5
+    out = Writer(cutter, ids.tokens, 0 if in_thinking else -1)
+    before = "" if in_thinking else a_run(
+        rng, "<think>", [*pieces[:-1], end]) + "<think>"
+    # Rounds of thinking, each of which a wait ends. Where that has no text,
+    # two sampled runs meet: nothing is matched across them.
+    for _ in range(rng.randrange(3)):
+      out.write(before, a_run(rng, end, pieces), "", 1)
+      before = ""
+      wait = rng.choice(("", "Wait", "Wait" + end, end[:1]))
+      out.write("", wait, "", 2, force(wait) if wait else ())
+    last, answer = a_run(rng, end, pieces), rng.choice(("", "\n18", end, "a"))
+    # What the model has begun to write at a maximum is no thinking.
+    own = begun(last, end)
+    text = last[:len(last) - own]
+    if kind == "open":
+      out.write(before, last, "", 1)
+    elif kind == "natural":
+      if end in (last + end)[:-1]:
+        continue
+      out.write(before, last, end + answer, 1)
+    elif kind == "replaced":
+      head = rng.randrange(len(last) + 1) if last and rng.random() < 0.5 else 0
+      out.write(before, last[:len(last) - head], "", 1)
+      if head:
+        out.write("", last[len(last) - head:], "", 2)
+      out.write("", "", end, 2, force(end))
+    else:
+      if own:
+        out.write(before, text, end[:own], 1)
+      else:
+        out.write(before, last, "", 1)
+        if newline and not spelt(out.tokens, ids.tokens).endswith("\n"):
+          out.write("", "", newline, 2, force(newline))
+      if bool(own) != (kind == "begun") and kind != "cut":
+        continue
+      out.write("", "", end[own:], 2, force(end[own:]))
+    if kind == "cut":
+      whole = len(force(end[own:]))
+      left = len(out.tokens) - rng.randrange(1, whole + 1)
+      del out.tokens[left:], out.codes[left:]
+      answer = ""
+    elif kind in ("replaced", "closed", "begun"):
+      out.write("", "", "So", 2, force("So"))
+      out.write("", "", answer, 1)
+      answer = "So" + answer
+    found = thinking.split(
+        out.tokens, out.codes, ids, in_thinking=in_thinking,
+        is_open=kind == "open", length=out.length)
+    part = lambda span, tokens=out.tokens: "".join(map(chr, span.before)) + (
+        spelt(tokens[span.tokens], ids.tokens)) + "".join(
+            map(chr, span.after))
+    assert part(found.thinking) == out.thinking, (
+        out.tokens, out.codes, out.length, in_thinking, found)
+    assert part(found.answer) == ("" if kind == "open" else answer)
+    assert found.closed == (kind not in ("open", "cut"))
+    inside += bool(found.thinking.after)
+  assert kind not in ("natural", "begun") or "think" not in end or inside > 4
