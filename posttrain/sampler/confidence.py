@@ -129,10 +129,13 @@ def measure(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     raise ValueError(
         f"The confidence averages {top_k} logprobs, and the vocabulary has "
         f"{logits.shape[-1]} tokens. Lower rollout.confidence_top_k.")
-  total = jax.nn.logsumexp(logits, axis=-1)
-  probabilities = jnp.exp(logits - total[:, None])
-  entropy = total - jnp.sum(probabilities * logits, axis=-1)
-  return entropy, total - jnp.mean(jax.lax.top_k(logits, top_k)[0], axis=-1)
+  top = jax.lax.top_k(logits, top_k)[0]
+  # Below the largest logit, so that a sure model's entropy does not cancel.
+  below = logits - top[:, :1]
+  weights = jnp.exp(below)
+  mass = jnp.sum(weights, axis=-1)
+  entropy = jnp.log(mass) - jnp.sum(weights * below, axis=-1) / mass
+  return entropy, jnp.log(mass) - jnp.mean(top - top[:, :1], axis=-1)
 
 
 def update(
