@@ -17,7 +17,6 @@ tail is one window and not always 2,048 tokens.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,13 +128,15 @@ def measure(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     raise ValueError(
         f"The confidence averages {top_k} logprobs, and the vocabulary has "
         f"{logits.shape[-1]} tokens. Lower rollout.confidence_top_k.")
-  top = jax.lax.top_k(logits, top_k)[0]
-  # Below the largest logit, so that a sure model's entropy does not cancel.
-  below = logits - top[:, :1]
+  # Below the largest logit, so that a sure model's entropy does not cancel. It
+  # is not read from the top-k: XLA sorts the vocabulary for two slices of one.
+  largest = jnp.max(logits, axis=-1, keepdims=True)
+  below = logits - largest
   weights = jnp.exp(below)
   mass = jnp.sum(weights, axis=-1)
   entropy = jnp.log(mass) - jnp.sum(weights * below, axis=-1) / mass
-  return entropy, jnp.log(mass) - jnp.mean(top - top[:, :1], axis=-1)
+  top = jax.lax.top_k(logits, top_k)[0] - largest
+  return entropy, jnp.log(mass) - jnp.mean(top, axis=-1)
 
 
 def update(
@@ -196,7 +197,7 @@ def groups(values: np.ndarray, window: int) -> np.ndarray:
 
 def summary(
     entropy: np.ndarray, confidence: np.ndarray, window: int,
-) -> dict[str, Any]:
+) -> dict[str, float | None]:
   """Summarises a completion for its record; floats, None without tokens.
 
   Args:

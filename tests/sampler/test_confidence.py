@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import pathlib
+import re
 import types
 
 import jax
@@ -379,6 +380,10 @@ def test_off_it_leaves_no_trace_in_the_program():
   assert off.as_text() == never.as_text()
   assert off.compile().cost_analysis() == never.compile().cost_analysis()
   on = lowered(decode, SETTINGS)
+  # XLA takes the top-k as such: a sort would cost as much as the whole step.
+  sorts = [len(re.findall(r"= \S+ sort\(", program.compile().as_text()))
+           for program in (off, on)]
+  assert sorts[0] == sorts[1]
   # The comparison would see it.
   assert on.as_text() != off.as_text()
   assert on.compile().cost_analysis()["flops"] > (
@@ -414,7 +419,7 @@ def test_a_lowered_maximum_of_tokens_ends_a_row():
     if length < len(want.tokens):
       stopped += 1
       assert done.finish_reason == "length"
-  assert 2 < stopped
+  assert stopped > 2
 
 
 def test_a_schedule_that_reads_what_is_off_is_told_so():
@@ -430,7 +435,7 @@ def test_a_schedule_that_reads_what_is_off_is_told_so():
 def test_more_logprobs_than_tokens_are_refused():
   engine = scene.make_engine(confidence=Confidence(top_k=scene.V + 1))
   engine.submit(asked(1)[0])
-  with pytest.raises(ValueError, match="confidence averages 32.* has 31"):
+  with pytest.raises(ValueError, match=r"confidence averages 32.* has 31"):
     list(engine.results())
 
 
