@@ -152,9 +152,9 @@ def _measured(
     rollouts: Rollouts, row: int, settings: Confidence | None,
 ) -> dict[str, float | None]:
   """Summarises entropy and confidence of a row's sampled tokens."""
-  if settings is None:
+  if settings is None or rollouts.entropy is None or (
+      rollouts.confidence is None):  # Drawn before a restart turned it on.
     return {}
-  assert rollouts.entropy is not None and rollouts.confidence is not None
   sampled = rollouts.loss_mask[row]
   return confidence_lib.summary(
       rollouts.entropy[row, sampled], rollouts.confidence[row, sampled],
