@@ -134,7 +134,8 @@ class Chat:
         max_waits=MOST_WAITS if options.draw_waits else 0,
         cache_dtype=how.cache_dtype, weights_dtype=how.weights_dtype,
         logits_processor=options.logits_processor,
-        budget_schedule=options.budget_schedule),
+        budget_schedule=options.budget_schedule,
+        confidence=options.confidence),
         before_chunk=how.before_chunk)
     self.messages: list[dict[str, str]] = []
     self._renderer, self._how = renderer, how

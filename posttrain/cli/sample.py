@@ -235,8 +235,7 @@ class _Queue:
       with (open(self._output, "a") if self._output and first
             else contextlib.nullcontext()) as file:
         for done in self._drawn(model, todo, live):
-          record = _record_of_completion(
-              self._tokenizer, done, self._how.ids)
+          record = _record_of_completion(self._tokenizer, done, self._how)
           self._records[record["prompt_id"], record["sample_id"]] = record
           if file:
             print(_line(record, self._settings), file=file, flush=True)
@@ -317,17 +316,20 @@ def _write(
 
 def _record_of_completion(
     tokenizer: tokenizer_lib.Tokenizer, done: requests.Completion,
-    ids: thinking.ThinkingIds,
+    how: sampler.Sampler,
 ) -> dict[str, Any]:
   if done.error:  # Only this request failed.
     return {"prompt_id": done.request.prompt_id,
             "sample_id": done.request.sample_id,
             "prompt": tokenizer.decode(list(done.request.prompt)),
             "error": done.error}
+  columns = {name: getattr(done, name) for name in (
+      "logprobs", "provenance", "entropy", "confidence")}
   return transcript.record(
-      tokenizer, rollouts.of_completions([done]), 0, ids) | {
-          "tokens": done.tokens, "logprobs": done.logprobs.tolist(),
-          "provenance": done.provenance.tolist()}
+      tokenizer, rollouts.of_completions([done]), 0, how.ids,
+      how.options.confidence) | {"tokens": done.tokens} | {
+          name: values.tolist() for name, values in columns.items()
+          if values is not None}
 
 
 def _show(record: Mapping[str, Any], stream: TextIO, progress: str) -> None:

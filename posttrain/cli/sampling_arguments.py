@@ -16,9 +16,11 @@ DEFAULTS = {"max_tokens": 256, "temperature": 0.0}
 SAMPLING = ("max_tokens", "temperature", *stage_keys.TRUNCATIONS, "seed",
             "cache_dtype", "weights_dtype", "logits_processor",
             "logits_processor_args")
-THINKING = (*stage_keys.BUDGET, "wait_order", "suppress", "budget_schedule")
+CONFIDENCE = ("confidence_window", "confidence_top_k")
+THINKING = (*stage_keys.BUDGET, "wait_order", "suppress", "budget_schedule",
+            *CONFIDENCE)
 OPTIONS = ("suppress", "wait_order", "logits_processor",
-           "logits_processor_args", "budget_schedule")
+           "logits_processor_args", "budget_schedule", *CONFIDENCE)
 
 
 def number(kind: type, bounds: str):

@@ -141,7 +141,8 @@ class _Engine:
         self.prefill.chunk, self.prefill.slots_of(prompts.length))
     self.waves = waves(settings, self.prefill, prompts, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
-    self.idle = tables, budgets, np.zeros(settings.rows, np.int32)
+    self.idle = (tables, budgets, np.zeros(settings.rows, np.int32),
+                 settings.confidence)
     self.state = weights.on_mesh(device_batch.done.eval_shape(*self.idle))
     self.processor_row = self.processor_state = None
     if settings.logits_processor:

@@ -152,6 +152,10 @@ def metrics(
       "frac_unscored": 1 - collected.scored.mean()}
   if len(ended):
     result["completions/mean_terminated_length"] = ended.mean()
+  if rollouts.entropy is not None and rollouts.confidence is not None:
+    sampled = rollouts.loss_mask
+    result["sampling/entropy"] = rollouts.entropy[sampled].mean()
+    result["sampling/confidence"] = rollouts.confidence[sampled].mean()
   for k, name in enumerate(names):
     applicable = collected.scores[
         ~np.isnan(collected.scores[:, k]), k].astype(np.float64)
@@ -195,7 +199,7 @@ def records(
     rows.append({
         "step": step, **transcript.record(
             worker.renderer.tokenizer, collected.rollouts, row,
-            worker.sampler.ids),
+            worker.sampler.ids, worker.sampler.options.confidence),
         "rewards": scores, "statuses": {
             name: scoring.STATUSES[code] for name, code in zip(
                 names, collected.statuses[row], strict=True)},

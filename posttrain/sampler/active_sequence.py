@@ -199,6 +199,8 @@ class ActiveSequence:
         think_end=rollouts.THINK_ENDS[think_end], think_length=thinking,
         think_steps=steps, answer_length=answer, wait_count=waits,
         surplus=self._surplus, experts=columns.get("experts"),
+        entropy=_floats(columns, "entropy"),
+        confidence=_floats(columns, "confidence"),
         raw=np.concatenate(self._raw) if self._raw else np.zeros(0, np.int32),
         **self._asked_for())
 
@@ -215,3 +217,9 @@ class ActiveSequence:
       found |= {"top_tokens": column("top_tokens", np.int32, count),
                 "top_logprobs": column("top_logprobs", np.float32, count)}
     return found
+
+
+def _floats(
+    columns: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
+  """Returns a column that may not be recorded, as float32."""
+  return columns[name].astype(np.float32) if name in columns else None

@@ -9,6 +9,8 @@ import dataclasses
 
 import jax
 
+from posttrain.sampler.confidence import Running
+
 # Phases of a row, in their order: see `budget`.
 PRE, THINK, ANSWER, DONE = range(4)
 # Why a row ended. The host sets STOP, where it found a stop string, and
@@ -80,6 +82,7 @@ class BudgetState:
     think_end: OPEN, NATURAL or CLOSED (by the maximum).
     finish_reason: RUNNING, EOS, BUDGET (stopped after a maximum had closed
       the thinking), LENGTH, STOP, FAILED or ABORTED.
+    running: entropy and confidence; None where they are off.
   """
 
   phase: jax.Array
@@ -96,6 +99,20 @@ class BudgetState:
   just_waited: jax.Array
   think_end: jax.Array
   finish_reason: jax.Array
+  running: Running | None = None
+
+  @property
+  def confidence(self) -> Running:
+    """Running entropy and confidence, for budget schedules.
+
+    Raises:
+      ValueError: they are off.
+    """
+    if self.running is None:
+      raise ValueError(
+          "A budget schedule reads state.confidence, and it is off. Set "
+          "rollout.confidence_window, or Settings.confidence of an engine.")
+    return self.running
 
   @property
   def last(self) -> jax.Array:

@@ -29,6 +29,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
   budget,
   budget_state,
+  confidence,
   logits_processors,
   token_sampling,
 )
@@ -183,7 +184,8 @@ def decode(
     The carry, and the record of the steps, [B, N] each: "token", "provenance"
     (0: nothing was emitted), "logprob", "dropped" (earlier tokens to retract
     first), "raw" (the choice), and what `recorded` names. A mixture of experts
-    has "experts" [B, N, L, k] too, see `Rollouts.experts`.
+    has "experts" [B, N, L, k] too, see `Rollouts.experts`; a state with running
+    confidence has "entropy" and "confidence".
   """
   # A while loop, not a scan: the chunk ends as soon as enough rows are done, so
   # that neither the device nor the queue waits for its last steps.
@@ -209,7 +211,8 @@ def decode(
   _, carry, record = jax.lax.while_loop(
       running, body,
       (jnp.int32(0), carry,
-       _empty_record(script.shape, recorded, model.config)))
+       _empty_record(
+           script.shape, recorded, model.config, carry.state.running)))
   return carry, record
 
 
@@ -230,6 +233,7 @@ def _scheduled(
 
 def _empty_record(
     shape: tuple[int, ...], recorded: Recorded, config: ModelConfig,
+    running: confidence.Running | None,
 ) -> dict[str, jax.Array]:
   """Makes the record of a chunk of no steps; `shape` is (B, N)."""
   def empty(dtype, fill=0, *last):
@@ -247,6 +251,8 @@ def _empty_record(
     record["counts"] = empty(jnp.int32, 0, 5)
   if recorded.model_logprobs:
     record["model_logprob"] = empty(jnp.float32)
+  if running is not None:
+    record |= {"entropy": empty(jnp.float32), "confidence": empty(jnp.float32)}
   if recorded.top_logprobs:
     count = recorded.top_logprobs
     record |= {"top_tokens": empty(jnp.int32, 0, count),
@@ -296,6 +302,9 @@ def _choose(
       "logprob": jnp.where(emit.keep, logprobs, 0.0), "dropped": emit.dropped,
       "raw": jnp.where(was_forced | carry.state.done, -1, drawn),
       **_more(recorded, state, emit, distribution, own_logprobs)}
+  if state.running is not None:
+    state, measured = _measured(state, state.running, emit, logits)
+    record |= measured
   processor_state = carry.processor_state
   if logits_processor is not None:
     processor_state = logits_processor.observe(processor_state, emit)
@@ -360,6 +369,20 @@ def _more(
     record["top_logprobs"], record["top_tokens"] = jax.lax.top_k(
         distribution, recorded.top_logprobs)
   return record
+
+
+def _measured(
+    state: budget.BudgetState, running: confidence.Running, emit: budget.Emit,
+    logits: jax.Array,
+) -> tuple[budget.BudgetState, dict[str, jax.Array]]:
+  """Updates the running entropy and confidence, and records the step's."""
+  entropy, sureness = confidence.measure(logits, running.settings.top_k)
+  running = confidence.update(
+      running, entropy, sureness, emit.provenance == budget_state.SAMPLED,
+      emit.dropped)
+  return dataclasses.replace(state, running=running), {
+      "entropy": jnp.where(emit.keep, entropy, 0.0),
+      "confidence": jnp.where(emit.keep, sureness, 0.0)}
 
 
 def _logits(

@@ -18,7 +18,14 @@ from posttrain import sharding
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import budget, decode, prefill, requests, token_sampling
+from posttrain.sampler import (
+  budget,
+  confidence,
+  decode,
+  prefill,
+  requests,
+  token_sampling,
+)
 from posttrain.sampler.requests import Request, Settings
 from posttrain.sharding import shard, spec
 
@@ -77,7 +84,7 @@ class DeviceBatch:
     zeros = np.zeros(count, np.int32)
     self.carry = decode.Carry(
         rows.cache, rows.hidden,
-        run(("done",), done, tables, budgets, zeros),
+        run(("done",), done, tables, budgets, zeros, settings.confidence),
         settings.logits_processor and jax.tree.map(
             lambda x: repeated(np.asarray(x), rows=count),
             settings.logits_processor.init((0,), None)),
@@ -147,7 +154,9 @@ class DeviceBatch:
         self.tables, steps=script.shape[1], recorded=self.settings.recorded,
         logits_processor=self.settings.logits_processor,
         budget_schedule=self.settings.budget_schedule)
-    return sharding.fetch((record, self.carry.state))
+    # The running values stay on the device: the record has each token's.
+    return sharding.fetch(
+        (record, dataclasses.replace(self.carry.state, running=None)))
 
   def end(self, rows: Sequence[bool], reason: int) -> None:
     """Ends rows for `reason`, a finish reason of `budget_state`.
@@ -205,20 +214,27 @@ def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
       banned_ids)
   new = budget.init(
       tables, rows.budgets, *_by_row((in_thinking, last_tokens, ~admitted)))
+  new = dataclasses.replace(
+      new, running=state.running and state.running.restart())
   # Rows that were not admitted keep their state, in the midst of decoding.
   pick = lambda a, b: jnp.where(
       _by_row(admitted).reshape(-1, *(1 for _ in a.shape[1:])), a, b)
   return rows, jax.tree.map(pick, new, state)
 
 
-@jax.jit
-def done(tables, budgets, zeros):
+@functools.partial(jax.jit, static_argnames="settings")
+def done(tables, budgets, zeros, settings: confidence.Confidence | None):
   """Makes the `BudgetState` of rows that are all idle.
 
-  `zeros` is [B] int32; it gives the shape.
+  `zeros` is [B] int32; it gives the shape. `settings` are those of the running
+  entropy and confidence, None for neither.
   """
   zeros = _by_row(zeros)
-  return budget.init(tables, _by_row(budgets), zeros > 0, zeros, zeros == 0)
+  state = budget.init(tables, _by_row(budgets), zeros > 0, zeros, zeros == 0)
+  if settings is None:
+    return state
+  return dataclasses.replace(state, running=confidence.init(
+      settings, zeros, tables.recalled))
 
 
 no_earlier = jax.jit(decode.no_earlier)

@@ -12,6 +12,7 @@ import numpy as np
 
 from posttrain.sampler import budget, decode, logits_processors, token_sampling
 from posttrain.sampler.budget_tables import BudgetTables
+from posttrain.sampler.confidence import Confidence
 from posttrain.text import budget_rules, thinking
 from posttrain.text.symbols import SymbolTable
 
@@ -94,6 +95,8 @@ class Completion:
       engine does not record them.
     experts: [n, L, k] uint8 or uint16, see `Rollouts.experts`; None without
       experts.
+    entropy, confidence: [n] float32, see `Rollouts.entropy`; None where they
+      are off.
     raw: [steps] int32, every choice, see `Rollouts.raw`.
   """
 
@@ -114,6 +117,8 @@ class Completion:
   top_tokens: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None
   experts: np.ndarray | None = None
+  entropy: np.ndarray | None = None
+  confidence: np.ndarray | None = None
   raw: np.ndarray = dataclasses.field(
       default_factory=lambda: np.zeros(0, np.int32))
 
@@ -307,6 +312,8 @@ class Settings:
     recorded: what a completion holds besides tokens and logprobs.
     logits_processor: changes the logits of every step.
     budget_schedule: changes the budgets of every step.
+    confidence: keeps each row's running entropy and confidence; None for
+      neither.
   """
 
   max_num_seqs: int
@@ -324,6 +331,7 @@ class Settings:
   recorded: decode.Recorded = decode.PLAIN
   logits_processor: logits_processors.LogitsProcessor | None = None
   budget_schedule: decode.BudgetSchedule | None = None
+  confidence: Confidence | None = None
 
   @property
   def rows(self) -> int:

@@ -45,6 +45,8 @@ class Rollouts:
     experts: [B, T, L, k] uint8 or uint16, of a mixture of experts: those that
       each layer routed the token to when it was fed, numbered from 1; 0 where
       it was not fed, as the last token of a row. None without experts.
+    entropy, confidence: [B, T] float32, nats, of the model's own distribution
+      where the token stands, see `confidence`. None where they are off.
   """
 
   prompts: list[list[int]]
@@ -62,6 +64,8 @@ class Rollouts:
   sample_id: np.ndarray
   raw: np.ndarray
   experts: np.ndarray | None = None
+  entropy: np.ndarray | None = None
+  confidence: np.ndarray | None = None
 
   @property
   def loss_mask(self) -> np.ndarray:
@@ -83,6 +87,13 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
       [names.index(getattr(c, field)) for c in completions], np.int8)
   numbers = lambda values: np.array(list(values), np.int32)
   experts = [c.experts for c in completions if c.experts is not None]
+
+  def optional(name: str) -> np.ndarray | None:
+    found = [getattr(c, name) for c in completions]
+    if all(values is None for values in found):
+      return None
+    return _padded([() if x is None else x for x in found], np.float32)
+
   return Rollouts(
       prompts=[list(c.request.prompt) for c in completions],
       tokens=_padded([c.tokens for c in completions], np.int32),
@@ -98,7 +109,8 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
       prompt_id=numbers(c.request.prompt_id for c in completions),
       sample_id=numbers(c.request.sample_id for c in completions),
       raw=_padded([c.raw for c in completions], np.int32, fill=-1),
-      experts=_padded(experts) if experts else None)
+      experts=_padded(experts) if experts else None,
+      entropy=optional("entropy"), confidence=optional("confidence"))
 
 
 class Row:

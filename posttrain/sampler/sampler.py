@@ -165,7 +165,8 @@ class Sampler:
         max_waits=max(len(request.wait_order) for request in asked),
         cache_dtype=self.cache_dtype, weights_dtype=self.weights_dtype,
         logits_processor=self.options.logits_processor,
-        budget_schedule=self.options.budget_schedule)
+        budget_schedule=self.options.budget_schedule,
+        confidence=self.options.confidence)
     # Where not all requests are admitted at once, later ones come as others
     # end, and a batch of prompts that is larger than these is padded.
     admitted = rows if rows == len(asked) else rows * settings.admit_fraction

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from posttrain.sampler import decode, logits_processors, requests
+from posttrain.sampler.confidence import Confidence
 from posttrain.sampler.requests import Request
 
 
@@ -20,6 +21,7 @@ class SamplingOptions:
     logits_processor: changes the logits of every step.
     logits_processor_args: the argument that every request gives to it.
     budget_schedule: changes the budgets of every step.
+    confidence: keeps running entropy and confidence; None for neither.
   """
 
   suppress: bool = False
@@ -27,6 +29,7 @@ class SamplingOptions:
   logits_processor: logits_processors.LogitsProcessor | None = None
   logits_processor_args: Any = None
   budget_schedule: decode.BudgetSchedule | None = None
+  confidence: Confidence | None = None
 
   def apply(self, request: Request, wait_texts: int) -> Request:
     """Returns the request with these options set.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.sampler import budget_state
+from posttrain.sampler import confidence as confidence_lib
+from posttrain.sampler.confidence import Confidence
 from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
 from posttrain.tasks import scoring
 from posttrain.text import symbols, thinking
@@ -119,10 +121,12 @@ def _runs(values: list) -> list[tuple[int, int, Any]]:
 
 def record(
     tokenizer: Tokenizer, rollouts: Rollouts, row: int, ids: ThinkingIds,
+    confidence: Confidence | None = None,
 ) -> dict[str, Any]:
   """Makes the JSON record of one completion, for the saved samples.
 
-  `answer_text` is the text that rewards are given as `completion`.
+  `answer_text` is the text that rewards are given as `completion`. `confidence`
+  are the settings of the sampler; None where it was off.
   """
   tokens = rollouts.completion(row)
   provenance = rollouts.provenance[row, :len(tokens)].tolist()
@@ -140,7 +144,21 @@ def record(
       "think_steps": int(rollouts.think_steps[row]),
       "answer_length": int(rollouts.answer_lengths[row]),
       "length": len(tokens),
-      "wait_count": int(rollouts.wait_count[row])}
+      "wait_count": int(rollouts.wait_count[row]),
+      **_measured(rollouts, row, confidence)}
+
+
+def _measured(
+    rollouts: Rollouts, row: int, settings: Confidence | None,
+) -> dict[str, float | None]:
+  """Summarises entropy and confidence of a row's sampled tokens."""
+  if settings is None or rollouts.entropy is None or (
+      rollouts.confidence is None):  # Drawn before a restart turned it on.
+    return {}
+  sampled = rollouts.loss_mask[row]
+  return confidence_lib.summary(
+      rollouts.entropy[row, sampled], rollouts.confidence[row, sampled],
+      settings.window)
 
 
 def completions(

@@ -218,7 +218,8 @@ class Evaluation:
     rows = len(rollouts.prompts)
     records = [transcript.record(
         self.context.renderer.tokenizer, rollouts, row,
-        self.context.thinking_ids) for row in range(rows)]
+        self.context.thinking_ids, self.sampler.options.confidence)
+        for row in range(rows)]
     samples = rows // len(self.problems)
     repeated = [row for row in self.problems for _ in range(samples)]
     scores, answers = distributed.on_first_host(

@@ -293,6 +293,10 @@ CHARTS = (
           unit="share", optional=True, caption="A reward timed out or failed "
           "on them, or none applies; they leave their group."),
     Chart("Entropy", {"entropy": "entropy"}, caption="On sampled tokens."),
+    Chart("Entropy and confidence of the rollouts", {
+        "sampling/entropy": "entropy", "sampling/confidence": "confidence"},
+        optional=True, caption="Of the model's own distribution at sampled "
+        "tokens, in nats; with rollout.confidence_window."),
     Chart("KL to the reference", {"kl": "kl"}),
     Chart("Clipped ratios", {"clip_ratio/low_mean": "low",
                              "clip_ratio/high_mean": "high"},

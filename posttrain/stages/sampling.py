@@ -9,6 +9,7 @@ from ml_collections import config_dict
 
 from posttrain.sampler import (
   budget_tables,
+  confidence,
   logits_processors,
   sampler,
   sampling_options,
@@ -23,7 +24,8 @@ from posttrain.train import preemption
 # Defaults of a command's flags, for `make_sampling_options`.
 PLAIN: Mapping[str, Any] = {
     "suppress": (), "wait_order": "cycle", "logits_processor": "",
-    "logits_processor_args": {}, "budget_schedule": ""}
+    "logits_processor_args": {}, "budget_schedule": "",
+    "confidence_window": 0, "confidence_top_k": 20}
 
 
 def make_sampler(
@@ -67,8 +69,9 @@ def make_sampling_options(
   """Loads the functions that a section, or flags of a command, name.
 
   Args:
-    settings: `wait_order` and `budget_schedule`, and where they are allowed
-      `suppress`, `logits_processor` and `logits_processor_args`.
+    settings: `wait_order`, `budget_schedule`, `confidence_window` and
+      `confidence_top_k`, and where they are allowed `suppress`,
+      `logits_processor` and `logits_processor_args`.
 
   Raises:
     ValueError: a function is not there, or makes no logits processor.
@@ -88,7 +91,10 @@ def make_sampling_options(
       logits_processor=processor,
       logits_processor_args=dict(args) if args else None,
       budget_schedule=loading.load_function(settings["budget_schedule"])
-      if settings["budget_schedule"] else None)
+      if settings["budget_schedule"] else None,
+      confidence=confidence.Confidence(
+          settings["confidence_top_k"], settings["confidence_window"])
+      if settings["confidence_window"] else None)
 
 
 def with_sources(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 
+from posttrain.sampler import budget_state, confidence
 from posttrain.sampler.requests import Request
 from posttrain.stages import sampling
 from tests import meshes
@@ -12,7 +14,8 @@ from tests.model import build
 from tests.sampler import engine_scene as scene
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs/sampler.md").read_text()
-USE, PROCESSOR, SCHEDULE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+USE, PROCESSOR, SCHEDULE, UNSURE = re.findall(
+    r"```python\n(.*?)```", PAGE, re.S)
 
 
 class Letters:
@@ -61,3 +64,38 @@ def test_the_processor_and_the_schedule_of_the_page_do_what_they_say(tmp_path):
     for a, b, source in zip(done.tokens, done.tokens[1:], done.provenance[1:],
                             strict=False):
       assert a != b or source == 2
+
+
+def test_the_thinking_of_a_row_that_is_unsure_is_closed(tmp_path):
+  """Behind the token that follows the first window below the bar."""
+  file = tmp_path / "my_hooks.py"
+  # A bar among the confidences of this model, with its 31 tokens.
+  file.write_text(SCHEDULE + UNSURE.replace("12.0", "2.2"))
+  schedule = sampling.make_sampling_options(
+      dict(sampling.PLAIN, budget_schedule=f"{file}:unsure"),
+      scene.V).budget_schedule
+  settings = confidence.Confidence(top_k=5, window=4)
+  asked = [Request(prompt=(12, 3), max_tokens=40, prompt_id=i)
+           for i in range(12)]
+  with jax.set_mesh(meshes.one()):
+    free = scene.take(scene.make_engine(confidence=settings), asked)
+    found = scene.take(scene.make_engine(
+        confidence=settings, budget_schedule=schedule), asked)
+  closed = 0
+  for done, want in zip(found, free, strict=True):
+    at = np.flatnonzero(want.provenance == budget_state.SAMPLED)
+    below = np.flatnonzero(
+        confidence.groups(want.confidence[at], 4) < 2.2)
+    # The index behind the token that follows the window's last.
+    end = at[below[0] + 3] + 2 if below.size else len(want.tokens)
+    if end > want.think_length:
+      assert done.tokens == want.tokens  # It had ended by itself, or never.
+      continue
+    closed += 1
+    assert done.think_end == "budget" and done.think_length == end
+    assert done.tokens[:end] == want.tokens[:end]
+    closing = (*scene.STRINGS.newline, *scene.STRINGS.end,
+               *scene.STRINGS.final_answer)
+    assert tuple(done.tokens[end:end + len(closing)]) in (
+        closing, closing[1:])  # No newline behind one.
+  assert closed > 2

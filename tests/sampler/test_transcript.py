@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from posttrain.sampler import budget_state, transcript
+from posttrain.sampler.confidence import Confidence
 from posttrain.sampler.rollouts import FINISH_REASONS, THINK_ENDS, Rollouts
 from posttrain.text import thinking, vocabulary
 from tests.sampler import forcing, test_budget
@@ -132,7 +133,9 @@ def test_a_record_holds_the_rollouts_facts():
       think_lengths=np.array([0, 3]), think_steps=np.array([0, 1]),
       answer_lengths=np.array([0, 1]),
       wait_count=np.array([0, 1]), prompt_id=np.array([1, 40]),
-      sample_id=np.array([0, 2]), raw=np.zeros((2, 0)), experts=None)
+      sample_id=np.array([0, 2]), raw=np.zeros((2, 0)), experts=None,
+      entropy=np.array([[0.0] * 6, [1, 9, 9, 2, 3, 2]]),
+      confidence=np.array([[0.0] * 6, [8, 0, 0, 2, 4, 6]]))
   assert set(one) == {field.name for field in dataclasses.fields(Rollouts)}
   record = transcript.record(WORDS, Rollouts(**one), 1, IDS)
   assert {name: record[name] for name in (
@@ -147,3 +150,9 @@ def test_a_record_holds_the_rollouts_facts():
       length=6, wait_count=1)
   assert [name for _, name in record["segments"]] == [
       "sampled", "wait", "sampled"]
+  # Of the four sampled tokens; the settings say that it was recorded.
+  more = transcript.record(
+      WORDS, Rollouts(**one), 1, IDS, Confidence(window=2))
+  assert more == record | dict(
+      mean_entropy=2, mean_confidence=5, lowest_group_confidence=3,
+      tail_confidence=5)

@@ -47,6 +47,14 @@ ROLLOUT: dict[str, Any] = dict(
     budget_schedule=Key(str, "", "Budget schedule: function(budgets, state) -> "
                         "budgets, which may change each row's thinking budget "
                         "at every step; see docs/sampler.md.", function=True),
+    confidence_window=Key(
+        int, 0, "Tokens in the sliding window of the group confidence "
+        "(DeepConf, arXiv 2508.15260). Each row's running entropy and "
+        "confidence are then kept for records, metrics and budget schedules. "
+        "0: off.", "[0, inf)"),
+    confidence_top_k=Key(
+        int, 20, "Largest logprobs that a token's confidence averages.",
+        "[1, inf)", needs=Needs("rollout.confidence_window", ">", 0)),
     policy=Renamed("rollout.budget_schedule"),
     slots=Renamed("rollout.max_num_seqs"),
     batch_rows=Renamed("rollout.max_num_seqs"),
