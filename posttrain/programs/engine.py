@@ -59,7 +59,7 @@ def waves(
   """Counts the engine's calls for completions that are all `tokens` long."""
   sizes, calls = settings.sizes, Counter[tuple]()
   chunks = -(-prompts.length // place.chunk)
-  source = place.sizes(prompts.length)[-1]
+  source = settings.prefill_sizes(prompts.length)[-1]
   size, batch_of, kept = sizes[0], dict[int, int](), False
   rows = prompts.count * prompts.group_size
   for first in range(0, rows, settings.max_num_seqs):
@@ -131,12 +131,9 @@ class _Engine:
     self.weights = beside | {
         "model": self.whole, "layers": self.blocks, **self.kept}
     self.beside, self.length, self.tokens = beside, prompts.length, tokens
-    self.prefill = prefill.Prefill(
-        model.config, rows=settings.prefill_rows,
-        chunk=settings.prefill_chunk, budget=settings.prefix_cache_tokens,
-        cache_dtype=settings.cache_dtype, run=_never)
+    self.prefill = prefill.Prefill(model.config, settings, _never)
     # S of the caches that prompts may be prefilled in.
-    self.sources = self.prefill.sizes(
+    self.sources = settings.prefill_sizes(
         settings.max_seq_len if settings.prefix_cache_tokens
         else prompts.length)
     self.waves = waves(settings, self.prefill, prompts, tokens)

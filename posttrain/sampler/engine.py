@@ -126,10 +126,7 @@ class Engine:
     self._sizes = settings.sizes
     run = device_batch.Programs(log, self.most_programs)
     self.stats = Stats(programs=run.seconds)
-    self._prefill = prefill.Prefill(
-        model.config, rows=settings.prefill_rows,
-        chunk=settings.prefill_chunk, budget=settings.prefix_cache_tokens,
-        cache_dtype=settings.cache_dtype, run=run)
+    self._prefill = prefill.Prefill(model.config, settings, run)
     self._batch = device_batch.DeviceBatch(
         model.config, tables, settings, run)
     self.use(model)
@@ -200,7 +197,7 @@ class Engine:
   def most_programs(self) -> int:
     """Upper bound of `len(stats.programs)`, whatever the requests."""
     sizes = len(self._sizes)
-    prefills = len(self._prefill.sizes(self.settings.max_seq_len))
+    prefills = len(self.settings.prefill_sizes(self.settings.max_seq_len))
     decodes, resizes = sizes, 2 * (sizes - 1)
     # Of the device batch; of a batch of prompts, and of rows that are kept.
     empties = 1 + 2 * prefills

@@ -25,7 +25,7 @@ from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.sampler.prefix_cache import Entry, PrefixCache, Tokens
-from posttrain.sampler.requests import doublings
+from posttrain.sampler.requests import Settings
 from posttrain.sharding import spec
 
 
@@ -113,32 +113,27 @@ class Prefill:
 
   Attributes:
     rows: R, rounded up to what the mesh divides.
-    chunk: C.
-    cache: the prefix cache.
+    parts: parts of the mesh that rows are split over.
+    cache: the sequences that are cached.
     tokens: prompt tokens computed so far; a shared one counts once.
     positions: positions that the programs computed so far, padding included.
   """
 
   def __init__(
-      self, config: ModelConfig, *, rows: int, chunk: int, budget: int,
-      cache_dtype: str, run: Callable[..., Rows],
+      self, config: ModelConfig, settings: Settings, run: Callable[..., Rows],
   ):
     """Makes a prefill with an empty prefix cache.
 
     Args:
       config: of the model.
-      rows: R; rounded up to a multiple of the mesh's parts.
-      chunk: C.
-      budget: slots of the prefix cache.
-      cache_dtype: of the caches, "compute" or "int8".
+      settings: of the engine.
       run: calls a jitted function: run(key, function, *args, **kwargs).
     """
-    self.config, self.chunk = config, chunk
-    self.parts = sharding.axis_size("rows")
-    self.rows = -(-rows // self.parts) * self.parts
-    self.cache = PrefixCache(budget)
+    self.config, self.settings, self._run = config, settings, run
+    self.chunk, self.parts = settings.prefill_chunk, sharding.axis_size("rows")
+    self.rows = -(-settings.prefill_rows // self.parts) * self.parts
+    self.cache = PrefixCache(settings.prefix_cache_tokens)
     self.tokens = self.positions = 0
-    self._run, self._cache_dtype = run, cache_dtype
 
   def admit(
       self, model: Transformer, blocks: list[Block], into: Rows,
@@ -194,7 +189,7 @@ class Prefill:
     # Of like lengths together: the slots of a block are those of its longest.
     new.sort(key=lambda each: len(each[1]))
     for part in _batches(new, self.parts):
-      slots = self.sizes(len(part[-1][1]))[-1]
+      slots = self.settings.prefill_sizes(len(part[-1][1]))[-1]
       self.trim(upcoming, room=self.parts * slots)
       if self.parts * slots > self.cache.budget:
         self.cache.evicted += sum(len(tokens) for _, tokens, _ in part)
@@ -238,15 +233,6 @@ class Prefill:
              source.cache.slots), place, into, source, *columns)
     return into
 
-  def sizes(self, length: int) -> list[int]:
-    """Lists the sizes of caches for sequences of up to `length` tokens.
-
-    They are doublings of C. With a prefix cache there is room for one chunk
-    more, which a continuation may reach into: its last chunk need not be full.
-    """
-    return [size + (self.chunk if self.cache.budget else 0)
-            for size in doublings(self.chunk, length)]
-
   def _prefix(self, prompt: Tokens) -> tuple[Entry | None, int]:
     """Finds the entry that a prompt goes on from, and how many tokens it has.
 
@@ -271,7 +257,7 @@ class Prefill:
     found = [self._prefix(prompt) for prompt in prompts]
     chunks = max(-(-(len(p) - same) // self.chunk)
                  for p, (_, same) in zip(prompts, found, strict=True))
-    slots = self.sizes(max(map(len, prompts)))[-1]
+    slots = self.settings.prefill_sizes(max(map(len, prompts)))[-1]
     # Where rows need more chunks than others, these may have a part of their
     # prefix computed again: that is cheaper than a larger cache for all rows.
     most = slots - chunks * self.chunk
@@ -302,7 +288,7 @@ class Prefill:
     """Makes empty rows, counted as a program."""
     return self._run(
         ("empty", rows, slots), empty, self.config, np.int32(index),
-        rows=rows, slots=slots, cache_dtype=self._cache_dtype)
+        rows=rows, slots=slots, cache_dtype=self.settings.cache_dtype)
 
 
 def _first(entry: Entry, length: int) -> Prefix:

@@ -334,6 +334,15 @@ class Settings:
     return [min(size, last)
             for size in doublings(self.min_seq_len, self.max_seq_len)]
 
+  def prefill_sizes(self, length: int) -> list[int]:
+    """Sizes of caches that sequences of up to `length` tokens are prefilled in.
+
+    They are doublings of `prefill_chunk`. With a prefix cache there is room for
+    a chunk more, which a continuation may reach into with its last chunk.
+    """
+    room = self.prefill_chunk if self.prefix_cache_tokens else 0
+    return [size + room for size in doublings(self.prefill_chunk, length)]
+
 
 def fitting(sizes: Sequence[int], size: int, needed: int) -> Iterator[int]:
   """Yields the sizes to resize through, from `size`, to hold `needed` slots.

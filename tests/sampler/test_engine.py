@@ -185,8 +185,9 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
            for i, prompt in enumerate(prompts) for sample in range(6)]
   # A chunk of 128 has room for each prompt: sharing would save no pass.
   plain = scene.make_engine(prefill_chunk=128)
-  shared = scene.make_engine(prefill_rows=1)
-  pairs = scene.make_engine(max_num_seqs=18)
+  # A budget of one slot keeps nothing.
+  shared = scene.make_engine(prefill_rows=1, prefix_cache_tokens=1)
+  pairs = scene.make_engine(max_num_seqs=18, prefix_cache_tokens=1)
   one, other, two = (
       scene.take(engine, asked) for engine in (plain, shared, pairs))
   assert plain.stats.prompt_tokens == 6 * sum(map(len, prompts))
@@ -194,6 +195,13 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
   assert shared.stats.prefilled_tokens == 21 + 5 + 9 + 30
   # Two prompts go through the model side by side, and the third behind them.
   assert pairs.stats.prefilled_tokens == 2 * 21 + 5 + 9 + 30
+  # Without a budget a cache has no room beyond a prompt, and a part of a chunk
+  # is computed again rather than have one.
+  least = scene.make_engine(prefill_rows=1)
+  three = scene.take(least, asked)
+  passes = lambda engine: engine._prefill.positions
+  assert passes(least) == passes(shared) == 8 * (4 + 2 + 4)
+  assert sum(map(scene.flips, one, three)) <= 1
   assert sum(map(scene.flips, one, other)) <= 1
   assert sum(map(scene.flips, one, two)) <= 1
   # Nothing stays behind an empty queue: what comes next is computed anew.
@@ -213,7 +221,7 @@ def test_prompts_that_no_next_request_needs_are_prefilled_again():
            for i, p in enumerate(prompts)]
   make = functools.partial(
       scene.make_engine, max_num_seqs=2, prefill_rows=1)
-  in_turn, grouped, cached = make(), make(), make(prefix_cache_tokens=64)
+  in_turn, grouped, cached = make(), make(), make(prefix_cache_tokens=128)
   turns = scene.take(in_turn, [*asked, *asked])
   groups = scene.take(grouped, [r for r in asked for _ in range(2)])
   again = scene.take(cached, [*asked, *asked])
@@ -227,10 +235,10 @@ def test_prompts_that_no_next_request_needs_are_prefilled_again():
 
 
 def test_sequences_that_were_not_used_lately_are_evicted():
-  busy = scene.make_engine(prefill_rows=1, prefix_cache_tokens=16)
+  busy = scene.make_engine(prefill_rows=1, prefix_cache_tokens=24)
   ask = lambda first: scene.take(busy, [Request(
       prompt=(first, *range(13, 21)), max_tokens=1)])
-  # Each takes 16 slots of two chunks, so the budget has room for one.
+  # Each takes 24 slots: two chunks, and room for one more.
   for first, prefilled in ((15, 9), (15, 9), (16, 18), (15, 27)):
     ask(first)
     assert busy.stats.prefilled_tokens == prefilled
