@@ -173,23 +173,31 @@ def resize(cache: KVCache, slots: int) -> KVCache:
 
 
 def insert(
-    cache: KVCache, source: KVCache, source_rows: jax.Array, ends: jax.Array,
-    rows: jax.Array,
+    cache: KVCache, source: KVCache, source_rows: jax.Array,
+    lengths: jax.Array, rows: jax.Array,
 ) -> KVCache:
-  """Begins rows anew, in place, with the tokens of rows of another cache.
+  """Begins rows anew, in place, with the first tokens of rows elsewhere.
+
+  Tokens are taken by their positions, so they may lie anywhere in `source`:
+  behind holes, and around the end of a ring. In `cache` they are contiguous.
 
   Args:
     cache: donate it. What its other rows hold stays as it is.
-    source: a cache in which row `source_rows[i]` ends right before slot
-      `ends[i]`. Its index has not wrapped around, and the tokens fit into
-      `cache`.
-    source_rows, ends: [A] int32.
+    source: a cache in which row `source_rows[i]` holds each of the positions
+      0 to `lengths[i]` - 1 once. They fit into `cache`.
+    source_rows, lengths: [A] int32.
     rows: [A] int32, rows of `cache` to begin; one at or beyond B is dropped.
   """
   # The last token has to lie right before `index`, where the row goes on. Slot
   # s of the ring takes the token that is `ages[s]` tokens old; 0 is the last.
   ages = (cache.index - 1 - jnp.arange(cache.slots)) % cache.slots
-  taken = ends[:, None] - 1 - ages  # [A, S] slots of the source.
+  wanted = lengths[:, None] - 1 - ages  # [A, S] positions; below 0: a hole.
+  held = source.positions.at[source_rows].get(out_sharding=spec(None, "slots"))
+  # The slots of a row's tokens in order of their positions, behind its holes.
+  order = jnp.argsort(held, axis=1)
+  holes = jnp.sum(held < 0, axis=1, keepdims=True)
+  taken = jnp.take_along_axis(
+      order, jnp.maximum(wanted, 0) + holes, axis=1, mode="clip")
 
   def put(into, x, *axes, fill):
     axis = axes.index("slots")
@@ -198,10 +206,10 @@ def insert(
     x = jax.vmap(lambda row, at: jnp.take(
         row, at, axis=axis - 1, mode="clip"))(x, taken)
     # All slots of the row are written: what an earlier sequence left is gone.
-    holes = jnp.expand_dims(taken < 0, [a for a in range(1, x.ndim)
-                                        if a != axis])
+    empty = jnp.expand_dims(wanted < 0, [a for a in range(1, x.ndim)
+                                         if a != axis])
     return into.at[rows].set(
-        jnp.where(holes, fill, x), mode="drop", out_sharding=spec(*axes))
+        jnp.where(empty, fill, x), mode="drop", out_sharding=spec(*axes))
 
   return over_slots(put, cache, source, index=cache.index)
 

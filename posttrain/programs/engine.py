@@ -45,13 +45,11 @@ class Waves:
 
   Attributes:
     calls: by the key that the engine calls a program by.
-    batches: of prompts that are there at once, each of R rows.
-    kept: of those, batches with prompts that a later wave waits for.
+    kept: a batch of prompts is kept, as a later wave waits for one of them.
   """
 
   calls: Counter[tuple]
-  batches: int
-  kept: int
+  kept: bool
 
 
 def waves(
@@ -61,8 +59,8 @@ def waves(
   """Counts the engine's calls for completions that are all `tokens` long."""
   sizes, calls = settings.sizes, Counter[tuple]()
   chunks = -(-prompts.length // place.chunk)
-  source = place.slots_of(chunks * place.chunk)
-  size, batch_of, most, kept = sizes[0], dict[int, int](), 0, 0
+  source = settings.prefill_sizes(prompts.length)[-1]
+  size, batch_of, kept = sizes[0], dict[int, int](), False
   rows = prompts.count * prompts.group_size
   for first in range(0, rows, settings.max_num_seqs):
     last = min(first + settings.max_num_seqs, rows)
@@ -73,8 +71,7 @@ def waves(
     batches = -(-len(new) // place.rows)
     calls["empty", place.rows, source] += batches
     calls["prefill", place.rows, source] += batches * chunks
-    waiting = prompts.group_size > 1 and first % prompts.group_size
-    most, kept = max(most, batches + bool(waiting)), max(kept, bool(waiting))
+    kept = kept or (prompts.group_size > 1 and first % prompts.group_size > 0)
     for used in range(0, tokens, settings.chunk):
       needed = min(prompts.length + used + settings.chunk,
                    settings.max_seq_len)
@@ -87,10 +84,11 @@ def waves(
         for prompt, samples in wave.items():
           of_batch[batch_of[prompt]] += samples
         calls["place", size, source] += sum(
-            -(-samples // place.rows) for samples in of_batch.values())
+            -(-samples // min(place.rows, settings.rows))
+            for samples in of_batch.values())
         calls["logits_processor",] += last - first
       calls["decode", size] += 1
-  return Waves(calls, most, kept)
+  return Waves(calls, kept)
 
 
 def of_engine(
@@ -114,6 +112,7 @@ def of_engine(
   yield from engine.slots()
   yield from engine.prefills()
   yield from engine.admission()
+  yield from engine.keeping()
   yield from engine.resizes()
   yield from engine.decodes()
 
@@ -132,13 +131,11 @@ class _Engine:
     self.weights = beside | {
         "model": self.whole, "layers": self.blocks, **self.kept}
     self.beside, self.length, self.tokens = beside, prompts.length, tokens
-    self.prefill = prefill.Prefill(
-        model.config, rows=settings.prefill_rows,
-        chunk=settings.prefill_chunk, prefixes=settings.prefixes,
-        cache_dtype=settings.cache_dtype, run=_never)
+    self.prefill = prefill.Prefill(model.config, settings, _never)
     # S of the caches that prompts may be prefilled in.
-    self.sources = requests.doublings(
-        self.prefill.chunk, self.prefill.slots_of(prompts.length))
+    self.sources = settings.prefill_sizes(
+        settings.max_seq_len if settings.prefix_cache_tokens
+        else prompts.length)
     self.waves = waves(settings, self.prefill, prompts, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
     self.idle = (tables, budgets, np.zeros(settings.rows, np.int32),
@@ -168,17 +165,29 @@ class _Engine:
     return decode.Carry(
         rows.cache, rows.hidden, self.state, self.processor_state, earlier)
 
-  def prompts(self, batches: int) -> dict[str, Any]:
-    """Batches of prompts that were prefilled, and the prefix they share."""
-    held = [self.rows(self.prefill.rows, self.sources[-1])] * batches
-    if self.can_share:
-      held.append(self.rows(self.prefill.parts, self.sources[-1]))
-    return {"prompts": held} if held else {}
+  def cached(self) -> dict[str, Any]:
+    """The prefix cache: its budget, and what the next request goes on from."""
+    held, parts = [], self.prefill.parts
+    if self.settings.prefix_cache_tokens:
+      held.append(self.rows(
+          parts, -(-self.settings.prefix_cache_tokens // parts)))
+    if self.waves.kept or self.can_share:
+      held.append(self.rows(self.prefill.rows, self.sources[-1]))
+    return {"prefix cache": held} if held else {}
 
   @property
   def can_share(self) -> bool:
-    """Prompts may share a prefix: a whole chunk, with a token behind it."""
+    """Prompts may share a prefix that saves a chunk."""
     return self.length > self.prefill.chunk
+
+  @property
+  def origins(self) -> list[tuple[int, int]]:
+    """Rows and S of the blocks of the prefix cache."""
+    counts = {self.prefill.rows}
+    if self.settings.prefix_cache_tokens:
+      counts.add(self.prefill.parts)  # Rows that were kept.
+    return [(count, slots) for count in sorted(counts)
+            for slots in self.sources]
 
   def empty(
       self, count: int, slots: int, beside: dict[str, Any], calls: int,
@@ -189,14 +198,18 @@ class _Engine:
         calls, f"rows={count} S={slots}")
 
   def place(
-      self, kind: str, into: prefill.Rows, source: prefill.Rows, calls: int,
-      sizes: str,
+      self, kind: str, into: tuple[int, int], source: tuple[int, int],
+      calls: int = 0,
   ) -> Program:
-    columns = (np.zeros(self.prefill.rows, np.int32),) * 3
+    """Copies sequences; `into` and `source` are rows and S of caches."""
+    width = min(self.prefill.rows, into[0])
+    columns = (np.zeros(width, np.int32),) * 3
+    arrays = self.rows(*into), self.rows(*source)
     carry = self.carry(self.settings.sizes[0])
+    sizes = f"rows={source[0]} S={source[1]} to {into[1]}"
     return self.named(kind, functools.partial(
-        prefill.place.lower, into, source, *columns), (into, source), {
-            **self.weights, **self.prompts(self.waves.batches - 1),
+        prefill.place.lower, *arrays, *columns), arrays, {
+            **self.weights, **self.cached(),
             "state": (carry.state, carry.processor_state, carry.earlier),
             "requests": self.requests}, calls, sizes)
 
@@ -221,14 +234,11 @@ class _Engine:
 
   def prefills(self) -> Iterator[Program]:
     """Yields programs that prefill prompts, and copy a shared prefix."""
-    count, parts = self.prefill.rows, self.prefill.parts
-    # Slots are at their largest while prompts are prefilled for the next wave.
+    count = self.prefill.rows
     beside = {"slots": self.carry(self.settings.sizes[-1]),
-              "requests": self.requests,
-              **self.prompts(self.waves.batches - 1)}
+              "requests": self.requests, **self.cached()}
     for source in self.sources:
       rows = self.rows(count, source)
-      calls = self.waves.calls["prefill", count, source]
       yield self.empty(
           count, source, self.weights | beside,
           self.waves.calls["empty", count, source])
@@ -237,31 +247,36 @@ class _Engine:
       yield self.named("prefill", functools.partial(
           prefill.feed.lower, self.whole, self.blocks, rows, tokens,
           tokens), (self.whole, self.blocks, rows, tokens, tokens),
-          self.beside | self.kept | beside, calls,
+          self.beside | self.kept | beside,
+          self.waves.calls["prefill", count, source],
           f"rows={count} S={source}")
     if not self.can_share:
       return
-    for a, b in itertools.combinations_with_replacement(self.sources, 2):
-      yield self.place(
-          "prefix", self.rows(count, b), self.rows(parts, a), 0,
-          f"S={a} to {b}")
-    if parts != count:
-      for source in self.sources:
-        yield self.empty(parts, source, self.weights | beside, 0)
-        yield self.place(
-            "keep_prefix", self.rows(parts, source),
-            self.rows(count, source), 0, f"S={source}")
+    for origin, slots in itertools.product(self.origins, self.sources):
+      yield self.place("prefix", (count, slots), origin)
+
+  def keeping(self) -> Iterator[Program]:
+    """Yields programs that keep sequences which have ended."""
+    if not self.settings.prefix_cache_tokens:
+      return
+    rows, parts = self.settings.rows, self.prefill.parts
+    for slots in self.sources:
+      if parts != self.prefill.rows:
+        yield self.empty(parts, slots, {
+            **self.weights, **self.cached(),
+            "slots": self.carry(self.settings.sizes[-1])}, 0)
+      for size in self.settings.sizes:
+        yield self.place("keep", (parts, slots), (rows, size))
 
   def admission(self) -> Iterator[Program]:
     """Yields programs that admit requests to slots."""
     settings, calls = self.settings, self.waves.calls
-    for source, size in itertools.product(self.sources, settings.sizes):
+    for origin, size in itertools.product(self.origins, settings.sizes):
       yield self.place(
-          "place", self.rows(settings.rows, size),
-          self.rows(self.prefill.rows, source), calls["place", size, source],
-          f"S={source} to {size}")
+          "place", (settings.rows, size), origin,
+          calls["place", size, origin[1]] * (origin[0] == self.prefill.rows))
     carry = self.carry(settings.sizes[-1])
-    beside = {**self.weights, **self.prompts(self.waves.batches)}
+    beside = {**self.weights, **self.cached()}
     yield self.named("begin", functools.partial(
         device_batch.begin.lower, self.state, self.tables, *self.admitted),
         (self.state,), {
@@ -283,7 +298,7 @@ class _Engine:
     It grows to the next size, and shrinks where a short row needs a quarter."""
     settings = self.settings
     least = 1 + min(settings.chunk, self.tokens)
-    beside = {**self.weights, **self.prompts(self.waves.batches),
+    beside = {**self.weights, **self.cached(),
               "requests": self.requests}
     for small, large in itertools.pairwise(settings.sizes):
       back = [(large, small)] if least <= large // 4 else []
@@ -308,7 +323,7 @@ class _Engine:
           logits_processor=settings.logits_processor,
           budget_schedule=settings.budget_schedule),
           (self.whole, self.blocks, carry, self.requests, script),
-          self.beside | self.kept | self.prompts(self.waves.kept),
+          self.beside | self.kept | self.cached(),
           self.waves.calls["decode", size], f"S={size}")
 
 

@@ -21,7 +21,7 @@ the same everywhere, so no host has to tell another what it decided.
 
 import dataclasses
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +43,6 @@ from posttrain.sampler.requests import (
   Completion,
   Request,
   Settings,
-  doublings,
   fitting,
 )
 from posttrain.text.symbols import SymbolTable
@@ -58,8 +57,10 @@ class Stats:
     row_steps: the sum over rows of the steps in which a row was not done.
     host_syncs: chunks that were decoded; the host syncs behind each.
     prompt_tokens: prompt tokens of all requests.
-    prefilled_tokens: those of them that were computed; the others came from
-      a shared prompt or prefix.
+    prefilled_tokens: those of them that were computed. The others came from
+      the prefix cache, or from a prompt that several requests have.
+    evicted_tokens, stale_tokens: tokens of sequences that left the prefix cache
+      for its budget, and for other weights.
     surplus: tokens that were decoded and cut off behind stop strings.
     programs: seconds of the first call of each compiled program, by name and
       shapes.
@@ -70,6 +71,8 @@ class Stats:
   host_syncs: int = 0
   prompt_tokens: int = 0
   prefilled_tokens: int = 0
+  evicted_tokens: int = 0
+  stale_tokens: int = 0
   surplus: int = 0
   programs: dict[tuple, float] = dataclasses.field(default_factory=dict)
 
@@ -117,18 +120,13 @@ class Engine:
     self._symbols, self._before_chunk = symbols, before_chunk
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
-    self._waiting: Counter[tuple[int, ...]] = Counter()  # By prompt.
-    self._shared = prefill.Shared(settings.prefill_chunk)
     self._active: list[ActiveSequence | None] = [None] * settings.rows
     self._ready: deque[Completion] = deque()
     self._aborted: set[int] = set()
     self._sizes = settings.sizes
     run = device_batch.Programs(log, self.most_programs)
     self.stats = Stats(programs=run.seconds)
-    self._prefill = prefill.Prefill(
-        model.config, rows=settings.prefill_rows,
-        chunk=settings.prefill_chunk, prefixes=settings.prefixes,
-        cache_dtype=settings.cache_dtype, run=run)
+    self._prefill = prefill.Prefill(model.config, settings, run)
     self._batch = device_batch.DeviceBatch(
         model.config, tables, settings, run)
     self.use(model)
@@ -145,9 +143,7 @@ class Engine:
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
     else:
-      self._shared.add(request.prompt, first=not self.busy)
       self._pending.append((number, request))
-      self._waiting[request.prompt] += 1
       self.stats.prompt_tokens += len(request.prompt)
     return number
 
@@ -201,15 +197,13 @@ class Engine:
   def most_programs(self) -> int:
     """Upper bound of `len(stats.programs)`, whatever the requests."""
     sizes = len(self._sizes)
-    # Prefill's caches reach one doubling further, as chunks are whole.
-    prefills = len(doublings(
-        self.settings.prefill_chunk, 2 * self._sizes[-1]))
+    prefills = len(self.settings.prefill_sizes(self.settings.max_seq_len))
     decodes, resizes = sizes, 2 * (sizes - 1)
-    # Of the device batch; of a batch of prompts; of a prefix alone.
+    # Of the device batch; of a batch of prompts, and of rows that are kept.
     empties = 1 + 2 * prefills
-    # From a batch of prompts to the device batch, from a prefix to a batch of
-    # prompts, and from such a batch to a prefix alone.
-    places = prefills * (sizes + prefills + 1)
+    # From a batch of prompts, or from kept rows, to the device batch and to a
+    # batch of prompts; and from the device batch to kept rows.
+    places = 2 * prefills * (sizes + prefills) + sizes * prefills
     others = 5  # "done", "begin", "end", "logits_processor", "earlier".
     return decodes + resizes + prefills + empties + places + others
 
@@ -226,7 +220,8 @@ class Engine:
           "first.")
     self.model, self._blocks = decode.unstacked(
         model, weights_dtype=self.settings.weights_dtype)
-    self._prefill.clear()
+    self._prefill.cache.clear()
+    self._count()
 
   def step(self) -> None:
     """Admits requests, decodes a chunk, and collects finished completions."""
@@ -263,11 +258,11 @@ class Engine:
     kept: deque[tuple[int, Request]] = deque()
     for number, request in self._pending:
       if number in self._aborted:
-        self._leave_queue(request)
         self._ready.append(Completion.nothing(number, request, "abort"))
       else:
         kept.append((number, request))
     self._pending = kept
+    self._prefill.trim(self._upcoming)
     self._end(
         [sequence is not None and sequence.number in self._aborted
          for sequence in self._active], budget_state.ABORTED)
@@ -282,31 +277,31 @@ class Engine:
     if not taken:
       return
     free = free[:len(taken)]
-    self._prefill.add(
-        self.model, self._blocks,
-        [(request.prompt, request.prefix or self._shared.of(request.prompt))
-         for _, request in taken])
     for row, (number, request) in zip(free, taken, strict=True):
       self._active[row] = ActiveSequence(
           number, request, self.tables, self._symbols, self.settings.recorded)
     # The ring has to hold the new sequences before their prompts are copied.
     self._fit()
-    prompts = [self._prefill.get(request.prompt) for _, request in taken]
+    prompts = {row: request.prompt
+               for row, (_, request) in zip(free, taken, strict=True)}
     self._batch.begin(
         [sequence.request if sequence else None
          for sequence in self._active], free,
-        lambda rows: self._prefill.place(rows, prompts, free))
-    for _, request in taken:
-      self._leave_queue(request)
-    self._prefill.trim(self.settings.max_num_seqs)
-    self.stats.prefilled_tokens = self._prefill.tokens
+        lambda rows: self._prefill.admit(
+            self.model, self._blocks, rows, prompts, self._upcoming))
+    self._count()
 
-  def _leave_queue(self, request: Request) -> None:
-    """Drops the request's prompt if no other request in the queue has it."""
-    self._waiting[request.prompt] -= 1
-    if not self._waiting[request.prompt]:
-      del self._waiting[request.prompt]
-      self._prefill.forget(request.prompt)
+  def _count(self) -> None:
+    """Brings the counters of the prefix cache up to date."""
+    self.stats.prefilled_tokens = self._prefill.tokens
+    self.stats.evicted_tokens = self._prefill.cache.evicted
+    self.stats.stale_tokens = self._prefill.cache.stale
+
+  @property
+  def _upcoming(self) -> list[tuple[int, ...]]:
+    """Prompts whose cached prefixes stay, whatever the budget."""
+    return [request.prompt for _, request in itertools.islice(
+        self._pending, 1)]
 
   def _fit(self) -> None:
     """Resizes the ring to what the active sequences need for a chunk."""

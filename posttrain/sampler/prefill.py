@@ -1,10 +1,11 @@
-"""Chunked prefill with prefix caching: each prompt is computed once.
+"""Chunked prefill with prefix caching: what is cached is not computed again.
 
 Prompts go through the model R at a time and C tokens at a time, over a KV cache
-of their own. From there a prompt's keys and values are copied to the row of
-each of its samples, so the group shares one prefill of its prompt. A prefix
-that several prompts share is prefilled first and copied to them, so that only
-the tokens behind it are computed for each.
+of their own, behind what the prefix cache has of them. From there a prompt's
+keys and values are copied to the row of each of its samples, so the group
+shares one prefill of its prompt. A batch is placed before the next one is
+prefilled, and the next one may go on from it: prompts that share a prefix need
+no more forward passes than if the prefix had been computed alone before them.
 
   R: prompts prefilled together  C: tokens of a chunk  S: cache slots
   D: embed  A: rows copied at once
@@ -12,10 +13,7 @@ the tokens behind it are computed for each.
 
 import dataclasses
 import functools
-import itertools
-import operator
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +24,9 @@ from posttrain.model import cache as kv
 from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler.requests import doublings
+from posttrain.sampler.prefix_cache import Entry, PrefixCache, Tokens
+from posttrain.sampler.requests import Settings
 from posttrain.sharding import spec
-
-Tokens = tuple[int, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -84,198 +81,199 @@ def feed(
 
 @functools.partial(jax.jit, donate_argnames="into")
 def place(
-    into: Rows, source: Rows, source_rows: jax.Array, ends: jax.Array,
+    into: Rows, source: Rows, source_rows: jax.Array, lengths: jax.Array,
     rows: jax.Array,
 ) -> Rows:
-  """Copies prompts from rows of `source` to rows of `into`, in place.
+  """Copies the first tokens of rows of `source` to rows of `into`, in place.
 
   Args:
     into: donated.
-    source: the prompts, see `cache.insert`.
-    source_rows, ends, rows: [A] int32, see `cache.insert`.
+    source: rows to copy, with the hidden state of each.
+    source_rows, lengths, rows: [A] int32, see `cache.insert`.
   """
   hidden = source.hidden.at[source_rows].get(
       out_sharding=spec(None, "act_embed"))
   return Rows(
-      kv.insert(into.cache, source.cache, source_rows, ends, rows),
+      kv.insert(into.cache, source.cache, source_rows, lengths, rows),
       into.hidden.at[rows].set(
           hidden, mode="drop", out_sharding=spec("rows", "act_embed")))
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-  """Prefilled prompt: row `row` of `rows`, which ends before slot `end`."""
+class Prefix:
+  """The first `length` tokens of row `row` of `rows`."""
 
   rows: Rows
   row: int
-  end: int
-
-
-class Shared:
-  """Automatic prefix caching: the prefix that all prompts of a queue share.
-
-  It is kept up to date as prompts come. Only its whole chunks are shared, as a
-  part of a chunk would cost a forward pass all the same.
-  """
-
-  def __init__(self, chunk: int):
-    self._chunk = chunk
-    self._common: Tokens = ()
-    self._differ = False
-
-  def add(self, prompt: Tokens, *, first: bool) -> None:
-    """Adds a prompt; with `first` the queue was empty, and it starts anew."""
-    if first:
-      self._common, self._differ = prompt, False
-      return
-    if prompt != self._common:
-      self._differ = True
-      same = itertools.takewhile(bool, map(operator.eq, self._common, prompt))
-      self._common = prompt[:sum(same)]
-
-  def of(self, prompt: Tokens) -> int:
-    """Returns how many of the prompt's first tokens other prompts share."""
-    if not self._differ:
-      return 0
-    # One token at least stays: its hidden state draws the first sample.
-    most = min(len(self._common), len(prompt) - 1)
-    return most // self._chunk * self._chunk
+  length: int
 
 
 class Prefill:
-  """Prefills prompts, and keeps those that are still needed.
+  """Prefills prompts, and keeps sequences in a prefix cache.
 
   Attributes:
     rows: R, rounded up to what the mesh divides.
-    chunk: C.
+    parts: parts of the mesh that rows are split over.
+    cache: the sequences that are cached.
     tokens: prompt tokens computed so far; a shared one counts once.
     positions: positions that the programs computed so far, padding included.
   """
 
   def __init__(
-      self, config: ModelConfig, *, rows: int, chunk: int, prefixes: int,
-      cache_dtype: str, run: Callable[..., Rows],
+      self, config: ModelConfig, settings: Settings, run: Callable[..., Rows],
   ):
-    """Makes a prefill without prompts.
+    """Makes a prefill with an empty prefix cache.
 
     Args:
       config: of the model.
-      rows: R; rounded up to a multiple of the mesh's parts.
-      chunk: C.
-      prefixes: how many prefixes are kept; the least recently used goes first.
-      cache_dtype: of the caches, "compute" or "int8".
+      settings: of the engine.
       run: calls a jitted function: run(key, function, *args, **kwargs).
     """
-    self.config, self.chunk, self.prefixes = config, chunk, prefixes
-    self.parts = sharding.axis_size("rows")
-    self.rows = -(-rows // self.parts) * self.parts
+    self.config, self.settings, self._run = config, settings, run
+    self.chunk, self.parts = settings.prefill_chunk, sharding.axis_size("rows")
+    self.rows = -(-settings.prefill_rows // self.parts) * self.parts
+    self.cache = PrefixCache(settings.prefix_cache_tokens)
     self.tokens = self.positions = 0
-    self._run, self._cache_dtype = run, cache_dtype
-    self._prompts: dict[Tokens, Prompt] = {}
-    self._prefixes: OrderedDict[Tokens, Prompt] = OrderedDict()
 
-  def clear(self) -> None:
-    """Drops all prompts and prefixes, as after a change of weights."""
-    self._prompts.clear()
-    self._prefixes.clear()
-
-  def forget(self, prompt: Tokens) -> None:
-    """Drops a prompt that no request waits for."""
-    self._prompts.pop(prompt, None)
-
-  def trim(self, most: int) -> None:
-    """Drops the oldest prompts until `most` are left.
-
-    A request that still waits for one has it prefilled again.
-    """
-    while len(self._prompts) > most:
-      del self._prompts[next(iter(self._prompts))]
-
-  def get(self, prompt: Tokens) -> Prompt:
-    """Returns a prompt that `add` has prefilled."""
-    return self._prompts[prompt]
-
-  def add(
-      self, model: Transformer, blocks: list[Block],
-      prompts: Sequence[tuple[Tokens, int]],
-  ) -> None:
-    """Prefills the prompts that are not kept yet.
+  def admit(
+      self, model: Transformer, blocks: list[Block], into: Rows,
+      prompts: Mapping[int, Tokens], upcoming: Sequence[Tokens],
+  ) -> Rows:
+    """Prefills prompts, and copies each to its row of `into`.
 
     Args:
       model, blocks: as `decode.unstacked` makes them.
-      prompts: pairs of a prompt and how many of its first tokens are a prefix
-        that others share; fewer than it has.
+      into: donated.
+      prompts: a prompt by the row that it begins.
+      upcoming: prompts that are admitted next; what is cached of them stays.
     """
-    new = {p: n for p, n in prompts if p not in self._prompts}
-    wanted = dict.fromkeys(p[:n] for p, n in new.items() if n)
-    # Least recently used order: those in use move to the end, and the excess
-    # is dropped below, after the prompts behind it were computed.
-    for prefix in wanted:
-      if prefix in self._prefixes:
-        self._prefixes.move_to_end(prefix)
-    missing = [p for p in wanted if p not in self._prefixes]
-    for batch in _batches(missing, self.rows):
-      found = self._batch(model, blocks, [(p, 0) for p in batch])
-      for prefix, prompt in zip(batch, found, strict=True):
-        self._prefixes[prefix] = self._alone(prompt)
-    for batch in _batches(list(new.items()), self.rows):
-      found = self._batch(model, blocks, batch)
-      for (tokens, _), prompt in zip(batch, found, strict=True):
-        self._prompts[tokens] = prompt
-    while len(self._prefixes) > self.prefixes:
-      self._prefixes.popitem(last=False)
+    rows_of: dict[Tokens, list[int]] = {}
+    for row, prompt in prompts.items():
+      rows_of.setdefault(prompt, []).append(row)
 
-  def place(self, into: Rows, prompts: Sequence[Prompt],
-            rows: Sequence[int]) -> Rows:
-    """Copies each prompt to its row of `into`, at most R in a program.
+    def begin(into: Rows, entries: Iterable[Entry]) -> Rows:
+      # All samples of a prompt begin with a copy of it.
+      copies = [(_first(entry, len(entry.tokens)), row) for entry in entries
+                for row in rows_of[entry.tokens]]
+      return self.place(into, copies)
+
+    found = {prompt: self._prefix(prompt) for prompt in rows_of}
+    into = begin(into, [
+        self.cache.use(entry) for prompt, (entry, same) in found.items()
+        if entry and same == len(prompt)])
+    new = [p for p, (_, same) in found.items() if same < len(p)]
+    for batch in _batches(new, self.rows):
+      # What only the batch before needed goes before this one takes memory.
+      self.trim([*batch, *upcoming])
+      into = begin(into, self._batch(model, blocks, batch))
+    self.trim(upcoming)
+    return into
+
+  def keep(
+      self, source: Rows, sequences: Sequence[tuple[int, Tokens, bool]],
+      upcoming: Sequence[Tokens],
+  ) -> None:
+    """Copies sequences that have ended to the prefix cache.
+
+    One that the cache covers already is not copied, and one that is larger than
+    its budget is evicted at once.
+
+    Args:
+      source: the rows that hold them.
+      sequences: a row, its tokens with keys and values, and whether it has the
+        hidden state of the last of them.
+      upcoming: see `admit`.
+    """
+    new = [each for each in sequences
+           if self.cache.find(each[1])[1] < len(each[1])]
+    # Of like lengths together: the slots of a block are those of its longest.
+    new.sort(key=lambda each: len(each[1]))
+    for part in _batches(new, self.parts):
+      slots = self.settings.prefill_sizes(len(part[-1][1]))[-1]
+      self.trim(upcoming, room=self.parts * slots)
+      if self.parts * slots > self.cache.budget:
+        self.cache.evicted += sum(len(tokens) for _, tokens, _ in part)
+        continue
+      rows = self.place(self._empty(self.parts, slots, 0), [
+          (Prefix(source, row, len(tokens)), i)
+          for i, (row, tokens, _) in enumerate(part)])
+      self.cache.add(rows, self.parts * slots, [
+          (i, tokens, hidden) for i, (_, tokens, hidden) in enumerate(part)])
+
+  def trim(self, upcoming: Iterable[Tokens], room: int = 0) -> None:
+    """Evicts down to the budget, but for what these prompts go on from."""
+    found = (self._prefix(prompt)[0] for prompt in upcoming)
+    self.cache.trim([entry for entry in found if entry], room)
+
+  def place(
+      self, into: Rows, copies: Sequence[tuple[Prefix, int]],
+  ) -> Rows:
+    """Copies prefixes to rows of `into`, at most R in a program.
 
     Args:
       into: donated.
-      prompts, rows: a prompt, and the row that it begins, in turn.
+      copies: pairs of a prefix, and the row that it begins.
     """
-    by_rows: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-      by_rows.setdefault(id(prompt.rows), []).append(i)
+    by_rows: dict[int, list[tuple[Prefix, int]]] = {}
+    for prefix, row in copies:
+      by_rows.setdefault(id(prefix.rows), []).append((prefix, row))
     total = into.hidden.shape[0]
-    for chosen in by_rows.values():
-      for part in _batches(chosen, self.rows):
-        columns = np.zeros((3, self.rows), np.int32)
-        # Fewer than R prompts are padded with a row beyond the last, which
-        # `cache.insert` drops, so that one program serves any number.
+    width = min(self.rows, total)
+    for same in by_rows.values():
+      for part in _batches(same, width):
+        columns = np.zeros((3, width), np.int32)
+        # Fewer are padded with a row beyond the last, which `cache.insert`
+        # drops, so that one program serves any number.
         columns[2] = total
-        for j, i in enumerate(part):
-          columns[:, j] = prompts[i].row, prompts[i].end, rows[i]
-        source = prompts[part[0]].rows
+        for i, (prefix, row) in enumerate(part):
+          columns[:, i] = prefix.row, prefix.length, row
+        source = part[0][0].rows
         into = self._run(
             ("place", total, into.cache.slots, source.hidden.shape[0],
              source.cache.slots), place, into, source, *columns)
     return into
 
-  def slots_of(self, length: int) -> int:
-    """Returns the cache slots for a prompt: C, or the next of its doublings."""
-    return doublings(self.chunk, length)[-1]
+  def _prefix(self, prompt: Tokens) -> tuple[Entry | None, int]:
+    """Finds the entry that a prompt goes on from, and how many tokens it has.
+
+    All of them, if the entry has the hidden state that draws the next token;
+    else one token at least is left to compute. An entry is used where that
+    saves a forward pass, or if it is used whole, as by a continuation.
+    """
+    entry, same = self.cache.find(prompt)
+    if entry and entry.tokens == prompt and entry.hidden:
+      return entry, same
+    same = min(same, len(prompt) - 1)
+    if not entry or not same:
+      return None, 0
+    passes = lambda tokens: -(-tokens // self.chunk)
+    saved = passes(len(prompt)) - passes(len(prompt) - same)
+    return (entry, same) if saved or same == len(entry.tokens) else (None, 0)
 
   def _batch(
-      self, model: Transformer, blocks: list[Block],
-      prompts: Sequence[tuple[Tokens, int]],
-  ) -> list[Prompt]:
-    """Prefills up to R prompts behind prefixes that are kept already."""
+      self, model: Transformer, blocks: list[Block], prompts: Sequence[Tokens],
+  ) -> list[Entry]:
+    """Prefills up to R prompts behind what is cached of them."""
+    found = [self._prefix(prompt) for prompt in prompts]
+    chunks = max(-(-(len(p) - same) // self.chunk)
+                 for p, (_, same) in zip(prompts, found, strict=True))
+    slots = self.settings.prefill_sizes(max(map(len, prompts)))[-1]
+    # Where rows need more chunks than others, these may have a part of their
+    # prefix computed again: that is cheaper than a larger cache for all rows.
+    most = slots - chunks * self.chunk
+    used = [min(same, most) for _, same in found]
     # Every prefix ends before slot `begin`, the longest one's length, so that
     # the tokens behind it are written to the same slots in all rows. A shorter
     # prefix has holes on its left.
-    begin = max(n for _, n in prompts)
-    chunks = max(-(-(len(p) - n) // self.chunk) for p, n in prompts)
-    slots = self.slots_of(begin + chunks * self.chunk)
-    rows = self._empty(self.rows, slots, begin)
-    behind = [(i, self._prefixes[p[:n]])
-              for i, (p, n) in enumerate(prompts) if n]
-    rows = self.place(
-        rows, [prompt for _, prompt in behind], [i for i, _ in behind])
+    rows = self.place(self._empty(self.rows, slots, max(used)), [
+        (_first(self.cache.use(entry), length), i)
+        for i, ((entry, _), length) in enumerate(zip(found, used, strict=True))
+        if entry and length])
     tokens = np.zeros((self.rows, chunks * self.chunk), np.int32)
     positions = np.full_like(tokens, -1)
-    for i, (prompt, n) in enumerate(prompts):
-      tokens[i, :len(prompt) - n] = prompt[n:]
-      positions[i, :len(prompt) - n] = np.arange(n, len(prompt))
+    for i, (prompt, same) in enumerate(zip(prompts, used, strict=True)):
+      tokens[i, :len(prompt) - same] = prompt[same:]
+      positions[i, :len(prompt) - same] = np.arange(same, len(prompt))
     for at in range(0, tokens.shape[1], self.chunk):
       put = lambda x, at=at: sharding.put(
           x[:, at:at + self.chunk], "rows", "slots")
@@ -283,27 +281,19 @@ class Prefill:
                        rows, put(tokens), put(positions))
     self.tokens += int((positions >= 0).sum())
     self.positions += positions.size
-    return [Prompt(rows, i, begin + len(p) - n)
-            for i, (p, n) in enumerate(prompts)]
-
-  def _alone(self, prompt: Prompt) -> Prompt:
-    """Copies a prompt to a cache of its own.
-
-    A kept prefix would else hold the cache of its whole batch on the device.
-    """
-    # The smallest cache that the mesh can split has a row for each part; all
-    # of them get the prompt.
-    slots = prompt.rows.cache.slots
-    rows = self.place(
-        self._empty(self.parts, slots, 0), [prompt] * self.parts,
-        range(self.parts))
-    return Prompt(rows, 0, slots)
+    return self.cache.add(rows, self.rows * slots, [
+        (i, prompt, True) for i, prompt in enumerate(prompts)])
 
   def _empty(self, rows: int, slots: int, index: int) -> Rows:
     """Makes empty rows, counted as a program."""
     return self._run(
         ("empty", rows, slots), empty, self.config, np.int32(index),
-        rows=rows, slots=slots, cache_dtype=self._cache_dtype)
+        rows=rows, slots=slots, cache_dtype=self.settings.cache_dtype)
+
+
+def _first(entry: Entry, length: int) -> Prefix:
+  """Returns the first `length` tokens of an entry."""
+  return Prefix(entry.block.rows, entry.row, length)
 
 
 def _batches(items: Sequence, size: int) -> list[Sequence]:

@@ -42,9 +42,6 @@ class Request:
     stop_strings: strings that end it with the token that completes one.
     banned_ids: token ids that are never sampled.
     seed, stage, step, prompt_id, sample_id: see `token_sampling.row_keys`.
-    prefix: how many of the prompt's first tokens are shared with other
-      requests, and prefilled once for all of them (prefix caching). 0: the
-      whole chunks that all prompts of the queue have in common.
     logits_processor_args: the argument of the engine's logits processor.
     script: [steps] int32, choices to replay (`Completion.raw`); -1 draws.
   """
@@ -67,7 +64,6 @@ class Request:
   step: int = 0
   prompt_id: int = 0
   sample_id: int = 0
-  prefix: int = 0
   logits_processor_args: Any = None
   script: np.ndarray | None = None
 
@@ -180,9 +176,6 @@ def problem(
     return (f"A prompt of {len(r.prompt)} tokens and a completion of up to "
             f"{needed - len(r.prompt)} need {needed} slots, and the cache has "
             f"{settings.max_seq_len}. Shorten them or raise max_seq_len.")
-  if not 0 <= r.prefix < len(r.prompt):
-    return (f"prefix is {r.prefix}, and of {len(r.prompt)} prompt tokens one "
-            "at least is not shared.")
   for name, limit in (("stop_ids", "max_ids"), ("banned_ids", "max_ids"),
                       ("wait_order", "max_waits")):
     found, most = len(getattr(r, name)), getattr(settings, limit)
@@ -304,7 +297,9 @@ class Settings:
       chunk of one prompt does not fill the chip; it costs where a prompt
       comes alone.
     prefill_chunk: tokens of a prompt in one forward pass (chunked prefill).
-    prefixes: shared prefixes kept on the device (prefix caching).
+    prefix_cache_tokens: slots of the prefix cache, for sequences besides what
+      the next request goes on from. Rows of a mesh are multiplied by a row for
+      each part.
     max_ids: the most stop ids and banned ids that a request may have, of each.
     max_waits: the most entries of `wait_order` that a request may have.
     cache_dtype, weights_dtype: dtype of the KV cache, and of the decode
@@ -323,7 +318,7 @@ class Settings:
   admit_fraction: float = 0.125
   prefill_rows: int = 1
   prefill_chunk: int = 64
-  prefixes: int = 8
+  prefix_cache_tokens: int = 0
   max_ids: int = 4
   max_waits: int = 4
   cache_dtype: str = "compute"
@@ -346,6 +341,15 @@ class Settings:
     last = -(-self.max_seq_len // TILE) * TILE
     return [min(size, last)
             for size in doublings(self.min_seq_len, self.max_seq_len)]
+
+  def prefill_sizes(self, length: int) -> list[int]:
+    """Sizes of caches that sequences of up to `length` tokens are prefilled in.
+
+    They are doublings of `prefill_chunk`. With a prefix cache there is room for
+    a chunk more, which a continuation may reach into with its last chunk.
+    """
+    room = self.prefill_chunk if self.prefix_cache_tokens else 0
+    return [size + room for size in doublings(self.prefill_chunk, length)]
 
 
 def fitting(sizes: Sequence[int], size: int, needed: int) -> Iterator[int]:

@@ -52,10 +52,10 @@ def watched(monkeypatch):
   def call(self, key, function, *args, **kwargs):
     kind, *numbers = key
     if kind == "place":
-      _, size, _, source = numbers
-      # A batch of prompts takes from a prefix, the slots from a batch.
-      kind = "prefix" if args[0].hidden.shape[0] == 4 else "place"
-      detail = f"[S={source} to {size}]"
+      into, size, rows, source = numbers
+      # Of 8 rows that decode, and 4 that are prefilled.
+      kind = {8: "place", 4: "prefix" if rows == 4 else "keep"}[into]
+      detail = f"[rows={rows} S={source} to {size}]"
     else:
       detail = {"empty": "[rows={} S={}]", "prefill": "[rows={} S={}]",
                 "resize": "[S={} to {}]", "decode": "[S={}]"}.get(

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 
-import hypothesis
 import jax
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from posttrain.sampler import decode, engine, prefill, rollouts
 from posttrain.sampler.requests import Request
@@ -126,9 +125,7 @@ def test_a_mesh_gives_the_same_tokens():
   rng = np.random.default_rng(3)
   prefix = tuple(rng.integers(12, scene.V, 11).tolist())
   asked = [scene.random_request(rng, i) for i in range(16)]
-  asked = [dataclasses.replace(
-      r, prompt=prefix + r.prompt, prefix=len(prefix) * (i % 2))
-           for i, r in enumerate(asked)]
+  asked = [dataclasses.replace(r, prompt=prefix + r.prompt) for r in asked]
   one = scene.take(scene.make_engine(), asked)
   with jax.set_mesh(meshes.eight()):
     eight = scene.take(scene.make_engine(max_num_seqs=8), asked)
@@ -178,79 +175,74 @@ def test_programs_are_counted_and_bounded():
 
 
 def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
+  """To the token where prompts are prefilled one by one."""
   rng = np.random.default_rng(6)
   system = tuple(rng.integers(12, scene.V, 21).tolist())
   prompts = [system + tuple(rng.integers(12, scene.V, n).tolist())
              for n in (5, 9, 30)]
-
-  def group(prefix):
-    return [Request(
-        prompt=prompt, max_tokens=12, prompt_id=i, sample_id=sample,
-        prefix=prefix) for i, prompt in enumerate(prompts)
-            for sample in range(6)]
-
-  # Of a chunk of 32 the 21 tokens fill none: nothing is shared unasked.
-  plain, shared = scene.make_engine(prefill_chunk=32), scene.make_engine()
-  one, other = scene.take(plain, group(0)), scene.take(shared, group(21))
+  asked = [Request(
+      prompt=prompt, max_tokens=12, prompt_id=i, sample_id=sample)
+           for i, prompt in enumerate(prompts) for sample in range(6)]
+  # A chunk of 128 has room for each prompt: sharing would save no pass.
+  plain = scene.make_engine(prefill_chunk=128)
+  # A budget of one slot keeps nothing.
+  shared = scene.make_engine(prefill_rows=1, prefix_cache_tokens=1)
+  pairs = scene.make_engine(max_num_seqs=18, prefix_cache_tokens=1)
+  one, other, two = (
+      scene.take(engine, asked) for engine in (plain, shared, pairs))
   assert plain.stats.prompt_tokens == 6 * sum(map(len, prompts))
   assert plain.stats.prefilled_tokens == sum(map(len, prompts))
   assert shared.stats.prefilled_tokens == 21 + 5 + 9 + 30
-  # Found by itself: two whole chunks of 8. Then there is nothing in common.
-  finds = scene.make_engine()
-  found = scene.take(finds, group(0))
-  assert finds.stats.prefilled_tokens == 16 + sum(map(len, prompts)) - 3 * 16
-  assert sum(map(scene.flips, one, found)) <= 1
-  before = finds.stats.prefilled_tokens
-  scene.take(finds, [Request(prompt=(12 + i, *system), max_tokens=2)
-                     for i in range(3)])
-  assert finds.stats.prefilled_tokens == before + 3 * 22
-  # A branch of a search: what was written so far is a prefix too.
-  branch = prompts[0] + tuple(one[0].tokens[:4])
-  scene.take(shared, [Request(prompt=branch, max_tokens=3, prefix=21)])
-  assert shared.stats.prefilled_tokens == 21 + 5 + 9 + 30 + 5 + 4
+  # Two prompts go through the model side by side, and the third behind them.
+  assert pairs.stats.prefilled_tokens == 2 * 21 + 5 + 9 + 30
+  # Without a budget a cache has no room beyond a prompt, and a part of a chunk
+  # is computed again rather than have one.
+  least = scene.make_engine(prefill_rows=1)
+  three = scene.take(least, asked)
+  passes = lambda engine: engine._prefill.positions
+  assert passes(least) == passes(shared) == 8 * (4 + 2 + 4)
+  assert sum(map(scene.flips, one, three)) <= 1
   assert sum(map(scene.flips, one, other)) <= 1
+  assert sum(map(scene.flips, one, two)) <= 1
+  # Nothing stays behind an empty queue: what comes next is computed anew.
+  assert not shared._prefill.cache.entries
+  scene.take(shared, [Request(prompt=prompts[0], max_tokens=2)])
+  assert shared.stats.prefilled_tokens == 2 * (21 + 5) + 9 + 30
   for done in other[::6]:
     told, logprobs, _ = scene.redrawn(done)
     assert told.tokens == done.tokens
     np.testing.assert_allclose(done.logprobs, logprobs, rtol=0, atol=5e-5)
 
 
-@hypothesis.given(st.lists(st.lists(
-    st.integers(0, 1), min_size=1, max_size=9).map(tuple), min_size=1))
-def test_what_a_queue_shares_is_what_all_of_it_begins_with(prompts):
-  shared = prefill.Shared(2)
-  for i, prompt in enumerate(prompts):
-    shared.add(prompt, first=i == 0)
-  for prompt in prompts:
-    n = shared.of(prompt)
-    others = {other for other in prompts if other != prompt}
-    holds = lambda n: n < len(prompt) and all(
-        other[:n] == prompt[:n] for other in others)
-    assert n == max((m for m in range(0, 10, 2) if holds(m)), default=0) * (
-        len(others) > 0)
-
-
-def test_prompts_that_wait_too_long_are_prefilled_again():
-  """Eight prompts in turn: two rows keep two of them."""
+def test_prompts_that_no_next_request_needs_are_prefilled_again():
+  """Eight prompts in turn; with a budget for all of them none is."""
   prompts = [(12 + i, 20, 21) for i in range(8)]
   asked = [Request(prompt=p, max_tokens=4, prompt_id=i)
            for i, p in enumerate(prompts)]
-  in_turn, grouped = (scene.make_engine(max_num_seqs=2) for _ in range(2))
+  make = functools.partial(
+      scene.make_engine, max_num_seqs=2, prefill_rows=1)
+  in_turn, grouped, cached = make(), make(), make(prefix_cache_tokens=128)
   turns = scene.take(in_turn, [*asked, *asked])
   groups = scene.take(grouped, [r for r in asked for _ in range(2)])
+  again = scene.take(cached, [*asked, *asked])
   assert grouped.stats.prefilled_tokens == 3 * 8
-  assert in_turn.stats.prefilled_tokens == 3 * (16 - 2)
-  for a, b, c in zip(turns[:8], turns[8:], groups[::2], strict=True):
-    assert a.tokens == b.tokens == c.tokens
+  assert in_turn.stats.prefilled_tokens == 3 * 16
+  assert cached.stats.prefilled_tokens == 3 * 8
+  assert cached.stats.evicted_tokens == 0
+  for runs in zip(turns[:8], turns[8:], groups[::2], again[:8], again[8:],
+                  strict=True):
+    assert len({tuple(done.tokens) for done in runs}) == 1
 
 
-def test_prefixes_that_are_not_used_are_dropped():
-  busy = scene.make_engine(prefixes=1)
+def test_sequences_that_were_not_used_lately_are_evicted():
+  busy = scene.make_engine(prefill_rows=1, prefix_cache_tokens=24)
   ask = lambda first: scene.take(busy, [Request(
-      prompt=(first, 13, 14), max_tokens=1, prefix=2)])
-  for first, prefilled in ((15, 3), (15, 4), (16, 7), (15, 10)):
+      prompt=(first, *range(13, 21)), max_tokens=1)])
+  # Each takes 24 slots: two chunks, and room for one more.
+  for first, prefilled in ((15, 9), (15, 9), (16, 18), (15, 27)):
     ask(first)
     assert busy.stats.prefilled_tokens == prefilled
+  assert busy.stats.evicted_tokens == 2 * 9
 
 
 @pytest.mark.parametrize("option", build.quick_options("gemma", "experts"))
@@ -261,10 +253,10 @@ def test_logprobs_are_the_training_programs(option):
   weights = build.random_params(config)
   model = build.load(config, weights)
   busy = engine.Engine(model, scene.STRINGS.tables(), dataclasses.replace(
-      scene.SETTINGS, max_num_seqs=3, max_seq_len=192))
+      scene.SETTINGS, max_num_seqs=3, max_seq_len=192, prefill_rows=1))
   prefix = tuple(range(12, 29))
   asked = [Request(
-      prompt=(*prefix, 12 + i, 3), prefix=len(prefix), prompt_id=i,
+      prompt=(*prefix, 12 + i, 3), prompt_id=i,
       max_tokens=140, max_thinking_tokens=100, min_thinking_tokens=60,
       num_waits=1) for i in range(16)]  # Of 8, some models force few tokens.
   found = scene.take(busy, asked)
@@ -302,7 +294,6 @@ BAD = [
     (dict(prompt=(scene.V,)), "outside of 0 to 30"),
     (dict(banned_ids=(-1,)), "outside of 0 to 30"),
     (dict(max_tokens=0), "max_tokens is 0"),
-    (dict(prefix=2), "prefix is 2"),
     (dict(stop_ids=(1, 2, 3, 4, 5)), "stop_ids has 5 ids.*max_ids"),
     (dict(wait_order=(0,) * 5), "wait_order has 5 ids.*max_waits"),
     (dict(stop_strings=("a", "")), "stop string is empty"),

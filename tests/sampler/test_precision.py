@@ -57,11 +57,11 @@ def test_an_engine_in_int8_replays_bit_for_bit():
   rng = np.random.default_rng(0)
   asked = [scene.random_request(rng, i, longest=30) for i in range(8)]
   with jax.set_mesh(meshes.one()):
-    engine = scene.make_engine(**INT8)
+    engine = scene.make_engine(**INT8, prefix_cache_tokens=1024)
     first = scene.take(engine, asked)
     kept = [engine._batch.carry.cache, *(
-        prompt.rows.cache for prompt in engine._prefill._prompts.values())]
-    again = scene.take(scene.make_engine(**INT8), [
+        entry.block.rows.cache for entry in engine._prefill.cache.entries)]
+    again = scene.take(scene.make_engine(**INT8, prefix_cache_tokens=1024), [
         dataclasses.replace(request, script=done.raw)
         for request, done in zip(asked, first, strict=True)])
   assert {layer.k.dtype for cache in kept for layer in cache.layers} == {
