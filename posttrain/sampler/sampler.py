@@ -34,7 +34,7 @@ from posttrain.text import thinking as thinking_lib
 # Tokens of a prompt in one forward pass at most (chunked prefill), and tokens
 # of all prompts that a device prefills together: enough to fill a chip, and few
 # enough that attention's scores stay small beside the weights.
-PREFILL_CHUNK, PREFILL_TOKENS = 256, 2048
+PREFILL_CHUNK, PREFILL_TOKENS = 256, 512
 
 
 @dataclasses.dataclass(frozen=True)
