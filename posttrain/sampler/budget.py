@@ -73,13 +73,13 @@ def init(
   if tables.matcher:
     phase = jnp.where(in_thinking, THINK, PRE) + zeros
     node = jnp.where(in_thinking, tables.matcher.think, delimiters.PRE) + zeros
-  recent = jnp.broadcast_to(
-      last_prompt_token[:, None], (*last_prompt_token.shape, tables.window))
-  # Only the last prompt token is known: a newline may end in it.
-  recent = jnp.where(jnp.arange(tables.window) < tables.window - 1, -1, recent)
+  recent = jnp.zeros((zeros.size, tables.window), jnp.int32,
+                     out_sharding=spec("rows", None))
   state = BudgetState(
       phase=jnp.where(done, DONE, phase), cursor=zeros, resume=zeros,
-      node=node, recent=recent, thinking=zeros, steps=zeros, answer=zeros,
+      node=node, sizes=recent, thinking=zeros, steps=zeros, answer=zeros,
+      # Only the last prompt token is known: a newline may end in it.
+      recent=_append(recent, last_prompt_token, zeros == 0),
       num_tokens=zeros, draws=zeros,
       waits_left=budgets.num_waits, wait_count=zeros, just_waited=zeros != 0,
       think_end=zeros, finish_reason=zeros)
@@ -127,9 +127,8 @@ def advance(
   active = ~state.done
   sampled = active & ~was_forced
   stopped = sampled & _stops(tables, budgets, token[:, None])[:, 0]
-  recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
   state = dataclasses.replace(
-      state, recent=jnp.where(active[:, None], recent, state.recent),
+      state, recent=_append(state.recent, token, active),
       num_tokens=state.num_tokens + active, draws=state.draws + active,
       answer=state.answer + (sampled & (state.phase != THINK)))
   retracted = jnp.zeros_like(token)
@@ -186,22 +185,25 @@ def _follow(
   matcher, tape = tables.matcher, tables.tape
   assert matcher and tape
   found = _events(matcher, state, token, sampled, stopped)
+  active = ~state.done
+  state = dataclasses.replace(state, sizes=_append(
+      state.sizes, found.size, active))
   # A wait takes the delimiter away even if the delimiter would begin `end`.
   waited = found.matched & (state.waits_left > 0)
   ended = found.matched & ~waited
   kept = ended & found.kept
-  count, head = _span(matcher, state, found.back)
+  count, head = _span(state, found.back)
   retracted = jnp.where(found.matched & ~kept, count, 0)
-  head_at, head_length = _head(tape, state, retracted, head)
+  head_at, head_length = _head(matcher, tape, state, retracted, head)
 
-  thinking = state.thinking + (~state.done & ~found.stopped & (
+  thinking = state.thinking + (active & ~found.stopped & jnp.where(
+      found.started, found.size > 0,
       (state.phase == THINK) | _in_head(tape, state.cursor)))
   # Whole tokens of the delimiter were counted as they came, and are no
-  # thinking. The token that completed `start` was not counted: if the
-  # delimiter begins in that, `left` is -1, and the head does not count either.
-  left = thinking - count
-  left = jnp.where(kept, left + (head > 0), jnp.where(
-      left < 0, -head_length, left))
+  # thinking. The head counts as it comes out; if it is the end of `start`
+  # alone, it does not.
+  left = thinking - count + jnp.where(kept, head > 0, jnp.where(
+      head > 0, 0, -head_length))
 
   # Where a delimiter was kept, the rest of `end` is forced behind it.
   written = jnp.where(kept, jnp.minimum(found.back, tape.rests.size - 1), 0)
@@ -217,6 +219,7 @@ def _follow(
       state, phase=phase, cursor=cursor, resume=resume,
       node=jnp.where(phase == ANSWER, delimiters.ANSWER, node),
       recent=_retract(state.recent, retracted),
+      sizes=_retract(state.sizes, retracted),
       thinking=jnp.where(found.matched, left, thinking),
       steps=state.steps + found.steps,
       answer=jnp.where(found.started, 0, state.answer),
@@ -232,7 +235,8 @@ def _follow(
 class _Events:
   """Events of one step, [B] each; see `Matcher.effects`."""
 
-  node: jax.Array  # int32, the automaton's next state.
+  node: jax.Array  # The automaton's next state.
+  size: jax.Array  # Symbols of the token that may be thinking.
   started: jax.Array
   matched: jax.Array
   back: jax.Array
@@ -248,12 +252,13 @@ def _events(
   """Looks up what the sampled tokens complete; arguments as of `_follow`."""
   step = lambda table: _at(table, (state.node, token)).astype(jnp.int32)
   event = jnp.where(sampled, step(matcher.event), 0)
-  started, matched, back, kept, steps = jnp.unstack(
+  started, behind, matched, back, kept, steps = jnp.unstack(
       _rows_of(matcher.effects, event), axis=1)
   # A delimiter may be a stop id, too: then it ends the thinking, not the row.
   stopped = stopped & (matched == 0)
   return _Events(
       node=step(matcher.next), started=(started > 0) & ~stopped,
+      size=jnp.where(started > 0, behind, _at(matcher.symbols, token)),
       matched=matched > 0, back=back, kept=kept > 0,
       steps=jnp.where(stopped, 0, steps), stopped=stopped)
 
@@ -303,15 +308,15 @@ def _stops(
 
 
 def _span(
-    matcher: Matcher, state: BudgetState, symbols: jax.Array,
+    state: BudgetState, symbols: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds the tokens that the last `symbols` [B] of each row stand in.
 
   Returns:
     [B] int32 each: how many tokens these are, 0 for no symbols; and the symbols
-    before them in the first of the tokens.
+    of thinking before them in the first of the tokens.
   """
-  sizes = _rows_of(matcher.symbols, state.recent)
+  sizes = state.sizes
   behind = jax.lax.cumsum(sizes, axis=1, reverse=True) - sizes
   inside = behind < symbols[:, None]
   return jnp.sum(inside, axis=1), jnp.sum(
@@ -319,15 +324,15 @@ def _span(
 
 
 def _head(
-    tape: Tape, state: BudgetState, retracted: jax.Array,
+    matcher: Matcher, tape: Tape, state: BudgetState, retracted: jax.Array,
     symbols: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds the spelling of what stands before a delimiter in its first token.
 
   Args:
-    tape, state: with the delimiter's tokens.
+    matcher, tape, state: with the delimiter's tokens.
     retracted: [B] int32, tokens to retract.
-    symbols: [B] int32, of the first of them, before the delimiter.
+    symbols: [B] int32, of the first of them before the delimiter, see `_span`.
 
   Returns:
     [B] int32 each: its index in the tape, and its tokens; 0 for none.
@@ -335,13 +340,14 @@ def _head(
   heads = tape.heads
   if not heads.shape[1]:
     return jnp.zeros_like(symbols), jnp.zeros_like(symbols)
-  places = jnp.arange(state.recent.shape[1], 0, -1)
-  first = jnp.sum(jnp.where(
-      places == retracted[:, None], state.recent, 0), axis=1)
+  places = jnp.arange(state.recent.shape[1], 0, -1) == retracted[:, None]
+  pick = lambda hit, values: jnp.sum(jnp.where(hit, values, 0), axis=1)
+  first = pick(places, state.recent)
+  # Of the token that completed `start`, the end of that is there, too.
+  symbols = symbols + _at(matcher.symbols, first) - pick(places, state.sizes)
   hit = (heads[0] == first[:, None]) & (heads[1] == symbols[:, None]) & (
       retracted > 0)[:, None]
-  pick = lambda values: jnp.sum(jnp.where(hit, values, 0), axis=1)
-  return pick(heads[2]), pick(heads[3])
+  return pick(hit, heads[2]), pick(hit, heads[3])
 
 
 def _in_head(tape: Tape, cursor: jax.Array) -> jax.Array:
@@ -349,11 +355,18 @@ def _in_head(tape: Tape, cursor: jax.Array) -> jax.Array:
   return (cursor > 0) & (cursor < tape.heads_end)
 
 
+def _append(
+    recent: jax.Array, new: jax.Array, rows: jax.Array) -> jax.Array:
+  """Appends `new` [B] to the last values [B, W] of `rows` [B]."""
+  return jnp.where(rows[:, None], jnp.concatenate(
+      [recent[:, 1:], new[:, None]], axis=1), recent)
+
+
 def _retract(recent: jax.Array, count: jax.Array) -> jax.Array:
-  """Retracts the last `count` [B] of the tokens [B, W]."""
+  """Retracts the last `count` [B] of values [B, W]; the first are 0 then."""
   places = jnp.arange(recent.shape[1])
   hit = (places[:, None] - count[:, None, None]) == places
-  return jnp.sum(jnp.where(hit, recent[:, None] + 1, 0), axis=2) - 1
+  return jnp.sum(jnp.where(hit, recent[:, None], 0), axis=2)
 
 
 def _wait_cursor(
@@ -393,9 +406,8 @@ def _banned(
 
   def masks():
     # The most symbols before the token that a delimiter may complete.
-    sizes = _rows_of(matcher.symbols, state.recent)
     last = jnp.arange(tables.window) >= tables.window - 1 - spare[:, None]
-    most = jnp.sum(jnp.where(last, sizes, 0), axis=1) - 1
+    most = jnp.sum(jnp.where(last, state.sizes, 0), axis=1) - 1
     limit = jnp.iinfo(matcher.depth.dtype).max
     most = jnp.where(waits, -1, jnp.where(short, most, limit))
     depth = _rows_of(matcher.depth, state.node)
@@ -445,7 +457,7 @@ def _at_maximum(
   # If the model has begun to write `end` itself, only its rest is forced; the
   # whole tokens of the beginning were no thinking.
   begun = _at(matcher.begun, state.node)
-  count, head = _span(matcher, state, begun)
+  count, head = _span(state, begun)
   # The closing on the tape is newline and `end`. The newline is left out where
   # the text ends in one, and where `end` has begun.
   rest = (begun > 0) | _at(matcher.newline_ends, state.last)

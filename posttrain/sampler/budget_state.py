@@ -70,7 +70,9 @@ class BudgetState:
     node: state of the delimiters' automaton: what the text ends in, since
       thinking began, a token was forced or tokens were retracted.
     recent: [B, W], the last tokens of the row, its last prompt token among
-      them; -1 where unknown.
+      them; 0 where unknown.
+    sizes: [B, W], the symbols of each: of the token that completed `start`
+      those behind it only, as only these are thinking.
     thinking: thinking tokens, as docs/budget_forcing.md counts them.
     steps: steps of thinking that were ended.
     answer: tokens sampled outside thinking, a stop id included; of a row that
@@ -91,6 +93,7 @@ class BudgetState:
   resume: jax.Array
   node: jax.Array
   recent: jax.Array
+  sizes: jax.Array
   thinking: jax.Array
   steps: jax.Array
   answer: jax.Array

@@ -33,8 +33,9 @@ class Matcher:
   Attributes:
     next, event: [S, V] int8 or int16, the state behind each token, and what
       the token completes: a row of `effects`.
-    effects: [E, 5] int32: the token completes `start`; a delimiter; symbols
-      from that one's begin to the token's end; it may stay; steps that end.
+    effects: [E, 6] int32: the token completes `start`; its symbols behind that;
+      it completes a delimiter; symbols from that one's begin to the token's
+      end; it may stay; steps that end.
     symbols: [V] int32, symbols of each token.
     begun: [S] int32, symbols of `end` that the text ends in.
     think: int32, the state in which thinking begins.
@@ -60,8 +61,8 @@ class Matcher:
   ) -> "Matcher":
     completes = automaton.delimiter >= 0
     effects = np.stack([
-        automaton.started, completes, automaton.back, automaton.kept,
-        automaton.steps], axis=1).astype(np.int32)
+        automaton.started, automaton.behind, completes, automaton.back,
+        automaton.kept, automaton.steps], axis=1).astype(np.int32)
     event = automaton.event
     depth = np.where(
         completes[event],
