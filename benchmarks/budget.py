@@ -86,14 +86,15 @@ class Task:
   new: int
 
   def script(self, *stretches: int) -> np.ndarray:
-    """Makes [new] choices: a delimiter after each stretch, others drawn (-1).
+    """Makes a choice for each step: a delimiter after each stretch, others
+    drawn (-1).
     """
-    choices = np.full(self.new, -1, np.int32)
+    choices = np.full(self.new + WAITS, -1, np.int32)
     at = 0
     for stretch in stretches:
       at += stretch
       choices[at] = END
-      at += 1  # The wait stands in its place.
+      at += 2  # A step takes it back, and the next one forces the wait.
     return choices
 
 

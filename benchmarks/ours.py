@@ -98,9 +98,8 @@ class Generator:
 
   def __init__(self, config: ModelConfig, shape: Shape):
     self._shape = shape
-    tables = budget_tables.BudgetTables.build(
-        thinking.ThinkingIds(), (), np.zeros(config.vocab_size, bool),
-        config.vocab_size)
+    tables = budget_tables.BudgetTables.of_ids(
+        thinking.ThinkingIds(), (), np.zeros(config.vocab_size, bool))
     self._sampler = sampler.Sampler(
         ids=thinking.ThinkingIds(), tables=tables,
         params=token_sampling.SamplingParams(temperature=1.0),

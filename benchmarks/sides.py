@@ -58,5 +58,5 @@ def tables(
     config: ModelConfig, ids: thinking.ThinkingIds,
 ) -> budget_tables.BudgetTables:
   """Makes budget tables with which nothing but the budgets stops a row."""
-  return budget_tables.BudgetTables.build(
-      ids, (), np.zeros(config.vocab_size, bool), config.vocab_size)
+  return budget_tables.BudgetTables.of_ids(
+      ids, (), np.zeros(config.vocab_size, bool))

@@ -197,7 +197,7 @@ class Chat:
     request = how.options.apply(requests.Request(
         prompt=tuple(prompt), params=how.params, **vars(self._limits),
         seed=self._seed, stage="chat", prompt_id=self._turns),
-        len(how.tables.waits))
+        how.tables.wait_texts)
     number = self._engine.submit(request)
     [done] = watched(self._engine, number, StreamPrinter(
         tokenizer, how.ids, self._stream,

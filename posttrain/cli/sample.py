@@ -165,7 +165,7 @@ def run(
         how.options.apply(requests.Request(
             prompt=tuple(prompt), params=params,
             **dataclasses.asdict(limits), seed=seed, stage="sample",
-            prompt_id=i, sample_id=sample), len(tables.waits))
+            prompt_id=i, sample_id=sample), tables.wait_texts)
         for i, prompt in enumerate(prompts) for sample in range(num_samples)]
     queue = _Queue(renderer.tokenizer, how, output, settings)
     kept = lambda: (

@@ -69,8 +69,7 @@ def _without_tokenizer(
       wait=one(strings.wait_text),
       more_waits=tuple(map(one, strings.more_wait_texts)),
       step=one(strings.step))
-  tables = budget_tables.BudgetTables.build(
-      ids, (0,), np.zeros(size, bool), size)
+  tables = budget_tables.BudgetTables.of_ids(ids, (0,), np.zeros(size, bool))
   return Setup(
       config, weights.model_config(config, size), ids, tables, None, (
           *notes, f"The tokenizer is not here ({error}): the vocabulary is the "

@@ -125,7 +125,7 @@ class _Engine:
       tables: budget.BudgetTables, settings: Settings, prompts: Prompts,
       tokens: int, beside: dict[str, Any]):
     self.named, self.settings = named, settings
-    self.tables, self.config = tables, model.config
+    self.tables, self.config = tables.put(sharding.abstract), model.config
     self.whole, self.blocks, self.kept = unstacked(
         model, settings.weights_dtype)
     self.weights = beside | {
@@ -138,7 +138,7 @@ class _Engine:
         else prompts.length)
     self.waves = waves(settings, self.prefill, prompts, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
-    self.idle = (tables, budgets, np.zeros(settings.rows, np.int32),
+    self.idle = (self.tables, budgets, np.zeros(settings.rows, np.int32),
                  settings.confidence)
     self.state = weights.on_mesh(device_batch.done.eval_shape(*self.idle))
     self.processor_row = self.processor_state = None
@@ -151,7 +151,7 @@ class _Engine:
     self.admitted = device_batch.begin_arguments(
         [None] * settings.rows, [0], tables, settings)
     self.requests, _ = weights.on_mesh(device_batch.begin.eval_shape(
-        self.state, tables, *self.admitted))
+        self.state, self.tables, *self.admitted))
 
   def rows(self, count: int, slots: int) -> prefill.Rows:
     return weights.on_mesh(prefill.empty.eval_shape(
@@ -160,10 +160,8 @@ class _Engine:
 
   def carry(self, slots: int) -> decode.Carry:
     rows = self.rows(self.settings.rows, slots)
-    earlier = weights.on_mesh(device_batch.no_earlier.eval_shape(
-        rows.hidden, self.tables)) if self.tables.recalled else None
     return decode.Carry(
-        rows.cache, rows.hidden, self.state, self.processor_state, earlier)
+        rows.cache, rows.hidden, self.state, self.processor_state)
 
   def cached(self) -> dict[str, Any]:
     """The prefix cache: its budget, and what the next request goes on from."""
@@ -210,23 +208,18 @@ class _Engine:
     return self.named(kind, functools.partial(
         prefill.place.lower, *arrays, *columns), arrays, {
             **self.weights, **self.cached(),
-            "state": (carry.state, carry.processor_state, carry.earlier),
+            "state": (carry.state, carry.processor_state),
             "requests": self.requests}, calls, sizes)
 
   def slots(self) -> Iterator[Program]:
     """Yields programs that make the engine's slots, without a request."""
-    settings, tables = self.settings, self.tables
-    size = settings.sizes[0]
+    settings, size = self.settings, self.settings.sizes[0]
     yield self.empty(settings.rows, size, self.weights, 1)
     rows = self.rows(settings.rows, size)
     beside = {**self.weights, "slots": rows}
     yield self.named(
-        "done", functools.partial(device_batch.done.lower, *self.idle), (),
-        beside)
-    if tables.recalled:
-      yield self.named("earlier", functools.partial(
-          device_batch.no_earlier.lower, rows.hidden, tables), (rows.hidden,),
-          beside)
+        "done", functools.partial(device_batch.done.lower, *self.idle),
+        self.tables, beside)
     for n, row in enumerate(jax.tree.leaves(self.processor_row)):
       yield self.named("processor_rows", functools.partial(
           device_batch.repeated.lower, row, rows=settings.rows), (), beside,
@@ -279,17 +272,17 @@ class _Engine:
     beside = {**self.weights, **self.cached()}
     yield self.named("begin", functools.partial(
         device_batch.begin.lower, self.state, self.tables, *self.admitted),
-        (self.state,), {
+        (self.state, self.tables), {
             **beside, "slots": (
-                carry.cache, carry.hidden, carry.processor_state,
-                carry.earlier), "requests": self.requests},
+                carry.cache, carry.hidden, carry.processor_state),
+            "requests": self.requests},
         calls["begin",])
     if self.processor_state is not None:
       yield self.named("logits_processor", functools.partial(
           device_batch.set_row.lower, self.processor_state,
           self.processor_row, np.int32(0)), (self.processor_state,), {
-              **beside, "slots": (carry.cache, carry.hidden, carry.state,
-                                  carry.earlier), "requests": self.requests},
+              **beside, "slots": (carry.cache, carry.hidden, carry.state),
+              "requests": self.requests},
           calls["logits_processor",])
 
   def resizes(self) -> Iterator[Program]:
@@ -322,7 +315,7 @@ class _Engine:
           steps=settings.chunk, recorded=settings.recorded,
           logits_processor=settings.logits_processor,
           budget_schedule=settings.budget_schedule),
-          (self.whole, self.blocks, carry, self.requests, script),
+          (self.whole, self.blocks, carry, self.requests, script, self.tables),
           self.beside | self.kept | self.cached(),
           self.waves.calls["decode", size], f"S={size}")
 

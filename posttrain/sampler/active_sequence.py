@@ -109,7 +109,7 @@ class ActiveSequence:
     self._most = requests.most_slots(request, tables)
     # A delimiter that completes may retract this many earlier tokens, so the
     # last ones of the record are not final yet.
-    self._held = tables.recalled
+    self._held = tables.held
     self._row = rollouts.Row()
     self._raw: list[np.ndarray] = []
     self._surplus = 0

@@ -11,13 +11,14 @@ not `NONE`. The token to feed next is `state.last` at position
 belong to retracted tokens, and have to be invalidated first.
 
 A row is before its thinking (`PRE`), in it (`THINK`), past it (`ANSWER`) or
-`DONE`; thinking that has ended is not entered again. `cursor` points into the
-tape, the strings that can be forced, one after the other. A row forces tokens
-while its cursor points at one. Every rule is a `where` over [B], so budgets are
-data, and changing them never recompiles. The strings are static: another
-tokenizer, or other thinking strings, do recompile.
+`DONE`; thinking that has ended is not entered again. What its text ends in is
+the state of an automaton (`node`), which takes a step with each sampled token.
+`cursor` points into the tape, the strings that can be forced, one after the
+other. A row forces tokens while its cursor points at one. Every rule is a
+`where` over [B], and budgets and strings are data: changing a budget never
+recompiles, and other strings do only if their tables have other shapes.
 
-  B: rows    V: vocabulary    W: window of recent tokens    C: forced strings
+  B: rows    V: vocabulary    W: window of recent tokens
 
 Reference: s1, https://arxiv.org/abs/2501.19393, section 3.1, and its public
 code. What differs from it, and why: docs/budget_forcing.md.
@@ -25,12 +26,11 @@ code. What differs from it, and why: docs/budget_forcing.md.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from posttrain import sharding
 from posttrain.sampler.budget_state import (
     ANSWER,
     BUDGET,
@@ -49,7 +49,9 @@ from posttrain.sampler.budget_state import (
     BudgetState,
     Emit,
 )
-from posttrain.sampler.budget_tables import BudgetTables
+from posttrain.sampler.budget_tables import BudgetTables, Matcher, Tape
+from posttrain.sharding import spec
+from posttrain.text import delimiters
 
 
 def init(
@@ -61,23 +63,24 @@ def init(
   Args:
     tables, budgets: the strings, and the limits of each row.
     in_thinking: [B] bool, the row begins inside an open thinking section. In
-      the others thinking begins when the model has sampled `tables.start`
-      whole; never, if that is empty.
+      the others thinking begins when the model has sampled `start` whole;
+      never, if that is empty.
     last_prompt_token: [B] int32.
     done: [B] bool, padding rows that generate nothing.
   """
   zeros = jnp.zeros_like(last_prompt_token)
-  first = zeros + (
-      jnp.where(in_thinking, THINK, PRE) if tables.used else ANSWER)
-  recent = jnp.broadcast_to(
-      last_prompt_token[:, None], (*last_prompt_token.shape, tables.window))
-  # Only the last prompt token is known: a newline may end in it. A delimiter
-  # is not matched across the prompt's end, as `run` is 0.
-  recent = jnp.where(jnp.arange(tables.window) < tables.window - 1, -1, recent)
+  phase = node = zeros + ANSWER
+  if tables.matcher:
+    phase = jnp.where(in_thinking, THINK, PRE) + zeros
+    node = jnp.where(in_thinking, tables.matcher.think, delimiters.PRE) + zeros
+  recent = jnp.zeros((zeros.size, tables.window), jnp.int32,
+                     out_sharding=spec("rows", None))
   state = BudgetState(
-      phase=jnp.where(done, DONE, first), cursor=zeros, recent=recent,
-      run=zeros, thinking=zeros, steps=zeros, answer=zeros, num_tokens=zeros,
-      draws=zeros,
+      phase=jnp.where(done, DONE, phase), cursor=zeros, resume=zeros,
+      node=node, sizes=recent, thinking=zeros, steps=zeros, answer=zeros,
+      # Only the last prompt token is known: a newline may end in it.
+      recent=_append(recent, last_prompt_token, zeros == 0),
+      num_tokens=zeros, draws=zeros,
       waits_left=budgets.num_waits, wait_count=zeros, just_waited=zeros != 0,
       think_end=zeros, finish_reason=zeros)
   # A maximum of 0 closes the thinking before its first token.
@@ -92,46 +95,13 @@ def plan(
   Returns:
     forced: [B] int32, the token that must be emitted, or -1. Always -1 in a
       row that is done.
-    banned: [B, V] bool, ids that may not be sampled. None if thinking is
-      unused, as nothing is banned then.
+    banned: [B, V] bool, ids that may not be sampled, none in a row that
+      forces. None if thinking is unused, as nothing is banned then.
   """
-  forced = jnp.where(state.done, -1, tables.forced_at(state.cursor))
-  if not tables.used:
-    return forced, None
-  in_thinking = state.phase == THINK
-  # Behind a wait the model has to go on for one token at least, as in s1's
-  # public code, which samples there with min_tokens=1.
-  after_wait = in_thinking & state.just_waited
-  # [B] bool by token id: a few comparisons with `ids`, which fuse into the
-  # program that reads the [B, V] mask, in place of a scatter.
-  bans: dict[int, jax.Array] = {}
-
-  def ban(token: int, rows: jax.Array) -> None:
-    bans[token] = bans[token] | rows if token in bans else rows
-
-  short = state.thinking < budgets.min_thinking_tokens
-  no_stop = after_wait | in_thinking & short
-  for token in tables.stop_ids:
-    ban(token, no_stop)
-  for delimiter in tables.delimiters:
-    # The delimiter's other tokens do not count as thinking. If its last token
-    # were sampled now, the section would end with `left` thinking tokens.
-    head = delimiter[:-1]
-    left = state.thinking - len(head)
-    ban(delimiter[-1], in_thinking & _ends_in(state, head)
-        & (left < budgets.min_thinking_tokens))
-    ban(delimiter[0], after_wait)
-  ids = jnp.arange(tables.vocab_size)
-  banned = functools.reduce(
-      jnp.logical_or,
-      (rows[:, None] & (ids == token) for token, rows in bans.items()))
-  if budgets.stop_ids is not None:
-    own = jnp.any(budgets.stop_ids[:, :, None] == ids, axis=1)
-    banned = banned | no_stop[:, None] & own
-  if budgets.suppress is not None and tables.reflections is not None:
-    rows = in_thinking & budgets.suppress
-    banned = banned | rows[:, None] & jnp.asarray(tables.reflections)
-  return forced, banned
+  if not tables.tape:
+    return jnp.full_like(state.cursor, -1), None
+  forced = jnp.where(state.done, -1, _at(tables.tape.tokens, state.cursor))
+  return forced, _banned(tables, budgets, state, forced < 0)
 
 
 def advance(
@@ -142,11 +112,9 @@ def advance(
 
   A sampled token that completes a delimiter ends the thinking or becomes a
   wait. It is kept if the delimiter is the beginning of `end`. Else it is
-  retracted together with the delimiter's earlier tokens, and the first token of
-  the string to force takes its place in the same step: a forced token needs no
-  logits. With an empty wait text nothing takes its place (`refeed`), and the
-  next token is sampled from the same context with the delimiters' first tokens
-  banned, which is right for delimiters of any length.
+  retracted together with the earlier tokens that the delimiter stands in. The
+  step then emits nothing (`refeed`), and the next ones force what stood before
+  the delimiter in its first token, and the string that takes its place.
 
   Args:
     tables, budgets, state: as given to `plan`.
@@ -158,57 +126,26 @@ def advance(
   """
   active = ~state.done
   sampled = active & ~was_forced
-  draws = state.draws + active
-  state = _append(state, token, active, sampled)
-  matched, kept = _match(tables, state, sampled & (state.phase == THINK))
-  stops = _is_stop(tables, budgets, token)
-  # A delimiter may be a stop id, too: then it ends the thinking, not the row.
-  stopped = sampled & (matched == 0) & stops
-  started = sampled & ~stopped & (state.phase == PRE) & _ends_in(
-      state, tables.start) if tables.start else jnp.zeros_like(active)
-  thought = active & (state.phase == THINK) & ~stopped
-  outside = sampled & (state.phase != THINK)
-  # A wait takes the delimiter away even if the delimiter would begin `end`.
-  waited = (matched > 0) & (state.waits_left > 0)
-  ended = (matched > 0) & ~waited
-  retract = matched * (waited | ended & ~kept)
-
-  phase = jnp.where(started, THINK, jnp.where(ended, ANSWER, state.phase))
-  # A forced token moves the cursor on along its string. Where a delimiter was
-  # kept, the rest of `end` is forced behind it.
-  cursor = jnp.where(was_forced & active, state.cursor + 1, state.cursor)
-  cursor = jnp.where(waited, _wait_cursor(tables, budgets, state), cursor)
-  cursor = jnp.where(
-      ended, tables.end_cursor + jnp.where(kept, matched, 0), cursor)
+  stopped = sampled & _stops(tables, budgets, token[:, None])[:, 0]
   state = dataclasses.replace(
-      _retract(tables, state, retract), phase=phase, cursor=cursor,
-      # The delimiter's tokens were counted as they came, and are no thinking.
-      draws=draws, thinking=state.thinking + thought - matched,
-      steps=state.steps + (
-          thought & sampled & (matched == 0) & _ends_step(tables, state)),
-      answer=jnp.where(started, 0, state.answer + outside),
-      # Nothing matches across the begin of the thinking or a retraction.
-      run=jnp.where(started | (retract > 0), 0, state.run),
-      waits_left=state.waits_left - waited,
-      wait_count=state.wait_count + waited,
-      just_waited=waited | state.just_waited & ~sampled,
-      think_end=jnp.where(ended, NATURAL, state.think_end))
-  substitute = tables.forced_at(state.cursor)
-  replaced = (retract > 0) & (substitute >= 0)
+      state, recent=_append(state.recent, token, active),
+      num_tokens=state.num_tokens + active, draws=state.draws + active,
+      answer=state.answer + (sampled & (state.phase != THINK)))
+  retracted = jnp.zeros_like(token)
+  if tables.used:
+    state, stopped, retracted = _follow(
+        tables, budgets, state, token, sampled, stopped)
   # In this order: a stop id ends a row before its length does, and a row that
   # has ended is not closed at a maximum.
-  state = _emit_substitute(state, substitute, replaced, waited)
   state = _finish(budgets, state, stopped)
   state = _at_maximum(tables, budgets, state)
-
-  provenance = jnp.where(sampled & (retract == 0), SAMPLED, NONE)
-  provenance = jnp.where(
-      replaced | active & was_forced, FORCED, provenance)
-  # The delimiter's last token was never recorded, so one less is dropped.
+  refeed = retracted > 0
+  provenance = jnp.where(sampled & ~refeed, SAMPLED, NONE)
   return state, Emit(
-      token=jnp.where(replaced, substitute, token), provenance=provenance,
-      dropped=jnp.maximum(retract - 1, 0),
-      refeed=(retract > 0) & ~replaced)
+      token=token,
+      provenance=jnp.where(active & was_forced, FORCED, provenance),
+      # The delimiter's last token was never recorded, so one less is dropped.
+      dropped=jnp.maximum(retracted - 1, 0), refeed=refeed)
 
 
 def stop(
@@ -231,109 +168,263 @@ def end(state: BudgetState, rows: jax.Array, reason: int) -> BudgetState:
       finish_reason=jnp.where(rows, reason, state.finish_reason))
 
 
-def _is_stop(
-    tables: BudgetTables, budgets: Budgets, token: jax.Array) -> jax.Array:
-  """Returns [B] bool, the token is a stop id, the tables' or the row's own."""
-  hits = (token == i for i in tables.stop_ids)
-  stops = functools.reduce(jnp.logical_or, hits, jnp.zeros_like(token) != 0)
-  if budgets.stop_ids is not None:
-    stops = stops | jnp.any(token[:, None] == budgets.stop_ids, axis=1)
-  return stops
+def _follow(
+    tables: BudgetTables, budgets: Budgets, state: BudgetState,
+    token: jax.Array, sampled: jax.Array, stopped: jax.Array,
+) -> tuple[BudgetState, jax.Array, jax.Array]:
+  """Follows the thinking of each row by the token that was appended.
+
+  Args:
+    tables, budgets, state: as given to `plan`, the token appended.
+    token, sampled, stopped: [B], it; if it was sampled; if it is a stop id.
+
+  Returns:
+    The state; rows that the token stops; and how many tokens were retracted,
+    the last one included, [B] int32.
+  """
+  matcher, tape = tables.matcher, tables.tape
+  assert matcher and tape
+  found = _events(matcher, state, token, sampled, stopped)
+  active = ~state.done
+  state = dataclasses.replace(state, sizes=_append(
+      state.sizes, found.size, active))
+  # A wait takes the delimiter away even if the delimiter would begin `end`.
+  waited = found.matched & (state.waits_left > 0)
+  ended = found.matched & ~waited
+  kept = ended & found.kept
+  count, head = _span(state, found.back)
+  retracted = jnp.where(found.matched & ~kept, count, 0)
+  head_at, head_length = _head(matcher, tape, state, retracted, head)
+
+  thinking = state.thinking + (active & ~found.stopped & jnp.where(
+      found.started, found.size > 0,
+      (state.phase == THINK) | _in_head(tape, state.cursor)))
+  # Whole tokens of the delimiter were counted as they came, and are no
+  # thinking. The head counts as it comes out; if it is the end of `start`
+  # alone, it does not.
+  left = thinking - count + jnp.where(kept, head > 0, jnp.where(
+      head > 0, 0, -head_length))
+
+  # Where a delimiter was kept, the rest of `end` is forced behind it.
+  written = jnp.where(kept, jnp.minimum(found.back, tape.rests.size - 1), 0)
+  target = jnp.where(
+      waited, _wait_cursor(tape, budgets, state), _at(tape.rests, written))
+  cursor, resume = _cursor(
+      tape, state, ~sampled, found.matched, head_at, target)
+  phase = jnp.where(ended, ANSWER, jnp.where(
+      found.started, THINK, state.phase))
+  # Nothing matches across a forced token or a retraction.
+  node = jnp.where(sampled & ~waited, found.node, matcher.think)
+  return dataclasses.replace(
+      state, phase=phase, cursor=cursor, resume=resume,
+      node=jnp.where(phase == ANSWER, delimiters.ANSWER, node),
+      recent=_retract(state.recent, retracted),
+      sizes=_retract(state.sizes, retracted),
+      thinking=jnp.where(found.matched, left, thinking),
+      steps=state.steps + found.steps,
+      answer=jnp.where(found.started, 0, state.answer),
+      num_tokens=state.num_tokens - retracted,
+      waits_left=state.waits_left - waited,
+      wait_count=state.wait_count + waited,
+      just_waited=waited | state.just_waited & ~sampled,
+      think_end=jnp.where(ended, NATURAL, state.think_end)
+  ), found.stopped, retracted
 
 
-def _ends_in(state: BudgetState, ids: tuple[int, ...]) -> jax.Array:
-  """Returns [B] bool, the row ends in `ids`, all sampled within one run."""
-  hits = (state.recent[:, i - len(ids)] == t for i, t in enumerate(ids))
-  return functools.reduce(jnp.logical_and, hits, state.run >= len(ids))
+@dataclasses.dataclass(frozen=True)
+class _Events:
+  """Events of one step, [B] each; see `Matcher.effects`."""
+
+  node: jax.Array  # The automaton's next state.
+  size: jax.Array  # Symbols of the token that may be thinking.
+  started: jax.Array
+  matched: jax.Array
+  back: jax.Array
+  kept: jax.Array
+  steps: jax.Array
+  stopped: jax.Array
 
 
-def _ends_step(tables: BudgetTables, state: BudgetState) -> jax.Array:
-  """Returns [B] bool, the last token ends a step of the thinking."""
-  if tables.step_ends is None:
-    return state.done & False
-  return _ends_in(state, tables.step) | _flag(tables.step_ends, state.last)
+def _events(
+    matcher: Matcher, state: BudgetState, token: jax.Array,
+    sampled: jax.Array, stopped: jax.Array,
+) -> _Events:
+  """Looks up what the sampled tokens complete; arguments as of `_follow`."""
+  step = lambda table: _at(table, (state.node, token)).astype(jnp.int32)
+  event = jnp.where(sampled, step(matcher.event), 0)
+  started, behind, matched, back, kept, steps = jnp.unstack(
+      _rows_of(matcher.effects, event), axis=1)
+  # A delimiter may be a stop id, too: then it ends the thinking, not the row.
+  stopped = stopped & (matched == 0)
+  return _Events(
+      node=step(matcher.next), started=(started > 0) & ~stopped,
+      size=jnp.where(started > 0, behind, _at(matcher.symbols, token)),
+      matched=matched > 0, back=back, kept=kept > 0,
+      steps=jnp.where(stopped, 0, steps), stopped=stopped)
 
 
-def _flag(flags: np.ndarray | jax.Array, tokens: jax.Array) -> jax.Array:
-  """Looks up `flags` [V] bool for each token: [B] bool."""
-  return jnp.asarray(flags).at[tokens].get(
-      mode="clip", out_sharding=sharding.spec("rows"))
+def _cursor(
+    tape: Tape, state: BudgetState, forced: jax.Array,
+    matched: jax.Array, head_at: jax.Array, target: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Moves the cursors along the tape; returns `cursor` and `resume`.
+
+  Args:
+    tape, state: before the step.
+    forced, matched: [B] bool, a token was forced; a delimiter was completed.
+    head_at: [B] int32, where the text before the delimiter is; 0 for none.
+    target: [B] int32, where the string is that follows the delimiter.
+  """
+  cursor = state.cursor + forced
+  over = _at(tape.tokens, cursor) < 0
+  cursor = jnp.where(over, state.resume, cursor)
+  resume = jnp.where(over, 0, state.resume)
+  headed = head_at > 0
+  return (jnp.where(matched, jnp.where(headed, head_at, target), cursor),
+          jnp.where(matched, jnp.where(headed, target, 0), resume))
+
+
+def _at(values: jax.Array, index: Any) -> jax.Array:
+  """Looks up `values` at [B] indices, one of each axis."""
+  return jnp.asarray(values).at[index].get(
+      mode="clip", out_sharding=spec("rows"))
+
+
+def _rows_of(values: jax.Array, index: jax.Array) -> jax.Array:
+  """Looks up rows of `values` at [B] indices, or values at [B, W]."""
+  return jnp.asarray(values).at[index].get(
+      mode="clip", out_sharding=spec("rows", None))
+
+
+def _stops(
+    tables: BudgetTables, budgets: Budgets, ids: jax.Array) -> jax.Array:
+  """Tests if ids [B, n] or [1, n] are stop ids, the tables' or a row's own."""
+  stops = functools.reduce(
+      jnp.logical_or, (ids == i for i in tables.stop_ids), ids != ids)
+  if budgets.stop_ids is None:
+    return stops
+  return stops | jnp.any(
+      budgets.stop_ids[:, :, None] == ids[:, None, :], axis=1)
+
+
+def _span(
+    state: BudgetState, symbols: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Finds the tokens that the last `symbols` [B] of each row stand in.
+
+  Returns:
+    [B] int32 each: how many tokens these are, 0 for no symbols; and the symbols
+    of thinking before them in the first of the tokens.
+  """
+  sizes = state.sizes
+  behind = jax.lax.cumsum(sizes, axis=1, reverse=True) - sizes
+  inside = behind < symbols[:, None]
+  return jnp.sum(inside, axis=1), jnp.sum(
+      jnp.where(inside, sizes, 0), axis=1) - symbols
+
+
+def _head(
+    matcher: Matcher, tape: Tape, state: BudgetState, retracted: jax.Array,
+    symbols: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Finds the spelling of what stands before a delimiter in its first token.
+
+  Args:
+    matcher, tape, state: with the delimiter's tokens.
+    retracted: [B] int32, tokens to retract.
+    symbols: [B] int32, of the first of them before the delimiter, see `_span`.
+
+  Returns:
+    [B] int32 each: its index in the tape, and its tokens; 0 for none.
+  """
+  heads = tape.heads
+  if not heads.shape[1]:
+    return jnp.zeros_like(symbols), jnp.zeros_like(symbols)
+  places = jnp.arange(state.recent.shape[1], 0, -1) == retracted[:, None]
+  pick = lambda hit, values: jnp.sum(jnp.where(hit, values, 0), axis=1)
+  first = pick(places, state.recent)
+  # Of the token that completed `start`, the end of that is there, too.
+  symbols = symbols + _at(matcher.symbols, first) - pick(places, state.sizes)
+  hit = (heads[0] == first[:, None]) & (heads[1] == symbols[:, None]) & (
+      retracted > 0)[:, None]
+  return pick(hit, heads[2]), pick(hit, heads[3])
+
+
+def _in_head(tape: Tape, cursor: jax.Array) -> jax.Array:
+  """Returns [B] bool, the token to force is before a retracted delimiter."""
+  return (cursor > 0) & (cursor < tape.heads_end)
 
 
 def _append(
-    state: BudgetState, token: jax.Array, active: jax.Array,
-    sampled: jax.Array,
-) -> BudgetState:
-  """Appends a token to the active rows; `sampled` [B] bool keep their run."""
-  recent = jnp.concatenate([state.recent[:, 1:], token[:, None]], axis=1)
-  return dataclasses.replace(
-      state, recent=jnp.where(active[:, None], recent, state.recent),
-      run=jnp.where(sampled, state.run + 1, 0),
-      num_tokens=state.num_tokens + active)
+    recent: jax.Array, new: jax.Array, rows: jax.Array) -> jax.Array:
+  """Appends `new` [B] to the last values [B, W] of `rows` [B]."""
+  return jnp.where(rows[:, None], jnp.concatenate(
+      [recent[:, 1:], new[:, None]], axis=1), recent)
+
+
+def _retract(recent: jax.Array, count: jax.Array) -> jax.Array:
+  """Retracts the last `count` [B] of values [B, W]; the first are 0 then."""
+  places = jnp.arange(recent.shape[1])
+  hit = (places[:, None] - count[:, None, None]) == places
+  return jnp.sum(jnp.where(hit, recent[:, None], 0), axis=2)
 
 
 def _wait_cursor(
-    tables: BudgetTables, budgets: Budgets, state: BudgetState,
+    tape: Tape, budgets: Budgets, state: BudgetState,
 ) -> jax.Array:
   """Returns [B] int32, where the text of a row's next wait begins."""
-  # Selects as sums over a mask: the layout of a gather would be ambiguous.
-  pick = lambda values, at: jnp.sum(jnp.where(
-      jnp.arange(values.shape[-1]) == at[:, None], values, 0), axis=1)
-  which = state.wait_count % len(tables.waits)
+  which = state.wait_count % tape.waits.size
   if budgets.wait_order is not None:
     chosen = jnp.sum(budgets.wait_order >= 0, axis=1)
     turn = state.wait_count % jnp.maximum(chosen, 1)
-    which = jnp.where(chosen > 0, pick(budgets.wait_order, turn), which)
-  return pick(jnp.array(tables.wait_cursors, jnp.int32), which)
+    # A select as a sum over a mask.
+    own = jnp.sum(jnp.where(
+        jnp.arange(budgets.wait_order.shape[1]) == turn[:, None],
+        budgets.wait_order, 0), axis=1)
+    which = jnp.where(chosen > 0, own, which)
+  return _at(tape.waits, which)
 
 
-def _match(
-    tables: BudgetTables, state: BudgetState, rows: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Matches the delimiter that each row ends in.
+def _banned(
+    tables: BudgetTables, budgets: Budgets, state: BudgetState,
+    free: jax.Array,
+) -> jax.Array:
+  """Returns [B, V] bool, ids that the rows `free` [B] may not sample."""
+  matcher = tables.matcher
+  assert matcher
+  thinks = free & (state.phase == THINK)
+  # Behind a wait the model has to go on for one token at least, as in s1's
+  # public code, which samples there with min_tokens=1.
+  waits = thinks & state.just_waited
+  # Whole tokens that a delimiter may take away from the thinking.
+  spare = state.thinking - budgets.min_thinking_tokens
+  short = free & (state.phase <= THINK) & (
+      budgets.min_thinking_tokens > 0) & (spare < tables.window)
+  plain = thinks & False
+  if budgets.suppress is not None and tables.reflections is not None:
+    plain = thinks & budgets.suppress
 
-  If several delimiters end in the same token, the longest counts.
+  def masks():
+    # The most symbols before the token that a delimiter may complete.
+    last = jnp.arange(tables.window) >= tables.window - 1 - spare[:, None]
+    most = jnp.sum(jnp.where(last, state.sizes, 0), axis=1) - 1
+    limit = jnp.iinfo(matcher.depth.dtype).max
+    most = jnp.where(waits, -1, jnp.where(short, most, limit))
+    depth = _rows_of(matcher.depth, state.node)
+    banned = depth > jnp.minimum(most, limit).astype(depth.dtype)[:, None]
+    banned = banned | waits[:, None] & matcher.opening
+    no_stop = waits | thinks & short & (spare < 0)
+    ids = jnp.arange(tables.vocab_size)[None]
+    banned = banned | no_stop[:, None] & _stops(tables, budgets, ids)
+    if tables.reflections is not None:
+      banned = banned | plain[:, None] & tables.reflections
+    return banned
 
-  Returns:
-    The delimiter's length, [B] int32, 0 for none; and [B] bool, it is the
-    beginning of `end`, and so stays where it is.
-  """
-  matched = jnp.zeros_like(state.run)
-  kept = rows & False
-  # The longest comes last, and so overwrites the others.
-  for delimiter in sorted(tables.delimiters, key=len):
-    hit = rows & _ends_in(state, delimiter)
-    matched = jnp.where(hit, len(delimiter), matched)
-    kept = jnp.where(hit, tables.end[:len(delimiter)] == delimiter, kept)
-  return matched, kept
-
-
-def _retract(
-    tables: BudgetTables, state: BudgetState, count: jax.Array,
-) -> BudgetState:
-  """Retracts the last `count` [B] tokens of each row."""
-  # `count` is 0 or the length of a delimiter: a static shift for each length
-  # in place of one by a count that differs from row to row.
-  recent = state.recent
-  for length in {len(delimiter) for delimiter in tables.delimiters}:
-    shifted = jnp.pad(
-        state.recent[:, :-length], ((0, 0), (length, 0)), constant_values=-1)
-    recent = jnp.where((count == length)[:, None], shifted, recent)
-  return dataclasses.replace(
-      state, recent=recent, num_tokens=state.num_tokens - count)
-
-
-def _emit_substitute(
-    state: BudgetState, token: jax.Array, rows: jax.Array, waited: jax.Array,
-) -> BudgetState:
-  """Appends the first forced token in place of a retracted delimiter.
-
-  A wait text counts as thinking, `end` does not.
-  """
-  replaced = _append(state, token, rows, rows & False)
-  return dataclasses.replace(
-      replaced, run=state.run, cursor=state.cursor + rows,
-      thinking=state.thinking + (rows & waited))
+  # Tables [S, V] are read in steps only in which some row needs them.
+  return jax.lax.cond(
+      jnp.any(waits | short | plain), masks, lambda: jnp.zeros(
+          (*free.shape, tables.vocab_size), bool,
+          out_sharding=spec("rows", None)))
 
 
 def _finish(
@@ -352,29 +443,31 @@ def _at_maximum(
     tables: BudgetTables, budgets: Budgets, state: BudgetState,
 ) -> BudgetState:
   """Closes, or truncates, the rows whose thinking has reached its maximum."""
-  if not tables.used:
+  matcher, tape = tables.matcher, tables.tape
+  if not (matcher and tape):
     return state
   limit = budgets.max_thinking_tokens
   full = (limit >= 0) & (state.thinking >= limit)
   if budgets.max_thinking_steps is not None:
     steps = budgets.max_thinking_steps
     full = full | (steps >= 0) & (state.steps >= steps)
-  rows = (state.phase == THINK) & full
+  # The text before a retracted delimiter is not lost: it comes out first.
+  rows = (state.phase == THINK) & full & ~_in_head(tape, state.cursor)
   close = rows & ~budgets.truncate
-  # If the model has begun to write `end` itself, only its missing tokens are
-  # forced; those that it wrote were no thinking.
-  begun = jnp.zeros_like(state.run)
-  for length in range(1, len(tables.end)):
-    begun = jnp.where(_ends_in(state, tables.end[:length]), length, begun)
-  # The closing on the tape is newline, `end`, final answer. The newline is left
-  # out where the text ends in one, and where `end` has begun.
-  newline = _flag(tables.newline_ends, state.last)
-  skip = jnp.where(
-      (begun > 0) | newline, len(tables.newline), 0) + begun
+  # If the model has begun to write `end` itself, only its rest is forced; the
+  # whole tokens of the beginning were no thinking.
+  begun = _at(matcher.begun, state.node)
+  count, head = _span(state, begun)
+  # The closing on the tape is newline and `end`. The newline is left out where
+  # the text ends in one, and where `end` has begun.
+  rest = (begun > 0) | _at(matcher.newline_ends, state.last)
+  cursor = jnp.where(rest, _at(tape.rests, begun), tape.close)
   ended = jnp.where(close, ANSWER, DONE)
   return dataclasses.replace(
       state, phase=jnp.where(rows, ended, state.phase),
-      cursor=jnp.where(close, tables.close_cursor + skip, state.cursor),
-      thinking=state.thinking - jnp.where(close, begun, 0),
+      cursor=jnp.where(close, cursor, state.cursor),
+      resume=jnp.where(close, tape.final, state.resume),
+      node=jnp.where(close, delimiters.ANSWER, state.node),
+      thinking=state.thinking - jnp.where(close, count - (head > 0), 0),
       think_end=jnp.where(close, CLOSED, state.think_end),
       finish_reason=jnp.where(rows & ~close, LENGTH, state.finish_reason))

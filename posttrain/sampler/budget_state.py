@@ -64,12 +64,15 @@ class BudgetState:
 
   Attributes:
     phase: PRE, THINK, ANSWER or DONE.
-    cursor: index into `tables.tape` of the token to force next; where the tape
-      has -1, nothing is forced.
+    cursor: index into the tape of the token to force next; where the tape has
+      -1, nothing is forced.
+    resume: index into the tape where the cursor goes on behind its string.
+    node: state of the delimiters' automaton: what the text ends in, since
+      thinking began, a token was forced or tokens were retracted.
     recent: [B, W], the last tokens of the row, its last prompt token among
-      them; -1 where unknown.
-    run: tokens sampled one after the other since thinking began, a token was
-      forced or tokens were retracted: a match never reaches further back.
+      them; 0 where unknown.
+    sizes: [B, W], the symbols of each: of the token that completed `start`
+      those behind it only, as only these are thinking.
     thinking: thinking tokens, as docs/budget_forcing.md counts them.
     steps: steps of thinking that were ended.
     answer: tokens sampled outside thinking, a stop id included; of a row that
@@ -87,8 +90,10 @@ class BudgetState:
 
   phase: jax.Array
   cursor: jax.Array
+  resume: jax.Array
+  node: jax.Array
   recent: jax.Array
-  run: jax.Array
+  sizes: jax.Array
   thinking: jax.Array
   steps: jax.Array
   answer: jax.Array
@@ -132,12 +137,10 @@ class Emit:
 
   Attributes:
     token: [B] int32, meaningless where `provenance` is NONE.
-    provenance: [B] int32, NONE, SAMPLED or FORCED. A forced token may stand
-      in place of a sampled one, so its logprob is not that of the choice.
-    dropped: [B] int32, earlier tokens of the record to retract first.
+    provenance: [B] int32, NONE, SAMPLED or FORCED.
+    dropped: [B] int32, earlier tokens of the record to retract.
     refeed: [B] bool, nothing was emitted and the row goes on: a delimiter was
-      retracted and the wait text is empty. `state.last` is then fed again, at
-      its own position.
+      retracted. `state.last` is then fed again, at its own position.
   """
 
   token: jax.Array

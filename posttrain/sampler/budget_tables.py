@@ -1,178 +1,275 @@
-"""Tables of budget forcing: the token ids that it matches, bans and forces.
+"""Tables of budget forcing: strings that it matches, bans and forces.
 
-  V: vocabulary    W: window of recent tokens    C: length of the tape
+All of it is arrays, which are put on the device once: other strings of the same
+shapes compile nothing. What only the host reads is no part of the pytree.
+
+  V: vocabulary  S: states  E: events  N: heads  C: length of the tape
+  W: window of recent tokens
 """
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from posttrain import sharding
+from posttrain.text import delimiters
+from posttrain.text.symbols import CONTROL, Symbols
 from posttrain.text.thinking import ThinkingIds
+
+NOTHING = ThinkingIds()
+Array = Any  # NumPy until `put`, then on the devices.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matcher:
+  """Automaton of the delimiters, see `delimiters.Automaton`.
+
+  Attributes:
+    next, event: [S, V] int8 or int16, the state behind each token, and what
+      the token completes: a row of `effects`.
+    effects: [E, 6] int32: the token completes `start`; its symbols behind that;
+      it completes a delimiter; symbols from that one's begin to the token's
+      end; it may stay; steps that end.
+    symbols: [V] int32, symbols of each token.
+    begun: [S] int32, symbols of `end` that the text ends in.
+    think: int32, the state in which thinking begins.
+    opening: [V] bool, tokens that are wholly a beginning of a delimiter.
+    depth: [S, V] int8 or int16, of a token that completes a delimiter the
+      delimiter's symbols before the token; -1 where it completes none.
+    newline_ends: [V] bool, the token's text ends in a newline.
+  """
+
+  next: Array
+  event: Array
+  effects: Array
+  symbols: Array
+  begun: Array
+  think: Array
+  opening: Array
+  depth: Array
+  newline_ends: Array
+
+  @classmethod
+  def of(
+      cls, automaton: delimiters.Automaton, newline_ends: np.ndarray,
+  ) -> "Matcher":
+    completes = automaton.delimiter >= 0
+    effects = np.stack([
+        automaton.started, automaton.behind, completes, automaton.back,
+        automaton.kept, automaton.steps], axis=1).astype(np.int32)
+    event = automaton.event
+    depth = np.where(
+        completes[event],
+        np.maximum(automaton.back[event] - automaton.symbols, 0), -1)
+    return cls(
+        automaton.next, event, effects, automaton.symbols, automaton.begun,
+        np.int32(automaton.think), automaton.opening,
+        depth.astype(np.int8 if depth.max() < 127 else np.int16), newline_ends)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tape:
+  """Tape of all strings that can be forced, one after the other.
+
+  Attributes:
+    tokens: [C] int32; -1 ends each string, and is at 0, where a row's cursor
+      begins. The heads come first.
+    heads: [4, N] int32: a token, how many of its first symbols stand before a
+      delimiter, where they are spelt on the tape, and in how many tokens.
+    heads_end: int32, index behind the last head.
+    waits: int32, index of each wait text.
+    rests: int32, index of the rest of `end` from each of its symbols on; the
+      last, behind the whole, is 0.
+    close: int32, index of the closing at a maximum: newline and `end`.
+    final: int32, index of the final answer.
+  """
+
+  tokens: Array
+  heads: Array
+  heads_end: Array
+  waits: Array
+  rests: Array
+  close: Array
+  final: Array
+
+  @classmethod
+  def of(cls, automaton: delimiters.Automaton, ids: ThinkingIds) -> "Tape":
+    tokens = [-1]
+
+    def write(*strings: Sequence[int]) -> np.ndarray:
+      """Appends strings, and returns the index of each."""
+      lengths = [len(string) + 1 for string in strings]
+      begins = itertools.accumulate(lengths[:-1], initial=len(tokens))
+      found = np.array([*begins][:len(strings)], np.int32)
+      for string in strings:
+        tokens.extend((*string, -1))
+      return found
+
+    heads = np.stack([
+        automaton.head_token, automaton.head_symbols,
+        write(*automaton.heads),
+        np.array([len(head) for head in automaton.heads], np.int32)])
+    heads_end = np.int32(len(tokens))
+    waits = write(ids.wait, *ids.more_waits)
+    whole, *rests = automaton.rest
+    close, *others, final = write(
+        (*ids.newline, *whole), *rests, ids.final_answer)
+    return cls(
+        np.array(tokens, np.int32), heads.astype(np.int32), heads_end, waits,
+        np.array([close + len(ids.newline), *others, 0], np.int32), close,
+        final)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["newline_ends", "reflections", "step_ends"],
-    meta_fields=["vocab_size", "start", "end", "delimiters", "newline",
-                 "final_answer", "waits", "stop_ids", "step"])
+    data_fields=["matcher", "tape", "reflections"],
+    meta_fields=["vocab_size", "stop_ids", "window"],
+    drop_fields=["ids", "retracted"])
 @dataclasses.dataclass(frozen=True)
 class BudgetTables:
-  """Token ids of one tokenizer that budget forcing matches, bans and forces.
-
-  The strings are static, the [V] arrays are not: other strings compile anew.
+  """Tables of one tokenizer that budget forcing matches, bans and forces by.
 
   Attributes:
-    newline_ends: [V] bool, the token's text ends in a newline.
     vocab_size: V, without padding.
-    start, end, newline, final_answer: ids of the strings.
-    waits: ids of the wait texts, at least one text; it may be empty.
-    delimiters: strings that end thinking when they are sampled; `end` is one.
     stop_ids: ids that end a row when they are sampled.
+    window: W, tokens of a row that are remembered: those that a delimiter may
+      be spelt in, and one before them.
+    matcher, tape: None without thinking, so that the loop's program has no
+      trace of them.
     reflections: [V] bool, tokens that a row with `Budgets.suppress` does not
       sample while it thinks; None for none.
-    step: string that ends a step of thinking when it is sampled; () if steps
-      are not counted.
-    step_ends: [V] bool, tokens whose text has that string in it, which end a
-      step too; None if steps are not counted.
+    ids: the strings as token ids, for the host; empty without thinking.
+    retracted: the most tokens that a wait retracts, and that the end of the
+      thinking does; for the host.
   """
 
-  newline_ends: np.ndarray | jax.Array
   vocab_size: int
-  start: tuple[int, ...]
-  end: tuple[int, ...]
-  delimiters: tuple[tuple[int, ...], ...]
-  newline: tuple[int, ...]
-  final_answer: tuple[int, ...]
-  waits: tuple[tuple[int, ...], ...]
   stop_ids: tuple[int, ...]
-  reflections: np.ndarray | jax.Array | None = None
-  step: tuple[int, ...] = ()
-  step_ends: np.ndarray | jax.Array | None = None
+  window: int = 1
+  matcher: Matcher | None = None
+  tape: Tape | None = None
+  reflections: Array | None = None
+  ids: ThinkingIds = NOTHING
+  retracted: tuple[int, int] = (0, 0)
 
   @classmethod
   def build(
-      cls, thinking_ids: ThinkingIds, stop_ids: tuple[int, ...],
-      newline_ends: np.ndarray, vocab_size: int,
+      cls, ids: ThinkingIds, spell: Callable[[Symbols], tuple[int, ...]],
+      stop_ids: Iterable[int], newline_ends: np.ndarray,
       reflections: np.ndarray | None = None,
   ) -> "BudgetTables":
     """Collects and checks the tables of one tokenizer.
 
     Args:
-      thinking_ids: the strings as ids; an empty `end` switches thinking off.
+      ids: the strings to match and to force; an empty `end` switches thinking
+        off.
+      spell: spells symbols as token ids, alone.
       stop_ids: ids that end a row.
       newline_ends: [V] bool, true where a token's text ends in a newline.
-      vocab_size: V, without padding.
       reflections: [V] bool, tokens of reflection such as "wait" (NoWait,
         arXiv 2506.08343).
 
     Raises:
-      ValueError: an id is outside the vocabulary, `newline_ends` has another
-        length, or a delimiter cannot be sampled as a whole.
+      ValueError: an id is outside the vocabulary, the lengths of `ids.tokens`
+        and `newline_ends` differ, a delimiter cannot be sampled as a whole, or
+        the text before it in a token cannot be spelt.
     """
     newline_ends = np.asarray(newline_ends, bool)
-    if newline_ends.shape != (vocab_size,):
-      raise ValueError(
-          f"newline_ends has shape {newline_ends.shape}, and a vocabulary of "
-          f"{vocab_size} needs ({vocab_size},).")
-    # Without an `end` nothing is matched or forced, and all strings are empty,
-    # so that the loop's program has no trace of them.
-    used = bool(thinking_ids.end)
-    string = lambda ids: tuple(int(i) for i in ids) if used else ()
-    delimiters = tuple(dict.fromkeys(
-        string(d) for d in (*thinking_ids.delimiters, thinking_ids.end) if d))
-    step = string(thinking_ids.step)
-    tables = cls(
-        newline_ends, vocab_size, string(thinking_ids.start),
-        string(thinking_ids.end), _reachable(delimiters) if used else (),
-        string(thinking_ids.newline), string(thinking_ids.final_answer),
-        tuple(map(string, (thinking_ids.wait, *thinking_ids.more_waits))),
-        tuple(int(i) for i in stop_ids), reflections,
-        step, np.isin(np.arange(vocab_size), thinking_ids.step_tokens)
-        if step else None)
-    tables._check()
-    return tables
+    size, stop_ids = newline_ends.size, tuple(int(i) for i in stop_ids)
+    _check(ids, stop_ids, size)
+    if not ids.end:
+      return cls(size, stop_ids, reflections=reflections)
+    automaton = delimiters.build(ids.strings, ids.tokens, spell)
+    longest = np.array([*automaton.longest, 0])
+    # A delimiter that is always kept is retracted for a wait only.
+    replaced = automaton.delimiter[~automaton.kept]
+    return cls(
+        size, stop_ids, 1 + max(1, longest.max()),
+        Matcher.of(automaton, newline_ends), Tape.of(automaton, ids),
+        reflections, ids,
+        (int(longest.max()), int(longest[replaced].max(initial=0))))
 
-  def _check(self) -> None:
-    """Raises ValueError for ids that do not exist or cannot be matched."""
-    strings = {
-        "thinking.start": self.start, "thinking.end": self.end,
-        "thinking.newline": self.newline, "thinking.step": self.step,
-        "thinking.final_answer": self.final_answer,
-        "the tokenizer's stop ids": self.stop_ids}
-    named = [("thinking.delimiters", ids) for ids in self.delimiters]
-    named += [("thinking.wait_text", ids) for ids in self.waits]
-    for name, ids in (*strings.items(), *named):
-      if any(not 0 <= i < self.vocab_size for i in ids):
-        raise ValueError(
-            f"{name} has the ids {ids}, and the vocabulary ends at "
-            f"{self.vocab_size - 1}. Use the tokenizer of this model.")
-    for delimiter in self.delimiters:
-      if set(delimiter[:-1]) & set(self.stop_ids):
-        raise ValueError(
-            f"The thinking delimiter {delimiter} has a stop id among "
-            f"{self.stop_ids} before its last token, so a row would stop "
-            "inside it. Add its beginning, up to that id, to "
-            "thinking.delimiters.")
+  @classmethod
+  def of_ids(
+      cls, ids: Any, stop_ids: Iterable[int], newline_ends: np.ndarray,
+      reflections: np.ndarray | None = None,
+  ) -> "BudgetTables":
+    """Builds tables of a vocabulary in which no tokens merge.
+
+    Args:
+      ids: has the strings of `thinking.Thinking` as token ids, see
+        `thinking.ThinkingIds`: `delimiters` and `step`, too.
+      stop_ids, newline_ends, reflections: see `build`.
+    """
+    symbols = lambda string: tuple(CONTROL + int(i) for i in string)
+    strings = delimiters.Strings(
+        symbols(ids.start), symbols(ids.end), tuple(dict.fromkeys(
+            map(symbols, filter(None, (ids.end, *ids.delimiters))))),
+        symbols(ids.step))
+    whole = NOTHING if not ids.end else ThinkingIds(
+        start=ids.start, end=ids.end, newline=ids.newline,
+        final_answer=ids.final_answer, wait=ids.wait,
+        more_waits=ids.more_waits, strings=strings,
+        tokens=[(CONTROL + i,) for i in range(newline_ends.size)])
+    return cls.build(
+        whole, lambda string: tuple(s - CONTROL for s in string), stop_ids,
+        newline_ends, reflections)
+
+  def put(
+      self, put: Callable[..., Any] = sharding.put) -> "BudgetTables":
+    """Puts the arrays on the devices of the current mesh, whole on each.
+
+    `put` may be `sharding.abstract`, which gives shapes for a plan.
+    """
+    placed = jax.tree.map(
+        lambda x: put(np.asarray(x), *(None for _ in np.shape(x))), self)
+    return dataclasses.replace(
+        placed, ids=self.ids, retracted=self.retracted)
 
   @property
   def used(self) -> bool:
     """True if there is thinking at all: `end` is not empty."""
-    return bool(self.end)
+    return self.matcher is not None
 
   @property
-  def window(self) -> int:
-    """W: length of the longest string to match, and one token before it."""
-    strings = (*self.delimiters, self.start, self.step)
-    return 1 + max(map(len, strings), default=0)
+  def wait_texts(self) -> int:
+    """Wait texts, of which a row's `wait_order` has indices."""
+    return 1 + len(self.ids.more_waits)
 
   @property
-  def recalled(self) -> int:
-    """Tokens that a match may retract besides the last one, at most."""
-    return max(map(len, self.delimiters), default=1) - 1
-
-  @property
-  def tape(self) -> tuple[int, ...]:
-    """[C] ids of all strings that can be forced, one after the other.
-
-    -1 ends each string, and is at 0, where a row's cursor begins. In order:
-    the wait texts; `end`; the closing of newline, `end` and final answer.
-    """
-    waits = (token for wait in self.waits for token in (*wait, -1))
-    return (-1, *waits, *self.end, -1,
-            *self.newline, *self.end, *self.final_answer, -1)
-
-  def forced_at(self, cursor: jax.Array) -> jax.Array:
-    """Returns `tape[cursor]`, [B] int32."""
-    # As a contraction: the layout of a gather would be ambiguous.
-    hit = cursor[:, None] == jnp.arange(len(self.tape))
-    return jnp.sum(
-        jnp.where(hit, jnp.asarray(self.tape, jnp.int32), 0), axis=1)
-
-  @property
-  def wait_cursors(self) -> tuple[int, ...]:
-    """Index into the tape at which each wait text begins."""
-    lengths = [len(wait) + 1 for wait in self.waits]
-    return tuple(itertools.accumulate(lengths[:-1], initial=1))
-
-  @property
-  def end_cursor(self) -> int:
-    """Index into the tape at which `end` begins."""
-    return self.wait_cursors[-1] + len(self.waits[-1]) + 1
-
-  @property
-  def close_cursor(self) -> int:
-    """Index into the tape at which the closing at a maximum begins."""
-    return self.end_cursor + len(self.end) + 1
+  def held(self) -> int:
+    """Tokens that a delimiter may retract besides the last one, at most."""
+    return max(self.window - 2, 0)
 
 
-def _reachable(
-    delimiters: tuple[tuple[int, ...], ...],
-) -> tuple[tuple[int, ...], ...]:
-  """Drops delimiters that begin with another, which always matches first."""
-  return tuple(
-      d for d in delimiters
-      if not any(d != o and d[:len(o)] == o for o in delimiters))
+def _check(ids: ThinkingIds, stop_ids: tuple[int, ...], size: int) -> None:
+  """Raises ValueError for ids that do not exist or cannot be matched."""
+  if ids.end and len(ids.tokens) != size:
+    raise ValueError(
+        f"newline_ends has {size} tokens, and the vocabulary of the thinking "
+        f"strings {len(ids.tokens)}. Make both of one tokenizer.")
+  named = [(f"thinking.{name}", getattr(ids, name)) for name in (
+      "start", "end", "newline", "final_answer")]
+  named += [("thinking.wait_text", w) for w in (ids.wait, *ids.more_waits)]
+  for name, found in (*named, ("the tokenizer's stop ids", stop_ids)):
+    if any(not 0 <= i < size for i in found):
+      raise ValueError(
+          f"{name} has the ids {tuple(found)}, and the vocabulary ends at "
+          f"{size - 1}. Use the tokenizer of this model.")
+  known = ids.strings.delimiters
+  for delimiter in known:
+    inside = {CONTROL + i for i in stop_ids}.intersection(delimiter[:-1])
+    # One that begins with another delimiter is never found whole.
+    if inside and not any(
+        d != delimiter and d == delimiter[:len(d)] for d in known):
+      raise ValueError(
+          f"A thinking delimiter has the stop id {min(inside) - CONTROL} "
+          "before its end, so a row would stop inside it. Add its beginning, "
+          "up to that id, to thinking.delimiters.")

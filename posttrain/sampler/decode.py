@@ -47,16 +47,12 @@ class Carry:
     state: where each row's budget stands.
     processor_state: of the logits processor, a pytree of [B, ...]; None
       without one.
-    earlier: [B, H, D], `hidden` of the last H steps, for the logprob of a
-      token that replaces up to H + 1 tokens; None if every delimiter is one
-      token.
   """
 
   cache: kv.KVCache
   hidden: jax.Array
   state: budget.BudgetState
   processor_state: Any = None
-  earlier: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -108,19 +104,6 @@ PLAIN = Recorded()
 BudgetSchedule = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
-def no_earlier(
-    hidden: jax.Array, tables: budget.BudgetTables,
-) -> jax.Array | None:
-  """Makes `Carry.earlier` as it is before the first step.
-
-  `hidden` [B, D] gives its shape and dtype.
-  """
-  if not tables.recalled:
-    return None
-  rows, embed = hidden.shape
-  return jnp.zeros(
-      (rows, tables.recalled, embed), hidden.dtype,
-      out_sharding=spec("rows", None, "act_embed"))
 
 
 # Here and in `decode` some arrays of the model are not read. They are on the
@@ -283,16 +266,6 @@ def _choose(
   failed = ~carry.state.done & ~jnp.isfinite(logprobs)
   state, emit = budget.advance(
       tables, rows.budgets, carry.state, token, was_forced)
-  own_logprobs = functools.partial(
-      _own_logprobs, model, carry, logits, tables, emit)
-  if tables.used:
-    # A forced token that replaced a delimiter: `logprobs` is the delimiter's.
-    # This is rare and another pass over the logits, hence the branch.
-    replaced = (emit.provenance == budget_state.FORCED) & ~was_forced
-    logprobs = jax.lax.cond(
-        jnp.any(replaced),
-        lambda: jnp.where(replaced, own_logprobs(), logprobs),
-        lambda: logprobs)
   state = budget.end(state, failed, budget_state.FAILED)
   emit = dataclasses.replace(
       emit, provenance=jnp.where(failed, budget_state.NONE, emit.provenance),
@@ -301,7 +274,7 @@ def _choose(
       "token": emit.token, "provenance": emit.provenance,
       "logprob": jnp.where(emit.keep, logprobs, 0.0), "dropped": emit.dropped,
       "raw": jnp.where(was_forced | carry.state.done, -1, drawn),
-      **_more(recorded, state, emit, distribution, own_logprobs)}
+      **_more(recorded, state, emit, distribution, logits)}
   if state.running is not None:
     state, measured = _measured(state, state.running, emit, logits)
     record |= measured
@@ -322,26 +295,25 @@ def _draw(
   Args:
     logits: [B, V] float32, the model's.
     was_forced: [B] bool, rows that a token is forced in.
-    banned: [B, V] bool or None, bans of the budget.
+    banned: [B, V] bool or None, bans of the budget; none where one is forced.
     carry, rows, tables, logits_processor: see `decode`.
 
   Returns:
     The tokens, and the distribution, see `token_sampling.draw`.
   """
-  shaped, params = logits, rows.params
+  shaped, params, column = logits, rows.params, was_forced[:, None]
   if logits_processor is not None:
     shaped = logits_processor.process(carry.processor_state, logits)
   if rows.banned_ids is not None:
     ids = jnp.arange(tables.vocab_size)
-    own = jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
+    own = ~column & jnp.any(rows.banned_ids[:, :, None] == ids, axis=1)
     banned = own if banned is None else banned | own
   if tables.used:
-    # The logprob of a forced token is the model's own: logits processor, bans
-    # and parameters are undone in its row.
-    assert banned is not None
-    column = was_forced[:, None]
+    # The logprob of a forced token is the model's own: logits processor and
+    # parameters are undone in its row, and nothing is banned there.
     free = lambda value, x: jnp.where(was_forced, value, x)
-    shaped, banned = jnp.where(column, logits, shaped), ~column & banned
+    if logits_processor is not None:
+      shaped = jnp.where(column, logits, shaped)
     params = token_sampling.RowParams(
         temperature=free(1.0, params.temperature),
         top_k=free(0, params.top_k), top_p=free(1.0, params.top_p),
@@ -355,7 +327,7 @@ def _draw(
 
 def _more(
     recorded: Recorded, state: budget.BudgetState, emit: budget.Emit,
-    distribution: jax.Array, own_logprobs: Callable[[], jax.Array],
+    distribution: jax.Array, logits: jax.Array,
 ) -> dict[str, jax.Array]:
   """Returns the part of a step's record that `recorded` asks for."""
   record = {}
@@ -364,7 +336,8 @@ def _more(
         state.thinking, state.answer, state.wait_count, state.think_end,
         state.steps], 1)
   if recorded.model_logprobs:
-    record["model_logprob"] = jnp.where(emit.keep, own_logprobs(), 0.0)
+    own = token_sampling.logprob_of(jax.nn.log_softmax(logits), emit.token)
+    record["model_logprob"] = jnp.where(emit.keep, own, 0.0)
   if recorded.top_logprobs:
     record["top_logprobs"], record["top_tokens"] = jax.lax.top_k(
         distribution, recorded.top_logprobs)
@@ -396,32 +369,6 @@ def _logits(
   return shard(model.logits(hidden), "rows", None)[:, :tables.vocab_size]
 
 
-def _own_logprobs(
-    model: Transformer, carry: Carry, logits: jax.Array,
-    tables: budget.BudgetTables, emit: budget.Emit,
-) -> jax.Array:
-  """Returns the model's own logprobs [B] of the emitted tokens, temperature 1.
-
-  A token that replaces several stands where the first of them stood. Its
-  logits are those of that step, and are computed again from `Carry.earlier`.
-  """
-  pick = lambda logits: token_sampling.logprob_of(
-      jax.nn.log_softmax(logits), emit.token)
-  own, earlier = pick(logits), carry.earlier
-  if earlier is None:
-    return own
-
-  def recalled():
-    # Column i of `earlier` is the hidden state of H - i steps ago.
-    steps = jnp.arange(earlier.shape[1], 0, -1)
-    hidden = jnp.sum(jnp.where(
-        (steps == emit.dropped[:, None])[:, :, None], earlier, 0), axis=1)
-    return jnp.where(
-        emit.dropped > 0, pick(_logits(model, hidden, tables)), own)
-
-  return jax.lax.cond(jnp.any(emit.dropped > 0), recalled, lambda: own)
-
-
 def _feed(
     model: Transformer, blocks: list[Block], carry: Carry, rows: Rows,
 ) -> tuple[Carry, jax.Array | None]:
@@ -435,19 +382,14 @@ def _feed(
   state = carry.state
   position = jnp.where(
       state.done, -1, rows.prompt_lengths + state.num_tokens - 1)
-  # Slots with positions at or behind it hold tokens that were retracted, or,
-  # where nothing was emitted, the very token that is fed again. A done row has
+  # Slots with positions at or behind it hold tokens that were retracted, and
+  # the very token that is fed again then. A done row has
   # position -1, which empties its slots: it writes holes from now on.
   cache = kv.retract(carry.cache, position)
   hidden, cache, experts = model.decode(state.last, position, cache, blocks)
   if experts is not None:
     experts = jnp.where(state.done[:, None, None], 0, experts + 1)
-  earlier = carry.earlier
-  if earlier is not None:
-    earlier = jnp.concatenate(
-        [earlier[:, 1:], carry.hidden[:, None]], axis=1)
-  return dataclasses.replace(
-      carry, cache=cache, hidden=hidden, earlier=earlier), experts
+  return dataclasses.replace(carry, cache=cache, hidden=hidden), experts
 
 
 def experts_dtype(config: ModelConfig) -> Any:

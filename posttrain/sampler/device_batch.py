@@ -64,7 +64,7 @@ class DeviceBatch:
   """B rows that decode together; each has a sequence, or is idle.
 
   Attributes:
-    tables: token ids that budget forcing reads.
+    tables: strings of budget forcing, on the device.
     settings: of the engine.
     carry: of the decode loop. Its buffers are donated to every program, so
       no older carry may be used.
@@ -87,9 +87,7 @@ class DeviceBatch:
         run(("done",), done, tables, budgets, zeros, settings.confidence),
         settings.logits_processor and jax.tree.map(
             lambda x: repeated(np.asarray(x), rows=count),
-            settings.logits_processor.init((0,), None)),
-        run(("earlier",), no_earlier, rows.hidden, tables)
-        if tables.recalled else None)
+            settings.logits_processor.init((0,), None)))
 
   @property
   def size(self) -> int:
@@ -234,10 +232,7 @@ def done(tables, budgets, zeros, settings: confidence.Confidence | None):
   if settings is None:
     return state
   return dataclasses.replace(state, running=confidence.init(
-      settings, zeros, tables.recalled))
-
-
-no_earlier = jax.jit(decode.no_earlier)
+      settings, zeros, tables.held))
 
 
 @jax.jit

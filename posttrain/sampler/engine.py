@@ -116,7 +116,8 @@ class Engine:
     # those of the last token that is kept, so each step's are recorded.
     settings = dataclasses.replace(settings, recorded=dataclasses.replace(
         settings.recorded, counts=symbols is not None))
-    self.tables, self.settings = tables, settings
+    # The arrays go to the devices once, and not with every chunk.
+    self.tables, self.settings = tables.put(), settings
     self._symbols, self._before_chunk = symbols, before_chunk
     self._numbers = itertools.count()
     self._pending: deque[tuple[int, Request]] = deque()
@@ -128,7 +129,7 @@ class Engine:
     self.stats = Stats(programs=run.seconds)
     self._prefill = prefill.Prefill(model.config, settings, run)
     self._batch = device_batch.DeviceBatch(
-        model.config, tables, settings, run)
+        model.config, self.tables, settings, run)
     self.use(model)
 
   def submit(self, request: Request) -> int:
@@ -204,7 +205,7 @@ class Engine:
     # From a batch of prompts, or from kept rows, to the device batch and to a
     # batch of prompts; and from the device batch to kept rows.
     places = 2 * prefills * (sizes + prefills) + sizes * prefills
-    others = 5  # "done", "begin", "end", "logits_processor", "earlier".
+    others = 4  # "done", "begin", "end", "logits_processor".
     return decodes + resizes + prefills + empties + places + others
 
   def use(self, model: Transformer) -> None:

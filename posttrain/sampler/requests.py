@@ -141,11 +141,12 @@ def most_slots(request: Request, tables: BudgetTables) -> int:
   """Returns the most cache slots that the request can come to use.
 
   These are its prompt, its `max_tokens`, and the slots of delimiters that are
-  retracted for a wait: a retracted token's slot is not written again.
+  retracted: a slot is not written again. A delimiter of n tokens costs n slots,
+  as its last token is never fed, but the token before it is fed again.
   """
-  longest = max(map(len, tables.delimiters), default=0)
-  return len(request.prompt) + request.max_tokens + (
-      (request.num_waits + 1) * longest if tables.used else 0)
+  wait, end = tables.retracted
+  return (len(request.prompt) + request.max_tokens
+          + request.num_waits * wait + end)
 
 
 def problem(
@@ -182,9 +183,9 @@ def problem(
     if found > most:
       return (f"{name} has {found} ids, and the engine was made for {most}. "
               f"Raise its {limit}.")
-  if not all(0 <= i < len(tables.waits) for i in r.wait_order):
+  if not all(0 <= i < tables.wait_texts for i in r.wait_order):
     return (f"wait_order={r.wait_order} names wait texts, of which there are "
-            f"{len(tables.waits)}, from 0.")
+            f"{tables.wait_texts}, from 0.")
   if r.suppress and tables.reflections is None:
     return "suppress is set, and no words of reflection were given."
   if len(set(r.banned_ids)) >= size:
@@ -211,10 +212,11 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
       "max_thinking_tokens", "min_thinking_tokens", "num_waits",
       "max_thinking_steps")}
   for contradiction in budget_rules.problems(
-      fields, end=tables.used, step=tables.step):
+      fields, end=tables.used, step=tables.ids.strings.step):
     return contradiction
   maximum = limits.max_thinking_tokens
-  closing = sum(map(len, (tables.newline, tables.end, tables.final_answer)))
+  ids = tables.ids
+  closing = sum(map(len, (ids.newline, ids.end, ids.final_answer)))
   if maximum >= 0 and not limits.truncate and (
       maximum + closing + 1 > limits.max_tokens):
     return (
@@ -225,8 +227,8 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
 
 
 def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
-  """True if the prompt opens a thinking section and does not close it."""
-  return thinking.opens_by_ids(prompt, start=tables.start, end=tables.end)
+  """True if the prompt ends in an open thinking section."""
+  return thinking.opens(prompt, tables.ids)
 
 
 def columns(
@@ -270,7 +272,7 @@ def columns(
       wait_order=padded("wait_order", settings.max_waits),
       suppress=column("suppress", bool, tables.reflections is not None),
       max_thinking_steps=column(
-          "max_thinking_steps", used=bool(tables.step)))
+          "max_thinking_steps", used=bool(tables.ids.strings.step)))
   keys = {
       "seed": column("seed", np.uint32), "step": column("step"),
       "stage": np.array(

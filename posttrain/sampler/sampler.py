@@ -204,7 +204,7 @@ class Sampler:
       problem = requests.budget_problem(request, self.tables)
       if problem:
         raise ValueError(problem)
-      asked.append(self.options.apply(request, len(self.tables.waits)))
+      asked.append(self.options.apply(request, self.tables.wait_texts))
     return asked
 
   def _check(self, prompts: Sequence[Sequence[int]]) -> None:

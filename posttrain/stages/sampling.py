@@ -17,7 +17,7 @@ from posttrain.sampler import (
 )
 from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading
-from posttrain.text import thinking
+from posttrain.text import symbols, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import preemption
 
@@ -113,15 +113,16 @@ def make_tables(
   """Builds the tables by which budgets are counted and forced, for a tokenizer.
 
   Args:
-    suppress: words that are not sampled while a row thinks; tokens of the
-      delimiters stay.
+    suppress: words that are not sampled while a row thinks; tokens that spell
+      the delimiters stay.
   """
+  spell = symbols.speller(tokenizer, ids.tokens)
   reflections = None
   if suppress:
     reflections = tokenizer_lib.spellings(tokenizer, suppress)
     # Such as "</think>" of a word "think": the thinking has to end.
     reflections &= ~np.isin(np.arange(tokenizer.vocab_size), list(
-        itertools.chain(*ids.delimiters)))
+        itertools.chain(*map(spell, ids.strings.delimiters))))
   return budget_tables.BudgetTables.build(
-      ids, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer),
-      tokenizer.vocab_size, reflections)
+      ids, spell, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer),
+      reflections)

@@ -50,6 +50,7 @@ class Automaton:
       gives from `think` on.
     event: [states, V] int8 or int16, 0 for none, else an index below.
     started: [E] bool, the token completes `start`.
+    behind: [E] int32, symbols of the token behind `start`, if it completes it.
     delimiter: [E] int32, the delimiter that the token completes, first in text
       (of those that end there, the longest); -1 for none. Text behind it in the
       token is not looked at.
@@ -74,6 +75,7 @@ class Automaton:
   next: np.ndarray
   event: np.ndarray
   started: np.ndarray
+  behind: np.ndarray
   delimiter: np.ndarray
   back: np.ndarray
   kept: np.ndarray
@@ -109,7 +111,7 @@ def build(
   flat = Tokens.of(tokens)
   state, steps, behind = machine.run(flat)
   after = np.where(state < len(machine.states), state, ANSWER)
-  event, events = _events(strings, machine, state, steps, behind)
+  event, events = _events(strings, machine, tokens, state, steps, behind)
   reached = _reached(after, (PRE, machine.think))
   head_token, head_symbols = _heads(
       machine, flat, after[reached], event[reached], events)
@@ -131,8 +133,8 @@ def build(
 
 
 def _events(
-    strings: Strings, machine: Machine, state: np.ndarray,
-    steps: np.ndarray, behind: np.ndarray,
+    strings: Strings, machine: Machine, tokens: Sequence[Symbols],
+    state: np.ndarray, steps: np.ndarray, behind: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Numbers what tokens complete: [states, V] int32, and columns [E]."""
   size = len(machine.states)
@@ -145,23 +147,28 @@ def _events(
   is_end = np.array([*(x == strings.end for x in strings.delimiters), False])
   begins_end = np.array([
       *(strings.end[:len(x)] == x for x in strings.delimiters), False])
-  behind = behind.ravel()[at]
+  behind, opened = behind.ravel()[at], np.zeros(at.size, np.int32)
+  for i in np.flatnonzero(started.ravel()[at]):
+    row, token = np.unravel_index(at[i], state.shape)
+    opened[i] = machine.behind_start(machine.states[row], tokens[token])
   rows = np.stack([
       started.ravel()[at], d, lengths[d] + behind,
-      is_end[d] | begins_end[d] & (behind == 0), steps.ravel()[at]])
+      is_end[d] | begins_end[d] & (behind == 0), steps.ravel()[at], opened])
   # One number for each column of `rows`, as that sorts faster than rows do.
   packed = np.ravel_multi_index(
-      rows + np.array([0, 1, 0, 0, 0])[:, None],
-      rows.max(axis=1, initial=0) + np.array([1, 2, 1, 1, 1]))
+      rows + np.array([0, 1, 0, 0, 0, 0])[:, None],
+      rows.max(axis=1, initial=0) + np.array([1, 2, 1, 1, 1, 1]))
   _, first, which = np.unique(
       packed, return_index=True, return_inverse=True)
   event = np.zeros(state.size, np.int32)
   event[at] = which + 1
-  columns = np.concatenate([[[0], [-1], [0], [0], [0]], rows[:, first]], axis=1)
+  none = np.array([0, -1, 0, 0, 0, 0])[:, None]
+  columns = np.concatenate([none, rows[:, first]], axis=1)
   return event.reshape(state.shape), {
       "started": columns[0] > 0, "delimiter": columns[1].astype(np.int32),
       "back": columns[2].astype(np.int32), "kept": columns[3] > 0,
-      "steps": columns[4].astype(np.int32)}
+      "steps": columns[4].astype(np.int32),
+      "behind": columns[5].astype(np.int32)}
 
 
 def _reached(after: np.ndarray, first: Sequence[int]) -> np.ndarray:

@@ -105,6 +105,15 @@ class Machine:
     return max((n for n in self.begins(key) if key[1][-n:] == end[:n]),
                default=0)
 
+  def behind_start(self, key: tuple, token: Symbols) -> int:
+    """Returns the symbols of a token behind the `start` that it completes."""
+    found = key[1]
+    for place, symbol in enumerate(token):
+      found = _grown(self._start, found, symbol)
+      if found == len(self._start):
+        return len(token) - place - 1
+    return 0
+
   def run(self, flat: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Runs all tokens from all states.
 

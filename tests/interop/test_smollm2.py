@@ -38,9 +38,9 @@ def prompts(renderer):
 
 @pytest.fixture(scope="module")
 def tables(smollm2_tokenizer):
-  return budget_tables.BudgetTables.build(
+  return budget_tables.BudgetTables.of_ids(
       thinking.ThinkingIds(), smollm2_tokenizer.stop_ids,
-      tokenizer.newline_ends(smollm2_tokenizer), smollm2_tokenizer.vocab_size)
+      tokenizer.newline_ends(smollm2_tokenizer))
 
 
 def make_sampler(tables, temperature: float, chunk: int, max_num_seqs: int = 0):

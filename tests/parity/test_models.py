@@ -144,8 +144,8 @@ def test_loss_and_gradients_on_a_packed_batch(name, release, tmp_path):
 
 def greedy(ours, vocab_size: int, prompts: np.ndarray) -> np.ndarray:
   none = thinking.ThinkingIds()
-  tables = budget_tables.BudgetTables.build(
-      none, (), np.zeros(vocab_size, bool), vocab_size)
+  tables = budget_tables.BudgetTables.of_ids(
+      none, (), np.zeros(vocab_size, bool))
   drawn = sampler.Sampler(
       ids=none, tables=tables,
       params=token_sampling.SamplingParams(temperature=0.0),

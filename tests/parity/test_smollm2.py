@@ -88,9 +88,8 @@ def reference(theirs, prompt, stops) -> tuple[np.ndarray, np.ndarray]:
 
 def completions(ours, tokenizer, prompts) -> list[list[int]]:
   none = thinking.ThinkingIds()
-  tables = budget_tables.BudgetTables.build(
-      none, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer),
-      tokenizer.vocab_size)
+  tables = budget_tables.BudgetTables.of_ids(
+      none, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer))
   drawn = sampler.Sampler(
       ids=none, tables=tables,
       params=token_sampling.SamplingParams(temperature=0.0),

@@ -28,13 +28,12 @@ class Strings:
   ends_newline: frozenset = frozenset()
   reflections: tuple = ()
   step: tuple = ()
-  step_tokens: tuple = ()  # End a step too.
   vocab_size: int = 8
 
   def tables(self):
     flags = lambda ids: np.isin(np.arange(self.vocab_size), list(ids))
-    return budget.BudgetTables.build(
-        self, self.stop_ids, flags(self.ends_newline), self.vocab_size,
+    return budget.BudgetTables.of_ids(
+        self, self.stop_ids, flags(self.ends_newline),
         flags(self.reflections))
 
 
@@ -136,6 +135,7 @@ def think(row, best, add, check, force, prompt, strings, limits):
   """Returns how the row ended, if it ended inside its thinking."""
   ways_out = set(strings.delimiters) | {strings.end}
   fresh = []  # Sampled since thinking began or a wait.
+  stepped = []  # The same, since a step ended: steps do not overlap.
   after_wait = False
   while True:
     if (0 <= limits.maximum <= row.thinking
@@ -156,6 +156,7 @@ def think(row, best, add, check, force, prompt, strings, limits):
 
     banned = set(strings.reflections if limits.suppress else ())
     if after_wait:
+      # One token is never more than the first of a delimiter.
       banned |= set(strings.stop_ids) | {d[0] for d in ways_out}
     if row.thinking < limits.minimum:
       banned |= set(strings.stop_ids)
@@ -173,9 +174,10 @@ def think(row, best, add, check, force, prompt, strings, limits):
       if token in strings.stop_ids:
         return "eos"
       row.thinking += 1
-      if strings.step:
-        row.steps += ends_in(fresh, strings.step) or (
-            token in strings.step_tokens)
+      stepped.append(token)
+      if ends_in(stepped, strings.step):
+        row.steps += 1
+        stepped = []
       check()
       continue
 
@@ -187,7 +189,7 @@ def think(row, best, add, check, force, prompt, strings, limits):
       text = texts[turns[row.waits % len(turns)]]
       row.waits += 1
       del row.tokens[-len(delimiter):], row.sources[-len(delimiter):]
-      fresh, after_wait = [], True
+      fresh, stepped, after_wait = [], [], True
       for token in text:
         if 0 <= limits.maximum <= row.thinking:
           break

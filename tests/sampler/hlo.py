@@ -35,9 +35,8 @@ def compile_decode(
     The compiled loop, bytes of what a step has to read of the weights (all
     but the embedding, which is read as the head), and of the cache.
   """
-  tables = budget_tables.BudgetTables.build(
-      thinking.ThinkingIds(), (2,), np.zeros(config.vocab_size, bool),
-      config.vocab_size)
+  tables = budget_tables.BudgetTables.of_ids(
+      thinking.ThinkingIds(), (2,), np.zeros(config.vocab_size, bool))
   call = lambda key, function, *args, **kwargs: function(*args, **kwargs)
 
   def make(model):

@@ -67,15 +67,9 @@ def limits_of(limits: Limits, row: int) -> forcing.Limits:
 
 
 def in_thinking(prompt, strings: forcing.Strings) -> bool:
-  """Thinking is on, and the last delimiter in the prompt opens it."""
-  def last(part):
-    starts = [i for i in range(len(prompt))
-              if tuple(prompt[i:i + len(part)]) == part]
-    return max(starts, default=-1)
-
-  if not strings.end or not strings.start:
-    return bool(strings.end)
-  return last(strings.start) > last(strings.end)
+  """Thinking is on, and the prompt ends in the string that opens it."""
+  return bool(strings.end) and (
+      not strings.start or forcing.ends_in(prompt, strings.start))
 
 
 def as_row(rollouts: Rollouts, row: int) -> forcing.Row:

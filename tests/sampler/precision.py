@@ -96,8 +96,8 @@ def measure(model: Transformer, tokens: np.ndarray, new: int, **case):
 def drawn(model: Transformer, prompts: np.ndarray, new: int) -> np.ndarray:
   """The prompts [B, P], each with `new` tokens behind that it was drawn."""
   vocab_size = model.config.vocab_size
-  tables = budget_tables.BudgetTables.build(
-      thinking.ThinkingIds(), (), np.zeros(vocab_size, bool), vocab_size)
+  tables = budget_tables.BudgetTables.of_ids(
+      thinking.ThinkingIds(), (), np.zeros(vocab_size, bool))
   rollouts = sampler.Sampler(
       ids=thinking.ThinkingIds(), tables=tables,
       params=token_sampling.SamplingParams(temperature=1.0),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import sharding
-from posttrain.sampler import budget, budget_state
+from posttrain.sampler import budget, budget_state, budget_tables
 from tests import meshes
 from tests.sampler import forcing
 from tests.sampler.forcing import Limits, Strings
@@ -218,7 +218,7 @@ def random_strings(seed):
         delimiters=tuple(word(1, 3) for _ in range(rng.integers(0, 3))),
         newline=word(0, 1), final_answer=word(0, 2), wait=word(0, 3),
         more_waits=tuple(word(0, 2) for _ in range(rng.integers(0, 3))),
-        reflections=word(0, 2), step=word(0, 2), step_tokens=word(0, 1),
+        reflections=word(0, 2), step=word(0, 2),
         stop_ids=word(1, 1), ends_newline=frozenset(word(1, 2)))
     try:
       strings.tables()
@@ -388,4 +388,6 @@ def test_strings_that_cannot_work_are_errors(wrong, message):
 
 def test_newline_flags_have_the_vocabulary():
   with pytest.raises(ValueError, match="newline_ends"):
-    budget.BudgetTables.build(Strings(end=(1,)), (), np.zeros(3, bool), 8)
+    budget.BudgetTables.build(
+        budget_tables.ThinkingIds(end=(1,), tokens=[(256,)] * 8), len, (),
+        np.zeros(3, bool))

@@ -23,7 +23,7 @@ ROWS = 24
 WORDS = (16, 17, 18)
 STRINGS = dataclasses.replace(
     scene.STRINGS, reflections=WORDS, more_waits=((12, 13), (14,)),
-    step=(19,), step_tokens=(19, 20, 21))
+    step=(19,))
 
 
 def half(budgets, state):
@@ -44,7 +44,8 @@ def five(budgets, state):
 ALL = SamplingOptions(
     suppress=True, draw_waits=True,
     logits_processor=logits_processors.token_bias(scene.V),
-    logits_processor_args={"2": -1e9, "22": -1e9, "7": 2.0, "20": 1.0},
+    logits_processor_args={"2": -1e9, "22": -1e9, "4": -1e9, "7": 2.0,
+                           "19": 2.0},
     budget_schedule=half)
 
 
@@ -125,7 +126,7 @@ def test_no_row_exceeds_the_schedules_maximum_or_its_own(limits, drawn):
     sampled, forced = thought(drawn, row)
     most, steps = (int(column[row]) for column in (
         limits.max_thinking_tokens, limits.max_thinking_steps))
-    counted = sum(token in STRINGS.step_tokens for token in sampled)
+    counted = sum(token in STRINGS.step for token in sampled)
     assert drawn.think_steps[row] == counted
     assert steps < 0 or counted <= steps
     # The schedule has no say before the first token.
@@ -146,7 +147,9 @@ def test_steps_need_what_ends_one():
 
 
 @pytest.mark.parametrize("maximum, options", [
-    (dict(max_thinking_steps=2), NONE),
+    (dict(max_thinking_steps=2), SamplingOptions(
+        logits_processor=logits_processors.token_bias(scene.V),
+        logits_processor_args={"19": 3.0})),
     ({}, SamplingOptions(budget_schedule=five))],
     ids=["steps", "schedule"])
 def test_truncation_needs_no_maximum_of_tokens(maximum, options):
@@ -160,5 +163,5 @@ def test_truncation_needs_no_maximum_of_tokens(maximum, options):
   for row in rows:
     tokens, forced = thought(cut, row)
     assert not forced and tokens == cut.completion(row)
-    steps = sum(token in STRINGS.step_tokens for token in tokens)
+    steps = sum(token in STRINGS.step for token in tokens)
     assert steps == 2 if maximum else len(tokens) == 5
