@@ -187,20 +187,21 @@ def _by_record(text: "_Text", begin: int, length: int) -> Split:
   Args:
     text: of the completion.
     begin: where the thinking begins.
-    length: how many tokens have some of it.
+    length: its tokens. The one that completes `start` is none of them.
   """
   size = len(text.symbols)
-  behind = min(bisect.bisect_right(text.edges, begin) - 1 + length,
+  behind = min(bisect.bisect_left(text.edges, begin) + length,
                len(text.edges) - 1)
   stop = text.edges[behind]
   answer = text.behind_closing(behind)
   if answer < 0:
     # The model wrote `end` or its beginning, perhaps inside of a token. Some
     # text of the last thinking token is before it.
-    least = max(begin, text.edges[behind - 1]) + 1 if length else begin
+    least = text.edges[behind - 1] + 1 if length else begin
     at = text.end_from(least)
     answer = at + len(text.ids.strings.end) if at >= 0 else size + 1
-    stop = at if at >= 0 else min(stop, text.begun_from(least))
+    stop = (text.before_newline(at, begin) if at >= 0
+            else min(stop, text.begun_from(least)))
   # Where `max_tokens` cut `end` off there is no answer.
   return Split(text.span(begin, stop), text.span(min(answer, size), size),
                answer <= size)
@@ -301,7 +302,8 @@ class _Text:
     the `end` at that place.
     """
     at, ids = bisect.bisect_left(self.edges, end), self.ids
-    if self.edges[at] != end or not self._forced(ids.newline, at, begin):
+    if self.edges[at] != end or self.provenance[at] != FORCED or (
+        not self._forced(ids.newline, at, begin)):
       return end
     # Where a wait text ends in a newline, that newline is a part of the wait.
     is_wait = any(self._forced(wait, at, begin)
