@@ -137,8 +137,8 @@ def _events(
   """Numbers what tokens complete: [states, V] int32, and columns [E]."""
   size = len(machine.states)
   pre = np.array([key[0] == "pre" for key in machine.states])
-  started = pre[:, None] & ~np.append(pre, [False] * len(
-      strings.delimiters))[state]
+  done = np.zeros(len(strings.delimiters), bool)
+  started = pre[:, None] & ~np.append(pre, done)[state]
   at = np.flatnonzero(started | (state >= size) | (steps > 0))
   d = np.maximum(state.ravel()[at] - size, -1)  # -1: none.
   lengths = np.array([*map(len, strings.delimiters), 0])

@@ -223,3 +223,116 @@ def test_real_vocabulary_equals_the_search(smollm2_tokenizer):
 def test_merging_vocabulary_equals_the_search():
   counts = run(build.merging(), CASES, seed=1)
   assert (counts >= CASES * np.array([1, 0.5, 0.1, 0.1, 0.2])).all(), counts
+
+
+def random_vocabulary(rng, letters):
+  """All letters, and longer tokens, two of them the same."""
+  tokens = [(ord(letter),) for letter in letters]
+  tokens += [tuple(map(ord, rng.choices(letters, k=rng.randrange(2, 6))))
+             for _ in range(rng.randrange(20))]
+  return [*tokens, tokens[-1], (256 + len(tokens) + 1,)]
+
+
+def spellings(text, tokens):
+  """All ways to spell a text, as lists of symbols."""
+  if not text:
+    return [[]]
+  return [[token, *rest] for token in set(tokens) if text[:len(token)] == token
+          for rest in spellings(text[len(token):], tokens)]
+
+
+def most_tokens(text, tokens):
+  """Tries every first, inner and last token."""
+  whole = any(readable(text) in readable(token) for token in tokens)
+  firsts = {n for n in range(1, len(text)) for token in tokens
+            if token[-n:] == text[:n]}
+  lasts = {n for n in range(1, len(text)) for token in tokens
+           if token[:n] == text[-n:]}
+  inner = [len(way) + 2 for a in firsts for b in lasts
+           if a + b <= len(text)
+           for way in spellings(text[a:len(text) - b], tokens)]
+  return max([int(whole), *inner])
+
+
+@pytest.mark.parametrize("letters", ["ab", "abc"])
+def test_random_vocabularies_equal_the_search(letters):
+  """Any strings, with anything in common."""
+  rng = random.Random(letters)
+  word = lambda least, most: tuple(map(ord, rng.choices(
+      letters, k=rng.randrange(least, most + 1))))
+  seen = np.zeros(3, int)
+  for _ in range(120):
+    tokens = random_vocabulary(rng, letters)
+    ids = {token: i for i, token in enumerate(tokens)}
+    ends = tuple(dict.fromkeys(word(1, 5) for _ in range(rng.randrange(1, 5))))
+    strings = delimiters.Strings(word(0, 3), ends[0], ends, word(0, 3))
+    machine = delimiters.build(
+        strings, tokens, lambda text, ids=ids: tuple(ids[s,] for s in text))
+    cutter = Cutter(tokens)
+    read = (readable(strings.start), readable(ends[0]),
+            tuple(map(readable, ends[1:])), readable(strings.step))
+    for _ in range(40):
+      text = (*word(0, 20), *([tokens[-1][0]] * rng.randrange(2)), *word(0, 9))
+      found = check(machine, tokens, cutter.cut(text, rng), read,
+                    rng.random() < 0.5)
+      seen += [found.begin >= 0, found.delimiter >= 0, bool(found.steps)]
+    assert machine.longest == tuple(most_tokens(d, tokens) for d in ends)
+    begins = {d[:n] for d in ends for n in range(1, len(d) + 1)}
+    assert machine.opening.tolist() == [token in begins for token in tokens]
+  assert (seen > 500).all(), seen
+
+
+def test_a_word_is_one_symbol():
+  """ "OK" is no part of "OKAY", and the space before it none of it."""
+  tokenizer = build.words("OK OKAY x")
+  tokens = symbols.vocabulary(tokenizer)
+  parse = functools.partial(symbols.parse, tokenizer=tokenizer)
+  [whole] = parse("OK")
+  [end] = parse("</think>")
+  machine = delimiters.build(
+      delimiters.Strings(parse("<think>"), (end,), ((end,), (whole,))),
+      tokens, symbols.speller(tokenizer, tokens))
+  hit = machine.event[machine.think]
+  assert np.flatnonzero(hit).tolist() == sorted([end - 256, whole - 256])
+  assert machine.longest == (1, 1) and machine.heads == ()
+  assert machine.rest == ((end - 256,),)
+
+
+def test_nothing_is_matched_without_an_end():
+  tokens = [(97,), (98,)]
+  machine = delimiters.build(
+      delimiters.Strings((97,), (), ((),), (98,)), tokens, lambda text: ())
+  assert not machine.event.any() and machine.longest == ()
+  assert machine.heads == machine.rest == ()
+
+
+def test_a_spelling_is_the_tokenizers_own_where_it_has_one():
+  tokenizer = build.merging()
+  tokens = symbols.vocabulary(tokenizer)
+  spell = symbols.speller(tokenizer, tokens)
+  parse = functools.partial(symbols.parse, tokenizer=tokenizer)
+  text = "so it is.</think>\n"
+  assert spell(parse(text)) == tuple(tokenizer.encode(text))
+  # Half of a character; control tokens by their ids, and typed ones as text.
+  half = tuple("é".encode()[1:])
+  assert [tokens[i] for i in spell(half)] == [half]
+  control = tokenizer.controls["<|im_end|>"]
+  assert spell(parse("a<|im_end|>b")) == (
+      *tokenizer.encode("a"), control, *tokenizer.encode("b"))
+  typed = tuple(b"<|im_end|>")
+  assert spell(typed) == tuple(tokenizer.encode("<|im_end|>"))
+
+
+def test_what_cannot_be_spelt_is_an_error():
+  """The message names the string, the token, and what to change."""
+  tokens = [tuple(b"x</"), tuple(b"think>"), tuple(b"</"), tuple(b"</thi")]
+  ids = {token: i for i, token in enumerate(tokens)}
+  spell = lambda text: (ids[text],) if text in ids else ()
+  strings = delimiters.Strings((), tuple(b"</think>"), (tuple(b"</think>"),))
+  with pytest.raises(ValueError, match=(
+      r"token 0, 'x</', may begin .*'</think>'.*before that, 'x'.*"
+      r"tokenizer\.symbols")):
+    delimiters.build(strings, tokens, spell)
+  with pytest.raises(ValueError, match=(
+      r"cannot spell '</think>', the rest of thinking\.end='</think>'")):
+    delimiters.build(strings, tokens[1:], spell)

@@ -78,6 +78,18 @@ def test_forged_control_tokens_are_text(releases, name):
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
+def test_the_bytes_of_tokens_are_those_of_the_text(releases, name):
+  """Behind other text, where no pipeline puts a space."""
+  tokenizer = releases[name]
+  after = tokenizer.encode("a")[-1]
+  for text in (*families.STRESS, *families.FORGED):
+    ids = tokenizer.encode(text, after=after)
+    if name.startswith("qwen"):  # It composes characters.
+      text = unicodedata.normalize("NFC", text)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
 def test_a_text_in_the_middle_is_what_the_pipeline_gives_there(
     releases, name):
   """Behind "x", a text's tokens are those that it has in one piece."""

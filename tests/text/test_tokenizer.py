@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.text import vocabulary
@@ -36,6 +38,32 @@ def test_text_comes_back_and_never_holds_a_control_token(name, text):
   assert not set(ids) & set(tokenizer.controls.values())
   assert tokenizer.unk_id is None or tokenizer.unk_id not in ids
   assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXT)
+def test_the_bytes_of_tokens_are_those_of_the_text(name, text):
+  """Characters of several tokens, byte pieces and leading spaces too."""
+  tokenizer = ALL[name]
+  text = text.replace("\u2581", "").replace("\0", "")
+  ids = tokenizer.encode(text)
+  assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+  assert not any(tokenizer.token_bytes(i)
+                 for i in tokenizer.controls.values())
+  assert not tokenizer.words
+
+
+def test_words_are_marked_and_have_the_bytes_of_their_text():
+  words = build.words()
+  assert words.words
+  assert words.token_bytes(words.encode("Wait")[0]).strip() == b"Wait"
+  level = tokenizers.Tokenizer(models.WordLevel(
+      {"<unk>": 0, "</s>": 1, "\u00e9t\u00e9": 2}, unk_token="<unk>"))
+  level.pre_tokenizer = pre_tokenizers.Whitespace()
+  level = tokenizer_lib.HuggingFaceTokenizer(level, bos_id=None, eos_id=1)
+  assert level.words and [*map(level.token_bytes, range(3))] == [
+      b"", b"", "\u00e9t\u00e9".encode()]
 
 
 @pytest.mark.parametrize("name", ALL)
