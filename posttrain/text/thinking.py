@@ -187,17 +187,23 @@ def _by_record(text: "_Text", begin: int, length: int) -> Split:
   Args:
     text: of the completion.
     begin: where the thinking begins.
-    length: its tokens. The one that completes `start` is none of them.
+    length: how many tokens have some of it.
   """
   size = len(text.symbols)
-  behind = min(bisect.bisect_left(text.edges, begin) + length,
-               len(text.edges) - 1)
+  first = bisect.bisect_right(text.edges, begin) - 1
+  # Where the token that completed `start` was retracted, all tokens that spell
+  # its head again count.
+  again = sum(1 for _ in itertools.takewhile(
+      lambda code: code == FORCED, reversed(text.provenance[:first])))
+  behind = min(first + max(length - again, 0), len(text.edges) - 1)
   stop = text.edges[behind]
   answer = text.behind_closing(behind)
   if answer < 0:
     # The model wrote `end` or its beginning, perhaps inside of a token. Some
     # text of the last thinking token is before it.
-    least = text.edges[behind - 1] + 1 if length else begin
+    least = begin
+    if behind > first:
+      least = max(begin, text.edges[behind - 1]) + 1
     at = text.end_from(least)
     answer = at + len(text.ids.strings.end) if at >= 0 else size + 1
     stop = (text.before_newline(at, begin) if at >= 0
