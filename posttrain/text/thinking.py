@@ -187,17 +187,23 @@ def _by_record(text: "_Text", begin: int, length: int) -> Split:
   Args:
     text: of the completion.
     begin: where the thinking begins.
-    length: its tokens. The one that completes `start` is none of them.
+    length: how many tokens have some of it.
   """
   size = len(text.symbols)
-  behind = min(bisect.bisect_left(text.edges, begin) + length,
-               len(text.edges) - 1)
+  first = bisect.bisect_right(text.edges, begin) - 1
+  # Where the token that completed `start` was retracted, all tokens that spell
+  # its head again count.
+  again = sum(1 for _ in itertools.takewhile(
+      lambda code: code == FORCED, reversed(text.provenance[:first])))
+  behind = min(first + max(length - again, 0), len(text.edges) - 1)
   stop = text.edges[behind]
   answer = text.behind_closing(behind)
   if answer < 0:
     # The model wrote `end` or its beginning, perhaps inside of a token. Some
     # text of the last thinking token is before it.
-    least = text.edges[behind - 1] + 1 if length else begin
+    least = begin
+    if behind > first:
+      least = max(begin, text.edges[behind - 1]) + 1
     at = text.end_from(least)
     answer = at + len(text.ids.strings.end) if at >= 0 else size + 1
     stop = (text.before_newline(at, begin) if at >= 0
@@ -255,7 +261,7 @@ class _Text:
     """Returns the first place from `least` at which `end` stands, or -1."""
     end = symbols.as_text(self.ids.strings.end)
     at = self.symbols.find(end, least)
-    while at >= 0 and not self._is_one(at, at + len(end)):
+    while at >= 0 and not self._may_begin(at):
       at = self.symbols.find(end, at + 1)
     return at
 
@@ -264,18 +270,12 @@ class _Text:
     end, size = symbols.as_text(self.ids.strings.end), len(self.symbols)
     return next(
         (at for at in range(max(least, size - len(end)), size)
-         if end.startswith(self.symbols[at:]) and self._is_one(at, size)), size)
+         if end.startswith(self.symbols[at:]) and self._may_begin(at)), size)
 
-  def _is_one(self, begin: int, end: int) -> bool:
-    """Tests if text may be a delimiter, by who wrote its tokens.
-
-    It is not matched across a forced token. The model may have begun it, and
-    the rest of it was forced; or it was forced alone.
-    """
-    first = bisect.bisect_right(self.edges, begin) - 1
-    codes = self.provenance[first:bisect.bisect_left(self.edges, end)]
-    return codes == sorted(codes) and (
-        codes[0] != FORCED or self.edges[first] == begin)
+  def _may_begin(self, at: int) -> bool:
+    """Tests if `end` may begin at a place: not inside of a forced token."""
+    token = bisect.bisect_right(self.edges, at) - 1
+    return self.edges[token] == at or self.provenance[token] != FORCED
 
   def behind_closing(self, at: int) -> int:
     """Returns where the text behind an `end` begins that was forced alone.

@@ -282,6 +282,21 @@ def test_random_vocabularies_equal_the_search(letters):
   assert (seen > 500).all(), seen
 
 
+def test_the_most_tokens_of_a_delimiter_are_those_of_a_search():
+  """In vocabularies that lack letters, so that many spellings do not exist."""
+  rng = random.Random(5)
+  counts = []
+  for _ in range(300):
+    tokens = [token for token in random_vocabulary(rng, "ab")
+              if len(token) > 1 or rng.random() < 0.4]
+    end = tuple(map(ord, rng.choices("ab", k=rng.randrange(1, 7))))
+    machine = delimiters.build(
+        delimiters.Strings((), end, (end,)), tokens, lambda text: (0,))
+    assert machine.longest == (most_tokens(end, tokens),)
+    counts.append(machine.longest[0])
+  assert set(counts) >= {0, 1, 2, 3, 4}
+
+
 def test_a_word_is_one_symbol():
   """ "OK" is no part of "OKAY", and the space before it none of it."""
   tokenizer = build.words("OK OKAY x")
