@@ -14,6 +14,7 @@ from posttrain import workdir as workdir_lib
 from posttrain.cli import sample
 from posttrain.sampler import token_sampling
 from posttrain.sampler.sampler import Limits
+from posttrain.stages import sampling
 from posttrain.text import thinking
 from posttrain.train import preemption
 from tests import meshes
@@ -192,9 +193,11 @@ def test_a_prompt_that_cannot_run_errs_alone(config, tmp_path):
 def test_prompts_ask_and_completions_are_steered(config, several, tmp_path):
   """A line as it streams, and a batch: asked, hooked, suppressed."""
   one = {"prompt": "6 5 2 2 : 1 <think>"}
-  told = dict(suppress=("6", "5"), wait_order="cycle", budget_schedule="",
-              logits_processor="posttrain.sampler.logits_processors:token_bias",
-              logits_processor_args={"0": 0.0})
+  told = dict(
+      sampling.PLAIN, suppress=("6", "5"), confidence_window=3,
+      confidence_top_k=2,
+      logits_processor="posttrain.sampler.logits_processors:token_bias",
+      logits_processor_args={"0": 0.0})
   output = tmp_path / "out.jsonl"
   records, _ = run(config, [one] * (1 + several), options=told,
                    ask="3 3", output=str(output))
@@ -202,6 +205,11 @@ def test_prompts_ask_and_completions_are_steered(config, several, tmp_path):
     assert " ".join(record["prompt"].split()) == "6 5 2 2 : 1 3 3 <think>"
     thought = record["completion"].partition("</think>")[0].split()
     assert not {"5", "6"} & set(thought) and record["think_length"] > 2
+    sampled = [value for value, source in zip(
+        record["confidence"], record["provenance"], strict=True)
+               if source == 1]
+    assert len(record["entropy"]) == record["length"]
+    assert record["tail_confidence"] == pytest.approx(sum(sampled[-3:]) / 3)
   settings = json.loads(output.open().readline())["settings"]
   assert settings["suppress"] == ["6", "5"]
   assert settings["logits_processor"] in settings["sources"]

@@ -7,7 +7,7 @@ import pytest
 from posttrain.data import random_streams
 from posttrain.data.problem_cursor import ProblemCursor
 from posttrain.objectives import advantages as advantages_lib
-from posttrain.rl import rollout_buffer
+from posttrain.rl import rollout_buffer, rollout_worker
 from posttrain.stages import rl
 from posttrain.train import preemption
 from tests import meshes, pipeline_run
@@ -92,6 +92,44 @@ def test_batches_that_wait_keep_their_problems_in_a_checkpoint(drawn):
       again.draw_ahead(2)
       np.testing.assert_array_equal(again._drawn[0].indices, first_epoch(
           len(worker.problems))[position:position + 4])
+
+
+def test_entropy_and_confidence_go_to_metrics_records_and_checkpoints(
+    drawn, tmp_path):
+  with jax.set_mesh(meshes.one()):
+    run = pipeline_run.make_pipeline(tmp_path, [
+        "reason.rollout.confidence_window=4",
+        "reason.rollout.confidence_top_k=3"])
+    worker = rl.make_rollout_worker(run.context("reason"))
+    model = pipeline_run.start(run)
+    batch = worker.collect(model, ASKED, step=3)
+    buffer = make_buffer(worker)
+    buffer._drawn = [batch, batch]
+    again = make_buffer(worker)
+    again.restore(buffer.cursor.get_state(), buffer.to_arrays())
+  rollouts = batch.rollouts
+  np.testing.assert_array_equal(rollouts.tokens, drawn[2].rollouts.tokens)
+  for restored in again._drawn:
+    np.testing.assert_array_equal(restored.rollouts.entropy, rollouts.entropy)
+    np.testing.assert_array_equal(
+        restored.rollouts.confidence, rollouts.confidence)
+  zeros = np.zeros(16)
+  found = rollout_worker.metrics(batch, zeros, ["reward"])
+  records = rollout_worker.records(batch, zeros, ["reward"], worker, 3)
+  per_row = [rollouts.confidence[row, rollouts.loss_mask[row]]
+             for row in range(16)]
+  assert found["sampling/confidence"] == pytest.approx(
+      np.concatenate(per_row).mean())
+  assert 0 < found["sampling/entropy"] < np.log(
+      worker.sampler.tables.vocab_size)
+  for record, values in zip(records, per_row, strict=True):
+    assert record["mean_confidence"] == pytest.approx(values.mean())
+    assert record["tail_confidence"] == pytest.approx(values[-4:].mean())
+    windows = [values[i:i + 4].mean() for i in range(len(values) - 3)]
+    assert record["lowest_group_confidence"] == pytest.approx(
+        min(windows) if windows else values.mean())
+  assert not any("confidence" in name for name in rollout_worker.metrics(
+      drawn[2], zeros, ["reward"]))
 
 
 def first_epoch(problems):

@@ -18,7 +18,9 @@ from posttrain.train import preemption
 from tests import meshes, pipeline_run
 from tests.stages import toy
 
-MEASURE = ["stages=measure", "measure.wait_max_thinking_tokens=-1,5"]
+MEASURE = ["stages=measure", "measure.wait_max_thinking_tokens=-1,5",
+           "measure.rollout.confidence_window=1000",
+           "measure.rollout.confidence_top_k=3"]
 MAXIMA, WAITS = (0, 2, 5), (0, 1, 2)
 NAMES = ["free", "max_0", "max_2", "max_5", "waits_1", "waits_2",
          "waits_1_max_5", "waits_2_max_5"]
@@ -88,6 +90,15 @@ def test_records_are_graded_as_their_text_says(result):
     assert row["answer"] == (words[-1] if words else None)
     nulls += wanted is None
   assert nulls
+
+
+def test_records_have_entropy_and_confidence(result):
+  """No completion fills the window, so that its mean is its only group."""
+  for row in result["records"]:
+    assert row["mean_entropy"] > 0
+    assert row["mean_confidence"] == pytest.approx(row["tail_confidence"])
+    assert row["mean_confidence"] == pytest.approx(
+        row["lowest_group_confidence"])
 
 
 def test_accuracies_errors_and_lengths(cells):
