@@ -7,6 +7,7 @@ the training program's own logprobs.
 """
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -222,10 +223,10 @@ def test_thinking_and_answer_are_those_of_the_text(seen, tokenizer, ids):
         assert thought.startswith(completion.thinking)
       begin = 0 if opened else text.find(START) + len(START)
       edges = [len(tokenizer.decode(tokens[:i])) for i in range(size + 1)]
-      # The token in which `start` ends does not count, whatever is behind it.
+      # A token counts if some of its text is thinking.
       assert rollouts.think_lengths[row] == sum(
-          begin <= left < begin + len(completion.thinking)
-          for left in edges[:-1])
+          max(left, begin) < min(right, begin + len(completion.thinking))
+          for left, right in itertools.pairwise(edges))
       checked += 1
   assert checked > 300
 
