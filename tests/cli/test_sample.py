@@ -170,7 +170,7 @@ def test_left_at_sigterm_the_file_has_what_was_finished(
   monkeypatch.setattr(preemption, "requested", lambda: True)
   with pytest.raises(preemption.Preempted):
     run(config, rows[:1], stream=stream)
-  assert "the completion is dropped." in stream.getvalue()
+  assert "0 of 1 completions are printed, and none is kept" in stream.getvalue()
 
 
 def test_a_prompt_that_cannot_run_errs_alone(config, tmp_path):
