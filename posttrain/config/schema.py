@@ -16,8 +16,8 @@ from posttrain.model.config import (
 
 _THINKS = Needs("thinking.end", "!=", "")
 THINKING = Section(
-    "The strings around the thinking: budget forcing inserts them, and metrics "
-    "find the thinking by them.",
+    "The strings around the thinking: budget forcing inserts them, metrics "
+    "find the thinking by them, and SFT spells them as they are inserted.",
     start=Key(str, "<think>", 'Opens the thinking. "": a completion begins in '
               "it.", needs=_THINKS),
     end=Key(
