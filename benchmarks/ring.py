@@ -2,8 +2,8 @@ r"""Ring cache: the share that the decode kernel fetches, modelled, not run.
 
   python -m benchmarks.ring --mean=1024 --prompt=128
 
-Requests of lognormal lengths go through an engine's rows; the ring doubles and
-halves by the engine's rule. For every step it counts the blocks of slots in
+Requests of lognormal lengths go through an engine's rows; the ring grows and
+shrinks by the engine's rule. For every step it counts the blocks of slots in
 which a live row has tokens, and all blocks, which plain attention reads.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.batching import lognormal_lengths
 from posttrain.model.decode_kernel import MOST_SLOTS
+from posttrain.sampler import requests
 
 
 def fetched(
@@ -24,17 +25,17 @@ def fetched(
   Args:
     lengths: new tokens of each request, in the order of the queue.
   """
-  queue, size, index = deque(lengths.tolist()), 64, 0
+  sizes = requests.Settings(
+      rows, prompt + int(lengths.max()) + chunk, chunk=chunk).sizes
+  queue, size, index = deque(lengths.tolist()), sizes[0], 0
   held, left = np.zeros(rows, int), np.zeros(rows, int)
   total = np.zeros(3)  # Slots fetched, in use, of the ring.
   while queue or left.any():
     for row in np.flatnonzero(left == 0)[:len(queue)]:
       held[row], left[row] = prompt, queue.popleft()
     needed = held[left > 0].max() + chunk
-    while size < needed:
-      size *= 2
-    while size > 64 and needed <= size // 4:
-      size //= 2
+    for resized in requests.fitting(sizes, size, needed):
+      size = resized
     for _ in range(chunk):
       live = left > 0
       if not live.any():

@@ -290,8 +290,8 @@ class Settings:
     max_num_seqs: B, sequences that decode together at most.
     max_seq_len: S at most, in tokens: prompt and completion of the longest
       request.
-    min_seq_len: S to begin with; it doubles, up to `max_seq_len`, when a
-      sequence needs more. On a TPU choose a multiple of 32, see `TILE`.
+    min_seq_len: S to begin with; it grows, up to `max_seq_len`, when a
+      sequence needs more, see `sizes`.
     chunk: N, decode steps before the host syncs, at most.
     admit_fraction: the host syncs before a chunk's end when this share of
       `max_num_seqs` is free for requests that wait.
@@ -339,10 +339,21 @@ class Settings:
 
   @property
   def sizes(self) -> list[int]:
-    """Sizes that S takes: doublings, the last rounded up to whole tiles."""
-    last = -(-self.max_seq_len // TILE) * TILE
-    return [min(size, last)
-            for size in doublings(self.min_seq_len, self.max_seq_len)]
+    """Sizes that S takes, in whole tiles, the last for the longest request.
+
+    What is left of S besides a first part, of `min_seq_len` - `chunk`, doubles:
+    with a prompt in that part, attention reads few slots in vain. Each size is
+    a quarter larger at least, as it is a program more.
+    """
+    tiled = lambda slots: -(-slots // TILE) * TILE
+    last = tiled(self.max_seq_len)
+    sizes, rest = [min(tiled(self.min_seq_len), last)], self.chunk
+    while sizes[-1] < last:
+      rest *= 2
+      size = min(tiled(self.min_seq_len - self.chunk + rest), last)
+      if size == last or 4 * size >= 5 * sizes[-1]:
+        sizes.append(size)
+    return sizes
 
   def prefill_sizes(self, length: int) -> list[int]:
     """Sizes of caches that sequences of up to `length` tokens are prefilled in.

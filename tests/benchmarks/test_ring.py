@@ -11,8 +11,8 @@ def test_rows_of_one_length():
   lengths = np.full(4, 100)
   one, used = ring.fetched(lengths, rows=4, prompt=28, block=1)
   assert one == used
-  # A ring of 64, then 128 and 256 before what is held and a chunk are more.
-  sizes = np.repeat([64, 128, 128, 256], 32)[:100]
+  # A ring of 64, then 96 and 160 before what is held and a chunk are more.
+  sizes = np.repeat([64, 96, 160, 160], 32)[:100]
   assert used == pytest.approx((28 + np.arange(1, 101)).sum() / sizes.sum())
-  whole, _ = ring.fetched(lengths, rows=4, prompt=28, block=256)
+  whole, _ = ring.fetched(lengths, rows=4, prompt=28, block=160)
   assert whole == 1

@@ -500,12 +500,10 @@ def test_a_key_without_effect_in_a_source():
      "are cold_start, reason."),
     (["profile.steps=2", "stages=measure"],
      "profile.steps: set, but it has no effect: no stage here trains."),
-    (["reason.rollout.max_num_seqs=32"],
-     "reason.rollout.max_num_seqs: 32 is not below the num_groups x group_size "
-     "= 32 completions of a batch, so none would wait for a place. Use fewer, "
-     "or 0"),
-    (["reason.rollout.max_num_seqs=33"],
-     "reason.rollout.max_num_seqs: 33 is not below"),
+    (["reason.rollout.max_num_seqs=-1"],
+     "reason.rollout.max_num_seqs: found -1, needed"),
+    (["measure.rollout.max_num_seqs=0"],
+     "measure.rollout.max_num_seqs: found 0, needed"),
     (["reason.rollout.max_thinking_steps=2"],
      "reason.rollout.max_thinking_steps: set, but thinking.step is empty"),
     (["reason.rollout.num_waits=1", "reason.rollout.wait_order=draw"],
@@ -788,7 +786,14 @@ def test_renamed_keys_are_of_the_kinds_that_had_them():
       "slots", "policy", "behaviour_correction", "behaviour_cap",
       "behaviour_floor"}
   assert names("evaluate") == {
-      "batch_rows", "refill", "policy", "hook", "hook_args"}
+      "batch_rows", "policy", "hook", "hook_args"}
+
+
+@pytest.mark.parametrize("name", ["continuous_batching", "refill"])
+def test_a_key_of_the_former_second_way_to_sample_says_what_to_do(name):
+  told = problem(f"measure.rollout.{name}=true")
+  assert told.startswith(f"measure.rollout.{name}: ")
+  assert "Remove the key; rollout.max_num_seqs is the number" in told
 
 
 SECTIONS = [schema.TOP, *(

@@ -354,6 +354,16 @@ def test_weights_do_not_change_under_active_sequences():
     busy.use(busy.model)
 
 
+@pytest.mark.parametrize("least, chunk, most, sizes", [
+    (96, 32, 192, [96, 128, 192]), (64, 32, 64, [64]), (108, 8, 103, [128]),
+    # 1,088 to 1,280 would be less than a quarter more.
+    (1056, 32, 2048, [1056, 1536, 2048]), (64, 32, 300, [64, 96, 160, 288, 320])
+])
+def test_a_ring_doubles_its_part_for_the_completion(least, chunk, most, sizes):
+  assert requests.Settings(
+      1, most, min_seq_len=least, chunk=chunk).sizes == sizes
+
+
 def test_max_num_seqs_is_whole_rows_of_the_mesh():
   with jax.set_mesh(meshes.eight()), pytest.raises(
       ValueError, match="multiple of 4"):

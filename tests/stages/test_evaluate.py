@@ -280,15 +280,12 @@ def test_what_could_not_be_judged_is_counted_and_told(tmp_path, capsys):
   assert total and "They count as wrong" in told
 
 
-@pytest.mark.parametrize("refill", [
-    pytest.param(False, marks=pytest.mark.slow), True])
-def test_another_batch_size_asks_the_same(result, tmp_path, refill):
-  """One problem at a time, or four completions of any; near ties apart."""
+def test_fewer_sequences_at_a_time_ask_the_same(result, tmp_path):
+  """Near ties apart."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [
         "stages=measure", "measure.rollout.max_num_seqs=4",
-        f"measure.rollout.continuous_batching={refill}", "measure.num_waits=",
-        "measure.max_thinking_tokens=2"])
+        "measure.num_waits=", "measure.max_thinking_tokens=2"])
     evaluation = evaluate.Evaluation(run.context("measure"))
     again = evaluation.evaluate("init", lambda: pipeline_run.start(run))
   # As JSON has them: a tuple comes back as a list.

@@ -30,7 +30,7 @@ def problems(tmp_path, *changes):
     (["measure.rollout.max_num_seqs=2147483647", "measure.problems.count=0"],
      "measure",
      "measure.rollout.max_num_seqs=2147483647 (fewer), "
-     "measure.samples_per_problem=4 (fewer), measure.rollout.max_tokens="),
+     "measure.rollout.max_tokens="),
     (["reason.num_groups=1000000000"], "reason reason",
      "reason.num_groups=1000000000 (fewer), reason.group_size=4 (fewer), "
      "reason."),

@@ -7,9 +7,12 @@ from ml_collections import config_dict
 from posttrain import config as config_lib
 from posttrain import pipeline, sharding
 from posttrain.model.presets import PRESETS
+from posttrain.sampler import sampler
 from posttrain.stages import memory_estimate
 from posttrain.telemetry import memory
 from tests import meshes, pipeline_run
+from tests.sampler import numpy_sampler
+from tests.sampler.test_sampler import UNUSED
 
 
 @pytest.mark.parametrize("stage, parts", [
@@ -54,11 +57,8 @@ def test_sampling_in_int8_is_counted(stage):
 @pytest.mark.parametrize("changes, rows", [
     ([], 4096), (["measure.problems.count=5"], 10),
     (["measure.problems.count=5", "measure.majority.max_samples=7"], 35),
-    (["measure.problems.count=5",
-      "measure.rollout.continuous_batching=True"], 4096),
     (["measure.problems.count=5000"], 4096)])
 def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
-  """An engine apart, which has all its slots."""
   def cache(*assignments):
     config = config_lib.assign(
         pipeline_run.CONFIG, [*pipeline_run.ALL, "measure.num_waits=",
@@ -77,12 +77,18 @@ def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
   assert found == rows * one
 
 
-@pytest.mark.parametrize("max_tokens, slots", [(3, 8), (20, 32), (32, 32)])
-def test_a_cache_of_a_chunk_doubles_until_it_holds_the_completion(
-    max_tokens, slots):
-  """As tests/sampler/test_sampler.py counts the sampler's own programs."""
-  assert memory_estimate.cache_slots(config_dict.ConfigDict(dict(
-      max_prompt_tokens=100, chunk=8, max_tokens=max_tokens))) == 100 + slots
+@pytest.mark.parametrize("max_tokens, slots", [
+    (3, 128), (28, 128), (29, 160), (924, 1024)])
+def test_a_cache_holds_prompt_and_completion_in_whole_tiles(max_tokens, slots):
+  rollout = config_dict.ConfigDict(dict(
+      max_prompt_tokens=100, chunk=8, max_tokens=max_tokens))
+  assert memory_estimate.cache_slots(rollout) == slots
+  # As the engine of the stage has it.
+  some = numpy_sampler.make_sampler(UNUSED, max_prompt_tokens=100, chunk=8)
+  with jax.set_mesh(meshes.one()):
+    found = some.engine_settings(some.make_requests(
+        [[6]], sampler.Limits(max_tokens), prompt_id=[0]))
+  assert found.sizes[-1] == slots
 
 
 def test_devices_that_only_sample_have_a_line_of_their_own(tmp_path):

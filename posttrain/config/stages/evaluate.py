@@ -30,6 +30,11 @@ ROLLOUT = Section(
     temperature=sampling.TEMPERATURE,
     **sampling.TRUNCATIONS,
     max_num_seqs=sampling.max_num_seqs(64, "[1, inf)"),
+    batch_rows=keys.Renamed("rollout.max_num_seqs"),
+    **{name: keys.Refused(
+        "sampling is always continuous batching now. Remove the key; "
+        "rollout.max_num_seqs is the number of sequences that decode together")
+       for name in ("continuous_batching", "refill")},
     **sampling.LOGITS,
 )
 

@@ -19,6 +19,7 @@ ROLLOUT = Section(
     **sampling.BUDGET,
     max_num_seqs=sampling.max_num_seqs(
         0, "[0, inf)", " 0: all completions of a batch."),
+    slots=keys.Renamed("rollout.max_num_seqs"),
     **{name: keys.Refused(
         "the policy ratio would be against a truncated distribution; RL "
         "rollouts sample from the whole vocabulary")

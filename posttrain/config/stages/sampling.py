@@ -55,14 +55,7 @@ ROLLOUT: dict[str, Any] = dict(
     confidence_top_k=Key(
         int, 20, "Largest logprobs that a token's confidence averages.",
         "[1, inf)", needs=Needs("rollout.confidence_window", ">", 0)),
-    policy=Renamed("rollout.budget_schedule"),
-    slots=Renamed("rollout.max_num_seqs"),
-    batch_rows=Renamed("rollout.max_num_seqs"),
-    **{name: keys.Refused(
-        "there is one way to sample, which is continuous batching; remove the "
-        "key, and set rollout.max_num_seqs to the sequences that decode "
-        "together")
-       for name in ("continuous_batching", "refill")})
+    policy=Renamed("rollout.budget_schedule"))
 
 
 def max_num_seqs(default: int, bounds: str, more: str = "") -> Key:
