@@ -28,8 +28,7 @@ from posttrain.text import thinking
 
 END, WAIT, NEWLINE, ANSWER = 1, 2, 3, (4, 5, 6, 7)
 IDS = thinking.ThinkingIds(
-    end=(END,), delimiters=((END,),), newline=(NEWLINE,), final_answer=ANSWER,
-    wait=(WAIT,))
+    end=(END,), newline=(NEWLINE,), final_answer=ANSWER, wait=(WAIT,))
 CLOSING = (NEWLINE, END, *ANSWER)
 WAITS = 2
 

@@ -64,12 +64,12 @@ def _without_tokenizer(
   end = one(strings.end)
   ids = thinking.ThinkingIds() if not end else thinking.ThinkingIds(
       start=one(strings.start), end=end,
-      delimiters=(end, *map(one, strings.delimiters)),
       newline=one(strings.newline), final_answer=one(strings.final_answer),
       wait=one(strings.wait_text),
-      more_waits=tuple(map(one, strings.more_wait_texts)),
-      step=one(strings.step))
-  tables = budget_tables.BudgetTables.of_ids(ids, (0,), np.zeros(size, bool))
+      more_waits=tuple(map(one, strings.more_wait_texts)))
+  tables = budget_tables.BudgetTables.of_ids(
+      ids, (0,), np.zeros(size, bool), step=one(strings.step),
+      delimiters=map(one, strings.delimiters))
   return Setup(
       config, weights.model_config(config, size), ids, tables, None, (
           *notes, f"The tokenizer is not here ({error}): the vocabulary is the "

@@ -13,7 +13,7 @@ import numpy as np
 from posttrain.sampler import decode, requests, rollouts
 from posttrain.sampler.budget_tables import BudgetTables
 from posttrain.sampler.requests import Completion, Request
-from posttrain.text import symbols
+from posttrain.text import symbols, thinking
 
 NOT_FINITE = (
     "The logits are not finite, so nothing can be drawn from them: the weights "
@@ -107,9 +107,7 @@ class ActiveSequence:
     self.stop: Stop | None = None
     self._recorded = recorded
     self._most = requests.most_slots(request, tables)
-    # A delimiter that completes may retract this many earlier tokens, so the
-    # last ones of the record are not final yet.
-    self._held = tables.held
+    self._thinking_ids = tables.ids
     self._row = rollouts.Row()
     self._raw: list[np.ndarray] = []
     self._surplus = 0
@@ -153,8 +151,8 @@ class ActiveSequence:
     if self._matcher is None:
       return False
     # A string that ends in tokens that may be retracted is not found yet.
-    settled = len(self._row.tokens) - (0 if done else self._held)
-    self.stop = self._matcher.find(self._row.tokens[:max(settled, 0)])
+    tokens = self._row.tokens
+    self.stop = self._matcher.find(tokens if done else self._final())
     if self.stop is None:
       return False
     self._surplus = len(self._row.tokens) - self.stop.end
@@ -168,10 +166,15 @@ class ActiveSequence:
 
   def settled(self) -> list[int]:
     """Returns the tokens that nothing can retract or cut off any more."""
-    tokens = self._row.tokens[:max(len(self._row.tokens) - self._held, 0)]
+    tokens = self._final()
     if self._matcher is None:
       return tokens
     return tokens[:self._matcher.settled(tokens)]
+
+  def _final(self) -> list[int]:
+    """Returns the tokens that no delimiter can retract any more."""
+    tokens = self._row.tokens
+    return tokens[:thinking.settled(tokens, self._thinking_ids)]
 
   def completion(self, reason: str, state: Any, row: int) -> Completion:
     """Makes the completion of a finished sequence.
@@ -190,13 +193,13 @@ class ActiveSequence:
         state.think_end[row], state.steps[row])
     if reason == "stop":
       counts = columns["counts"][-1]
-    thinking, answer, waits, think_end, steps = map(int, counts)
+    think_length, answer, waits, think_end, steps = map(int, counts)
     return Completion(
         id=self.number, request=self.request, tokens=list(self._row.tokens),
         logprobs=columns["logprob"].astype(np.float32),
         provenance=columns["provenance"].astype(np.int8),
         finish_reason=reason, error=NOT_FINITE if reason == "error" else "",
-        think_end=rollouts.THINK_ENDS[think_end], think_length=thinking,
+        think_end=rollouts.THINK_ENDS[think_end], think_length=think_length,
         think_steps=steps, answer_length=answer, wait_count=waits,
         surplus=self._surplus, experts=columns.get("experts"),
         entropy=_floats(columns, "entropy"),

@@ -18,6 +18,7 @@ import numpy as np
 
 from posttrain import sharding
 from posttrain.text import delimiters
+from posttrain.text.delimiters import Strings
 from posttrain.text.symbols import CONTROL, Symbols
 from posttrain.text.thinking import ThinkingIds
 
@@ -198,28 +199,26 @@ class BudgetTables:
 
   @classmethod
   def of_ids(
-      cls, ids: Any, stop_ids: Iterable[int], newline_ends: np.ndarray,
-      reflections: np.ndarray | None = None,
+      cls, ids: ThinkingIds, stop_ids: Iterable[int], newline_ends: np.ndarray,
+      reflections: np.ndarray | None = None, *,
+      delimiters: Iterable[Sequence[int]] = (), step: Sequence[int] = (),
   ) -> "BudgetTables":
     """Builds tables of a vocabulary in which no tokens merge.
 
     Args:
-      ids: has the strings of `thinking.Thinking` as token ids, see
-        `thinking.ThinkingIds`: `delimiters` and `step`, too.
+      ids: the strings as token ids; what else it has is not looked at.
       stop_ids, newline_ends, reflections: see `build`.
+      delimiters, step: token ids of strings that are matched only.
     """
     symbols = lambda string: tuple(CONTROL + int(i) for i in string)
-    strings = delimiters.Strings(
-        symbols(ids.start), symbols(ids.end), tuple(dict.fromkeys(
-            map(symbols, filter(None, (ids.end, *ids.delimiters))))),
-        symbols(ids.step))
-    whole = NOTHING if not ids.end else ThinkingIds(
-        start=ids.start, end=ids.end, newline=ids.newline,
-        final_answer=ids.final_answer, wait=ids.wait,
-        more_waits=ids.more_waits, strings=strings,
-        tokens=[(CONTROL + i,) for i in range(newline_ends.size)])
+    if ids.end:
+      ids = dataclasses.replace(
+          ids, tokens=[(CONTROL + i,) for i in range(newline_ends.size)],
+          strings=Strings(symbols(ids.start), symbols(ids.end), tuple(
+              dict.fromkeys(map(symbols, filter(
+                  None, (ids.end, *delimiters))))), symbols(step)))
     return cls.build(
-        whole, lambda string: tuple(s - CONTROL for s in string), stop_ids,
+        ids, lambda string: tuple(s - CONTROL for s in string), stop_ids,
         newline_ends, reflections)
 
   def put(

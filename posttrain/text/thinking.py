@@ -47,9 +47,6 @@ class Thinking:
 class ThinkingIds:
   """Strings of `Thinking` for one tokenizer: as ids to force, as text to match.
 
-  `delimiters` has `end` first. `step_tokens` are all tokens whose text contains
-  `step`.
-
   Attributes:
     start, end, newline, final_answer, wait, more_waits: token ids, each string
       spelt alone.
@@ -59,13 +56,10 @@ class ThinkingIds:
 
   start: tuple[int, ...] = ()
   end: tuple[int, ...] = ()
-  delimiters: tuple[tuple[int, ...], ...] = ()
   newline: tuple[int, ...] = ()
   final_answer: tuple[int, ...] = ()
   wait: tuple[int, ...] = ()
   more_waits: tuple[tuple[int, ...], ...] = ()
-  step: tuple[int, ...] = ()
-  step_tokens: tuple[int, ...] = ()
   strings: delimiters_lib.Strings = delimiters_lib.NOTHING
   tokens: Sequence[symbols.Symbols] = dataclasses.field(
       default=(), compare=False, repr=False)
@@ -118,28 +112,25 @@ def resolve(
   if not thinking.end:
     return ThinkingIds()
   encode = lambda name, text: spell(name, text, tokenizer)
-  end = encode("end", thinking.end)
-  others = [encode("delimiters", text) for text in thinking.delimiters]
-  parse = lambda text: symbols.parse(text, tokenizer)
+
+  def parse(name: str, text: str) -> symbols.Symbols:
+    encode(name, text)  # Raises if the vocabulary lacks it.
+    return symbols.parse(text, tokenizer)
+
   return ThinkingIds(
       start=encode("start", thinking.start),
-      end=end,
-      # Two strings may have the same ids; the compiled matcher wants each once.
-      delimiters=tuple(dict.fromkeys([end, *others])),
+      end=encode("end", thinking.end),
       newline=encode("newline", thinking.newline),
       final_answer=encode("final_answer", thinking.final_answer),
       wait=encode("wait_text", thinking.wait_text),
       more_waits=tuple(encode("more_wait_texts", text)
                        for text in thinking.more_wait_texts),
-      step=encode("step", thinking.step),
-      step_tokens=tuple(
-          i for i in range(tokenizer.vocab_size)
-          if thinking.step in tokenizer.token_text(i)) if thinking.step
-      else (),
       strings=delimiters_lib.Strings(
-          parse(thinking.start), parse(thinking.end), tuple(dict.fromkeys(map(
-              parse, (thinking.end, *thinking.delimiters)))),
-          parse(thinking.step)),
+          parse("start", thinking.start), parse("end", thinking.end),
+          # The automaton wants each once.
+          tuple(dict.fromkeys(parse("delimiters", text) for text in (
+              thinking.end, *thinking.delimiters))),
+          parse("step", thinking.step)),
       tokens=symbols.vocabulary(tokenizer))
 
 
@@ -343,19 +334,6 @@ def opens(prompt: Sequence[int], ids: ThinkingIds) -> bool:
       break
   at = symbols.find_last(text, start)
   return at >= 0 and not symbols.stripped(text[at + len(start):])
-
-
-def opens_by_ids(
-    prompt: Sequence[int], *, start: Sequence[int], end: Sequence[int],
-) -> bool:
-  """Tests if a prompt opens a thinking section and does not close it."""
-  if not end:
-    return False
-  if not start:
-    return True
-  last = lambda part: max((i for i in range(len(prompt)) if list(
-      prompt[i:i + len(part)]) == list(part)), default=-1)
-  return last(start) > last(end)
 
 
 def spell(

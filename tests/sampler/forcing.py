@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from posttrain.sampler import budget
+from posttrain.text import thinking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,11 @@ class Strings:
   def tables(self):
     flags = lambda ids: np.isin(np.arange(self.vocab_size), list(ids))
     return budget.BudgetTables.of_ids(
-        self, self.stop_ids, flags(self.ends_newline),
-        flags(self.reflections))
+        thinking.ThinkingIds(
+            self.start, self.end, self.newline, self.final_answer, self.wait,
+            self.more_waits),
+        self.stop_ids, flags(self.ends_newline), flags(self.reflections),
+        delimiters=self.delimiters, step=self.step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,9 +49,9 @@ def cut(tokens, strings):
 def test_stop_strings_are_exact_across_tokens():
   """Whatever the chunk; what was drawn behind them is cut and counted."""
   rng = np.random.default_rng(0)
-  free = [scene.random_request(rng, i) for i in range(30)]
+  free = [scene.random_request(rng, i) for i in range(36)]
   strings = [[("ab", "zz"), ("d-e", "c"), ("bab",), ("é ", "gh", "-f")][i % 4]
-             for i in range(30)]
+             for i in range(36)]
   asked = [dataclasses.replace(r, stop_strings=s)
            for r, s in zip(free, strings, strict=True)]
   whole = scene.take(scene.make_engine(), free)

@@ -67,12 +67,11 @@ def test_what_cannot_be_read_is_not_asked():
     tokenizer.check_known(WORDS, "think hard", "The instruction")
 
 
-def test_a_step_ends_in_every_token_that_has_its_text():
+def test_a_step_of_a_vocabulary_of_words_is_that_word():
+  """ "await" and "(wait)" are other words."""
   ids = thinking.resolve(thinking.Thinking(
       start="<think>", end="</think>", wait_text="wait", step="wait"), WORDS)
-  assert ids.step == ids.wait
-  assert {WORDS.token_text(i).strip() for i in ids.step_tokens} == {
-      "wait", "await", "(wait)"}
+  assert ids.strings.step == tuple(256 + i for i in ids.wait)
   plain = thinking.resolve(thinking.Thinking(
       start="<think>", end="</think>", wait_text="wait"), WORDS)
-  assert plain.step == plain.step_tokens == ()
+  assert plain.strings.step == ()

@@ -68,7 +68,8 @@ def test_resolve_encodes_and_puts_end_first():
       start="<think>", end="</think>", delimiters=("</think>", "<|im_end|>"),
       newline="\n", final_answer="The answer is", wait_text="Wait"), tokenizer)
   token = lambda text: tuple(tokenizer.encode(text, special=True))
-  assert ids.delimiters == (token("</think>"), (tokenizer.eos_id,))
+  assert ids.strings.delimiters == (
+      tuple(b"</think>"), (256 + tokenizer.eos_id,))
   assert ids.end == token("</think>") and len(ids.end) == 1
   assert tokenizer.decode(ids.final_answer) == "The answer is"
   unused = thinking.Thinking(start="<think>", newline="\n", wait_text="Wait")
