@@ -107,7 +107,7 @@ class ActiveSequence:
     self.stop: Stop | None = None
     self._recorded = recorded
     self._most = requests.most_slots(request, tables)
-    self._thinking_ids = tables.ids
+    self._table, self._thinking_ids = table, tables.ids
     self._row = rollouts.Row()
     self._raw: list[np.ndarray] = []
     self._surplus = 0
@@ -120,7 +120,8 @@ class ActiveSequence:
   def needed(self, chunk: int) -> int:
     """Returns the cache slots that it may use by the end of the next chunk."""
     used = len(self.request.prompt) + self.steps
-    return min(used + chunk, self._most)
+    # The others go on when it has ended, and must not overwrite what is kept.
+    return used + chunk if self.request.keep else min(used + chunk, self._most)
 
   def script(self, chunk: int) -> np.ndarray:
     """Returns the choices to replay in the next chunk, [N] int32; -1 draws."""
@@ -145,7 +146,8 @@ class ActiveSequence:
     Returns:
       True if a stop string ends it; the tokens behind it are then cut off.
     """
-    self._row.add({name: x[row, :steps] for name, x in record.items()})
+    self._row.add({name: x[row, :steps] for name, x in record.items()} | {
+        "step": np.arange(self.steps, self.steps + steps)})
     self._raw.append(record["raw"][row, :steps])
     self.steps += steps
     if self._matcher is None:
@@ -158,6 +160,26 @@ class ActiveSequence:
     self._surplus = len(self._row.tokens) - self.stop.end
     self._row.cut(self.stop.end)
     return True
+
+  @property
+  def draws(self) -> int:
+    """Draws so far, those before the request included."""
+    return self.request.first_draw + self.steps
+
+  def kept(self) -> tuple[tuple[int, ...], int]:
+    """Returns the sequence that can go on, and how much of it has a KV cache.
+
+    It ends before the stop string, if one ended it: from the token in which
+    that begins only the text before it stays, spelt anew.
+    """
+    tokens, prompt = self._row.tokens, self.request.prompt
+    if self.stop is None:
+      return (*prompt, *tokens), len(prompt) + len(tokens) - 1
+    assert self._table is not None
+    begin = self.stop.begin
+    head = self._table.spell(
+        self._table.tokens[tokens[begin]][:self.stop.head])
+    return (*prompt, *tokens[:begin], *head), len(prompt) + begin
 
   @property
   def provenance(self) -> list[int]:
@@ -201,7 +223,9 @@ class ActiveSequence:
         finish_reason=reason, error=NOT_FINITE if reason == "error" else "",
         think_end=rollouts.THINK_ENDS[think_end], think_length=think_length,
         think_steps=steps, answer_length=answer, wait_count=waits,
-        surplus=self._surplus, experts=columns.get("experts"),
+        surplus=self._surplus, draws=self.request.first_draw + (
+            int(columns["step"][-1]) + 1 if self._row.tokens else 0),
+        experts=columns.get("experts"),
         entropy=_floats(columns, "entropy"),
         confidence=_floats(columns, "confidence"),
         raw=np.concatenate(self._raw) if self._raw else np.zeros(0, np.int32),

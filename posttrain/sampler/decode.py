@@ -383,9 +383,10 @@ def _feed(
   position = jnp.where(
       state.done, -1, rows.prompt_lengths + state.num_tokens - 1)
   # Slots with positions at or behind it hold tokens that were retracted, and
-  # the very token that is fed again then. A done row has
-  # position -1, which empties its slots: it writes holes from now on.
-  cache = kv.retract(carry.cache, position)
+  # the very token that is fed again then. A done row has position -1: it sees
+  # nothing, writes holes, and what it holds stays, for the prefix cache.
+  cache = kv.retract(carry.cache, jnp.where(
+      state.done, carry.cache.slots, position))
   hidden, cache, experts = model.decode(state.last, position, cache, blocks)
   if experts is not None:
     experts = jnp.where(state.done[:, None, None], 0, experts + 1)

@@ -90,6 +90,11 @@ class DeviceBatch:
             settings.logits_processor.init((0,), None)))
 
   @property
+  def rows(self) -> prefill.Rows:
+    """KV cache and hidden states; they are donated to the next program."""
+    return prefill.Rows(self.carry.cache, self.carry.hidden)
+
+  @property
   def size(self) -> int:
     """Cache slots of each row (S)."""
     return self.carry.cache.slots
@@ -111,7 +116,7 @@ class DeviceBatch:
       place: copies their prompts into the cache.
     """
     # The cache is donated to `place`: the old carry must not be read after it.
-    placed = place(prefill.Rows(self.carry.cache, self.carry.hidden))
+    placed = place(self.rows)
     # The requests of all rows are sent again: they are small, and one program
     # then serves any number of new ones.
     self._rows, state = self._run(
@@ -176,12 +181,14 @@ def begin_arguments(
   """
   budgets, params, banned_ids, keys = requests.columns(asked, tables, settings)
   # An idle row has a prompt of one token, and is done: nothing reads it.
-  prompts = [request.prompt if request else (0,) for request in asked]
-  lengths = np.array([len(p) for p in prompts], np.int32)
+  idle = Request(prompt=(0,), max_tokens=1)
+  rows = [request or idle for request in asked]
+  lengths = np.array([len(r.prompt) for r in rows], np.int32)
   return (
       keys, (lengths, budgets, params, banned_ids),
-      np.array([requests.in_thinking(p, tables) for p in prompts]),
-      np.array([p[-1] for p in prompts], np.int32),
+      np.array([requests.begins_in_thinking(r, tables) for r in rows]),
+      np.array([r.prompt[-1] for r in rows], np.int32),
+      np.array([r.first_draw for r in rows], np.int32),
       np.isin(np.arange(len(asked)), admitted))
 
 
@@ -193,14 +200,16 @@ def _by_row(tree: Any) -> Any:
 
 
 @jax.jit
-def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
+def begin(
+    state, tables, keys, columns, in_thinking, last_tokens, draws, admitted,
+):
   """Begins the admitted rows.
 
   Args:
     state: `BudgetState` of all rows.
     tables: token ids that budget forcing reads.
-    keys, columns, in_thinking, last_tokens, admitted: `begin_arguments`, of
-      all rows; only `admitted` [B] bool are begun.
+    keys, columns, in_thinking, last_tokens, draws, admitted:
+      `begin_arguments`, of all rows; only `admitted` [B] bool are begun.
 
   Returns:
     `decode.Rows` of all rows, and the state, in which the admitted rows are
@@ -213,7 +222,8 @@ def begin(state, tables, keys, columns, in_thinking, last_tokens, admitted):
   new = budget.init(
       tables, rows.budgets, *_by_row((in_thinking, last_tokens, ~admitted)))
   new = dataclasses.replace(
-      new, running=state.running and state.running.restart())
+      new, draws=_by_row(draws),
+      running=state.running and state.running.restart())
   # Rows that were not admitted keep their state, in the midst of decoding.
   pick = lambda a, b: jnp.where(
       _by_row(admitted).reshape(-1, *(1 for _ in a.shape[1:])), a, b)

@@ -32,6 +32,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.sampler import (
   budget,
   budget_state,
+  continuations,
   decode,
   device_batch,
   prefill,
@@ -57,8 +58,8 @@ class Stats:
     row_steps: the sum over rows of the steps in which a row was not done.
     host_syncs: chunks that were decoded; the host syncs behind each.
     prompt_tokens: prompt tokens of all requests.
-    prefilled_tokens: those of them that were computed. The others came from
-      the prefix cache, or from a prompt that several requests have.
+    prefilled_tokens, reused_tokens: those of the admitted requests, computed
+      and not: from the prefix cache, or from a prompt that several have.
     evicted_tokens, stale_tokens: tokens of sequences that left the prefix cache
       for its budget, and for other weights.
     surplus: tokens that were decoded and cut off behind stop strings.
@@ -71,6 +72,7 @@ class Stats:
   host_syncs: int = 0
   prompt_tokens: int = 0
   prefilled_tokens: int = 0
+  reused_tokens: int = 0
   evicted_tokens: int = 0
   stale_tokens: int = 0
   surplus: int = 0
@@ -119,7 +121,9 @@ class Engine:
     # The arrays go to the devices once, and not with every chunk.
     self.tables, self.settings = tables.put(), settings
     self._symbols, self._before_chunk = symbols, before_chunk
-    self._numbers = itertools.count()
+    self._next = 0  # Number of the next request.
+    self._kept = continuations.Kept()
+    self._ended: list[tuple[int, tuple[int, ...]]] = []  # Rows to keep.
     self._pending: deque[tuple[int, Request]] = deque()
     self._active: list[ActiveSequence | None] = [None] * settings.rows
     self._ready: deque[Completion] = deque()
@@ -138,8 +142,10 @@ class Engine:
     A request that cannot run is not raised: it comes out of `results` with
     the finish reason "error" and says why, and the others go on.
     """
-    number = next(self._numbers)
-    error = requests.problem(
+    number = self._next
+    self._next += 1
+    request, error = self._kept.resolve(request, number, self._runs)
+    error = error or requests.problem(
         request, self.tables, self.settings, symbols=self._symbols)
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
@@ -147,6 +153,13 @@ class Engine:
       self._pending.append((number, request))
       self.stats.prompt_tokens += len(request.prompt)
     return number
+
+  def release(self, number: int) -> None:
+    """Forgets a request that ended and was kept: none can go on from it.
+
+    Its keys and values stay in the prefix cache until they are evicted.
+    """
+    self._kept.release(number)
 
   def abort(self, number: int) -> None:
     """Ends a request at the next step; one that has finished stays so."""
@@ -211,6 +224,9 @@ class Engine:
   def use(self, model: Transformer) -> None:
     """Changes the weights to others of the same shape; the queue stays.
 
+    What was kept is stale: nothing goes on from it any more, nor do the
+    continuations in the queue.
+
     Raises:
       RuntimeError: sequences are active, and their KV cache is of the old
         weights.
@@ -223,6 +239,9 @@ class Engine:
         model, weights_dtype=self.settings.weights_dtype)
     self._prefill.cache.clear()
     self._count()
+    self._kept.clear(self._next)
+    self._dequeue(lambda _, request: request.parent is not None, "error",
+                  continuations.STALE)
 
   def step(self) -> None:
     """Admits requests, decodes a chunk, and collects finished completions."""
@@ -256,18 +275,25 @@ class Engine:
     """Ends the requests that `abort` named, waiting or active."""
     if not self._aborted:
       return
-    kept: deque[tuple[int, Request]] = deque()
-    for number, request in self._pending:
-      if number in self._aborted:
-        self._ready.append(Completion.nothing(number, request, "abort"))
-      else:
-        kept.append((number, request))
-    self._pending = kept
-    self._prefill.trim(self._upcoming)
+    self._dequeue(lambda number, _: number in self._aborted, "abort")
     self._end(
         [sequence is not None and sequence.number in self._aborted
          for sequence in self._active], budget_state.ABORTED)
+    self._keep()
     self._aborted.clear()
+
+  def _dequeue(
+      self, leaves: Callable[[int, Request], bool], reason: str,
+      error: str = "",
+  ) -> None:
+    """Ends the requests of the queue for which `leaves` is true."""
+    waiting, self._pending = self._pending, deque()
+    for number, request in waiting:
+      if leaves(number, request):
+        self._ready.append(Completion.nothing(number, request, reason, error))
+      else:
+        self._pending.append((number, request))
+    self._prefill.trim(self._upcoming)
 
   def _admit(self) -> None:
     """Admits the first requests of the queue into the free rows."""
@@ -290,6 +316,15 @@ class Engine:
          for sequence in self._active], free,
         lambda rows: self._prefill.admit(
             self.model, self._blocks, rows, prompts, self._upcoming))
+    computed = self._prefill.tokens - self.stats.prefilled_tokens
+    self.stats.reused_tokens += sum(map(len, prompts.values())) - computed
+    self._count()
+
+  def _keep(self) -> None:
+    """Puts the rows that ended, and are to be kept, into the prefix cache."""
+    if self._ended:
+      self._prefill.keep(self._batch.rows, self._ended, self._upcoming)
+    self._ended = []
     self._count()
 
   def _count(self) -> None:
@@ -303,6 +338,11 @@ class Engine:
     """Prompts whose cached prefixes stay, whatever the budget."""
     return [request.prompt for _, request in itertools.islice(
         self._pending, 1)]
+
+  def _runs(self, number: int) -> bool:
+    """True if a request has not ended."""
+    return any(number == waiting for waiting, _ in self._pending) or any(
+        sequence and sequence.number == number for sequence in self._active)
 
   def _fit(self) -> None:
     """Resizes the ring to what the active sequences need for a chunk."""
@@ -323,9 +363,9 @@ class Engine:
     for row, sequence in enumerate(self._active):
       if sequence is None:
         continue
-      # `draws` counts the row's steps since it was admitted, so the difference
-      # is this chunk's: a row may end, and the chunk too, before N steps.
-      taken = int(state.draws[row]) - sequence.steps
+      # `draws` counts the row's steps, so the difference is this chunk's: a
+      # row may end, and the chunk too, before N steps.
+      taken = int(state.draws[row]) - sequence.draws
       steps = max(steps, taken)
       self.stats.row_steps += taken
       stopped[row] = sequence.add(record, row, taken, bool(state.done[row]))
@@ -336,6 +376,7 @@ class Engine:
       if sequence and state.done[row] and not stopped[row]:
         self._finish(row, state)
     self._end(stopped, budget_state.STOP, state)
+    self._keep()
 
   def _end(self, rows: list[bool], reason: int, state: Any = None) -> None:
     """Ends active sequences from outside the loop, and finishes them.
@@ -361,6 +402,10 @@ class Engine:
     done = sequence.completion(reason, state, row)
     self.stats.surplus += done.surplus
     self._ready.append(done)
+    if sequence.request.keep and not done.error:
+      tokens, cached = sequence.kept()
+      self._ended.append((row, tokens[:cached]))
+      self._kept.add(done, tokens, self.tables)
 
   def _settled(self, number: int) -> tuple[list[int], list[int]] | None:
     """Returns a request's settled tokens, and at least as much provenance.

@@ -177,7 +177,7 @@ class Prefill:
     return into
 
   def keep(
-      self, source: Rows, sequences: Sequence[tuple[int, Tokens, bool]],
+      self, source: Rows, sequences: Sequence[tuple[int, Tokens]],
       upcoming: Sequence[Tokens],
   ) -> None:
     """Copies sequences that have ended to the prefix cache.
@@ -187,8 +187,7 @@ class Prefill:
 
     Args:
       source: the rows that hold them.
-      sequences: a row, its tokens with keys and values, and whether it has the
-        hidden state of the last of them.
+      sequences: pairs of a row, and its tokens that have keys and values.
       upcoming: see `admit`.
     """
     new = [each for each in sequences
@@ -199,13 +198,14 @@ class Prefill:
       slots = self.settings.prefill_sizes(len(part[-1][1]))[-1]
       self.trim(upcoming, room=self.parts * slots)
       if self.parts * slots > self.cache.budget:
-        self.cache.evicted += sum(len(tokens) for _, tokens, _ in part)
+        self.cache.evicted += sum(len(tokens) for _, tokens in part)
         continue
       rows = self.place(self._empty(self.parts, slots, 0), [
           (Prefix(source, row, len(tokens)), i)
-          for i, (row, tokens, _) in enumerate(part)])
+          for i, (row, tokens) in enumerate(part)])
+      # The hidden state has gone: a row that is done feeds something else.
       self.cache.add(rows, self.parts * slots, [
-          (i, tokens, hidden) for i, (_, tokens, hidden) in enumerate(part)])
+          (i, tokens, False) for i, (_, tokens) in enumerate(part)])
 
   def trim(self, upcoming: Iterable[Tokens], room: int = 0) -> None:
     """Evicts down to the budget, but for what these prompts go on from."""

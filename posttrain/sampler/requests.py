@@ -30,7 +30,7 @@ class Request:
   The seed and the ids alone decide which random bits it draws with.
 
   Attributes:
-    prompt: token ids.
+    prompt: token ids; of a continuation those behind its parent's.
     max_tokens: the most tokens of the completion, forced ones included.
     params: temperature and truncation.
     max_thinking_tokens, min_thinking_tokens, num_waits, truncate,
@@ -44,6 +44,14 @@ class Request:
     seed, stage, step, prompt_id, sample_id: see `token_sampling.row_keys`.
     logits_processor_args: the argument of the engine's logits processor.
     script: [steps] int32, choices to replay (`Completion.raw`); -1 draws.
+    in_thinking: the prompt ends within a thinking section. None: it does if its
+      end opens one, or, if a continuation has no tokens of its own, if its
+      parent ended in one.
+    keep: requests may go on from its end, and its keys and values go into the
+      prefix cache.
+    parent: number of the request that it goes on from (a continuation), which
+      has ended and was kept; see `continuations`.
+    first_draw: draws that were taken before it: its noise begins behind them.
   """
 
   prompt: tuple[int, ...]
@@ -66,6 +74,10 @@ class Request:
   sample_id: int = 0
   logits_processor_args: Any = None
   script: np.ndarray | None = None
+  in_thinking: bool | None = None
+  keep: bool = False
+  parent: int | None = None
+  first_draw: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +86,8 @@ class Completion:
 
   Attributes:
     id: what `submit` returned.
-    request: the request.
+    request: the request. The prompt of a continuation has the tokens of its
+      parent too, so that it can be asked for again without one.
     tokens: [n] token ids behind the prompt, a stop id included.
     logprobs: [n] float32, see `Rollouts.logprobs`.
     provenance: [n] int8, 1 sampled, 2 forced.
@@ -84,6 +97,7 @@ class Completion:
     think_length, think_steps, answer_length, wait_count: counts, see
       `BudgetState`.
     surplus: tokens that were drawn behind a stop string and cut off.
+    draws: `first_draw`, and the steps up to its last token.
     model_logprobs: [n] float32, of the tokens under the model alone; None if
       the engine does not record them.
     top_tokens, top_logprobs: [n, k] int32 and float32, the likeliest tokens
@@ -109,6 +123,7 @@ class Completion:
   answer_length: int = 0
   wait_count: int = 0
   surplus: int = 0
+  draws: int = 0
   model_logprobs: np.ndarray | None = None
   top_tokens: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None
@@ -172,6 +187,11 @@ def problem(
             "tokenizer?")
   if r.max_tokens < 1:
     return f"max_tokens is {r.max_tokens} and must be 1 or more."
+  if not 0 <= r.first_draw < 2**30:
+    return f"first_draw is {r.first_draw} and must lie in 0 to 2**30 - 1."
+  if r.keep and not settings.prefix_cache_tokens:
+    return ("keep is set, and the engine has no prefix cache. Raise its "
+            "prefix_cache_tokens.")
   needed = most_slots(r, tables)
   if needed > settings.max_seq_len:
     return (f"A prompt of {len(r.prompt)} tokens and a completion of up to "
@@ -224,6 +244,13 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
         f"{maximum} thinking tokens and {closing} to close them need at least "
         f"{maximum + closing + 1}.")
   return ""
+
+
+def begins_in_thinking(request: Request, tables: BudgetTables) -> bool:
+  """True if a request's completion begins within a thinking section."""
+  if request.in_thinking is not None:
+    return request.in_thinking
+  return in_thinking(request.prompt, tables)
 
 
 def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
@@ -346,7 +373,9 @@ class Settings:
     a quarter larger at least, as it is a program more.
     """
     tiled = lambda slots: -(-slots // TILE) * TILE
-    last = tiled(self.max_seq_len)
+    # A row that has ended is kept whole until its chunk is over.
+    last = tiled(self.max_seq_len + (
+        self.chunk if self.prefix_cache_tokens else 0))
     sizes, rest = [min(tiled(self.min_seq_len), last)], self.chunk
     while sizes[-1] < last:
       rest *= 2

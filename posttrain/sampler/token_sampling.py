@@ -5,6 +5,10 @@ position) and on nothing else. A row therefore draws the same token whatever the
 batch around it, its row, or the number of hosts. Each row has a key
 (`row_keys`), and each position folds into it (`fold_position`).
 
+The position counts the row's draws. A continuation of a row has its ids, and
+counts on from its draws, so that no noise comes twice. A fork has a sample id
+of its own (`fork_id`).
+
 Temperature and truncation are data: rows of one batch may differ in them, and
 no change compiles anything. A step does the work that some row asks for: it
 sorts if one is cut by rank or mass, and draws noise if one is not greedy.
@@ -13,6 +17,7 @@ sorts if one is cut by rank or mass, and draws noise if one is not greedy.
 """
 
 import dataclasses
+import struct
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -111,6 +116,17 @@ def row_keys(
   parts = (seed, stages, step, prompt_id, sample_id)
   return jax.vmap(key)(*(
       rows.astype(jnp.asarray(x).dtype) + x for x in parts))
+
+
+def fork_id(sample_id: int, draws: int, branch: int) -> int:
+  """Returns the sample id of a fork: a signed 32-bit number.
+
+  It is the CRC-32 of the parent's sample id, the draws that the parent took
+  (int64 each) and the branch (int32), in this order, little-endian. A CRC maps
+  32 bits in a row one to one, so that no two branches of a parent are equal.
+  """
+  code = zlib.crc32(struct.pack("<qqi", sample_id, draws, branch))
+  return code - 2**32 * (code >= 2**31)
 
 
 def fold_position(keys: jax.Array, positions: jax.Array) -> jax.Array:

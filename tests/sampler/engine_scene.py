@@ -57,6 +57,11 @@ def take(engine: Engine, asked) -> list:
   return [by_number[number] for number in numbers]
 
 
+def alone(done) -> Request:
+  """The request of a completion, without a parent: its whole prompt."""
+  return dataclasses.replace(done.request, keep=False, parent=None)
+
+
 def random_request(rng, number: int, longest: int = 60) -> Request:
   """Draws a request of any length and budget; half open a thinking."""
   maximum = int(rng.integers(-1, 20))
@@ -93,7 +98,9 @@ def redrawn(done, strings=STRINGS):
   record = rollouts.of_completions([done])
   return numpy_sampler.sample(
       params(), CONFIG, record, 0, strings, limits_of(request),
-      numpy_sampler.Request(request.seed, request.stage, request.step),
+      numpy_sampler.Request(
+          request.seed, request.stage, request.step, request.first_draw,
+          request.in_thinking),
       **dataclasses.asdict(request.params))
 
 

@@ -43,6 +43,8 @@ class Request:
   seed: int
   stage: str
   step: int
+  first_draw: int = 0
+  in_thinking: bool | None = None  # None: as the prompt says.
 
 
 @functools.partial(jax.jit, static_argnames=("request", "vocab_size"))
@@ -116,7 +118,7 @@ def sample(params, config, rollouts: Rollouts, row: int, strings, limits,
   noise = np.zeros((raw.size, vocab_size)) if (
       sampling.get("temperature") == 0) else np.asarray(gumbels(
           request, rollouts.prompt_id[row], rollouts.sample_id[row],
-          np.arange(raw.size), vocab_size))
+          np.arange(raw.size) + request.first_draw, vocab_size))
   remaining, logits, ties = iter(draws), {}, 0
 
   def model(context):
@@ -131,9 +133,11 @@ def sample(params, config, rollouts: Rollouts, row: int, strings, limits,
     ties += int(best != perturbed.argmax())
     return np.argsort(-perturbed).tolist()
 
+  thinks = request.in_thinking
+  if thinks is None:
+    thinks = in_thinking(prompt, strings)
   told = forcing.reference(
-      model, prompt, in_thinking(prompt, strings), strings,
-      limits_of(limits, row))
+      model, prompt, thinks, strings, limits_of(limits, row))
   own = numpy_transformer.log_softmax(numpy_transformer.logits(
       params, config, prompt + told.tokens)[len(prompt) - 1:-1])
   logprobs = [

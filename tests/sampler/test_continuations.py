@@ -1,0 +1,374 @@
+"""Oracles: the same tokens as one prompt, prefilled whole; counts by hand."""
+
+import dataclasses
+import re
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from posttrain.sampler import token_sampling
+from posttrain.sampler.continuations import continuation, fork
+from posttrain.sampler.engine import Engine
+from posttrain.sampler.requests import Request
+from posttrain.text import symbols
+from tests import meshes
+from tests.model import build
+from tests.sampler import engine_scene as scene
+
+PLAIN = Request(prompt=(12, 13, 14), max_tokens=12, seed=5, keep=True)
+BUDGET = dict(prefix_cache_tokens=2000)
+# Texts of one and two letters: a stop string may begin within a token.
+WORDS = ["?", "!", ".", *"abcdefghijklmn", "ab", "bc", "cd", "de", "ef", "fg",
+         "gh", "hi", "ij", "jk", "kl", "lm", "mn", "na"]
+LETTERS = {word: i for i, word in enumerate(WORDS) if len(word) == 1}
+TABLE = symbols.SymbolTable(
+    [tuple(word.encode()) for word in WORDS], lambda s: tuple(s.encode()),
+    lambda s: tuple(LETTERS[chr(each)] for each in s))
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+  with jax.set_mesh(meshes.one()):
+    yield
+
+
+def text(tokens):
+  return "".join(WORDS[token] for token in tokens)
+
+
+def sequence(done):
+  return (*done.request.prompt, *done.tokens)
+
+
+def gaps(found, wanted, same=True):
+  """Differences of logprobs up to where the tokens part."""
+  different = []
+  for a, b in zip(found, wanted, strict=True):
+    n = min(len(a.tokens), len(b.tokens))
+    n = next((i for i in range(n) if a.tokens[i] != b.tokens[i]), n)
+    different += np.abs(a.logprobs[:n] - b.logprobs[:n]).tolist()
+    assert not same or a.tokens == b.tokens
+  return np.array(different)
+
+
+def test_a_conversation_of_ten_turns_computes_each_token_once():
+  rng = np.random.default_rng(0)
+  talk = scene.make_engine(
+      scene.UNUSED, prefill_rows=1, max_seq_len=512, chunk=5, **BUDGET)
+  [done] = scene.take(talk, [PLAIN])
+  turns, steps = [done], len(done.tokens)
+  for _ in range(9):
+    said = rng.integers(12, scene.V, rng.integers(1, 30)).tolist()
+    [done] = scene.take(talk, [continuation(
+        turns[-1], said, max_tokens=int(rng.integers(1, 20)))])
+    assert not done.error
+    assert done.request.prompt == (*sequence(turns[-1]), *said)
+    # Noise goes on where the last turn stopped: a step is a draw here.
+    assert done.request.first_draw == steps
+    steps += len(done.tokens)
+    assert done.draws == steps
+    turns.append(done)
+  # Every turn's last token is fed by the next turn; the very last by none.
+  fed = talk.stats.row_steps - len(turns)
+  assert talk.stats.prefilled_tokens + fed == len(sequence(done)) - 1
+  assert talk.stats.reused_tokens + talk.stats.prefilled_tokens == (
+      talk.stats.prompt_tokens) == sum(len(t.request.prompt) for t in turns)
+  wanted = scene.take(
+      scene.make_engine(scene.UNUSED, max_seq_len=512),
+      [scene.alone(turn) for turn in turns])
+  assert sum(map(scene.flips, turns, wanted, [scene.UNUSED] * 10)) <= 1
+  # As one long row would have drawn on, if nobody had said anything.
+  [whole] = scene.take(scene.make_engine(scene.UNUSED), [dataclasses.replace(
+      PLAIN, max_tokens=40, keep=False)])
+  begun = scene.make_engine(scene.UNUSED, **BUDGET)
+  [one] = scene.take(begun, [dataclasses.replace(PLAIN, max_tokens=7)])
+  [two] = scene.take(begun, [continuation(one, max_tokens=33)])
+  assert one.tokens + two.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("budget", [2000, 40, 1])
+def test_continuations_and_forks_are_full_prefills(budget):
+  """Also where all or some of what was kept has been evicted."""
+  rng = np.random.default_rng(1)
+  busy = scene.make_engine(prefix_cache_tokens=budget, chunk=5)
+  first = scene.take(busy, [dataclasses.replace(
+      scene.random_request(rng, i, longest=30), keep=True) for i in range(12)])
+  asked = []
+  for i, done in enumerate(first):
+    change = dict(max_tokens=30, max_thinking_tokens=-1, truncate=False)
+    new = rng.integers(12, scene.V, rng.integers(0, 9)).tolist()
+    asked += [continuation(done, new, **change),
+              *(fork(done, branch, new, **change) for branch in range(i % 3))]
+  found = scene.take(busy, asked)
+  wanted = scene.take(scene.make_engine(), map(scene.alone, found))
+  assert not any(done.error for done in found)
+  flips = sum(map(scene.flips, found, wanted))
+  print(f"budget {budget}: {flips} flips; {busy.stats.reused_tokens} reused, "
+        f"{busy.stats.evicted_tokens} evicted")
+  assert flips <= 1
+  assert (busy.stats.evicted_tokens > 0) == (budget < 2000)
+  if budget == 2000:
+    parents = sum(len(sequence(done)) - 1 for done in first)
+    assert busy.stats.reused_tokens >= parents
+  siblings = {}
+  for done in found:
+    siblings.setdefault(done.request.prompt, []).append(tuple(done.tokens))
+  for drawn in siblings.values():
+    assert len(set(drawn)) == len(drawn) or len(min(drawn)) < 3
+
+
+def test_a_sample_id_of_a_fork_is_the_documented_one():
+  rng = np.random.default_rng(2)
+  for _ in range(100):
+    parent, draws = int(rng.integers(-2**31, 2**31)), int(rng.integers(2**30))
+    message = parent.to_bytes(8, "little", signed=True) + draws.to_bytes(
+        8, "little")
+    found = {}
+    for branch in (0, 1, 2, -1, 2**31 - 1, int(rng.integers(2**31))):
+      code = zlib.crc32(message + branch.to_bytes(4, "little", signed=True))
+      want = int(np.uint32(code).astype(np.int32))
+      assert token_sampling.fork_id(parent, draws, branch) == want
+      found[branch] = want
+    assert len(set(found.values())) == len(found)
+
+
+def test_draws_are_no_matter_of_the_chunk_or_of_what_was_cut():
+  """A stop string's surplus is no draw; retracted tokens are."""
+  rng = np.random.default_rng(3)
+  asked = [dataclasses.replace(
+      scene.random_request(rng, i, longest=40), keep=True,
+      stop_strings=(("ab", "gh"), ())[i % 2]) for i in range(16)]
+  runs = [scene.take(scene.make_engine(
+      symbols=TABLE, chunk=chunk, **BUDGET), asked) for chunk in (3, 8, 13)]
+  retracted = 0
+  for runs_of_one in zip(*runs, strict=True):
+    assert len({(done.draws, tuple(done.tokens)) for done in runs_of_one}) == 1
+    done = runs_of_one[0]
+    retracted += done.draws > len(done.tokens)
+    if done.finish_reason != "stop":
+      # A row that ended by itself took all of its steps, as they are recorded.
+      assert done.draws <= len(done.raw)
+  assert retracted > 2
+
+
+def test_what_is_kept_ends_before_the_stop_string():
+  """From its first token the text before it stays, spelt anew."""
+  busy = scene.make_engine(scene.UNUSED, symbols=TABLE, **BUDGET)
+  asked = [dataclasses.replace(
+      PLAIN, max_tokens=60, prompt_id=i,
+      stop_strings=("bc", "cd", "hij", "f")) for i in range(12)]
+  first = scene.take(busy, asked)
+  found = scene.take(busy, [continuation(done, (12, 13)) for done in first])
+  heads = 0
+  for done, after in zip(first, found, strict=True):
+    kept = after.request.prompt[len(done.request.prompt):-2]
+    said = text(done.tokens)
+    if done.finish_reason == "stop":
+      ends = [at for s in done.request.stop_strings
+              if (at := said.find(s)) >= 0]
+      assert text(kept) == said[:min(ends)]
+      same = sum(a == b for a, b in zip(kept, done.tokens, strict=False))
+      heads += same < len(kept)
+    else:
+      assert list(kept) == done.tokens
+  assert heads > 1
+  wanted = scene.take(scene.make_engine(scene.UNUSED, symbols=TABLE), map(
+      scene.alone, found))
+  assert [done.tokens for done in found] == [done.tokens for done in wanted]
+
+
+def test_a_continuation_without_tokens_stays_in_its_phase():
+  """It thinks on if its parent thought, and not if it had closed."""
+  busy = scene.make_engine(**BUDGET)
+  asked = [dataclasses.replace(
+      PLAIN, prompt=(12, 3), max_tokens=9 + i % 2 * 20, prompt_id=i,
+      min_thinking_tokens=9 - i % 2 * 9) for i in range(8)]
+  first = scene.take(busy, asked)
+  more = dict(max_tokens=6, min_thinking_tokens=0)
+  found = scene.take(busy, [continuation(done, **more) for done in first])
+  phases = set()
+  for done, after in zip(first, found, strict=True):
+    thinks = done.think_end == "open"
+    phases.add(thinks)
+    assert after.request.in_thinking is thinks
+    assert (after.think_length > 0) == thinks or not after.tokens
+  assert phases == {True, False}
+  # What is asked for explicitly wins.
+  [told] = scene.take(busy, [continuation(
+      first[0], in_thinking=False, **more)])
+  assert told.request.in_thinking is False
+
+
+def test_bad_continuations_err_alone():
+  busy = scene.make_engine(**BUDGET)
+  good = dataclasses.replace(PLAIN, keep=False)
+  [kept, loose, long, gone] = scene.take(busy, [
+      PLAIN, good, dataclasses.replace(PLAIN, max_tokens=100), PLAIN])
+  busy.release(gone.id)
+  busy.release(10_000)  # Nothing.
+  other = dataclasses.replace(good, parent=kept.id, prompt=())
+  running = busy.submit(dataclasses.replace(PLAIN, max_tokens=100))
+  busy.step()
+  waiting = [busy.submit(PLAIN) for _ in range(8)][-1]
+  bad = [
+      (dict(parent=9999), "parent is 9999, and there is no such request"),
+      (dict(parent=-1), "parent is -1, and there is no"),
+      (dict(parent=running), "has not ended"),
+      (dict(parent=waiting), "has not ended"),
+      (dict(parent=loose.id), "was not kept or was released"),
+      (dict(parent=gone.id), "was not kept or was released"),
+      (dict(parent=long.id, max_tokens=60), "need .* slots, and the cache has"),
+      (dict(prompt=(scene.V,)), "outside of 0 to 30"),
+      (dict(first_draw=-1), "first_draw is -1"),
+  ]
+  numbers = [busy.submit(dataclasses.replace(other, **change))
+             for change, _ in bad]
+  results = {done.id: done for done in busy.results()}
+  for number, (_, message) in zip(numbers, bad, strict=True):
+    assert results[number].finish_reason == "error"
+    assert not results[number].tokens
+    assert re.search(message, results[number].error), results[number].error
+  assert results[waiting].tokens and results[running].tokens
+  assert all(done.finish_reason != "error" for number, done in results.items()
+             if number not in numbers)
+  # Without a budget nothing can be kept, and that is said.
+  [done] = scene.take(scene.make_engine(), [PLAIN])
+  assert "no prefix cache. Raise its prefix_cache_tokens" in done.error
+
+
+def test_other_weights_make_all_of_it_stale():
+  busy = scene.make_engine(scene.UNUSED, **BUDGET)
+  [kept, other] = scene.take(
+      busy, [PLAIN, dataclasses.replace(PLAIN, prompt_id=1)])
+  queued = busy.submit(continuation(kept, (12,)))
+  plain = busy.submit(dataclasses.replace(PLAIN, prompt_id=2))
+  held = sum(len(entry.tokens) for entry in busy._prefill.cache.entries)
+  assert held >= len(sequence(kept)) + len(sequence(other)) - 2
+  busy.use(busy.model)
+  assert busy.stats.stale_tokens == held
+  assert not busy._prefill.cache.entries
+  late = busy.submit(continuation(other, (12,)))
+  results = {done.id: done for done in busy.results()}
+  for number in (queued, late):
+    assert results[number].finish_reason == "error"
+    assert "under other weights" in results[number].error
+  assert results[plain].tokens
+  # What is kept from then on is under these weights.
+  [after] = scene.take(busy, [continuation(results[plain], (12,))])
+  assert after.tokens and not after.error
+
+
+def test_aborted_requests_can_go_on():
+  busy = scene.make_engine(scene.UNUSED, **BUDGET)
+  number = busy.submit(dataclasses.replace(PLAIN, max_tokens=60))
+  never = [busy.submit(dataclasses.replace(PLAIN, prompt_id=i))
+           for i in range(1, 8)][-1]
+  busy.step()
+  busy.abort(number)
+  busy.abort(never)
+  results = {done.id: done for done in busy.results()}
+  done = results[number]
+  assert done.finish_reason == "abort" and len(done.tokens) == 8
+  [after] = scene.take(busy, [continuation(done, max_tokens=20)])
+  [whole] = scene.take(scene.make_engine(scene.UNUSED), [dataclasses.replace(
+      PLAIN, max_tokens=28, keep=False)])
+  assert done.tokens + after.tokens == whole.tokens
+  [bad] = scene.take(busy, [continuation(results[never])])
+  assert "was not kept" in bad.error
+
+
+def converse(config, weights, strings=scene.UNUSED, **changes):
+  """Two turns of several rows, forked; and the same from whole prompts."""
+  engine = lambda **more: Engine(
+      build.load(config, weights), strings.tables(), dataclasses.replace(
+          scene.SETTINGS, **changes, **more))
+  rng = np.random.default_rng(4)
+  busy = engine(**BUDGET)
+  said = lambda n: tuple(rng.integers(12, scene.V, n).tolist())
+  first = scene.take(busy, [dataclasses.replace(
+      PLAIN, prompt=said(5 + 7 * i), prompt_id=i, max_tokens=20)
+                            for i in range(3)])
+  found = scene.take(busy, [each for done in first for each in (
+      continuation(done, said(6)), fork(done, 1, said(3)), fork(done, 2))])
+  last = scene.take(busy, [
+      continuation(done, said(2), keep=False) for done in found])
+  found += last
+  assert not any(done.error for done in found)
+  # All but the last token of every parent came from the cache.
+  assert busy.stats.reused_tokens >= sum(
+      len(done.request.prompt) - 7 for done in found)
+  assert len(busy.stats.programs) <= busy.most_programs
+  return found, scene.take(engine(), map(scene.alone, found))
+
+
+@pytest.mark.parametrize("mesh", [
+    meshes.eight,
+    pytest.param(meshes.with_context, marks=pytest.mark.slow)])
+def test_meshes_continue(mesh):
+  with jax.set_mesh(mesh()):
+    found, wanted = converse(
+        scene.CONFIG, scene.params(), max_num_seqs=8)
+  one, _ = converse(scene.CONFIG, scene.params())
+  for other in (wanted, one):
+    assert gaps(found, other).max() < 5e-5
+
+
+@pytest.mark.parametrize("option,mesh", [
+    ("gemma", meshes.one), ("experts", meshes.with_experts)])
+def test_models_continue(option, mesh):
+  """Sliding windows, and experts on a mesh of their own, recorded."""
+  config = build.make_config(
+      **(build.OPTIONS[option] | dict(vocab_size=scene.V)))
+  with jax.set_mesh(mesh()):
+    found, wanted = converse(
+        config, build.random_params(config), max_num_seqs=4)
+  assert gaps(found, wanted).max() < (1e-4 if config.num_experts else 5e-5)
+  for a, b in zip(found, wanted, strict=True):
+    if config.num_experts:
+      np.testing.assert_array_equal(a.experts, b.experts)
+      assert (a.experts[:-1] > 0).all() and (a.experts[-1] == 0).all()
+
+
+@pytest.mark.parametrize("config,changes,most", [
+    (dict(dtype="bfloat16"), {}, 0.15),
+    ({}, dict(cache_dtype="int8"), 0.15),
+    ({}, dict(cache_dtype="int8", weights_dtype="int8"), 0.15)],
+    ids=["bfloat16", "int8 cache", "int8 both"])
+def test_rounded_caches_continue(config, changes, most):
+  """What was decoded is not bit for bit what a prefill computes."""
+  config = build.make_config(**(config | dict(vocab_size=scene.V)))
+  found, wanted = converse(config, build.random_params(config), **changes)
+  apart = gaps(found, wanted, same=False)
+  print(f"{apart.size} tokens: max {apart.max():.3f}, mean {apart.mean():.4f}")
+  assert apart.max() < most and apart.mean() < most / 10 and apart.size > 60
+
+
+def test_what_is_kept_is_the_cache_of_a_prefill():
+  """Keys and values of a kept row, gathered out of a ring that went round."""
+  busy = scene.make_engine(max_num_seqs=2, prefill_rows=1, **BUDGET)
+  rng = np.random.default_rng(6)
+  found = scene.take(busy, [dataclasses.replace(
+      scene.random_request(rng, i, longest=40), keep=True) for i in range(9)])
+  fresh = scene.make_engine(prefill_rows=1, **BUDGET)
+  checked = 0
+  for done in found:
+    tokens = sequence(done)[:-1]
+    scene.take(fresh, [Request(prompt=tokens, max_tokens=1)])
+    (a, same), (b, other) = (
+        engine._prefill.cache.find(tokens) for engine in (busy, fresh))
+    assert same == other == len(tokens)
+    for one, two in zip(*(jax.tree.leaves(
+        [(layer.k, layer.v) for layer in entry.block.rows.cache.layers])
+                          for entry in (a, b)), strict=True):
+      take = lambda x, entry: np.asarray(x)[entry.row][
+          :, np.argsort(at := np.asarray(
+              entry.block.rows.cache.positions)[entry.row])[
+                  (at < 0).sum():][:len(tokens)]]
+      np.testing.assert_allclose(
+          take(one, a), take(two, b), rtol=0, atol=2e-5)
+      checked += 1
+  assert checked >= 9 and busy.stats.steps > 64
+
+
