@@ -182,13 +182,16 @@ def _by_record(text: "_Text", begin: int, length: int) -> Split:
   """
   size = len(text.symbols)
   first = bisect.bisect_right(text.edges, begin) - 1
+  last = len(text.edges) - 1
   # Where the token that completed `start` was retracted, all tokens that spell
-  # its head again count.
+  # its head again count; or none, if the head has no text of thinking.
   again = sum(1 for _ in itertools.takewhile(
       lambda code: code == FORCED, reversed(text.provenance[:first])))
-  behind = min(first + max(length - again, 0), len(text.edges) - 1)
-  stop = text.edges[behind]
-  answer = text.behind_closing(behind)
+  behind = min(first + max(length - again, 0), last)
+  stop, answer = text.edges[behind], text.behind_closing(behind)
+  if answer < 0 and again:
+    stop = text.edges[min(first + length, last)]
+    answer = text.behind_closing(min(first + length, last))
   if answer < 0:
     # The model wrote `end` or its beginning, perhaps inside of a token. Some
     # text of the last thinking token is before it.
@@ -197,8 +200,7 @@ def _by_record(text: "_Text", begin: int, length: int) -> Split:
       least = max(begin, text.edges[behind - 1]) + 1
     at = text.end_from(least)
     answer = at + len(text.ids.strings.end) if at >= 0 else size + 1
-    stop = (text.before_newline(at, begin) if at >= 0
-            else min(stop, text.begun_from(least)))
+    stop = at if at >= 0 else min(stop, text.begun_from(least))
   # Where `max_tokens` cut `end` off there is no answer.
   return Split(text.span(begin, stop), text.span(min(answer, size), size),
                answer <= size)
