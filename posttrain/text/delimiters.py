@@ -123,13 +123,14 @@ def build(
   begun = np.array([
       machine.begun(key, strings.end) for key in machine.states], np.int32)
   begins = {len(d) for d in strings.delimiters if strings.end[:len(d)] == d}
+  known = set(tokens)
   return Automaton(
       next=_small(after), event=_small(event), symbols=flat.lengths,
       begun=begun, opening=_opening(strings.delimiters, tokens),
       head_token=head_token, head_symbols=head_symbols, heads=tuple(heads),
       rest=_rest(strings.end, {0, *begun[reached].tolist(), *begins}, spell),
       think=machine.think, longest=tuple(
-          _longest(d, tokens, flat) for d in strings.delimiters), **events)
+          _longest(d, known, flat) for d in strings.delimiters), **events)
 
 
 def _events(
@@ -256,13 +257,16 @@ def _no_head(
 
 
 def _longest(
-    delimiter: Symbols, tokens: Sequence[Symbols], flat: Tokens) -> int:
+    delimiter: Symbols, known: set[Symbols], flat: Tokens) -> int:
   """Returns the most tokens that a delimiter is spelt in; 0: it never is.
 
   Its first token may have text before it, and its last one text behind it.
+
+  Args:
+    delimiter: its symbols.
+    known, flat: all tokens.
   """
-  size, known = len(delimiter), set(tokens)
-  text = np.array(delimiter)
+  size, text = len(delimiter), np.array(delimiter)
   # Does a token end in its first n symbols, or begin with those from n on?
   edge = lambda part, begins: _any_equal(part, begins, flat)
   last = flat.begins + flat.lengths
@@ -273,8 +277,7 @@ def _longest(
     most[n] = max([*inner, int(edge(text[:n], last - n))])
   ends = [most[n] + 1 for n in range(1, size)
           if most[n] and edge(text[n:], flat.begins)]
-  whole = any(_inside(delimiter, token) for token in tokens) if not ends else 0
-  return max([*ends, int(whole)])
+  return max([*ends, int(_any_inside(text, flat))])
 
 
 def _any_equal(part: np.ndarray, begins: np.ndarray, flat: Tokens) -> bool:
@@ -285,9 +288,13 @@ def _any_equal(part: np.ndarray, begins: np.ndarray, flat: Tokens) -> bool:
   return bool(fits.size)
 
 
-def _inside(part: Symbols, token: Symbols) -> bool:
-  return any(token[i:i + len(part)] == part
-             for i in range(len(token) - len(part) + 1))
+def _any_inside(part: np.ndarray, flat: Tokens) -> bool:
+  """Tests if any token has `part` in it."""
+  at = np.arange(flat.symbols.size - part.size + 1)
+  for i, symbol in enumerate(part):
+    at = at[flat.symbols[at + i] == symbol]
+  token = lambda place: np.searchsorted(flat.begins, place, "right")
+  return bool((token(at) == token(at + part.size - 1)).any())
 
 
 def _small(table: np.ndarray) -> np.ndarray:
