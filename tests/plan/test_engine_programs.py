@@ -81,13 +81,13 @@ def generate(found, prompts, group_size, script=None):
 
 
 # Of groups that do and do not divide the slots, and of single samples.
-@pytest.mark.parametrize("groups, group_size, slots", [
-    (4, 4, 8), (7, 3, 8), (13, 1, 8)])
+@pytest.mark.parametrize("groups, group_size, slots, window", [
+    (4, 4, 8, 0), (7, 3, 8, 0), (13, 1, 8, 16)])
 def test_calls_are_those_of_the_longest_rows(
-    groups, group_size, slots, monkeypatch):
+    groups, group_size, slots, window, monkeypatch):
   meshes.eight()  # Or skips.
   monkeypatch.setattr(sampler_lib, "PREFILL_CHUNK", 8)
-  found = small_setup(max_num_seqs=slots)
+  found = small_setup(max_num_seqs=slots, confidence_window=window)
   prompts = [[3 + n] * 16 for n in range(groups)]
   script = np.full((groups * group_size, 24), 7, np.int32)  # No end of text.
   with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from posttrain import sharding
-from posttrain.sampler import budget_state, confidence, decode, rollouts
+from posttrain.sampler import (
+  budget_state,
+  confidence,
+  continuations,
+  decode,
+  rollouts,
+)
 from posttrain.sampler.confidence import Confidence
 from posttrain.sampler.requests import Request
 from tests import meshes
@@ -302,6 +308,30 @@ def test_a_new_request_begins_afresh():
   values = last.confidence[sampled(last)].tolist()
   assert running.count[0] == len(values)
   for name, value in told(values, 4).items():
+    np.testing.assert_allclose(getattr(running, name)[0], value, rtol=2e-6)
+
+
+def test_a_continuation_begins_afresh():
+  """Its values are of its own tokens; those are as in one long row."""
+  plain = Request(prompt=(12, 13), max_tokens=20, prompt_id=3)
+  [whole] = scene.take(
+      scene.make_engine(scene.UNUSED, confidence=SETTINGS), [plain])
+  engine = scene.make_engine(
+      scene.UNUSED, confidence=SETTINGS, prefix_cache_tokens=500)
+  [first] = scene.take(
+      engine, [dataclasses.replace(plain, max_tokens=9, keep=True)])
+  [second] = scene.take(
+      engine, [continuations.continuation(first, max_tokens=11, keep=False)])
+  assert first.tokens + second.tokens == whole.tokens
+  np.testing.assert_allclose(
+      np.concatenate([first.confidence, second.confidence]), whole.confidence,
+      atol=NEAR)
+  np.testing.assert_allclose(
+      np.concatenate([first.entropy, second.entropy]), whole.entropy,
+      atol=NEAR)
+  running = engine._batch.carry.state.running
+  assert running.count[0] == len(second.tokens)
+  for name, value in told(second.confidence.tolist(), 4).items():
     np.testing.assert_allclose(getattr(running, name)[0], value, rtol=2e-6)
 
 
