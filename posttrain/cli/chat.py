@@ -35,6 +35,9 @@ CHUNK = 8  # Tokens between two looks: what is read is seen early.
 # what is used takes memory.
 LONGEST = 2**20
 MOST_WAITS = 10_000  # As `keys.WAITS` has it.
+# Slots of the prefix cache: for a conversation of half as many tokens a turn
+# computes what is new alone. Of a longer one it computes all.
+CACHED = 2**14
 HELP = """\
 /budget N     at most N thinking tokens; /budget off for no maximum
 /least N      at least N thinking tokens
@@ -130,7 +133,7 @@ class Chat:
     options = how.options
     self._engine = engine.Engine(model, how.tables, requests.Settings(
         max_num_seqs=sharding.axis_size("rows"), max_seq_len=LONGEST,
-        chunk=how.chunk, max_ids=0,
+        chunk=how.chunk, prefix_cache_tokens=CACHED, max_ids=0,
         max_waits=MOST_WAITS if options.draw_waits else 0,
         cache_dtype=how.cache_dtype, weights_dtype=how.weights_dtype,
         logits_processor=options.logits_processor,
@@ -138,6 +141,7 @@ class Chat:
         confidence=options.confidence),
         before_chunk=how.before_chunk)
     self.messages: list[dict[str, str]] = []
+    self._sampled: dict[int, list[int]] = {}  # By the message's number.
     self._renderer, self._how = renderer, how
     self._limits, self._seed = limits, seed
     self._stream = stream
@@ -163,6 +167,11 @@ class Chat:
     self.messages = [*asked, {"role": "assistant", "content": answer}]
     return True
 
+  @property
+  def stats(self) -> engine.Stats:
+    """Counters of the engine: tokens computed, and taken from the cache."""
+    return self._engine.stats
+
   def _obey(self, name: str, value: str) -> str:
     """Carries out a command; returns a line about it."""
     limits = {  # Fields of the limits, with the ranges of the flags.
@@ -170,7 +179,7 @@ class Chat:
         "least": ("min_thinking_tokens", "[0, inf)"),
         "wait": ("num_waits", keys.WAITS), "tokens": ("max_tokens", "[1, inf)")}
     if name == "reset":
-      self.messages = []
+      self.messages, self._sampled = [], {}
       return "forgotten"
     try:
       if name == "temperature":
@@ -193,10 +202,11 @@ class Chat:
   def _answer(self, messages: list[dict[str, str]]) -> str:
     """Draws and prints a turn; returns its text without the thinking."""
     tokenizer, how = self._renderer.tokenizer, self._how
-    prompt = self._renderer.prompt_tokens({"messages": messages})
+    prompt = self._renderer.prompt_tokens(
+        {"messages": messages}, self._sampled)
     request = how.options.apply(requests.Request(
         prompt=tuple(prompt), params=how.params, **vars(self._limits),
-        seed=self._seed, stage="chat", prompt_id=self._turns),
+        seed=self._seed, stage="chat", prompt_id=self._turns, keep=True),
         how.tables.wait_texts)
     number = self._engine.submit(request)
     [done] = watched(self._engine, number, StreamPrinter(
@@ -204,6 +214,8 @@ class Chat:
         in_thinking=requests.in_thinking(request.prompt, how.tables)))
     if done.error:
       raise ValueError(done.error)
+    self._engine.release(number)  # The prefix cache finds it by its tokens.
+    self._sampled[len(messages)] = done.tokens
     self._turns += 1
     self._console.line("")
     self._console.line(
@@ -211,5 +223,7 @@ class Chat:
         f"{done.wait_count} waits, {done.finish_reason}", "dim")
     drawn = rollouts.of_completions([done])
     answer = transcript.split(drawn, 0, how.ids).answer
-    return transcript.span_text(
-        tokenizer, done.tokens, how.ids, answer).strip()
+    text = transcript.span_text(tokenizer, done.tokens, how.ids, answer)
+    # White space between the thinking and the answer goes with the thinking. A
+    # turn without any stays as it is, so that its tokens may be used again.
+    return text.strip() if answer.touched.start else text

@@ -80,12 +80,7 @@ def waves(
         size = larger
       if not used:
         calls["begin",] += 1
-        of_batch = Counter[int]()
-        for prompt, samples in wave.items():
-          of_batch[batch_of[prompt]] += samples
-        calls["place", size, source] += sum(
-            -(-samples // min(place.rows, settings.rows))
-            for samples in of_batch.values())
+        calls["place", size, source] += len({batch_of[p] for p in wave})
         calls["logits_processor",] += last - first
       calls["decode", size] += 1
   return Waves(calls, kept)
@@ -200,8 +195,7 @@ class _Engine:
       calls: int = 0,
   ) -> Program:
     """Copies sequences; `into` and `source` are rows and S of caches."""
-    width = min(self.prefill.rows, into[0])
-    columns = (np.zeros(width, np.int32),) * 3
+    columns = (np.zeros(into[0], np.int32),) * 3
     arrays = self.rows(*into), self.rows(*source)
     carry = self.carry(self.settings.sizes[0])
     sizes = f"rows={source[0]} S={source[1]} to {into[1]}"

@@ -215,7 +215,7 @@ class Prefill:
   def place(
       self, into: Rows, copies: Sequence[tuple[Prefix, int]],
   ) -> Rows:
-    """Copies prefixes to rows of `into`, at most R in a program.
+    """Copies prefixes to rows of `into`.
 
     Args:
       into: donated.
@@ -225,19 +225,17 @@ class Prefill:
     for prefix, row in copies:
       by_rows.setdefault(id(prefix.rows), []).append((prefix, row))
     total = into.hidden.shape[0]
-    width = min(self.rows, total)
     for same in by_rows.values():
-      for part in _batches(same, width):
-        columns = np.zeros((3, width), np.int32)
-        # Fewer are padded with a row beyond the last, which `cache.insert`
-        # drops, so that one program serves any number.
-        columns[2] = total
-        for i, (prefix, row) in enumerate(part):
-          columns[:, i] = prefix.row, prefix.length, row
-        source = part[0][0].rows
-        into = self._run(
-            ("place", total, into.cache.slots, source.hidden.shape[0],
-             source.cache.slots), place, into, source, *columns)
+      columns = np.zeros((3, total), np.int32)
+      # Those that are not copied are marked by a row beyond the last, so that
+      # one program serves any number.
+      columns[2] = total
+      for i, (prefix, row) in enumerate(same):
+        columns[:, i] = prefix.row, prefix.length, row
+      source = same[0][0].rows
+      into = self._run(
+          ("place", total, into.cache.slots, source.hidden.shape[0],
+           source.cache.slots), place, into, source, *columns)
     return into
 
   def _prefix(self, prompt: Tokens) -> tuple[Entry | None, int]:

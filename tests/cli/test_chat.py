@@ -7,15 +7,21 @@ import re
 import pytest
 
 from posttrain import config as config_lib
+from posttrain import weights
 from posttrain.cli import chat
 from posttrain.sampler import token_sampling
 from posttrain.sampler.sampler import Limits
+from posttrain.stages import sampling
 from tests import meshes
 
 TINY = str(pathlib.Path(__file__).parents[2] / "configs/tiny.py")
 TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<think>{% endif %}")
+# Every turn stays as it was.
+KEPT = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{{ '</s>' if m['role'] == 'assistant' else ' : ' }}{% endfor %}")
 
 
 @pytest.fixture
@@ -25,14 +31,15 @@ def talk(monkeypatch, tmp_path):
   template = tmp_path / "template.jinja"
   template.write_text(TEMPLATE)
 
-  def run(*lines, chat_template=str(template)):
+  def run(*lines, chat_template=str(template), max_tokens=24,
+          options=sampling.PLAIN):
     config = config_lib.load(
         TINY + ":debug", [f"chat_template={chat_template}"])
     stream = io.StringIO()
     messages = chat.run(
-        config, lines=lines, stream=stream, seed=3,
+        config, lines=lines, stream=stream, seed=3, options=options,
         params=token_sampling.SamplingParams(temperature=1.0),
-        limits=Limits(max_tokens=24))
+        limits=Limits(max_tokens=max_tokens))
     return messages, stream.getvalue()
 
   return run
@@ -63,6 +70,38 @@ def test_commands_change_the_turns_that_follow(talk):
       "/temperature: found -1.0, needed" in text)
   assert "/wait: found 99999, needed" in text
   assert text.rstrip().endswith("forgotten")
+
+
+def test_ten_turns_compute_each_token_once(talk, tmp_path, monkeypatch):
+  """All but the very last, which is not fed."""
+  template = tmp_path / "kept.jinja"
+  template.write_text(KEPT)
+  made = []
+
+  class Watched(chat.Chat):
+    def __init__(self, renderer, *rest):
+      made.append(self)
+      super().__init__(renderer, *rest)
+
+  monkeypatch.setattr(chat, "Chat", Watched)
+  tokenizer = weights.tokenizer(config_lib.load(TINY + ":debug"), None)
+  # Turns end, and do not think: what was thought is not given back.
+  bias = {str(i): 3.0 for i in tokenizer.stop_ids} | {
+      str(tokenizer.encode(text)[-1]): -1e9
+      for text in ("<think>", "</think>")}
+  messages, _ = talk(
+      *(f"{n} {n + 1}" for n in range(10)), chat_template=str(template),
+      max_tokens=400, options=sampling.PLAIN | {
+          "logits_processor": "posttrain.sampler.logits_processors:token_bias",
+          "logits_processor_args": bias})
+  [watched] = made
+  turns = [watched._sampled[i] for i in range(1, 20, 2)]
+  assert all(ids[-1] in tokenizer.stop_ids for ids in turns)
+  last = watched._renderer.prompt_tokens(
+      {"messages": messages[:-1]}, watched._sampled)
+  fed = watched.stats.prefilled_tokens + sum(len(ids) - 1 for ids in turns)
+  assert fed == len(last) + len(turns[-1]) - 1
+  assert watched.stats.prompt_tokens > 4 * watched.stats.prefilled_tokens
 
 
 def test_without_turns_there_is_no_chat(talk):
