@@ -13,10 +13,10 @@ from posttrain.sampler import (
   requests,
   token_sampling,
 )
-from posttrain.sampler.active_sequence import Matcher, Stop
 from posttrain.sampler.engine import Engine
 from posttrain.sampler.requests import Request
 from posttrain.text import symbols
+from posttrain.text.stop_strings import Matcher, Stop
 from tests import meshes
 from tests.model import build, numpy_transformer
 from tests.sampler import engine_scene as scene
