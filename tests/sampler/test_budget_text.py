@@ -1,5 +1,6 @@
 """Delimiters as text in the machine. Oracle: a search of text (`texts`)."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import sharding
-from posttrain.sampler.requests import Request, most_slots
-from tests.sampler import test_budget, texts
+from posttrain.sampler.engine import Engine
+from posttrain.sampler.requests import Request, Settings, most_slots
+from tests.model import build
+from tests.sampler import test_budget
 from tests.sampler.forcing import Limits
 from tests.sampler.texts import Account, Texts
 
@@ -119,3 +122,112 @@ def assert_limits(row, account, strings, limits, longest_head):
   asked = Request(prompt=(1,), max_tokens=limits.tokens,
                   num_waits=limits.waits)
   assert 1 + len(account.choices) <= most_slots(asked, strings.tables())
+
+
+# "<E>" of the traces is a control token, all other words are text. "<S>" as
+# one token is written only where the trace has it banned.
+TRACE_PIECES = (
+    STOP, "<S>", *sorted(set("\n<S>thinkanswerFi lA:WtP,bcde")), "<S", "S>",
+    "a<", "\n<", "a\n", "b\n", ">think\n", ">an", "b,", "it", "th", "ink",
+    "S>answ", "\n<S", "al A", "c\n", "a<S", "in", "k\n")
+TRACE_WAITS = ("Wait", "", "Wait,b")
+TRACES = Texts(
+    TRACE_PIECES, start="<S>think", end="<S>answer", delimiters=("<S>", STOP),
+    newline="\n", final_answer="\nFinal Answer:", waits=TRACE_WAITS,
+    stop_ids=(0,))
+
+
+def text_of(words):
+  return "".join(STOP if word == "<E>" else word for word in words)
+
+
+def cut(text, rng):
+  """Spells a text in any of the ways that there are, "<S>" in parts."""
+  ids = []
+  while text:
+    fits = [i for i, piece in enumerate(TRACE_PIECES)
+            if text.startswith(piece) and piece != "<S>"]
+    # Longer ones more often, so that they merge across words.
+    weights = np.array([len(TRACE_PIECES[i])**2 for i in fits], float)
+    ids.append(int(rng.choice(fits, p=weights / weights.sum())))
+    text = text[len(TRACE_PIECES[ids[-1]]):]
+  return ids
+
+
+def spell_script(case, rng):
+  script = []
+  for scene in case["script"]:
+    *parts, last = text_of(scene[:-1]).split("<S>")
+    for part in parts:
+      script += [*cut(part, rng), 1]
+    script += cut(last + text_of(scene[-1:]), rng)
+  return script
+
+
+def told(case, script, maximum):
+  """The account of a trace in spelt tokens, up to where the answer begins."""
+  rest = list(script)
+
+  def model(_):
+    while rest:
+      yield rest.pop(0)
+
+  account = Account(
+      model, TRACES.spell("P<S>think"), TRACES, Limits(
+          maximum=maximum, minimum=case.get("min", 0),
+          waits=case.get("waits", 0),
+          order=(TRACE_WAITS.index(text_of(case.get("wait", []))),)),
+      answer=False)
+  with contextlib.suppress(StopIteration):  # The script is over.
+    account(True)
+  return account
+
+
+def as_requests(case):
+  """Spells a trace in four ways: a request each, and the text to come.
+
+  Limits of the traces count words. The same text has some limit in tokens.
+  """
+  want = text_of(case["out"]).removeprefix("P<S>think")
+  for seed in range(4):
+    script = spell_script(case, np.random.default_rng(seed))
+    accounts = {maximum: told(case, script, maximum) for maximum in range(40)}
+    same = [maximum for maximum, account in accounts.items()
+            if TRACES.text(t.id for t in account.tokens) == want]
+    assert same, (case["name"], [TRACE_PIECES[i] for i in script])
+    account = accounts[same[-1]]
+    limits = account.limits
+    yield want, account, Request(
+        prompt=TRACES.spell("P<S>think"), max_tokens=80, num_waits=limits.waits,
+        max_thinking_tokens=limits.maximum, wait_order=limits.order,
+        min_thinking_tokens=limits.minimum,
+        script=np.array([*account.choices, *(-1,) * 60], np.int32))
+
+
+def test_the_published_traces_spelt_with_merges():
+  """Through the decode loop: texts, provenance and waits of each trace."""
+  config = build.make_config(vocab_size=len(TRACE_PIECES))
+  queue = Engine(
+      build.load(config, build.random_params(config)), TRACES.tables(),
+      Settings(max_num_seqs=16, max_seq_len=160, min_seq_len=160, chunk=32,
+               prefill_chunk=16, max_waits=1))
+  asked = [(case, *found) for case in test_budget.TRACES + test_budget.QUIRKS
+           for found in as_requests(case)]
+  numbers = [queue.submit(request) for *_, request in asked]
+  by_number = {done.id: done for done in queue.results()}
+  heads = merged = 0
+  for number, (_, want, account, request) in zip(
+      numbers, asked, strict=True):
+    done = by_number[number]
+    assert not done.error
+    length = len(account.tokens)
+    assert TRACES.text(done.tokens[:length]) == want
+    assert done.tokens[:length] == [t.id for t in account.tokens]
+    assert [test_budget.SOURCES[p] for p in done.provenance[:length]] == [
+        t.source for t in account.tokens]
+    assert done.think_length == account.thinking <= (
+        request.max_thinking_tokens)
+    assert done.wait_count == account.row.waits
+    heads += sum(a.source == "forced" and a.counts for a in account.tokens)
+    merged += sum("<" in TRACE_PIECES[t][1:] for t in done.tokens)
+  assert len(asked) == 60 and heads > 20 and merged > 15

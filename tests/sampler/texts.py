@@ -51,8 +51,11 @@ class Texts:
   def text(self, ids):
     return "".join(self.vocabulary[i] for i in ids)
 
-  @functools.cache
   def tables(self):
+    return self._tables
+
+  @functools.cached_property
+  def _tables(self):
     parse = lambda text: tuple(map(ord, text))
     spell = lambda symbols: self.spell("".join(map(chr, symbols)))
     ids = thinking.ThinkingIds(
@@ -103,9 +106,13 @@ class Token:
 
 class Account:
   """One row: `model` is a function from the tokens so far to ids, best first.
+
+  With `answer` false it stops where the answer begins.
   """
 
-  def __init__(self, model, prompt, strings, limits: Limits):
+  def __init__(
+      self, model, prompt, strings, limits: Limits, answer: bool = True):
+    self.answer = answer
     self.model, self.prompt = model, list(prompt)
     self.strings, self.limits = strings, limits
     self.tokens: list[Token] = []
@@ -154,7 +161,7 @@ class Account:
       outcome = self.think()
     elif strings.end:
       outcome = self.open()
-    while not outcome:
+    while not outcome and self.answer:
       token = self.sample()
       row.answer += 1
       self.tokens.append(Token(token, "sampled"))
@@ -261,7 +268,7 @@ class Account:
     if row.waits >= limits.waits:
       row.closed = "natural"
       whole = delimiter == strings.end
-      if whole or strings.end.startswith(delimiter) and end == len(text):
+      if whole or (strings.end.startswith(delimiter) and end == len(text)):
         self.check()
         self.force(() if whole else strings.spell(
             strings.end[len(delimiter):]))
