@@ -25,29 +25,30 @@ code. What differs from it, and why: docs/budget_forcing.md.
 """
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from posttrain.sampler.budget_bans import at, banned, rows_of, stop_hits
 from posttrain.sampler.budget_state import (
-    ANSWER,
-    BUDGET,
-    CLOSED,
-    DONE,
-    EOS,
-    FORCED,
-    LENGTH,
-    NATURAL,
-    NONE,
-    PRE,
-    SAMPLED,
-    STOP,
-    THINK,
-    Budgets,
-    BudgetState,
-    Emit,
+  ANSWER,
+  BUDGET,
+  CLOSED,
+  DONE,
+  EOS,
+  FORCED,
+  LENGTH,
+  NATURAL,
+  NONE,
+  PRE,
+  SAMPLED,
+  STOP,
+  THINK,
+  Budgets,
+  BudgetState,
+  Emit,
+  append,
+  retract,
 )
 from posttrain.sampler.budget_tables import BudgetTables, Matcher, Tape
 from posttrain.sharding import spec
@@ -79,7 +80,7 @@ def init(
       phase=jnp.where(done, DONE, phase), cursor=zeros, resume=zeros,
       node=node, sizes=recent, thinking=zeros, steps=zeros, answer=zeros,
       # Only the last prompt token is known: a newline may end in it.
-      recent=_append(recent, last_prompt_token, zeros == 0),
+      recent=append(recent, last_prompt_token, zeros == 0),
       num_tokens=zeros, draws=zeros,
       waits_left=budgets.num_waits, wait_count=zeros, just_waited=zeros != 0,
       think_end=zeros, finish_reason=zeros)
@@ -100,8 +101,8 @@ def plan(
   """
   if not tables.tape:
     return jnp.full_like(state.cursor, -1), None
-  forced = jnp.where(state.done, -1, _at(tables.tape.tokens, state.cursor))
-  return forced, _banned(tables, budgets, state, forced < 0)
+  forced = jnp.where(state.done, -1, at(tables.tape.tokens, state.cursor))
+  return forced, banned(tables, budgets, state, forced < 0)
 
 
 def advance(
@@ -126,9 +127,9 @@ def advance(
   """
   active = ~state.done
   sampled = active & ~was_forced
-  stopped = sampled & _stops(tables, budgets, token[:, None])[:, 0]
+  stopped = sampled & stop_hits(tables, budgets, token[:, None])[:, 0]
   state = dataclasses.replace(
-      state, recent=_append(state.recent, token, active),
+      state, recent=append(state.recent, token, active),
       num_tokens=state.num_tokens + active, draws=state.draws + active,
       answer=state.answer + (sampled & (state.phase != THINK)))
   retracted = jnp.zeros_like(token)
@@ -186,7 +187,7 @@ def _follow(
   assert matcher and tape
   found = _events(matcher, state, token, sampled, stopped)
   active = ~state.done
-  state = dataclasses.replace(state, sizes=_append(
+  state = dataclasses.replace(state, sizes=append(
       state.sizes, found.size, active))
   # A wait takes the delimiter away even if the delimiter would begin `end`.
   waited = found.matched & (state.waits_left > 0)
@@ -208,7 +209,7 @@ def _follow(
   # Where a delimiter was kept, the rest of `end` is forced behind it.
   written = jnp.where(kept, jnp.minimum(found.back, tape.rests.size - 1), 0)
   target = jnp.where(
-      waited, _wait_cursor(tape, budgets, state), _at(tape.rests, written))
+      waited, _wait_cursor(tape, budgets, state), at(tape.rests, written))
   cursor, resume = _cursor(
       tape, state, ~sampled, found.matched, head_at, target)
   phase = jnp.where(ended, ANSWER, jnp.where(
@@ -218,8 +219,8 @@ def _follow(
   return dataclasses.replace(
       state, phase=phase, cursor=cursor, resume=resume,
       node=jnp.where(phase == ANSWER, delimiters.ANSWER, node),
-      recent=_retract(state.recent, retracted),
-      sizes=_retract(state.sizes, retracted),
+      recent=retract(state.recent, retracted),
+      sizes=retract(state.sizes, retracted),
       thinking=jnp.where(found.matched, left, thinking),
       steps=state.steps + found.steps,
       answer=jnp.where(found.started, 0, state.answer),
@@ -250,15 +251,15 @@ def _events(
     sampled: jax.Array, stopped: jax.Array,
 ) -> _Events:
   """Looks up what the sampled tokens complete; arguments as of `_follow`."""
-  step = lambda table: _at(table, (state.node, token)).astype(jnp.int32)
+  step = lambda table: at(table, (state.node, token)).astype(jnp.int32)
   event = jnp.where(sampled, step(matcher.event), 0)
   started, behind, matched, back, kept, steps = jnp.unstack(
-      _rows_of(matcher.effects, event), axis=1)
+      rows_of(matcher.effects, event), axis=1)
   # A delimiter may be a stop id, too: then it ends the thinking, not the row.
   stopped = stopped & (matched == 0)
   return _Events(
       node=step(matcher.next), started=(started > 0) & ~stopped,
-      size=jnp.where(started > 0, behind, _at(matcher.symbols, token)),
+      size=jnp.where(started > 0, behind, at(matcher.symbols, token)),
       matched=matched > 0, back=back, kept=kept > 0,
       steps=jnp.where(stopped, 0, steps), stopped=stopped)
 
@@ -276,35 +277,12 @@ def _cursor(
     target: [B] int32, where the string is that follows the delimiter.
   """
   cursor = state.cursor + forced
-  over = _at(tape.tokens, cursor) < 0
+  over = at(tape.tokens, cursor) < 0
   cursor = jnp.where(over, state.resume, cursor)
   resume = jnp.where(over, 0, state.resume)
   headed = head_at > 0
   return (jnp.where(matched, jnp.where(headed, head_at, target), cursor),
           jnp.where(matched, jnp.where(headed, target, 0), resume))
-
-
-def _at(values: jax.Array, index: Any) -> jax.Array:
-  """Looks up `values` at [B] indices, one of each axis."""
-  return jnp.asarray(values).at[index].get(
-      mode="clip", out_sharding=spec("rows"))
-
-
-def _rows_of(values: jax.Array, index: jax.Array) -> jax.Array:
-  """Looks up rows of `values` at [B] indices, or values at [B, W]."""
-  return jnp.asarray(values).at[index].get(
-      mode="clip", out_sharding=spec("rows", None))
-
-
-def _stops(
-    tables: BudgetTables, budgets: Budgets, ids: jax.Array) -> jax.Array:
-  """Tests if ids [B, n] or [1, n] are stop ids, the tables' or a row's own."""
-  stops = functools.reduce(
-      jnp.logical_or, (ids == i for i in tables.stop_ids), ids != ids)
-  if budgets.stop_ids is None:
-    return stops
-  return stops | jnp.any(
-      budgets.stop_ids[:, :, None] == ids[:, None, :], axis=1)
 
 
 def _span(
@@ -344,7 +322,7 @@ def _head(
   pick = lambda hit, values: jnp.sum(jnp.where(hit, values, 0), axis=1)
   first = pick(places, state.recent)
   # Of the token that completed `start`, the end of that is there, too.
-  symbols = symbols + _at(matcher.symbols, first) - pick(places, state.sizes)
+  symbols = symbols + at(matcher.symbols, first) - pick(places, state.sizes)
   hit = (heads[0] == first[:, None]) & (heads[1] == symbols[:, None]) & (
       retracted > 0)[:, None]
   return pick(hit, heads[2]), pick(hit, heads[3])
@@ -353,20 +331,6 @@ def _head(
 def _in_head(tape: Tape, cursor: jax.Array) -> jax.Array:
   """Returns [B] bool, the token to force is before a retracted delimiter."""
   return (cursor > 0) & (cursor < tape.heads_end)
-
-
-def _append(
-    recent: jax.Array, new: jax.Array, rows: jax.Array) -> jax.Array:
-  """Appends `new` [B] to the last values [B, W] of `rows` [B]."""
-  return jnp.where(rows[:, None], jnp.concatenate(
-      [recent[:, 1:], new[:, None]], axis=1), recent)
-
-
-def _retract(recent: jax.Array, count: jax.Array) -> jax.Array:
-  """Retracts the last `count` [B] of values [B, W]; the first are 0 then."""
-  places = jnp.arange(recent.shape[1])
-  hit = (places[:, None] - count[:, None, None]) == places
-  return jnp.sum(jnp.where(hit, recent[:, None], 0), axis=2)
 
 
 def _wait_cursor(
@@ -382,49 +346,7 @@ def _wait_cursor(
         jnp.arange(budgets.wait_order.shape[1]) == turn[:, None],
         budgets.wait_order, 0), axis=1)
     which = jnp.where(chosen > 0, own, which)
-  return _at(tape.waits, which)
-
-
-def _banned(
-    tables: BudgetTables, budgets: Budgets, state: BudgetState,
-    free: jax.Array,
-) -> jax.Array:
-  """Returns [B, V] bool, ids that the rows `free` [B] may not sample."""
-  matcher = tables.matcher
-  assert matcher
-  thinks = free & (state.phase == THINK)
-  # Behind a wait the model has to go on for one token at least, as in s1's
-  # public code, which samples there with min_tokens=1.
-  waits = thinks & state.just_waited
-  # Whole tokens that a delimiter may take away from the thinking.
-  spare = state.thinking - budgets.min_thinking_tokens
-  short = free & (state.phase <= THINK) & (
-      budgets.min_thinking_tokens > 0) & (spare < tables.window)
-  plain = thinks & False
-  if budgets.suppress is not None and tables.reflections is not None:
-    plain = thinks & budgets.suppress
-
-  def masks():
-    # The most symbols before the token that a delimiter may complete.
-    last = jnp.arange(tables.window) >= tables.window - 1 - spare[:, None]
-    most = jnp.sum(jnp.where(last, state.sizes, 0), axis=1) - 1
-    limit = jnp.iinfo(matcher.depth.dtype).max
-    most = jnp.where(waits, -1, jnp.where(short, most, limit))
-    depth = _rows_of(matcher.depth, state.node)
-    banned = depth > jnp.minimum(most, limit).astype(depth.dtype)[:, None]
-    banned = banned | waits[:, None] & matcher.opening
-    no_stop = waits | thinks & short & (spare < 0)
-    ids = jnp.arange(tables.vocab_size)[None]
-    banned = banned | no_stop[:, None] & _stops(tables, budgets, ids)
-    if tables.reflections is not None:
-      banned = banned | plain[:, None] & tables.reflections
-    return banned
-
-  # Tables [S, V] are read in steps only in which some row needs them.
-  return jax.lax.cond(
-      jnp.any(waits | short | plain), masks, lambda: jnp.zeros(
-          (*free.shape, tables.vocab_size), bool,
-          out_sharding=spec("rows", None)))
+  return at(tape.waits, which)
 
 
 def _finish(
@@ -456,12 +378,12 @@ def _at_maximum(
   close = rows & ~budgets.truncate
   # If the model has begun to write `end` itself, only its rest is forced; the
   # whole tokens of the beginning were no thinking.
-  begun = _at(matcher.begun, state.node)
+  begun = at(matcher.begun, state.node)
   count, head = _span(state, begun)
   # The closing on the tape is newline and `end`. The newline is left out where
   # the text ends in one, and where `end` has begun.
-  rest = (begun > 0) | _at(matcher.newline_ends, state.last)
-  cursor = jnp.where(rest, _at(tape.rests, begun), tape.close)
+  rest = (begun > 0) | at(matcher.newline_ends, state.last)
+  cursor = jnp.where(rest, at(tape.rests, begun), tape.close)
   ended = jnp.where(close, ANSWER, DONE)
   return dataclasses.replace(
       state, phase=jnp.where(rows, ended, state.phase),

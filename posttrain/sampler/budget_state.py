@@ -8,6 +8,7 @@ The state machine that reads and advances them is `budget`.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from posttrain.sampler.confidence import Running
 
@@ -152,3 +153,17 @@ class Emit:
   def keep(self) -> jax.Array:
     """[B] bool, the step emits a token."""
     return self.provenance != NONE
+
+
+def append(
+    recent: jax.Array, new: jax.Array, rows: jax.Array) -> jax.Array:
+  """Appends `new` [B] to the last values [B, W] of `rows` [B]."""
+  return jnp.where(rows[:, None], jnp.concatenate(
+      [recent[:, 1:], new[:, None]], axis=1), recent)
+
+
+def retract(recent: jax.Array, count: jax.Array) -> jax.Array:
+  """Retracts the last `count` [B] of values [B, W]; the first are 0 then."""
+  places = jnp.arange(recent.shape[1])
+  hit = (places[:, None] - count[:, None, None]) == places
+  return jnp.sum(jnp.where(hit, recent[:, None], 0), axis=2)
