@@ -35,6 +35,9 @@ def test_both_hosts_admit_and_return_the_same(hosts):
   assert hosts[0] == hosts[1]
   reasons = {done["finish_reason"] for done in hosts[0]["results"]}
   assert {"stop", "abort", "error", "eos"} <= reasons
+  errors = [done["error"] for done in hosts[0]["results"]]
+  assert sum("was released" in error for error in errors) == 3
+  assert min(hosts[0]["counted"]) > 0  # Reused, and evicted too.
   assert sum(done["surplus"] for done in hosts[0]["results"]) > 0
 
 
@@ -42,7 +45,9 @@ def test_two_hosts_are_one(hosts):
   """The mesh is the same, so the schedule is, too; sums may round apart."""
   alone = two_hosts.serve()
   assert hosts[0]["admitted"] == alone["admitted"]
-  assert hosts[0]["host_syncs"] == alone["host_syncs"]
+  for name in ("host_syncs", "counted"):
+    assert hosts[0][name] == alone[name]
+  assert hosts[0]["cached"] == [list(tokens) for tokens in alone["cached"]]
   assert hosts[0]["programs"] == alone["programs"]
   for a, b in zip(hosts[0]["results"], alone["results"], strict=True):
     np.testing.assert_allclose(
