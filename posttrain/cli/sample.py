@@ -247,7 +247,7 @@ class _Queue:
       self, model: Transformer, todo: Sequence[requests.Request],
       live: StreamPrinter | None,
   ) -> Iterator[requests.Completion]:
-    longest = max(len(request.prompt) for request in todo)
+    longest = max(1, *(len(request.prompt) for request in todo))
     # Few sizes: each is compiled.
     how = dataclasses.replace(
         self._how, max_prompt_tokens=-(-longest // ROOM) * ROOM)
