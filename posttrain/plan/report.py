@@ -166,7 +166,8 @@ def _work(results: Sequence[Result], experts: int) -> Table:
   if uncounted:
     notes.append("kernels that are in no figure: " + ", ".join(
         sorted(uncounted)))
-  if any(result.program.unknown_trips for result in results):
+  if any(result.program.unknown_trips and result.program.phase != SAMPLING
+         for result in results):
     notes.append(
         "the number of microbatches is an argument of the program, taken from "
         "the config; of packed completions it is the most there can be")

@@ -1,4 +1,4 @@
-"""Programs of the engine: continuous batching.
+"""Programs of the sampler, whose calls are an engine's: continuous batching.
 
 Lengths decide what an engine runs, and a plan knows none. So every program
 that it may run is planned, and `calls` are modelled: all prompts have the most
@@ -9,7 +9,6 @@ their maximum. Rows then end together, and the queue goes through in waves.
   R: prompts prefilled together  C: tokens of a chunk of a prompt
 """
 
-import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -21,89 +20,49 @@ import numpy as np
 
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
-from posttrain.programs.program import Program, unstacked
-from posttrain.sampler import budget, decode, device_batch, prefill, requests
+from posttrain.programs.program import SAMPLING, Program
+from posttrain.sampler import decode, device_batch, prefill, requests
 from posttrain.sampler.requests import Settings
+from posttrain.sampler.sampler import Limits, Sampler
 
 NOTE = ("calls of programs of continuous batching are modelled: prompts of the "
         "most tokens that share none, and completions that all run to their "
         "maximum; one with 0 calls runs for other lengths only")
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """P prompts of `length` tokens at most, with G samples of each."""
-
-  count: int
-  group_size: int
-  length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Waves:
-  """Calls that an engine makes while it goes through its queue.
-
-  Attributes:
-    calls: by the key that the engine calls a program by.
-    kept: a batch of prompts is kept, as a later wave waits for one of them.
-  """
-
-  calls: Counter[tuple]
-  kept: bool
-
-
-def waves(
-    settings: Settings, place: prefill.Prefill, prompts: Prompts,
-    tokens: int,
-) -> Waves:
-  """Counts the engine's calls for completions that are all `tokens` long."""
-  sizes, calls = settings.sizes, Counter[tuple]()
-  chunks = -(-prompts.length // place.chunk)
-  source = settings.prefill_sizes(prompts.length)[-1]
-  size, batch_of, kept = sizes[0], dict[int, int](), False
-  rows = prompts.count * prompts.group_size
-  for first in range(0, rows, settings.max_num_seqs):
-    last = min(first + settings.max_num_seqs, rows)
-    wave = Counter(i // prompts.group_size for i in range(first, last))
-    new = [prompt for prompt in wave if prompt not in batch_of]
-    for n, prompt in enumerate(new):
-      batch_of[prompt] = first + n // place.rows
-    batches = -(-len(new) // place.rows)
-    calls["empty", place.rows, source] += batches
-    calls["prefill", place.rows, source] += batches * chunks
-    kept = kept or (prompts.group_size > 1 and first % prompts.group_size > 0)
-    for used in range(0, tokens, settings.chunk):
-      needed = min(prompts.length + used + settings.chunk,
-                   settings.max_seq_len)
-      for larger in requests.fitting(sizes, size, needed):
-        calls["resize", size, larger] += 1
-        size = larger
-      if not used:
-        calls["begin",] += 1
-        calls["place", size, source] += len({batch_of[p] for p in wave})
-        calls["logits_processor",] += last - first
-      calls["decode", size] += 1
-  return Waves(calls, kept)
-
-
-def of_engine(
-    named: Callable[..., Program], model: Transformer,
-    tables: budget.BudgetTables, settings: Settings, *, prompts: Prompts,
-    tokens: int, beside: dict[str, Any],
+def of_rollout(
+    stage: str, sampler: Sampler, model: Transformer, *, groups: int,
+    group_size: int, limits: Limits, beside: dict[str, Any], detail: str = "",
+    steps: bool = True,
 ) -> Iterator[Program]:
-  """Yields every program of an engine with these settings, on the current mesh.
+  """Yields the programs of one sampler call on the current mesh.
 
   Args:
-    named: makes a program: (kind, lower, arguments, beside, calls, sizes,
-      note).
-    tokens: of a completion at most.
+    stage: the name of the stage that makes the call.
+    groups, group_size: prompts, and samples of each.
     beside: abstract arrays that are on the devices meanwhile.
+    detail: a part of the programs' names.
+    steps: the call is a part of each step of the stage.
   """
-  named = functools.partial(named, note=NOTE)
-  engine = _Engine(named, model, tables, settings, prompts, tokens, beside)
+  def named(
+      kind: str, lower: Callable[[], jax.stages.Lowered], arguments: Any,
+      beside: dict[str, Any], calls: int = 1, sizes: str = "",
+      most_trips: int | None = None,
+  ) -> Program:
+    return Program(
+        stage, kind, lower, arguments, SAMPLING, beside, float(calls * steps),
+        most_trips, " ".join(filter(None, (detail, sizes))),
+        note=NOTE if steps else "")
+
+  asked = sampler.make_requests(
+      [[0]] * groups, limits, prompt_id=range(groups), group_size=group_size)
+  settings = sampler.engine_settings(asked, group_size)
   yield named("unstack", functools.partial(
       decode.unstacked.lower, model, weights_dtype=settings.weights_dtype),
       (model,), beside)
+  engine = _Engine(
+      named, model, sampler, settings, groups, group_size,
+      int(np.max(limits.max_tokens)), beside)
   yield from engine.slots()
   yield from engine.prefills()
   yield from engine.admission()
@@ -112,26 +71,70 @@ def of_engine(
   yield from engine.decodes()
 
 
+def _calls(
+    settings: Settings, place: prefill.Prefill, groups: int, group_size: int,
+    length: int, tokens: int,
+) -> Counter[tuple]:
+  """Counts an engine's calls, by the keys that it calls programs by.
+
+  All prompts have `length` tokens, and all completions `tokens`.
+  """
+  sizes, calls = settings.sizes, Counter[tuple]()
+  chunks = -(-length // place.chunk)
+  source = settings.prefill_sizes(length)[-1]
+  size, batch_of = sizes[0], dict[int, int]()
+  rows = groups * group_size
+  for first in range(0, rows, settings.max_num_seqs):
+    last = min(first + settings.max_num_seqs, rows)
+    wave = Counter(i // group_size for i in range(first, last))
+    new = [prompt for prompt in wave if prompt not in batch_of]
+    for n, prompt in enumerate(new):
+      batch_of[prompt] = first + n // place.rows
+    batches = -(-len(new) // place.rows)
+    calls["empty", place.rows, source] += batches
+    calls["prefill", place.rows, source] += batches * chunks
+    for used in range(0, tokens, settings.chunk):
+      needed = min(length + used + settings.chunk, settings.max_seq_len)
+      for larger in requests.fitting(sizes, size, needed):
+        calls["resize", size, larger] += 1
+        size = larger
+      if not used:
+        calls["begin",] += 1
+        calls["place", size, source] += len({batch_of[p] for p in wave})
+        calls["logits_processor",] += last - first
+      calls["decode", size] += 1
+  return calls
+
+
 class _Engine:
   """An engine's abstract arrays on the current mesh, and its programs."""
 
   def __init__(
       self, named: Callable[..., Program], model: Transformer,
-      tables: budget.BudgetTables, settings: Settings, prompts: Prompts,
+      sampler: Sampler, settings: Settings, groups: int, group_size: int,
       tokens: int, beside: dict[str, Any]):
+    tables = sampler.tables
     self.named, self.settings = named, settings
     self.tables, self.config = tables.put(sharding.abstract), model.config
-    self.whole, self.blocks, self.kept = unstacked(
-        model, settings.weights_dtype)
-    self.weights = beside | {
-        "model": self.whole, "layers": self.blocks, **self.kept}
-    self.beside, self.length, self.tokens = beside, prompts.length, tokens
+    self.whole, self.blocks = weights.on_mesh(decode.unstacked.eval_shape(
+        model, weights_dtype=settings.weights_dtype))
+    # The decode loop has another copy of these.
+    at_rest = [w for w, ready in zip(
+        jax.tree.leaves(model), jax.tree.leaves(self.whole), strict=True)
+               if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
+    self.beside = beside | ({"tables at rest": at_rest} if at_rest else {})
+    self.weights = self.beside | {"model": self.whole, "layers": self.blocks}
+    self.length, self.tokens = sampler.max_prompt_tokens, tokens
     self.prefill = prefill.Prefill(model.config, settings, _never)
     # S of the caches that prompts may be prefilled in.
     self.sources = settings.prefill_sizes(
         settings.max_seq_len if settings.prefix_cache_tokens
-        else prompts.length)
-    self.waves = waves(settings, self.prefill, prompts, tokens)
+        else self.length)
+    self.calls = _calls(
+        settings, self.prefill, groups, group_size, self.length, tokens)
+    # A wave ends within a group, and a later one goes on with its prompt.
+    self.splits = (groups * group_size > settings.max_num_seqs
+                   and settings.max_num_seqs % group_size > 0)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
     self.idle = (self.tables, budgets, np.zeros(settings.rows, np.int32),
                  settings.confidence)
@@ -164,7 +167,7 @@ class _Engine:
     if self.settings.prefix_cache_tokens:
       held.append(self.rows(
           parts, -(-self.settings.prefix_cache_tokens // parts)))
-    if self.waves.kept or self.can_share:
+    if self.splits or self.can_share:
       held.append(self.rows(self.prefill.rows, self.sources[-1]))
     return {"prefix cache": held} if held else {}
 
@@ -203,7 +206,7 @@ class _Engine:
         prefill.place.lower, *arrays, *columns), arrays, {
             **self.weights, **self.cached(),
             "state": (carry.state, carry.processor_state),
-            "requests": self.requests}, calls, sizes)
+            "requests": self.requests}, calls, sizes, most_trips=width)
 
   def slots(self) -> Iterator[Program]:
     """Yields programs that make the engine's slots, without a request."""
@@ -228,14 +231,14 @@ class _Engine:
       rows = self.rows(count, source)
       yield self.empty(
           count, source, self.weights | beside,
-          self.waves.calls["empty", count, source])
+          self.calls["empty", count, source])
       tokens = sharding.abstract(
           np.zeros((count, self.prefill.chunk), np.int32), "rows", "slots")
       yield self.named("prefill", functools.partial(
           prefill.feed.lower, self.whole, self.blocks, rows, tokens,
           tokens), (self.whole, self.blocks, rows, tokens, tokens),
-          self.beside | self.kept | beside,
-          self.waves.calls["prefill", count, source],
+          self.beside | beside,
+          self.calls["prefill", count, source],
           f"rows={count} S={source}")
     if not self.can_share:
       return
@@ -257,7 +260,7 @@ class _Engine:
 
   def admission(self) -> Iterator[Program]:
     """Yields programs that admit requests to slots."""
-    settings, calls = self.settings, self.waves.calls
+    settings, calls = self.settings, self.calls
     for origin, size in itertools.product(self.origins, settings.sizes):
       yield self.place(
           "place", (settings.rows, size), origin,
@@ -293,7 +296,7 @@ class _Engine:
         carry = self.carry(before)
         yield self.named("resize", functools.partial(
             decode.resize.lower, carry, slots=after), (carry,), beside,
-            self.waves.calls["resize", before, after],
+            self.calls["resize", before, after],
             f"S={before} to {after}")
 
   def decodes(self) -> Iterator[Program]:
@@ -310,8 +313,8 @@ class _Engine:
           logits_processor=settings.logits_processor,
           budget_schedule=settings.budget_schedule),
           (self.whole, self.blocks, carry, self.requests, script, self.tables),
-          self.beside | self.kept | self.cached(),
-          self.waves.calls["decode", size], f"S={size}")
+          self.beside | self.cached(),
+          self.calls["decode", size], f"S={size}")
 
 
 def _never(*_: Any, **__: Any) -> Any:
