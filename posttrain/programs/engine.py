@@ -114,27 +114,24 @@ class _Engine:
       sampler: Sampler, settings: Settings, groups: int, group_size: int,
       tokens: int, beside: dict[str, Any]):
     tables = sampler.tables
-    self.named, self.settings = named, settings
+    self.named, self.settings, self.tokens = named, settings, tokens
     self.tables, self.config = tables.put(sharding.abstract), model.config
     self.whole, self.blocks = weights.on_mesh(decode.unstacked.eval_shape(
         model, weights_dtype=settings.weights_dtype))
+    self.weights = beside | {"model": self.whole, "layers": self.blocks}
     # The decode loop has another copy of these.
     at_rest = [w for w, ready in zip(
         jax.tree.leaves(model), jax.tree.leaves(self.whole), strict=True)
                if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
-    self.beside = beside | ({"tables at rest": at_rest} if at_rest else {})
-    self.weights = self.beside | {"model": self.whole, "layers": self.blocks}
-    self.length, self.tokens = sampler.max_prompt_tokens, tokens
+    if at_rest:
+      self.weights["tables at rest"] = at_rest
     self.prefill = prefill.Prefill(model.config, settings, _never)
+    length = sampler.max_prompt_tokens
     # S of the caches that prompts may be prefilled in.
     self.sources = settings.prefill_sizes(
-        settings.max_seq_len if settings.prefix_cache_tokens
-        else self.length)
+        settings.max_seq_len if settings.prefix_cache_tokens else length)
     self.calls = _calls(
-        settings, self.prefill, groups, group_size, self.length, tokens)
-    # A wave ends within a group, and a later one goes on with its prompt.
-    self.splits = (groups * group_size > settings.max_num_seqs
-                   and settings.max_num_seqs % group_size > 0)
+        settings, self.prefill, groups, group_size, length, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
     self.idle = (self.tables, budgets, np.zeros(settings.rows, np.int32),
                  settings.confidence)
@@ -150,6 +147,25 @@ class _Engine:
         [None] * settings.rows, [0], tables, settings)
     self.requests, _ = weights.on_mesh(device_batch.begin.eval_shape(
         self.state, self.tables, *self.admitted))
+    # Prompts may share a prefix that saves a chunk.
+    self.can_share = length > self.prefill.chunk
+    # A wave ends within a group, and a later one goes on with its prompt.
+    splits = (groups * group_size > settings.max_num_seqs
+              and settings.max_num_seqs % group_size > 0)
+    # The prefix cache: its budget, and what the next request goes on from.
+    cached, parts = [], self.prefill.parts
+    if settings.prefix_cache_tokens:
+      cached.append(self.rows(parts, -(-settings.prefix_cache_tokens // parts)))
+    if splits or self.can_share:
+      cached.append(self.rows(self.prefill.rows, self.sources[-1]))
+    self.held = self.weights | {"requests": self.requests}
+    if cached:
+      self.held["prefix cache"] = cached
+
+  def beside(self, *used: str, **more: Any) -> dict[str, Any]:
+    """Returns what an engine holds besides what a program uses."""
+    return {name: tree for name, tree in self.held.items()
+            if name not in used} | more
 
   def rows(self, count: int, slots: int) -> prefill.Rows:
     return weights.on_mesh(prefill.empty.eval_shape(
@@ -161,29 +177,13 @@ class _Engine:
     return decode.Carry(
         rows.cache, rows.hidden, self.state, self.processor_state)
 
-  def cached(self) -> dict[str, Any]:
-    """The prefix cache: its budget, and what the next request goes on from."""
-    held, parts = [], self.prefill.parts
-    if self.settings.prefix_cache_tokens:
-      held.append(self.rows(
-          parts, -(-self.settings.prefix_cache_tokens // parts)))
-    if self.splits or self.can_share:
-      held.append(self.rows(self.prefill.rows, self.sources[-1]))
-    return {"prefix cache": held} if held else {}
-
-  @property
-  def can_share(self) -> bool:
-    """Prompts may share a prefix that saves a chunk."""
-    return self.length > self.prefill.chunk
-
   @property
   def origins(self) -> list[tuple[int, int]]:
     """Rows and S of the blocks of the prefix cache."""
     counts = {self.prefill.rows}
     if self.settings.prefix_cache_tokens:
       counts.add(self.prefill.parts)  # Rows that were kept.
-    return [(count, slots) for count in sorted(counts)
-            for slots in self.sources]
+    return list(itertools.product(sorted(counts), self.sources))
 
   def empty(
       self, count: int, slots: int, beside: dict[str, Any], calls: int,
@@ -200,20 +200,16 @@ class _Engine:
     """Copies sequences; `into` and `source` are rows and S of caches."""
     columns = (np.zeros(into[0], np.int32),) * 3
     arrays = self.rows(*into), self.rows(*source)
-    carry = self.carry(self.settings.sizes[0])
-    sizes = f"rows={source[0]} S={source[1]} to {into[1]}"
-    return self.named(kind, functools.partial(
-        prefill.place.lower, *arrays, *columns), arrays, {
-            **self.weights, **self.cached(),
-            "state": (carry.state, carry.processor_state),
-            "requests": self.requests}, calls, sizes, most_trips=width)
+    return self.named(
+        kind, functools.partial(prefill.place.lower, *arrays, *columns),
+        arrays, self.beside(state=(self.state, self.processor_state)), calls,
+        f"rows={source[0]} S={source[1]} to {into[1]}", most_trips=width)
 
   def slots(self) -> Iterator[Program]:
     """Yields programs that make the engine's slots, without a request."""
     settings, size = self.settings, self.settings.sizes[0]
     yield self.empty(settings.rows, size, self.weights, 1)
-    rows = self.rows(settings.rows, size)
-    beside = {**self.weights, "slots": rows}
+    beside = self.weights | {"slots": self.rows(settings.rows, size)}
     yield self.named(
         "done", functools.partial(device_batch.done.lower, *self.idle),
         self.tables, beside)
@@ -224,22 +220,19 @@ class _Engine:
 
   def prefills(self) -> Iterator[Program]:
     """Yields programs that prefill prompts, and copy a shared prefix."""
-    count = self.prefill.rows
-    beside = {"slots": self.carry(self.settings.sizes[-1]),
-              "requests": self.requests, **self.cached()}
+    count, carry = self.prefill.rows, self.carry(self.settings.sizes[-1])
     for source in self.sources:
-      rows = self.rows(count, source)
       yield self.empty(
-          count, source, self.weights | beside,
+          count, source, self.beside(slots=carry),
           self.calls["empty", count, source])
       tokens = sharding.abstract(
           np.zeros((count, self.prefill.chunk), np.int32), "rows", "slots")
-      yield self.named("prefill", functools.partial(
-          prefill.feed.lower, self.whole, self.blocks, rows, tokens,
-          tokens), (self.whole, self.blocks, rows, tokens, tokens),
-          self.beside | beside,
-          self.calls["prefill", count, source],
-          f"rows={count} S={source}")
+      arrays = (
+          self.whole, self.blocks, self.rows(count, source), tokens, tokens)
+      yield self.named(
+          "prefill", functools.partial(prefill.feed.lower, *arrays), arrays,
+          self.beside("model", "layers", slots=carry),
+          self.calls["prefill", count, source], f"rows={count} S={source}")
     if not self.can_share:
       return
     for origin, slots in itertools.product(self.origins, self.sources):
@@ -250,37 +243,32 @@ class _Engine:
     if not self.settings.prefix_cache_tokens:
       return
     rows, parts = self.settings.rows, self.prefill.parts
+    carry = self.carry(self.settings.sizes[-1])
     for slots in self.sources:
       if parts != self.prefill.rows:
-        yield self.empty(parts, slots, {
-            **self.weights, **self.cached(),
-            "slots": self.carry(self.settings.sizes[-1])}, 0)
+        yield self.empty(parts, slots, self.beside(slots=carry), 0)
       for size in self.settings.sizes:
         yield self.place("keep", (parts, slots), (rows, size))
 
   def admission(self) -> Iterator[Program]:
     """Yields programs that admit requests to slots."""
-    settings, calls = self.settings, self.calls
+    settings = self.settings
     for origin, size in itertools.product(self.origins, settings.sizes):
       yield self.place(
           "place", (settings.rows, size), origin,
-          calls["place", size, origin[1]] * (origin[0] == self.prefill.rows))
-    carry = self.carry(settings.sizes[-1])
-    beside = {**self.weights, **self.cached()}
+          self.calls["place", size, origin[1]] * (
+              origin[0] == self.prefill.rows))
+    rows = self.rows(settings.rows, settings.sizes[-1])
     yield self.named("begin", functools.partial(
         device_batch.begin.lower, self.state, self.tables, *self.admitted),
-        (self.state, self.tables), {
-            **beside, "slots": (
-                carry.cache, carry.hidden, carry.processor_state),
-            "requests": self.requests},
-        calls["begin",])
+        (self.state, self.tables),
+        self.beside(slots=(rows, self.processor_state)), self.calls["begin",])
     if self.processor_state is not None:
       yield self.named("logits_processor", functools.partial(
           device_batch.set_row.lower, self.processor_state,
-          self.processor_row, np.int32(0)), (self.processor_state,), {
-              **beside, "slots": (carry.cache, carry.hidden, carry.state),
-              "requests": self.requests},
-          calls["logits_processor",])
+          self.processor_row, np.int32(0)), (self.processor_state,),
+          self.beside(slots=(rows, self.state)),
+          self.calls["logits_processor",])
 
   def resizes(self) -> Iterator[Program]:
     """Yields programs that resize the cache.
@@ -288,16 +276,13 @@ class _Engine:
     It grows to the next size, and shrinks where a short row needs a quarter."""
     settings = self.settings
     least = 1 + min(settings.chunk, self.tokens)
-    beside = {**self.weights, **self.cached(),
-              "requests": self.requests}
     for small, large in itertools.pairwise(settings.sizes):
       back = [(large, small)] if least <= large // 4 else []
       for before, after in [(small, large), *back]:
         carry = self.carry(before)
         yield self.named("resize", functools.partial(
-            decode.resize.lower, carry, slots=after), (carry,), beside,
-            self.calls["resize", before, after],
-            f"S={before} to {after}")
+            decode.resize.lower, carry, slots=after), (carry,), self.beside(),
+            self.calls["resize", before, after], f"S={before} to {after}")
 
   def decodes(self) -> Iterator[Program]:
     """Yields a chunk of decoding for each size of the cache."""
@@ -305,15 +290,14 @@ class _Engine:
     script = sharding.abstract(
         np.zeros((settings.rows, settings.chunk), np.int32), "rows", "slots")
     for size in settings.sizes:
-      carry = self.carry(size)
+      arrays = (
+          self.whole, self.blocks, self.carry(size), self.requests, script)
       yield self.named("decode", functools.partial(
-          decode.decode.lower, self.whole, self.blocks, carry,
-          self.requests, script, np.int32(settings.rows), self.tables,
+          decode.decode.lower, *arrays, np.int32(settings.rows), self.tables,
           steps=settings.chunk, recorded=settings.recorded,
           logits_processor=settings.logits_processor,
-          budget_schedule=settings.budget_schedule),
-          (self.whole, self.blocks, carry, self.requests, script, self.tables),
-          self.beside | self.cached(),
+          budget_schedule=settings.budget_schedule), (*arrays, self.tables),
+          self.beside("model", "layers", "requests"),
           self.calls["decode", size], f"S={size}")
 
 
