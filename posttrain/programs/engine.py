@@ -66,7 +66,6 @@ def of_rollout(
   yield from engine.slots()
   yield from engine.prefills()
   yield from engine.admission()
-  yield from engine.keeping()
   yield from engine.resizes()
   yield from engine.decodes()
 
@@ -114,7 +113,8 @@ class _Engine:
       sampler: Sampler, settings: Settings, groups: int, group_size: int,
       tokens: int, beside: dict[str, Any]):
     tables = sampler.tables
-    self.named, self.settings, self.tokens = named, settings, tokens
+    self.named, self.settings = named, settings
+    self.group_size, self.tokens = group_size, tokens
     self.tables, self.config = tables.put(sharding.abstract), model.config
     self.whole, self.blocks = weights.on_mesh(decode.unstacked.eval_shape(
         model, weights_dtype=settings.weights_dtype))
@@ -128,8 +128,7 @@ class _Engine:
     self.prefill = prefill.Prefill(model.config, settings, _never)
     length = sampler.max_prompt_tokens
     # S of the caches that prompts may be prefilled in.
-    self.sources = settings.prefill_sizes(
-        settings.max_seq_len if settings.prefix_cache_tokens else length)
+    self.sources = settings.prefill_sizes(length)
     self.calls = _calls(
         settings, self.prefill, groups, group_size, length, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
@@ -152,15 +151,10 @@ class _Engine:
     # A wave ends within a group, and a later one goes on with its prompt.
     splits = (groups * group_size > settings.max_num_seqs
               and settings.max_num_seqs % group_size > 0)
-    # The prefix cache: its budget, and what the next request goes on from.
-    cached, parts = [], self.prefill.parts
-    if settings.prefix_cache_tokens:
-      cached.append(self.rows(parts, -(-settings.prefix_cache_tokens // parts)))
-    if splits or self.can_share:
-      cached.append(self.rows(self.prefill.rows, self.sources[-1]))
     self.held = self.weights | {"requests": self.requests}
-    if cached:
-      self.held["prefix cache"] = cached
+    if splits or self.can_share:  # What the next request goes on from.
+      self.held["prefix cache"] = self.rows(
+          self.prefill.rows, self.sources[-1])
 
   def beside(self, *used: str, **more: Any) -> dict[str, Any]:
     """Returns what an engine holds besides what a program uses."""
@@ -177,14 +171,6 @@ class _Engine:
     return decode.Carry(
         rows.cache, rows.hidden, self.state, self.processor_state)
 
-  @property
-  def origins(self) -> list[tuple[int, int]]:
-    """Rows and S of the blocks of the prefix cache."""
-    counts = {self.prefill.rows}
-    if self.settings.prefix_cache_tokens:
-      counts.add(self.prefill.parts)  # Rows that were kept.
-    return list(itertools.product(sorted(counts), self.sources))
-
   def empty(
       self, count: int, slots: int, beside: dict[str, Any], calls: int,
   ) -> Program:
@@ -194,16 +180,17 @@ class _Engine:
         calls, f"rows={count} S={slots}")
 
   def place(
-      self, kind: str, into: tuple[int, int], source: tuple[int, int],
-      calls: int = 0,
+      self, kind: str, into: prefill.Rows, source: int, calls: int = 0,
   ) -> Program:
-    """Copies sequences; `into` and `source` are rows and S of caches."""
-    columns = (np.zeros(into[0], np.int32),) * 3
-    arrays = self.rows(*into), self.rows(*source)
+    """Copies sequences of the prefix cache, whose rows have `source` slots."""
+    count, total = self.prefill.rows, into.hidden.shape[0]
+    columns = (np.zeros(total, np.int32),) * 3
+    arrays = into, self.rows(count, source)
     return self.named(
         kind, functools.partial(prefill.place.lower, *arrays, *columns),
         arrays, self.beside(state=(self.state, self.processor_state)), calls,
-        f"rows={source[0]} S={source[1]} to {into[1]}", most_trips=width)
+        f"rows={count} S={source} to {into.cache.slots}",
+        most_trips=min(total, count * self.group_size))
 
   def slots(self) -> Iterator[Program]:
     """Yields programs that make the engine's slots, without a request."""
@@ -233,31 +220,17 @@ class _Engine:
           "prefill", functools.partial(prefill.feed.lower, *arrays), arrays,
           self.beside("model", "layers", slots=carry),
           self.calls["prefill", count, source], f"rows={count} S={source}")
-    if not self.can_share:
-      return
-    for origin, slots in itertools.product(self.origins, self.sources):
-      yield self.place("prefix", (count, slots), origin)
-
-  def keeping(self) -> Iterator[Program]:
-    """Yields programs that keep sequences which have ended."""
-    if not self.settings.prefix_cache_tokens:
-      return
-    rows, parts = self.settings.rows, self.prefill.parts
-    carry = self.carry(self.settings.sizes[-1])
-    for slots in self.sources:
-      if parts != self.prefill.rows:
-        yield self.empty(parts, slots, self.beside(slots=carry), 0)
-      for size in self.settings.sizes:
-        yield self.place("keep", (parts, slots), (rows, size))
+    if self.can_share:
+      for source, slots in itertools.product(self.sources, self.sources):
+        yield self.place("prefix", self.rows(count, slots), source)
 
   def admission(self) -> Iterator[Program]:
     """Yields programs that admit requests to slots."""
     settings = self.settings
-    for origin, size in itertools.product(self.origins, settings.sizes):
+    for source, size in itertools.product(self.sources, settings.sizes):
       yield self.place(
-          "place", (settings.rows, size), origin,
-          self.calls["place", size, origin[1]] * (
-              origin[0] == self.prefill.rows))
+          "place", self.rows(settings.rows, size), source,
+          self.calls["place", size, source])
     rows = self.rows(settings.rows, settings.sizes[-1])
     yield self.named("begin", functools.partial(
         device_batch.begin.lower, self.state, self.tables, *self.admitted),

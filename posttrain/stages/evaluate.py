@@ -205,22 +205,13 @@ class Evaluation:
     Returns:
       The scored completions in order of problem, then sample.
     """
+    samples = cells_lib.samples_of(self.section, cell)
     rollouts = self.sampler.generate(
         model, [prompt_of(self.context, row, cell) for row in self.problems],
         cells_lib.limits_of(self.section, cell),
         prompt_id=[row["id"] for row in self.problems],
-        group_size=cells_lib.samples_of(self.section, cell),
-        seed=self.context.config.seed, stage=self.context.name)
-    return self._score(rollouts, cell)
-
-  def _score(
-      self, rollouts: Rollouts, cell: summary.Cell) -> cells_lib.Records:
-    rows = len(rollouts.prompts)
-    records = [transcript.record(
-        self.context.renderer.tokenizer, rollouts, row,
-        self.context.thinking_ids, self.sampler.options.confidence)
-        for row in range(rows)]
-    samples = rows // len(self.problems)
+        group_size=samples, seed=self.context.config.seed,
+        stage=self.context.name)
     repeated = [row for row in self.problems for _ in range(samples)]
     scores, answers = distributed.on_first_host(
         lambda: self._judge(rollouts, repeated))
@@ -229,17 +220,21 @@ class Evaluation:
           scores, repeated, [self.section.reward])
       self.context.console.warning(
           f"{self.context.name}, {cell.name}: {unscored}. They count as wrong.")
-    values, codes = scores.values[:, 0], scores.statuses[:, 0]
-    for record, value, code, answer in zip(
-        records, values, codes, answers, strict=True):
+    records = []
+    for row, (problem, value, code, answer) in enumerate(zip(
+        repeated, scores.values[:, 0], scores.statuses[:, 0], answers,
+        strict=True)):
+      record = transcript.record(
+          self.context.renderer.tokenizer, rollouts, row,
+          self.context.thinking_ids, self.sampler.options.confidence)
       record |= {"id": record["prompt_id"], "cell": cell.name,
                  "reward": None if np.isnan(value) else float(value),
                  "status": scoring.STATUSES[code],
                  "correct": bool(value == 1),
                  "answer": answer}
-    if self.cluster is not None:
-      for record, problem in zip(records, repeated, strict=True):
+      if self.cluster is not None:
         record["cluster"] = problem["cluster"]
+      records.append(record)
     return records
 
   def _judge(

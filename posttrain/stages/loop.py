@@ -343,6 +343,8 @@ def resume(
 ) -> tuple[state_lib.TrainState, checkpoints.Restored | None]:
   """Restores the newest checkpoint; without one, the fresh state and None.
 
+  `checkpoint.on_damaged` may allow an earlier one.
+
   Raises:
     DamagedError: it cannot be read, and no earlier one may take its place.
   """
@@ -352,22 +354,10 @@ def resume(
   wanted = checkpoints.abstract(moving)
   for array in jax.tree.leaves(moving):
     array.delete()  # Room for what is read.
-  found = _newest(context, saver, wanted)
-  checkpoints.check_same(
-      found, **_identity(context, weights.frozen_name(fresh.frozen)))
-  context.console.line(f"{context.name}: resumed from step {found.step}")
-  context.warn_of_missing_rows(found.step)
-  return state_lib.from_checkpoint(fresh, found.tree), found
-
-
-def _newest(
-    context: RunContext, saver: checkpoints.Checkpoints,
-    wanted: dict[str, Any],
-) -> checkpoints.Restored:
-  """Reads the newest checkpoint; `checkpoint.on_damaged` may allow others."""
-  while True:
+  found = None
+  while found is None:
     try:
-      return saver.restore(wanted)
+      found = saver.restore(wanted)
     except checkpoint_integrity.DamagedError as error:
       steps = saver.steps()
       if context.section.checkpoint.on_damaged == "error" or len(steps) == 1:
@@ -377,6 +367,11 @@ def _newest(
           f"{context.name}: {error} It is in {kept} now. GOING BACK from step "
           f"{steps[-1]} to step {steps[-2]}, since checkpoint.on_damaged is "
           "previous.")
+  checkpoints.check_same(
+      found, **_identity(context, weights.frozen_name(fresh.frozen)))
+  context.console.line(f"{context.name}: resumed from step {found.step}")
+  context.warn_of_missing_rows(found.step)
+  return state_lib.from_checkpoint(fresh, found.tree), found
 
 
 def save(

@@ -36,13 +36,7 @@ from posttrain.rl import (
   rollout_worker,
   weight_sync,
 )
-from posttrain.stages import (
-  loop,
-  problems,
-  rl_programs,
-  sampling,
-  training,
-)
+from posttrain.stages import loop, problems, rl_programs, sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
 from posttrain.tasks import loading, scoring
