@@ -106,7 +106,7 @@ def make(
   with jax.set_mesh(meshes[TRAINING]):
     transfers = programs.transfers(setup, sampling) if sampling else []
     padded = programs.padding(setup, {
-        role: _sizes(mesh) for role, mesh in meshes.items()
+        role: sharding.mesh_sizes(mesh) for role, mesh in meshes.items()
     }) if with_padding else []
   return Plan(
       topology, {role: dict(mesh.shape) for role, mesh in meshes.items()},
@@ -164,11 +164,6 @@ def _meshes(
   return {TRAINING: training, SAMPLING: sampling}
 
 
-def _sizes(mesh: jax.sharding.Mesh) -> sharding.MeshSizes:
-  with jax.set_mesh(mesh):
-    return sharding.mesh_sizes()
-
-
 def _compiler(
     topology: topology_lib.Topology, mesh: jax.sharding.Mesh,
     setup: Setup,
@@ -210,7 +205,7 @@ def _advice(
   if not too_large:
     return []
   stages = estimate.of_config(setup.config, setup.model)
-  mesh = None if SAMPLING in meshes else _sizes(meshes[TRAINING])
+  mesh = None if SAMPLING in meshes else sharding.mesh_sizes(meshes[TRAINING])
   return [
       line for same in too_large.values() for line in advise(
           max(same, key=lambda result: result.memory.total), stages, topology,

@@ -148,17 +148,16 @@ class Evaluation:
       weights: called where a cell is not there yet.
     """
     scored, figures, records = {}, [], []
+    baseline, more = [], []  # Of the votes, and of their further samples.
     votes = self.section.majority.max_samples
     samples = self.section.samples_per_problem
-    majority: dict[str, Any] = {}
     for cell in self.cells:
       rows = self._records(name, cell, weights)
       drawn = summary.scored(rows, len(self.problems))
       if cell == summary.Cell() and votes:
-        majority = {
-            "baseline": summary.majority_baseline(
-                _first(drawn, votes), self.cluster),
-            "records": [row for row in rows if row["sample_id"] >= samples]}
+        baseline = summary.majority_baseline(
+            _first(drawn, votes), self.cluster)
+        more = [row for row in rows if row["sample_id"] >= samples]
       scored[cell] = drawn = _first(drawn, samples)
       figures.append(summary.cell_figures(
           cell, drawn, self.section.pass_at, votes=self.extract is not None,
@@ -169,10 +168,10 @@ class Evaluation:
         "checkpoint": name, "decoding": self._decoding(),
         "section": config_lib.jsonable(self.section), "cells": figures,
         "summary": summary.s1_figures(figures, scored) | {
-            "majority_baseline": majority.get("baseline", [])}
+            "majority_baseline": baseline}
         | problems_lib.constant_baseline(
             self.section, len(self.problems), self.cluster),
-        "records": records, "majority_records": majority.get("records", [])}
+        "records": records, "majority_records": more}
 
   def _records(
       self, name: str, cell: summary.Cell,

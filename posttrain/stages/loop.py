@@ -115,11 +115,15 @@ class Body:
     return True
 
 
-def run(context: RunContext, make_body: Callable[[], Body]) -> Transformer:
+def run(
+    make_body: Callable[[RunContext, Transformer], Body], context: RunContext,
+    start: Transformer,
+) -> Transformer:
   """Trains to the last step, from the newest checkpoint if there is one.
 
   Args:
     make_body: makes the model, the optimizer and the data.
+    start: what the stage starts from.
 
   Returns:
     The trained model.
@@ -137,7 +141,7 @@ def run(context: RunContext, make_body: Callable[[], Body]) -> Transformer:
       profile_steps=profile.steps if traced else (),
       is_writer=context.workdir.is_writer,
   ) as telemetry, open_checkpoints(context) as saver:
-    body = make_body()
+    body = make_body(context, start)
     Loop(context, body, telemetry, saver).train()
     with telemetry.span("checkpoint"):
       saver.wait()

@@ -45,11 +45,6 @@ from posttrain.train import checkpoints, health, preemption, trainable
 from posttrain.train import state as state_lib
 
 
-def run(context: RunContext, start: Transformer) -> Transformer:
-  """Trains `start`, see `loop.run`."""
-  return loop.run(context, functools.partial(Learner, context, start))
-
-
 class Sent(NamedTuple):
   """An update that the devices have been given.
 
@@ -381,7 +376,7 @@ def show_and_save(
 
 
 STAGE = Stage(
-    schema=SCHEMA, run=run, check=check,
+    schema=SCHEMA, run=functools.partial(loop.run, Learner), check=check,
     programs=rl_programs.programs, memory=rl_programs.memory,
     work=rl_programs.work, padding={
         "prompts": rl_programs.padding,
