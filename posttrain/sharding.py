@@ -199,9 +199,9 @@ class MeshSizes(NamedTuple):
     return self.batch * self.context
 
 
-def mesh_sizes() -> MeshSizes:
-  """Returns the sizes of the current mesh."""
-  here = jax.sharding.get_abstract_mesh().shape
+def mesh_sizes(mesh: jax.sharding.Mesh | None = None) -> MeshSizes:
+  """Returns the sizes of a mesh; by default of the current one."""
+  here = (mesh or jax.sharding.get_abstract_mesh()).shape
   return MeshSizes(**{name: here.get(name, 1) for name in MESH_AXES})
 
 

@@ -5,14 +5,7 @@ import pathlib
 
 from ml_collections import config_dict
 
-from posttrain.plan import (
-  estimate,
-  measure,
-  plan,
-  report,
-  sweep,
-  topology,
-)
+from posttrain.plan import estimate, measure, plan, report, sweep, topology
 from posttrain.plan.environment import PlanError
 from posttrain.telemetry import console as console_lib
 from posttrain.workdir import replace_file

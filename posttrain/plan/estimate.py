@@ -16,7 +16,7 @@ from posttrain import sharding
 from posttrain.model.config import ModelConfig
 from posttrain.plan.topology import Topology
 from posttrain.stages import memory_estimate
-from posttrain.stages.stage import Decoding, Sizes, stage_of
+from posttrain.stages.stage import Decoding, Pass, Sizes, stage_of
 from posttrain.telemetry import memory
 
 # Forward passes that a step makes of a layer, a backward pass being two.
@@ -135,21 +135,18 @@ def step_seconds(
       if isinstance(each, Decoding):
         total += _decoding(each, model, topology, mesh)
       else:
-        total += each.times * _microbatch(
-            model, topology, each.rows, each.length, mesh, each.backward)
+        total += _microbatches(each, model, topology, mesh)
   return total
 
 
-def _microbatch(
-    model: ModelConfig, topology: Topology, rows: int, length: int,
-    mesh: sharding.MeshSizes, training: bool,
+def _microbatches(
+    work: Pass, model: ModelConfig, topology: Topology,
+    mesh: sharding.MeshSizes,
 ) -> float:
-  """Bound of one microbatch: of matrix unit, memory and network the largest.
-
-  The backward pass is part of it if training."""
+  """Bound of passes: of matrix unit, memory and network the largest."""
   chip, size = topology.chip, memory.BYTES[model.dtype]
-  tensor = mesh.tensor
-  tokens = -(-rows // mesh.batch) * length / mesh.context
+  tensor, length, training = mesh.tensor, work.length, work.backward
+  tokens = -(-work.rows // mesh.batch) * length / mesh.context
   layer = model.matrix_parameters(model.num_experts)
   active = model.matrix_parameters(model.experts_per_token)
   layer_passes = _LAYER_PASSES[model.remat] if training else 1.0
@@ -180,10 +177,10 @@ def _microbatch(
     sent += gathered / topology.num_slices / chip.dcn_rate
   # Every value is written and read once in each pass.
   values = memory.activation_bytes(
-      dataclasses.replace(model, remat="none"), rows=rows, length=length,
+      dataclasses.replace(model, remat="none"), rows=work.rows, length=length,
       batch=mesh.batch, tensor=tensor, context=mesh.context)
   moved = 2 * gathers * weights + 2 * layer_passes / 3 * values
-  return max(flops / chip.flops, moved / chip.hbm_rate, sent)
+  return work.times * max(flops / chip.flops, moved / chip.hbm_rate, sent)
 
 
 def _decoding(

@@ -150,19 +150,23 @@ class Compiler:
   def _read(
       self, program: Program, memory: Memory, compiled: Any, started: float,
   ) -> Result:
-    seconds = time.monotonic() - started
+    seconds, chip = time.monotonic() - started, self._chip
     stats = compiled.memory_analysis()
     counts = count(
         compiled.as_text(), self._layout, self._weights,
         program.unknown_trips, experts=self._experts)
+    sent = lambda across: sum(
+        each.wire_bytes for each in counts.collectives
+        if each.across_slices == across)
     return Result(
         program, dataclasses.replace(
             memory, padded_arguments=stats.argument_size_in_bytes,
             temporaries=stats.temp_size_in_bytes,
             peak=stats.peak_memory_in_bytes),
-        counts, roofline.times(
-            self._chip, passes_flops=counts.passes_flops + counts.kernel_flops,
-            hbm_bytes=counts.hbm_bytes, collectives=counts.collectives),
+        counts, roofline.Times(
+            matrix=(counts.passes_flops + counts.kernel_flops) / chip.flops,
+            memory=counts.hbm_bytes / chip.hbm_rate,
+            ici=sent(False) / chip.axis_rate, dcn=sent(True) / chip.dcn_rate),
         seconds)
 
 

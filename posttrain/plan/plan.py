@@ -56,27 +56,21 @@ class Plan:
 
     Of roles that overlap it is that of the slower one.
     """
-    roles = [self.role_seconds(stage, role) for role in self.roles]
-    known = [seconds for seconds in roles if seconds is not None]
-    if not known or len(known) < len(self._stepping(stage)):
+    stepping = {result.program.role for result in self.results
+                if result.program.stage == stage and result.program.calls}
+    known = [seconds for role in stepping if (
+        seconds := self.role_seconds(stage, role)) is not None]
+    if not known or len(known) < len(stepping):
       return None
     return max(known) if self.overlaps(stage) else sum(known)
 
   def role_seconds(self, stage: str, role: str) -> float | None:
     """Bound of the programs of one role; None too if it has none."""
-    total = None
-    for result in self.results:
-      program = result.program
-      if (program.stage, program.role) == (stage, role) and program.calls:
-        if result.times is None:
-          return None
-        total = (total or 0.0) + program.calls * result.times.bound
-    return total
-
-  def _stepping(self, stage: str) -> set[str]:
-    """Roles that have a part in a step of a stage."""
-    return {result.program.role for result in self.results
-            if result.program.stage == stage and result.program.calls}
+    own = [result for result in self.results if result.program.calls and (
+        result.program.stage, result.program.role) == (stage, role)]
+    known = [result.program.calls * result.times.bound
+             for result in own if result.times]
+    return sum(known) if own and len(known) == len(own) else None
 
   def overlaps(self, stage: str) -> bool:
     """Tests if rollouts are asynchronous: drawn while others are trained on."""
@@ -112,7 +106,7 @@ def make(
   with jax.set_mesh(meshes[TRAINING]):
     transfers = programs.transfers(setup, sampling) if sampling else []
     padded = programs.padding(setup, {
-        role: _sizes(mesh) for role, mesh in meshes.items()
+        role: sharding.mesh_sizes(mesh) for role, mesh in meshes.items()
     }) if with_padding else []
   return Plan(
       topology, {role: dict(mesh.shape) for role, mesh in meshes.items()},
@@ -170,11 +164,6 @@ def _meshes(
   return {TRAINING: training, SAMPLING: sampling}
 
 
-def _sizes(mesh: jax.sharding.Mesh) -> sharding.MeshSizes:
-  with jax.set_mesh(mesh):
-    return sharding.mesh_sizes()
-
-
 def _compiler(
     topology: topology_lib.Topology, mesh: jax.sharding.Mesh,
     setup: Setup,
@@ -209,52 +198,45 @@ def _advice(
     topology: topology_lib.Topology, meshes: Meshes,
 ) -> list[str]:
   """Advises on the worst program of each kind."""
-  worst: dict[str, measure.Result] = {}
+  too_large: dict[str, list[measure.Result]] = {}
   for result in results:
-    kind = result.program.kind
-    if not result.fits and (
-        kind not in worst or result.memory.total > worst[kind].memory.total):
-      worst[kind] = result
-  if not worst:
+    if not result.fits:
+      too_large.setdefault(result.program.kind, []).append(result)
+  if not too_large:
     return []
   stages = estimate.of_config(setup.config, setup.model)
-  if SAMPLING in meshes:
-    return [line for result in worst.values() for line in (
-        *needs_and_keys(result, stages, topology),
-        "No other policy or slice is looked for: estimates are of roles that "
-        "share their devices.")]
-  return [line for result in worst.values()
-          for line in advise(
-              result, stages, topology, _sizes(meshes[TRAINING]))]
+  mesh = None if SAMPLING in meshes else sharding.mesh_sizes(meshes[TRAINING])
+  return [
+      line for same in too_large.values() for line in advise(
+          max(same, key=lambda result: result.memory.total), stages, topology,
+          mesh)]
 
 
 def advise(
     result: measure.Result, stages: estimate.Stages,
-    topology: topology_lib.Topology, mesh: sharding.MeshSizes,
+    topology: topology_lib.Topology, mesh: sharding.MeshSizes | None,
 ) -> list[str]:
   """Advises on a program that is too large, a line each.
 
   The estimates are `telemetry.memory`'s, scaled by how far it was off for this
   program: never down, as it may have been another stage's.
+
+  Args:
+    mesh: that the roles share; None if they do not.
   """
-  lines = needs_and_keys(result, stages, topology)
+  lines = [
+      f"{result.name} needs {result.memory.total / GIB:.2f} GiB of "
+      f"{result.memory.available / GIB:.2f} on {topology}.",
+      f"Keys that make it smaller: {'; '.join(_keys(result, stages))}."]
+  if mesh is None:
+    return [*lines, "No other policy or slice is looked for: estimates are of "
+            "roles that share their devices."]
   estimated = estimate.peak_bytes(stages, stages.model.remat, mesh)
   scale = max(1.0, result.memory.total / estimated)
   room = topology.chip.hbm_bytes / scale
   if result.program.phase == TRAINING:
     lines += _remat(stages, topology, mesh, room)
   return lines + _topology(stages, topology, room)
-
-
-def needs_and_keys(
-    result: measure.Result, stages: estimate.Stages,
-    topology: topology_lib.Topology,
-) -> list[str]:
-  """Writes two lines, which need no estimate."""
-  return [
-      f"{result.name} needs {result.memory.total / GIB:.2f} GiB of "
-      f"{result.memory.available / GIB:.2f} on {topology}.",
-      f"Keys that make it smaller: {'; '.join(_keys(result, stages))}."]
 
 
 def _keys(result: measure.Result, stages: estimate.Stages) -> Iterator[str]:

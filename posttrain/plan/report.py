@@ -90,10 +90,8 @@ def _roles(plan: Plan) -> list[Table]:
           role, str(math.prod(sizes.values())), _mesh(sizes),
           format_bytes(worst.memory.total),
           format_bytes(worst.memory.available), worst.name))
-  moved = [(
-      each.stage, *map(format_bytes, (
-          each.received(), each.sent(), each.received(first=True),
-          each.sent(first=True)))) for each in plan.transfers]
+  moved = [(each.stage, *map(format_bytes, each.bytes.values()))
+           for each in plan.transfers]
   return [
       Table("Roles", ("role", "devices", "mesh", "most that a device needs",
                       "available", "for"), rows),
@@ -166,7 +164,8 @@ def _work(results: Sequence[Result], experts: int) -> Table:
   if uncounted:
     notes.append("kernels that are in no figure: " + ", ".join(
         sorted(uncounted)))
-  if any(result.program.unknown_trips for result in results):
+  if any(result.program.unknown_trips and result.program.phase != SAMPLING
+         for result in results):
     notes.append(
         "the number of microbatches is an argument of the program, taken from "
         "the config; of packed completions it is the most there can be")
@@ -301,11 +300,9 @@ def all_figures(plan: Plan) -> dict[str, Any]:
   return found | {
       "mesh": plan.roles[TRAINING],
       "sampling_mesh": plan.roles.get(SAMPLING),
-      "transfers": [{
-          "stage": each.stage, "received": each.received(),
-          "sent": each.sent(), "received_first": each.received(first=True),
-          "sent_first": each.sent(first=True)} for each in plan.transfers],
-       "notes": list(plan.setup.notes),
+      "transfers": [
+          {"stage": each.stage, **each.bytes} for each in plan.transfers],
+      "notes": list(plan.setup.notes),
       "padding": [dataclasses.asdict(each) for each in plan.padding],
       "advice": plan.advice, "modelled": {"step_s": {
           stage: plan.step_seconds(stage)

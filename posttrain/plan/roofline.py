@@ -6,10 +6,6 @@ perfectly and all at once.
 """
 
 import dataclasses
-from collections.abc import Sequence
-
-from posttrain.plan.traffic import Collective
-from posttrain.telemetry.chips import Chip
 
 ASSUMPTIONS = (
     "rates are the published ones of the chip, and nothing else runs on it",
@@ -43,19 +39,3 @@ class Times:
     network = self.ici + self.dcn
     return {self.matrix: "matrix unit", self.memory: "memory",
             network: "network"}[self.bound]
-
-
-def times(
-    chip: Chip, *, passes_flops: float, hbm_bytes: float,
-    collectives: Sequence[Collective],
-) -> Times:
-  """Divides counts by the rates of a chip.
-
-  Args:
-    passes_flops: each product times the passes that it takes.
-  """
-  sent = lambda across: sum(
-      each.wire_bytes for each in collectives if each.across_slices == across)
-  return Times(
-      matrix=passes_flops / chip.flops, memory=hbm_bytes / chip.hbm_rate,
-      ici=sent(False) / chip.axis_rate, dcn=sent(True) / chip.dcn_rate)

@@ -71,7 +71,8 @@ class Collective:
     group_size: devices that exchange.
     across_slices: the exchange leaves the slice.
     count: runs, loops multiplied out.
-    bytes: of the whole that is gathered, reduced or sent; summed over runs.
+    bytes: of the whole that is gathered, reduced or sent, without the padding
+      of tiles; summed over runs.
   """
 
   kind: str
@@ -106,9 +107,12 @@ def collect(visits: Iterable[Visit], layout: Layout) -> list[Collective]:
       key = (kind, layout.axis(groups), size, False)
     else:
       continue
-    size = payload(visit, kind, size)
+    given = sum(
+        array.bytes for operand in visit.instruction.operands
+        for array in visit.scope.computation[operand].arrays)
+    whole = given * size if kind == "all-gather" else given
     count, total = found.get(key, (0, 0))
-    found[key] = count + visit.times, total + visit.times * size
+    found[key] = count + visit.times, total + visit.times * whole
   order = sorted(found.items(), key=lambda item: -item[1][1])
   return [Collective(*key, *sums) for key, sums in order]
 
@@ -141,18 +145,6 @@ def is_first(visit: Visit, seen: set[tuple[str, str]]) -> bool:
     return False
   seen.add(key)
   return True
-
-
-def payload(visit: Visit, kind: str, group_size: int) -> int:
-  """Bytes of the whole that a group gathers, reduces or sends.
-
-  The padding of tiles is not among them.
-  """
-  computation = visit.scope.computation
-  given = sum(
-      array.bytes for operand in visit.instruction.operands
-      for array in computation[operand].arrays)
-  return given * group_size if kind == "all-gather" else given
 
 
 def parse_groups(instruction: Instruction, devices: int) -> np.ndarray:

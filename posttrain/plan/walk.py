@@ -157,16 +157,8 @@ def _instructions(scope: Scope) -> Iterator[tuple[Scope, Instruction]]:
 def _step(body: Scope, index: int) -> int | None:
   """Reads the number that one iteration adds to the counter."""
   root = body.computation[body.computation.root]
-  found: tuple[Scope, Instruction] | None = (
-      body, body.computation[root.operands[index]])
-  while found and found[1].opcode in (*_SAME, "fusion"):
-    scope, instruction = found
-    if instruction.opcode == "fusion":
-      inner = scope.inner(instruction.called, instruction)
-      found = inner, inner.computation[inner.computation.root]
-    else:
-      found = scope, scope.computation.operand(instruction)
-  if not found or found[1].opcode != "add":
+  found = body.source(root.operands[index])
+  if found is None or found[1].opcode != "add":
     return None
   scope, add = found
   for one, other in (add.operands, add.operands[::-1]):

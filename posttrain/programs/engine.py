@@ -1,4 +1,4 @@
-"""Programs of the engine: continuous batching.
+"""Programs of the sampler, whose calls are an engine's: continuous batching.
 
 Lengths decide what an engine runs, and a plan knows none. So every program
 that it may run is planned, and `calls` are modelled: all prompts have the most
@@ -9,7 +9,6 @@ their maximum. Rows then end together, and the queue goes through in waves.
   R: prompts prefilled together  C: tokens of a chunk of a prompt
 """
 
-import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -21,60 +20,80 @@ import numpy as np
 
 from posttrain import sharding, weights
 from posttrain.model.transformer import Transformer
-from posttrain.programs.program import Program, unstacked
-from posttrain.sampler import budget, decode, device_batch, prefill, requests
+from posttrain.programs.program import SAMPLING, Program
+from posttrain.sampler import decode, device_batch, prefill, requests
 from posttrain.sampler.requests import Settings
+from posttrain.sampler.sampler import Limits, Sampler
 
 NOTE = ("calls of programs of continuous batching are modelled: prompts of the "
         "most tokens that share none, and completions that all run to their "
         "maximum; one with 0 calls runs for other lengths only")
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """P prompts of `length` tokens at most, with G samples of each."""
+def of_rollout(
+    stage: str, sampler: Sampler, model: Transformer, *, groups: int,
+    group_size: int, limits: Limits, beside: dict[str, Any], detail: str = "",
+    steps: bool = True,
+) -> Iterator[Program]:
+  """Yields the programs of one sampler call on the current mesh.
 
-  count: int
-  group_size: int
-  length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Waves:
-  """Calls that an engine makes while it goes through its queue.
-
-  Attributes:
-    calls: by the key that the engine calls a program by.
-    kept: a batch of prompts is kept, as a later wave waits for one of them.
+  Args:
+    stage: the name of the stage that makes the call.
+    groups, group_size: prompts, and samples of each.
+    beside: abstract arrays that are on the devices meanwhile.
+    detail: a part of the programs' names.
+    steps: the call is a part of each step of the stage.
   """
+  def named(
+      kind: str, lower: Callable[[], jax.stages.Lowered], arguments: Any,
+      beside: dict[str, Any], calls: int = 1, sizes: str = "",
+      most_trips: int | None = None,
+  ) -> Program:
+    return Program(
+        stage, kind, lower, arguments, SAMPLING, beside, float(calls * steps),
+        most_trips, " ".join(filter(None, (detail, sizes))),
+        note=NOTE if steps else "")
 
-  calls: Counter[tuple]
-  kept: bool
+  asked = sampler.make_requests(
+      [[0]] * groups, limits, prompt_id=range(groups), group_size=group_size)
+  settings = sampler.engine_settings(asked, group_size)
+  yield named("unstack", functools.partial(
+      decode.unstacked.lower, model, weights_dtype=settings.weights_dtype),
+      (model,), beside)
+  engine = _Engine(
+      named, model, sampler, settings, groups, group_size,
+      int(np.max(limits.max_tokens)), beside)
+  yield from engine.slots()
+  yield from engine.prefills()
+  yield from engine.admission()
+  yield from engine.resizes()
+  yield from engine.decodes()
 
 
-def waves(
-    settings: Settings, place: prefill.Prefill, prompts: Prompts,
-    tokens: int,
-) -> Waves:
-  """Counts the engine's calls for completions that are all `tokens` long."""
+def _calls(
+    settings: Settings, place: prefill.Prefill, groups: int, group_size: int,
+    length: int, tokens: int,
+) -> Counter[tuple]:
+  """Counts an engine's calls, by the keys that it calls programs by.
+
+  All prompts have `length` tokens, and all completions `tokens`.
+  """
   sizes, calls = settings.sizes, Counter[tuple]()
-  chunks = -(-prompts.length // place.chunk)
-  source = settings.prefill_sizes(prompts.length)[-1]
-  size, batch_of, kept = sizes[0], dict[int, int](), False
-  rows = prompts.count * prompts.group_size
+  chunks = -(-length // place.chunk)
+  source = settings.prefill_sizes(length)[-1]
+  size, batch_of = sizes[0], dict[int, int]()
+  rows = groups * group_size
   for first in range(0, rows, settings.max_num_seqs):
     last = min(first + settings.max_num_seqs, rows)
-    wave = Counter(i // prompts.group_size for i in range(first, last))
+    wave = Counter(i // group_size for i in range(first, last))
     new = [prompt for prompt in wave if prompt not in batch_of]
     for n, prompt in enumerate(new):
       batch_of[prompt] = first + n // place.rows
     batches = -(-len(new) // place.rows)
     calls["empty", place.rows, source] += batches
     calls["prefill", place.rows, source] += batches * chunks
-    kept = kept or (prompts.group_size > 1 and first % prompts.group_size > 0)
     for used in range(0, tokens, settings.chunk):
-      needed = min(prompts.length + used + settings.chunk,
-                   settings.max_seq_len)
+      needed = min(length + used + settings.chunk, settings.max_seq_len)
       for larger in requests.fitting(sizes, size, needed):
         calls["resize", size, larger] += 1
         size = larger
@@ -83,33 +102,7 @@ def waves(
         calls["place", size, source] += len({batch_of[p] for p in wave})
         calls["logits_processor",] += last - first
       calls["decode", size] += 1
-  return Waves(calls, kept)
-
-
-def of_engine(
-    named: Callable[..., Program], model: Transformer,
-    tables: budget.BudgetTables, settings: Settings, *, prompts: Prompts,
-    tokens: int, beside: dict[str, Any],
-) -> Iterator[Program]:
-  """Yields every program of an engine with these settings, on the current mesh.
-
-  Args:
-    named: makes a program: (kind, lower, arguments, beside, calls, sizes,
-      note).
-    tokens: of a completion at most.
-    beside: abstract arrays that are on the devices meanwhile.
-  """
-  named = functools.partial(named, note=NOTE)
-  engine = _Engine(named, model, tables, settings, prompts, tokens, beside)
-  yield named("unstack", functools.partial(
-      decode.unstacked.lower, model, weights_dtype=settings.weights_dtype),
-      (model,), beside)
-  yield from engine.slots()
-  yield from engine.prefills()
-  yield from engine.admission()
-  yield from engine.keeping()
-  yield from engine.resizes()
-  yield from engine.decodes()
+  return calls
 
 
 class _Engine:
@@ -117,21 +110,27 @@ class _Engine:
 
   def __init__(
       self, named: Callable[..., Program], model: Transformer,
-      tables: budget.BudgetTables, settings: Settings, prompts: Prompts,
+      sampler: Sampler, settings: Settings, groups: int, group_size: int,
       tokens: int, beside: dict[str, Any]):
+    tables = sampler.tables
     self.named, self.settings = named, settings
+    self.group_size, self.tokens = group_size, tokens
     self.tables, self.config = tables.put(sharding.abstract), model.config
-    self.whole, self.blocks, self.kept = unstacked(
-        model, settings.weights_dtype)
-    self.weights = beside | {
-        "model": self.whole, "layers": self.blocks, **self.kept}
-    self.beside, self.length, self.tokens = beside, prompts.length, tokens
+    self.whole, self.blocks = weights.on_mesh(decode.unstacked.eval_shape(
+        model, weights_dtype=settings.weights_dtype))
+    self.weights = beside | {"model": self.whole, "layers": self.blocks}
+    # The decode loop has another copy of these.
+    at_rest = [w for w, ready in zip(
+        jax.tree.leaves(model), jax.tree.leaves(self.whole), strict=True)
+               if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
+    if at_rest:
+      self.weights["tables at rest"] = at_rest
     self.prefill = prefill.Prefill(model.config, settings, _never)
+    length = sampler.max_prompt_tokens
     # S of the caches that prompts may be prefilled in.
-    self.sources = settings.prefill_sizes(
-        settings.max_seq_len if settings.prefix_cache_tokens
-        else prompts.length)
-    self.waves = waves(settings, self.prefill, prompts, tokens)
+    self.sources = settings.prefill_sizes(length)
+    self.calls = _calls(
+        settings, self.prefill, groups, group_size, length, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
     self.idle = (self.tables, budgets, np.zeros(settings.rows, np.int32),
                  settings.confidence)
@@ -147,6 +146,20 @@ class _Engine:
         [None] * settings.rows, [0], tables, settings)
     self.requests, _ = weights.on_mesh(device_batch.begin.eval_shape(
         self.state, self.tables, *self.admitted))
+    # Prompts may share a prefix that saves a chunk.
+    self.can_share = length > self.prefill.chunk
+    # A wave ends within a group, and a later one goes on with its prompt.
+    splits = (groups * group_size > settings.max_num_seqs
+              and settings.max_num_seqs % group_size > 0)
+    self.held = self.weights | {"requests": self.requests}
+    if splits or self.can_share:  # What the next request goes on from.
+      self.held["prefix cache"] = self.rows(
+          self.prefill.rows, self.sources[-1])
+
+  def beside(self, *used: str, **more: Any) -> dict[str, Any]:
+    """Returns what an engine holds besides what a program uses."""
+    return {name: tree for name, tree in self.held.items()
+            if name not in used} | more
 
   def rows(self, count: int, slots: int) -> prefill.Rows:
     return weights.on_mesh(prefill.empty.eval_shape(
@@ -158,30 +171,6 @@ class _Engine:
     return decode.Carry(
         rows.cache, rows.hidden, self.state, self.processor_state)
 
-  def cached(self) -> dict[str, Any]:
-    """The prefix cache: its budget, and what the next request goes on from."""
-    held, parts = [], self.prefill.parts
-    if self.settings.prefix_cache_tokens:
-      held.append(self.rows(
-          parts, -(-self.settings.prefix_cache_tokens // parts)))
-    if self.waves.kept or self.can_share:
-      held.append(self.rows(self.prefill.rows, self.sources[-1]))
-    return {"prefix cache": held} if held else {}
-
-  @property
-  def can_share(self) -> bool:
-    """Prompts may share a prefix that saves a chunk."""
-    return self.length > self.prefill.chunk
-
-  @property
-  def origins(self) -> list[tuple[int, int]]:
-    """Rows and S of the blocks of the prefix cache."""
-    counts = {self.prefill.rows}
-    if self.settings.prefix_cache_tokens:
-      counts.add(self.prefill.parts)  # Rows that were kept.
-    return [(count, slots) for count in sorted(counts)
-            for slots in self.sources]
-
   def empty(
       self, count: int, slots: int, beside: dict[str, Any], calls: int,
   ) -> Program:
@@ -191,26 +180,23 @@ class _Engine:
         calls, f"rows={count} S={slots}")
 
   def place(
-      self, kind: str, into: tuple[int, int], source: tuple[int, int],
-      calls: int = 0,
+      self, kind: str, into: prefill.Rows, source: int, calls: int = 0,
   ) -> Program:
-    """Copies sequences; `into` and `source` are rows and S of caches."""
-    columns = (np.zeros(into[0], np.int32),) * 3
-    arrays = self.rows(*into), self.rows(*source)
-    carry = self.carry(self.settings.sizes[0])
-    sizes = f"rows={source[0]} S={source[1]} to {into[1]}"
-    return self.named(kind, functools.partial(
-        prefill.place.lower, *arrays, *columns), arrays, {
-            **self.weights, **self.cached(),
-            "state": (carry.state, carry.processor_state),
-            "requests": self.requests}, calls, sizes)
+    """Copies sequences of the prefix cache, whose rows have `source` slots."""
+    count, total = self.prefill.rows, into.hidden.shape[0]
+    columns = (np.zeros(total, np.int32),) * 3
+    arrays = into, self.rows(count, source)
+    return self.named(
+        kind, functools.partial(prefill.place.lower, *arrays, *columns),
+        arrays, self.beside(state=(self.state, self.processor_state)), calls,
+        f"rows={count} S={source} to {into.cache.slots}",
+        most_trips=min(total, count * self.group_size))
 
   def slots(self) -> Iterator[Program]:
     """Yields programs that make the engine's slots, without a request."""
     settings, size = self.settings, self.settings.sizes[0]
     yield self.empty(settings.rows, size, self.weights, 1)
-    rows = self.rows(settings.rows, size)
-    beside = {**self.weights, "slots": rows}
+    beside = self.weights | {"slots": self.rows(settings.rows, size)}
     yield self.named(
         "done", functools.partial(device_batch.done.lower, *self.idle),
         self.tables, beside)
@@ -221,63 +207,41 @@ class _Engine:
 
   def prefills(self) -> Iterator[Program]:
     """Yields programs that prefill prompts, and copy a shared prefix."""
-    count = self.prefill.rows
-    beside = {"slots": self.carry(self.settings.sizes[-1]),
-              "requests": self.requests, **self.cached()}
+    count, carry = self.prefill.rows, self.carry(self.settings.sizes[-1])
     for source in self.sources:
-      rows = self.rows(count, source)
       yield self.empty(
-          count, source, self.weights | beside,
-          self.waves.calls["empty", count, source])
+          count, source, self.beside(slots=carry),
+          self.calls["empty", count, source])
       tokens = sharding.abstract(
           np.zeros((count, self.prefill.chunk), np.int32), "rows", "slots")
-      yield self.named("prefill", functools.partial(
-          prefill.feed.lower, self.whole, self.blocks, rows, tokens,
-          tokens), (self.whole, self.blocks, rows, tokens, tokens),
-          self.beside | self.kept | beside,
-          self.waves.calls["prefill", count, source],
-          f"rows={count} S={source}")
-    if not self.can_share:
-      return
-    for origin, slots in itertools.product(self.origins, self.sources):
-      yield self.place("prefix", (count, slots), origin)
-
-  def keeping(self) -> Iterator[Program]:
-    """Yields programs that keep sequences which have ended."""
-    if not self.settings.prefix_cache_tokens:
-      return
-    rows, parts = self.settings.rows, self.prefill.parts
-    for slots in self.sources:
-      if parts != self.prefill.rows:
-        yield self.empty(parts, slots, {
-            **self.weights, **self.cached(),
-            "slots": self.carry(self.settings.sizes[-1])}, 0)
-      for size in self.settings.sizes:
-        yield self.place("keep", (parts, slots), (rows, size))
+      arrays = (
+          self.whole, self.blocks, self.rows(count, source), tokens, tokens)
+      yield self.named(
+          "prefill", functools.partial(prefill.feed.lower, *arrays), arrays,
+          self.beside("model", "layers", slots=carry),
+          self.calls["prefill", count, source], f"rows={count} S={source}")
+    if self.can_share:
+      for source, slots in itertools.product(self.sources, self.sources):
+        yield self.place("prefix", self.rows(count, slots), source)
 
   def admission(self) -> Iterator[Program]:
     """Yields programs that admit requests to slots."""
-    settings, calls = self.settings, self.waves.calls
-    for origin, size in itertools.product(self.origins, settings.sizes):
+    settings = self.settings
+    for source, size in itertools.product(self.sources, settings.sizes):
       yield self.place(
-          "place", (settings.rows, size), origin,
-          calls["place", size, origin[1]] * (origin[0] == self.prefill.rows))
-    carry = self.carry(settings.sizes[-1])
-    beside = {**self.weights, **self.cached()}
+          "place", self.rows(settings.rows, size), source,
+          self.calls["place", size, source])
+    rows = self.rows(settings.rows, settings.sizes[-1])
     yield self.named("begin", functools.partial(
         device_batch.begin.lower, self.state, self.tables, *self.admitted),
-        (self.state, self.tables), {
-            **beside, "slots": (
-                carry.cache, carry.hidden, carry.processor_state),
-            "requests": self.requests},
-        calls["begin",])
+        (self.state, self.tables),
+        self.beside(slots=(rows, self.processor_state)), self.calls["begin",])
     if self.processor_state is not None:
       yield self.named("logits_processor", functools.partial(
           device_batch.set_row.lower, self.processor_state,
-          self.processor_row, np.int32(0)), (self.processor_state,), {
-              **beside, "slots": (carry.cache, carry.hidden, carry.state),
-              "requests": self.requests},
-          calls["logits_processor",])
+          self.processor_row, np.int32(0)), (self.processor_state,),
+          self.beside(slots=(rows, self.state)),
+          self.calls["logits_processor",])
 
   def resizes(self) -> Iterator[Program]:
     """Yields programs that resize the cache.
@@ -285,16 +249,13 @@ class _Engine:
     It grows to the next size, and shrinks where a short row needs a quarter."""
     settings = self.settings
     least = 1 + min(settings.chunk, self.tokens)
-    beside = {**self.weights, **self.cached(),
-              "requests": self.requests}
     for small, large in itertools.pairwise(settings.sizes):
       back = [(large, small)] if least <= large // 4 else []
       for before, after in [(small, large), *back]:
         carry = self.carry(before)
         yield self.named("resize", functools.partial(
-            decode.resize.lower, carry, slots=after), (carry,), beside,
-            self.waves.calls["resize", before, after],
-            f"S={before} to {after}")
+            decode.resize.lower, carry, slots=after), (carry,), self.beside(),
+            self.calls["resize", before, after], f"S={before} to {after}")
 
   def decodes(self) -> Iterator[Program]:
     """Yields a chunk of decoding for each size of the cache."""
@@ -302,16 +263,15 @@ class _Engine:
     script = sharding.abstract(
         np.zeros((settings.rows, settings.chunk), np.int32), "rows", "slots")
     for size in settings.sizes:
-      carry = self.carry(size)
+      arrays = (
+          self.whole, self.blocks, self.carry(size), self.requests, script)
       yield self.named("decode", functools.partial(
-          decode.decode.lower, self.whole, self.blocks, carry,
-          self.requests, script, np.int32(settings.rows), self.tables,
+          decode.decode.lower, *arrays, np.int32(settings.rows), self.tables,
           steps=settings.chunk, recorded=settings.recorded,
           logits_processor=settings.logits_processor,
-          budget_schedule=settings.budget_schedule),
-          (self.whole, self.blocks, carry, self.requests, script, self.tables),
-          self.beside | self.kept | self.cached(),
-          self.waves.calls["decode", size], f"S={size}")
+          budget_schedule=settings.budget_schedule), (*arrays, self.tables),
+          self.beside("model", "layers", "requests"),
+          self.calls["decode", size], f"S={size}")
 
 
 def _never(*_: Any, **__: Any) -> Any:

@@ -6,19 +6,15 @@ them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from posttrain import weights
 from posttrain.model import transformer
-from posttrain.model.block import Block
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.sampler import decode
-from posttrain.train import spikes, trainable
-from posttrain.train import state as state_lib
 
 # Roles of devices. Where the roles share their devices, all train.
 TRAINING, SAMPLING = "training", "sampling"
@@ -41,7 +37,8 @@ class Program:
     calls: modelled number of runs in one step of its stage. A step is one
       update of SFT, or one batch of rollouts with all its updates; 0 where
       the stage has no steps.
-    unknown_trips: bound of the loop over microbatches, which is an argument.
+    unknown_trips: iterations at most of the loop whose bound is an argument:
+      over microbatches, or over rows to copy.
     waiting: abstract arrays that are in host memory meanwhile (host offload).
     role: of the devices that it runs on.
     note: how `calls` was modelled, where more than the config decides it.
@@ -76,37 +73,3 @@ def shard_bytes(tree: Any) -> int:
 def model_of(config: ModelConfig) -> Transformer:
   """Parameters in float32, as the current mesh would hold them."""
   return weights.on_mesh(transformer.abstract(config))
-
-
-def trained(
-    config: ModelConfig, plan: trainable.Plan,
-) -> tuple[Transformer, frozenset[str]]:
-  """The model as a stage trains it, and the paths of what it trains."""
-  whole, paths = trainable.abstract(config, plan)
-  return weights.on_mesh(whole), paths
-
-
-def state_of(
-    model: Transformer, paths: Collection[str], optimizer: Any,
-    rule: spikes.Rule | None,
-) -> state_lib.TrainState:
-  """The training state of an update, as the current mesh would hold it."""
-  return weights.on_mesh(jax.eval_shape(
-      lambda model: state_lib.create(model, optimizer, paths, rule), model))
-
-
-def unstacked(
-    model: Transformer, weights_dtype: str,
-) -> tuple[Transformer, list[Block], dict[str, Any]]:
-  """The weights as the decode loop reads them, see `decode.unstacked`.
-
-  Returns:
-    The model, its layers, and by name the arrays of the model at rest that
-    stay on the devices as well, because the decode loop has another copy.
-  """
-  whole, blocks = weights.on_mesh(decode.unstacked.eval_shape(
-      model, weights_dtype=weights_dtype))
-  kept = [w for w, ready in zip(
-      jax.tree.leaves(model), jax.tree.leaves(whole), strict=True)
-          if (w.sharding, w.dtype) != (ready.sharding, ready.dtype)]
-  return whole, blocks, {"tables at rest": kept} if kept else {}

@@ -61,6 +61,14 @@ class Transfer:
     """
     return self.received(first=first) * -(-self.sampling // self.training)
 
+  @property
+  def bytes(self) -> dict[str, int]:
+    """Bytes before each batch of rollouts, and before the first."""
+    return {
+        "received": self.received(), "sent": self.sent(),
+        "received_first": self.received(first=True),
+        "sent_first": self.sent(first=True)}
+
 
 def of_policy(
     stage: str, model: Transformer, paths: Collection[str],

@@ -148,17 +148,16 @@ class Evaluation:
       weights: called where a cell is not there yet.
     """
     scored, figures, records = {}, [], []
+    baseline, more = [], []  # Of the votes, and of their further samples.
     votes = self.section.majority.max_samples
     samples = self.section.samples_per_problem
-    majority: dict[str, Any] = {}
     for cell in self.cells:
       rows = self._records(name, cell, weights)
       drawn = summary.scored(rows, len(self.problems))
       if cell == summary.Cell() and votes:
-        majority = {
-            "baseline": summary.majority_baseline(
-                _first(drawn, votes), self.cluster),
-            "records": [row for row in rows if row["sample_id"] >= samples]}
+        baseline = summary.majority_baseline(
+            _first(drawn, votes), self.cluster)
+        more = [row for row in rows if row["sample_id"] >= samples]
       scored[cell] = drawn = _first(drawn, samples)
       figures.append(summary.cell_figures(
           cell, drawn, self.section.pass_at, votes=self.extract is not None,
@@ -169,10 +168,10 @@ class Evaluation:
         "checkpoint": name, "decoding": self._decoding(),
         "section": config_lib.jsonable(self.section), "cells": figures,
         "summary": summary.s1_figures(figures, scored) | {
-            "majority_baseline": majority.get("baseline", [])}
+            "majority_baseline": baseline}
         | problems_lib.constant_baseline(
             self.section, len(self.problems), self.cluster),
-        "records": records, "majority_records": majority.get("records", [])}
+        "records": records, "majority_records": more}
 
   def _records(
       self, name: str, cell: summary.Cell,
@@ -205,22 +204,13 @@ class Evaluation:
     Returns:
       The scored completions in order of problem, then sample.
     """
+    samples = cells_lib.samples_of(self.section, cell)
     rollouts = self.sampler.generate(
         model, [prompt_of(self.context, row, cell) for row in self.problems],
         cells_lib.limits_of(self.section, cell),
         prompt_id=[row["id"] for row in self.problems],
-        group_size=cells_lib.samples_of(self.section, cell),
-        seed=self.context.config.seed, stage=self.context.name)
-    return self._score(rollouts, cell)
-
-  def _score(
-      self, rollouts: Rollouts, cell: summary.Cell) -> cells_lib.Records:
-    rows = len(rollouts.prompts)
-    records = [transcript.record(
-        self.context.renderer.tokenizer, rollouts, row,
-        self.context.thinking_ids, self.sampler.options.confidence)
-        for row in range(rows)]
-    samples = rows // len(self.problems)
+        group_size=samples, seed=self.context.config.seed,
+        stage=self.context.name)
     repeated = [row for row in self.problems for _ in range(samples)]
     scores, answers = distributed.on_first_host(
         lambda: self._judge(rollouts, repeated))
@@ -229,17 +219,21 @@ class Evaluation:
           scores, repeated, [self.section.reward])
       self.context.console.warning(
           f"{self.context.name}, {cell.name}: {unscored}. They count as wrong.")
-    values, codes = scores.values[:, 0], scores.statuses[:, 0]
-    for record, value, code, answer in zip(
-        records, values, codes, answers, strict=True):
+    records = []
+    for row, (problem, value, code, answer) in enumerate(zip(
+        repeated, scores.values[:, 0], scores.statuses[:, 0], answers,
+        strict=True)):
+      record = transcript.record(
+          self.context.renderer.tokenizer, rollouts, row,
+          self.context.thinking_ids, self.sampler.options.confidence)
       record |= {"id": record["prompt_id"], "cell": cell.name,
                  "reward": None if np.isnan(value) else float(value),
                  "status": scoring.STATUSES[code],
                  "correct": bool(value == 1),
                  "answer": answer}
-    if self.cluster is not None:
-      for record, problem in zip(records, repeated, strict=True):
+      if self.cluster is not None:
         record["cluster"] = problem["cluster"]
+      records.append(record)
     return records
 
   def _judge(

@@ -26,7 +26,7 @@ from posttrain import distributed
 from posttrain import workdir as workdir_lib
 from posttrain.evaluation import summary
 from posttrain.model.config import ModelConfig
-from posttrain.programs import sampling as sampling_programs
+from posttrain.programs import engine as engine_programs
 from posttrain.programs.program import Program
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import memory_estimate
@@ -81,7 +81,7 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
         (f"G={samples}", f"waits={cell.num_waits}"), several)
     # The problems are not read: more than decode together stand for all.
     groups = count or rollout.max_num_seqs // samples + 1
-    yield from sampling_programs.of_rollout(
+    yield from engine_programs.of_rollout(
         stage.name, setup.sampler(rollout), stage.start, groups=groups,
         group_size=samples, limits=limits_of(section, cell),
         beside=stage.beside, detail=" ".join(detail), steps=False)

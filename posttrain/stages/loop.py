@@ -115,11 +115,15 @@ class Body:
     return True
 
 
-def run(context: RunContext, make_body: Callable[[], Body]) -> Transformer:
+def run(
+    make_body: Callable[[RunContext, Transformer], Body], context: RunContext,
+    start: Transformer,
+) -> Transformer:
   """Trains to the last step, from the newest checkpoint if there is one.
 
   Args:
     make_body: makes the model, the optimizer and the data.
+    start: what the stage starts from.
 
   Returns:
     The trained model.
@@ -137,7 +141,7 @@ def run(context: RunContext, make_body: Callable[[], Body]) -> Transformer:
       profile_steps=profile.steps if traced else (),
       is_writer=context.workdir.is_writer,
   ) as telemetry, open_checkpoints(context) as saver:
-    body = make_body()
+    body = make_body(context, start)
     Loop(context, body, telemetry, saver).train()
     with telemetry.span("checkpoint"):
       saver.wait()
@@ -343,6 +347,8 @@ def resume(
 ) -> tuple[state_lib.TrainState, checkpoints.Restored | None]:
   """Restores the newest checkpoint; without one, the fresh state and None.
 
+  `checkpoint.on_damaged` may allow an earlier one.
+
   Raises:
     DamagedError: it cannot be read, and no earlier one may take its place.
   """
@@ -352,22 +358,10 @@ def resume(
   wanted = checkpoints.abstract(moving)
   for array in jax.tree.leaves(moving):
     array.delete()  # Room for what is read.
-  found = _newest(context, saver, wanted)
-  checkpoints.check_same(
-      found, **_identity(context, weights.frozen_name(fresh.frozen)))
-  context.console.line(f"{context.name}: resumed from step {found.step}")
-  context.warn_of_missing_rows(found.step)
-  return state_lib.from_checkpoint(fresh, found.tree), found
-
-
-def _newest(
-    context: RunContext, saver: checkpoints.Checkpoints,
-    wanted: dict[str, Any],
-) -> checkpoints.Restored:
-  """Reads the newest checkpoint; `checkpoint.on_damaged` may allow others."""
-  while True:
+  found = None
+  while found is None:
     try:
-      return saver.restore(wanted)
+      found = saver.restore(wanted)
     except checkpoint_integrity.DamagedError as error:
       steps = saver.steps()
       if context.section.checkpoint.on_damaged == "error" or len(steps) == 1:
@@ -377,6 +371,11 @@ def _newest(
           f"{context.name}: {error} It is in {kept} now. GOING BACK from step "
           f"{steps[-1]} to step {steps[-2]}, since checkpoint.on_damaged is "
           "previous.")
+  checkpoints.check_same(
+      found, **_identity(context, weights.frozen_name(fresh.frozen)))
+  context.console.line(f"{context.name}: resumed from step {found.step}")
+  context.warn_of_missing_rows(found.step)
+  return state_lib.from_checkpoint(fresh, found.tree), found
 
 
 def save(

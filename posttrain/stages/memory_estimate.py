@@ -55,9 +55,7 @@ def _of_roles(context: RunContext, sizes: Sizes) -> dict[str, memory.Estimate]:
       context.section.kind).schema.learns_from_rollouts:
     return {"": both}
   _, sampling = sharding.roles_of(config.mesh)
-  with jax.set_mesh(sampling):
-    there = sharding.mesh_sizes()
-  only = of_sizes(sizes, config.compute, there)
+  only = of_sizes(sizes, config.compute, sharding.mesh_sizes(sampling))
   copy = {"parameters": only.persistent["parameters"]}
   return {
       "training": dataclasses.replace(both, sampling={}),

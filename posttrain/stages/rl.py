@@ -36,24 +36,13 @@ from posttrain.rl import (
   rollout_worker,
   weight_sync,
 )
-from posttrain.stages import (
-  loop,
-  problems,
-  rl_programs,
-  sampling,
-  training,
-)
+from posttrain.stages import loop, problems, rl_programs, sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
 from posttrain.tasks import loading, scoring
 from posttrain.telemetry import flops, hardware
 from posttrain.train import checkpoints, health, preemption, trainable
 from posttrain.train import state as state_lib
-
-
-def run(context: RunContext, start: Transformer) -> Transformer:
-  """Trains `start`, see `loop.run`."""
-  return loop.run(context, functools.partial(Learner, context, start))
 
 
 class Sent(NamedTuple):
@@ -387,7 +376,7 @@ def show_and_save(
 
 
 STAGE = Stage(
-    schema=SCHEMA, run=run, check=check,
+    schema=SCHEMA, run=functools.partial(loop.run, Learner), check=check,
     programs=rl_programs.programs, memory=rl_programs.memory,
     work=rl_programs.work, padding={
         "prompts": rl_programs.padding,

@@ -19,7 +19,7 @@ from posttrain.config import checks
 from posttrain.model import lora
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
-from posttrain.programs import sampling as sampling_programs
+from posttrain.programs import engine as engine_programs
 from posttrain.programs import transfer
 from posttrain.programs.program import SAMPLING, SCORING, TRAINING, Program
 from posttrain.rl import experience as experience_lib
@@ -151,7 +151,7 @@ def _draws(
   """
   section, mesh = stage.section, stage.sampling_mesh
   draw = functools.partial(
-      sampling_programs.of_rollout, stage.name,
+      engine_programs.of_rollout, stage.name,
       stage.setup.sampler(section.rollout), groups=section.num_groups,
       group_size=section.group_size,
       limits=sampling.make_limits(section.rollout))

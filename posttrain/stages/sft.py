@@ -33,11 +33,6 @@ from posttrain.text import render
 from posttrain.train import checkpoints, step
 
 
-def run(context: RunContext, start: Transformer) -> Transformer:
-  """Trains `start`, see `loop.run`."""
-  return loop.run(context, functools.partial(Body, context, start))
-
-
 class Body(loop.Body):
   """One batch of packed rows a step."""
 
@@ -108,6 +103,9 @@ class Body(loop.Body):
   def restore(self, found: checkpoints.Restored) -> None:
     self._batches.set_state(found.extras["data"])
     self._num_tokens = found.extras["num_tokens"]
+
+
+run = functools.partial(loop.run, Body)
 
 
 def make_programs(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from posttrain import sharding
+from posttrain import sharding, weights
 from posttrain.config import stages
 from posttrain.config.stages import StageSchema
 from posttrain.model.config import ModelConfig
@@ -31,7 +31,7 @@ from posttrain.telemetry.charts import Chart
 from posttrain.text import render, thinking
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import state as state_lib
-from posttrain.train import step
+from posttrain.train import step, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,16 @@ class PlannedStage:
   @functools.cached_property
   def trained(self) -> tuple[Transformer, frozenset[str]]:
     """The model as the stage trains it, and the paths of what it trains."""
-    return program.trained(
+    whole, paths = trainable.abstract(
         self.setup.model, training.plan(self.section, self.compute))
+    return weights.on_mesh(whole), paths
 
   def state(self, optimizer: Any) -> state_lib.TrainState:
     """The training state before an update."""
-    return program.state_of(
-        *self.trained, optimizer, training.spike_rule(self.section))
+    model, paths = self.trained
+    return weights.on_mesh(jax.eval_shape(
+        lambda model: state_lib.create(
+            model, optimizer, paths, training.spike_rule(self.section)), model))
 
   def update(
       self, optimizer: Any, update: Any, batch: Mapping[str, np.ndarray],

@@ -14,8 +14,8 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain.model import transformer
 from posttrain.plan import programs
+from posttrain.programs import engine as engine_programs
 from posttrain.programs import program as program_lib
-from posttrain.programs import sampling as sampling_programs
 from posttrain.sampler import device_batch, logits_processors
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import sampling
@@ -38,7 +38,7 @@ def planned(found, groups, group_size):
   """Name -> its program, of one call of the sampler."""
   rollout = found.config.reason.rollout
   model = program_lib.model_of(found.model)
-  return {program.name: program for program in sampling_programs.of_rollout(
+  return {program.name: program for program in engine_programs.of_rollout(
       "reason", found.sampler(rollout), model, groups=groups,
       group_size=group_size, limits=LIMITS, beside={})}
 

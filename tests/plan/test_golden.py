@@ -61,8 +61,8 @@ def test_the_json_is_as_promised(golden):
   assert [program["name"] for program in short["programs"]] == [
       "cold_start/update", "reason/unstack", "reason/empty[rows=16 S=32]",
       "reason/done", "reason/empty[rows=4 S=16]",
-      "reason/prefill[rows=4 S=16]", "reason/place[S=16 to 32]",
-      "reason/place[S=16 to 64]", "reason/begin",
+      "reason/prefill[rows=4 S=16]", "reason/place[rows=4 S=16 to 32]",
+      "reason/place[rows=4 S=16 to 64]", "reason/begin",
       "reason/resize[S=32 to 64]", "reason/decode[S=32]",
       "reason/decode[S=64]", "reason/ref_logprobs", "reason/update"]
   for program in short["programs"]:

@@ -74,7 +74,7 @@ def test_steps_may_be_dropped_or_have_nothing_to_learn_from(
     tmp_path, monkeypatch):
   """SIGTERM within step 6, with rows of earlier steps still on the devices."""
   whole, left = tmp_path / "whole", tmp_path / "left"
-  body = loading.load(CONFIG["drill"]["kind"]).run.__globals__["Body"]
+  body = loading.load(CONFIG["drill"]["kind"]).run.args[0]
   train_step, leaving = body.train_step, []
 
   def odd(self, number, span):

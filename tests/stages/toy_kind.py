@@ -68,8 +68,7 @@ STAGE = Stage(
         rows=Key(int, REQUIRED, "Rows per update.", "[1, inf)"),
         sequence_length=Key(int, REQUIRED, "Tokens per row.", "[2, inf)"),
         **keys.shared("constant")), keys.CHECKS, trains=True),
-    run=lambda context, start: loop.run(
-        context, functools.partial(Body, context, start)),
+    run=functools.partial(loop.run, Body),
     programs=lambda stage: [stage.update(
         *make_update(stage.section, stage.compute), make_batch(stage.section),
         1)],
