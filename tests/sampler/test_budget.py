@@ -1,5 +1,6 @@
 """Oracles: the published traces, and a plain-Python account of the rules."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -344,17 +345,20 @@ def test_the_loop_is_one_program_on_any_mesh(shape):
     assert thinking[i] == want.thinking
 
 
-def test_changing_a_budget_compiles_nothing():
-  strings = STRINGS[0]
-  model = markov(strings, 0)
-  run = lambda maximum: drive(
-      model, [[0]] * ROWS, [True] * ROWS, strings,
-      [Limits(maximum=maximum, tokens=9)] * ROWS)
-  run(3)
-  sizes = [f._cache_size() for f in (start_rows, plan_rows, advance_rows)]
-  run(5)
-  assert sizes == [
+def test_other_budgets_and_strings_compile_nothing():
+  """Both are data; the strings as long as their tables have the same shapes."""
+  def run(strings, maximum):
+    drive(markov(strings, 0), [[0]] * ROWS, [True] * ROWS, strings,
+          [Limits(maximum=maximum, tokens=9)] * ROWS)
+
+  sizes = lambda: [
       f._cache_size() for f in (start_rows, plan_rows, advance_rows)]
+  run(STRINGS[0], 3)
+  compiled = sizes()
+  run(STRINGS[0], 5)
+  run(dataclasses.replace(
+      STRINGS[0], start=(2,), end=(3,), wait=(0,), newline=(4,)), 3)
+  assert sizes() == compiled
 
 
 def test_unused_thinking_bans_and_forces_nothing():
