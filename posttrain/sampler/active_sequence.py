@@ -113,6 +113,20 @@ class ActiveSequence:
         self._table.tokens[tokens[begin]][:self.stop.head])
     return (*prompt, *tokens[:begin], *head), len(prompt) + begin
 
+  def thinks(self, done: Completion, tables: BudgetTables) -> bool:
+    """True if what can go on ends within a thinking section."""
+    length, answer = len(done.tokens), done.answer_length
+    is_open = done.think_end == "open"
+    if self.stop is not None:
+      length = self.stop.begin
+      if length:
+        _, answer, _, ended, _ = self._row.columns["counts"][length - 1]
+        is_open = not ended
+    if not length:
+      return requests.begins_in_thinking(self.request, tables)
+    # Tokens before a section are counted as an answer, until it begins.
+    return is_open and not answer
+
   @property
   def provenance(self) -> list[int]:
     """Provenance of all tokens so far, see `Completion`."""

@@ -10,8 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posttrain.sampler import requests, token_sampling
-from posttrain.sampler.budget_tables import BudgetTables
+from posttrain.sampler import token_sampling
 from posttrain.sampler.requests import Completion, Request
 
 STALE = ("The request that it goes on from ran under other weights, so that "
@@ -55,20 +54,16 @@ class Kept:
     self._first = 0  # The first request under the present weights.
 
   def add(
-      self, done: Completion, tokens: tuple[int, ...], tables: BudgetTables,
+      self, number: int, tokens: tuple[int, ...], in_thinking: bool,
   ) -> None:
     """Remembers the tokens of a request that has ended.
 
     Args:
-      done: its completion.
+      number: its own.
       tokens: with its prompt, and without a stop string that ended it.
-      tables: the thinking strings.
+      in_thinking: they end within a thinking section.
     """
-    in_thinking = requests.begins_in_thinking(done.request, tables)
-    if done.tokens:
-      # Tokens before a section are counted as an answer, until it begins.
-      in_thinking = done.think_end == "open" and not done.answer_length
-    self._sequences[done.id] = tokens, in_thinking
+    self._sequences[number] = tokens, in_thinking
 
   def release(self, number: int) -> None:
     """Forgets a request; one that is unknown stays so."""

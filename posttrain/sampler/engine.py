@@ -405,7 +405,7 @@ class Engine:
     if sequence.request.keep and not done.error:
       tokens, cached = sequence.kept()
       self._ended.append((row, tokens[:cached]))
-      self._kept.add(done, tokens, self.tables)
+      self._kept.add(done.id, tokens, sequence.thinks(done, self.tables))
 
   def _settled(self, number: int) -> tuple[list[int], list[int]] | None:
     """Returns a request's settled tokens, and at least as much provenance.

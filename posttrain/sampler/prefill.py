@@ -196,10 +196,10 @@ class Prefill:
     new.sort(key=lambda each: len(each[1]))
     for part in _batches(new, self.parts):
       slots = self.settings.prefill_sizes(len(part[-1][1]))[-1]
-      self.trim(upcoming, room=self.parts * slots)
       if self.parts * slots > self.cache.budget:
         self.cache.evicted += sum(len(tokens) for _, tokens in part)
         continue
+      self.trim(upcoming, room=self.parts * slots)
       rows = self.place(self._empty(self.parts, slots, 0), [
           (Prefix(source, row, len(tokens)), i)
           for i, (row, tokens) in enumerate(part)])
@@ -253,7 +253,8 @@ class Prefill:
       return None, 0
     passes = lambda tokens: -(-tokens // self.chunk)
     saved = passes(len(prompt)) - passes(len(prompt) - same)
-    return (entry, same) if saved or same == len(entry.tokens) else (None, 0)
+    whole = entry.tokens == prompt[:len(entry.tokens)]
+    return (entry, same) if saved or whole else (None, 0)
 
   def _batch(
       self, model: Transformer, blocks: list[Block], prompts: Sequence[Tokens],

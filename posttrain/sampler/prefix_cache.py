@@ -152,7 +152,9 @@ class PrefixCache:
         block.slots for block in self._blocks if block not in kept)
     if held <= self.budget:
       return
-    for block in sorted(self._blocks, key=lambda block: block.used):
+    # One that is larger than the budget goes first, and not after all others.
+    for block in sorted(self._blocks, key=lambda block: (
+        block.slots <= self.budget, block.used)):
       if held > self.budget and block not in kept:
         held -= block.slots
         self.evicted += self._drop(block)

@@ -139,7 +139,7 @@ class Completion:
   ) -> "Completion":
     """Makes the completion of a request that never ran."""
     return cls(number, request, [], np.zeros(0, np.float32),
-               np.zeros(0, np.int8), reason, error)
+               np.zeros(0, np.int8), reason, error, draws=request.first_draw)
 
 
 def drawn_waits(request: Request, count: int, texts: int) -> tuple[int, ...]:
@@ -177,6 +177,12 @@ def problem(
     symbols: of its tokenizer, to find stop strings.
   """
   r, size = request, tables.vocab_size
+  if not isinstance(r.prompt, tuple):
+    return f"The prompt is a {type(r.prompt).__name__}, and must be a tuple."
+  for name, value in (vars(r) | vars(r.params)).items():
+    if isinstance(value, (int, np.integer)) and name != "seed" and (
+        not -2**31 <= value < 2**31):
+      return f"{name} is {value} and must lie in -2**31 to 2**31 - 1."
   if not r.prompt:
     return "The prompt has no tokens."
   if not 0 <= r.seed < 2**32:

@@ -124,7 +124,13 @@ def fork_id(sample_id: int, draws: int, branch: int) -> int:
   It is the CRC-32 of the parent's sample id, the draws that the parent took
   (int64 each) and the branch (int32), in this order, little-endian. A CRC maps
   32 bits in a row one to one, so that no two branches of a parent are equal.
+
+  Raises:
+    ValueError: `branch` is no int32.
   """
+  if not -2**31 <= branch < 2**31:
+    raise ValueError(
+        f"branch is {branch} and must lie in -2**31 to 2**31 - 1.")
   code = zlib.crc32(struct.pack("<qqi", sample_id, draws, branch))
   return code - 2**32 * (code >= 2**31)
 

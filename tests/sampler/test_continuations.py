@@ -143,6 +143,8 @@ def test_a_sample_id_of_a_fork_is_the_documented_one():
       assert token_sampling.fork_id(parent, draws, branch) == want
       found[branch] = want
     assert len(set(found.values())) == len(found)
+  with pytest.raises(ValueError, match="branch is 2147483648 and must lie"):
+    token_sampling.fork_id(0, 0, 2**31)
 
 
 def test_draws_are_no_matter_of_the_chunk_or_of_what_was_cut():
@@ -212,6 +214,58 @@ def test_a_continuation_without_tokens_stays_in_its_phase():
   [told] = scene.take(busy, [continuation(
       first[0], in_thinking=False, **more)])
   assert told.request.in_thinking is False
+
+
+# Each token is a letter, so that a stop string is a delimiter too.
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDE"
+SPELLING = symbols.SymbolTable(
+    [(ord(letter),) for letter in ALPHABET], lambda s: tuple(s.encode()),
+    lambda s: tuple(ALPHABET.index(chr(each)) for each in s))
+
+
+@pytest.mark.parametrize("prompt, choices, stop, thinks", [
+    # Thinking is opened by token 3 ("d"), and ended by 4, 5 ("ef").
+    ((12, 3), (13, 14, 4, 5), "ef", True),
+    ((12, 3), (13, 14, 4, 5, 15), "p", False),
+    ((12, 3), (4, 5), "ef", True),  # No token of it is left.
+    ((12, 12), (13, 14, 3), "d", False),
+    ((12, 12), (3,), "d", False),
+    ((12, 12), (13, 3, 14), "o", True),
+])
+def test_the_phase_is_that_before_a_stop_string(prompt, choices, stop, thinks):
+  busy = scene.make_engine(symbols=SPELLING, **BUDGET)
+  [done] = scene.take(busy, [dataclasses.replace(
+      PLAIN, prompt=prompt, script=np.array(choices), stop_strings=(stop,))])
+  assert done.finish_reason == "stop" and done.tokens == list(choices)
+  [after] = scene.take(busy, [continuation(done, stop_strings=())])
+  assert after.request.prompt == (*prompt, *choices[:-len(stop)])
+  assert after.request.in_thinking is thinks
+
+
+def test_a_sequence_that_is_all_of_a_prompt_is_used():
+  """But for its last token, whose hidden state was not kept."""
+  busy = scene.make_engine(scene.UNUSED, symbols=SPELLING, **BUDGET)
+  [done] = scene.take(busy, [dataclasses.replace(
+      PLAIN, script=np.arange(13, 23), stop_strings=("s",))])
+  before = busy.stats.prefilled_tokens
+  [after] = scene.take(busy, [continuation(done, stop_strings=())])
+  assert after.request.prompt == (*PLAIN.prompt, *range(13, 18))
+  assert busy.stats.prefilled_tokens == before + 1
+
+
+def test_what_is_larger_than_the_budget_evicts_nothing_else():
+  busy = scene.make_engine(scene.UNUSED, **(
+      BUDGET | dict(prefix_cache_tokens=128, prefill_rows=1)))
+  [small] = scene.take(busy, [PLAIN])
+  large = dataclasses.replace(
+      PLAIN, prompt=tuple(range(12, 30)) * 5, prompt_id=1)
+  scene.take(busy, [large])
+  assert [entry.tokens for entry in busy._prefill.cache.entries
+          if len(entry.tokens) > 64] == []
+  before = busy.stats.prefilled_tokens
+  [after] = scene.take(busy, [continuation(small, (12,))])
+  assert not after.error and busy.stats.prefilled_tokens == before + 2
+  assert busy._prefill.cache.slots <= 128
 
 
 def test_bad_continuations_err_alone():
@@ -285,6 +339,10 @@ def test_aborted_requests_can_go_on():
   results = {done.id: done for done in busy.results()}
   done = results[number]
   assert done.finish_reason == "abort" and len(done.tokens) == 8
+  queued = busy.submit(continuation(done))
+  busy.abort(queued)
+  [left] = busy.results()
+  assert not left.tokens and left.draws == done.draws == 8
   [after] = scene.take(busy, [continuation(done, max_tokens=20)])
   [whole] = scene.take(whole_prompts(scene.UNUSED), [dataclasses.replace(
       PLAIN, max_tokens=28, keep=False)])

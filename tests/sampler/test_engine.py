@@ -9,7 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.sampler import decode, engine, prefill, rollouts
+from posttrain.sampler import (
+  decode,
+  engine,
+  prefill,
+  rollouts,
+  token_sampling,
+)
 from posttrain.sampler.requests import Request
 from tests import meshes
 from tests.model import build, numpy_transformer
@@ -303,6 +309,11 @@ BAD = [
     (dict(max_thinking_tokens=8), "leaves no room for an answer"),
     (dict(max_thinking_steps=1), r"thinking\.step is empty"),
     (dict(seed=-1), "seed is -1"),
+    (dict(prompt=[12, 13]), "prompt is a list, and must be a tuple"),
+    (dict(sample_id=2**31), "sample_id is 2147483648 and must lie in -2"),
+    (dict(prompt_id=np.int64(-2**40)), "prompt_id is -1099511627776"),
+    (dict(min_thinking_tokens=2**33), "min_thinking_tokens is 8589934592"),
+    (dict(params=token_sampling.SamplingParams(top_k=2**31)), "top_k is 214"),
 ]
 
 

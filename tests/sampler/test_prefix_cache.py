@@ -56,8 +56,8 @@ class Naive:
       if room + sum(slots for _, slots, _ in others) <= self.budget or (
           not others):
         return
-      oldest = min(others, key=lambda block: max(
-          entry[2] for entry in block[2]))
+      oldest = min(others, key=lambda block: (
+          block[1] <= self.budget, max(entry[2] for entry in block[2])))
       self.evicted += sum(len(entry[0]) for entry in oldest[2])
       self.blocks.remove(oldest)
 
