@@ -195,16 +195,18 @@ def _follow(
   kept = ended & found.kept
   count, head = _span(state, found.back)
   retracted = jnp.where(found.matched & ~kept, count, 0)
-  head_at, head_length = _head(matcher, tape, state, retracted, head)
+  head_at = _head(matcher, tape, state, retracted, head)
+  # The end of `start` alone is no thinking.
+  head_at = head_at + jnp.where(
+      (head_at > 0) & (head == 0), tape.heads_end - 1, 0)
 
-  thinking = state.thinking + (active & ~found.stopped & jnp.where(
-      found.started, found.size > 0,
-      (state.phase == THINK) | _in_head(tape, state.cursor)))
+  thinks = jnp.where(
+      _in_head(tape, state.cursor, 2), _in_head(tape, state.cursor, 1),
+      jnp.where(found.started, found.size > 0, state.phase == THINK))
+  thinking = state.thinking + (active & ~found.stopped & thinks)
   # Whole tokens of the delimiter were counted as they came, and are no
-  # thinking. The head counts as it comes out; if it is the end of `start`
-  # alone, it does not.
-  left = thinking - count + jnp.where(kept, head > 0, jnp.where(
-      head > 0, 0, -head_length))
+  # thinking. A head that is forced counts as it comes out.
+  left = thinking - count + (kept & (head > 0))
 
   # Where a delimiter was kept, the rest of `end` is forced behind it.
   written = jnp.where(kept, jnp.minimum(found.back, tape.rests.size - 1), 0)
@@ -304,7 +306,7 @@ def _span(
 def _head(
     matcher: Matcher, tape: Tape, state: BudgetState, retracted: jax.Array,
     symbols: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
   """Finds the spelling of what stands before a delimiter in its first token.
 
   Args:
@@ -313,11 +315,11 @@ def _head(
     symbols: [B] int32, of the first of them before the delimiter, see `_span`.
 
   Returns:
-    [B] int32 each: its index in the tape, and its tokens; 0 for none.
+    [B] int32, its index in the tape; 0 for none.
   """
   heads = tape.heads
   if not heads.shape[1]:
-    return jnp.zeros_like(symbols), jnp.zeros_like(symbols)
+    return jnp.zeros_like(symbols)
   places = jnp.arange(state.recent.shape[1], 0, -1) == retracted[:, None]
   pick = lambda hit, values: jnp.sum(jnp.where(hit, values, 0), axis=1)
   first = pick(places, state.recent)
@@ -325,12 +327,17 @@ def _head(
   symbols = symbols + at(matcher.symbols, first) - pick(places, state.sizes)
   hit = (heads[0] == first[:, None]) & (heads[1] == symbols[:, None]) & (
       retracted > 0)[:, None]
-  return pick(hit, heads[2]), pick(hit, heads[3])
+  return pick(hit, heads[2])
 
 
-def _in_head(tape: Tape, cursor: jax.Array) -> jax.Array:
-  """Returns [B] bool, the token to force is before a retracted delimiter."""
-  return (cursor > 0) & (cursor < tape.heads_end)
+def _in_head(tape: Tape, cursor: jax.Array, times: int) -> jax.Array:
+  """Returns [B] bool, the token to force is before a retracted delimiter.
+
+  Args:
+    tape, cursor: which token it is.
+    times: 1 for the heads that are thinking, 2 for the others, too.
+  """
+  return (cursor > 0) & (cursor <= times * (tape.heads_end - 1))
 
 
 def _wait_cursor(
@@ -374,7 +381,7 @@ def _at_maximum(
     steps = budgets.max_thinking_steps
     full = full | (steps >= 0) & (state.steps >= steps)
   # The text before a retracted delimiter is not lost: it comes out first.
-  rows = (state.phase == THINK) & full & ~_in_head(tape, state.cursor)
+  rows = (state.phase == THINK) & full & ~_in_head(tape, state.cursor, 2)
   close = rows & ~budgets.truncate
   # If the model has begun to write `end` itself, only its rest is forced; the
   # whole tokens of the beginning were no thinking.

@@ -82,9 +82,10 @@ class Tape:
   Attributes:
     tokens: [C] int32; -1 ends each string, and is at 0, where a row's cursor
       begins. The heads come first.
-    heads: [4, N] int32: a token, how many of its first symbols stand before a
-      delimiter, where they are spelt on the tape, and in how many tokens.
-    heads_end: int32, index behind the last head.
+    heads: [3, N] int32: a token, how many of its first symbols stand before a
+      delimiter, and where they are spelt on the tape.
+    heads_end: int32, index behind the last head. There all of them come again,
+      for a head that has no text of thinking, but the end of `start` alone.
     waits: int32, index of each wait text.
     rests: int32, index of the rest of `end` from each of its symbols on; the
       last, behind the whole, is 0.
@@ -115,9 +116,9 @@ class Tape:
 
     heads = np.stack([
         automaton.head_token, automaton.head_symbols,
-        write(*automaton.heads),
-        np.array([len(head) for head in automaton.heads], np.int32)])
+        write(*automaton.heads)])
     heads_end = np.int32(len(tokens))
+    write(*automaton.heads)
     waits = write(ids.wait, *ids.more_waits)
     whole, *rests = automaton.rest
     close, *others, final = write(

@@ -103,7 +103,9 @@ def test_the_machine_follows_the_text(index, limits, seed):
   in_thinking = (rng.random(ROWS) < 0.7).tolist()
   model = writer(strings, seed)
   rows = test_budget.drive(model, prompts, in_thinking, strings, limits)
-  longest_head = strings.tables().tape.heads[3].max(initial=1)
+  tape = strings.tables().tape
+  longest_head = np.diff(np.flatnonzero(
+      tape.tokens[:tape.heads_end] < 0)).max(initial=2) - 1
   for i, row in enumerate(rows):
     account = Account(
         functools.partial(model, i), prompts[i], strings, limits[i])
@@ -122,6 +124,20 @@ def assert_limits(row, account, strings, limits, longest_head):
   asked = Request(prompt=(1,), max_tokens=limits.tokens,
                   num_waits=limits.waits)
   assert 1 + len(account.choices) <= most_slots(asked, strings.tables())
+
+
+@pytest.mark.parametrize("tokens", range(1, 6))
+def test_an_end_of_start_that_is_forced_again_is_no_thinking(tokens):
+  """Wherever `max_tokens` cuts it off."""
+  strings = Texts(
+      (STOP, *"<th>/W", "<th></th>"), start="<th>", end="</th>",
+      waits=("W",), stop_ids=(0,))
+  limits = Limits(waits=1, tokens=tokens)
+  model = lambda context: [7]
+  row, = test_budget.drive(
+      lambda _, context: model(context), [[6]], [False], strings, [limits])
+  assert row == Account(model, [6], strings, limits)(False)
+  assert (row.thinking, row.waits) == (tokens // 5, 1)
 
 
 # "<E>" of the traces is a control token, all other words are text. "<S>" as
