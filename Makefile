@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 
-.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark benchmark-peers campaign-fuzz clean help
+.PHONY: anew quickstart quickstart-full smollm2 smollm2-run plan-deps test test-slow test-skypilot parity lint types check benchmark benchmark-peers campaign-fuzz campaign-soak clean help
 
 help:
 	@echo "make quickstart       SFT, GRPO and budget forcing on a laptop, with a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make parity           the same against transformers and peft, on torch"
 	@echo "make check            ruff and mypy"
 	@echo "make campaign-fuzz    thousands of mistaken commands; docs/campaigns.md"
+	@echo "make campaign-soak    thousands of random requests to the engine; docs/campaigns.md"
 	@echo "make benchmark        tokens per second, and shares of the machine's limit"
 	@echo "make benchmark-peers  beside transformers, torch, TRL and Tunix, in their own environments"
 
@@ -127,6 +128,11 @@ STARTS ?= 40
 campaign-fuzz: $(STAMP)
 	$(BIN)/python -m tests.campaigns.fuzz --seed=$(SEED) \
 	  --mutations=$(MUTATIONS) --starts=$(STARTS)
+
+REQUESTS ?= 2000
+
+campaign-soak: $(STAMP)
+	$(BIN)/python -m tests.campaigns.soak --seed=$(SEED) --requests=$(REQUESTS)
 
 clean:
 	rm -rf $(VENV) $(SKYPILOT) .venv-peers

@@ -122,8 +122,8 @@ class PrefixCache:
     """Adds the sequences in some rows of new arrays.
 
     A sequence that is cached already stays where it is, unless the new entry
-    alone has a hidden state. Beginnings of the new sequences that are entries
-    themselves are the first to be evicted from now on.
+    alone has a hidden state. Entries that are a beginning of a new sequence
+    leave: the new one serves all that they served.
 
     Args:
       rows: the device arrays.
@@ -183,10 +183,13 @@ class PrefixCache:
   def _insert(self, new: Entry) -> Entry:
     """Puts an entry into the tree; returns the one that is there then."""
     path, same = self._walk(new.tokens)
-    for node in path:
-      old = node.entry
-      if old and len(old.tokens) <= same and old.tokens != new.tokens:
-        old.used = 0
+    covered = [node.entry for node in path if node.entry and
+               len(node.entry.tokens) <= same and
+               node.entry.tokens != new.tokens]
+    for entry in covered:
+      self._remove(entry)
+    if covered:
+      path, same = self._walk(new.tokens)
     node = path[-1]
     extra = sum(len(each.edge) for each in path) - same
     if extra:  # The path ends within an edge, which is split there.
@@ -214,17 +217,16 @@ class PrefixCache:
 
   def _drop(self, block: Block) -> int:
     """Drops a block and its entries; returns how many tokens they had."""
-    tokens = 0
+    tokens = sum(len(entry.tokens) for entry in block.entries)
     for entry in list(block.entries):
-      tokens += len(entry.tokens)
-      path, _ = self._walk(entry.tokens)
-      path[-1].entry = None
-      self._prune(path)
-      self._leave(entry)
+      self._remove(entry)
     return tokens
 
-  def _prune(self, path: list[_Node]) -> None:
-    """Removes the end of a path that leads to no entry any more."""
+  def _remove(self, entry: Entry) -> None:
+    """Takes an entry from the tree, with the nodes that lead to no other."""
+    self._leave(entry)
+    path, _ = self._walk(entry.tokens)
+    path[-1].entry = None
     while len(path) > 1 and not path[-1].entry and not path[-1].children:
       del path[-2].children[path.pop().edge[0]]
     node = path[-1]

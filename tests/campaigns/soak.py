@@ -11,7 +11,6 @@ arrays stay below what the settings foresee.
 import argparse
 import collections
 import dataclasses
-import itertools
 import time
 
 import jax
@@ -118,12 +117,12 @@ class Soak:
     return flips, tokens
 
 
-def soak(requests: int, seed: int) -> str:
+def soak(requests: int, seed: int, engines=ENGINES) -> str:
   """Runs the soak; returns a line about it, and raises where a check fails."""
   started = time.monotonic()
   total, flips, tokens = collections.Counter(), 0, 0
-  for options, count in zip(
-      ENGINES, itertools.repeat(requests // len(ENGINES)), strict=False):
+  count = requests // len(engines)
+  for options in engines:
     run = Soak(seed, *options)
     run.run(count)
     assert len(run.done) == len(run.asked) == count

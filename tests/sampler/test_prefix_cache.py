@@ -37,9 +37,10 @@ class Naive:
     block = []
     self.blocks.append((rows, slots, block))
     for _, tokens, hidden in sequences:
-      for entry in self.entries():
-        if len(entry[0]) < len(tokens) and tokens[:len(entry[0])] == entry[0]:
-          entry[2] = 0
+      for _, _, other in self.blocks:
+        other[:] = [
+            entry for entry in other if len(entry[0]) >= len(tokens)
+            or tokens[:len(entry[0])] != entry[0]]
       same = [entry for entry in self.entries() if entry[0] == tokens]
       if not same or (hidden and not same[0][1]):
         for _, _, other in self.blocks:
