@@ -1,3 +1,3 @@
 """Post-training and test-time scaling of language models in JAX."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

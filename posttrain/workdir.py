@@ -35,7 +35,7 @@ from posttrain import config as config_lib
 from posttrain import lease as lease_lib
 from posttrain import leftovers, provenance
 
-OLDEST = "0.2.0"  # The first version whose runs this one resumes.
+OLDEST = "0.3.0"  # The first version whose runs this one resumes.
 
 # Keys that may change between two starts of a run: numbers depend on them by
 # rounding at most.

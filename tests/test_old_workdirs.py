@@ -48,7 +48,7 @@ def test_it_is_refused_in_a_line_that_names_its_version(old, command, capsys):
   [line] = capsys.readouterr().err.splitlines()
   assert line.startswith(
       f"posttrain: {old} was written by posttrain 0.1.0 (commit 6b410aa98339)"
-      f", and posttrain {posttrain.__version__} resumes runs of 0.2.0 or")
+      f", and posttrain {posttrain.__version__} resumes runs of 0.3.0 or")
   assert f"--model={old}/STAGE/checkpoints" in line
   assert files_of(old) == before
 
@@ -122,10 +122,10 @@ def start_by(old, **versions):
 
 def test_the_last_start_says_the_version(old):
   """An untrained run of an old version is begun anew, with its record."""
-  for version in ("0.2.0", "0.2.0.dev3", "0.10.0", "1.0.0"):
+  for version in ("0.3.0", "0.3.0.dev3", "0.10.0", "1.0.0"):
     workdir_lib.check_version(start_by(old, posttrain=version))
-  for versions in ({"posttrain": "0.1.9"}, {}):  # Run from its sources.
-    with pytest.raises(workdir_lib.WorkdirError, match=r"posttrain 0\.1\."):
+  for versions in ({"posttrain": "0.2.9"}, {"posttrain": "0.1.9"}, {}):  # Run from its sources.
+    with pytest.raises(workdir_lib.WorkdirError, match=r"posttrain 0\.[12]\."):
       workdir_lib.check_version(start_by(old, **versions))
 
 
