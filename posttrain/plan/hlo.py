@@ -24,6 +24,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPCODE = re.compile(r"([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
+_DEPTH = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Instruction:
   def attribute(self, name: str) -> str:
     """Reads `name=VALUE` up to the next comma outside of braces, or ""."""
     start = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
-    return _until_comma(self.attributes[start.end():]) if start else ""
+    return self.attributes[
+        start.end():_end(self.attributes, start.end(), ",")] if start else ""
 
   @property
   def called(self) -> str:
@@ -194,12 +196,12 @@ def parse(text: str) -> Module:
 
 def _instruction(name: str, text: str) -> Instruction:
   tupled = text.startswith("(")
-  end = _closing(text, 0) + 1 if tupled else text.index(" ")
+  end = _end(text, 1, ")") + 1 if tupled else text.index(" ")
   opcode = _OPCODE.match(text, end + 1)
   if opcode is None:
     raise ValueError(f"No opcode in the HLO instruction {name} = {text[:80]}")
   start = opcode.end()
-  stop = _closing(text, start - 1)
+  stop = _end(text, start, ")")
   inner = text[start:stop]
   constant = opcode[1] in ("constant", "parameter")
   return Instruction(
@@ -208,21 +210,13 @@ def _instruction(name: str, text: str) -> Instruction:
       attributes=text[stop + 1:].lstrip(", "))
 
 
-def _closing(text: str, start: int) -> int:
-  """The index of the parenthesis that closes the one at `start`."""
+def _end(text: str, start: int, mark: str) -> int:
+  """Finds the first `mark` behind `start` that is in no brackets."""
   depth = 0
   for i in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[i], 0)
-    if depth == 0:
+    if depth == 0 and text[i] == mark:
       return i
-  raise ValueError(f"A parenthesis is not closed in {text[:80]}")
-
-
-def _until_comma(text: str) -> str:
-  depth = 0
-  for i, character in enumerate(text):
-    depth += {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}.get(
-        character, 0)
-    if depth == 0 and character == ",":
-      return text[:i]
-  return text
+    depth += _DEPTH.get(text[i], 0)
+  if mark == ")":
+    raise ValueError(f"A parenthesis is not closed in {text[:80]}")
+  return len(text)

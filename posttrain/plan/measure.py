@@ -176,8 +176,7 @@ def count(
     experts: int = 0,
 ) -> Counts:
   """Counts the work of a compiled program's HLO on one device."""
-  module = hlo.parse(text)
-  visits = list(walk_lib.walk(module, unknown_trips))
+  visits = list(walk_lib.walk(hlo.parse(text), unknown_trips))
   dot_flops = passes_flops = kernel_flops = 0
   uncounted = []
   for visit in visits:
@@ -193,7 +192,7 @@ def count(
   return Counts(
       dot_flops=dot_flops, passes_flops=passes_flops,
       kernel_flops=kernel_flops, uncounted=uncounted,
-      hbm_bytes=traffic.hbm_bytes(visits, module),
+      hbm_bytes=traffic.hbm_bytes(visits),
       collectives=traffic.collect(visits, layout),
       transposes=transposes.beside_gradients(visits, weights))
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from posttrain.plan.hlo import Array, Computation, Instruction, Module
-from posttrain.plan.walk import Visit
+from posttrain.plan.hlo import Array, Instruction
+from posttrain.plan.walk import Scope, Visit
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
@@ -197,7 +197,7 @@ def _of_mesh(attributes: str, text: str) -> np.ndarray:
   return devices.reshape(sizes).transpose(*others, *picked).reshape(-1, size)
 
 
-def hbm_bytes(visits: Iterable[Visit], module: Module) -> int:
+def hbm_bytes(visits: Iterable[Visit]) -> int:
   """Counts bytes that one device reads and writes in one run of the program."""
   total, seen = 0, set[tuple[str, str]]()
   for visit in visits:
@@ -205,17 +205,17 @@ def hbm_bytes(visits: Iterable[Visit], module: Module) -> int:
       if is_first(visit, seen):
         total += visit.times * _direct(visit)
     elif not visit.fused:
-      total += visit.times * _bytes(visit, module)
+      total += visit.times * _bytes(visit)
   return total
 
 
-def _bytes(visit: Visit, module: Module) -> int:
+def _bytes(visit: Visit) -> int:
   instruction, computation = visit.instruction, visit.scope.computation
   if (instruction.opcode in _FREE or instruction.opcode.endswith("-done")
       or _is_free_call(instruction)):
     return 0
   if instruction.opcode == "fusion":
-    return _fusion(computation, instruction, module)
+    return _fusion(visit.scope, instruction)
   if instruction.opcode in _SLICES:
     return 2 * _hbm(instruction.arrays) if instruction.array.space == 0 else (
         _moved(instruction.array, computation.operand(instruction).array))
@@ -248,61 +248,55 @@ def _moved(part: Array, where: Array) -> int:
   return part.padded_bytes if where.space == 0 else 0
 
 
-def _fusion(
-    computation: Computation, fusion: Instruction, module: Module) -> int:
-  inner = module[fusion.called]
-  total = 0
+def _fusion(scope: Scope, fusion: Instruction) -> int:
+  inner, total = scope.inner(fusion.called, fusion), 0
   for operand, parameter in zip(
-      fusion.operands, inner.parameters, strict=True):
-    array = computation[operand].arrays[0]
+      fusion.operands, inner.computation.parameters, strict=True):
+    array = scope.computation[operand].arrays[0]
     if array.space == 0:
-      total += _read(inner, parameter.name, module, array.padded_bytes)
-  root = inner[inner.root]
-  results = ([inner[name] for name in root.operands]
+      total += _read(inner, parameter.name, array.padded_bytes)
+  root = inner.root
+  results = ([inner.computation[name] for name in root.operands]
              if root.opcode == "tuple" else [root])
   for result, array in zip(results, fusion.arrays, strict=False):
     if array.space == 0:
-      total += _written(inner, result, module, array.padded_bytes)
+      total += _written(inner, result, array.padded_bytes)
   return total
 
 
-def _read(
-    inner: Computation, name: str, module: Module, whole: int) -> int:
+def _read(scope: Scope, name: str, whole: int) -> int:
   """Counts a fusion parameter's bytes that its users read: all, or slices."""
   total = 0
-  for user in inner.users.get(name, []):
+  for user in scope.computation.users.get(name, []):
     if user.opcode == "tuple" or _is_collective(user):
       continue  # Handed on, or counted with the collective.
     if user.opcode == "bitcast":
-      total += _read(inner, user.name, module, whole)
+      total += _read(scope, user.name, whole)
     elif user.opcode in _SLICES and user.operands[0] == name:
       total += user.array.padded_bytes
     elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
       continue  # Updated in place.
     elif user.opcode == "fusion":
-      within = module[user.called]
+      within = scope.inner(user.called, user)
       for operand, parameter in zip(
-          user.operands, within.parameters, strict=True):
+          user.operands, within.computation.parameters, strict=True):
         if operand == name:
-          total += _read(within, parameter.name, module, whole)
+          total += _read(within, parameter.name, whole)
     else:
       return whole
   return min(total, whole)
 
 
-def _written(
-    inner: Computation, result: Instruction, module: Module, whole: int,
-) -> int:
+def _written(scope: Scope, result: Instruction, whole: int) -> int:
   """Counts the new bytes of a fusion's result."""
   if result.opcode == "bitcast":
-    return _written(inner, inner.operand(result), module, whole)
+    return _written(scope, scope.computation.operand(result), whole)
   if result.opcode == "dynamic-update-slice":
-    return inner.operand(result, 1).array.padded_bytes
+    return scope.computation.operand(result, 1).array.padded_bytes
   if result.opcode == "fusion":
-    within = module[result.called]
-    root = within[within.root]
-    return whole if root.opcode == "tuple" else _written(
-        within, root, module, whole)
+    within = scope.inner(result.called, result)
+    return whole if within.root.opcode == "tuple" else _written(
+        within, within.root, whole)
   if result.opcode == "parameter" or _is_collective(result):
     return 0
   return whole

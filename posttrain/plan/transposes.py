@@ -92,7 +92,7 @@ def _of_gradient(scope: Scope, name: str, seen: set) -> bool:
             "rematted_computation" not in instruction.op_name)
   if instruction.opcode == "fusion":
     inner = scope.inner(instruction.called, instruction)
-    return _of_gradient(inner, inner.computation.root, seen)
+    return _of_gradient(inner, inner.root.name, seen)
   if instruction.opcode == "get-tuple-element":
     return _element(scope, instruction, seen)
   if instruction.opcode == "parameter":
@@ -118,6 +118,6 @@ def _element(scope: Scope, get: Instruction, seen: set) -> bool:
 
 
 def _root_element(scope: Scope, index: int, seen: set) -> bool:
-  root = scope.computation[scope.computation.root]
+  root = scope.root
   name = root.operands[index] if root.opcode == "tuple" else root.name
   return _of_gradient(scope, name, seen)

@@ -51,6 +51,10 @@ class Scope:
   def inner(self, name: str, call: Instruction) -> "Scope":
     return Scope(self.module, self.module[name], self, call)
 
+  @property
+  def root(self) -> Instruction:
+    return self.computation[self.computation.root]
+
   def source(self, name: str) -> tuple["Scope", Instruction] | None:
     """Finds the place where a value that may be copied was computed.
 
@@ -65,7 +69,7 @@ class Scope:
       return passed[0].source(passed[1]) if passed else None
     if instruction.opcode == "fusion":
       inner = self.inner(instruction.called, instruction)
-      return inner.source(inner.computation.root)
+      return inner.source(inner.root.name)
     if instruction.opcode == "get-tuple-element":
       return self._element(instruction)
     return self, instruction
@@ -104,11 +108,10 @@ class Scope:
   def keeps(self, index: int) -> bool:
     """Tests if the body of a loop leaves element `index` unchanged."""
     assert self.call is not None
-    body = self.module[self.call.called]
-    root = body[body.root]
-    return root.opcode == "tuple" and counter(
-        Scope(self.module, body, self.caller, self.call),
-        root.operands[index]) == index
+    body = Scope(
+        self.module, self.module[self.call.called], self.caller, self.call)
+    return body.root.opcode == "tuple" and counter(
+        body, body.root.operands[index]) == index
 
   def integer(self, name: str) -> int | None:
     """Evaluates a scalar that the program itself determines.
@@ -156,8 +159,7 @@ def _instructions(scope: Scope) -> Iterator[tuple[Scope, Instruction]]:
 
 def _step(body: Scope, index: int) -> int | None:
   """Reads the number that one iteration adds to the counter."""
-  root = body.computation[body.computation.root]
-  found = body.source(root.operands[index])
+  found = body.source(body.root.operands[index])
   if found is None or found[1].opcode != "add":
     return None
   scope, add = found

@@ -85,7 +85,7 @@ def _calls(
   rows = groups * group_size
   for first in range(0, rows, settings.max_num_seqs):
     last = min(first + settings.max_num_seqs, rows)
-    wave = Counter(i // group_size for i in range(first, last))
+    wave = range(first // group_size, -(-last // group_size))
     new = [prompt for prompt in wave if prompt not in batch_of]
     for n, prompt in enumerate(new):
       batch_of[prompt] = first + n // place.rows

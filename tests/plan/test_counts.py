@@ -133,9 +133,9 @@ def test_transposes_of_gradients(update):
 
 def test_traffic_is_bounded_by_what_is_there(update):
   """Parameters and two moments are read and written once, or nearly twice."""
-  module, visits = update
+  _, visits = update
   shard = 4 * (3 * (256 * 64 * 2 * 6 + 3 * 256 * 512) + 512 * 256) / 4
-  found = traffic.hbm_bytes(visits, module)
+  found = traffic.hbm_bytes(visits)
   assert 6 * shard < found < 12 * shard
 
 
@@ -318,7 +318,7 @@ ENTRY main (a: f32[4]) -> f32[4] {
 """)
   main = module["main"]
   assert kernels.flops(main, main["c"]) == 0
-  assert traffic.hbm_bytes(walk.walk(module), module) == 0
+  assert traffic.hbm_bytes(walk.walk(module)) == 0
 
 
 def test_a_slice_that_is_fetched_early_moves_its_own_bytes():
@@ -330,4 +330,4 @@ ENTRY main (w: bf16[512,128]) -> bf16[128,128] {
   ROOT %d = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
 }
 """)  # noqa: E501
-  assert traffic.hbm_bytes(walk.walk(module), module) == 128 * 128 * 2
+  assert traffic.hbm_bytes(walk.walk(module)) == 128 * 128 * 2
