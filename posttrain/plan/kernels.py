@@ -37,14 +37,12 @@ def flops(
   """
   if not is_kernel(instruction):
     return 0
-  if instruction.name.startswith(DECODE):
-    queries, keys = [
-        dims for name in instruction.operands
-        if len(dims := computation[name].array.dims) == 4][:2]
-    return 2 * 2 * math.prod(queries) * keys[2]
   if instruction.name.startswith(RAGGED_INDEX):
     return 0
   arrays = [computation[name].array for name in instruction.operands]
+  if instruction.name.startswith(DECODE):
+    asked, cached = [each.dims for each in arrays if len(each.dims) == 4][:2]
+    return 2 * 2 * math.prod(asked) * cached[2]
   floats = [array.dims for array in arrays if array.dtype in ("bf16", "f32")]
   parts = instruction.name.split("_")
   gradient = RAGGED_GRADIENT in parts

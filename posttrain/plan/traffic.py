@@ -48,11 +48,6 @@ class Layout:
   sizes: tuple[int, ...]
   num_slices: int = 1
 
-  @property
-  def devices(self) -> int:
-    """Devices of one slice."""
-    return math.prod(self.sizes)
-
   def axis(self, groups: np.ndarray) -> str:
     """Names the axes along which the devices of a group differ, joined by +."""
     places = np.stack(np.unravel_index(groups, self.sizes), -1)
@@ -102,7 +97,7 @@ def collect(visits: Iterable[Visit], layout: Layout) -> list[Collective]:
       kind, size = between, layout.num_slices
       key = (kind, layout.axes[0], size, True)
     elif kind and is_first(visit, seen):
-      groups = parse_groups(visit.instruction, layout.devices)
+      groups = parse_groups(visit.instruction, math.prod(layout.sizes))
       size = groups.shape[1]
       key = (kind, layout.axis(groups), size, False)
     else:

@@ -107,9 +107,8 @@ class Scope:
 
   def keeps(self, index: int) -> bool:
     """Tests if the body of a loop leaves element `index` unchanged."""
-    assert self.call is not None
-    body = Scope(
-        self.module, self.module[self.call.called], self.caller, self.call)
+    assert self.caller is not None and self.call is not None
+    body = self.caller.inner(self.call.called, self.call)
     return body.root.opcode == "tuple" and counter(
         body, body.root.operands[index]) == index
 

@@ -102,33 +102,24 @@ def programs(
     beside: abstract arrays that are on the training devices besides the
       policy.
   """
-  yield from _gathers(transfer.stage, transfer.arrays, beside)
+  alike: dict[tuple, list[Array]] = {}
+  for array in transfer.arrays:
+    alike.setdefault((array.sent, array.arrived.dtype), []).append(array)
+  for (x, dtype), same in alike.items():  # One program, run for each slab.
+    axis, size = weight_sync.slab(x, dtype)
+    slabs = x.shape[axis] // size if x.ndim else 1
+    yield Program(
+        transfer.stage, "gather", functools.partial(
+            weight_sync.gathered.lower, x, 0, size=size, axis=axis,
+            dtype=dtype), (x,), SAMPLING, beside | {
+                "policy": [y.sent for y in transfer.arrays if y != same[0]]},
+        float(slabs * sum(y.trained for y in same)),
+        detail=same[0].name)
   trained = [x for x in transfer.arrays if x.trained]
   if len(trained) < len(transfer.arrays):
     yield from _fingerprints(
         transfer, transfer.arrays, beside, calls=0, detail="first")
   yield from _fingerprints(transfer, trained, beside, calls=1)
-
-
-def _gathers(
-    stage: str, arrays: list[Array], beside: dict[str, Any],
-) -> Iterator[Program]:
-  """Yields a program for all arrays that are alike, once for each slab."""
-  alike: dict[tuple, list[Array]] = {}
-  for array in arrays:
-    key = array.sent, array.arrived.dtype
-    alike.setdefault(key, []).append(array)
-  for same in alike.values():
-    x, dtype = same[0].sent, same[0].arrived.dtype
-    axis, size = weight_sync.slab(x, dtype)
-    slabs = x.shape[axis] // size if x.ndim else 1
-    yield Program(
-        stage, "gather", functools.partial(
-            weight_sync.gathered.lower, x, 0, size=size, axis=axis,
-            dtype=dtype), (x,), SAMPLING, beside | {
-                "policy": [y.sent for y in arrays if y != same[0]]},
-        float(slabs * sum(y.trained for y in same)),
-        detail=same[0].name)
 
 
 def _fingerprints(
