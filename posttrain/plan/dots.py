@@ -11,6 +11,8 @@ import functools
 import math
 import re
 
+import numpy as np
+
 from posttrain.plan.hlo import Computation, Instruction
 
 # Passes through the matrix unit, whose products are bfloat16: a float32
@@ -94,9 +96,5 @@ def _pairs(
     spread: int,
 ) -> int:
   """Counts pairs of an output and a kernel position that meet a real input."""
-  count = 0
-  for i in range(out):
-    for k in range(size):
-      at = i * stride + k * spread - low
-      count += at >= 0 and at % dilated == 0 and at // dilated < length
-  return count
+  at = np.arange(out)[:, None] * stride + np.arange(size) * spread - low
+  return int(np.sum((at >= 0) & (at % dilated == 0) & (at // dilated < length)))

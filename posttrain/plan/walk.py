@@ -148,14 +148,6 @@ def counter(scope: Scope, name: str) -> int | None:
   return None
 
 
-def _instructions(scope: Scope) -> Iterator[tuple[Scope, Instruction]]:
-  """Yields the instructions of a computation and of the fusions in it."""
-  for instruction in scope.computation:
-    yield scope, instruction
-    if instruction.opcode == "fusion":
-      yield from _instructions(scope.inner(instruction.called, instruction))
-
-
 def _step(body: Scope, index: int) -> int | None:
   """Reads the number that one iteration adds to the counter."""
   found = body.source(body.root.operands[index])
@@ -176,7 +168,8 @@ def trip_count(scope: Scope, loop: Instruction) -> int | None:
   """
   body = scope.inner(loop.called, loop)
   condition = scope.inner(loop.attribute("condition").lstrip("%"), loop)
-  for where, instruction in _instructions(condition):
+  for visit in _visit(condition, 1, "", 0):
+    where, instruction = visit.scope, visit.instruction
     direction = instruction.attribute("direction")
     if instruction.opcode != "compare" or direction not in _COMPARISONS:
       continue

@@ -92,15 +92,12 @@ def programs(stage: PlannedStage) -> Iterator[Program]:
   for program in (
       *_draws(stage, beside("policy")),
       *_learning(stage, models, state, prepare, update, beside)):
-    yield _offloaded(program, stage.compute.offload)
-
-
-def _offloaded(program: Program, names: Collection[str]) -> Program:
-  """Moves the offloaded arrays that a program does not use to the host."""
-  part = lambda inside: {name: tree for name, tree in program.beside.items()
-                         if (name in names) == inside}
-  return dataclasses.replace(
-      program, beside=part(False), waiting=part(True))
+    # Offloaded arrays that a program does not use are on the host.
+    waiting = {name: tree for name, tree in program.beside.items()
+               if name in stage.compute.offload}
+    rest = {name: tree for name, tree in program.beside.items()
+            if name not in waiting}
+    yield dataclasses.replace(program, beside=rest, waiting=waiting)
 
 
 def _learning(
