@@ -290,7 +290,9 @@ def test_fewer_sequences_at_a_time_ask_the_same(result, tmp_path):
     again = evaluation.evaluate("init", lambda: pipeline_run.start(run))
   # As JSON has them: a tuple comes back as a list.
   records = json.loads(json.dumps(again["records"]))
-  wanted = [r for r in result["records"] if r["cell"] in ("free", "max_2")]
+  # Entropy and confidence, which only `result` has, differ by rounding.
+  wanted = [{name: r[name] for name in records[0]} for r in result["records"]
+            if r["cell"] in ("free", "max_2")]
   same = [a == b for a, b in zip(records, wanted, strict=True)]
   assert np.mean(same) > 0.95
 
