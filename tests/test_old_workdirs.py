@@ -124,7 +124,9 @@ def test_the_last_start_says_the_version(old):
   """An untrained run of an old version is begun anew, with its record."""
   for version in ("0.3.0", "0.3.0.dev3", "0.10.0", "1.0.0"):
     workdir_lib.check_version(start_by(old, posttrain=version))
-  for versions in ({"posttrain": "0.2.9"}, {"posttrain": "0.1.9"}, {}):  # Run from its sources.
+  run_from_sources: dict[str, str] = {}
+  for versions in (
+      {"posttrain": "0.2.9"}, {"posttrain": "0.1.9"}, run_from_sources):
     with pytest.raises(workdir_lib.WorkdirError, match=r"posttrain 0\.[12]\."):
       workdir_lib.check_version(start_by(old, **versions))
 
