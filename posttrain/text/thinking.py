@@ -111,11 +111,12 @@ def resolve(
   """
   if not thinking.end:
     return ThinkingIds()
+  tokens = symbols.vocabulary(tokenizer)
   encode = lambda name, text: spell(name, text, tokenizer)
 
   def parse(name: str, text: str) -> symbols.Symbols:
     encode(name, text)  # Raises if the vocabulary lacks it.
-    return symbols.parse(text, tokenizer)
+    return symbols.parse(text, tokenizer, tokens)
 
   return ThinkingIds(
       start=encode("start", thinking.start),
@@ -131,7 +132,7 @@ def resolve(
           tuple(dict.fromkeys(parse("delimiters", text) for text in (
               thinking.end, *thinking.delimiters))),
           parse("step", thinking.step)),
-      tokens=symbols.vocabulary(tokenizer))
+      tokens=tokens)
 
 
 def split(

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.text import symbols, thinking
-from tests.text import build, test_delimiters
+from posttrain.text import tokenizer as tokenizer_lib
+from tests.text import build, families, test_delimiters
 
 IDS = build.alone(
     start=(1, 2), end=(3, 4), delimiters=((3, 4), (5,)), newline=(6,),
@@ -108,6 +109,16 @@ def test_a_prompt_that_ends_in_start_opens_thinking(
   always = thinking.resolve(dataclasses.replace(strings, start=""), tokenizer)
   assert thinking.opens(encoded, always)
   assert not thinking.opens(encoded, thinking.ThinkingIds())
+
+
+def test_strings_are_matched_as_they_are_forced(tmp_path):
+  """Qwen's tokenizers compose characters, so that the two could differ."""
+  tokenizer = tokenizer_lib.load(families.write(tmp_path, "qwen3"))
+  ids = thinking.resolve(thinking.Thinking(
+      start="e\u0301", end="fin e\u0301.", step="e\u0301"), tokenizer)
+  found = ids.strings
+  assert bytes(found.start).decode() == bytes(found.step).decode() == "\xe9"
+  assert found.end == tuple(s for i in ids.end for s in ids.tokens[i])
 
 
 class Writer:
