@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from posttrain.text import tokenizer as tokenizer_lib
 
 Symbols = tuple[int, ...]
-SPACES = frozenset(b" \t\n\r\v\f")
+SPACES = " \t\n\r\v\f"
 CONTROL = 256  # The symbol of a control token is this plus its id.
 
 
@@ -165,20 +165,6 @@ def before_begun(
     kept -= 1
     left -= len(of[tokens[kept]])
   return kept
-
-
-def stripped(text: Symbols) -> Symbols:
-  """Returns a text without the white space (of ASCII) at its end."""
-  end = len(text)
-  while end and text[end - 1] in SPACES:
-    end -= 1
-  return text[:end]
-
-
-def find_last(text: Symbols, part: Symbols) -> int:
-  """Returns the last index at which `part` occurs, or -1."""
-  return next((at for at in range(len(text) - len(part), -1, -1)
-               if text[at:at + len(part)] == part), -1)
 
 
 def shown(symbols: Symbols) -> str:

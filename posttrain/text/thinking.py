@@ -327,16 +327,18 @@ def opens(prompt: Sequence[int], ids: ThinkingIds) -> bool:
 
   With an empty `start` every prompt opens thinking.
   """
-  start = ids.strings.start
+  start = symbols.as_text(ids.strings.start)
   if not ids.end or not start:
     return bool(ids.end)
-  text: symbols.Symbols = ()
+  parts: list[str] = []
+  size = 0  # Symbols of the parts, without the white space behind them.
   for token in reversed(prompt):
-    text = ids.tokens[token] + text
-    if len(symbols.stripped(text)) >= len(start):
+    parts.append(symbols.as_text(ids.tokens[token]))
+    size += len(parts[-1] if size else parts[-1].rstrip(symbols.SPACES))
+    if size >= len(start):
       break
-  at = symbols.find_last(text, start)
-  return at >= 0 and not symbols.stripped(text[at + len(start):])
+  _, found, behind = "".join(reversed(parts)).rpartition(start)
+  return bool(found) and not behind.strip(symbols.SPACES)
 
 
 def spell(

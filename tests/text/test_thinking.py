@@ -7,6 +7,7 @@ edges of delimiters; forced strings are spelt alone.
 import dataclasses
 import functools
 import random
+import time
 
 import pytest
 from hypothesis import given
@@ -109,6 +110,18 @@ def test_a_prompt_that_ends_in_start_opens_thinking(
   always = thinking.resolve(dataclasses.replace(strings, start=""), tokenizer)
   assert thinking.opens(encoded, always)
   assert not thinking.opens(encoded, thinking.ThinkingIds())
+
+
+def test_a_long_blank_prompt_takes_no_time():
+  """Its end is looked at each time that rows are admitted."""
+  tokenizer = build.merging()
+  ids = thinking.resolve(
+      thinking.Thinking(start="<think>\n", end="</think>"), tokenizer)
+  blank = tokenizer.encode(" ") * 20_000
+  began = time.process_time()
+  assert not thinking.opens(tokenizer.encode("<think>") + blank, ids)
+  assert thinking.opens(tokenizer.encode("<think>\n") + blank, ids)
+  assert time.process_time() - began < 1  # It is 10 ms.
 
 
 def test_strings_are_matched_as_they_are_forced(tmp_path):
