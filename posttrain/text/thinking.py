@@ -130,7 +130,7 @@ def resolve(
           parse("start", thinking.start), parse("end", thinking.end),
           # The automaton wants each once.
           tuple(dict.fromkeys(parse("delimiters", text) for text in (
-              thinking.end, *thinking.delimiters))),
+              thinking.end, *filter(None, thinking.delimiters)))),
           parse("step", thinking.step)),
       tokens=tokens)
 

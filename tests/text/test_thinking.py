@@ -74,6 +74,9 @@ def test_resolve_encodes_and_puts_end_first():
       tuple(b"</think>"), (256 + tokenizer.eos_id,))
   assert ids.end == token("</think>") and len(ids.end) == 1
   assert tokenizer.decode(ids.final_answer) == "The answer is"
+  empty = thinking.Thinking(end="</think>", delimiters=("",))
+  assert thinking.resolve(empty, tokenizer).strings.delimiters == (
+      tuple(b"</think>"),)
   unused = thinking.Thinking(start="<think>", newline="\n", wait_text="Wait")
   assert thinking.resolve(unused, tokenizer) == thinking.ThinkingIds()
 
