@@ -63,8 +63,8 @@ class Cuts:
   def pieces(self, text: str) -> Iterator[tuple[str, Ids | None]]:
     """Cuts a text; yields pieces, and the ids of those that are spelt alone.
 
-    As in sampling the first string to be completed counts. A delimiter that
-    `end` begins or ends with is a part of `end`, if that is there in full.
+    As in sampling the first string to be completed counts. One that stands
+    inside of `end` is a part of it, if that is there in full.
     """
     done = 0
     for begin, stop, ids in self._found(text):
@@ -90,9 +90,8 @@ class Cuts:
       # The earliest end; of those that end there `end`, or the longest.
       string = min(there, key=lambda string: (
           there[string].end(), string != self._end, there[string].start()))
-      match = there[string]
-      whole = self._patterns[self._end].match(text, match.start())
-      if whole:
+      match, whole = there[string], there.get(self._end)
+      if whole and whole.start() <= match.start():
         string, match = self._end, whole
       yield match.start(), match.end(), self.strings[string]
       done = match.end()

@@ -12,11 +12,10 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-from posttrain.text import token_files
 from posttrain.text import tokenizer as tokenizer_lib
 
 Symbols = tuple[int, ...]
-SPACES = frozenset(b" \t\n\r\v\f")
+SPACES = " \t\n\r\v\f"
 CONTROL = 256  # The symbol of a control token is this plus its id.
 
 
@@ -38,8 +37,8 @@ class SymbolTable:
   def of(cls, tokenizer: tokenizer_lib.Tokenizer) -> "SymbolTable":
     """Makes the table of a tokenizer; it reads the whole vocabulary."""
     tokens = vocabulary(tokenizer)
-    return cls(tokens, functools.partial(parse, tokenizer=tokenizer),
-               speller(tokenizer, tokens))
+    return cls(tokens, functools.partial(
+        parse, tokenizer=tokenizer, tokens=tokens), speller(tokenizer, tokens))
 
 
 def vocabulary(tokenizer: tokenizer_lib.Tokenizer) -> list[Symbols]:
@@ -55,21 +54,22 @@ def vocabulary(tokenizer: tokenizer_lib.Tokenizer) -> list[Symbols]:
       for i in range(tokenizer.vocab_size)]
 
 
-def parse(text: str, tokenizer: tokenizer_lib.Tokenizer) -> Symbols:
+def parse(
+    text: str, tokenizer: tokenizer_lib.Tokenizer, tokens: Sequence[Symbols],
+) -> Symbols:
   """Returns the symbols of a configured string, control tokens by their ids.
 
-  A vocabulary of words that lacks one of the string's gives ().
+  They are those of the tokens that spell it, since a tokenizer may normalize
+  its text. A vocabulary that cannot spell the string gives ().
+
+  Args:
+    text: the string.
+    tokenizer: of the vocabulary.
+    tokens: [V] its symbols, see `vocabulary`.
   """
-  if tokenizer.words:
-    ids = _encode(text, tokenizer, special=True)
-    return () if tokenizer.unk_id in ids else tuple(
-        CONTROL + i for i in ids)
-  controls = tokenizer.controls
-  found: list[int] = []
-  for part in token_files.splitter(controls)(text):
-    found += ([CONTROL + controls[part]] if part in controls
-              else part.encode())
-  return tuple(found)
+  ids = _encode(text, tokenizer, special=True)
+  return () if tokenizer.unk_id in ids else tuple(
+      s for i in ids for s in tokens[i])
 
 
 def speller(
@@ -165,20 +165,6 @@ def before_begun(
     kept -= 1
     left -= len(of[tokens[kept]])
   return kept
-
-
-def stripped(text: Symbols) -> Symbols:
-  """Returns a text without the white space (of ASCII) at its end."""
-  end = len(text)
-  while end and text[end - 1] in SPACES:
-    end -= 1
-  return text[:end]
-
-
-def find_last(text: Symbols, part: Symbols) -> int:
-  """Returns the last index at which `part` occurs, or -1."""
-  return next((at for at in range(len(text) - len(part), -1, -1)
-               if text[at:at + len(part)] == part), -1)
 
 
 def shown(symbols: Symbols) -> str:

@@ -111,11 +111,12 @@ def resolve(
   """
   if not thinking.end:
     return ThinkingIds()
+  tokens = symbols.vocabulary(tokenizer)
   encode = lambda name, text: spell(name, text, tokenizer)
 
   def parse(name: str, text: str) -> symbols.Symbols:
     encode(name, text)  # Raises if the vocabulary lacks it.
-    return symbols.parse(text, tokenizer)
+    return symbols.parse(text, tokenizer, tokens)
 
   return ThinkingIds(
       start=encode("start", thinking.start),
@@ -129,9 +130,9 @@ def resolve(
           parse("start", thinking.start), parse("end", thinking.end),
           # The automaton wants each once.
           tuple(dict.fromkeys(parse("delimiters", text) for text in (
-              thinking.end, *thinking.delimiters))),
+              thinking.end, *filter(None, thinking.delimiters)))),
           parse("step", thinking.step)),
-      tokens=symbols.vocabulary(tokenizer))
+      tokens=tokens)
 
 
 def split(
@@ -326,16 +327,18 @@ def opens(prompt: Sequence[int], ids: ThinkingIds) -> bool:
 
   With an empty `start` every prompt opens thinking.
   """
-  start = ids.strings.start
+  start = symbols.as_text(ids.strings.start)
   if not ids.end or not start:
     return bool(ids.end)
-  text: symbols.Symbols = ()
+  parts: list[str] = []
+  size = 0  # Symbols of the parts, without the white space behind them.
   for token in reversed(prompt):
-    text = ids.tokens[token] + text
-    if len(symbols.stripped(text)) >= len(start):
+    parts.append(symbols.as_text(ids.tokens[token]))
+    size += len(parts[-1] if size else parts[-1].rstrip(symbols.SPACES))
+    if size >= len(start):
       break
-  at = symbols.find_last(text, start)
-  return at >= 0 and not symbols.stripped(text[at + len(start):])
+  _, found, behind = "".join(reversed(parts)).rpartition(start)
+  return bool(found) and not behind.strip(symbols.SPACES)
 
 
 def spell(

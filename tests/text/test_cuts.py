@@ -81,7 +81,10 @@ SETS = (
     thinking.Thinking(
         start="<think>", end="</think>", final_answer="\nFinal:",
         delimiters=("</think>\nAnswer", "\n</think>", "Answer")),
-    thinking.Thinking(start="<", end="\n\n", final_answer="\n"))
+    thinking.Thinking(start="<", end="\n\n", final_answer="\n"),
+    # An `end` with line breaks around the model's own.
+    thinking.Thinking(
+        start="<think>", end="\n</think>\n", delimiters=("</think>", "</")))
 
 
 def scan(text, strings):
@@ -98,8 +101,10 @@ def scan(text, strings):
     longest = max(there, key=len)
     name = strings.end if strings.end in there else longest
     begin = end - len(name)
-    if text[begin:].startswith(strings.end):
-      name = strings.end
+    # One that stands inside of `end` is a part of it.
+    whole = text.find(strings.end, done)
+    if 0 <= whole <= begin:
+      name, begin = strings.end, whole
     found += [text[done:begin], (name,)]
     done = begin + len(name)
     final = strings.final_answer

@@ -157,7 +157,8 @@ def machines(tokenizer):
   """
   tokens = symbols.vocabulary(tokenizer)
   spell = symbols.speller(tokenizer, tokens)
-  parse = functools.partial(symbols.parse, tokenizer=tokenizer)
+  parse = functools.partial(
+      symbols.parse, tokenizer=tokenizer, tokens=tokens)
   for start, end, others, step in STRINGS:
     parsed = delimiters.Strings(
         start=parse(start), end=parse(end),
@@ -301,7 +302,8 @@ def test_a_word_is_one_symbol():
   """ "OK" is no part of "OKAY", and the space before it none of it."""
   tokenizer = build.words("OK OKAY x")
   tokens = symbols.vocabulary(tokenizer)
-  parse = functools.partial(symbols.parse, tokenizer=tokenizer)
+  parse = functools.partial(
+      symbols.parse, tokenizer=tokenizer, tokens=tokens)
   [whole] = parse("OK")
   [end] = parse("</think>")
   machine = delimiters.build(
@@ -325,7 +327,8 @@ def test_a_spelling_is_the_tokenizers_own_where_it_has_one():
   tokenizer = build.merging()
   tokens = symbols.vocabulary(tokenizer)
   spell = symbols.speller(tokenizer, tokens)
-  parse = functools.partial(symbols.parse, tokenizer=tokenizer)
+  parse = functools.partial(
+      symbols.parse, tokenizer=tokenizer, tokens=tokens)
   text = "so it is.</think>\n"
   assert spell(parse(text)) == tuple(tokenizer.encode(text))
   # Half of a character; control tokens by their ids, and typed ones as text.

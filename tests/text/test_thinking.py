@@ -7,13 +7,15 @@ edges of delimiters; forced strings are spelt alone.
 import dataclasses
 import functools
 import random
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.text import symbols, thinking
-from tests.text import build, test_delimiters
+from posttrain.text import tokenizer as tokenizer_lib
+from tests.text import build, families, test_delimiters
 
 IDS = build.alone(
     start=(1, 2), end=(3, 4), delimiters=((3, 4), (5,)), newline=(6,),
@@ -72,6 +74,9 @@ def test_resolve_encodes_and_puts_end_first():
       tuple(b"</think>"), (256 + tokenizer.eos_id,))
   assert ids.end == token("</think>") and len(ids.end) == 1
   assert tokenizer.decode(ids.final_answer) == "The answer is"
+  empty = thinking.Thinking(end="</think>", delimiters=("",))
+  assert thinking.resolve(empty, tokenizer).strings.delimiters == (
+      tuple(b"</think>"),)
   unused = thinking.Thinking(start="<think>", newline="\n", wait_text="Wait")
   assert thinking.resolve(unused, tokenizer) == thinking.ThinkingIds()
 
@@ -108,6 +113,28 @@ def test_a_prompt_that_ends_in_start_opens_thinking(
   always = thinking.resolve(dataclasses.replace(strings, start=""), tokenizer)
   assert thinking.opens(encoded, always)
   assert not thinking.opens(encoded, thinking.ThinkingIds())
+
+
+def test_a_long_blank_prompt_takes_no_time():
+  """Its end is looked at each time that rows are admitted."""
+  tokenizer = build.merging()
+  ids = thinking.resolve(
+      thinking.Thinking(start="<think>\n", end="</think>"), tokenizer)
+  blank = tokenizer.encode(" ") * 20_000
+  began = time.process_time()
+  assert not thinking.opens(tokenizer.encode("<think>") + blank, ids)
+  assert thinking.opens(tokenizer.encode("<think>\n") + blank, ids)
+  assert time.process_time() - began < 1  # It is 10 ms.
+
+
+def test_strings_are_matched_as_they_are_forced(tmp_path):
+  """Qwen's tokenizers compose characters, so that the two could differ."""
+  tokenizer = tokenizer_lib.load(families.write(tmp_path, "qwen3"))
+  ids = thinking.resolve(thinking.Thinking(
+      start="e\u0301", end="fin e\u0301.", step="e\u0301"), tokenizer)
+  found = ids.strings
+  assert bytes(found.start).decode() == bytes(found.step).decode() == "\xe9"
+  assert found.end == tuple(s for i in ids.end for s in ids.tokens[i])
 
 
 class Writer:
