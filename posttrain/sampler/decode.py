@@ -104,8 +104,6 @@ PLAIN = Recorded()
 BudgetSchedule = Callable[[budget.Budgets, budget.BudgetState], budget.Budgets]
 
 
-
-
 # Here and in `decode` some arrays of the model are not read. They are on the
 # device all the same, and `keep_unused` leaves them among the program's
 # arguments, so that a plan which adds up the arguments' bytes counts them.

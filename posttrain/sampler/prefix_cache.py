@@ -25,22 +25,15 @@ Tokens = tuple[int, ...]
 
 @dataclasses.dataclass(eq=False)
 class Block:
-  """Device arrays of several rows, and the entries that are left in them.
+  """Device arrays of several rows.
 
   Attributes:
     rows: the device arrays.
     slots: cache slots of all rows together.
-    entries: those that the tree still has.
   """
 
   rows: Any
   slots: int
-  entries: list["Entry"] = dataclasses.field(default_factory=list)
-
-  @property
-  def used(self) -> int:
-    """Time at which one of its entries was used last."""
-    return max(entry.used for entry in self.entries)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,13 +77,15 @@ class PrefixCache:
     self.budget = budget
     self.evicted = self.stale = 0
     self._root = _Node(())
-    self._blocks: dict[Block, None] = {}
+    # The entries that are left in each. A block does not refer to them: arrays
+    # in a cycle would stay on the device until Python looks for cycles.
+    self._blocks: dict[Block, list[Entry]] = {}
     self._clock = itertools.count(1)
 
   @property
   def entries(self) -> list[Entry]:
     """All entries, block by block."""
-    return [entry for block in self._blocks for entry in block.entries]
+    return list(itertools.chain(*self._blocks.values()))
 
   @property
   def slots(self) -> int:
@@ -123,7 +118,8 @@ class PrefixCache:
 
     A sequence that is cached already stays where it is, unless the new entry
     alone has a hidden state. Entries that are a beginning of a new sequence
-    leave: the new one serves all that they served.
+    leave: the new one serves all that they served. Those with a hidden state
+    stay, as another sample may begin with it, and are the first to be evicted.
 
     Args:
       rows: the device arrays.
@@ -136,8 +132,6 @@ class PrefixCache:
     block, found = Block(rows, slots), []
     for row, tokens, hidden in sequences:
       found.append(self.use(self._insert(Entry(tokens, block, row, hidden))))
-    if block.entries:
-      self._blocks[block] = None
     return found
 
   def trim(self, needed: Iterable[Entry] = (), room: int = 0) -> None:
@@ -154,7 +148,8 @@ class PrefixCache:
       return
     # One that is larger than the budget goes first, and not after all others.
     for block in sorted(self._blocks, key=lambda block: (
-        block.slots <= self.budget, block.used)):
+        block.slots <= self.budget,
+        max(entry.used for entry in self._blocks[block]))):
       if held > self.budget and block not in kept:
         held -= block.slots
         self.evicted += self._drop(block)
@@ -187,7 +182,10 @@ class PrefixCache:
                len(node.entry.tokens) <= same and
                node.entry.tokens != new.tokens]
     for entry in covered:
-      self._remove(entry)
+      if entry.hidden:
+        entry.used = 0
+      else:
+        self._remove(entry)
     if covered:
       path, same = self._walk(new.tokens)
     node = path[-1]
@@ -206,21 +204,21 @@ class PrefixCache:
     if old:
       self._leave(old)
     node.entry = new
-    new.block.entries.append(new)
+    self._blocks.setdefault(new.block, []).append(new)
     return new
 
   def _leave(self, entry: Entry) -> None:
     """Takes an entry from its block, which goes with its last entry."""
-    entry.block.entries.remove(entry)
-    if not entry.block.entries:
-      self._blocks.pop(entry.block, None)
+    self._blocks[entry.block].remove(entry)
+    if not self._blocks[entry.block]:
+      del self._blocks[entry.block]
 
   def _drop(self, block: Block) -> int:
     """Drops a block and its entries; returns how many tokens they had."""
-    tokens = sum(len(entry.tokens) for entry in block.entries)
-    for entry in list(block.entries):
+    entries = list(self._blocks[block])
+    for entry in entries:
       self._remove(entry)
-    return tokens
+    return sum(len(entry.tokens) for entry in entries)
 
   def _remove(self, entry: Entry) -> None:
     """Takes an entry from the tree, with the nodes that lead to no other."""

@@ -333,8 +333,8 @@ class Settings:
       comes alone.
     prefill_chunk: tokens of a prompt in one forward pass (chunked prefill).
     prefix_cache_tokens: slots of the prefix cache, for sequences besides what
-      the next request goes on from. Rows of a mesh are multiplied by a row for
-      each part.
+      the next request goes on from. On a mesh a row takes its slots once for
+      each part that rows are split over.
     max_ids: the most stop ids and banned ids that a request may have, of each.
     max_waits: the most entries of `wait_order` that a request may have.
     cache_dtype, weights_dtype: dtype of the KV cache, and of the decode

@@ -216,6 +216,15 @@ def test_a_continuation_without_tokens_stays_in_its_phase():
   assert told.request.in_thinking is False
 
 
+def test_a_group_that_is_kept_prefills_its_prompt_once():
+  """Though its samples come one after the other, and each covers it."""
+  busy = scene.make_engine(scene.UNUSED, **(BUDGET | dict(max_num_seqs=2)))
+  asked = [dataclasses.replace(PLAIN, sample_id=i) for i in range(8)]
+  scene.take(busy, asked)
+  assert busy.stats.prefilled_tokens == len(PLAIN.prompt)
+  assert busy.stats.reused_tokens == 7 * len(PLAIN.prompt)
+
+
 # Each token is a letter, so that a stop string is a delimiter too.
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDE"
 SPELLING = symbols.SymbolTable(

@@ -317,9 +317,14 @@ def test_an_engine_leaves_the_devices_when_it_goes():
   gc.disable()
   try:
     before = len(jax.live_arrays())
-    busy = Engine(model, scene.STRINGS.tables(), scene.SETTINGS)
-    scene.take(busy, [PLAIN])
-    assert len(jax.live_arrays()) > before
+    busy = Engine(model, scene.STRINGS.tables(), dataclasses.replace(
+        scene.SETTINGS, prefix_cache_tokens=1000))
+    scene.take(busy, [dataclasses.replace(PLAIN, keep=True)])
+    held = len(jax.live_arrays())
+    assert held > before and busy._prefill.cache.entries
+    busy.use(model)
+    assert len(jax.live_arrays()) < held
+    scene.take(busy, [dataclasses.replace(PLAIN, keep=True)])
     del busy
     assert len(jax.live_arrays()) == before
   finally:

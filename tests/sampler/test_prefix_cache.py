@@ -38,9 +38,12 @@ class Naive:
     self.blocks.append((rows, slots, block))
     for _, tokens, hidden in sequences:
       for _, _, other in self.blocks:
-        other[:] = [
-            entry for entry in other if len(entry[0]) >= len(tokens)
-            or tokens[:len(entry[0])] != entry[0]]
+        covered = [entry for entry in other if len(entry[0]) < len(tokens)
+                   and tokens[:len(entry[0])] == entry[0]]
+        for entry in covered:
+          entry[2] = 0
+        other[:] = [entry for entry in other
+                    if entry[1] or entry not in covered]
       same = [entry for entry in self.entries() if entry[0] == tokens]
       if not same or (hidden and not same[0][1]):
         for _, _, other in self.blocks:
