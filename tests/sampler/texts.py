@@ -112,7 +112,7 @@ class Account:
 
   def __init__(
       self, model, prompt, strings, limits: Limits, answer: bool = True):
-    self.answer = answer
+    self.writes_answer = answer
     self.model, self.prompt = model, list(prompt)
     self.strings, self.limits = strings, limits
     self.tokens: list[Token] = []
@@ -161,7 +161,7 @@ class Account:
       outcome = self.think()
     elif strings.end:
       outcome = self.open()
-    while not outcome and self.answer:
+    while not outcome and self.writes_answer:
       token = self.sample()
       row.answer += 1
       self.tokens.append(Token(token, "sampled"))
