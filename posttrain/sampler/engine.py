@@ -163,7 +163,8 @@ class Engine:
 
   def abort(self, number: int) -> None:
     """Ends a request at the next step; one that has finished stays so."""
-    self._aborted.add(number)
+    if number < self._next:  # Not one that is submitted later.
+      self._aborted.add(number)
 
   def results(self) -> Iterator[Completion]:
     """Yields completions as they finish, until nothing waits or decodes."""

@@ -14,17 +14,22 @@ from tests.model import build
 from tests.sampler import engine_scene as scene
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs/sampler.md").read_text()
-USE, PROCESSOR, SCHEDULE, UNSURE = re.findall(
+USE, CONTINUE, PROCESSOR, SCHEDULE, UNSURE = re.findall(
     r"```python\n(.*?)```", PAGE, re.S)
 
 
 class Letters:
-  """A tokenizer in which each token is a letter."""
+  """A tokenizer in which each token is a letter; other characters are 0."""
 
   vocab_size, controls, stop_ids, words = scene.V, {}, (), False
+  unk_id = None
 
   def decode(self, tokens):
     return "".join(chr(64 + t) for t in tokens)
+
+  def encode(self, text, **_):
+    return [ord(letter) - 64 if "A" <= letter <= "Z" else 0
+            for letter in text.upper()]
 
   def token_bytes(self, token):
     return self.decode([token]).encode()
@@ -42,6 +47,20 @@ def test_the_engine_of_the_page_answers(capsys):
   assert programs and len(answers) == 16
   assert {reason for _, reason, *_ in answers} <= {
       "eos", "budget", "length", "stop"}
+
+
+def test_the_continuation_and_the_forks_of_the_page_go_on():
+  with jax.set_mesh(meshes.one()):
+    engine = scene.make_engine(prefix_cache_tokens=1000)
+    engine.submit(Request(prompt=(12, 13), max_tokens=8, keep=True))
+    names = {"engine": engine, "tokenizer": Letters()}
+    exec(CONTINUE, names)
+    answer, *branches = sorted(engine.results(), key=lambda done: done.id)
+  before = (12, 13, *names["turn"].tokens)
+  assert answer.request.prompt == (*before, *Letters().encode("And then?"))
+  assert [done.id for done in branches] == names["branches"]
+  assert all(done.request.prompt == before for done in branches)
+  assert all(done.tokens and not done.error for done in (answer, *branches))
 
 
 def test_the_processor_and_the_schedule_of_the_page_do_what_they_say(tmp_path):

@@ -350,8 +350,11 @@ def test_aborted_requests_can_go_on():
   assert done.finish_reason == "abort" and len(done.tokens) == 8
   queued = busy.submit(continuation(done))
   busy.abort(queued)
-  [left] = busy.results()
+  busy.abort(queued + 1)  # There is no such request yet.
+  later = busy.submit(continuation(done, max_tokens=2))
+  left, last = sorted(busy.results(), key=lambda done: done.id)
   assert not left.tokens and left.draws == done.draws == 8
+  assert last.id == later and last.finish_reason != "abort"
   [after] = scene.take(busy, [continuation(done, max_tokens=20)])
   [whole] = scene.take(whole_prompts(scene.UNUSED), [dataclasses.replace(
       PLAIN, max_tokens=28, keep=False)])
