@@ -211,7 +211,7 @@ class Chat:
     number = self._engine.submit(request)
     [done] = watched(self._engine, number, StreamPrinter(
         tokenizer, how.ids, self._stream,
-        in_thinking=requests.in_thinking(request.prompt, how.tables)))
+        in_thinking=thinking.opens(request.prompt, how.tables.ids)))
     if done.error:
       raise ValueError(done.error)
     self._engine.release(number)  # The prefix cache finds it by its tokens.

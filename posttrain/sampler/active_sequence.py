@@ -103,17 +103,25 @@ class ActiveSequence:
 
     It ends before the stop string, if one ended it: from the token in which
     that begins only the text before it stays, spelt anew.
+
+    Raises:
+      ValueError: the vocabulary cannot spell that text.
     """
     tokens, prompt = self._row.tokens, self.request.prompt
     if self.stop is None:
       return (*prompt, *tokens), len(prompt) + len(tokens) - 1
     assert self._table is not None
     begin = self.stop.begin
-    head = self._table.spell(
-        self._table.tokens[tokens[begin]][:self.stop.head])
+    before = self._table.tokens[tokens[begin]][:self.stop.head]
+    head = self._table.spell(before)
+    if before and not head:
+      raise ValueError(
+          f"It is not kept: a stop string begins within the token "
+          f"{tokens[begin]}, and this vocabulary cannot spell the token's text "
+          f"before that, {symbols.shown(before)}. Use another stop string.")
     return (*prompt, *tokens[:begin], *head), len(prompt) + begin
 
-  def thinks(self, done: Completion, tables: BudgetTables) -> bool:
+  def thinks(self, done: Completion) -> bool:
     """True if what can go on ends within a thinking section."""
     length, answer = len(done.tokens), done.answer_length
     is_open = done.think_end == "open"
@@ -123,7 +131,7 @@ class ActiveSequence:
         _, answer, _, ended, _ = self._row.columns["counts"][length - 1]
         is_open = not ended
     if not length:
-      return requests.begins_in_thinking(self.request, tables)
+      return bool(self.request.in_thinking)
     # Tokens before a section are counted as an answer, until it begins.
     return is_open and not answer
 

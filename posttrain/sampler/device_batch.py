@@ -186,7 +186,7 @@ def begin_arguments(
   lengths = np.array([len(r.prompt) for r in rows], np.int32)
   return (
       keys, (lengths, budgets, params, banned_ids),
-      np.array([requests.begins_in_thinking(r, tables) for r in rows]),
+      np.array([bool(r.in_thinking) for r in rows]),
       np.array([r.prompt[-1] for r in rows], np.int32),
       np.array([r.first_draw for r in rows], np.int32),
       np.isin(np.arange(len(asked)), admitted))

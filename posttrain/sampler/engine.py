@@ -46,6 +46,7 @@ from posttrain.sampler.requests import (
   Settings,
   fitting,
 )
+from posttrain.text import thinking
 from posttrain.text.symbols import SymbolTable
 
 
@@ -150,6 +151,9 @@ class Engine:
     if error:
       self._ready.append(Completion.nothing(number, request, "error", error))
     else:
+      if request.in_thinking is None:
+        request = dataclasses.replace(request, in_thinking=thinking.opens(
+            request.prompt, self.tables.ids))
       self._pending.append((number, request))
       self.stats.prompt_tokens += len(request.prompt)
     return number
@@ -402,11 +406,15 @@ class Engine:
     self._active[row] = None
     done = sequence.completion(reason, state, row)
     self.stats.surplus += done.surplus
-    self._ready.append(done)
     if sequence.request.keep and not done.error:
-      tokens, cached = sequence.kept()
-      self._ended.append((row, tokens[:cached]))
-      self._kept.add(done.id, tokens, sequence.thinks(done, self.tables))
+      try:
+        tokens, cached = sequence.kept()
+      except ValueError as error:
+        done = dataclasses.replace(done, error=str(error))
+      else:
+        self._ended.append((row, tokens[:cached]))
+        self._kept.add(done.id, tokens, sequence.thinks(done))
+    self._ready.append(done)
 
   def _settled(self, number: int) -> tuple[list[int], list[int]] | None:
     """Returns a request's settled tokens, and at least as much provenance.

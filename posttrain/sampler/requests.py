@@ -13,7 +13,7 @@ import numpy as np
 from posttrain.sampler import budget, decode, logits_processors, token_sampling
 from posttrain.sampler.budget_tables import BudgetTables
 from posttrain.sampler.confidence import Confidence
-from posttrain.text import budget_rules, thinking
+from posttrain.text import budget_rules
 from posttrain.text.symbols import SymbolTable
 
 PLAIN = token_sampling.SamplingParams()
@@ -224,7 +224,25 @@ def problem(
     if symbols and not symbols.parse(string):
       return (f"The stop string {string!r} has words that are not in the "
               "vocabulary, or none.")
-  return budget_problem(r, tables)
+  return _hook_problem(r, size, settings) or budget_problem(r, tables)
+
+
+def _hook_problem(r: Request, size: int, settings: "Settings") -> str:
+  """Validates a script, and the argument of the logits processor."""
+  if r.script is not None:
+    script = np.asarray(r.script)
+    if script.ndim != 1 or script.dtype.kind not in "iu" or (
+        script.size and not -1 <= script.min() <= script.max() < size):
+      return (f"script has shape {script.shape} and type {script.dtype}, and "
+              f"must be [steps] of token ids below {size}, or -1 to draw.")
+  processor = settings.logits_processor
+  if processor and r.logits_processor_args is not None:
+    try:  # It is a user's function: it may raise anything.
+      processor.init(r.prompt, r.logits_processor_args)
+    except Exception as error:
+      return ("The logits processor refuses logits_processor_args="
+              f"{r.logits_processor_args!r}: {type(error).__name__}: {error}")
+  return ""
 
 
 def budget_problem(limits: Any, tables: BudgetTables) -> str:
@@ -250,18 +268,6 @@ def budget_problem(limits: Any, tables: BudgetTables) -> str:
         f"{maximum} thinking tokens and {closing} to close them need at least "
         f"{maximum + closing + 1}.")
   return ""
-
-
-def begins_in_thinking(request: Request, tables: BudgetTables) -> bool:
-  """True if a request's completion begins within a thinking section."""
-  if request.in_thinking is not None:
-    return request.in_thinking
-  return in_thinking(request.prompt, tables)
-
-
-def in_thinking(prompt: tuple[int, ...], tables: BudgetTables) -> bool:
-  """True if the prompt ends in an open thinking section."""
-  return thinking.opens(prompt, tables.ids)
 
 
 def columns(

@@ -39,6 +39,7 @@ class Rollouts:
     think_lengths, think_steps, answer_lengths, wait_count: [B] int32, counts,
       see `BudgetState`.
     prompt_id, sample_id: [B] int32, which completion of which prompt.
+    in_thinking: [B] bool, the prompt ends within a thinking section.
     raw: [B, steps] int32, every choice that the loop made, those of tokens
       that were retracted later among them; -1 where there was none. As
       `script` of `Sampler.generate` it replays the rows on the same schedule.
@@ -62,6 +63,7 @@ class Rollouts:
   wait_count: np.ndarray
   prompt_id: np.ndarray
   sample_id: np.ndarray
+  in_thinking: np.ndarray
   raw: np.ndarray
   experts: np.ndarray | None = None
   entropy: np.ndarray | None = None
@@ -108,6 +110,7 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
       wait_count=numbers(c.wait_count for c in completions),
       prompt_id=numbers(c.request.prompt_id for c in completions),
       sample_id=numbers(c.request.sample_id for c in completions),
+      in_thinking=np.array([bool(c.request.in_thinking) for c in completions]),
       raw=_padded([c.raw for c in completions], np.int32, fill=-1),
       experts=_padded(experts) if experts else None,
       entropy=optional("entropy"), confidence=optional("confidence"))

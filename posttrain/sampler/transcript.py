@@ -49,7 +49,7 @@ def split(
   tokens = rollouts.completion(row)
   return thinking.split(
       tokens, rollouts.provenance[row, :len(tokens)].tolist(), ids,
-      in_thinking=thinking.opens(rollouts.prompts[row], ids),
+      in_thinking=bool(rollouts.in_thinking[row]),
       is_open=int(rollouts.think_end[row]) == budget_state.OPEN,
       length=int(rollouts.think_lengths[row]))
 

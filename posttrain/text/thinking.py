@@ -358,7 +358,7 @@ def spell(
   if text and not ids:
     raise ValueError(
         f"thinking.{name}={text!r} has no tokens in this vocabulary (a word "
-        f'vocabulary has no whitespace). Set thinking.{name}="".')
+        f"vocabulary has no whitespace). Leave it out of thinking.{name}.")
   if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
     raise ValueError(
         f"thinking.{name}={text!r} has tokens that this vocabulary does not "

@@ -49,7 +49,7 @@ def make_rollouts(rng) -> Rollouts:
       finish_reason=zeros, think_end=zeros, think_lengths=zeros,
       think_steps=zeros,
       answer_lengths=zeros, wait_count=zeros, prompt_id=zeros,
-      sample_id=zeros, raw=np.zeros((rows, 0)))
+      sample_id=zeros, in_thinking=zeros, raw=np.zeros((rows, 0)))
 
 
 RNG = np.random.default_rng(3)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from posttrain.sampler import token_sampling
+from posttrain.sampler import rollouts, token_sampling, transcript
 from posttrain.sampler.continuations import continuation, fork
 from posttrain.sampler.engine import Engine
 from posttrain.sampler.requests import Request
@@ -249,6 +249,37 @@ def test_the_phase_is_that_before_a_stop_string(prompt, choices, stop, thinks):
   [after] = scene.take(busy, [continuation(done, stop_strings=())])
   assert after.request.prompt == (*prompt, *choices[:-len(stop)])
   assert after.request.in_thinking is thinks
+
+
+def test_what_stands_before_a_stop_string_must_have_a_spelling():
+  """It would be lost in what goes on: "ab" is a token here, and "a" is not."""
+  words = ["ab", *"cdefghijklmnopqrstuvwxyzABCDEFG"][:scene.V]
+  table = symbols.SymbolTable(
+      [tuple(word.encode()) for word in words], lambda s: tuple(s.encode()),
+      lambda s: ())
+  busy = scene.make_engine(scene.UNUSED, symbols=table, **BUDGET)
+  [done] = scene.take(busy, [dataclasses.replace(
+      PLAIN, script=np.array([3, 0, 4]), stop_strings=("b",))])
+  assert done.finish_reason == "stop" and done.tokens == [3, 0]
+  assert "cannot spell" in done.error
+  [after] = scene.take(busy, [continuation(done, [5])])
+  assert "was not kept" in after.error
+
+
+def test_the_transcript_knows_that_the_parent_had_opened_the_thinking():
+  """The tokens of the prompt alone do not tell."""
+  busy = scene.make_engine(symbols=SPELLING, **BUDGET)
+  [done] = scene.take(busy, [dataclasses.replace(
+      PLAIN, prompt=(12, 3), script=np.array([13, 14]), max_tokens=2)])
+  assert done.think_end == "open"
+  [after] = scene.take(busy, [continuation(
+      done, max_tokens=5, script=np.array([15, 16, 4, 5, 17]))])
+  assert after.tokens == [15, 16, 4, 5, 17]
+  assert after.think_end == "natural" and after.think_length == 2
+  ids = busy.tables.ids
+  found = transcript.split(rollouts.of_completions([after]), 0, ids)
+  assert after.tokens[found.thinking.tokens] == [15, 16]
+  assert after.tokens[found.answer.tokens] == [17]
 
 
 def test_a_sequence_that_is_all_of_a_prompt_is_used():

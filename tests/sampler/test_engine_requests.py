@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 
 import jax
 import numpy as np
@@ -250,6 +251,20 @@ def test_a_bias_is_added_where_it_is_asked_for():
     if request.logits_processor_args:
       logits[:, list(biases)] += list(biases.values())
     assert_distribution(done, logits)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"logits_processor_args": {"nonsense": 1}}, "refuses .*ValueError"),
+    ({"script": np.array([scene.V])}, "token ids below"),
+    ({"script": np.zeros((2, 2), int)}, r"shape \(2, 2\)"),
+    ({"script": np.zeros(2)}, "type float64"),
+])
+def test_a_users_mistake_in_one_request_is_its_error(change, message):
+  busy = scene.make_engine(
+      scene.UNUSED, logits_processor=logits_processors.token_bias(scene.V))
+  good, bad = scene.take(busy, [PLAIN, dataclasses.replace(PLAIN, **change)])
+  assert good.tokens and not good.error
+  assert not bad.tokens and re.search(message, bad.error)
 
 
 def test_a_repetition_penalty_is_that_of_its_definition():

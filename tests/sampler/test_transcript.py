@@ -62,7 +62,7 @@ def test_the_text_keeps_delimiters_and_loses_the_stop():
   assert transcript.completion_text(WORDS, [eos]) == ""
 
 
-def rollouts_of(rows, prompts):
+def rollouts_of(rows, prompts, ids):
   """Makes the sampler's record of rows of the plain-Python account."""
   codes = lambda names, key: np.array(
       [names.index(getattr(r, key)) for r in rows])
@@ -80,7 +80,8 @@ def rollouts_of(rows, prompts):
       think_end=codes(THINK_ENDS, "closed"), think_lengths=numbers("thinking"),
       think_steps=numbers("steps"), answer_lengths=numbers("answer"),
       wait_count=numbers("waits"), prompt_id=np.arange(len(rows)),
-      sample_id=np.zeros(len(rows)), raw=np.zeros((len(rows), 0)))
+      sample_id=np.zeros(len(rows)), raw=np.zeros((len(rows), 0)),
+      in_thinking=np.array([thinking.opens(p, ids) for p in prompts]))
 
 
 @pytest.mark.parametrize("index", range(len(test_budget.STRINGS)))
@@ -104,7 +105,7 @@ def test_the_answer_is_what_follows_the_thinking(index, limits, seed):
       functools.partial(model, i), prompt,
       thinking.opens(prompt, ids), strings, limits[i])
           for i, prompt in enumerate(prompts)]
-  rollouts = rollouts_of(rows, prompts)
+  rollouts = rollouts_of(rows, prompts, ids)
   for i, row in enumerate(rows):
     found = transcript.split(rollouts, i, ids)
     thinks, answers = found.thinking.tokens, found.answer.tokens
@@ -135,7 +136,8 @@ def test_a_record_holds_the_rollouts_facts():
       think_lengths=np.array([0, 3]), think_steps=np.array([0, 1]),
       answer_lengths=np.array([0, 1]),
       wait_count=np.array([0, 1]), prompt_id=np.array([1, 40]),
-      sample_id=np.array([0, 2]), raw=np.zeros((2, 0)), experts=None,
+      sample_id=np.array([0, 2]), in_thinking=np.array([False, True]),
+      raw=np.zeros((2, 0)), experts=None,
       entropy=np.array([[0.0] * 6, [1, 9, 9, 2, 3, 2]]),
       confidence=np.array([[0.0] * 6, [8, 0, 0, 2, 4, 6]]))
   assert set(one) == {field.name for field in dataclasses.fields(Rollouts)}
