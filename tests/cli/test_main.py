@@ -246,6 +246,7 @@ def test_sample_hands_over_every_flag(calls):
       "--suppress=wait,hmm",
       "--logits-processor=posttrain.sampler.logits_processors:token_bias",
       '--logits-processor-args={"7": -1.5}', "--ask-tokens=64",
+      "--confidence-window=64", "--confidence-top-k=5",
       "--budget-schedule=posttrain.sampler.logits_processors:token_bias"]) == 0
   [(name, (config, rows), flags)] = calls
   assert name == "sample"
@@ -259,7 +260,8 @@ def test_sample_hands_over_every_flag(calls):
           suppress=("wait", "hmm"), wait_order="draw",
           logits_processor="posttrain.sampler.logits_processors:token_bias",
           logits_processor_args={"7": -1.5},
-          budget_schedule="posttrain.sampler.logits_processors:token_bias"),
+          budget_schedule="posttrain.sampler.logits_processors:token_bias",
+          confidence_window=64, confidence_top_k=5),
       params=token_sampling.SamplingParams(
           temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
       limits=sampler.Limits(

@@ -85,7 +85,7 @@ def test_what_cannot_be_forced_is_an_error():
   words = build.words()
   make = lambda **fields: thinking.resolve(
       thinking.Thinking(**{"end": "</think>", **fields}), words)
-  with pytest.raises(ValueError, match=r'Set thinking\.newline=""'):
+  with pytest.raises(ValueError, match=r"out of thinking\.newline"):
     make(newline="\n")
   with pytest.raises(ValueError, match=r"tokenizer\.symbols"):
     make(wait_text="Hold on")
