@@ -64,7 +64,7 @@ def decode(model, prompts, segment_ids, tokens, positions, slots,
       prompts, order, empty(len(prompts), width), blocks)
   cache = kv.insert(
       empty(rows, slots), source, jnp.arange(rows) // GROUP_SIZE,
-      jnp.full(rows, width), jnp.arange(rows))
+      jnp.repeat(jnp.array(PROMPT_LENGTHS), GROUP_SIZE), jnp.arange(rows))
 
   def step(cache, column):
     token, position = column
