@@ -13,7 +13,8 @@ def test_restarting_computes_more_for_as_many_tokens():
     line = budget.restart(
         model, budget.parse(["--prompts=3", "--new=32", "--repeats=1"]))
   # In the loop each token goes through the model once: prompts, then the rest.
-  assert line["in_loop_tokens_computed"] == 3 * (64 + 32)
+  # Each wait feeds the token before it once more.
+  assert line["in_loop_tokens_computed"] == 3 * (64 + 32 + budget.WAITS)
   tasks = budget.make_tasks(model.config, 3, 32)
   # Three stretches of thinking and the answer: each begins with its text.
   more = 0
@@ -28,4 +29,5 @@ def test_restarting_computes_more_for_as_many_tokens():
 def test_a_script_stops_behind_each_stretch():
   task = budget.Task(prompt=(9,), stops=(2, 3), think=8, new=10)
   script = task.script(*task.stops).tolist()
-  assert script == [-1, -1, budget.END, -1, -1, -1, budget.END, -1, -1, -1]
+  # The step behind each delimiter forces the wait in its place.
+  assert script == [-1, -1, budget.END, -1, *[-1] * 3, budget.END, *[-1] * 4]
