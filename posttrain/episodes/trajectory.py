@@ -13,6 +13,7 @@ class Trajectory:
 
   Attributes:
     row: the problem's columns.
+    prompt: of its task.
     prompt_id, sample_id: ids of the episode.
     turns: in the order in which they were asked for.
     calls: results of the episode's calls, in their order.
@@ -21,6 +22,7 @@ class Trajectory:
   """
 
   row: Mapping[str, Any]
+  prompt: tuple[int, ...]
   prompt_id: int
   sample_id: int
   turns: Sequence[Turn]
