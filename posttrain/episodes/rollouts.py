@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,9 @@ def as_completion(trajectory: Trajectory) -> Completion:
     return turns[0].completion
   parts = [*map(_part, turns[:-1], turns[1:]), turns[-1].completion]
   done = [turn.completion for turn in turns]
+  fields: dict[str, Any] = {
+      name: sum(getattr(each, name) for each in done) for name in COUNTS
+  } | {name: _optional(name, parts) for name in OPTIONAL}
   column = lambda name: np.concatenate([getattr(part, name) for part in parts])
   return dataclasses.replace(
       done[-1], request=done[0].request,
@@ -75,9 +79,7 @@ def as_completion(trajectory: Trajectory) -> Completion:
       logprobs=column("logprobs"), provenance=column("provenance"),
       raw=np.concatenate([each.raw for each in done]),
       surplus=sum(each.surplus for each in done),
-      model_logprobs=None, top_tokens=None, top_logprobs=None,
-      **{name: sum(getattr(each, name) for each in done) for name in COUNTS},
-      **{name: _optional(name, parts) for name in OPTIONAL})
+      model_logprobs=None, top_tokens=None, top_logprobs=None, **fields)
 
 
 def _optional(name: str, parts: Sequence[Completion]) -> np.ndarray | None:
@@ -105,10 +107,11 @@ def _part(turn: Turn, then: Turn) -> Completion:
   more = len(behind) - size
   padded = lambda values: np.concatenate(
       [values[:size], np.zeros((more, *values.shape[1:]), values.dtype)])
+  fields: dict[str, Any] = {
+      name: padded(getattr(done, name)) for name in OPTIONAL
+      if getattr(done, name) is not None}
   return dataclasses.replace(
       done, tokens=behind, logprobs=padded(done.logprobs),
       provenance=np.concatenate([
           done.provenance[:size],
-          np.full(more, budget_state.OBSERVATION, np.int8)]),
-      **{name: padded(getattr(done, name)) for name in OPTIONAL
-         if getattr(done, name) is not None})
+          np.full(more, budget_state.OBSERVATION, np.int8)]), **fields)

@@ -11,7 +11,7 @@ from posttrain.episodes.trajectory import Trajectory
 from posttrain.sampler import rollouts
 from posttrain.sampler.requests import Completion, Request
 
-S, F, O = 1, 2, 3  # Sampled, forced, observation.
+S, F, OBS = 1, 2, 3  # Sampled, forced, observation.
 
 
 def completion(prompt, tokens, codes, logprobs, **fields):
@@ -60,14 +60,14 @@ def test_a_single_turn_is_the_completion_itself():
 # string that is cut off inside of token 12 leaves 40, which spells its head
 # anew; an observation may begin with the very token that was cut off.
 @pytest.mark.parametrize("kept, observation, tokens, codes, logprobs", [
-    ([10, 11, 12], [20, 21], [10, 11, 12, 20, 21, 30], [S, F, S, O, O, S],
+    ([10, 11, 12], [20, 21], [10, 11, 12, 20, 21, 30], [S, F, S, OBS, OBS, S],
      [-1, -2, -3, 0, 0, -4]),
-    ([10, 11], [12, 20], [10, 11, 12, 20, 30], [S, F, O, O, S],
+    ([10, 11], [12, 20], [10, 11, 12, 20, 30], [S, F, OBS, OBS, S],
      [-1, -2, 0, 0, -4]),
-    ([10, 11, 40], [20], [10, 11, 40, 20, 30], [S, F, O, O, S],
+    ([10, 11, 40], [20], [10, 11, 40, 20, 30], [S, F, OBS, OBS, S],
      [-1, -2, 0, 0, -4]),
     ([10, 11, 12], [], [10, 11, 12, 30], [S, F, S, S], [-1, -2, -3, -4]),
-    ([], [20], [20, 30], [O, S], [0, -4]),
+    ([], [20], [20, 30], [OBS, S], [0, -4]),
 ])
 def test_two_turns_are_one_row(kept, observation, tokens, codes, logprobs):
   last = completion([5, 6, *kept, *observation], [30], [S], [-4],
@@ -81,7 +81,7 @@ def test_two_turns_are_one_row(kept, observation, tokens, codes, logprobs):
   np.testing.assert_array_equal(made.logprobs[0, :len(tokens)], logprobs)
   np.testing.assert_array_equal(
       made.loss_mask[0, :len(tokens)], np.array(codes) == S)
-  own = [code != O for code in codes]
+  own = [code != OBS for code in codes]
   for name in ("entropy", "confidence", "experts"):
     of_token = getattr(made, name)[0, :len(tokens)].reshape(len(tokens), -1)
     np.testing.assert_array_equal(of_token.any(1), own)
