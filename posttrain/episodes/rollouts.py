@@ -32,15 +32,22 @@ OPTIONAL = ("experts", "entropy", "confidence")
 COUNTS = ("think_length", "think_steps", "answer_length", "wait_count")
 
 
-def of_trajectories(trajectories: Sequence[Trajectory]) -> Rollouts:
+def of_trajectories(
+    trajectories: Sequence[Trajectory], *, branched: bool = False) -> Rollouts:
   """Collects episodes as rows, in the order given.
 
-  A row of one turn is that of `rollouts.of_completions`.
+  A row of one turn is that of `rollouts.of_completions`. An episode that ended
+  before its first turn has no tokens.
+
+  Args:
+    branched: of an episode with branches take the turns that led to the last.
 
   Raises:
     ValueError: an episode has branched, and is not one sequence.
   """
-  found = rollouts.of_completions(list(map(as_completion, trajectories)))
+  found = rollouts.of_completions([
+      joined(each.path() if branched else each.chain()) if each.turns
+      else _nothing(each) for each in trajectories])
   return dataclasses.replace(
       found,
       num_turns=np.array([len(each.turns) for each in trajectories], np.int32),
@@ -49,22 +56,19 @@ def of_trajectories(trajectories: Sequence[Trajectory]) -> Rollouts:
           np.int8))
 
 
-def as_completion(trajectory: Trajectory) -> Completion:
-  """Joins an episode's turns to one completion of its first prompt.
+def _nothing(trajectory: Trajectory) -> Completion:
+  """Makes the completion of an episode without a turn."""
+  outcome = trajectory.outcome
+  return Completion.nothing(
+      0, Request(trajectory.prompt, 1, in_thinking=False,
+                 prompt_id=trajectory.prompt_id,
+                 sample_id=trajectory.sample_id),
+      "error" if outcome.reason == "error" else "abort", outcome.reason_text)
 
-  An episode that ended before its first turn has no tokens.
 
-  Raises:
-    ValueError: the episode has branched.
+def joined(turns: Sequence[Turn]) -> Completion:
+  """Joins turns, each of which goes on from the one before, to one completion.
   """
-  turns = trajectory.chain()
-  if not turns:
-    return Completion.nothing(
-        0, Request(trajectory.prompt, 1, in_thinking=False,
-                   prompt_id=trajectory.prompt_id,
-                   sample_id=trajectory.sample_id),
-        "error" if trajectory.outcome.reason == "error" else "abort",
-        trajectory.outcome.reason_text)
   if len(turns) == 1:
     return turns[0].completion
   parts = [*map(_part, turns[:-1], turns[1:]), turns[-1].completion]
