@@ -320,7 +320,8 @@ def check(context: RunContext) -> None:
         "num_groups.")
   problems.check_budgets(
       context, [sampling.make_limits(context.section.rollout)])
-  problems.check(context, rows, rewards_of(context), lambda row: [
+  rewards_of(context)  # Two may have one name.
+  problems.check(context, rows, context.section.rewards, lambda row: [
       context.renderer.prompt_tokens(row)])
 
 

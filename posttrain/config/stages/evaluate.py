@@ -53,6 +53,7 @@ KEYS = Section(
     baseline=Key(str, "", "Function that scores the best constant answer: "
                  "function(split, count=..., **args) -> answer, correct.",
                  function=True),
+    workers=sampling.WORKERS,
     checkpoints=Key(tuple[str, ...], (), "Weights that are evaluated: earlier "
                     'stages, "init", or checkpoint directories. Unset: "init" '
                     "and every earlier training stage."),

@@ -112,6 +112,7 @@ KEYS = Section(
                 "completion. Their scores are added up.", function=True),
     reward_weights=Key(tuple[float, ...], (), "Weight of each reward. Unset: "
                        "all 1.", "[-1e6, 1e6]"),
+    workers=sampling.WORKERS,
     rollout=ROLLOUT,
     loss=LOSS,
     staleness=Key(

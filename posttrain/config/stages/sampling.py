@@ -100,6 +100,19 @@ BUDGET: dict[str, Key] = dict(
         int, -1, "Budget forcing: the thinking is closed after this many "
         "steps, which end in thinking.step. -1: no maximum.", "[-1, inf)"))
 
+WORKERS = Section(
+    "Worker processes for rewards, extractors and calls of episodes. They run "
+    "on process 0 while completions are sampled.",
+    num_workers=Key(int, 2, "Worker processes, each with one call at a time.",
+                    "[1, 1024]"),
+    seconds=Key(float, 10.0, "Deadline of a call. One that takes longer is "
+                "killed, with all that it has started, and its completion has "
+                "no score (status timeout).", "(0, 1e6]"),
+    memory_gb=Key(float, 4.0, "Address space of a worker, in GiB. A call that "
+                  "needs more fails (status error).", "[0.5, 1e6]"),
+    output_bytes=Key(int, 4096, "Bytes of a call's output that are kept with "
+                     "the record. More is dropped.", "[0, 1048576]"))
+
 SAMPLED = Needs("rollout.temperature", ">", 0)
 TEMPERATURE = Key(float, 1.0, "Sampling temperature. 0: greedy, the likeliest "
                   "token.", f"0 or {keys.TEMPERATURES}")
