@@ -24,7 +24,7 @@ LAYERS = (
     ("model.presets", "distributed", "leftovers", "provenance"),
     ("config", "model", "data"),
     ("workdir", "sampler", "interop"),
-    ("telemetry",),
+    ("telemetry", "episodes"),
     ("train",),
     ("rl", "weights"),
     ("programs",),
