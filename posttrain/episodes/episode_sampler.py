@@ -31,9 +31,8 @@ class Sampled(NamedTuple):
 
   Attributes:
     trajectories: P * G, in order of problem, then sample.
-    seconds: "rollout", until nothing decodes any more; "reward_wait", from
-      then to the last score; "call_wait", of the first, where nothing decoded
-      since all episodes waited for calls.
+    seconds: "rollout", until nothing decodes any more; and "reward_wait", from
+      then to the last score.
   """
 
   trajectories: list[Trajectory]
@@ -94,8 +93,7 @@ class EpisodeSampler:
     seconds = time.monotonic() - started
     return Sampled(found, {
         "rollout": seconds - driver.reward_wait,
-        "reward_wait": driver.reward_wait,
-        "call_wait": driver.wait_seconds - driver.reward_wait})
+        "reward_wait": driver.reward_wait})
 
   def _request(
       self, limits: Limits, step: int, task: Task, sample_id: int) -> Request:
