@@ -48,8 +48,8 @@ class ScoredRollouts:
       episode that is not `scored`.
     details: [B], what the record of an episode has besides, see
       `episodes.records`.
-    seconds: of "rollout" and "reward_wait", see `EpisodeSampler`; and of each reward, "rewards/<name>", all that it took
-      in the workers.
+    seconds: of "rollout" and "reward_wait", see `EpisodeSampler`; and of each
+      reward, "rewards/<name>", all that it took in the workers.
   """
 
   rollouts: Rollouts

@@ -240,7 +240,8 @@ def work(
   return [
       Decoding(
           completions, schema.longest(rollout),
-          schema.longest(rollout) - rollout.max_prompt_tokens, cache_dtype=rollout.cache_dtype,
+          schema.longest(rollout) - rollout.max_prompt_tokens,
+          cache_dtype=rollout.cache_dtype,
           weights_dtype=rollout.weights_dtype),
       some(times=scored * count, backward=False),
       some(times=section.num_epochs * count, backward=True)]
