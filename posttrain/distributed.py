@@ -16,7 +16,6 @@ Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
 import ctypes
-import itertools
 import os
 import pickle
 import re
@@ -41,9 +40,10 @@ LOST_SECONDS = "POSTTRAIN_LOST_SECONDS"
 STORE = "posttrain/first_host/"
 PART = 1 << 20  # Bytes of a message, of which gRPC takes 4 MiB.
 WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
-# Keys in the store, which no two calls may share. Every host makes the same
-# calls in the same order, so they count alike without talking to each other.
-_calls = itertools.count()
+# Messages that process 0 may be ahead of the others, and their bytes: the store
+# is in the memory of process 0.
+MOST_UNREAD = 64
+MOST_UNREAD_BYTES = 4 << 20
 
 
 def initialize(*, cpu_devices: int = 1) -> None:
@@ -193,7 +193,8 @@ def on_first_host(function: Callable[[], T]) -> T:
   # straggler, whose own time is longer than the others'.
   with sharding.waiting():
     if jax.process_index() != 0:
-      found, failure, is_mistake = pickle.loads(_exchange(None))
+      found, failure, is_mistake = pickle.loads(
+          _messages.exchange(None, wait=True))
       if failure is not None:
         if not is_mistake:
           mistakes.mark_as_none(failure)
@@ -204,11 +205,30 @@ def on_first_host(function: Callable[[], T]) -> T:
       outcome = pickle.dumps((found, None, False))
     except Exception as error:
       # The others must get an answer before this host leaves the call.
-      _exchange(pickle.dumps((
-          None, _portable(error), mistakes.line(error) is not None)))
+      _messages.exchange(pickle.dumps((
+          None, _portable(error), mistakes.line(error) is not None)), wait=True)
       raise
-    _exchange(outcome)
+    _messages.exchange(outcome, wait=True)
     return found
+
+
+def broadcast(value: T) -> T:
+  """Sends process 0's value to every host, which all call this equally often.
+
+  It is for values that come often, such as the calls of episodes that have
+  finished. Process 0 does not wait until the others have it; they wait for as
+  long as it takes.
+
+  Args:
+    value: is pickled; of other hosts than the first it is not looked at.
+  """
+  if jax.process_count() == 1:
+    return value
+  if jax.process_index() == 0:
+    _messages.exchange(pickle.dumps(value), wait=False)
+    return value
+  with sharding.waiting():
+    return pickle.loads(_messages.exchange(None, wait=False))
 
 
 def _portable(error: Exception) -> Exception:
@@ -223,26 +243,61 @@ def _portable(error: Exception) -> Exception:
   return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _exchange(content: bytes | None) -> bytes:
-  """Sends process 0's bytes to every host, through the coordinator's store."""
-  client, key = store.global_state.client, f"{STORE}{next(_calls)}"
-  assert client is not None
-  if content is not None:
-    parts = [content[i:i + PART] for i in range(0, len(content), PART)]
-    for number, part in enumerate(parts):
-      client.key_value_set_bytes(f"{key}/{number}", part)
-    client.key_value_set_bytes(f"{key}/count", str(len(parts)).encode())
-  else:
-    read = lambda name: client.blocking_key_value_get_bytes(
-        f"{key}/{name}", WAIT_MILLISECONDS)
-    content = b"".join(
-        read(number) for number in range(int(read("count"))))
-  # The key may be deleted only when all have read it: the store would otherwise
-  # grow with every batch that is scored.
-  client.wait_at_barrier(key, WAIT_MILLISECONDS)
-  if jax.process_index() == 0:
-    client.key_value_delete(f"{key}/")
-  return content
+class _Messages:
+  """Messages of process 0 to all hosts, in the coordinator's store.
+
+  Every host makes the same calls in the same order, so they count alike without
+  talking to each other. A key may be deleted only when all have read it, and
+  the store would grow with every message if none was. So all wait for each
+  other from time to time, and then process 0 deletes what was sent until then.
+  """
+
+  def __init__(self):
+    self._number = 0  # No two messages may share a key.
+    self._deleted = 0  # Times at which all have waited for each other.
+    self._unread = self._unread_bytes = 0
+
+  def exchange(self, content: bytes | None, *, wait: bool) -> bytes:
+    """Sends a message on process 0, and reads it on the others.
+
+    Args:
+      content: None on all hosts but the first.
+      wait: until all hosts have it; otherwise process 0 goes on at once, but
+        where too much is unread.
+    """
+    client, key = store.global_state.client, f"{self._folder}{self._number}/"
+    assert client is not None
+    self._number += 1
+    if content is not None:
+      parts = [content[i:i + PART] for i in range(0, len(content), PART)]
+      for number, part in enumerate(parts[1:], 1):
+        client.key_value_set_bytes(f"{key}{number}", part)
+      # A short message is one round trip: the count is with the first part.
+      client.key_value_set_bytes(
+          f"{key}0", len(parts).to_bytes(4) + b"".join(parts[:1]))
+    else:
+      read = lambda number: client.blocking_key_value_get_bytes(
+          f"{key}{number}", WAIT_MILLISECONDS)
+      first = read(0)
+      content = first[4:] + b"".join(
+          read(number) for number in range(1, int.from_bytes(first[:4])))
+    self._unread += 1
+    self._unread_bytes += len(content)
+    if (wait or self._unread >= MOST_UNREAD
+        or self._unread_bytes >= MOST_UNREAD_BYTES):
+      client.wait_at_barrier(key, WAIT_MILLISECONDS)
+      if jax.process_index() == 0:
+        client.key_value_delete(self._folder)
+      self._deleted += 1
+      self._unread = self._unread_bytes = 0
+    return content
+
+  @property
+  def _folder(self) -> str:
+    return f"{STORE}{self._deleted}/"
+
+
+_messages = _Messages()
 
 
 def _integer(name: str, default: str | None = None) -> int:
