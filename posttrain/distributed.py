@@ -21,7 +21,7 @@ import pickle
 import re
 import signal
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as store  # The store has no public name.
@@ -170,7 +170,7 @@ def _leave(status: int) -> None:
   exits.leave(status)
 
 
-def on_first_host(function: Callable[[], T]) -> T:
+def on_first_host(function: Callable[[], T], *, wait: bool = True) -> T:
   """Calls a function on process 0 alone, and broadcasts its result.
 
   For what a host finds out by itself: a judge is asked once rather than once a
@@ -180,6 +180,8 @@ def on_first_host(function: Callable[[], T]) -> T:
 
   Args:
     function: needs no other host. What it returns is pickled.
+    wait: process 0 waits until all have the result. False: it goes on at once,
+      for results that come often, such as the calls that end in each chunk.
 
   Raises:
     Exception: what it raised there, on every host, so that none is left
@@ -193,8 +195,7 @@ def on_first_host(function: Callable[[], T]) -> T:
   # straggler, whose own time is longer than the others'.
   with sharding.waiting():
     if jax.process_index() != 0:
-      found, failure, is_mistake = pickle.loads(
-          _messages.exchange(None, wait=True))
+      found, failure, is_mistake = pickle.loads(_messages.receive())
       if failure is not None:
         if not is_mistake:
           mistakes.mark_as_none(failure)
@@ -205,30 +206,11 @@ def on_first_host(function: Callable[[], T]) -> T:
       outcome = pickle.dumps((found, None, False))
     except Exception as error:
       # The others must get an answer before this host leaves the call.
-      _messages.exchange(pickle.dumps((
+      _messages.send(pickle.dumps((
           None, _portable(error), mistakes.line(error) is not None)), wait=True)
       raise
-    _messages.exchange(outcome, wait=True)
+    _messages.send(outcome, wait=wait)
     return found
-
-
-def broadcast(value: T) -> T:
-  """Sends process 0's value to every host, which all call this equally often.
-
-  It is for values that come often, such as the calls of episodes that have
-  finished. Process 0 does not wait until the others have it; they wait for as
-  long as it takes.
-
-  Args:
-    value: is pickled; of other hosts than the first it is not looked at.
-  """
-  if jax.process_count() == 1:
-    return value
-  if jax.process_index() == 0:
-    _messages.exchange(pickle.dumps(value), wait=False)
-    return value
-  with sharding.waiting():
-    return pickle.loads(_messages.exchange(None, wait=False))
 
 
 def _portable(error: Exception) -> Exception:
@@ -249,52 +231,65 @@ class _Messages:
   Every host makes the same calls in the same order, so they count alike without
   talking to each other. A key may be deleted only when all have read it, and
   the store would grow with every message if none was. So all wait for each
-  other from time to time, and then process 0 deletes what was sent until then.
+  other from time to time, when a message says so, and then process 0 deletes
+  what was sent until then.
   """
 
   def __init__(self):
     self._number = 0  # No two messages may share a key.
-    self._deleted = 0  # Times at which all have waited for each other.
+    self._waits = 0  # Times at which all have waited for each other.
     self._unread = self._unread_bytes = 0
 
-  def exchange(self, content: bytes | None, *, wait: bool) -> bytes:
-    """Sends a message on process 0, and reads it on the others.
+  def send(self, content: bytes, *, wait: bool) -> None:
+    """Sends a message, on process 0.
 
     Args:
-      content: None on all hosts but the first.
-      wait: until all hosts have it; otherwise process 0 goes on at once, but
-        where too much is unread.
+      content: of any size.
+      wait: until all have read it; otherwise only where too much is unread.
     """
-    client, key = store.global_state.client, f"{self._folder}{self._number}/"
-    assert client is not None
-    self._number += 1
-    if content is not None:
-      parts = [content[i:i + PART] for i in range(0, len(content), PART)]
-      for number, part in enumerate(parts[1:], 1):
-        client.key_value_set_bytes(f"{key}{number}", part)
-      # A short message is one round trip: the count is with the first part.
-      client.key_value_set_bytes(
-          f"{key}0", len(parts).to_bytes(4) + b"".join(parts[:1]))
-    else:
-      read = lambda number: client.blocking_key_value_get_bytes(
-          f"{key}{number}", WAIT_MILLISECONDS)
-      first = read(0)
-      content = first[4:] + b"".join(
-          read(number) for number in range(1, int.from_bytes(first[:4])))
     self._unread += 1
     self._unread_bytes += len(content)
-    if (wait or self._unread >= MOST_UNREAD
-        or self._unread_bytes >= MOST_UNREAD_BYTES):
-      client.wait_at_barrier(key, WAIT_MILLISECONDS)
-      if jax.process_index() == 0:
-        client.key_value_delete(self._folder)
-      self._deleted += 1
-      self._unread = self._unread_bytes = 0
+    wait |= (self._unread >= MOST_UNREAD
+             or self._unread_bytes >= MOST_UNREAD_BYTES)
+    parts = [content[i:i + PART] for i in range(0, len(content), PART)]
+    for number, part in enumerate(parts[1:], 1):
+      self._client.key_value_set_bytes(f"{self._key}{number}", part)
+    # A short message is one round trip: what else it says is in its first part.
+    self._client.key_value_set_bytes(
+        f"{self._key}0", bytes([wait]) + len(parts).to_bytes(4) + parts[0])
+    self._end(wait)
+
+  def receive(self) -> bytes:
+    """Reads the next message, on the other hosts."""
+    read = lambda number: self._client.blocking_key_value_get_bytes(
+        f"{self._key}{number}", WAIT_MILLISECONDS)
+    first = read(0)
+    content = first[5:] + b"".join(
+        read(number) for number in range(1, int.from_bytes(first[1:5])))
+    self._end(bool(first[0]))
     return content
+
+  def _end(self, wait: bool) -> None:
+    if wait:
+      self._client.wait_at_barrier(self._key, WAIT_MILLISECONDS)
+      if jax.process_index() == 0:
+        self._client.key_value_delete(self._folder)
+      self._waits += 1
+      self._unread = self._unread_bytes = 0
+    self._number += 1
+
+  @property
+  def _client(self) -> Any:
+    assert store.global_state.client is not None
+    return store.global_state.client
 
   @property
   def _folder(self) -> str:
-    return f"{STORE}{self._deleted}/"
+    return f"{STORE}{self._waits}/"
+
+  @property
+  def _key(self) -> str:
+    return f"{self._folder}{self._number}/"
 
 
 _messages = _Messages()

@@ -1,4 +1,4 @@
-"""Prints what `distributed.broadcast` gives on each process, and how it waits.
+"""Prints what process 0 tells the other without waiting for it.
 
 Process 1 is slow to begin with, so that process 0 comes to be ahead of it.
 """
@@ -18,26 +18,37 @@ def keys() -> int:
       distributed.STORE))
 
 
+def tell(value):
+  return distributed.on_first_host(lambda: value, wait=False)
+
+
+def refuse():
+  raise ValueError("no more")
+
+
 def main():
   distributed.initialize()
   me = jax.process_index()
   distributed.on_first_host(lambda: None)  # Both are here.
   started = time.monotonic()
   time.sleep(1.5 * me)
-  few = [distributed.broadcast((n, me)) for n in range(10)]
+  few = [tell((n, me)) for n in range(10)]
   took = time.monotonic() - started
   print(f"process {me}: {few == [(n, 0) for n in range(10)]}, "
         f"at once {took < 1}", flush=True)
   same, most = True, 0
   for n in range(200):
     size = 3_000_000 if n % 100 == 7 else n
-    same &= distributed.broadcast((n, "x" * size)) == (n, "x" * size)
+    same &= tell((n, "x" * size)) == (n, "x" * size)
     if n % 50 == 0:
       same &= distributed.on_first_host(lambda n=n: n) == n
     if n % 10 == 0:
       most = max(most, keys())
   print(f"process {me}: {same}, few keys {most < 100}", flush=True)
-  distributed.on_first_host(lambda: None)
+  try:
+    distributed.on_first_host(refuse, wait=False)
+  except ValueError as error:
+    print(f"process {me}: {error}", flush=True)
   print(f"process {me}: {keys()} keys are left", flush=True)
   distributed.on_first_host(lambda: None)
 
