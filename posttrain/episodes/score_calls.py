@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from posttrain.episodes.protocol import Call, Gather, Result
+from posttrain.episodes.call import Call, Gather, Result
 from posttrain.tasks import loading, scoring
 from posttrain.tasks.scoring import Score
 

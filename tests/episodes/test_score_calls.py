@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain.episodes import score_calls
-from posttrain.episodes.protocol import Gather, Result
+from posttrain.episodes.call import Gather, Result
 from posttrain.tasks import loading, scoring
 from posttrain.tasks.scoring import Completion, Score
 

@@ -617,7 +617,8 @@ def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (["reason.rewards=tests.stages.toy:refuses"],
-     r"reason\.problems: The verifier refuses gives 0\.0 to problem 3's own"),
+     r"reason\.problems: The verifier tests.stages.toy:refuses gives 0\.0 to "
+     "problem 3's own"),
     (["reason.rollout.max_prompt_tokens=2"],
      r"reason\.problems: the prompt of problem 2 has 3 tokens, and rollout\."
      r"max_prompt_tokens allows 1 to 2; of 24 problems 8 do not fit"),
@@ -638,7 +639,7 @@ def test_completions_that_are_all_cut_off_stop_with_advice(tmp_path):
     (["measure.baseline=tests.stages.toy:constant"],
      r"The baseline tests.stages.toy:constant failed with TypeError"),
     (["measure.extract=tests.stages.toy:brevity"],
-     r"The extractor tests.stages.toy:brevity failed on problem 2000"),
+     r"extractor tests.stages.toy:brevity could not read problem 2000's own"),
 ])
 def test_what_is_wrong_with_a_problem_is_found_before_the_first_step(
     tmp_path, changes, message):
