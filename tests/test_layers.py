@@ -25,7 +25,7 @@ LAYERS = (
     ("config", "model", "data"),
     ("workdir", "sampler", "interop"),
     ("telemetry",),
-    ("train",),
+    ("train", "episodes"),
     ("rl", "weights"),
     ("programs",),
     ("stages",),

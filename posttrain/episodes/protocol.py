@@ -20,13 +20,18 @@ has `task.generator`, whose seed is the episode's ids.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from posttrain.episodes.call import Call, Gather, Result
 from posttrain.sampler.requests import Completion
 from posttrain.text.render import Renderer
+
+__all__ = [
+    "STOP_REASONS", "Call", "Episode", "Gather", "Generate", "MakeEpisode",
+    "Outcome", "Request", "Result", "Task", "Turn"]
 
 # Why an episode ended, in the order of their codes.
 STOP_REASONS = (
@@ -50,56 +55,6 @@ class Generate:
   parent: "Turn | None" = None
   n: int = 1
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class Gather(NamedTuple):
-  """Says which calls of several episodes are made as one.
-
-  Attributes:
-    key: equal for the calls that go together.
-    size: number of calls to wait for; 0: those that are there when the host
-      looks for calls to send, however many.
-  """
-
-  key: Hashable
-  size: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-  """Request for host work, in a worker process with a deadline.
-
-  Attributes:
-    function: "module:function" or "file.py:function". With `gather` it is
-      given one list, of the `args` of each call, and returns a list as long.
-    args, kwargs: pickled. The result must be JSON.
-    seconds: deadline; None: the stage's `workers.seconds`.
-    gather: makes it one call together with others.
-  """
-
-  function: str
-  args: tuple = ()
-  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  seconds: float | None = None
-  gather: Gather | None = None
-
-
-class Result(NamedTuple):
-  """Result of a call.
-
-  Attributes:
-    status: "ok", "timeout" or "error".
-    value: what the function returned; None if the status is not "ok".
-    reason: why there is no value, for people.
-    output: the beginning of what the call printed.
-    seconds: that it took in the worker.
-  """
-
-  status: str
-  value: Any = None
-  reason: str = ""
-  output: str = ""
-  seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,293 @@
+"""Workers: a pool of processes that makes calls of host code with deadlines.
+
+  with WorkerPool(Settings(num_workers=2)) as pool:
+    number = pool.submit(Call("my_rewards.py:reward", ("1 + 1", "2")))
+    while pool.pending:
+      for number, result in pool.poll(timeout=1.0):
+        ...
+
+One supervisor process forks the workers, so that neither copies the models of
+this process. A call may raise, hang, exit, crash, print without end or leave
+children: it has a status, and the next call a new worker. A call may be made
+twice: again on a new worker where a worker ended that had made others before.
+A worker is not a sandbox: a call may write files and use the network.
+
+A function may have two attributes, which workers heed. What they take does not
+count against the deadline of a call, but against one of two minutes.
+
+  prepare()                 is called once in a worker, behind the import; for
+                            modules that the function imports lazily
+  imports(*args, **kwargs)  names of functions that a call with these arguments
+                            will load with `tasks.loading`; imported, and
+                            prepared, before the call
+"""
+
+import contextlib
+import dataclasses
+import json
+import mmap
+import os
+import pickle
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from typing import IO
+
+from posttrain.episodes import frames, processes
+from posttrain.episodes.call import Call, Result
+from posttrain.episodes.supervisor import IMPORT_SECONDS, RUNNING
+
+MARK = "POSTTRAIN_WORKERS"  # Environment variable of all that a pool starts.
+ONE_THREAD = {f"{name}_NUM_THREADS": "1"
+              for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+MAX_FAILURES = 3
+CLOSE_SECONDS = 10
+_START = """
+import sys
+sys.path[:] = sys.argv[4:]
+from posttrain.episodes import supervisor
+supervisor.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Settings of a pool.
+
+  Attributes:
+    num_workers: calls that run at a time.
+    seconds: deadline of a call that names none.
+    memory_bytes: address space of a worker.
+    output_bytes: of what a call prints, how much is kept.
+  """
+
+  num_workers: int = 2
+  seconds: float = 10.0
+  memory_bytes: int = 4 * 2**30
+  output_bytes: int = 4096
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+  """Call that has no result yet; `alone`: it may have killed a supervisor."""
+
+  data: bytes
+  seconds: float
+  alone: bool = False
+
+
+class WorkerPool:
+  """Makes calls in worker processes. For one thread; a context manager."""
+
+  def __init__(
+      self, settings: Settings, log: Callable[[str], None] = lambda text: None):
+    """Starts the supervisor; does not wait for it.
+
+    Args:
+      settings: of the pool.
+      log: takes lines for people, about supervisors that ended.
+    """
+    self._settings = settings
+    self._log = log
+    self._number = 0
+    self._jobs: dict[int, _Job] = {}
+    self._unsent: list[int] = []
+    self._results: list[tuple[int, Result]] = []
+    self._failures = 0
+    self._start()
+
+  def __enter__(self) -> "WorkerPool":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  @property
+  def pending(self) -> int:
+    """Number of calls whose result `poll` has not returned."""
+    return len(self._jobs) + len(self._results)
+
+  def submit(self, call: Call) -> int:
+    """Submits a call; returns the number under which its result comes.
+
+    Arguments that cannot be pickled give the call the status "error".
+    """
+    self._number += 1
+    number = self._number
+    seconds = self._settings.seconds if call.seconds is None else call.seconds
+    try:
+      body = pickle.dumps((call.args, dict(call.kwargs)), protocol=5)
+      if len(body) > frames.MAX_JOB:
+        raise ValueError(f"{len(body)} bytes, more than {frames.MAX_JOB}")
+    except Exception as error:
+      self._results.append((number, Result(
+          "error", reason=f"The arguments of {call.function} cannot be sent to "
+          f"a worker: {type(error).__name__}: {error}"[:500])))
+      return number
+    self._jobs[number] = _Job(frames.encode(frames.Frame(
+        frames.JOB, number, seconds, call.function.encode(), body)), seconds)
+    self._unsent.append(number)
+    self._send()
+    return number
+
+  def poll(self, timeout: float = 0.0) -> list[tuple[int, Result]]:
+    """Returns results that have come, in the order in which the calls ended.
+
+    Args:
+      timeout: seconds to wait for the first one, if calls are pending.
+
+    Raises:
+      RuntimeError: the supervisor does not start.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+      self._receive()
+      left = deadline - time.monotonic()
+      if self._results or not self._jobs or left <= 0:
+        break
+      self._wait(min(left, 1.0))
+    found, self._results = self._results, []
+    return found
+
+  def cancel(self) -> None:
+    """Forgets all calls, and kills the workers that are making one."""
+    self._jobs.clear()
+    self._unsent.clear()
+    self._results.clear()
+    self._channel.send(frames.encode(frames.Frame(frames.CANCEL)))
+
+  def close(self) -> None:
+    """Ends the supervisor, its workers, and whatever these have started."""
+    self._jobs.clear()
+    self._unsent.clear()
+    self._stop()
+
+  # The supervisor.
+
+  def _start(self) -> None:
+    ours, theirs = socket.socketpair()
+    self._mark = uuid.uuid4().hex
+    with tempfile.TemporaryFile() as table, theirs:
+      size = RUNNING.size * self._settings.num_workers
+      table.truncate(size)
+      self._running = mmap.mmap(table.fileno(), size)
+      self._process = subprocess.Popen(
+          self._command(theirs, table), stdin=subprocess.DEVNULL,
+          stdout=subprocess.DEVNULL, start_new_session=True,
+          pass_fds=(theirs.fileno(), table.fileno()),
+          env={**os.environ, **ONE_THREAD, "JAX_PLATFORMS": "cpu",
+               MARK: self._mark})
+    self._channel = frames.Channel(ours, 2 * frames.MAX_JOB)
+    self._heard = self._asked = time.monotonic()
+
+  def _command(self, theirs: socket.socket, table: IO[bytes]) -> list[str]:
+    settings = json.dumps(dict(
+        num_workers=self._settings.num_workers,
+        memory_bytes=self._settings.memory_bytes,
+        output_bytes=self._settings.output_bytes))
+    return [sys.executable, "-c", _START, str(theirs.fileno()),
+            str(table.fileno()), settings, *(path or os.getcwd()
+                                             for path in sys.path)]
+
+  def _stop(self) -> None:
+    """Ends the supervisor; kills what it leaves."""
+    self._channel.close()
+    try:
+      self._process.wait(CLOSE_SECONDS)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+    self._kill_marked()
+    self._running.close()
+
+  def _kill_marked(self) -> None:
+    """Kills what a supervisor has left, as one that was killed itself does."""
+    deadline = time.monotonic() + CLOSE_SECONDS
+    while time.monotonic() < deadline:
+      left = processes.marked(MARK, self._mark)
+      if not left:
+        break
+      for pid in left:
+        processes.kill(pid)
+      time.sleep(0.002)
+
+  def _restart(self) -> None:
+    """Starts another supervisor; finds out which calls may have killed it."""
+    suspects = [
+        number for (number,) in RUNNING.iter_unpack(self._running[:])
+        if number in self._jobs]
+    self._stop()
+    status = self._process.returncode
+    if len(suspects) == 1:
+      del self._jobs[suspects[0]]
+      self._results.append((suspects[0], Result(
+          "error", reason="The call ended the supervisor of its worker, "
+          f"with status {status}.")))
+    for number in suspects:
+      if number in self._jobs:
+        self._jobs[number].alone = True
+    self._failures = 0 if suspects else self._failures + 1
+    if self._failures >= MAX_FAILURES:
+      raise RuntimeError(
+          f"The supervisor of the worker processes ended {self._failures} "
+          f"times in a row without a call, the last time with status {status}. "
+          "See what it printed above.")
+    self._log("the supervisor of the worker processes ended with status "
+              f"{status}; another one makes {len(self._jobs)} calls again")
+    self._start()
+    self._unsent = sorted(
+        self._jobs, key=lambda number: (not self._jobs[number].alone, number))
+    self._send()
+
+  # Messages.
+
+  def _send(self) -> None:
+    """Sends calls: all, or one by one those that may kill the supervisor."""
+    while self._unsent:
+      alone = [number for number in self._jobs if self._jobs[number].alone]
+      sent = len(self._jobs) - len(self._unsent)
+      if alone and sent:
+        return
+      number = self._unsent.pop(0)
+      self._channel.send(self._jobs[number].data)
+    self._channel.flush()
+
+  def _receive(self) -> None:
+    for frame in self._channel.receive():
+      self._heard = time.monotonic()
+      if frame.kind == frames.DONE and frame.number in self._jobs:
+        del self._jobs[frame.number]
+        self._failures = 0
+        self._results.append((frame.number, _result(frame)))
+    self._send()
+    if self._channel.closed:
+      self._restart()
+
+  def _wait(self, seconds: float) -> None:
+    """Waits until there is something to receive; asks if it still lives."""
+    write = [self._channel.socket] if self._channel.unsent else []
+    with contextlib.suppress(InterruptedError):
+      select.select([self._channel.socket], write, [], seconds)
+    now = time.monotonic()
+    longest = max(job.seconds for job in self._jobs.values())
+    if now - max(self._heard, self._asked) > 5:
+      self._asked = now
+      self._channel.send(frames.encode(frames.Frame(frames.PING)))
+    if now - self._heard > longest + IMPORT_SECONDS:
+      self._process.kill()
+
+
+def _result(frame: frames.Frame) -> Result:
+  output = frame.head.decode(errors="backslashreplace")
+  try:
+    status, value, reason = json.loads(frame.body)
+    return Result(status, value, reason, output, frame.seconds)
+  except (ValueError, TypeError, RecursionError) as error:
+    return Result(
+        "error", None, f"The result is not JSON: {error}"[:500], output,
+        frame.seconds)
