@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from posttrain.episodes.protocol import Call, Gather, Result
+from posttrain.episodes.call import Call, Gather, Result
+from posttrain.episodes.workers import WorkerPool
 from posttrain.tasks import loading, scoring
 from posttrain.tasks.scoring import Score
 
@@ -127,7 +128,7 @@ def of_results(results: Sequence[Sequence[Result]]) -> scoring.Scores:
 
 
 def check_gold(
-    name: str, problems: Sequence[Problem], pool: Any, *,
+    name: str, problems: Sequence[Problem], pool: WorkerPool, *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
   """Raises ValueError if a problem's own `gold` does not score 1.
@@ -160,7 +161,7 @@ def check_gold(
 
 
 def check_extract(
-    name: str, problems: Sequence[Problem], pool: Any, *,
+    name: str, problems: Sequence[Problem], pool: WorkerPool, *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
   """Raises ValueError if an extractor fails on a problem's own `gold`.
@@ -200,7 +201,7 @@ def _shown_gold(problem: Problem) -> str:
 
 
 def _in_order(
-    asked: Iterable[Call], pool: Any, convert: Callable[[Result], T],
+    asked: Iterable[Call], pool: WorkerPool, convert: Callable[[Result], T],
 ) -> Iterator[T]:
   """Makes calls, some ahead; yields what they gave in the calls' order.
 

@@ -113,6 +113,7 @@ def check(
       checks.check_arguments(name, loading.load_function(name), rows)
     check_prompts(context, rows, prompts_of)
     with worker_pool(context) as pool:
+      assert pool is not None  # Process 0 alone makes checks.
       score_calls.check_gold(
           rewards[0], rows, pool,
           progress=progress_of(context, "gold answers", len(rows)))

@@ -6,8 +6,10 @@ is late: math-verify's own time-out is a signal, which works in a main thread
 only and not inside C code.
 """
 
+import functools
+import logging
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LAYOUT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\b|\\[,!;: ]|[\s{}$~]")
 CLOCK = re.compile(r"([0-9]{1,2}):([0-9]{2})([ap])\.?m\.?", re.IGNORECASE)
@@ -75,14 +77,13 @@ class _NoGold(Exception):
 
 
 def _judge(gold: str, answer: str) -> Verdict:
-  import math_verify
   wanted = _parse(_spelled(gold))
   if all(isinstance(form, str) for form in wanted):
     raise _NoGold
   found = _parse(answer)
   if not found:
     return Verdict("unparseable", "")
-  same = math_verify.verify(
+  same = _math_verify().verify(
       wanted, found, timeout_seconds=None, raise_on_error=True)
   if not same and all(isinstance(form, str) for form in found):
     return Verdict("unparseable", "")
@@ -90,6 +91,14 @@ def _judge(gold: str, answer: str) -> Verdict:
 
 
 def _parse(text: str) -> list:
-  # Imported here, as it takes seconds: a run's own process never parses.
+  return _math_verify().parse(rf"\boxed{{{text}}}", parsing_timeout=None)
+
+
+@functools.cache
+def _math_verify() -> Any:
+  """Imports math-verify at the first comparison, since it takes long."""
   import math_verify
-  return math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None)
+
+  # At each call it warns that its time-out is off; records hold the output.
+  logging.getLogger("math_verify").setLevel(logging.ERROR)
+  return math_verify

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from posttrain.episodes import score_calls
-from posttrain.episodes.protocol import Gather, Result
+from posttrain.episodes import score_calls, workers
+from posttrain.episodes.call import Gather, Result
 from posttrain.tasks import loading, scoring
 from posttrain.tasks.scoring import Completion, Score
 
@@ -183,3 +183,27 @@ def test_an_extractor_reads_every_gold():
       "second could not read problem 2's own gold answer 'a', twice: error, "
       "IndexError")):
     score_calls.check_extract(HERE + "second", rows, Pool())
+
+
+def test_real_workers():
+  """Formulas by hand; one that never ends does not stop the others."""
+  reward = "posttrain.tasks.math500:reward"
+  asked = [("7", r"\boxed{7}"), ("7", r"\boxed{9^{9^{9^{9}}}}"),
+           ("7", r"\boxed{8}"), (r"\frac{1}{2}", r"so \boxed{0.5}"), ("7", "")]
+  found, jobs = {}, {}
+  with workers.WorkerPool(workers.Settings(seconds=1.0)) as pool:
+    score_calls.check_gold(
+        reward, [dict(id=1, gold=r"\boxed{x+1}", answer="1+x")], pool)
+    score_calls.check_extract(
+        "posttrain.tasks.gsm8k:extract", [dict(id=1, gold="#### 5")], pool)
+    for row, (answer, said) in enumerate(asked):
+      [call] = score_calls.calls(
+          [reward], dict(id=row, answer=answer), Completion(said), group=(0, 5))
+      jobs[pool.submit(call)] = row
+    while pool.pending:
+      found |= {jobs[job]: result for job, result in pool.poll(1.0)}
+  scores = [score_calls.score_of(found[row]) for row in range(len(asked))]
+  assert [score.status for score in scores] == [
+      "ok", "timeout", "ok", "ok", "ok"]
+  assert [score.value for score in scores] == [1, None, 0, 1, 0]
+  assert not any(found[row].output for row in range(len(asked)))
