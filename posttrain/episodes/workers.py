@@ -87,7 +87,8 @@ class WorkerPool:
     self._settings = settings
     self._log = log
     self._number = 0
-    self._jobs: dict[int, bytes] = {}  # Frames of calls without a result.
+    # Calls without a result: who asked, and the frame.
+    self._jobs: dict[int, tuple[str, bytes]] = {}
     self._unsent: collections.deque[int] = collections.deque()
     self._alone: set[int] = set()  # Calls that may have ended a supervisor.
     self._results: list[tuple[int, Result]] = []
@@ -105,10 +106,14 @@ class WorkerPool:
     """Number of calls whose result `poll` has not returned."""
     return len(self._jobs) + len(self._results)
 
-  def submit(self, call: Call) -> int:
+  def submit(self, call: Call, blame: str = "") -> int:
     """Submits a call; returns the number under which its result comes.
 
     Arguments that cannot be pickled give the call the status "error".
+
+    Args:
+      call: its `gather` is not looked at.
+      blame: names who asked, for the log.
     """
     self._number += 1
     number = self._number
@@ -122,7 +127,7 @@ class WorkerPool:
           "error", reason=f"The arguments of {call.function} cannot be sent to "
           f"a worker: {type(error).__name__}: {error}"[:500])))
       return number
-    self._jobs[number] = frames.encode(frames.Frame(
+    self._jobs[number] = blame or call.function, frames.encode(frames.Frame(
         frames.JOB, number, seconds, call.function.encode(), body))
     self._unsent.append(number)
     self._send()
@@ -211,17 +216,22 @@ class WorkerPool:
       time.sleep(0.002)
 
   def _restart(self) -> None:
-    """Starts another supervisor; finds out which calls may have killed it."""
-    suspects = [
+    """Starts another supervisor; finds out which call has ended the last one.
+
+    The calls that ran are made again, each alone. One that was alone is it.
+    """
+    suspects = {
         number for (number,) in RUNNING.iter_unpack(self._running[:])
-        if number in self._jobs]
+        if number in self._jobs}
     self._stop()
     status = self._process.returncode
-    if len(suspects) == 1:
-      self._finish(suspects[0], Result(
+    for number in suspects & self._alone:
+      self._log(f"{self._jobs[number][0]}: a call has ended the supervisor of "
+                "the worker processes, twice")
+      self._finish(number, Result(
           "error", reason="The call ended the supervisor of its worker, "
           f"with status {status}."))
-    self._alone.update(number for number in suspects if number in self._jobs)
+    self._alone |= suspects & self._jobs.keys()
     self._failures = 0 if suspects else self._failures + 1
     if self._failures >= MAX_FAILURES:
       raise RuntimeError(
@@ -241,7 +251,7 @@ class WorkerPool:
     """Sends calls: one by one those that may end the supervisor, then all."""
     while self._unsent and not (
         self._alone and len(self._unsent) < len(self._jobs)):
-      self._channel.send(self._jobs[self._unsent.popleft()])
+      self._channel.send(self._jobs[self._unsent.popleft()][1])
     self._channel.flush()
 
   def _receive(self) -> None:
