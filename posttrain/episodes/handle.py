@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from posttrain.episodes import frames, processes, worker
@@ -125,13 +126,18 @@ def fork(
   read, write = os.pipe()
   pid = os.fork()
   if not pid:
-    os.close(signal.set_wakeup_fd(-1))
-    for number in (signal.SIGCHLD, signal.SIGHUP):
-      signal.signal(number, signal.SIG_DFL)
-    close()
-    ours.close()
-    os.close(read)
-    worker.serve(theirs, write, memory_bytes=memory_bytes, preload=preload)
+    try:
+      os.close(signal.set_wakeup_fd(-1))
+      for number in (signal.SIGCHLD, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+      close()
+      ours.close()
+      os.close(read)
+      worker.serve(theirs, write, memory_bytes=memory_bytes, preload=preload)
+    except BaseException:
+      traceback.print_exc()
+    finally:
+      os._exit(1)
   theirs.close()
   os.close(write)
   os.set_blocking(read, False)

@@ -50,6 +50,7 @@ def serve(
     _Worker(sock, output, memory_bytes, preload).run()
   except BaseException:
     traceback.print_exc()
+    sys.stderr.flush()
   finally:
     os._exit(1)
 
@@ -105,6 +106,8 @@ class _Worker:
       self._send(frames.Frame(
           frames.DONE if clean else frames.LAST, frame.number, seconds,
           body=_encoded(*answer)))
+      while not clean:
+        signal.pause()  # To be killed.
 
   def _leave(self) -> None:
     """Makes a forked child an ordinary process."""
