@@ -15,14 +15,14 @@ from posttrain import distributed
 from posttrain.episodes.protocol import Call, Gather, Result
 
 Event = tuple[int, Result]  # Number of a call, and its result.
-Member = tuple[int, Call, str]  # Its number, and who asked.
+Member = tuple[int, Call]  # With its number.
 Share = Callable[[Callable[[], list[Event]]], list[Event]]
 
 
 class Pool(Protocol):
   """Worker processes, see `workers.WorkerPool`."""
 
-  def submit(self, call: Call, blame: str = "") -> int: ...
+  def submit(self, call: Call) -> int: ...
 
   def poll(self, timeout: float = 0.0) -> list[Event]: ...
 
@@ -49,28 +49,28 @@ class Calls:
     self._sent: dict[int, list[Member]] = {}
     self._numbers: dict[int, int] = {}  # The same, by the pool's numbers.
     self._gathers: dict[Gather, list[Member]] = {}
-    self._refused: dict[int, Result] = {}  # Calls that cannot be sent.
+    self._refused: dict[int, Result] = {}  # Calls that cannot be made.
 
-  def submit(self, call: Call, blame: str = "") -> int:
+  def submit(self, call: Call) -> int:
     """Queues a call and returns its number, the same on every host.
 
     A call that cannot be made is not raised: it ends as an error.
-
-    Args:
-      call: what is called.
-      blame: names who asked, for messages.
     """
     number = self._next
     self._next += 1
     if call.gather is None:
-      self._send([(number, call, blame)])
+      self._send([(number, call)])
       return number
-    members = self._gathers.setdefault(call.gather, [])
-    wrong = _contradiction(call, members)
+    try:
+      members = self._gathers.setdefault(call.gather, [])
+      wrong = _contradiction(call, members)
+    except TypeError as error:  # The key has no hash.
+      wrong = f"The key of a gather: {error}."
     if wrong:
-      self._refuse([(number, call, blame)], wrong)
+      self._sent[number] = [(number, call)]
+      self._refused[number] = Result("error", reason=wrong)
       return number
-    members.append((number, call, blame))
+    members.append((number, call))
     if len(members) == call.gather.size:
       self._send(self._gathers.pop(call.gather))
     return number
@@ -110,22 +110,11 @@ class Calls:
 
   def _send(self, members: list[Member]) -> None:
     """Gives one call, or several that are made as one, to the workers."""
-    first, _, blame = members[0]
+    first, _ = members[0]
     self._sent[first] = members
     if self._pool:
-      try:
-        number = self._pool.submit(
-            self._joined([call for _, call, _ in members]), blame)
-      except Exception as error:  # Its arguments cannot be pickled.
-        self._refuse(members, f"{type(error).__name__}: {error}")
-      else:
-        self._numbers[number] = first
-
-  def _refuse(self, members: list[Member], reason: str) -> None:
-    """Ends what cannot be sent; on process 0 it is enough to know it."""
-    first, _, _ = members[0]
-    self._sent[first] = members
-    self._refused[first] = Result("error", reason=reason)
+      self._numbers[self._pool.submit(
+          self._joined([call for _, call in members]))] = first
 
   def _joined(self, calls: Sequence[Call]) -> Call:
     """Makes one call of several; its deadline is the sum of theirs."""
@@ -149,7 +138,7 @@ class Calls:
 
 def _contradiction(call: Call, members: Sequence[Member]) -> str:
   """Says why a call cannot be made as one with the others, or ""."""
-  for _, other, _ in members[:1]:
+  for _, other in members[:1]:
     for name in ("function", "kwargs"):
       found, needed = getattr(call, name), getattr(other, name)
       if found != needed:
@@ -161,8 +150,8 @@ def _contradiction(call: Call, members: Sequence[Member]) -> str:
 
 def _split(members: Sequence[Member], result: Result) -> list[Event]:
   """Gives each member of a call its own result."""
-  numbers = [number for number, _, _ in members]
-  _, call, _ = members[0]
+  numbers = [number for number, _ in members]
+  _, call = members[0]
   if call.gather is None:
     return [(numbers[0], result)]
   values, seconds = result.value, result.seconds / len(members)
