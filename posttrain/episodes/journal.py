@@ -18,15 +18,17 @@ made with. A line that a kill has cut off is the last, and is dropped.
 """
 
 import hashlib
+import io
 import json
 import os
 import pathlib
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from posttrain.episodes.protocol import Call, Result
+from posttrain.workdir import StorageError
 
 Event = tuple[int, Result]  # Number of a call, and its result.
 
@@ -67,7 +69,7 @@ class Journal:
     self.path = path
     self._made_with = json.loads(json.dumps(made_with))
     self._say, self._check = say, check
-    self._file: BinaryIO | None = None
+    self._file: io.FileIO | None = None
     self._size, self._entries = self._read()
     self._answers = {
         number: digest for entry in self._entries
@@ -116,7 +118,11 @@ class Journal:
     return events
 
   def write(self, events: list[Event]) -> None:
-    """Writes down what has ended at this moment, and goes on to the next."""
+    """Writes down what has ended at this moment, and goes on to the next.
+
+    Raises:
+      StorageError: the file cannot be written; the disk may be full.
+    """
     moment, self._moment = self._moment, self._moment + 1
     if events:
       self._append({"moment": moment, "events": [
@@ -157,18 +163,23 @@ class Journal:
 
   def _append(self, line: Mapping[str, Any]) -> None:
     self._check()
-    if self._file is None:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      self._file = self.path.open("ab")
-      # Behind the whole lines; a file of other settings is begun anew.
-      self._file.truncate(self._size)
-      if not self._size:
-        self._file.write(_line(self._made_with))
-    self._file.write(_line(line))
-    # The kernel keeps it when the process is killed. After a power cut the
-    # lines may be missing, and the calls are made again: nothing that was made
-    # of them is on the disk either.
-    self._file.flush()
+    try:
+      if self._file is None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not buffered: what the kernel has is kept when the process is killed.
+        # After a power cut it may be missing, and the calls are made again:
+        # nothing that was made of them is on the disk either.
+        self._file = self.path.open("ab", buffering=0)
+        # Behind the whole lines; a file of other settings is begun anew.
+        self._file.truncate(self._size)
+        if not self._size:
+          _write(self._file, _line(self._made_with))
+      _write(self._file, _line(line))
+    except OSError as error:
+      raise StorageError(
+          f"{self.path} could not be written: {error.strerror}. Is the disk "
+          "full? Checkpoints are untouched, and the same command goes on."
+      ) from error
 
 
 def digest_of(call: Call) -> str:
@@ -185,6 +196,11 @@ def remove(path: pathlib.Path) -> None:
   path.unlink(missing_ok=True)
   if path.parent.exists() and not any(path.parent.iterdir()):
     os.rmdir(path.parent)
+
+
+def _write(file: io.FileIO, content: bytes) -> None:
+  while content:  # A disk that is nearly full takes a part.
+    content = content[file.write(content):]
 
 
 def _line(content: Any) -> bytes:

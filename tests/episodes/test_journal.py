@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from posttrain import workdir
 from posttrain.episodes import journal
 from posttrain.episodes.protocol import Call, Result
 
@@ -182,6 +184,26 @@ def test_the_writer_is_asked_first(tmp_path):
   with pytest.raises(RuntimeError, match="another run"):
     book.write([(0, Result("ok", 1))])
   assert not path.exists()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+  """And what was written before is there."""
+  path = tmp_path / "journal"
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  book = journal.Journal(path, {})
+  for number in range(3):
+    book.knows(number, CALLS[number])
+  book.write([(0, Result("ok", 1))])
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    with pytest.raises(workdir.StorageError, match="journal could not be wr"):
+      book.write([(1, Result("ok", "x" * 1000))])
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  book.close()
+  assert path.stat().st_size == 500
+  book = journal.Journal(path, {})
+  assert [book.knows(n, CALLS[n]) for n in range(3)] == [True, False, False]
 
 
 WRITER = """
