@@ -11,7 +11,6 @@ that is begun again is told it again, and those calls are not made.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -33,13 +32,21 @@ class Pool(Protocol):
   def cancel(self) -> None: ...
 
 
+def on_first_host(find: Callable[[], list[Event]]) -> list[Event]:
+  """Calls a function on process 0, and gives its result to all hosts.
+
+  It is after each chunk: process 0 does not wait until the others have it.
+  """
+  return distributed.on_first_host(find, wait=False)
+
+
 class Calls:
   """Calls of a batch of episodes, and what has become of them."""
 
   def __init__(
       self, pool: Pool | None, *, seconds: float = 10.0,
       journal: Journal | None = None,
-      share: Share = functools.partial(distributed.on_first_host, wait=False),
+      share: Share = on_first_host,
   ):
     """Takes the workers.
 

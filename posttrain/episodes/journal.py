@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from posttrain.episodes.protocol import Call, Result
+from posttrain.episodes.call import Call, Result
 from posttrain.workdir import StorageError
 
 Event = tuple[int, Result]  # Number of a call, and its result.

@@ -12,7 +12,7 @@ import pytest
 
 from posttrain import workdir
 from posttrain.episodes import journal
-from posttrain.episodes.protocol import Call, Result
+from posttrain.episodes.call import Call, Result
 
 MADE_WITH = {"seed": 3, "section": {"rewards": ["a:b"], "rate": 1e-6}}
 CALLS = [Call("tasks:judge", ({"id": n}, "text")) for n in range(6)]
@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
 WRITER = """
 import itertools, pathlib, sys
 from posttrain.episodes import journal
-from posttrain.episodes.protocol import Call, Result
+from posttrain.episodes.call import Call, Result
 book = journal.Journal(pathlib.Path(sys.argv[1]), {})
 for number in itertools.count():
   book.knows(number, Call("a:b", (number,)))

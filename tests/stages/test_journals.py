@@ -5,7 +5,7 @@ import types
 import pytest
 
 from posttrain import leftovers, workdir
-from posttrain.episodes.protocol import Call, Result
+from posttrain.episodes.call import Call, Result
 from posttrain.stages import facts, journals
 
 
