@@ -5,6 +5,9 @@ process 0 has workers. `events` gives the calls that have ended, in one order
 for all hosts: process 0's list is broadcast.
 
 Calls with a `Gather` wait for each other and are then made as one.
+
+With a journal process 0 writes down what has ended before it tells it. A batch
+that is begun again is told it again, and those calls are not made.
 """
 
 import dataclasses
@@ -12,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from posttrain import distributed
+from posttrain.episodes.journal import Event, Journal
 from posttrain.episodes.protocol import Call, Gather, Result
 
-Event = tuple[int, Result]  # Number of a call, and its result.
-Member = tuple[int, Call, str]  # Its number, and who asked.
+Member = tuple[int, Call]  # With its number.
 Share = Callable[[Callable[[], list[Event]]], list[Event]]
 
 
@@ -29,48 +32,63 @@ class Pool(Protocol):
   def cancel(self) -> None: ...
 
 
+def on_first_host(find: Callable[[], list[Event]]) -> list[Event]:
+  """Calls a function on process 0, and gives its result to all hosts.
+
+  It is after each chunk: process 0 does not wait until the others have it.
+  """
+  return distributed.on_first_host(find, wait=False)
+
+
 class Calls:
-  """Calls of all episodes of a run, and what has become of them."""
+  """Calls of a batch of episodes, and what has become of them."""
 
   def __init__(
       self, pool: Pool | None, *, seconds: float = 10.0,
-      share: Share = distributed.on_first_host,
+      journal: Journal | None = None,
+      share: Share = on_first_host,
   ):
     """Takes the workers.
 
     Args:
       pool: on process 0. Without one each call ends as an error.
       seconds: deadline of a call that has none.
+      journal: on process 0, of the batch; the caller closes it.
       share: calls a function on process 0, and gives its result to all hosts.
     """
     self._pool, self._seconds, self._share = pool, seconds, share
+    self._journal = journal
     self._next = 0
     # What is with the workers, by the number of its first call.
     self._sent: dict[int, list[Member]] = {}
     self._numbers: dict[int, int] = {}  # The same, by the pool's numbers.
     self._gathers: dict[Gather, list[Member]] = {}
-    self._refused: dict[int, Result] = {}  # Calls that cannot be sent.
+    self._refused: dict[int, Result] = {}  # Calls that cannot be made.
+    # Calls whose results are in the journal, and what has ended before its
+    # moment: while it is replayed nothing else is told.
+    self._known: dict[int, Call] = {}
+    self._early: list[Event] = []
 
-  def submit(self, call: Call, blame: str = "") -> int:
+  def submit(self, call: Call) -> int:
     """Queues a call and returns its number, the same on every host.
 
     A call that cannot be made is not raised: it ends as an error.
-
-    Args:
-      call: what is called.
-      blame: names who asked, for messages.
     """
     number = self._next
     self._next += 1
     if call.gather is None:
-      self._send([(number, call, blame)])
+      self._send([(number, call)])
       return number
-    members = self._gathers.setdefault(call.gather, [])
-    wrong = _contradiction(call, members)
+    try:
+      members = self._gathers.setdefault(call.gather, [])
+      wrong = _contradiction(call, members)
+    except TypeError as error:  # The key has no hash.
+      wrong = f"The key of a gather: {error}."
     if wrong:
-      self._refuse([(number, call, blame)], wrong)
+      self._sent[number] = [(number, call)]
+      self._refused[number] = Result("error", reason=wrong)
       return number
-    members.append((number, call, blame))
+    members.append((number, call))
     if len(members) == call.gather.size:
       self._send(self._gathers.pop(call.gather))
     return number
@@ -93,7 +111,7 @@ class Calls:
     events: list[Event] = []
     for first, result in self._share(lambda: self._poll(seconds)):
       events += _split(self._sent.pop(first), result)
-      self._refused.pop(first, None)
+      self._refused.pop(first, None)  # Of other hosts.
     return events
 
   @property
@@ -105,27 +123,25 @@ class Calls:
     """Forgets all calls, and ends those that run."""
     self._sent, self._numbers = {}, {}
     self._gathers, self._refused = {}, {}
+    self._known, self._early = {}, []
     if self._pool:
       self._pool.cancel()
 
   def _send(self, members: list[Member]) -> None:
     """Gives one call, or several that are made as one, to the workers."""
-    first, _, _ = members[0]
+    first, _ = members[0]
     self._sent[first] = members
-    if self._pool:
-      try:
-        number = self._pool.submit(
-            self._joined([call for _, call, _ in members]))
-      except Exception as error:  # Its arguments cannot be pickled.
-        self._refuse(members, f"{type(error).__name__}: {error}")
-      else:
-        self._numbers[number] = first
+    if not self._pool:
+      return
+    call = self._joined([call for _, call in members])
+    if self._journal and self._journal.knows(first, call):
+      self._known[first] = call
+    else:
+      self._make(first, call)
 
-  def _refuse(self, members: list[Member], reason: str) -> None:
-    """Ends what cannot be sent; on process 0 it is enough to know it."""
-    first, _, _ = members[0]
-    self._sent[first] = members
-    self._refused[first] = Result("error", reason=reason)
+  def _make(self, first: int, call: Call) -> None:
+    assert self._pool
+    self._numbers[self._pool.submit(call)] = first
 
   def _joined(self, calls: Sequence[Call]) -> Call:
     """Makes one call of several; its deadline is the sum of theirs."""
@@ -137,19 +153,39 @@ class Calls:
         seconds=sum(each.seconds or self._seconds for each in calls))
 
   def _poll(self, seconds: float) -> list[Event]:
-    """Asks the workers, on process 0."""
+    """Finds what has ended, on process 0."""
     if self._pool is None:
       return [(first, Result("error", reason="There are no workers."))
               for first in self._sent]
-    refused = [*self._refused.items()]
-    return refused + [
-        (self._numbers.pop(number), result)
-        for number, result in self._pool.poll(0.0 if refused else seconds)]
+    # The same each time that a batch is begun: no journal is needed.
+    refused, self._refused = [*self._refused.items()], {}
+    if self._journal is None:
+      return refused + self._ended(0.0 if refused else seconds)
+    if self._journal.replays:
+      self._early += self._ended(0.0)
+      replayed = self._journal.replay()
+      for first, _ in replayed:
+        del self._known[first]
+      return refused + replayed
+
+    # Left over where the journal turned out to be of other calls.
+    for first, call in self._known.items():
+      self._make(first, call)
+    early, self._known, self._early = self._early, {}, []
+    events = early + self._ended(0.0 if refused or early else seconds)
+    self._journal.write(events)
+    return refused + events
+
+  def _ended(self, seconds: float) -> list[Event]:
+    """Asks the workers."""
+    assert self._pool
+    return [(self._numbers.pop(number), result)
+            for number, result in self._pool.poll(seconds)]
 
 
 def _contradiction(call: Call, members: Sequence[Member]) -> str:
   """Says why a call cannot be made as one with the others, or ""."""
-  for _, other, _ in members[:1]:
+  for _, other in members[:1]:
     for name in ("function", "kwargs"):
       found, needed = getattr(call, name), getattr(other, name)
       if found != needed:
@@ -161,8 +197,8 @@ def _contradiction(call: Call, members: Sequence[Member]) -> str:
 
 def _split(members: Sequence[Member], result: Result) -> list[Event]:
   """Gives each member of a call its own result."""
-  numbers = [number for number, _, _ in members]
-  _, call, _ = members[0]
+  numbers = [number for number, _ in members]
+  _, call = members[0]
   if call.gather is None:
     return [(numbers[0], result)]
   values, seconds = result.value, result.seconds / len(members)
