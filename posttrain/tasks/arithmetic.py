@@ -6,13 +6,16 @@ length of an expression bounds the work.
 
 import ast
 import operator
+from collections.abc import Callable
 from fractions import Fraction
 
 MOST_CHARACTERS = 200
 LARGEST = 10**15  # Of every value on the way.
-OPERATORS = {
+UNARY: dict[type, Callable[[Fraction], Fraction]] = {
+    ast.UAdd: operator.pos, ast.USub: operator.neg}
+BINARY: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+    ast.Div: operator.truediv}
 
 
 def evaluate_last(
@@ -71,10 +74,10 @@ def _value(node: ast.expr) -> Fraction:
     case ast.Constant(value=int() | float() as number):
       # Its shortest spelling, which is what was written: 0.1 is a tenth.
       value = Fraction(repr(number))
-    case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-      value = OPERATORS[type(op)](_value(operand))
-    case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-      value = OPERATORS[type(op)](_value(left), _value(right))
+    case ast.UnaryOp(op=op, operand=operand) if type(op) in UNARY:
+      value = UNARY[type(op)](_value(operand))
+    case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+      value = BINARY[type(op)](_value(left), _value(right))
     case _:
       raise ValueError("it may have numbers, + - * / and parentheses")
   if abs(value) > LARGEST:

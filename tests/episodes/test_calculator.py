@@ -12,7 +12,6 @@ from posttrain.episodes.calls import Calls
 from posttrain.episodes.driver import Driver
 from posttrain.episodes.protocol import is_multi_turn, make_tasks
 from posttrain.episodes.workers import Settings, WorkerPool
-from posttrain.sampler import rollouts
 from posttrain.text import render, symbols
 from tests import meshes
 from tests.episodes import scene

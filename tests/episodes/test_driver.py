@@ -201,7 +201,8 @@ def test_hosts_replay_one_list_of_events():
     assert one.calls == two.calls and one.scores == two.scores
     assert one.scores["max"].status == "ok"
     for a, b in zip(one.turns, two.turns, strict=True):
-      np.testing.assert_array_equal(a.completion.logprobs, b.completion.logprobs)
+      np.testing.assert_array_equal(
+          a.completion.logprobs, b.completion.logprobs)
 
 
 def test_scores_are_made_while_others_decode():
