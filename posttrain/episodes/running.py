@@ -21,7 +21,6 @@ class Running:
   """Running episode.
 
   Attributes:
-    index: its place among the tasks.
     task: what it was given.
     turns, calls: what it has asked for; None where that is not there yet.
     outcome: how it ended; None while it goes on.
@@ -30,8 +29,8 @@ class Running:
     scores: after its end, results by name.
   """
 
-  def __init__(self, index: int, task: Task, make: Callable[[], Episode]):
-    self.index, self.task = index, task
+  def __init__(self, task: Task, make: Callable[[], Episode]):
+    self.task = task
     self.turns: list[Turn | None] = []
     self.calls: list[Result | None] = []
     self.outcome: Outcome | None = None
