@@ -95,7 +95,7 @@ class Running:
 
   @property
   def places(self) -> Iterable[tuple[Generate | Call, range]]:
-    """What it has asked for last, and the places of the results."""
+    """Lists what it has asked for last, with the places of the results."""
     return self._asked
 
   def ids(self, generate: Generate) -> list[tuple[int, int]]:
