@@ -70,12 +70,17 @@ def zombies():
   return count
 
 
-def test_results_come_back_with_what_was_printed():
-  with WorkerPool(SETTINGS) as pool:
-    found = make(
-        pool, ADD, Call("builtins:print", ("said",)),
-        Call("os:system", ("echo by a child; echo more >&2",)),
-        Call("builtins:dict", kwargs={"a": [1, None, "é"]}))
+@pytest.fixture(scope="module")
+def pool():
+  with WorkerPool(SETTINGS) as made:
+    yield made
+
+
+def test_results_come_back_with_what_was_printed(pool):
+  found = make(
+      pool, ADD, Call("builtins:print", ("said",)),
+      Call("os:system", ("echo by a child; echo more >&2",)),
+      Call("builtins:dict", kwargs={"a": [1, None, "é"]}))
   assert [result.status for result in found] == ["ok"] * 4
   assert [result.value for result in found] == [
       3, None, 0, {"a": [1, None, "é"]}]
@@ -107,12 +112,11 @@ def test_seventeen_hostile_calls_harm_no_other(monkeypatch):
   assert not mine()
 
 
-def test_reasons_say_what_happened():
-  with WorkerPool(SETTINGS) as pool:
-    raises, leaves, at_once, crashes, closes, hangs = make(pool, *(
-        Call(HOSTILE + name, seconds=0.5) for name in (
-            "raises", "leaves", "leaves_at_once", "crashes",
-            "closes_descriptors", "hangs")))
+def test_reasons_say_what_happened(pool):
+  raises, leaves, at_once, crashes, closes, hangs = make(pool, *(
+      Call(HOSTILE + name, seconds=0.5) for name in (
+          "raises", "leaves", "leaves_at_once", "crashes",
+          "closes_descriptors", "hangs")))
   assert raises.reason == "KeyError: 'no such key'"
   assert 'raise KeyError("no such key")' in raises.output  # The traceback.
   assert leaves.reason == "SystemExit: 0"
@@ -191,17 +195,16 @@ def test_imports_have_a_deadline_of_their_own(tmp_path):
   assert max(result.seconds for result in found) < 0.3
 
 
-def test_what_cannot_be_sent_is_an_error_of_that_call():
+def test_what_cannot_be_sent_is_an_error_of_that_call(pool):
   deep = []
   for _ in range(10**4):
     deep = [deep]
-  with WorkerPool(SETTINGS) as pool:
-    found = make(
-        pool, Call("builtins:repr", (lambda: 0,)), Call("builtins:set"),
-        Call("operator:mul", ("x", frames.MAX_RESULT)),
-        Call("no_module:f"), Call("operator:no_function"), Call("no name"),
-        Call("builtins:len", (deep,)), Call("operator:mul", ("x", 10**6)),
-        Call("builtins:len", (bytes(2**23),)))
+  found = make(
+      pool, Call("builtins:repr", (lambda: 0,)), Call("builtins:set"),
+      Call("operator:mul", ("x", frames.MAX_RESULT)),
+      Call("no_module:f"), Call("operator:no_function"), Call("no name"),
+      Call("builtins:len", (deep,)), Call("operator:mul", ("x", 10**6)),
+      Call("builtins:len", (bytes(2**23),)))
   assert [result.status for result in found] == ["error"] * 7 + ["ok"] * 2
   assert [result.value for result in found[-2:]] == ["x" * 10**6, 2**23]
   for result, words in zip(found, (
@@ -219,6 +222,7 @@ def test_memory_is_limited():
   assert added.value == 3
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_start_end_the_run(monkeypatch, capfd):
   monkeypatch.setattr(workers, "_START", workers._START.replace(
       "import supervisor",
@@ -229,25 +233,23 @@ def test_workers_that_do_not_start_end_the_run(monkeypatch, capfd):
   assert "5 worker processes in a row did not start" in capfd.readouterr().err
 
 
-def test_output_belongs_to_the_call_that_printed_it():
+def test_output_belongs_to_the_call_that_printed_it(pool):
   """Also where calls are sent ahead, and where workers are replaced."""
   says = [Call("builtins:print", (number,)) for number in range(300)]
   for at in range(20, 300, 40):
     says[at] = Call("os:system", (f"echo {at}; sleep 600 &",))
-  with WorkerPool(SETTINGS) as pool:
-    found = make(pool, *says)
+  found = make(pool, *says)
   assert [result.output for result in found] == [
       f"{number}\n" for number in range(300)]
 
 
-def test_a_call_is_not_kept_waiting_behind_a_slow_one():
-  with WorkerPool(SETTINGS) as pool:
-    make(pool, *[ADD] * 50)  # The workers are quick: calls are sent ahead.
-    slow = pool.submit(Call("time:sleep", (0.5,)))
-    others = {pool.submit(ADD) for _ in range(20)}
-    ended = []
-    while pool.pending:
-      ended += pool.poll(1.0)
+def test_a_call_is_not_kept_waiting_behind_a_slow_one(pool):
+  make(pool, *[ADD] * 50)  # The workers are quick: calls are sent ahead.
+  slow = pool.submit(Call("time:sleep", (0.5,)))
+  others = {pool.submit(ADD) for _ in range(20)}
+  ended = []
+  while pool.pending:
+    ended += pool.poll(1.0)
   assert ended[-1][0] == slow
   assert {number for number, _ in ended[:-1]} == others
 
@@ -301,6 +303,7 @@ def test_a_call_that_kills_the_supervisor_is_found(monkeypatch):
   assert not mine()
 
 
+@pytest.mark.slow
 def test_a_call_that_stops_the_supervisor_is_found(monkeypatch):
   monkeypatch.setattr(workers, "ASK_SECONDS", 0.2)
   monkeypatch.setattr(workers, "SILENT_SECONDS", 0.5)
@@ -316,17 +319,17 @@ def test_a_supervisor_that_does_not_start_ends_the_run(monkeypatch):
     make(pool, ADD)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_changes_no_result(number, monkeypatch):
-  """As a launcher or a scheduler sends it when a run is to end."""
+def test_signals_to_all_change_no_result(monkeypatch):
+  """As a launcher or a scheduler sends them when a run is to end."""
   mine = of_pool(monkeypatch)
   with WorkerPool(SETTINGS) as pool:
     make(pool, ADD)
     asked = {pool.submit(Call("time:sleep", (0.3,))) for _ in range(2)}
     time.sleep(0.1)
     before = sorted(mine())
-    for pid in before:
-      os.kill(pid, number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      for pid in before:
+        os.kill(pid, number)
     ended = []
     while pool.pending:
       ended += pool.poll(1.0)
