@@ -187,8 +187,8 @@ class WorkerPool:
         memory_bytes=self._settings.memory_bytes,
         output_bytes=self._settings.output_bytes))
     return [sys.executable, "-c", _START, str(theirs.fileno()),
-            str(table.fileno()), settings, *(path or os.getcwd()
-                                             for path in sys.path)]
+            str(table.fileno()), settings,
+            *(os.fspath(path) or os.getcwd() for path in sys.path)]
 
   def _stop(self) -> None:
     """Ends the supervisor; kills what it leaves."""
