@@ -16,7 +16,7 @@ from tests.episodes import hostile
 
 HOSTILE = "tests.episodes.hostile:"
 MARK = "POSTTRAIN_TEST_OF_WORKERS"
-SETTINGS = Settings(num_workers=2, seconds=1.0)
+SETTINGS = Settings(num_workers=2)  # Ten seconds: machines may be busy.
 ADD = Call("operator:add", (1, 2))
 
 
@@ -91,8 +91,9 @@ def test_results_come_back_with_what_was_printed(pool):
 def test_seventeen_hostile_calls_harm_no_other(monkeypatch):
   mine = of_pool(monkeypatch)
   with WorkerPool(SETTINGS) as pool:
-    calls = [Call(HOSTILE + function.__name__)
-             for function in hostile.SEVENTEEN]
+    calls = [Call(HOSTILE + function.__name__,
+                  seconds=0.7 if status == "timeout" else None)
+             for function, status in hostile.SEVENTEEN.items()]
     found = make(pool, *[call for each in calls for call in (each, ADD)])
     # A supervisor and two workers: orphans are killed, children are reaped.
     assert eventually(lambda: len(mine()) == 3), mine()
@@ -114,9 +115,9 @@ def test_seventeen_hostile_calls_harm_no_other(monkeypatch):
 
 def test_reasons_say_what_happened(pool):
   raises, leaves, at_once, crashes, closes, hangs = make(pool, *(
-      Call(HOSTILE + name, seconds=0.5) for name in (
-          "raises", "leaves", "leaves_at_once", "crashes",
-          "closes_descriptors", "hangs")))
+      Call(HOSTILE + name, seconds=0.5 if name == "hangs" else None)
+      for name in ("raises", "leaves", "leaves_at_once", "crashes",
+                   "closes_descriptors", "hangs")))
   assert raises.reason == "KeyError: 'no such key'"
   assert 'raise KeyError("no such key")' in raises.output  # The traceback.
   assert leaves.reason == "SystemExit: 0"
@@ -124,7 +125,7 @@ def test_reasons_say_what_happened(pool):
   assert crashes.reason == "The worker was killed by SIGSEGV."
   assert "lost its connection" in closes.reason
   assert hangs.reason == "more than 0.5 s"
-  assert 0.5 <= hangs.seconds < 1.0
+  assert 0.5 <= hangs.seconds < 2.0
 
 
 def test_nothing_is_left_after_200_calls(monkeypatch):
@@ -148,20 +149,19 @@ def test_nothing_is_left_after_200_calls(monkeypatch):
 
 def test_a_deadline_counts_from_the_start_of_its_call():
   """Five calls of 0.2 s on one worker: the last one starts after 0.8 s."""
-  with WorkerPool(Settings(num_workers=1, seconds=0.7)) as pool:
+  with WorkerPool(Settings(num_workers=1, seconds=0.8)) as pool:
     found = make(pool, *[Call("time:sleep", (0.2,))] * 5,
-                 Call("time:sleep", (0.5,), seconds=0.2))
+                 Call("time:sleep", (5.0,), seconds=0.2))
   assert [result.status for result in found] == ["ok"] * 5 + ["timeout"]
 
 
-def test_a_deadline_is_kept_while_nobody_polls(monkeypatch):
-  mine = of_pool(monkeypatch)
+def test_a_deadline_is_kept_while_nobody_polls(monkeypatch, tmp_path):
+  mine, begun = of_pool(monkeypatch), tmp_path / "begun"
   with WorkerPool(SETTINGS) as pool:
     make(pool, ADD)
-    pool.submit(Call("os:system", ("sleep 600 & sleep 600",), seconds=0.2))
-    assert eventually(lambda: len(mine()) > 4)
-    assert eventually(lambda: len(mine()) == 3)
-    time.sleep(0.1)
+    pool.submit(Call("os:system", (
+        f"touch {begun}; sleep 600 & setsid sleep 600",), seconds=0.4))
+    assert eventually(lambda: begun.exists() and len(mine()) == 3)
     [(_, result)] = pool.poll()
   assert result.status == "timeout"
 
@@ -170,12 +170,12 @@ def test_imports_have_a_deadline_of_their_own(tmp_path):
   module = tmp_path / "slow_to_import.py"
   module.write_text(
       "import time\n"
-      "time.sleep(0.2)\n"
+      "time.sleep(0.3)\n"
       "def judge():\n"
       "  return prepared\n"
       "def prepare():\n"
       "  global prepared\n"
-      "  time.sleep(0.2)\n"
+      "  time.sleep(0.3)\n"
       "  prepared = True\n"
       "judge.prepare = prepare\n"
       "def dispatch(name):\n"
@@ -183,16 +183,16 @@ def test_imports_have_a_deadline_of_their_own(tmp_path):
       "  return loading.load_function(name)()\n"
       "dispatch.imports = lambda name: [name]\n")
   other = tmp_path / "quick.py"
-  other.write_text(module.read_text().replace("\ntime.sleep(0.2)", ""))
-  with WorkerPool(Settings(num_workers=1, seconds=0.3)) as pool:
+  other.write_text(module.read_text().replace("\ntime.sleep(0.3)", ""))
+  with WorkerPool(Settings(num_workers=1, seconds=0.5)) as pool:
     found = make(
         pool, Call(f"{module}:judge"),
         Call(f"{other}:dispatch", (f"{other}:judge",)))
     # A new worker imports them before it is given a call.
     make(pool, Call("os:_exit", (0,)))
-    found += make(pool, Call(f"{module}:judge", seconds=0.2))
+    found += make(pool, Call(f"{module}:judge", seconds=0.4))
   assert [result.value for result in found] == [True] * 3, found
-  assert max(result.seconds for result in found) < 0.3
+  assert max(result.seconds for result in found) < 0.5
 
 
 def test_what_cannot_be_sent_is_an_error_of_that_call(pool):
@@ -215,7 +215,7 @@ def test_what_cannot_be_sent_is_an_error_of_that_call(pool):
 
 
 def test_memory_is_limited():
-  half = Settings(num_workers=1, memory_bytes=2**29, seconds=5.0)
+  half = Settings(num_workers=1, memory_bytes=2**29)
   with WorkerPool(half) as pool:
     taken, added = make(pool, Call("builtins:bytearray", (2**30,)), ADD)
   assert (taken.status, taken.reason) == ("error", "MemoryError")
