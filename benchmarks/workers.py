@@ -7,7 +7,6 @@ process are what a run pays beside its own work.
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import time
@@ -79,31 +78,38 @@ def replace(pool: WorkerPool) -> float:
   return time.perf_counter() - begin
 
 
+def batches(
+    num_workers: int, num_calls: int, repeats: int,
+) -> tuple[list[tuple[float, float]], float]:
+  """Measures batches in a new pool, and the CPU seconds of its processes."""
+  spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+  before = spent()
+  with WorkerPool(Settings(num_workers=num_workers)) as pool:
+    in_pool(pool, num_calls)
+    found = [in_pool(pool, num_calls) for _ in range(repeats)]
+  return found, spent() - before
+
+
 def measure(arguments: argparse.Namespace) -> dict:
-  repeats, calls = range(arguments.repeats), arguments.calls
+  repeats, calls = arguments.repeats, arguments.calls
   starts = [start(arguments.workers) for _ in range(5)]
-  here = statistics.median(in_process(calls) for _ in repeats)
-  before = resource.getrusage(resource.RUSAGE_CHILDREN)
-  with WorkerPool(Settings(num_workers=arguments.workers)) as pool:
-    in_pool(pool, calls)
-    there = [in_pool(pool, calls) for _ in repeats]
-  after = resource.getrusage(resource.RUSAGE_CHILDREN)
-  spent = sum(getattr(after, name) - getattr(before, name)
-              for name in ("ru_utime", "ru_stime"))
+  here = statistics.median(in_process(calls) for _ in range(repeats))
+  _, started = batches(arguments.workers, calls, 0)
+  there, spent = batches(arguments.workers, calls, repeats)
   with WorkerPool(Settings(num_workers=1)) as pool:
-    replaced = [replace(pool) for _ in repeats][1:]
-  median = lambda values: statistics.median(values)
+    replaced = [replace(pool) for _ in range(repeats)][1:]
   micro = lambda seconds: round(1e6 * seconds / calls, 1)
   return dict(
       workers=arguments.workers, calls=calls,
-      start_s=round(median(s for s, _ in starts), 3),
-      close_s=round(median(s for _, s in starts), 3),
+      start_s=round(statistics.median(s for s, _ in starts), 3),
+      close_s=round(statistics.median(s for _, s in starts), 3),
       in_process_us=micro(here),
-      pool_us=micro(median(s for s, _ in there)),
-      pool_cpu_here_us=micro(median(s for _, s in there)),
-      pool_cpu_elsewhere_us=micro(spent / (len(there) + 1)),
-      replace_ms=round(1e3 * median(replaced), 1),
-      load=round(os.getloadavg()[0], 1), machine=machine())
+      pool_us=micro(statistics.median(s for s, _ in there)),
+      pool_us_least=micro(min(s for s, _ in there)),
+      pool_cpu_here_us=micro(statistics.median(s for _, s in there)),
+      pool_cpu_elsewhere_us=micro((spent - started) / repeats),
+      replace_ms=round(1e3 * statistics.median(replaced), 1),
+      machine=machine())
 
 
 if __name__ == "__main__":
