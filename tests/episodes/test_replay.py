@@ -4,6 +4,7 @@ Calls give random numbers after a random time, so that no two runs are alike but
 by the journal.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -96,23 +97,17 @@ def run(path, polls=10**9, prompts=("1 2 3", "4", "5 6"), made_with=0):
   """Trajectories, None where it was left, and the pool."""
   pool, said = Pool(polls), []
   journal = Journal(path, {"made_with": made_with}, say=said.append)
+  calls = Calls(pool)
   driver = Driver(
       make_engine(),
       lambda task, sample_id: dataclasses.replace(
-          scene.REQUEST, max_tokens=random_length(task)),
-      Calls(pool, journal=journal))
-  try:
+          scene.REQUEST, max_tokens=3 + 2 * task.prompt_id), calls)
+  found = None
+  with contextlib.suppress(Killed), calls.recorded(journal):
     found = driver.run(
         scene.make_tasks(prompts, samples=2, max_tokens=40), episode,
         score=score)
-  except Killed:
-    found = None
-  journal.close()
   return found, pool, said
-
-
-def random_length(task):
-  return 3 + task.prompt_id * 2
 
 
 def facts(trajectories):
