@@ -26,26 +26,7 @@ Share = Callable[[Callable[[], list[Event]]], list[Event]]
 class Pool(Protocol):
   """Worker processes, see `workers.WorkerPool`."""
 
-  @contextlib.contextmanager
-  def recorded(self, journal: Journal | None) -> Iterator[None]:
-    """Writes down what ends, and tells what is written already.
-
-    Every host enters it for the same batch, before the batch's first call.
-
-    Args:
-      journal: of the batch, on process 0; it is closed. None elsewhere.
-    """
-    assert not self.pending
-    # The numbers are those in the journal, whichever batch is the first here.
-    self._next, self._journal = 0, journal
-    try:
-      yield
-    finally:
-      self._journal = None
-      if journal:
-        journal.close()
-
-  def submit(self, call: Call, blame: str = "") -> int: ...
+  def submit(self, call: Call) -> int: ...
 
   def poll(self, timeout: float = 0.0) -> list[Event]: ...
 
@@ -84,7 +65,7 @@ class Calls:
     self._refused: dict[int, Result] = {}  # Calls that cannot be sent.
     # Calls whose results are in the journal, and what has ended before its
     # moment: while it is replayed nothing else is told.
-    self._known: dict[int, tuple[Call, str]] = {}
+    self._known: dict[int, Call] = {}
     self._early: list[Event] = []
 
   @contextlib.contextmanager
@@ -166,20 +147,21 @@ class Calls:
 
   def _send(self, members: list[Member]) -> None:
     """Gives one call, or several that are made as one, to the workers."""
-    first, _, blame = members[0]
+    first, _, _ = members[0]
     self._sent[first] = members
     if not self._pool:
       return
     call = self._joined([call for _, call, _ in members])
     if self._journal and self._journal.knows(first, call):
-      self._known[first] = call, blame
+      self._known[first] = call
     else:
-      self._make(first, call, blame)
+      self._make(first, call)
 
-  def _make(self, first: int, call: Call, blame: str) -> None:
+  def _make(self, first: int, call: Call) -> None:
+    """Gives a call to the workers."""
     assert self._pool
     try:
-      number = self._pool.submit(call, blame)
+      number = self._pool.submit(call)
     except Exception as error:  # Its arguments cannot be pickled.
       self._refuse(self._sent[first], f"{type(error).__name__}: {error}")
     else:
@@ -217,8 +199,8 @@ class Calls:
       return refused + replayed
 
     # Left over where the journal turned out to be of other calls.
-    for first, (call, blame) in self._known.items():
-      self._make(first, call, blame)
+    for first, call in self._known.items():
+      self._make(first, call)
     early, self._known, self._early = self._early, {}, []
     events = early + self._ended(0.0 if refused or early else seconds)
     self._journal.write(events)

@@ -51,6 +51,7 @@ class Driver:
   Attributes:
     wait_seconds: time so far in which nothing decoded, and calls were waited
       for.
+    reward_wait: seconds of the last `run` behind its last decode chunk.
   """
 
   def __init__(self, engine: Engine, make_request: MakeRequest, calls: Calls):
@@ -62,7 +63,7 @@ class Driver:
       make_request: the stage's request for a task and a sample id.
       calls: on every host; process 0 has the workers.
     """
-    self.wait_seconds = 0.0
+    self.wait_seconds = self.reward_wait = self._decoded = 0.0
     self._engine, self._make_request = engine, make_request
     self._calls = calls
     self._unfinished = 0
@@ -89,6 +90,7 @@ class Driver:
     running = [Running(i, task, functools.partial(make_episode, task))
                for i, task in enumerate(tasks)]
     self._score, self._unfinished = score, len(running)
+    self._decoded = time.monotonic()
     try:
       for each in running:
         self._go_on(each)
@@ -97,12 +99,16 @@ class Driver:
     except BaseException:  # The run ends, and so do the calls that hang.
       self._calls.cancel()
       raise
+    self.reward_wait = time.monotonic() - self._decoded
     return [each.trajectory() for each in running]
 
   def _step(self) -> None:
     """Decodes a chunk, and takes what has ended."""
     # Also where nothing decodes, as `before_chunk` is called in it.
+    decodes = self._engine.busy
     self._engine.step()
+    if decodes:
+      self._decoded = time.monotonic()
     while completions := self._engine.take():
       for done in completions:
         self._receive_turn(done)

@@ -126,7 +126,8 @@ class Running:
     """Makes the record of the episode, which has ended."""
     assert self.outcome is not None and not self.missing
     return Trajectory(
-        row=self.task.row, prompt_id=self.task.prompt_id,
+        row=self.task.row, prompt=self.task.prompt,
+        prompt_id=self.task.prompt_id,
         sample_id=self.task.sample_id, outcome=self.outcome,
         turns=[turn for turn in self.turns if turn is not None],
         calls=[result for result in self.calls if result is not None],

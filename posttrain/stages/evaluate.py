@@ -245,9 +245,9 @@ class Evaluation:
         len(problems))
     scores = scoring.score(
         {self.section.reward: self.reward}, problems, texts)
-    return scores, scoring.extract(
-        self.section.extract, self.extract, problems, texts
-    ) if self.extract else [None] * len(texts)
+    return scores, [
+        scoring.extract(self.section.extract, text.answer)[0]
+        for text in texts] if self.extract else [None] * len(texts)
 
 
 def check(context: RunContext) -> None:
@@ -271,12 +271,9 @@ def check(context: RunContext) -> None:
   # Cells that ask for no amount have the same prompts.
   kinds = [summary.Cell(), *(cell for cell in cells if cell.asked)]
   problems_lib.check(
-      context, rows, {section.reward: loading.load_function(section.reward)},
-      lambda row: [prompt_of(context, row, cell) for cell in kinds])
-  if section.extract:
-    scoring.extract(
-        section.extract, loading.load_function(section.extract), rows,
-        [scoring.Completion(row["gold"]) for row in rows])
+      context, rows, [section.reward],
+      lambda row: [prompt_of(context, row, cell) for cell in kinds],
+      extract=section.extract)
   problems_lib.constant_baseline(section, len(rows), None)
 
 

@@ -1,23 +1,26 @@
 """Loads a stage's problems, and checks them before the first step.
 
-Rewards and graders run on process 0 alone, once; the other hosts are told
-scores, statuses and errors (`distributed.on_first_host`).
+Rewards and graders run in worker processes of process 0 alone.
 """
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import config_dict
 
 from posttrain import distributed, sharding
+from posttrain.episodes import score_calls
+from posttrain.episodes.workers import Settings, WorkerPool
 from posttrain.evaluation import summary
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import sampling
 from posttrain.stages.run_context import RunContext
-from posttrain.tasks import loading, scoring
+from posttrain.tasks import checks, loading
 
 Problem = Mapping[str, Any]
 EVERY = 10.0  # Seconds between lines of a check that takes long.
@@ -74,29 +77,50 @@ def load_on_all_hosts(context: RunContext, count: int = 0) -> list[Problem]:
   return rows
 
 
+@contextlib.contextmanager
+def worker_pool(context: RunContext) -> Iterator[WorkerPool | None]:
+  """Runs the stage's worker processes, on process 0; None on the others."""
+  if jax.process_index():
+    yield None
+    return
+  section = context.section.workers
+  settings = Settings(
+      num_workers=section.num_workers, seconds=section.seconds,
+      memory_bytes=int(section.memory_gb * 2**30),
+      output_bytes=section.output_bytes)
+  with WorkerPool(settings, context.console.warning) as pool:
+    yield pool
+
+
 def check(
-    context: RunContext, rows: Sequence[Problem],
-    rewards: Mapping[str, scoring.Reward],
-    prompts_of: Callable[[Problem], Iterable[Sequence[int]]],
+    context: RunContext, rows: Sequence[Problem], rewards: Sequence[str],
+    prompts_of: Callable[[Problem], Iterable[Sequence[int]]], *,
+    extract: str = "",
 ) -> None:
   """Checks all problems: ids, prompts, the rewards' arguments, golds.
 
   Args:
-    rewards: by name, the verifier first.
+    rewards: as "module:function", the verifier first.
     prompts_of: the prompts that a problem is asked with.
+    extract: an extractor that has to read every gold; "" for none.
 
   Raises:
     ValueError: one is not fit to be asked; names the stage and the problem.
   """
   try:
-    scoring.check_ids(rows)
-    for name, reward in rewards.items():
-      scoring.check_arguments(name, reward, rows)
+    checks.check_ids(rows)
+    for name in rewards:
+      checks.check_arguments(name, loading.load_function(name), rows)
     check_prompts(context, rows, prompts_of)
-    name, verifier = next(iter(rewards.items()))
-    scoring.check_gold(
-        name, verifier, rows,
-        progress=progress_of(context, "gold answers", len(rows)))
+    with worker_pool(context) as pool:
+      assert pool is not None  # Process 0 alone makes checks.
+      score_calls.check_gold(
+          rewards[0], rows, pool,
+          progress=progress_of(context, "gold answers", len(rows)))
+      if extract:
+        score_calls.check_extract(
+            extract, rows, pool, progress=progress_of(
+                context, "extracted gold answers", len(rows)))
   except ValueError as error:
     raise ValueError(f"{context.name}.problems: {error}") from error
 

@@ -1,6 +1,7 @@
 """Scoring: plain reward functions give scores, each with a status.
 
-A reward is `def reward(prompt, completion, **columns) -> float | None`. Its
+A reward is `def reward(prompt, completion, **columns) -> float | None`. It is
+called by its name ("module:function") in a worker process, with a deadline. Its
 `completion` is the answer alone: the text after the thinking, "" if the
 thinking never ended, and all of the text if there is no thinking. If it has
 these parameters it is also given
@@ -9,24 +10,39 @@ these parameters it is also given
   full_text      the whole completion, thinking and delimiters included
   num_tokens     number of tokens of the whole completion
   finish_reason  why it ended: "eos", "budget", "length", ...
+  messages       the conversation: the prompt's messages, then the completion's
+
+With `@over("group")` it is called once for all completions of a problem, and
+with `@over("batch")` for those that happen to wait. It is then `def
+reward(prompts, completions, **columns) -> list`, where every argument is a list
+with an element for each completion.
 
 None means that the reward does not apply. A `Score`, or a grader's `Grade`, may
-say that the completion could not be judged (`timeout`, `error`); it then leaves
-its group and is counted. An exception is a failure of the run. The first reward
-of a list is the verifier: it must give 1 to every problem's `gold`, which is an
-answer.
+say that the completion could not be judged (`timeout`, `error`). So do an
+exception, an exit, a missed deadline and what is no finite number. A completion
+that could not be judged leaves its group and is counted.
+
+The first reward of a list is the verifier: it must give 1 to every problem's
+`gold`, which is an answer.
+
+`call`, `call_joined` and `extract` run in the worker. Their results are JSON.
 """
 
 import collections
+import contextlib
+import functools
 import inspect
 import reprlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from posttrain.tasks import exits
+from posttrain.tasks import exits, loading
 from posttrain.tasks.grading import Grade
+
+T = TypeVar("T")
 
 STATUSES = ("ok", "not_applicable", "timeout", "error")
 OK, NOT_APPLICABLE, TIMEOUT, ERROR = range(len(STATUSES))
@@ -52,16 +68,22 @@ Reward = Callable[..., float | Score | Grade | None]
 
 
 class Completion(NamedTuple):
-  """Texts and facts of a completion for rewards; see the module's text."""
+  """Texts and facts of a completion for rewards; see the module's text.
+
+  `messages` are those behind the prompt, each with `role` and `content`.
+  Without any the answer is the assistant's message.
+  """
 
   answer: str
   thinking: str = ""
   full_text: str = ""
   num_tokens: int = 0
   finish_reason: str = "eos"
+  messages: Sequence[Mapping[str, str]] = ()
 
 
 OFFERED = Completion._fields[1:]
+SCOPES = ("sample", "group", "batch")
 
 
 class Scores(NamedTuple):
@@ -88,180 +110,6 @@ def scored(statuses: np.ndarray) -> np.ndarray:
       statuses == OK).any(axis=1)
 
 
-def score(
-    rewards: Mapping[str, Reward], problems: Sequence[Mapping[str, Any]],
-    completions: Sequence[Completion],
-) -> Scores:
-  """Calls every reward on every completion.
-
-  Args:
-    rewards: K reward functions, by name.
-    problems: [B], the problem of each completion; a reward is given all of
-      its columns.
-    completions: [B].
-
-  Raises:
-    ValueError: a reward fails, tries to exit, or returns no finite number;
-      names the reward, the problem and the value.
-  """
-  shape = len(completions), len(rewards)
-  values = np.full(shape, np.nan, np.float32)
-  statuses = np.zeros(shape, np.int8)
-  reasons = []
-  for b, (problem, completion) in enumerate(
-      zip(problems, completions, strict=True)):
-    for k, (name, reward) in enumerate(rewards.items()):
-      found = _call(name, reward, problem, completion)
-      statuses[b, k] = STATUSES.index(found.status)
-      if found.value is not None:
-        values[b, k] = found.value
-      if statuses[b, k] in UNSCORED:
-        reasons.append((b, k, found.reason))
-  return Scores(values, statuses, reasons)
-
-
-def extract(
-    name: str, function: Callable[[str], str | None],
-    problems: Sequence[Mapping[str, Any]], completions: Sequence[Completion],
-) -> list[str | None]:
-  """Extracts the answers in a canonical spelling, for majority votes.
-
-  Raises:
-    ValueError: the function fails, or returns neither a text nor None.
-  """
-  found = []
-  for problem, completion in zip(problems, completions, strict=True):
-    where = f"The extractor {name}"
-    value = _guarded(where, problem, lambda: function(completion.answer))
-    if not (value is None or isinstance(value, str)):
-      raise ValueError(
-          f"{where} returned {shown(value)} on problem {problem.get('id')}; a "
-          "text or None is needed.")
-    found.append(value)
-  return found
-
-
-def brevity(
-    prompt: str, completion: str, *, full_text: str, **columns: Any) -> float:
-  """Scores 1 / (1 + words), thinking included; `:debug` configs add it.
-
-  A tiny model is never right, which would leave every group without a signal,
-  and the learner would not run.
-  """
-  del prompt, completion, columns
-  return 1 / (1 + len(full_text.split()))
-
-
-def judged(grade: Grade) -> float | Score:
-  """Converts a grade to a reward: its number, or a Score without one."""
-  return grade.score if grade.status not in STATUSES[TIMEOUT:] else Score(
-      None, grade.status, f"comparing {shown(grade.parsed)}")
-
-
-def arguments(
-    reward: Reward, problem: Mapping[str, Any], completion: Completion,
-) -> dict[str, Any]:
-  """Builds the keyword arguments of a reward."""
-  columns = {key: value for key, value in problem.items()
-             if key not in ("prompt", "completion")}
-  # Only parameters that it names: a reward with **columns gets the problem's
-  # columns, and not the completion's as well.
-  columns |= {name: getattr(completion, name) for name in _named(reward)}
-  return dict(prompt=problem.get("prompt", ""), completion=completion.answer,
-              **columns)
-
-
-def shown(value: Any) -> str:
-  """Shows a value that unknown code returned: a short `repr`."""
-  try:
-    return _repr.repr(value)
-  except Exception:  # Such as an integer of 5,000 digits.
-    return f"<{type(value).__name__}>"
-
-
-class _Repr(reprlib.Repr):
-
-  def repr_int(self, x: int, level: int) -> str:
-    if abs(x) >= 10**40:
-      return f"<an int of {x.bit_length()} bits>"
-    return repr(x)
-
-
-_repr = _Repr()
-_repr.maxstring = _repr.maxother = 80
-
-
-def _named(reward: Reward) -> tuple[str, ...]:
-  """Lists the parts of a completion that a reward has as parameters."""
-  try:
-    parameters = inspect.signature(reward).parameters
-  except (TypeError, ValueError):  # A function in C has no signature.
-    return ()
-  return tuple(name for name in OFFERED if name in parameters)
-
-
-def _guarded(
-    where: str, problem: Mapping[str, Any], call: Callable[[], Any]) -> Any:
-  """Calls a task's code, which may not end the run by itself."""
-  try:
-    with exits.raised():
-      return call()
-  except KeyboardInterrupt:
-    raise
-  # Also SystemExit, which would end an unfinished run with status 0.
-  except BaseException as error:
-    said = " ".join(str(error).split())[:500]
-    kind = "" if isinstance(error, exits.Left) else f"{type(error).__name__}: "
-    raise ValueError(
-        f"{where} failed on problem {problem.get('id')} with {kind}{said}"
-    ) from error
-
-
-def _call(
-    name: str, reward: Reward, problem: Mapping[str, Any],
-    completion: Completion,
-) -> Score:
-  where = f"The reward {name}"
-  found = _guarded(where, problem, lambda: reward(
-      **arguments(reward, problem, completion)))
-  # A grader's result may be returned as it is, and keeps its status.
-  if isinstance(found, Grade):
-    found = judged(found)
-  if isinstance(found, Score):
-    if found.status not in STATUSES:
-      raise ValueError(
-          f"{where} returned the status {shown(found.status)} on problem "
-          f"{problem.get('id')}; one of {', '.join(STATUSES)} is needed.")
-    if found.status != "ok":
-      return found._replace(value=None)
-    found = found.value
-    if found is None:
-      raise ValueError(
-          f"{where} returned the status ok without a value on problem "
-          f"{problem.get('id')}.")
-  if found is None:
-    return Score(None, "not_applicable")
-  value = _number(found)
-  if value is None:
-    raise ValueError(
-        f"{where} returned {shown(found)} on problem {problem.get('id')}; a "
-        f"finite number (of at most {LARGEST:.2g}, as rewards are float32) or "
-        "None is needed.")
-  return Score(value)
-
-
-def _number(value: Any) -> float | None:
-  """Converts to float; None if it is no number, or too large for float32."""
-  if not isinstance(value, (
-      bool, int, float, np.bool_, np.integer, np.floating)):
-    return None
-  try:
-    number = float(value)
-  except OverflowError:  # 10**400.
-    return None
-  return number if abs(number) <= LARGEST else None
-
-
 def describe_unscored(
     scores: Scores, problems: Sequence[Mapping[str, Any]],
     names: Sequence[str],
@@ -284,96 +132,294 @@ def describe_unscored(
           + (f": {' '.join(reason.split())[:200]}" if reason else ""))
 
 
-# Checks of all problems, before the first step.
+def over(scope: str) -> Callable[[T], T]:
+  """Declares that a reward judges a "group" or a "batch" in one call.
 
+  A group is all completions of one problem in a batch of rollouts, or in a cell
+  of an evaluation. A batch is whichever completions wait for the reward.
 
-def check_ids(problems: Sequence[Mapping[str, Any]]) -> None:
-  """Raises ValueError if two problems have the same `id`, or one has none.
-
-  Groups and random bits go by it: two problems with one id would be one group.
+  Raises:
+    ValueError: there is no such scope.
   """
-  seen = set()
-  for number, problem in enumerate(problems):
-    value = problem.get("id")
-    if isinstance(value, bool) or not (
-        isinstance(value, (int, np.integer)) and -2**31 <= value < 2**31):
-      raise ValueError(
-          f"Problem {number} of the task has id={shown(value)}, and a whole "
-          "number of at most 31 bits is needed.")
-    if value in seen:
-      raise ValueError(
-          f"Two problems of the task have id={value}. Give each its own.")
-    seen.add(value)
+  if scope not in SCOPES:
+    raise ValueError(
+        f"A reward's scope is {shown(scope)}, and one of {', '.join(SCOPES)} "
+        "is needed.")
+  return functools.partial(_mark, "scope", scope)
 
 
-def check_arguments(
-    name: str, reward: Reward, problems: Sequence[Mapping[str, Any]],
-) -> None:
-  """Raises ValueError if a reward does not take a problem's columns.
+def prepared_by(prepare: Callable[[], Any]) -> Callable[[T], T]:
+  """Declares what a worker calls once behind the import of a reward.
 
-  It is not called.
+  It has a deadline of its own, as the import has, so that the first completion
+  is not late.
   """
-  try:
-    signature = inspect.signature(reward)
-  except (TypeError, ValueError):  # A function in C has no signature.
-    return
-  # Once per set of columns: a task of a million problems has very few.
-  fine = set()
-  for problem in problems:
-    columns = frozenset(problem)
-    if columns in fine:
-      continue
-    twice = columns.intersection(_named(reward))
-    if twice:
-      raise ValueError(
-          f"The reward {name} asks for {', '.join(sorted(twice))} of the "
-          f"completion, and problem {problem.get('id')} has a column of that "
-          "name. Rename the column.")
-    try:
-      signature.bind(**arguments(reward, problem, Completion("")))
-    except TypeError as error:
-      raise ValueError(
-          f"The reward {name} does not take the columns of problem "
-          f"{problem.get('id')} ({', '.join(sorted(columns))}): {error}. Give "
-          "the problem what is missing, or let the reward take **columns."
-      ) from error
-    fine.add(columns)
+  return functools.partial(_mark, "prepare", prepare)
 
 
-def check_gold(
-    name: str, verifier: Reward, problems: Sequence[Mapping[str, Any]], *,
-    progress: Callable[[int], None] = lambda done: None,
-) -> None:
-  """Raises ValueError if a problem's own `gold` does not score 1.
+def scope_of(reward: Reward) -> str:
+  """Returns the scope that `over` gave a reward, of `SCOPES`."""
+  return getattr(reward, "scope", "sample")
+
+
+def _mark(attribute: str, value: Any, function: T) -> T:
+  setattr(function, attribute, value)
+  return function
+
+
+# In a worker.
+
+
+def _imports(names: Callable[..., list[str]]) -> Callable[[T], T]:
+  """Tells the worker which functions a call will load.
+
+  They are imported before the call's deadline begins.
+  """
+  return functools.partial(_mark, "imports", names)
+
+
+@_imports(lambda name, *_: [name])
+def call(
+    name: str, problem: Mapping[str, Any], completion: Completion,
+) -> list[Any]:
+  """Calls a reward on one completion.
+
+  A reward over a group or a batch is given one of this completion alone.
 
   Args:
-    name: the verifier's name.
-    verifier: the first reward of a stage.
-    progress: takes the number of problems that are checked.
+    name: "module:function" or "file.py:function".
+    problem: the reward is given all of its columns.
+    completion: what is judged.
+
+  Returns:
+    Value, status and reason of a `Score`.
   """
-  for done, problem in enumerate(problems):
-    progress(done)
-    if not isinstance(problem.get("gold"), str):
-      raise ValueError(
-          f"Problem {problem.get('id')} has no text as its column gold, with "
-          f"which the verifier {name} is checked. Add an answer that scores "
-          "1.")
-    gold = problem["gold"]
-    completion = Completion(gold, full_text=gold)
-    found = _call(name, verifier, problem, completion)
-    # A busy machine may make one comparison late: try once more.
-    if STATUSES.index(found.status) in UNSCORED:
-      found = _call(name, verifier, problem, completion)
-    shown_gold = f"problem {problem.get('id')}'s own gold answer {gold[-80:]!r}"
-    if STATUSES.index(found.status) in UNSCORED:
-      raise ValueError(
-          f"The verifier {name} could not judge {shown_gold}, twice: "
-          f"{found.status}, {found.reason or 'no reason given'}. A right "
-          "answer could not be rewarded. Give the verifier more time or a "
-          "machine that is less busy, or leave the problem out.")
-    if found.value != 1:
-      raise ValueError(
-          f"The verifier {name} gives {found.value} to {shown_gold}, where 1 "
-          "is needed. Mend the problem (gold is the answer alone, without "
-          "thinking) or the verifier: a policy cannot be taught by a verifier "
-          "that rejects the right answer.")
+  def judge() -> Score:
+    reward = loading.load_function(name)
+    if scope_of(reward) != "sample":
+      return Score(*call_joined([(name, problem, completion)])[0])
+    return _score_of(reward(**arguments(reward, problem, completion)))
+  return list(_guarded(judge))
+
+
+@_imports(lambda members: [members[0][0]])
+def call_joined(
+    members: Sequence[tuple[str, Mapping[str, Any], Completion]],
+) -> list[list[Any]]:
+  """Calls a reward once on several completions.
+
+  Args:
+    members: the arguments of `call` for each, with one name.
+
+  Returns:
+    A list for each, as `call` returns it.
+  """
+  size = len(members)
+
+  def judge() -> list[Any]:
+    reward = loading.load_function(members[0][0])
+    found = reward(**joined_arguments(
+        reward, *zip(*(member[1:] for member in members), strict=True)))
+    if not isinstance(found, (list, tuple, np.ndarray)) or len(found) != size:
+      raise Refused(
+          f"found {shown(found)}, and a list of {size} scores is needed")
+    return list(found)
+  found = _guarded(judge)
+  if isinstance(found, Score):
+    return [list(found)] * size
+  return [list(_guarded(functools.partial(_score_of, one))) for one in found]
+
+
+@_imports(lambda name, *_: [name])
+def extract(name: str, completion: str) -> list[Any]:
+  """Extracts the answer in a canonical spelling, for majority votes.
+
+  Returns:
+    The answer or None, then status and reason as `call` has them.
+  """
+  def cut() -> tuple[str | None, str, str]:
+    found = loading.load_function(name)(completion)
+    if not (found is None or isinstance(found, str)):
+      raise Refused(f"found {shown(found)}, and a text or None is needed")
+    return found, "ok", ""
+  return list(_guarded(cut))
+
+
+def score(
+    rewards: Mapping[str, Reward], problems: Sequence[Mapping[str, Any]],
+    completions: Sequence[Completion],
+) -> Scores:
+  """Calls every reward on every completion, in this process.
+
+  Args:
+    rewards: K reward functions, by name.
+    problems: [B], the problem of each completion.
+    completions: [B].
+  """
+  shape = len(completions), len(rewards)
+  values = np.full(shape, np.nan, np.float32)
+  statuses = np.zeros(shape, np.int8)
+  reasons = []
+  for b, (problem, completion) in enumerate(
+      zip(problems, completions, strict=True)):
+    for k, reward in enumerate(rewards.values()):
+      with exits.raised():
+        found = _guarded(lambda: _score_of(
+            reward(**arguments(reward, problem, completion))))
+      statuses[b, k] = STATUSES.index(found.status)
+      if found.value is not None:
+        values[b, k] = found.value
+      if statuses[b, k] in UNSCORED:
+        reasons.append((b, k, found.reason))
+  return Scores(values, statuses, reasons)
+
+
+class Refused(ValueError):
+  """A value that a task's code may not return."""
+
+
+def _guarded(judge: Callable[[], Any]) -> Any:
+  """Calls a task's code; a `Score` with the status "error" if it fails."""
+  try:
+    return judge()
+  # Also SystemExit, and what a task raises that is no Exception.
+  except BaseException as error:
+    with contextlib.suppress(Exception):  # It may have closed the stream.
+      traceback.print_exc()
+    return Score(None, "error", _told(error))
+
+
+def _told(error: BaseException) -> str:
+  """Says in a line what was raised, and in which line of code."""
+  if isinstance(error, Refused):
+    return str(error)
+  by = traceback.extract_tb(error.__traceback__, limit=-1)[0]
+  said = " ".join(str(error).split())[:400]
+  return (f"{type(error).__name__}" + f": {said}" * bool(said)
+          + f" ({by.filename.rpartition('/')[2]}, line {by.lineno})")
+
+
+def _score_of(found: Any) -> Score:
+  """Converts what a reward returned.
+
+  Raises:
+    Refused: it is none of the things that a reward may return.
+  """
+  # A grader's result may be returned as it is, and keeps its status.
+  if isinstance(found, Grade):
+    found = judged(found)
+  if isinstance(found, Score):
+    if found.status not in STATUSES:
+      raise Refused(
+          f"found the status {shown(found.status)}, and one of "
+          f"{', '.join(STATUSES)} is needed")
+    if found.status != "ok":
+      return Score(None, found.status, str(found.reason)[:500])
+    found = found.value
+    if found is None:
+      raise Refused("found the status ok without a value")
+  if found is None:
+    return Score(None, "not_applicable")
+  value = _number(found)
+  if value is None:
+    raise Refused(
+        f"found {shown(found)}, and a finite number (of at most "
+        f"{LARGEST:.2g}, as rewards are float32) or None is needed")
+  return Score(value)
+
+
+def brevity(
+    prompt: str, completion: str, *, full_text: str, **columns: Any) -> float:
+  """Scores 1 / (1 + words), thinking included; `:debug` configs add it.
+
+  A tiny model is never right, which would leave every group without a signal,
+  and the learner would not run.
+  """
+  del prompt, completion, columns
+  return 1 / (1 + len(full_text.split()))
+
+
+def judged(grade: Grade) -> float | Score:
+  """Converts a grade to a reward: its number, or a Score without one."""
+  return grade.score if grade.status not in STATUSES[TIMEOUT:] else Score(
+      None, grade.status, f"comparing {shown(grade.parsed)}")
+
+
+def arguments(
+    reward: Reward, problem: Mapping[str, Any], completion: Completion,
+) -> dict[str, Any]:
+  """Builds the keyword arguments of a reward for one completion."""
+  columns = {key: value for key, value in problem.items()
+             if key not in ("prompt", "completion")}
+  # Only parameters that it names: a reward with **columns gets the problem's
+  # columns, and not the completion's as well.
+  columns |= {name: getattr(completion, name) for name in named(reward)}
+  if "messages" in named(reward):
+    columns["messages"] = _conversation(problem, completion)
+  return dict(prompt=problem.get("prompt", ""), completion=completion.answer,
+              **columns)
+
+
+def joined_arguments(
+    reward: Reward, problems: Sequence[Mapping[str, Any]],
+    completions: Sequence[Completion],
+) -> dict[str, list[Any]]:
+  """Builds the keyword arguments of a reward over a group or a batch.
+
+  A column that a problem does not have is None there.
+  """
+  rows = [arguments(reward, *row)
+          for row in zip(problems, completions, strict=True)]
+  plural = {"prompt": "prompts", "completion": "completions"}
+  return {plural.get(name, name): [row.get(name) for row in rows]
+          for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _conversation(
+    problem: Mapping[str, Any], completion: Completion,
+) -> list[Mapping[str, str]]:
+  asked = problem.get("messages") or [
+      dict(role="user", content=problem.get("prompt", ""))]
+  return [*asked, *(completion.messages or [
+      dict(role="assistant", content=completion.answer)])]
+
+
+def shown(value: Any) -> str:
+  """Shows a value that unknown code returned: a short `repr`."""
+  try:
+    return _repr.repr(value)
+  except Exception:  # Such as an integer of 5,000 digits.
+    return f"<{type(value).__name__}>"
+
+
+class _Repr(reprlib.Repr):
+
+  def repr_int(self, x: int, level: int) -> str:
+    if abs(x) >= 10**40:
+      return f"<an int of {x.bit_length()} bits>"
+    return repr(x)
+
+
+_repr = _Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def named(reward: Reward) -> tuple[str, ...]:
+  """Lists the parts of a completion that a reward has as parameters."""
+  try:
+    parameters = inspect.signature(reward).parameters
+  except (TypeError, ValueError):  # A function in C has no signature.
+    return ()
+  return tuple(name for name in OFFERED if name in parameters)
+
+
+def _number(value: Any) -> float | None:
+  """Converts to float; None if it is no number, or too large for float32."""
+  if not isinstance(value, (
+      bool, int, float, np.bool_, np.integer, np.floating)):
+    return None
+  try:
+    number = float(value)
+  except OverflowError:  # 10**400.
+    return None
+  return number if abs(number) <= LARGEST else None

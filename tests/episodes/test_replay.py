@@ -81,10 +81,10 @@ class Pool(scene.Pool):
     super().__init__(lambda number: random.randrange(4))
     self._polls = polls
 
-  def submit(self, call, blame=""):
+  def submit(self, call):
     if call.function == "x:y":
       raise TypeError("no pickle")
-    return super().submit(call, blame)
+    return super().submit(call)
 
   def poll(self, timeout=0.0):
     self._polls -= 1

@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from posttrain.tasks import gsm8k, math500, scoring, symbolic
@@ -64,15 +63,13 @@ def test_math500_reward():
 
 @pytest.mark.parametrize("status", ["timeout", "error"])
 def test_math500_says_what_it_could_not_judge(monkeypatch, status):
-  """It was a silent 0; a real late worker is in test_symbolic.py."""
+  """It was a silent 0."""
   monkeypatch.setattr(symbolic, "compare", lambda *args, **kwargs:
                       symbolic.Verdict(status, "more than 5 s"))
-  found = scoring.score(
-      {"math": math500.reward}, [dict(id=3, answer="7")],
-      [scoring.Completion(r"\boxed{9^{9^9}}")])
-  assert scoring.STATUSES[found.statuses[0, 0]] == status
-  assert np.isnan(found.values[0, 0])
-  assert found.reasons[0][:2] == (0, 0) and "9^{9^9}" in found.reasons[0][2]
+  value, found, reason = scoring.call(
+      "posttrain.tasks.math500:reward", dict(id=3, answer="7"),
+      scoring.Completion(r"\boxed{9^{9^9}}"))
+  assert value is None and found == status and "9^{9^9}" in reason
 
 
 def test_math500_votes_are_spelled_one_way():
@@ -92,9 +89,11 @@ def test_math500_checks_gold_answers(tmp_path):
       id=0, prompt="p\n\n" + math500.INSTRUCTION, gold=r"\boxed{5}",
       answer="5", subject=None, level=2)
   rows = math500.problems("test", path=path)
-  with pytest.raises(ValueError, match=(
-      r"failed on problem 1 with ValueError: .*cannot parse the gold answer")):
-    scoring.check_gold("math500:reward", math500.reward, rows)
+  statuses = [scoring.call(
+      "posttrain.tasks.math500:reward", row, scoring.Completion(row["gold"]))
+      for row in rows]
+  assert statuses[0] == [1, "ok", ""] and statuses[1][1] == "error"
+  assert "cannot parse the gold answer" in statuses[1][2]
 
 
 @pytest.mark.parametrize("rows, message", [

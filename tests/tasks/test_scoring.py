@@ -1,16 +1,17 @@
 """Rewards are called with every column; what they may not return."""
 
 import asyncio
-import os
+import json
+import re
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from posttrain.objectives import advantages
-from posttrain.tasks import gsm8k, scoring
+from posttrain.tasks import checks, scoring
 from posttrain.tasks.grading import Grade
-from posttrain.tasks.scoring import STATUSES, Completion, Score
+from posttrain.tasks.scoring import Completion, Score
 
 PROBLEMS = [
     dict(id=7, prompt="a b", gold="yes", wanted="yes"),
@@ -29,22 +30,29 @@ def text(answer):
   return Completion(answer, full_text=answer)
 
 
-def score(reward, completion="x", problem=PROBLEMS[0], name="odd"):
+def by_name(reward):
+  """A name that stands for the function."""
+  sys.modules["odd_rewards"] = module = types.ModuleType("odd_rewards")
+  module.odd = reward
+  return "odd_rewards:odd"
+
+
+def call(reward, problem=PROBLEMS[0], completion=None):
+  """Value, status and reason, as the run gets them from a worker."""
+  return json.loads(json.dumps(scoring.call(
+      by_name(reward), problem, completion or text("x"))))
+
+
+def score(reward, completion="x", problem=PROBLEMS[0]):
   """The value and the status of one reward on one completion."""
-  found = scoring.score({name: reward}, [problem], [text(completion)])
-  return float(found.values[0, 0]), STATUSES[found.statuses[0, 0]]
+  return tuple(call(reward, problem, text(completion))[:2])
 
 
 def test_scores_are_those_of_the_functions_one_by_one():
-  values, statuses, reasons = scoring.score(
-      {"right": right, "length": length}, PROBLEMS,
-      [text("yes"), text("nope")])
-  assert values.dtype == np.float32 and not reasons
-  np.testing.assert_array_equal(values, [[1, np.nan], [0, 4]])
-  assert [[STATUSES[code] for code in row] for row in statuses] == [
-      ["ok", "not_applicable"], ["ok", "ok"]]
-  np.testing.assert_allclose(
-      advantages.combine_rewards(values, np.array([1.0, 0.5])), [1, 2])
+  assert score(right, "yes", PROBLEMS[0]) == (1, "ok")
+  assert score(right, "nope", PROBLEMS[1]) == (0, "ok")
+  assert score(length, "yes", PROBLEMS[0]) == (None, "not_applicable")
+  assert score(length, "nope", PROBLEMS[1]) == (4, "ok")
 
 
 def test_a_reward_sees_all_columns_and_only_the_policys_completion():
@@ -64,22 +72,30 @@ def test_a_reward_is_given_of_a_completion_what_it_names():
     seen.update(columns, completion=completion, thinking=thinking,
                 num_tokens=num_tokens, finish_reason=finish_reason)
     return 0
-  scoring.score({"look": look}, [dict(id=1)], [Completion(
+  call(look, dict(id=1), Completion(
       "so 3", thinking="1 + 2", full_text="<a> 1 + 2 <b> so 3", num_tokens=9,
-      finish_reason="length")])
+      finish_reason="length"))
   assert seen == dict(
       prompt="", completion="so 3", thinking="1 + 2", num_tokens=9,
       finish_reason="length", id=1)
 
 
-def test_a_conversation_has_an_empty_prompt_and_its_messages():
-  seen = {}
+def test_messages_are_the_conversation_for_whom_names_them():
+  seen = []
   def look(prompt, completion, *, messages, **columns):
-    seen.update(prompt=prompt, messages=messages)
+    seen.append((prompt, messages))
     return 1
-  messages = [dict(role="user", content="hello")]
-  score(look, "", dict(id=1, messages=messages))
-  assert seen == dict(prompt="", messages=messages)
+  asked = [dict(role="user", content="hello")]
+  more = [dict(role="assistant", content="2 + 2"),
+          dict(role="tool", content="4"), dict(role="assistant", content="so")]
+  call(look, dict(id=1, messages=asked), Completion("so", messages=more))
+  call(look, dict(id=1, messages=asked), Completion("hi"))
+  call(look, dict(id=1, prompt="hello"), Completion("hi"))
+  said = [dict(role="assistant", content="hi")]
+  assert seen == [
+      ("", asked + more), ("", asked + said), ("hello", asked + said)]
+  assert score(lambda **columns: columns["messages"] == asked, "",
+               dict(id=1, messages=asked)) == (1, "ok")
 
 
 @pytest.mark.parametrize("value, shown", [
@@ -92,10 +108,9 @@ def test_a_conversation_has_an_empty_prompt_and_its_messages():
     ({1: 2}, "{1: 2}"), ("long" * 1000, "'longlong.{1,100}longlong'"),
     (Score(1e300), r"1e\+300"), (Score("1"), "'1'")])
 def test_what_is_no_finite_number_is_an_error(value, shown):
-  message = rf"^The reward odd returned .?{shown}.? on problem 7; a finite"
-  with pytest.raises(ValueError, match=message) as error:
-    score(lambda **columns: value)
-  assert len(str(error.value)) < 300
+  found, status, reason = call(lambda **columns: value)
+  assert found is None and status == "error" and len(reason) < 300
+  assert re.match(rf"found .?{shown}.?, and a finite number", reason)
 
 
 @pytest.mark.parametrize("value, number", [
@@ -114,8 +129,7 @@ def test_what_is_a_number(value, number):
     (Grade(0.0, "error", "5"), "error")])
 def test_what_could_not_be_judged_has_no_number(value, status):
   """A grader's time-out was a 0 that nobody could tell from a wrong answer."""
-  number, found = score(lambda **columns: value)
-  assert np.isnan(number) and found == status
+  assert score(lambda **columns: value) == (None, status)
 
 
 def test_a_completion_is_scored_if_all_that_apply_could_judge():
@@ -127,70 +141,82 @@ def test_a_completion_is_scored_if_all_that_apply_could_judge():
   assert scoring.scored(statuses).tolist() == [True, True, False, False, False]
 
 
-def test_a_status_that_there_is_not_is_an_error():
-  with pytest.raises(ValueError, match="status 'late' on problem 7; one of ok"):
-    score(lambda **columns: Score(None, "late"))
-  with pytest.raises(ValueError, match="ok without a value on problem 7"):
-    score(lambda **columns: Score(None))
+@pytest.mark.parametrize("found, reason", [
+    (Score(None, "late"), "found the status 'late', and one of ok"),
+    (Score(None), "found the status ok without a value")])
+def test_a_status_that_there_is_not_is_an_error(found, reason):
+  value, status, said = call(lambda **columns: found)
+  assert value is None and status == "error" and said.startswith(reason)
 
 
-def test_a_reward_that_fails_is_named_with_its_problem():
+def test_a_reward_that_fails_is_told_with_its_line(capsys):
   def broken(prompt, completion, **columns):
     return 1 / len(completion)
-  with pytest.raises(
-      ValueError, match="broken failed on problem 7 with ZeroDivisionError"):
-    score(broken, "", name="broken")
+  line = broken.__code__.co_firstlineno + 1
+  assert call(broken, PROBLEMS[0], Completion("")) == [
+      None, "error",
+      f"ZeroDivisionError: division by zero (test_scoring.py, line {line})"]
+  assert "1 / len(completion)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("leave, said", [
     (lambda: sys.exit(0), "SystemExit: 0"), (lambda: sys.exit(), "SystemExit"),
-    (lambda: os._exit(0), r"os\._exit\(0\)"), (quit, "SystemExit"),
-    (lambda: next(iter(())), "StopIteration"),
+    (quit, "SystemExit"), (lambda: next(iter(())), "StopIteration"),
     (lambda: asyncio.run(cancelled()), "CancelledError")])
-def test_a_reward_that_leaves_is_a_failure_of_the_run(leave, said):
-  """Status 0 is what a launcher takes for finished."""
-  before = os._exit
-  with pytest.raises(ValueError, match=f"odd failed on problem 7 with {said}"):
-    score(lambda **columns: leave())
-  assert os._exit is before
+def test_a_reward_that_leaves_is_an_error(leave, said):
+  value, status, reason = call(lambda **columns: leave())
+  assert value is None and status == "error" and reason.startswith(said)
 
 
 async def cancelled():
   raise asyncio.CancelledError
 
 
-def test_a_child_that_a_reward_forks_may_leave():
-  def forks(**columns):
-    child = os.fork()
-    if not child:
-      os._exit(3)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  assert score(forks) == (3, "ok")
+def joined(reward, members):
+  name = by_name(reward)
+  return json.loads(json.dumps(scoring.call_joined(
+      [(name, *member) for member in members])))
 
 
-def test_gold_is_what_the_verifier_is_checked_with():
-  told = []
-  scoring.check_gold("right", right, PROBLEMS, progress=told.append)
-  assert told == [0, 1]
-  wrong = [*PROBLEMS, dict(id=9, prompt="d", gold="yes", wanted="no")]
-  with pytest.raises(ValueError, match=r"gives 0\.0 to problem 9's own gold"):
-    scoring.check_gold("right", right, wrong)
-  with pytest.raises(ValueError, match=r"gives None to problem 7's own gold"):
-    scoring.check_gold("length", length, PROBLEMS)
-  for row in (dict(id=3, prompt="a"), dict(id=3, prompt="a", gold=None)):
-    with pytest.raises(ValueError, match="Problem 3 has no text as its column"):
-      scoring.check_gold("right", right, [row])
+def test_a_group_is_judged_at_once_in_lists():
+  """Oracle: TRL's convention, spelled out by hand."""
+  seen = {}
+  @scoring.over("group")
+  def best(prompts, completions, *, wanted, num_tokens, **columns):
+    seen.update(columns, prompts=prompts, completions=completions,
+                wanted=wanted, num_tokens=num_tokens)
+    longest = max(num_tokens)
+    return [Score(None, "timeout", "late") if n == 0 else n == longest
+            for n in num_tokens]
+  members = [(PROBLEMS[0], Completion("a", num_tokens=3)),
+             (PROBLEMS[1], Completion("b", num_tokens=0)),
+             (PROBLEMS[0] | dict(more=5), Completion("c", num_tokens=4))]
+  assert joined(best, members) == [
+      [0, "ok", ""], [None, "timeout", "late"], [1, "ok", ""]]
+  assert seen == dict(
+      prompts=["a b", "c", "a b"], completions=["a", "b", "c"],
+      wanted=["yes", "no", "yes"], num_tokens=[3, 0, 4], id=[7, 8, 7],
+      gold=["yes", "no", "yes"], more=[None, None, 5])
+  # Alone it is a group of one: a gold answer.
+  assert call(best, PROBLEMS[0], Completion("", num_tokens=2))[:2] == [1, "ok"]
 
 
-def test_a_gold_that_could_not_be_judged_is_asked_again():
-  """A busy machine is late once; that is not the problem's fault."""
-  late = iter([Score(None, "timeout", "5 s"), 1, 1])
-  scoring.check_gold("late", lambda **columns: next(late), PROBLEMS)
-  with pytest.raises(ValueError, match=(
-      "The verifier late could not judge problem 7's own gold answer 'yes', "
-      r"twice: timeout, 5 s.*machine that is less busy")):
-    scoring.check_gold(
-        "late", lambda **columns: Score(None, "timeout", "5 s"), PROBLEMS)
+@pytest.mark.parametrize("found, statuses", [
+    ([1, "2"], ["ok", "error"]), ((0, None), ["ok", "not_applicable"]),
+    (np.array([1, np.nan], np.float32), ["ok", "error"]),
+    ([1], ["error"] * 2), ([1, 2, 3], ["error"] * 2), ("12", ["error"] * 2),
+    (3, ["error"] * 2), (None, ["error"] * 2)])
+def test_what_a_group_may_get(found, statuses):
+  result = joined(
+      scoring.over("batch")(lambda **columns: found),
+      [(row, text("x")) for row in PROBLEMS])
+  assert [status for _, status, _ in result] == statuses
+
+
+def test_a_scope_is_one_of_three():
+  with pytest.raises(ValueError, match="scope is 'all', and one of sample"):
+    scoring.over("all")
+  assert scoring.scope_of(right) == "sample"
 
 
 def test_a_reward_takes_the_columns_of_all_problems():
@@ -198,15 +224,15 @@ def test_a_reward_takes_the_columns_of_all_problems():
   def needs(prompt, completion, *, wanted, **columns):
     raise AssertionError
   rows = [*PROBLEMS, dict(id=9, prompt="e", gold="yes")]
-  scoring.check_arguments("needs", needs, PROBLEMS)
+  checks.check_arguments("needs", needs, PROBLEMS)
   with pytest.raises(ValueError, match=(
       r"needs does not take the columns of problem 9 \(gold, id, prompt\): "
       "missing a required argument: 'wanted'")):
-    scoring.check_arguments("needs", needs, rows)
+    checks.check_arguments("needs", needs, rows)
   def few(prompt, completion, wanted):
     raise AssertionError
   with pytest.raises(ValueError, match=r"few does not take .* problem 7"):
-    scoring.check_arguments("few", few, PROBLEMS)
+    checks.check_arguments("few", few, PROBLEMS)
 
 
 def test_a_column_is_not_taken_for_a_part_of_the_completion():
@@ -215,30 +241,30 @@ def test_a_column_is_not_taken_for_a_part_of_the_completion():
   rows = [*PROBLEMS, dict(id=9, prompt="", gold="", thinking="of the teacher")]
   with pytest.raises(ValueError, match=(
       "looks asks for thinking of the completion, and problem 9 has a column")):
-    scoring.check_arguments("looks", looks, rows)
-  scoring.check_arguments("right", length, rows)
+    checks.check_arguments("looks", looks, rows)
+  checks.check_arguments("right", length, rows)
 
 
 @pytest.mark.parametrize("answer", ["so it may be 18 but", ""])
 def test_an_empty_answer_is_given_to_graders(answer):
   """Thinking that was never left is none, whatever stands in it."""
   row = dict(id=1, prompt="", answer="18")
-  [[value]] = scoring.score({"gsm8k": gsm8k.reward}, [row], [
-      Completion("", thinking=answer, full_text=answer)]).values
-  assert value == 0
-  assert scoring.extract("gsm8k", gsm8k.extract, [row], [Completion("")]) == [
-      None]
+  assert scoring.call(
+      "posttrain.tasks.gsm8k:reward", row, Completion(
+          "", thinking=answer, full_text=answer))[0] == 0
+  assert scoring.extract("posttrain.tasks.gsm8k:extract", "") == [
+      None, "ok", ""]
 
 
 def test_an_extractor_is_held_to_a_text():
-  extract = lambda function: scoring.extract(
-      "cut", function, PROBLEMS, [text("a b"), text("c")])
-  assert extract(lambda text: text[2:] or None) == ["b", None]
-  with pytest.raises(ValueError, match="cut returned 3 on problem 7; a text"):
-    extract(lambda text: 3)
-  with pytest.raises(ValueError, match=(
-      "cut failed on problem 8 with IndexError")):
-    extract(lambda text: text.split()[1])
+  extract = lambda function, answer: scoring.extract(by_name(function), answer)
+  cut = lambda text: text[2:] or None
+  assert extract(cut, "a b") == ["b", "ok", ""]
+  assert extract(cut, "c") == [None, "ok", ""]
+  assert extract(lambda text: 3, "c") == [
+      None, "error", "found 3, and a text or None is needed"]
+  found = extract(lambda text: text.split()[1], "c")
+  assert found[:2] == [None, "error"] and found[2].startswith("IndexError")
 
 
 @pytest.mark.parametrize("ids, message", [
@@ -248,5 +274,5 @@ def test_an_extractor_is_held_to_a_text():
 def test_problems_are_told_apart_by_their_id(ids, message):
   """A group is what has one id, so two of one would be one group."""
   with pytest.raises(ValueError, match=message):
-    scoring.check_ids([dict(id=value) for value in ids])
-  scoring.check_ids([dict(id=value) for value in (0, np.int32(1), -2**31)])
+    checks.check_ids([dict(id=value) for value in ids])
+  checks.check_ids([dict(id=value) for value in (0, np.int32(1), -2**31)])

@@ -21,12 +21,33 @@ def problems(split: str, **extra: Key) -> Section:
       **extra)
 
 
+SINGLE_TURN = "posttrain.episodes.single_turn:single_turn"
+# Keys of a stage that samples episodes.
+EPISODE: dict[str, Any] = dict(
+    episode=Key(
+        str, SINGLE_TURN, "Episode: a generator function, function(task, "
+        "**episode_args), that asks for tokens and for host work, and ends "
+        "with what is scored; see docs/episodes.md. The default is one "
+        "completion of the problem's prompt.", function=True),
+    episode_args=Key(dict, {}, "Its keyword arguments.",
+                     needs=Needs("episode", "!=", SINGLE_TURN)))
+
 # Keys of the section `rollout`.
 ROLLOUT: dict[str, Any] = dict(
     max_prompt_tokens=Key(int, REQUIRED, "Longest prompt, in tokens. A longer "
                           "one is an error.", "[1, inf)"),
     max_tokens=Key(int, REQUIRED, "Longest completion, in tokens, thinking "
                    "included (TRL: max_completion_length).", "[1, inf)"),
+    max_episode_tokens=Key(
+        int, 0, "Most tokens of an episode behind its prompt, in turns of up "
+        "to max_tokens and the observations between them. Turns may then go on "
+        "from others, which are kept in a prefix cache, and end at strings. "
+        "0: they may not, and a turn is a completion.", "[0, inf)",
+        needs=Needs("episode", "!=", SINGLE_TURN)),
+    prefix_cache_tokens=Key(
+        int, 0, "Size of that prefix cache, in tokens. What it cannot hold is "
+        "computed again. 0: as large as the KV cache.", "[0, inf)",
+        needs=Needs("rollout.max_episode_tokens", ">", 0)),
     truncate=Key(bool, False, "A completion that reaches its maximum of "
                  "thinking tokens or steps stops there. Otherwise budget "
                  "forcing closes its thinking, and it answers."),
@@ -79,6 +100,19 @@ BUDGET: dict[str, Key] = dict(
         int, -1, "Budget forcing: the thinking is closed after this many "
         "steps, which end in thinking.step. -1: no maximum.", "[-1, inf)"))
 
+WORKERS = Section(
+    "Worker processes for rewards, extractors and calls of episodes. They run "
+    "on process 0 while completions are sampled.",
+    num_workers=Key(int, 2, "Worker processes, each with one call at a time.",
+                    "[1, 1024]"),
+    seconds=Key(float, 10.0, "Deadline of a call. One that takes longer is "
+                "killed, with all that it has started, and its completion has "
+                "no score (status timeout).", "(0, 1e6]"),
+    memory_gb=Key(float, 4.0, "Address space of a worker, in GiB. A call that "
+                  "needs more fails (status error).", "[0.5, 1e6]"),
+    output_bytes=Key(int, 4096, "Bytes of a call's output that are kept with "
+                     "the record. More is dropped.", "[0, 1048576]"))
+
 SAMPLED = Needs("rollout.temperature", ">", 0)
 TEMPERATURE = Key(float, 1.0, "Sampling temperature. 0: greedy, the likeliest "
                   "token.", f"0 or {keys.TEMPERATURES}")
@@ -103,6 +137,20 @@ LOGITS: dict[str, Any] = dict(
         "completion.", needs=Needs("rollout.logits_processor", "!=", "")),
     hook=Renamed("rollout.logits_processor"),
     hook_args=Renamed("rollout.logits_processor_args"))
+
+
+def longest(rollout: Mapping) -> int:
+  """Returns the most tokens of a prompt and all that is behind it."""
+  return rollout["max_prompt_tokens"] + max(
+      rollout["max_tokens"], rollout["max_episode_tokens"])
+
+
+def check_episode(config, name: str, stage: Mapping) -> Iterator[str]:
+  rollout = stage["rollout"]
+  if 0 < rollout["max_episode_tokens"] < rollout["max_tokens"]:
+    yield (f"rollout.max_episode_tokens: {rollout['max_episode_tokens']} is "
+           f"less than rollout.max_tokens={rollout['max_tokens']}, which no "
+           "turn could then have. Raise the one or lower the other.")
 
 
 def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:
