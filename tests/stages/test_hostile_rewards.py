@@ -22,7 +22,7 @@ CHANGES = [
     "reason.num_steps=1", f"reason.num_groups={len(KINDS)}",
     "reason.group_size=2", "reason.health.max_unscored=1.0",
     f"reason.rewards={HOSTILE}:reward,{HOSTILE}:varied",
-    f"measure.reward={HOSTILE}:reward", "measure.extract=",
+    f"measure.reward={HOSTILE}:reward", "measure.extract=tests.stages.toy:whole",
     f"measure.problems.count={len(KINDS)}", "measure.samples_per_problem=1",
     "measure.pass_at=1", "measure.majority.max_samples=0",
     "measure.max_thinking_tokens=", "measure.num_waits=",
