@@ -19,7 +19,7 @@ from posttrain import distributed
 from posttrain.episodes.journal import Event, Journal
 from posttrain.episodes.protocol import Call, Gather, Result
 
-Member = tuple[int, Call, str]  # Its number, and who asked.
+Member = tuple[int, Call]  # With its number.
 Share = Callable[[Callable[[], list[Event]]], list[Event]]
 
 
@@ -62,7 +62,7 @@ class Calls:
     self._sent: dict[int, list[Member]] = {}
     self._numbers: dict[int, int] = {}  # The same, by the pool's numbers.
     self._gathers: dict[Gather, list[Member]] = {}
-    self._refused: dict[int, Result] = {}  # Calls that cannot be sent.
+    self._refused: dict[int, Result] = {}  # Calls that cannot be made.
     # Calls whose results are in the journal, and what has ended before its
     # moment: while it is replayed nothing else is told.
     self._known: dict[int, Call] = {}
@@ -87,26 +87,26 @@ class Calls:
       if journal:
         journal.close()
 
-  def submit(self, call: Call, blame: str = "") -> int:
+  def submit(self, call: Call) -> int:
     """Queues a call and returns its number, the same on every host.
 
     A call that cannot be made is not raised: it ends as an error.
-
-    Args:
-      call: what is called.
-      blame: names who asked, for messages.
     """
     number = self._next
     self._next += 1
     if call.gather is None:
-      self._send([(number, call, blame)])
+      self._send([(number, call)])
       return number
-    members = self._gathers.setdefault(call.gather, [])
-    wrong = _contradiction(call, members)
+    try:
+      members = self._gathers.setdefault(call.gather, [])
+      wrong = _contradiction(call, members)
+    except TypeError as error:  # The key has no hash.
+      wrong = f"The key of a gather: {error}."
     if wrong:
-      self._refuse([(number, call, blame)], wrong)
+      self._sent[number] = [(number, call)]
+      self._refused[number] = Result("error", reason=wrong)
       return number
-    members.append((number, call, blame))
+    members.append((number, call))
     if len(members) == call.gather.size:
       self._send(self._gathers.pop(call.gather))
     return number
@@ -147,31 +147,19 @@ class Calls:
 
   def _send(self, members: list[Member]) -> None:
     """Gives one call, or several that are made as one, to the workers."""
-    first, _, _ = members[0]
+    first, _ = members[0]
     self._sent[first] = members
     if not self._pool:
       return
-    call = self._joined([call for _, call, _ in members])
+    call = self._joined([call for _, call in members])
     if self._journal and self._journal.knows(first, call):
       self._known[first] = call
     else:
       self._make(first, call)
 
   def _make(self, first: int, call: Call) -> None:
-    """Gives a call to the workers."""
     assert self._pool
-    try:
-      number = self._pool.submit(call)
-    except Exception as error:  # Its arguments cannot be pickled.
-      self._refuse(self._sent[first], f"{type(error).__name__}: {error}")
-    else:
-      self._numbers[number] = first
-
-  def _refuse(self, members: list[Member], reason: str) -> None:
-    """Ends what cannot be sent; on process 0 it is enough to know it."""
-    first, _, _ = members[0]
-    self._sent[first] = members
-    self._refused[first] = Result("error", reason=reason)
+    self._numbers[self._pool.submit(call)] = first
 
   def _joined(self, calls: Sequence[Call]) -> Call:
     """Makes one call of several; its deadline is the sum of theirs."""
@@ -215,7 +203,7 @@ class Calls:
 
 def _contradiction(call: Call, members: Sequence[Member]) -> str:
   """Says why a call cannot be made as one with the others, or ""."""
-  for _, other, _ in members[:1]:
+  for _, other in members[:1]:
     for name in ("function", "kwargs"):
       found, needed = getattr(call, name), getattr(other, name)
       if found != needed:
@@ -227,8 +215,8 @@ def _contradiction(call: Call, members: Sequence[Member]) -> str:
 
 def _split(members: Sequence[Member], result: Result) -> list[Event]:
   """Gives each member of a call its own result."""
-  numbers = [number for number, _, _ in members]
-  _, call, _ = members[0]
+  numbers = [number for number, _ in members]
+  _, call = members[0]
   if call.gather is None:
     return [(numbers[0], result)]
   values, seconds = result.value, result.seconds / len(members)

@@ -156,10 +156,7 @@ class Driver:
 
   def _call(self, running: Running, call: Call, place: int | str) -> None:
     """Submits a call of an episode, or of one of its scores."""
-    task = running.task
-    number = self._calls.submit(
-        call, f"prompt {task.prompt_id}, sample {task.sample_id}")
-    self._results[number] = running, place
+    self._results[self._calls.submit(call)] = running, place
 
   def _end(self, running: Running) -> None:
     """Asks for the scores of an episode that has ended."""

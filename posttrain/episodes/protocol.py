@@ -32,7 +32,8 @@ from posttrain.text.render import Renderer
 
 __all__ = [
     "STOP_REASONS", "Call", "Episode", "Gather", "Generate", "MakeEpisode",
-    "Outcome", "Request", "Result", "Task", "Turn"]
+    "Outcome", "Request", "Result", "Task", "Turn", "is_multi_turn",
+    "make_tasks", "multi_turn"]
 
 # Why an episode ended, in the order of their codes.
 STOP_REASONS = (

@@ -31,10 +31,10 @@ class Pool:
     self.made, self.waits = [], []
     self._delay, self._numbers, self._sent = delay, itertools.count(), {}
 
-  def submit(self, call, blame=""):
+  def submit(self, call):
     number = next(self._numbers)
     self._sent[number] = [self._delay(number), call]
-    self.made.append((call, blame))
+    self.made.append(call)
     return number
 
   def poll(self, timeout=0.0):
