@@ -122,3 +122,27 @@ def test_a_journal_of_another_reward_is_not_used(tmp_path):
   log = (tmp_path / "run.log").read_text()
   assert "was made with other settings" in log
   assert "not made again" not in log
+
+
+def test_a_cell_under_way_keeps_what_its_calls_gave(tmp_path):
+  """Votes are taken of what a judge by chance has said, once."""
+  runs = Runs(tmp_path, [
+      "stages=measure", f"measure.reward={TOY}:chance",
+      "measure.rollout.chunk=4", "measure.max_thinking_tokens=2",
+      "measure.num_waits=", "measure.samples_per_problem=8"])
+  path = tmp_path / "run"
+  told = {}
+  for number in (4, 4):
+    runs.kill("run", "CHUNK", number)
+    for file in (path / "measure/journal/init").iterdir():
+      told[file.name] = [event[3][0] for line in list(journal._whole_lines(
+          file.read_bytes()))[1:] for event in line[1]["events"]]
+  runs.finish("run")
+  assert not (path / "measure/journal").exists()
+  records = json.loads((path / "measure/eval/init.json").read_text())["records"]
+  assert told
+  for name, values in told.items():
+    rewards = {record["reward"] for record in records
+               if record["cell"] == name}
+    assert values and {float(np.float32(value)) for value in values
+                       if isinstance(value, float)} <= rewards

@@ -152,11 +152,10 @@ def chance(prompt, completion, *, gold, **columns):
 
 def waits(prompt, completion, *, gold, full_text, **columns):
   """As `reward`, once the file HANG is gone; says that it waits beside it."""
-  hang = os.environ.get("HANG")
-  if hang and completion != gold:
-    pathlib.Path(f"{hang}.waits").touch()
-    while pathlib.Path(hang).exists():
-      time.sleep(0.01)
+  hang = pathlib.Path(os.environ.get("HANG", "/nowhere"))
+  while completion != gold and hang.exists():
+    hang.with_suffix(".waits").touch()
+    time.sleep(0.01)
   return float("ping" in full_text.split())
 
 
