@@ -26,7 +26,7 @@ held = []
 
 
 def corpus():
-  yield " ".join(["say", GOLD, *STATUSES])
+  yield " ".join(["say wait", GOLD, *STATUSES])
 
 
 def problems(split):
