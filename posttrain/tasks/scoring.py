@@ -282,6 +282,8 @@ def _guarded(judge: Callable[[], Any]) -> Any:
   """Calls a task's code; a `Score` with the status "error" if it fails."""
   try:
     return judge()
+  except Refused as error:
+    return Score(None, "error", str(error))
   # Also SystemExit, and what a task raises that is no Exception.
   except BaseException as error:
     with contextlib.suppress(Exception):  # It may have closed the stream.
@@ -291,8 +293,6 @@ def _guarded(judge: Callable[[], Any]) -> Any:
 
 def _told(error: BaseException) -> str:
   """Says in a line what was raised, and in which line of code."""
-  if isinstance(error, Refused):
-    return str(error)
   by = traceback.extract_tb(error.__traceback__, limit=-1)[0]
   said = " ".join(str(error).split())[:400]
   return (f"{type(error).__name__}" + f": {said}" * bool(said)
