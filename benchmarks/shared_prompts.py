@@ -52,7 +52,8 @@ def rollouts(
       finish_reason=zeros, think_end=zeros, think_lengths=zeros,
       think_steps=zeros, answer_lengths=full, wait_count=zeros,
       prompt_id=of_group.astype(np.int32), sample_id=zeros,
-      in_thinking=zeros, raw=np.zeros((count, 0)))
+      in_thinking=zeros, raw=np.zeros((count, 0)),
+      num_turns=zeros + 1, stop_reason=zeros)
 
 
 def make_side(

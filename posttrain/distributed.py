@@ -16,13 +16,12 @@ Without POSTTRAIN_COORDINATOR the process is alone and nothing happens.
 """
 
 import ctypes
-import itertools
 import os
 import pickle
 import re
 import signal
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as store  # The store has no public name.
@@ -41,9 +40,10 @@ LOST_SECONDS = "POSTTRAIN_LOST_SECONDS"
 STORE = "posttrain/first_host/"
 PART = 1 << 20  # Bytes of a message, of which gRPC takes 4 MiB.
 WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
-# Keys in the store, which no two calls may share. Every host makes the same
-# calls in the same order, so they count alike without talking to each other.
-_calls = itertools.count()
+# Messages that process 0 may be ahead of the others, and their bytes: the store
+# is in the memory of process 0.
+MOST_UNREAD = 64
+MOST_UNREAD_BYTES = 4 << 20
 
 
 def initialize(*, cpu_devices: int = 1) -> None:
@@ -170,7 +170,7 @@ def _leave(status: int) -> None:
   exits.leave(status)
 
 
-def on_first_host(function: Callable[[], T]) -> T:
+def on_first_host(function: Callable[[], T], *, wait: bool = True) -> T:
   """Calls a function on process 0 alone, and broadcasts its result.
 
   For what a host finds out by itself: a judge is asked once rather than once a
@@ -180,6 +180,8 @@ def on_first_host(function: Callable[[], T]) -> T:
 
   Args:
     function: needs no other host. What it returns is pickled.
+    wait: process 0 waits until all have the result. False: it goes on at once,
+      for results that come often, such as the calls that end in each chunk.
 
   Raises:
     Exception: what it raised there, on every host, so that none is left
@@ -193,7 +195,7 @@ def on_first_host(function: Callable[[], T]) -> T:
   # straggler, whose own time is longer than the others'.
   with sharding.waiting():
     if jax.process_index() != 0:
-      found, failure, is_mistake = pickle.loads(_exchange(None))
+      found, failure, is_mistake = pickle.loads(_messages.receive())
       if failure is not None:
         if not is_mistake:
           mistakes.mark_as_none(failure)
@@ -204,10 +206,10 @@ def on_first_host(function: Callable[[], T]) -> T:
       outcome = pickle.dumps((found, None, False))
     except Exception as error:
       # The others must get an answer before this host leaves the call.
-      _exchange(pickle.dumps((
-          None, _portable(error), mistakes.line(error) is not None)))
+      _messages.send(pickle.dumps((
+          None, _portable(error), mistakes.line(error) is not None)), wait=True)
       raise
-    _exchange(outcome)
+    _messages.send(outcome, wait=wait)
     return found
 
 
@@ -223,26 +225,74 @@ def _portable(error: Exception) -> Exception:
   return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _exchange(content: bytes | None) -> bytes:
-  """Sends process 0's bytes to every host, through the coordinator's store."""
-  client, key = store.global_state.client, f"{STORE}{next(_calls)}"
-  assert client is not None
-  if content is not None:
+class _Messages:
+  """Messages of process 0 to all hosts, in the coordinator's store.
+
+  Every host makes the same calls in the same order, so they count alike without
+  talking to each other. A key may be deleted only when all have read it, and
+  the store would grow with every message if none was. So all wait for each
+  other from time to time, when a message says so, and then process 0 deletes
+  what was sent until then.
+  """
+
+  def __init__(self):
+    self._number = 0  # No two messages may share a key.
+    self._waits = 0  # Times at which all have waited for each other.
+    self._unread = self._unread_bytes = 0
+
+  def send(self, content: bytes, *, wait: bool) -> None:
+    """Sends a message, on process 0.
+
+    Args:
+      content: of any size.
+      wait: until all have read it; otherwise only where too much is unread.
+    """
+    self._unread += 1
+    self._unread_bytes += len(content)
+    wait |= (self._unread >= MOST_UNREAD
+             or self._unread_bytes >= MOST_UNREAD_BYTES)
     parts = [content[i:i + PART] for i in range(0, len(content), PART)]
-    for number, part in enumerate(parts):
-      client.key_value_set_bytes(f"{key}/{number}", part)
-    client.key_value_set_bytes(f"{key}/count", str(len(parts)).encode())
-  else:
-    read = lambda name: client.blocking_key_value_get_bytes(
-        f"{key}/{name}", WAIT_MILLISECONDS)
-    content = b"".join(
-        read(number) for number in range(int(read("count"))))
-  # The key may be deleted only when all have read it: the store would otherwise
-  # grow with every batch that is scored.
-  client.wait_at_barrier(key, WAIT_MILLISECONDS)
-  if jax.process_index() == 0:
-    client.key_value_delete(f"{key}/")
-  return content
+    for number, part in enumerate(parts[1:], 1):
+      self._client.key_value_set_bytes(f"{self._key}{number}", part)
+    # A short message is one round trip: what else it says is in its first part.
+    self._client.key_value_set_bytes(
+        f"{self._key}0", bytes([wait]) + len(parts).to_bytes(4) + parts[0])
+    self._end(wait)
+
+  def receive(self) -> bytes:
+    """Reads the next message, on the other hosts."""
+    read = lambda number: self._client.blocking_key_value_get_bytes(
+        f"{self._key}{number}", WAIT_MILLISECONDS)
+    first = read(0)
+    content = first[5:] + b"".join(
+        read(number) for number in range(1, int.from_bytes(first[1:5])))
+    self._end(bool(first[0]))
+    return content
+
+  def _end(self, wait: bool) -> None:
+    if wait:
+      self._client.wait_at_barrier(self._key, WAIT_MILLISECONDS)
+      if jax.process_index() == 0:
+        self._client.key_value_delete(self._folder)
+      self._waits += 1
+      self._unread = self._unread_bytes = 0
+    self._number += 1
+
+  @property
+  def _client(self) -> Any:
+    assert store.global_state.client is not None
+    return store.global_state.client
+
+  @property
+  def _folder(self) -> str:
+    return f"{STORE}{self._waits}/"
+
+  @property
+  def _key(self) -> str:
+    return f"{self._folder}{self._number}/"
+
+
+_messages = _Messages()
 
 
 def _integer(name: str, default: str | None = None) -> int:

@@ -16,7 +16,8 @@ MADE_ANEW = (
     r"|tensorboard/{stage}/events\.out\.tfevents\.[^/]+"
     r"|tokenizer(\.partial)?/(tokenizer\.(json|model)|chat_template\.jinja"
     r"|(tokenizer|generation)_config\.json|SHA256SUMS)"
-    r"|{stage}/(data_report\.json|goodput\.json|rollouts/step_\d+\.jsonl)")
+    r"|{stage}/(data_report\.json|goodput\.json|rollouts/step_\d+\.jsonl"
+    r"|journal/(step_\d+|[^/]+/[^/]+))")
 # Files that stay: the next start adds to them, or people may want them.
 STAYS = (
     r"(config|environment)\.json|report\.html"

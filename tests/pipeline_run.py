@@ -8,8 +8,10 @@ tells a watcher. With SLOW_CHUNKS=n:seconds a chunk takes so long from the nth
 on.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -22,6 +24,8 @@ import numpy as np
 
 from posttrain import __main__, pipeline, sharding
 from posttrain import config as config_lib
+from posttrain.episodes import calls as calls_lib
+from posttrain.episodes import workers
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
 from posttrain.stages import loop, rl
@@ -72,11 +76,24 @@ def make_pipeline(path, assignments=()) -> pipeline.Pipeline:
       config_lib.assign(CONFIG, assignments, "test"), str(path))
 
 
+@functools.cache
+def pool() -> workers.WorkerPool:
+  """Workers for all tests of a process."""
+  found = workers.WorkerPool(workers.Settings())
+  atexit.register(found.close)
+  return found
+
+
+def calls() -> calls_lib.Calls:
+  """Calls that those workers make."""
+  return calls_lib.Calls(pool())
+
+
 class Learner(rl.Learner):
   """The stage's body, whose updates give their rows as the loop has them."""
 
   def __init__(self, context, start):
-    super().__init__(context, start)
+    super().__init__(calls(), context, start)
     self.step_health = loop.step_health(context)
 
   def update(self, span=contextlib.nullcontext):

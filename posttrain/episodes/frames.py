@@ -121,6 +121,12 @@ class Channel:
     self.closed = True
     self.socket.close()
 
+  def shutdown(self) -> None:
+    """Closes the connection, also for other processes that have this end."""
+    with contextlib.suppress(OSError):
+      self.socket.shutdown(socket.SHUT_RDWR)
+    self.close()
+
   def _read(self) -> bytes:
     try:
       return self.socket.recv(_PART)

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterable, Mapping
 
 _PDEATHSIG, _SUBREAPER = 1, 36  # Of linux/prctl.h.
 
@@ -24,19 +25,47 @@ def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def descendants(root: int) -> list[int]:
-  """Lists the children of a process, their children and so on."""
-  children: dict[int, list[int]] = {}
+def wake_at_signals() -> int:
+  """Returns a descriptor that can be read after a signal.
+
+  A child's end can so wake a loop. The signals that end a run do nothing else.
+  """
+  read, write = os.pipe()
+  for end in (read, write):
+    os.set_blocking(end, False)
+  signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  for number in (
+      signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, lambda *_: None)
+  return read
+
+
+def children() -> dict[int, list[int]]:
+  """Lists the children of every process; those that have ended are left out."""
+  found: dict[int, list[int]] = {}
   for name in _listed():
-    with contextlib.suppress(OSError, IndexError, ValueError):
-      with open(f"/proc/{name}/stat", "rb") as file:
-        # The command's name is in parentheses, and may contain any.
-        fields = file.read().rpartition(b")")[2].split()
-      if fields[0] != b"Z":
-        children.setdefault(int(fields[1]), []).append(int(name))
-  found, todo = [], [root]
+    with contextlib.suppress(OSError, IndexError), open(
+        f"/proc/{name}/stat", "rb") as file:
+      # The command's name is in parentheses, and may contain any character.
+      state, parent = file.read().rpartition(b")")[2].split()[:2]
+      if state != b"Z":
+        found.setdefault(int(parent), []).append(int(name))
+  return found
+
+
+def descendants(
+    root: int, tree: Mapping[int, list[int]], but: Iterable[int] = ()
+) -> list[int]:
+  """Lists the children of a process in a tree, their children and so on.
+
+  Args:
+    root: number of the process.
+    tree: of `children`.
+    but: processes that are left out, with their own descendants.
+  """
+  spared, found, todo = frozenset(but), [], [root]
   while todo:
-    new = children.get(todo.pop(), [])
+    new = [pid for pid in tree.get(todo.pop(), ()) if pid not in spared]
     found += new
     todo += new
   return found

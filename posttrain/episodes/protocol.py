@@ -20,18 +20,20 @@ has `task.generator`, whose seed is the episode's ids.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from posttrain.data import random_streams
 from posttrain.episodes.call import Call, Gather, Result
 from posttrain.sampler.requests import Completion
 from posttrain.text.render import Renderer
 
 __all__ = [
     "STOP_REASONS", "Call", "Episode", "Gather", "Generate", "MakeEpisode",
-    "Outcome", "Request", "Result", "Task", "Turn"]
+    "Outcome", "Request", "Result", "Task", "Turn", "is_multi_turn",
+    "make_tasks", "multi_turn"]
 
 # Why an episode ended, in the order of their codes.
 STOP_REASONS = (
@@ -102,6 +104,12 @@ class Outcome:
   rewards: Mapping[int, float] = dataclasses.field(default_factory=dict)
   reason_text: str = ""
 
+  def __post_init__(self):
+    if self.reason not in STOP_REASONS:
+      raise ValueError(
+          f"reason is {self.reason!r}, and must be one of "
+          f"{', '.join(STOP_REASONS)}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -113,7 +121,8 @@ class Task:
     renderer: of rows to tokens; has the tokenizer.
     prompt_id, sample_id: with seed, stage and step, what draws depend on.
     generator: for the episode's own randomness, seeded by these ids.
-    max_tokens: the most tokens behind the prompt, observations included.
+    max_tokens: the most tokens behind the prompt, observations included, of
+      each sequence of the episode.
   """
 
   row: Mapping[str, Any]
@@ -129,7 +138,49 @@ class Task:
     return tuple(self.renderer.tokenizer.encode(text))
 
 
+def make_tasks(
+    row: Mapping[str, Any], renderer: Renderer, *, sample_ids: Iterable[int],
+    max_tokens: int, seed: int, stage: str, step: int = 0,
+) -> list[Task]:
+  """Makes tasks of one problem, one for each sample.
+
+  Args:
+    row: the problem's columns; its `id` is the prompt id.
+    renderer: makes its prompt.
+    sample_ids: of the episodes.
+    max_tokens: see `Task`.
+    seed, stage, step: with the ids, what the episode draws depends on.
+  """
+  prompt, prompt_id = tuple(renderer.prompt_tokens(row)), int(row["id"])
+
+  def generator(sample_id: int) -> np.random.Generator:
+    # As 32 bits, which is how `token_sampling.row_keys` takes an id below 0.
+    ids = (number % 2**32 for number in (step, prompt_id, sample_id))
+    return random_streams.stream(seed, stage, "episode", *ids)
+
+  return [
+      Task(row=row, prompt=prompt, renderer=renderer, prompt_id=prompt_id,
+           sample_id=sample_id, max_tokens=max_tokens,
+           generator=generator(sample_id))
+      for sample_id in sample_ids]
+
+
 Request = Generate | Call
 Episode = Generator[
     Request | Sequence[Request], Any, Outcome]
 MakeEpisode = Callable[..., Episode]
+
+
+def multi_turn(episode: MakeEpisode) -> MakeEpisode:
+  """Marks an episode whose turns go on from each other.
+
+  A stage gives it an engine with a prefix cache, so that no token is computed
+  twice. Without the mark it has the same tokens, and computes them again.
+  """
+  episode.multi_turn = True  # type: ignore[attr-defined]
+  return episode
+
+
+def is_multi_turn(episode: MakeEpisode) -> bool:
+  """True if an episode was marked by `multi_turn`."""
+  return getattr(episode, "multi_turn", False)

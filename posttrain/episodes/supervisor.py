@@ -1,88 +1,42 @@
 """Supervisor: forks workers, gives them jobs, keeps deadlines, kills.
 
 It is a process of its own, with one thread and without JAX, started by
-`posttrain.episodes.workers`. It stays small, so that a fork takes milliseconds.
-Orphans of its workers become its children. When the pool closes its socket, or
-is gone, it kills all that descends from it and exits.
+`posttrain.episodes.workers`. It is small, so that a fork takes milliseconds.
+A worker adopts the orphans of its calls, the supervisor those of its workers:
+what is its child and no worker was left by one that is gone. When the pool
+closes its socket, or is gone, it kills all that descends from it and exits.
 """
 
 import collections
 import contextlib
 import dataclasses
 import json
+import math
 import mmap
 import os
 import selectors
-import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Iterable
 from typing import NoReturn
 
-from posttrain.episodes import frames, processes, worker
-from posttrain.tasks import loading, scoring  # noqa: F401  Workers have them.
+from posttrain.episodes import frames, handle, processes
+from posttrain.episodes.handle import Handle, Job
+from posttrain.tasks import loading, scoring  # noqa: F401  For the workers.
 
-IMPORT_SECONDS = 120.0
-QUICK_SECONDS = 0.005  # Calls faster than this are sent ahead.
-AHEAD = 4
-SLOW_SECONDS = 0.05  # A call behind one that takes longer may go elsewhere.
+AHEAD = 4  # Jobs that are at a worker at a time, if it is quick.
+SLOW_SECONDS = 0.05  # A job behind one that takes longer may go elsewhere.
 MAX_FAILED_STARTS = 5
-LOST = "lost its connection, which the call may have closed"
-END_SECONDS = 0.5  # From a connection's end to that of the worker.
-RUNNING = struct.Struct("<Q")  # One a worker: the job that it runs, or 0.
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Settings of the workers, as of `workers.Settings`."""
+  """Settings of the workers; see `workers.Settings`."""
 
   num_workers: int
   memory_bytes: int
   output_bytes: int
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-  """Call that waits or runs; its frame goes to a worker as it came."""
-
-  number: int
-  seconds: float
-  data: bytes
-  retried: bool = False
-
-
-@dataclasses.dataclass(eq=False)
-class Worker:
-  """Worker as the supervisor sees it.
-
-  Attributes:
-    slot: its place in the table of running jobs.
-    queue: jobs that were sent to it; the first one runs.
-    deadline: when the job that runs, or an import, is too late.
-    started: when that job was started.
-    num_done: jobs that it has finished.
-    quick: its last job took less than `QUICK_SECONDS`.
-    ready: it has started.
-    doomed: it was killed; it only has to be reaped.
-    lost: the reason of its end, where this is known.
-  """
-
-  slot: int
-  pid: int
-  channel: frames.Channel
-  pipe: int
-  queue: collections.deque[Job]
-  deadline: float
-  started: float
-  output: bytearray = dataclasses.field(default_factory=bytearray)
-  num_done: int = 0
-  importing: bool = True
-  quick: bool = False
-  ready: bool = False
-  doomed: bool = False
-  lost: str = ""
 
 
 class Supervisor:
@@ -90,27 +44,28 @@ class Supervisor:
 
   def __init__(
       self, sock: socket.socket, running: mmap.mmap, settings: Settings):
+    """Starts no worker yet.
+
+    Args:
+      sock: connection to the pool.
+      running: table of the jobs that run, which outlives this process.
+      settings: of the workers.
+    """
     self.pool = frames.Channel(sock, 2 * frames.MAX_JOB)
     self.running = running
     self.settings = settings
-    self.selector = selectors.DefaultSelector()
-    self.jobs: dict[int, Job] = {}
+    self.jobs: dict[int, Job] = {}  # Those without a result.
     self.waiting: collections.deque[Job] = collections.deque()
-    self.workers: dict[int, Worker] = {}
+    self.workers: dict[int, Handle] = {}
     self.preload: dict[str, None] = {}
     self.failed_starts = 0
     self.parent = os.getppid()
     self.orphans = False  # There may be some.
-    self.wakeup, write = os.pipe()
-    for end in (self.wakeup, write):
-      os.set_blocking(end, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-      signal.signal(number, lambda *_: None)
+    self.selector = selectors.DefaultSelector()
+    self.wakeup = processes.wake_at_signals()
     processes.adopt_orphans()
-    self.selector.register(sock, selectors.EVENT_READ, "pool")
-    self.selector.register(self.wakeup, selectors.EVENT_READ, "wakeup")
+    self.selector.register(sock, selectors.EVENT_READ)
+    self.selector.register(self.wakeup, selectors.EVENT_READ)
 
   def run(self) -> None:
     """Works until the pool is gone."""
@@ -118,10 +73,19 @@ class Supervisor:
       self._fork(slot)
     while not self.pool.closed and os.getppid() == self.parent:
       self._watch_writes()
-      found = self.selector.select(self._timeout())
-      # Jobs that have ended before output: what comes behind is the next one's.
-      for key, events in sorted(found, key=lambda item: item[0].data == "pipe"):
-        self._handle(key, events)
+      ready = {key.fd: events for key, events in self.selector.select(
+          self._timeout())}
+      if events := ready.get(self.pool.socket.fileno()):
+        self._hear_pool(events)
+      if self.wakeup in ready:
+        os.read(self.wakeup, 4096)
+      # Answers before output: what comes behind an answer is the next job's.
+      # A worker answers when all that its job has printed was read.
+      for found in list(self.workers.values()):
+        if events := ready.get(found.channel.socket.fileno()):
+          self._hear(found, events)
+        if found.pipe in ready and not found.doomed:
+          self._drain(found, most=1)  # A second part may be the next job's.
       self._expire()
       self._reap()
       self._dispatch()
@@ -130,7 +94,7 @@ class Supervisor:
     """Kills all descendants, and waits until they are gone."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-      for pid in [*self.workers, *processes.descendants(os.getpid())]:
+      for pid in processes.descendants(os.getpid(), processes.children()):
         processes.kill(pid)
       try:
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -139,25 +103,7 @@ class Supervisor:
         return
       time.sleep(0.002)
 
-  # Events.
-
-  def _handle(self, key: selectors.SelectorKey, events: int) -> None:
-    if key.data == "pool":
-      self._hear_pool(events)
-    elif key.data == "wakeup":
-      os.read(self.wakeup, 4096)
-    else:
-      found = self.workers.get(key.data if isinstance(key.data, int) else
-                               self._owner(key.fd))
-      if found and not found.doomed:
-        if isinstance(key.data, int):
-          self._hear(found, events)
-        else:
-          self._drain(found)
-
-  def _owner(self, pipe: int) -> int:
-    return next((pid for pid, found in self.workers.items()
-                 if found.pipe == pipe), 0)
+  # Messages.
 
   def _hear_pool(self, events: int) -> None:
     if events & selectors.EVENT_WRITE:
@@ -173,112 +119,104 @@ class Supervisor:
         else:
           self.pool.send(frames.encode(frames.Frame(frames.PONG)))
 
-  def _hear(self, found: Worker, events: int) -> None:
+  def _hear(self, found: Handle, events: int) -> None:
     if events & selectors.EVENT_WRITE:
       found.channel.flush()
     if events & selectors.EVENT_READ:
-      for frame in found.channel.receive():
-        self._answer(found, frame)
-    if found.channel.closed and not found.doomed:
-      # It is about to end, and its status says more; or the call has closed
-      # the connection.
-      found.lost = LOST
+      self._receive(found)
+    if found.channel.closed and not found.doomed and not found.lost:
+      # It is about to end, and its status says more; or a call has closed
+      # the connection, and it does not know yet.
+      found.lost = True
       found.deadline = min(
-          found.deadline, time.monotonic() + END_SECONDS)
-      self._deafen(found)
+          found.deadline, time.monotonic() + handle.END_SECONDS)
+      found.deafen(self.selector)
 
-  def _answer(self, found: Worker, frame: frames.Frame) -> None:
+  def _receive(self, found: Handle) -> None:
+    for frame in found.channel.receive():
+      if not found.doomed:
+        self._answer(found, frame)
+
+  def _answer(self, found: Handle, frame: frames.Frame) -> None:
     """Takes in a frame of a worker."""
-    if found.doomed:
-      return
-    job, now = found.queue[0] if found.queue else None, time.monotonic()
-    if frame.kind == frames.READY:
+    job = found.queue[0] if found.queue else None
+    if frame.kind == frames.READY and not found.ready:
       self.failed_starts, found.ready = 0, True
-      self._drain(found)
-      found.output = bytearray()
       self._start(found)
     elif job is None or frame.number != job.number:
       found.channel.closed = True  # Nobody asked.
     elif frame.kind == frames.IMPORT:
-      found.importing, found.deadline = True, now + IMPORT_SECONDS
-      self.preload.update(dict.fromkeys(json.loads(frame.body)[:64]))
+      found.deadline = time.monotonic() + handle.IMPORT_SECONDS
+      found.names = frame.body.decode(errors="replace").split("\n")
     elif frame.kind == frames.START:
-      self._start(found)
+      self.preload.update(dict.fromkeys(found.names))
+      found.names = []
+      self._start(found, keep=True)
     else:
+      if frame.kind == frames.LAST:  # It has not waited, and nothing follows.
+        self._drain(found)
       found.num_done += 1
-      found.quick = frame.seconds < QUICK_SECONDS
+      found.quick = frame.seconds < handle.QUICK_SECONDS
       self._finish(job, frame.body, frame.seconds, found.output)
-      self._next(found)
+      found.queue.popleft()
+      self._start(found)
       if frame.kind == frames.LAST:
         self._retire(found)
 
-  def _drain(self, found: Worker) -> None:
-    """Reads what was printed; keeps the first bytes of each job."""
-    for _ in range(16):
-      try:
-        part = os.read(found.pipe, 2**16)
-      except BlockingIOError:
-        return
-      if not part:  # Every process has closed it.
-        with contextlib.suppress(KeyError):
-          self.selector.unregister(found.pipe)
-        return
-      room = self.settings.output_bytes - len(found.output)
-      found.output += part[:max(0, room)]
+  def _drain(self, found: Handle, most: int = 16) -> None:
+    if not found.drain(self.settings.output_bytes, most):
+      with contextlib.suppress(KeyError):
+        self.selector.unregister(found.pipe)
 
   # Jobs.
 
   def _dispatch(self) -> None:
     """Gives jobs to workers: one to each idle one, then ahead."""
-    ready = [found for found in self.workers.values() if not found.doomed]
     for depth in range(AHEAD):
-      for found in ready:
-        if len(found.queue) == depth and (
-            depth == 0 or (found.quick and found.num_done)):
-          job = self._take(found)
+      for found in self.workers.values():
+        if len(found.queue) == depth and not (found.doomed or found.lost) and (
+            depth == 0 or found.quick):
+          job = self._take(idle=depth == 0)
           if job is not None:
             self._send(found, job)
 
-  def _take(self, found: Worker) -> Job | None:
+  def _take(self, idle: bool) -> Job | None:
     """Takes a job that waits; else, if idle, one stuck behind a slow one."""
     while self.waiting:
       job = self.waiting.popleft()
       if job.number in self.jobs:
         return job
-    if not found.queue:
+    if idle:
       late = time.monotonic() - SLOW_SECONDS
-      for other in self.workers.values():
-        if other.started < late and not other.doomed:
-          for job in list(other.queue)[1:]:
-            if job.number in self.jobs and not self._elsewhere(job, other):
+      for found in self.workers.values():
+        if found.started < late:
+          for job in list(found.queue)[1:]:
+            if self._num_queued(job) == 1:
               return job
     return None
 
-  def _elsewhere(self, job: Job, found: Worker) -> bool:
-    return any(job in other.queue for other in self.workers.values()
-               if other is not found)
+  def _num_queued(self, job: Job) -> int:
+    """Counts the workers that have a job; 9 if its result is there."""
+    if job.number not in self.jobs:
+      return 9
+    return sum(job in found.queue for found in self.workers.values()
+               if not found.doomed)
 
-  def _send(self, found: Worker, job: Job) -> None:
+  def _send(self, found: Handle, job: Job) -> None:
     found.queue.append(job)
     found.channel.send(job.data)
     if len(found.queue) == 1 and found.ready:
       self._start(found)
 
-  def _start(self, found: Worker) -> None:
-    """Starts the clock of a worker's first job."""
-    found.started, found.importing = time.monotonic(), False
-    if found.queue:
-      found.deadline = found.started + found.queue[0].seconds
-      RUNNING.pack_into(self.running, found.slot * RUNNING.size,
-                        found.queue[0].number)
-    else:
-      found.deadline = float("inf")
-      RUNNING.pack_into(self.running, found.slot * RUNNING.size, 0)
+  def _start(self, found: Handle, *, keep: bool = False) -> None:
+    """Starts the clock of a worker's first job; `keep`: the output, too."""
+    if not keep:
+      found.output = bytearray()
+    self._note(found, found.start_clock())
 
-  def _next(self, found: Worker) -> None:
-    found.queue.popleft()
-    found.output = bytearray()
-    self._start(found)
+  def _note(self, found: Handle, number: int) -> None:
+    handle.RUNNING.pack_into(
+        self.running, found.slot * handle.RUNNING.size, number)
 
   def _finish(
       self, job: Job, body: bytes, seconds: float, output: bytearray) -> None:
@@ -287,26 +225,26 @@ class Supervisor:
       self.pool.send(frames.encode(frames.Frame(
           frames.DONE, job.number, seconds, bytes(output), body)))
 
-  def _fail(self, found: Worker, job: Job, status: str, reason: str) -> None:
+  def _fail(self, found: Handle, job: Job, status: str, reason: str) -> None:
     self._finish(
         job, json.dumps([status, None, reason]).encode(),
         time.monotonic() - found.started, found.output)
 
   def _expire(self) -> None:
-    """Ends the jobs that are too late, and their workers."""
+    """Ends the jobs that are late, and their workers."""
     now = time.monotonic()
     for found in list(self.workers.values()):
       if found.doomed or now < found.deadline:
         continue
       if found.lost:
+        found.deadline = math.inf
         processes.kill(found.pid)
-        found.deadline = float("inf")
         continue
       if found.ready and found.queue:
         self._drain(found)
-        reason = (f"importing took more than {IMPORT_SECONDS:g} s"
-                  if found.importing else
-                  f"more than {found.queue[0].seconds:g} s")
+        reason = (f"more than {handle.IMPORT_SECONDS:g} s to import "
+                  f"{', '.join(found.names)}" if found.names
+                  else f"more than {found.queue[0].seconds:g} s")
         self._fail(found, found.queue.popleft(), "timeout", reason)
       self._retire(found)
 
@@ -314,168 +252,133 @@ class Supervisor:
     self.jobs.clear()
     self.waiting.clear()
     for found in list(self.workers.values()):
-      if found.queue:
+      if found.queue and not found.doomed:
         found.queue.clear()
-        self._retire(found)
+        if found.ready:
+          self._retire(found)
 
   # Workers.
 
   def _fork(self, slot: int, first: Job | None = None) -> None:
     """Forks a worker; `first` is the job that it starts with."""
-    ours, theirs = socket.socketpair()
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-      signal.set_wakeup_fd(-1)
-      signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-      signal.signal(signal.SIGHUP, signal.SIG_DFL)
-      self._close_all(ours, read)
-      worker.serve(
-          theirs, write, memory_bytes=self.settings.memory_bytes,
-          preload=list(self.preload))
-    theirs.close()
-    os.close(write)
-    os.set_blocking(read, False)
-    now = time.monotonic()
-    found = Worker(
-        slot, pid, frames.Channel(ours, frames.MAX_RESULT + 1024), read,
-        collections.deque(), now + IMPORT_SECONDS, now)
-    self.workers[pid] = found
-    self.selector.register(ours, selectors.EVENT_READ, pid)
-    self.selector.register(read, selectors.EVENT_READ, "pipe")
+    found = handle.fork(
+        slot, memory_bytes=self.settings.memory_bytes,
+        preload=list(self.preload), close=self._close_files)
+    self.workers[found.pid] = found
+    self.selector.register(found.channel.socket, selectors.EVENT_READ)
+    self.selector.register(found.pipe, selectors.EVENT_READ)
     if first is not None:
       self._send(found, first)
 
-  def _close_all(self, ours: socket.socket, read: int) -> None:
-    """Closes, in a child, what belongs to the supervisor."""
+  def _close_files(self) -> None:
+    """Closes, in a worker, what belongs to the supervisor."""
     self.selector.close()
     self.pool.close()
     self.running.close()
-    for found in self.workers.values():
-      found.channel.close()
-      os.close(found.pipe)
-    ours.close()
-    os.close(read)
     os.close(self.wakeup)
+    for found in self.workers.values():
+      found.close()
 
-  def _retire(self, found: Worker) -> None:
+  def _retire(self, found: Handle) -> None:
     """Kills a worker; what was sent to it ahead waits again."""
     found.doomed = True
-    RUNNING.pack_into(self.running, found.slot * RUNNING.size, 0)
-    if not found.ready:
-      self._failed_start()
-    self._again(found.queue)
-    self._deafen(found)
+    self._note(found, 0)
+    self._return(found.queue)
+    found.queue.clear()
+    found.deafen(self.selector)
     processes.kill(found.pid)
+    if not found.ready:
+      self._count_failed_start(found)
 
-  def _again(self, jobs: Iterable[Job]) -> None:
+  def _return(self, jobs: Iterable[Job]) -> None:
+    """Lets jobs wait again, in front, unless another worker has them."""
     for job in reversed(list(jobs)):
-      held = any(job in other.queue for other in self.workers.values()
-                 if not other.doomed)
-      if job.number in self.jobs and not held:
+      if self._num_queued(job) == 0:
         self.waiting.appendleft(job)
 
   def _reap(self) -> None:
     """Replaces workers that have ended, and kills the orphans they left."""
-    while True:
-      try:
+    with contextlib.suppress(ChildProcessError):
+      while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
-      except ChildProcessError:
-        break
-      if not pid:
-        break
-      self.orphans = True
-      found = self.workers.get(pid)
-      if found:
-        self._ended(found, status)
+        if not pid:
+          break
+        self.orphans = True
+        if pid in self.workers:
+          self._see_end(self.workers[pid], status)
     if self.orphans:
-      theirs = set(processes.descendants(os.getpid()))
-      for pid in self.workers:
-        theirs -= {pid, *processes.descendants(pid)}
-      for pid in theirs:
+      left = processes.descendants(
+          os.getpid(), processes.children(), but=self.workers)
+      for pid in left:
         processes.kill(pid)
-      self.orphans = bool(theirs)
+      self.orphans = bool(left)  # Looks again: one may just have forked.
 
-  def _ended(self, found: Worker, status: int) -> None:
-    """Sees to a worker that has ended by itself or was killed."""
+  def _see_end(self, found: Handle, status: int) -> None:
+    """Sees to a worker that has ended, by itself or killed."""
     first = None
     if not found.doomed:
-      for frame in found.channel.receive():
-        self._answer(found, frame)
+      self._receive(found)
       self._drain(found)
     if not found.doomed:
       found.doomed = True
+      self._note(found, 0)
       if not found.ready:
-        self._failed_start()
+        self._count_failed_start(found)
       elif found.queue:
         first = self._blame(found, found.queue.popleft(), status)
-      self._again(found.queue)
-    self._remove(found)
+      self._return(found.queue)
+    del self.workers[found.pid]
+    found.deafen(self.selector)
+    found.close()
     self._fork(found.slot, first)
 
-  def _blame(self, found: Worker, job: Job, status: int) -> Job | None:
+  def _blame(self, found: Handle, job: Job, status: int) -> Job | None:
     """Gives a job the status of its worker's end, or returns it to try again.
 
-    An earlier job may have caused the end (a signal on its way, say). So a job
-    is blamed only if it was the first of its worker.
+    An earlier job may have caused the end. So a job is blamed only if it was
+    the first of its worker; another one is made the first of the next.
     """
-    if job.number not in self.jobs:
-      return None
-    if found.num_done and not job.retried:
-      job.retried = True
+    if found.num_done and job.number in self.jobs:
       return job
-    end = processes.describe_end(status)
-    if (found.lost and found.deadline == float("inf")) or (
-        status == worker.CONNECTION_LOST << 8):
-      end = LOST
-    self._fail(found, job, "error", f"The worker {end}.")
+    self._fail(
+        found, job, "error", f"The worker {found.describe_end(status)}.")
     return None
 
-  def _failed_start(self) -> None:
-    """Counts a start that failed: with what was imported last time, or at all.
-    """
+  def _count_failed_start(self, found: Handle) -> None:
+    """Counts a start that failed; the next one imports nothing."""
+    self._drain(found)
     self.failed_starts += 1
     self.preload.clear()
     if self.failed_starts >= MAX_FAILED_STARTS:
       raise RuntimeError(
-          f"{self.failed_starts} worker processes in a row did not start. Give "
-          "them more memory (workers.memory_gb), or see what they printed "
-          "above.")
-
-  def _remove(self, found: Worker) -> None:
-    del self.workers[found.pid]
-    self._deafen(found)
-    found.channel.close()
-    os.close(found.pipe)
-
-  def _deafen(self, found: Worker) -> None:
-    for file in (found.channel.socket, found.pipe):
-      with contextlib.suppress(KeyError):
-        self.selector.unregister(file)
+          f"{self.failed_starts} worker processes in a row did not start. The "
+          "last one printed:\n" + found.output.decode(errors="replace") +
+          "\nIf it lacks memory, give the workers more.")
 
   # Waiting.
 
   def _timeout(self) -> float:
     if self.orphans:
       return 0.002
-    now = time.monotonic()
-    waits = [1.0, *(found.deadline - now for found in self.workers.values()
-                    if not found.doomed)]
-    if any(len(found.queue) > 1 for found in self.workers.values()):
-      waits.append(SLOW_SECONDS)
+    # The pool's end is noticed within a second, if its socket is not closed
+    # since another process has it.
+    waits = [1.0]
+    for found in self.workers.values():
+      if not found.doomed:
+        waits.append(found.deadline - time.monotonic())
+      if len(found.queue) > 1:
+        waits.append(SLOW_SECONDS)
     return max(0.0, min(waits))
 
   def _watch_writes(self) -> None:
     """Asks for sockets that can be written to, where something is unsent."""
     for channel in (self.pool, *(
-        found.channel for found in self.workers.values() if not found.doomed)):
-      if channel.closed:
-        continue
+        found.channel for found in self.workers.values()
+        if not (found.doomed or found.lost))):
       wanted = selectors.EVENT_READ | (
           selectors.EVENT_WRITE if channel.unsent else 0)
-      key = self.selector.get_key(channel.socket)
-      if key.events != wanted:
-        self.selector.modify(channel.socket, wanted, key.data)
+      if self.selector.get_key(channel.socket).events != wanted:
+        self.selector.modify(channel.socket, wanted)
 
 
 def main(descriptor: int, table: int, settings: str) -> NoReturn:
@@ -483,11 +386,11 @@ def main(descriptor: int, table: int, settings: str) -> NoReturn:
 
   Args:
     descriptor: of the socket.
-    table: of a file with 8 bytes a worker, in which the running jobs are.
+    table: of a file with `RUNNING.size` bytes a worker.
     settings: of `Settings`, as JSON.
   """
   found = Settings(**json.loads(settings))
-  running = mmap.mmap(table, RUNNING.size * found.num_workers)
+  running = mmap.mmap(table, handle.RUNNING.size * found.num_workers)
   os.close(table)
   supervisor = Supervisor(
       socket.socket(fileno=descriptor), running, found)
@@ -495,5 +398,4 @@ def main(descriptor: int, table: int, settings: str) -> NoReturn:
     supervisor.run()
   finally:
     supervisor.close()
-    sys.stderr.flush()
   sys.exit()

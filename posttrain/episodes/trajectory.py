@@ -13,6 +13,7 @@ class Trajectory:
 
   Attributes:
     row: the problem's columns.
+    prompt: of its task.
     prompt_id, sample_id: ids of the episode.
     turns: in the order in which they were asked for.
     calls: results of the episode's calls, in their order.
@@ -21,6 +22,7 @@ class Trajectory:
   """
 
   row: Mapping[str, Any]
+  prompt: tuple[int, ...]
   prompt_id: int
   sample_id: int
   turns: Sequence[Turn]
@@ -40,20 +42,25 @@ class Trajectory:
     """Tokens of all turns, those of observations left out."""
     return sum(len(turn.completion.tokens) for turn in self.turns)
 
+  def path(self) -> list[Turn]:
+    """Lists the turns that lead to the last one, each the next one's parent."""
+    found: list[Turn] = []
+    at = len(self.turns) - 1 if self.turns else None
+    while at is not None:
+      found.append(self.turns[at])
+      at = self.turns[at].parent
+    return found[::-1]
+
   def chain(self) -> list[Turn]:
-    """Lists the turns from the first to the last, each the next one's parent.
+    """Lists the turns if each goes on from the one before.
 
     Raises:
       ValueError: a turn is not on the way to the last: the episode has
         branched, and is not one sequence.
     """
-    chain: list[Any] = []
-    at = len(self.turns) - 1 if self.turns else None
-    while at is not None:
-      chain.append(self.turns[at])
-      at = self.turns[at].parent
-    if len(chain) < len(self.turns):
+    found = self.path()
+    if len(found) < len(self.turns):
       raise ValueError(
-          f"The episode has {len(self.turns)} turns, and {len(chain)} of them "
+          f"The episode has {len(self.turns)} turns, and {len(found)} of them "
           "lead to the last. It is not one sequence, and cannot be trained on.")
-    return chain[::-1]
+    return found

@@ -21,7 +21,7 @@ import termios
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from posttrain.episodes import frames, processes
@@ -29,6 +29,8 @@ from posttrain.tasks import loading
 
 CONNECTION_LOST = 71  # Exit status: the call closed the socket.
 _HIGH = 600  # Descriptors from here on are seldom closed by mistake.
+_FLUSH_SECONDS = 2
+_PAGE = resource.getpagesize()
 _QUIET = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -48,6 +50,7 @@ def serve(
     _Worker(sock, output, memory_bytes, preload).run()
   except BaseException:
     traceback.print_exc()
+    sys.stderr.flush()
   finally:
     os._exit(1)
 
@@ -63,54 +66,61 @@ class _Worker:
     processes.adopt_orphans()
     for number in _QUIET:
       signal.signal(number, _nothing)
-    os.register_at_fork(after_in_child=_restore_signals)
+    os.register_at_fork(after_in_child=self._leave)
+    self.pid = os.getpid()
     _redirect(output)
-    # Calls that close descriptors 3 to 255 must not close these.
-    self.output = fcntl.fcntl(output, fcntl.F_DUPFD_CLOEXEC, _HIGH)
-    os.close(output)
-    self.socket = socket.socket(
-        fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, _HIGH))
-    sock.close()
-    limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if limit != resource.RLIM_INFINITY:
-      memory_bytes = min(memory_bytes, limit)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError), open(
-        "/proc/self/oom_score_adj", "w") as file:
-      file.write("1000")  # Without memory, a worker goes before the run.
+    self.output = _moved(output)
+    self.statm = _moved(os.open("/proc/self/statm", os.O_RDONLY))
+    self.socket = socket.socket(fileno=_moved(sock.detach()))
+    _limit_memory(memory_bytes)
     self.memory_bytes = memory_bytes
     self.folder = os.getcwd()
     self.standard = _identities()
     self.streams = sys.stdout, sys.stderr
-    self.functions: dict[str, Callable[..., Any] | BaseException] = {}
+    self.functions: dict[str, Callable[..., Any]] = {}
+    self.failed: dict[str, tuple[BaseException, TracebackType | None]] = {}
     self.inbox = bytearray()
     for name in preload:
       self._load(name)
-    # What has failed is tried again by the call that needs it.
-    self.functions = {name: found for name, found in self.functions.items()
-                      if not isinstance(found, BaseException)}
-    self._flush()
+    self.failed.clear()  # The call that needs one tries again.
+    self._flush(wait=True)
     self._send(frames.Frame(frames.READY))
 
   def run(self) -> None:
     while True:
       frame = self._receive()
       # Before the call, in case it has none.
-      before, start = (_threads(), _memory()), time.monotonic()
+      before, start = (_threads(), self._memory()), time.monotonic()
       try:
         function, args, kwargs = self._unpack(frame)
-        before, start = (_threads(), _memory()), time.monotonic()
+        before, start = (_threads(), self._memory()), time.monotonic()
         answer = "ok", function(*args, **kwargs), ""
       except BaseException as error:
         answer = "error", None, _described(error)
-        with contextlib.suppress(BaseException):
-          traceback.print_exc()  # The output is kept.
+        self._print(error)
+      if os.getpid() != self.pid:
+        os._exit(0)  # A call has forked, and its child has come back.
       seconds = time.monotonic() - start
-      clean = self._flush() and self._is_clean(*before)
+      clean = self._is_clean(*before)
+      clean = self._flush(wait=clean) and clean
       self._send(frames.Frame(
           frames.DONE if clean else frames.LAST, frame.number, seconds,
           body=_encoded(*answer)))
+      while not clean:
+        signal.pause()  # To be killed.
+
+  def _leave(self) -> None:
+    """Makes a forked child an ordinary process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    self.socket.close()
+
+  def _print(self, error: BaseException) -> None:
+    """Prints where a call has failed, without the frame of `run`."""
+    with contextlib.suppress(BaseException):
+      trace = error.__traceback__
+      traceback.print_exception(
+          error.with_traceback(trace.tb_next if trace else None))
 
   def _receive(self) -> frames.Frame:
     while not (frame := frames.take(self.inbox, 2 * frames.MAX_JOB)):
@@ -133,10 +143,11 @@ class _Worker:
 
   def _import(self, number: int, names: Sequence[str]) -> None:
     """Imports functions; the supervisor counts this time apart."""
-    names = [name for name in names if name not in self.functions]
+    names = [name for name in names
+             if name not in self.functions and name not in self.failed]
     if names:
       self._send(frames.Frame(
-          frames.IMPORT, number, body=json.dumps(names).encode()))
+          frames.IMPORT, number, body="\n".join(names).encode()))
       for name in names:
         self._load(name)
       self._send(frames.Frame(frames.START, number))
@@ -147,7 +158,7 @@ class _Worker:
       getattr(function, "prepare", lambda: None)()
       self.functions[name] = function
     except BaseException as error:
-      self.functions[name] = error
+      self.failed[name] = error, error.__traceback__
     gc.freeze()
 
   def _unpack(
@@ -155,29 +166,31 @@ class _Worker:
     """Imports the function of a job, and what it needs; gives its arguments."""
     name = frame.head.decode()
     self._import(frame.number, [name])
-    function = self._function(name)
+    if name in self.failed:
+      error, trace = self.failed[name]
+      raise error.with_traceback(trace)
+    function = self.functions[name]
     args, kwargs = pickle.loads(frame.body)
     imports = getattr(function, "imports", None)
     if imports is not None:
       self._import(frame.number, imports(*args, **kwargs))
     return function, args, kwargs
 
-  def _function(self, name: str) -> Callable[..., Any]:
-    found = self.functions[name]
-    if isinstance(found, BaseException):
-      raise found
-    return found
-
   # What a call has left.
 
-  def _flush(self) -> bool:
-    """Waits until the supervisor has read all output; False: it cannot be."""
+  def _memory(self) -> int:
+    """Measures the address space, in bytes."""
+    return int(os.pread(self.statm, 32, 0).split()[0]) * _PAGE
+
+  def _flush(self, wait: bool) -> bool:
+    """Flushes, and waits until the supervisor has read all; False: it failed.
+    """
     try:
       for stream in self.streams:
         stream.flush()
-      unread = array.array("i", [0])
-      deadline = time.monotonic() + 2
-      while time.monotonic() < deadline:
+      unread = array.array("i", [1])
+      deadline = time.monotonic() + _FLUSH_SECONDS
+      while wait and time.monotonic() < deadline:
         fcntl.ioctl(self.output, termios.FIONREAD, unread)
         if not unread[0]:
           return True
@@ -187,22 +200,39 @@ class _Worker:
     return False
 
   def _is_clean(self, threads: int, memory: int) -> bool:
-    try:
+    with contextlib.suppress(ChildProcessError):
       while os.waitpid(-1, os.WNOHANG)[0]:
         pass  # A child that has ended.
-      return False  # One that has not. Its orphans would be here, too.
-    except ChildProcessError:
-      pass
+      return False  # One that has not. Orphans would be here, too.
     try:
       return (
           _threads() <= threads
-          and _memory() - memory < self.memory_bytes // 4
+          and self._memory() - memory < self.memory_bytes // 4
           and os.getcwd() == self.folder and _identities() == self.standard
           and (sys.stdout, sys.stderr) == self.streams
           and signal.getitimer(signal.ITIMER_REAL)[0] == 0
           and all(signal.getsignal(number) is _nothing for number in _QUIET))
-    except OSError:
+    except (OSError, ValueError, IndexError, MemoryError):
       return False
+
+
+def _moved(descriptor: int) -> int:
+  """Moves a descriptor to where calls that close 3 to 255 do not close it."""
+  high = min(_HIGH, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+  moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, high)
+  os.close(descriptor)
+  return moved
+
+
+def _limit_memory(num_bytes: int) -> None:
+  hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+  if hard != resource.RLIM_INFINITY:
+    num_bytes = min(num_bytes, hard)
+  resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  with contextlib.suppress(OSError), open(
+      "/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")  # Without memory, a worker goes before the run.
 
 
 def _redirect(output: int) -> None:
@@ -227,31 +257,14 @@ def _nothing(number: int, frame: FrameType | None) -> None:
   """
 
 
-def _restore_signals() -> None:
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _identities() -> list[tuple[int, int]]:
   stats = [os.fstat(number) for number in (0, 1, 2)]
   return [(stat.st_dev, stat.st_ino) for stat in stats]
 
 
 def _threads() -> int:
-  """Counts the threads, those without Python too."""
-  try:
-    return os.stat("/proc/self/task").st_nlink
-  except OSError:
-    return 0
-
-
-def _memory() -> int:
-  """Measures the address space, in bytes."""
-  try:
-    with open("/proc/self/statm", "rb") as file:
-      return int(file.read().split()[0]) * resource.getpagesize()
-  except OSError:
-    return 0
+  """Counts the threads, plus two."""
+  return os.stat("/proc/self/task").st_nlink
 
 
 def _encoded(status: str, value: Any, reason: str) -> bytes:

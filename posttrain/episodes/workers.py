@@ -22,7 +22,7 @@ count against the deadline of a call, but against one of two minutes.
                             prepared, before the call
 """
 
-import contextlib
+import collections
 import dataclasses
 import json
 import mmap
@@ -40,13 +40,14 @@ from typing import IO
 
 from posttrain.episodes import frames, processes
 from posttrain.episodes.call import Call, Result
-from posttrain.episodes.supervisor import IMPORT_SECONDS, RUNNING
+from posttrain.episodes.handle import RUNNING
 
 MARK = "POSTTRAIN_WORKERS"  # Environment variable of all that a pool starts.
 ONE_THREAD = {f"{name}_NUM_THREADS": "1"
               for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
 MAX_FAILURES = 3
 CLOSE_SECONDS = 10
+ASK_SECONDS, SILENT_SECONDS = 5, 30  # For an answer of the supervisor.
 _START = """
 import sys
 sys.path[:] = sys.argv[4:]
@@ -72,15 +73,6 @@ class Settings:
   output_bytes: int = 4096
 
 
-@dataclasses.dataclass(eq=False)
-class _Job:
-  """Call that has no result yet; `alone`: it may have killed a supervisor."""
-
-  data: bytes
-  seconds: float
-  alone: bool = False
-
-
 class WorkerPool:
   """Makes calls in worker processes. For one thread; a context manager."""
 
@@ -95,8 +87,10 @@ class WorkerPool:
     self._settings = settings
     self._log = log
     self._number = 0
-    self._jobs: dict[int, _Job] = {}
-    self._unsent: list[int] = []
+    # Calls without a result: who asked, and the frame.
+    self._jobs: dict[int, tuple[str, bytes]] = {}
+    self._unsent: collections.deque[int] = collections.deque()
+    self._alone: set[int] = set()  # Calls that may have ended a supervisor.
     self._results: list[tuple[int, Result]] = []
     self._failures = 0
     self._start()
@@ -112,10 +106,14 @@ class WorkerPool:
     """Number of calls whose result `poll` has not returned."""
     return len(self._jobs) + len(self._results)
 
-  def submit(self, call: Call) -> int:
+  def submit(self, call: Call, blame: str = "") -> int:
     """Submits a call; returns the number under which its result comes.
 
     Arguments that cannot be pickled give the call the status "error".
+
+    Args:
+      call: its `gather` is not looked at.
+      blame: names who asked, for the log.
     """
     self._number += 1
     number = self._number
@@ -129,8 +127,8 @@ class WorkerPool:
           "error", reason=f"The arguments of {call.function} cannot be sent to "
           f"a worker: {type(error).__name__}: {error}"[:500])))
       return number
-    self._jobs[number] = _Job(frames.encode(frames.Frame(
-        frames.JOB, number, seconds, call.function.encode(), body)), seconds)
+    self._jobs[number] = blame or call.function, frames.encode(frames.Frame(
+        frames.JOB, number, seconds, call.function.encode(), body))
     self._unsent.append(number)
     self._send()
     return number
@@ -156,16 +154,17 @@ class WorkerPool:
 
   def cancel(self) -> None:
     """Forgets all calls, and kills the workers that are making one."""
-    self._jobs.clear()
-    self._unsent.clear()
-    self._results.clear()
+    self._forget()
     self._channel.send(frames.encode(frames.Frame(frames.CANCEL)))
 
   def close(self) -> None:
     """Ends the supervisor, its workers, and whatever these have started."""
-    self._jobs.clear()
-    self._unsent.clear()
+    self._forget()
     self._stop()
+
+  def _forget(self) -> None:
+    for found in (self._jobs, self._unsent, self._alone, self._results):
+      found.clear()
 
   # The supervisor.
 
@@ -196,7 +195,7 @@ class WorkerPool:
 
   def _stop(self) -> None:
     """Ends the supervisor; kills what it leaves."""
-    self._channel.close()
+    self._channel.shutdown()
     try:
       self._process.wait(CLOSE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -217,20 +216,22 @@ class WorkerPool:
       time.sleep(0.002)
 
   def _restart(self) -> None:
-    """Starts another supervisor; finds out which calls may have killed it."""
-    suspects = [
+    """Starts another supervisor; finds out which call has ended the last one.
+
+    The calls that ran are made again, each alone. One that was alone is it.
+    """
+    suspects = {
         number for (number,) in RUNNING.iter_unpack(self._running[:])
-        if number in self._jobs]
+        if number in self._jobs}
     self._stop()
     status = self._process.returncode
-    if len(suspects) == 1:
-      del self._jobs[suspects[0]]
-      self._results.append((suspects[0], Result(
+    for number in suspects & self._alone:
+      self._log(f"{self._jobs[number][0]}: a call has ended the supervisor of "
+                "the worker processes, twice")
+      self._finish(number, Result(
           "error", reason="The call ended the supervisor of its worker, "
-          f"with status {status}.")))
-    for number in suspects:
-      if number in self._jobs:
-        self._jobs[number].alone = True
+          f"with status {status}."))
+    self._alone |= suspects & self._jobs.keys()
     self._failures = 0 if suspects else self._failures + 1
     if self._failures >= MAX_FAILURES:
       raise RuntimeError(
@@ -240,46 +241,46 @@ class WorkerPool:
     self._log("the supervisor of the worker processes ended with status "
               f"{status}; another one makes {len(self._jobs)} calls again")
     self._start()
-    self._unsent = sorted(
-        self._jobs, key=lambda number: (not self._jobs[number].alone, number))
+    self._unsent = collections.deque(sorted(
+        self._jobs, key=lambda number: (number not in self._alone, number)))
     self._send()
 
   # Messages.
 
   def _send(self) -> None:
-    """Sends calls: all, or one by one those that may kill the supervisor."""
-    while self._unsent:
-      alone = [number for number in self._jobs if self._jobs[number].alone]
-      sent = len(self._jobs) - len(self._unsent)
-      if alone and sent:
-        return
-      number = self._unsent.pop(0)
-      self._channel.send(self._jobs[number].data)
+    """Sends calls: one by one those that may end the supervisor, then all."""
+    while self._unsent and not (
+        self._alone and len(self._unsent) < len(self._jobs)):
+      self._channel.send(self._jobs[self._unsent.popleft()][1])
     self._channel.flush()
 
   def _receive(self) -> None:
     for frame in self._channel.receive():
       self._heard = time.monotonic()
       if frame.kind == frames.DONE and frame.number in self._jobs:
-        del self._jobs[frame.number]
         self._failures = 0
-        self._results.append((frame.number, _result(frame)))
+        self._finish(frame.number, _result(frame))
     self._send()
     if self._channel.closed:
       self._restart()
 
+  def _finish(self, number: int, result: Result) -> None:
+    del self._jobs[number]
+    self._alone.discard(number)
+    self._results.append((number, result))
+
   def _wait(self, seconds: float) -> None:
     """Waits until there is something to receive; asks if it still lives."""
-    write = [self._channel.socket] if self._channel.unsent else []
-    with contextlib.suppress(InterruptedError):
-      select.select([self._channel.socket], write, [], seconds)
+    sock = self._channel.socket
+    select.select([sock], [sock] if self._channel.unsent else [], [], seconds)
     now = time.monotonic()
-    longest = max(job.seconds for job in self._jobs.values())
-    if now - max(self._heard, self._asked) > 5:
+    # It never blocks, so that silence means that a call has stopped it.
+    if self._asked > self._heard:
+      if now - self._asked > SILENT_SECONDS:
+        self._process.kill()
+    elif now - self._heard > ASK_SECONDS:
       self._asked = now
       self._channel.send(frames.encode(frames.Frame(frames.PING)))
-    if now - self._heard > longest + IMPORT_SECONDS:
-      self._process.kill()
 
 
 def _result(frame: frames.Frame) -> Result:

@@ -254,6 +254,7 @@ PAGER = """
 <p class="caption legend"><mark class="prompt">prompt</mark>
 <mark class="sampled">sampled by the policy</mark>
 <mark class="forced">forced</mark> <mark class="wait">forced wait</mark>
+<mark class="observation">observation</mark>
 <span id="part"></span></p>
 <div id="cards"></div>
 <noscript><p class="missing">The samples need JavaScript.</p></noscript>

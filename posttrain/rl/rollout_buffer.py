@@ -9,6 +9,7 @@ problem cursor chooses a batch's problems; their indices stay with the batch.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,18 +121,20 @@ class RolloutBuffer:
   def _from_arrays(self, arrays: Arrays) -> rollout_worker.ScoredRollouts:
     worker = self.worker
     own = {name: arrays.pop(name) for name in OWN}
+    details = json.loads(arrays.pop("details").tobytes())
     problems = worker.per_completion(
         [worker.problems[i] for i in own["indices"]])
     fields: dict[str, Any] = arrays
     return rollout_worker.ScoredRollouts(
         rollouts=rollouts_lib.Rollouts(
-            prompts=list(map(worker.renderer.prompt_tokens, problems)),
+            prompts=list(map(worker.sampler.renderer.prompt_tokens, problems)),
             **fields),
-        problems=problems, seconds={}, **own)
+        problems=problems, details=details, seconds={}, **own)
 
 
 def _to_arrays(drawn: rollout_worker.ScoredRollouts) -> Arrays:
   """Converts a batch, but for problems and prompts: its indices name them."""
   return {name: getattr(drawn, name) for name in OWN} | {
-      name: x for name, x in vars(drawn.rollouts).items()
+      "details": np.frombuffer(json.dumps(drawn.details).encode(), np.uint8)
+  } | {name: x for name, x in vars(drawn.rollouts).items()
       if isinstance(x, np.ndarray)}

@@ -1,29 +1,37 @@
-"""Rollout worker: problems -> completions -> scores, for one batch.
+"""Rollout worker: problems -> episodes -> scores, for one batch.
 
-It runs the same on every host; only the model's work is spread over them. A
-problem that a batch asks again is a group of its own. Its completions have the
-sample ids after those of the earlier group, so that their draws differ.
+It runs the same on every host; only the model's work is spread over them, and
+process 0 has the workers that make calls. A problem that a batch asks again is
+a group of its own. Its episodes have the sample ids after those of the earlier
+group, so that their draws differ.
 
-  P: problems asked (groups)    G: group_size    B: completions, P * G
+  P: problems asked (groups)    G: group_size    B: episodes, P * G
   K: reward functions
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from posttrain import distributed
 from posttrain.data import problem_cursor
+from posttrain.episodes import records as episode_records
+from posttrain.episodes import rollouts as episode_rollouts
+from posttrain.episodes import score_calls
+from posttrain.episodes.call import Call, Result
+from posttrain.episodes.episode_sampler import EpisodeSampler
+from posttrain.episodes.protocol import STOP_REASONS
+from posttrain.episodes.trajectory import Trajectory
 from posttrain.model.transformer import Transformer
 from posttrain.objectives import advantages as advantages_lib
-from posttrain.sampler import budget, transcript
+from posttrain.sampler import budget, budget_state, transcript
 from posttrain.sampler.rollouts import Rollouts
-from posttrain.sampler.sampler import Limits, Sampler
+from posttrain.sampler.sampler import Limits
 from posttrain.tasks import scoring
-from posttrain.text.render import Renderer
+
+# Of an episode that failed: there is no score where its calls were not made.
+NO_RESULT = Result("error", reason="the episode has failed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +39,17 @@ class ScoredRollouts:
   """A scored batch of rollouts.
 
   Attributes:
-    rollouts: B completions, in order of group, then sample.
+    rollouts: B episodes, in order of group, then sample.
     indices: [P], which of the task's problems were asked.
-    problems: [B], the problem of each completion.
+    problems: [B], the problem of each episode.
     scores: [B, K] float32, per reward function, NaN where there is none.
     statuses: [B, K] int8, of `scoring.STATUSES`.
-    rewards: [B] float64, weighted sums, nothing taken off them; NaN of a
-      completion that is not `scored`.
-    seconds: of "rollout" and "reward".
+    rewards: [B] float64, weighted sums, nothing taken off them; NaN of an
+      episode that is not `scored`.
+    details: [B], what the record of an episode has besides, see
+      `episodes.records`.
+    seconds: of "rollout" and "reward_wait", see `EpisodeSampler`; and of each
+      reward, "rewards/<name>", all that it took in the workers.
   """
 
   rollouts: Rollouts
@@ -47,6 +58,7 @@ class ScoredRollouts:
   scores: np.ndarray
   statuses: np.ndarray
   rewards: np.ndarray
+  details: list[dict[str, Any]]
   seconds: dict[str, float]
 
   @property
@@ -66,57 +78,62 @@ class RolloutWorker:
   """Draws and scores batches; only model, step and problems change.
 
   Attributes:
-    sampler, limits: how completions are drawn.
-    renderer: problems to prompt tokens.
+    sampler, limits: how episodes are drawn.
     problems: the task's rows.
-    rewards: functions by name, the verifier first; `weights`: one each.
-    group_size: completions of each problem.
-    seed, stage: with step, prompt and sample ids, what draws depend on.
+    rewards: names of functions by the names that metrics have, the verifier
+      first; `weights`: one each.
+    group_size: episodes of each problem.
     warn: takes a line for a person.
   """
 
-  sampler: Sampler
+  sampler: EpisodeSampler
   limits: Limits
-  renderer: Renderer
   problems: Sequence[Mapping[str, Any]]
-  rewards: Mapping[str, scoring.Reward]
+  rewards: Mapping[str, str]
   weights: Sequence[float]
   group_size: int
-  seed: int
-  stage: str
   warn: Callable[[str], None] = lambda text: None
 
   def collect(self, model: Transformer, indices: np.ndarray, *,
       step: int) -> ScoredRollouts:
-    """Draws and scores `group_size` completions of each problem.
+    """Draws and scores `group_size` episodes of each problem.
 
     Args:
       indices: [P] of `problems`; one may stand there more than once.
       step: updates made so far.
     """
-    started = time.monotonic()
     asked = [self.problems[i] for i in indices]
-    rollouts = self.sampler.generate(
-        model, [self.renderer.prompt_tokens(row) for row in asked],
-        self.limits, prompt_id=[row["id"] for row in asked],
-        group_size=self.group_size, seed=self.seed, stage=self.stage,
-        step=step, first_sample=self.group_size * (
-            problem_cursor.earlier_asks(indices)))
-    sampled = time.monotonic()
+    found, seconds = self.sampler.run(
+        model, asked, self.limits, group_size=self.group_size, step=step,
+        first_sample=self.group_size * problem_cursor.earlier_asks(indices),
+        score=self._calls)
+    trajectories, failures = _sequences(found)
+    results = [[each.scores.get(name, NO_RESULT) for name in self.rewards]
+               for each in trajectories]
+    scores = _without(score_calls.of_results(results), failures)
     problems = self.per_completion(asked)
-    scores = distributed.on_first_host(lambda: scoring.score(
-        self.rewards, problems, transcript.completions(
-            self.renderer.tokenizer, self.sampler.ids, rollouts,
-            len(problems))))
     unscored = scoring.describe_unscored(scores, problems, list(self.rewards))
     if unscored:
-      self.warn(f"{self.stage} step {step}: {unscored}")
+      self.warn(f"{self.sampler.stage} step {step}: {unscored}")
     return ScoredRollouts(
-        rollouts=rollouts, indices=indices, problems=problems,
+        rollouts=episode_rollouts.of_trajectories(trajectories),
+        indices=indices, problems=problems,
         scores=scores.values, statuses=scores.statuses,
         rewards=self.rewards_of(scores.values, scores.statuses),
-        seconds={"rollout": sampled - started,
-                 "reward": time.monotonic() - sampled})
+        details=_details(trajectories, scores, list(self.rewards)),
+        seconds=seconds | {
+            f"rewards/{name}": sum(row[k].seconds for row in results)
+            for k, name in enumerate(self.rewards)})
+
+  def _calls(self, trajectory: Trajectory) -> list[tuple[str, Call]]:
+    """Makes the calls of the rewards of an episode that has ended."""
+    # The ask that it is of: a group, see `earlier_asks`.
+    ask = trajectory.sample_id // self.group_size
+    return list(zip(self.rewards, score_calls.calls(
+        list(self.rewards.values()), trajectory.row,
+        episode_records.completion_of(
+            self.sampler.renderer.tokenizer, trajectory),
+        group=((trajectory.prompt_id, ask), self.group_size)), strict=True))
 
   def per_completion(self, values: Sequence[Any]) -> list[Any]:
     """Repeats one value per problem for each of its completions."""
@@ -132,12 +149,64 @@ class RolloutWorker:
     return rewards
 
 
+def _sequences(
+    found: Sequence[Trajectory],
+) -> tuple[list[Trajectory], dict[int, str]]:
+  """Finds episodes that cannot be learned from, and says why.
+
+  Returns:
+    The episodes, of which those that branched have no turns; and reasons, by
+    their place, why an episode has no score.
+  """
+  rows, failures = list(found), dict[int, str]()
+  for row, each in enumerate(found):
+    try:
+      each.chain()
+    except ValueError as error:
+      rows[row] = dataclasses.replace(each, turns=(), outcome=(
+          dataclasses.replace(each.outcome, reason="error",
+                              reason_text=str(error))))
+    if rows[row].outcome.reason == "error":
+      failures[row] = rows[row].outcome.reason_text
+  return rows, failures
+
+
+def _without(
+    scores: scoring.Scores, failures: Mapping[int, str]) -> scoring.Scores:
+  """Takes the scores of episodes that have failed."""
+  for row in failures:
+    scores.values[row] = np.nan
+    scores.statuses[row] = scoring.ERROR
+  reasons = [each for each in scores.reasons if each[0] not in failures]
+  return scores._replace(reasons=sorted(
+      [*reasons, *((row, 0, text) for row, text in failures.items())]))
+
+
+def _details(
+    trajectories: Sequence[Trajectory], scores: scoring.Scores,
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+  """Makes what records have besides, with the reasons of missing scores."""
+  found = [episode_records.details(each) for each in trajectories]
+  for row, column, reason in scores.reasons:
+    found[row].setdefault("reasons", {})[names[column]] = reason
+  return found
+
+
 def metrics(
     collected: ScoredRollouts, advantages: np.ndarray, names: Sequence[str],
+    *, turns: bool = False,
 ) -> dict[str, float]:
-  """Computes the metrics of a batch of rollouts, under TRL's names."""
-  rollouts, lengths = collected.rollouts, collected.rollouts.lengths
-  ended = lengths[rollouts.finish_reason != budget.LENGTH]
+  """Computes the metrics of a batch of rollouts, under TRL's names.
+
+  Args:
+    turns: add those of turns, observations and reasons of the end.
+  """
+  rollouts = collected.rollouts
+  # Without observations, which nobody sampled.
+  seen = rollouts.provenance == budget_state.OBSERVATION
+  lengths = rollouts.lengths - seen.sum(1, dtype=np.int32)
+  ended = lengths[~_cut(rollouts)]
   result = _reward_metrics(collected.rewards, collected.group_ids) | {
       "advantages/abs_mean": np.abs(advantages).mean(),
       "completions/mean_length": lengths.mean(),
@@ -149,6 +218,7 @@ def metrics(
       "think/forced_end_frac": np.mean(rollouts.think_end == budget.CLOSED),
       "think/wait_count": rollouts.wait_count.mean(),
       "num_tokens": lengths.sum(),
+      **(_turn_metrics(rollouts, seen) if turns else {}),
       "frac_unscored": 1 - collected.scored.mean()}
   if len(ended):
     result["completions/mean_terminated_length"] = ended.mean()
@@ -166,6 +236,24 @@ def metrics(
       result[f"rewards/{name}/{status}s"] = np.sum(
           collected.statuses[:, k] == scoring.STATUSES.index(status))
   return {name: float(value) for name, value in result.items()}
+
+
+def _cut(rollouts: Rollouts) -> np.ndarray:
+  """Marks episodes that ended where their tokens were used up, [B] bool."""
+  codes = [STOP_REASONS.index(name)
+           for name in ("max_tokens", "context_overflow")]
+  return (rollouts.finish_reason == budget.LENGTH) | np.isin(
+      rollouts.stop_reason, codes)
+
+
+def _turn_metrics(rollouts: Rollouts, seen: np.ndarray) -> dict[str, Any]:
+  """Computes the metrics of episodes that may be more than one turn each."""
+  return {
+      "num_turns/mean": rollouts.num_turns.mean(),
+      "num_turns/max": rollouts.num_turns.max(),
+      "observations/mean_length": seen.sum(1).mean(),
+      **{f"stop/{name}": np.mean(rollouts.stop_reason == code)
+         for code, name in enumerate(STOP_REASONS)}}
 
 
 def _reward_metrics(
@@ -191,16 +279,16 @@ def records(
     worker: RolloutWorker, step: int,
 ) -> list[dict[str, Any]]:
   """Converts completions to JSON-able rows, for `rollouts/step_*.jsonl`."""
-  rows = []
-  for row in range(len(collected.problems)):
+  rows, inner = [], worker.sampler.sampler
+  for row, details in enumerate(collected.details):
     scores = {
         name: None if np.isnan(value) else float(value)
         for name, value in zip(names, collected.scores[row], strict=True)}
     rows.append({
         "step": step, **transcript.record(
-            worker.renderer.tokenizer, collected.rollouts, row,
-            worker.sampler.ids, worker.sampler.options.confidence),
-        "rewards": scores, "statuses": {
+            worker.sampler.renderer.tokenizer, collected.rollouts, row,
+            inner.ids, inner.options.confidence, details["answer_text"]),
+        **details, "rewards": scores, "statuses": {
             name: scoring.STATUSES[code] for name, code in zip(
                 names, collected.statuses[row], strict=True)},
         "reward": float(collected.rewards[row])

@@ -101,14 +101,15 @@ class ActiveSequence:
   def kept(self) -> tuple[tuple[int, ...], int]:
     """Returns the sequence that can go on, and how much of it has a KV cache.
 
-    It ends before the stop string, if one ended it: from the token in which
-    that begins only the text before it stays, spelt anew.
+    It ends before the stop string, if one ended it and the request does not
+    include it: from the token in which that begins only the text before it
+    stays, spelt anew.
 
     Raises:
       ValueError: the vocabulary cannot spell that text.
     """
     tokens, prompt = self._row.tokens, self.request.prompt
-    if self.stop is None:
+    if self.stop is None or self.request.include_stop:
       return (*prompt, *tokens), len(prompt) + len(tokens) - 1
     assert self._table is not None
     begin = self.stop.begin
@@ -125,7 +126,7 @@ class ActiveSequence:
     """True if what can go on ends within a thinking section."""
     length, answer = len(done.tokens), done.answer_length
     is_open = done.think_end == "open"
-    if self.stop is not None:
+    if self.stop is not None and not self.request.include_stop:
       length = self.stop.begin
       if length:
         _, answer, _, ended, _ = self._row.columns["counts"][length - 1]
@@ -185,7 +186,7 @@ class ActiveSequence:
         raw=np.concatenate(self._raw) if self._raw else np.zeros(0, np.int32),
         **self._asked_for())
 
-  def _asked_for(self) -> dict[str, np.ndarray]:
+  def _asked_for(self) -> dict[str, Any]:
     """Returns the fields that `Recorded` asks for, empty before any step."""
     def column(name: str, dtype: Any, *last: int) -> np.ndarray:
       values = self._row.columns.get(name, [])

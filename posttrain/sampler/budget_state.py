@@ -19,8 +19,8 @@ PRE, THINK, ANSWER, DONE = range(4)
 RUNNING, EOS, BUDGET, LENGTH, STOP, FAILED, ABORTED = range(7)
 # How the thinking ended.
 OPEN, NATURAL, CLOSED = range(3)
-# Provenance of a token; 3 is reserved for tools.
-NONE, SAMPLED, FORCED = range(3)
+# Provenance of a token. The last is of what an episode puts between two turns.
+NONE, SAMPLED, FORCED, OBSERVATION = range(4)
 
 
 @jax.tree_util.register_dataclass

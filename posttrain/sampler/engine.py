@@ -179,6 +179,12 @@ class Engine:
         return
       self.step()
 
+  def take(self) -> list[Completion]:
+    """Returns the completions that are there, in the order of their ends."""
+    taken = [*self._ready]
+    self._ready.clear()
+    return taken
+
   def stream(self, number: int) -> Iterator[tuple[list[int], list[int]]]:
     """Yields tokens of a request as they settle; the others go on too.
 
@@ -406,15 +412,24 @@ class Engine:
     self._active[row] = None
     done = sequence.completion(reason, state, row)
     self.stats.surplus += done.surplus
-    if sequence.request.keep and not done.error:
-      try:
-        tokens, cached = sequence.kept()
-      except ValueError as error:
-        done = dataclasses.replace(done, error=str(error))
-      else:
-        self._ended.append((row, tokens[:cached]))
-        self._kept.add(done.id, tokens, sequence.thinks(done))
+    if not done.error:
+      done = self._continued(row, sequence, done)
     self._ready.append(done)
+
+  def _continued(
+      self, row: int, sequence: ActiveSequence, done: Completion,
+  ) -> Completion:
+    """Adds to a completion what can go on from it, and keeps that if asked."""
+    keep = sequence.request.keep
+    try:
+      tokens, cached = sequence.kept()
+    except ValueError as error:
+      return dataclasses.replace(done, error=str(error)) if keep else done
+    thinks = sequence.thinks(done)
+    if keep:
+      self._ended.append((row, tokens[:cached]))
+      self._kept.add(done.id, tokens, thinks)
+    return dataclasses.replace(done, kept=tokens, kept_in_thinking=thinks)
 
   def _settled(self, number: int) -> tuple[list[int], list[int]] | None:
     """Returns a request's settled tokens, and at least as much provenance.

@@ -40,6 +40,9 @@ class Request:
     suppress: words of reflection are not sampled while it thinks.
     stop_ids: token ids that end it, besides the tokenizer's.
     stop_strings: strings that end it with the token that completes one.
+    include_stop: what goes on from its end goes on behind the stop string
+      that ended it, and not before it. (The tokens of the completion have the
+      string in either case.)
     banned_ids: token ids that are never sampled.
     seed, stage, step, prompt_id, sample_id: see `token_sampling.row_keys`.
     logits_processor_args: the argument of the engine's logits processor.
@@ -66,6 +69,7 @@ class Request:
   suppress: bool = False
   stop_ids: tuple[int, ...] = ()
   stop_strings: tuple[str, ...] = ()
+  include_stop: bool = False
   banned_ids: tuple[int, ...] = ()
   seed: int = 0
   stage: str = "engine"
@@ -98,6 +102,10 @@ class Completion:
       `BudgetState`.
     surplus: tokens that were drawn behind a stop string and cut off.
     draws: `first_draw`, and the steps up to its last token.
+    kept: the sequence that a continuation goes on from, prompt included; None
+      if the request never ran, or a vocabulary cannot spell the text before
+      the stop string.
+    kept_in_thinking: `kept` ends within a thinking section.
     model_logprobs: [n] float32, of the tokens under the model alone; None if
       the engine does not record them.
     top_tokens, top_logprobs: [n, k] int32 and float32, the likeliest tokens
@@ -124,6 +132,8 @@ class Completion:
   wait_count: int = 0
   surplus: int = 0
   draws: int = 0
+  kept: tuple[int, ...] | None = None
+  kept_in_thinking: bool = False
   model_logprobs: np.ndarray | None = None
   top_tokens: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None

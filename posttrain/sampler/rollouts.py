@@ -28,21 +28,27 @@ class Rollouts:
 
   Attributes:
     prompts: the token ids of each row's prompt, [B] ragged.
-    tokens: [B, T] int32, behind the prompt, end of text included.
+    tokens: [B, T] int32, behind the prompt, end of text included. Of an episode
+      of several turns all that is behind its first prompt, observations too.
     logprobs: [B, T] float32, nats. Of a sampled token under the distribution
       that it was sampled from; of a forced token the model's own (temperature
-      1, no truncation, no ban).
-    provenance: [B, T] int8: 0 padding, 1 sampled, 2 forced.
+      1, no truncation, no ban); 0 of an observation.
+    provenance: [B, T] int8: 0 padding, 1 sampled, 2 forced, 3 observation.
     lengths: [B] int32, tokens of each completion.
     finish_reason: [B] int8, see `FINISH_REASONS`.
     think_end: [B] int8, see `THINK_ENDS`.
     think_lengths, think_steps, answer_lengths, wait_count: [B] int32, counts,
-      see `BudgetState`.
+      see `BudgetState`; of several turns their sums. The reason and the end
+      above are those of the last turn.
     prompt_id, sample_id: [B] int32, which completion of which prompt.
-    in_thinking: [B] bool, the prompt ends within a thinking section.
+    in_thinking: [B] bool, the (first) prompt ends within a thinking section.
     raw: [B, steps] int32, every choice that the loop made, those of tokens
       that were retracted later among them; -1 where there was none. As
       `script` of `Sampler.generate` it replays the rows on the same schedule.
+      Of several turns one after the other.
+    num_turns: [B] int32, turns of the episode; 0 if it ended before the first.
+    stop_reason: [B] int8, why the episode ended, see
+      `episodes.protocol.STOP_REASONS`; 0 is "completed".
     experts: [B, T, L, k] uint8 or uint16, of a mixture of experts: those that
       each layer routed the token to when it was fed, numbered from 1; 0 where
       it was not fed, as the last token of a row. None without experts.
@@ -65,6 +71,8 @@ class Rollouts:
   sample_id: np.ndarray
   in_thinking: np.ndarray
   raw: np.ndarray
+  num_turns: np.ndarray
+  stop_reason: np.ndarray
   experts: np.ndarray | None = None
   entropy: np.ndarray | None = None
   confidence: np.ndarray | None = None
@@ -112,6 +120,8 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
       sample_id=numbers(c.request.sample_id for c in completions),
       in_thinking=np.array([bool(c.request.in_thinking) for c in completions]),
       raw=_padded([c.raw for c in completions], np.int32, fill=-1),
+      num_turns=np.ones(len(completions), np.int32),
+      stop_reason=np.zeros(len(completions), np.int8),
       experts=_padded(experts) if experts else None,
       entropy=optional("entropy"), confidence=optional("confidence"))
 

@@ -30,11 +30,13 @@ from posttrain.sampler import (
   token_sampling,
 )
 from posttrain.text import thinking as thinking_lib
+from posttrain.text.symbols import SymbolTable
 
 # Tokens of a prompt in one forward pass at most (chunked prefill), and tokens
 # of all prompts that a device prefills together: enough to fill a chip, and few
 # enough that attention's scores stay small beside the weights.
 PREFILL_CHUNK, PREFILL_TOKENS = 256, 512
+MAX_IDS = 4  # Stop ids, and banned ids, that a turn of an episode may name.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Sampler:
       call.
     cache_dtype, weights_dtype: dtype of the KV cache, and of the decode
       loop's matrices: "compute", or "int8" with scales.
+    max_episode_tokens: tokens of an episode of several turns, behind its first
+      prompt; 0: each request stands alone.
+    prefix_cache_tokens: slots that the turns of episodes are kept in; 0: as
+      many as the sequences that decode together have.
+    symbols: of the tokenizer, to find stop strings of turns.
     options: logits processor, budget schedule and the like, of all calls.
     before_chunk: is called before each chunk, on every host alike. If it
       raises, the call ends, and all that was drawn in it is dropped.
@@ -85,6 +92,9 @@ class Sampler:
   max_num_seqs: int = 0
   cache_dtype: str = "compute"
   weights_dtype: str = "compute"
+  max_episode_tokens: int = 0
+  prefix_cache_tokens: int = 0
+  symbols: SymbolTable | None = None
   options: sampling_options.SamplingOptions = sampling_options.NONE
   before_chunk: Callable[[], None] = engine.nothing
 
@@ -137,7 +147,7 @@ class Sampler:
     """Makes an engine for these requests, which are not submitted yet."""
     return engine.Engine(
         model, self.tables, self.engine_settings(asked, group_size),
-        before_chunk=self.before_chunk)
+        symbols=self.symbols, before_chunk=self.before_chunk)
 
   def engine_settings(
       self, asked: Sequence[requests.Request], group_size: int = 1,
@@ -155,7 +165,8 @@ class Sampler:
     # As if each request had the longest prompt, so that a later call with
     # other prompts has the same shapes and compiles nothing.
     most = self.max_prompt_tokens + max(
-        requests.most_slots(r, self.tables) - len(r.prompt) for r in asked)
+        requests.most_slots(r, self.tables) - len(r.prompt)
+        + max(0, self.max_episode_tokens - r.max_tokens) for r in asked)
     # Chunks of equal lengths, so that the last one is not mostly padding.
     chunks = -(-self.max_prompt_tokens // PREFILL_CHUNK)
     settings = requests.Settings(
@@ -167,12 +178,22 @@ class Sampler:
         logits_processor=self.options.logits_processor,
         budget_schedule=self.options.budget_schedule,
         confidence=self.options.confidence)
+    if self.max_episode_tokens:
+      settings = self._with_turns(settings)
     # Where not all requests are admitted at once, later ones come as others
     # end, and a batch of prompts that is larger than these is padded.
     admitted = rows if rows == len(asked) else rows * settings.admit_fraction
     return dataclasses.replace(settings, prefill_rows=min(
         math.ceil(admitted / group_size),
         parts * (PREFILL_TOKENS // settings.prefill_chunk)))
+
+  def _with_turns(self, settings: requests.Settings) -> requests.Settings:
+    """Adds what turns need that go on from others, and end at strings."""
+    return dataclasses.replace(
+        settings, max_ids=MAX_IDS,
+        recorded=dataclasses.replace(settings.recorded, counts=True),
+        prefix_cache_tokens=self.prefix_cache_tokens
+        or settings.max_num_seqs * settings.max_seq_len)
 
   def make_requests(
       self, prompts: Sequence[Sequence[int]], limits: Limits, *,

@@ -60,7 +60,7 @@ def segments(
 ) -> list[tuple[str, str]]:
   """Cuts a completion into runs, pairs of a text and where it came from.
 
-  The second is "sampled", "thinking", "forced" or "wait".
+  The second is "sampled", "thinking", "forced", "wait" or "observation".
   Forced tokens that spell a wait text are a wait. A wait that a maximum cut
   short is told from a closing by its first tokens.
 
@@ -72,6 +72,9 @@ def segments(
   """
   names: list[str] = []
   for start, stop, code in _runs(list(provenance)):
+    if code == budget_state.OBSERVATION:
+      names += ["observation"] * (stop - start)
+      continue
     if code != budget_state.FORCED:
       inside = range(len(tokens))[thought]
       names += ["thinking" if i in inside else "sampled"
@@ -121,22 +124,26 @@ def _runs(values: list) -> list[tuple[int, int, Any]]:
 
 def record(
     tokenizer: Tokenizer, rollouts: Rollouts, row: int, ids: ThinkingIds,
-    confidence: Confidence | None = None,
+    confidence: Confidence | None = None, answer: str | None = None,
 ) -> dict[str, Any]:
   """Makes the JSON record of one completion, for the saved samples.
 
-  `answer_text` is the text that rewards are given as `completion`. `confidence`
-  are the settings of the sampler; None where it was off.
+  Args:
+    confidence: settings of the sampler; None where it was off.
+    answer: the text that rewards are given as `completion`; None: what is
+      behind the thinking of a row of one turn.
   """
   tokens = rollouts.completion(row)
   provenance = rollouts.provenance[row, :len(tokens)].tolist()
-  answer = split(rollouts, row, ids).answer
+  if answer is None:
+    answer = span_text(
+        tokenizer, tokens, ids, split(rollouts, row, ids).answer)
   return {
       "prompt_id": int(rollouts.prompt_id[row]),
       "sample_id": int(rollouts.sample_id[row]),
       "prompt": tokenizer.decode(rollouts.prompts[row]),
       "completion": completion_text(tokenizer, tokens),
-      "answer_text": span_text(tokenizer, tokens, ids, answer),
+      "answer_text": answer,
       "segments": segments(tokenizer, tokens, provenance, ids),
       "finish_reason": rollouts.finish_name(row),
       "think_end": THINK_ENDS[int(rollouts.think_end[row])],

@@ -7,21 +7,16 @@ kept until all of the evaluation is:
 
 A cell may take an hour. One that is finished is written at once, and a restart
 takes its records as they are: figures are made from records alone. A file names
-what it was made with, the code of this package included, and another run
-ignores it: two versions of a grader must not be mixed in one result.
+what it was made with (`facts`), and another run ignores it.
 """
 
-import functools
-import hashlib
 import itertools
-import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import config_dict
 
-from posttrain import config as config_lib
 from posttrain import distributed
 from posttrain import workdir as workdir_lib
 from posttrain.evaluation import summary
@@ -29,10 +24,9 @@ from posttrain.model.config import ModelConfig
 from posttrain.programs import engine as engine_programs
 from posttrain.programs.program import Program
 from posttrain.sampler import sampler as sampler_lib
-from posttrain.stages import memory_estimate
+from posttrain.stages import facts, memory_estimate
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import PlannedStage, Sizes
-from posttrain.tasks import loading
 
 Records = list[dict[str, Any]]
 
@@ -106,14 +100,9 @@ class KeptCells:
   """Kept cells of one evaluate stage; every host makes the same calls."""
 
   def __init__(self, context: RunContext):
-    section = config_lib.jsonable(context.section)
     self._context = context
     self._folder = context.directory / "eval" / "cells"
-    self._made_with = {
-        "seed": context.config.seed, "section": section,
-        "code": _code(), "sources": {
-            name: loading.source_hash(name)
-            for name in config_lib.functions(context.config)}}
+    self._made_with = facts.of_results(context)
 
   def read(self, checkpoint: str, cell: summary.Cell) -> Records | None:
     """Reads a cell's records; None where there are none of these settings.
@@ -168,13 +157,3 @@ class KeptCells:
 
   def _file(self, checkpoint: str, cell: summary.Cell):
     return self._folder / checkpoint / f"{cell.name}.json"
-
-
-@functools.cache
-def _code() -> str:
-  """A hash of this package."""
-  package = pathlib.Path(config_lib.__file__).parents[1]
-  found = hashlib.sha256()
-  for file in sorted(package.rglob("*.py")):
-    found.update(file.read_bytes())
-  return found.hexdigest()

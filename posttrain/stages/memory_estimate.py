@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import sharding
+from posttrain.config.stages import sampling as schema
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import requests
@@ -109,8 +110,11 @@ def bytes_of(tree: Any) -> int:
 
 def of_rollout(rollout: config_dict.ConfigDict, rows: int) -> dict[str, Any]:
   """Arguments of an estimate for `rows` completions that are decoded."""
+  slots = cache_slots(rollout)
+  kept = rollout.prefix_cache_tokens or rows * slots
   return dict(
-      cache_rows=rows, cache_slots=cache_slots(rollout),
+      cache_rows=rows, cache_slots=slots,
+      prefix_cache_rows=-(-kept // slots) if rollout.max_episode_tokens else 0,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype)
 
 
@@ -121,13 +125,12 @@ def smaller_moments(section: config_dict.ConfigDict) -> dict[str, str]:
 
 
 def cache_slots(rollout: config_dict.ConfigDict) -> int:
-  """Counts the slots of the largest cache: a prompt and its completion.
+  """Counts the slots of the largest cache: a prompt and all that is behind it.
 
   Tokens that are taken back for a wait need slots too, and are not counted.
   """
   return requests.Settings(
-      max_num_seqs=1, max_seq_len=rollout.max_prompt_tokens
-      + rollout.max_tokens).sizes[-1]
+      max_num_seqs=1, max_seq_len=schema.longest(rollout)).sizes[-1]
 
 
 def host_bytes() -> int:

@@ -25,8 +25,10 @@ import numpy as np
 
 from posttrain import sharding
 from posttrain.config.stages.rl import SCHEMA
+from posttrain.config.stages.sampling import SINGLE_TURN
 from posttrain.data import random_streams
 from posttrain.data.problem_cursor import ProblemCursor
+from posttrain.episodes.calls import Calls
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
 from posttrain.rl import (
@@ -36,10 +38,16 @@ from posttrain.rl import (
   rollout_worker,
   weight_sync,
 )
-from posttrain.stages import loop, problems, rl_programs, sampling, training
+from posttrain.stages import (
+  episodes,
+  loop,
+  problems,
+  rl_programs,
+  sampling,
+  training,
+)
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage
-from posttrain.tasks import loading, scoring
 from posttrain.telemetry import flops, hardware
 from posttrain.train import checkpoints, health, preemption, trainable
 from posttrain.train import state as state_lib
@@ -71,13 +79,14 @@ class Learner(loop.Body):
   runs_ahead = False
   headline = ("reward", "completions/mean_length")
 
-  def __init__(self, context: RunContext, start: Transformer):
+  def __init__(
+      self, calls: Calls, context: RunContext, start: Transformer):
     section = context.section
     self.context, self.section = context, section
     self.offload = context.config.compute.offload
     state_lib.check_offload(self.offload)
     self.updates = rl_programs.num_updates(section)
-    self.worker = make_rollout_worker(context)
+    self.worker = make_rollout_worker(context, calls)
     self.buffer = make_rollout_buffer(context, self.worker, start.config)
     self.prepare = rl_programs.make_preparation(
         section, loss_chunk=context.config.compute.loss_chunk)
@@ -156,7 +165,8 @@ class Learner(loop.Body):
     self.rollout_metrics = {
         **prepared.metrics, **self.buffer.metrics(batch),
         **rollout_worker.metrics(
-            collected, prepared.advantages, list(self.worker.rewards))}
+            collected, prepared.advantages, list(self.worker.rewards),
+            turns=self.section.episode != SINGLE_TURN)}
     self.prepare_seconds = time.monotonic() - started
     show_and_save(
         self.context, self.worker, collected, prepared.advantages,
@@ -252,17 +262,23 @@ class Learner(loop.Body):
         values, fresh=first and not self.buffer.staleness)
 
 
-def make_rollout_worker(context: RunContext) -> rollout_worker.RolloutWorker:
+def run(context: RunContext, start: Transformer) -> Transformer:
+  """Trains to the last step, see `loop.run`; with the stage's workers."""
+  with episodes.open_calls(context) as calls:
+    return loop.run(functools.partial(Learner, calls), context, start)
+
+
+def make_rollout_worker(
+    context: RunContext, calls: Calls) -> rollout_worker.RolloutWorker:
   """Makes the worker with the task, rewards and sampler of the section."""
   section, rewards = context.section, rewards_of(context)
   return rollout_worker.RolloutWorker(
-      sampler=sampling.make_sampler(context, section.rollout),
+      sampler=episodes.make_sampler(context, calls),
       limits=sampling.make_limits(section.rollout),
-      renderer=context.renderer, problems=problems.load_on_all_hosts(context),
+      problems=problems.load_on_all_hosts(context),
       rewards=rewards, warn=context.console.warning,
       weights=section.reward_weights or (1.0,) * len(rewards),
-      group_size=section.group_size, seed=context.config.seed,
-      stage=context.name)
+      group_size=section.group_size)
 
 
 def make_rollout_buffer(
@@ -283,15 +299,14 @@ def make_rollout_buffer(
       updates=updates, staleness=section.staleness, sync=sync)
 
 
-def rewards_of(context: RunContext) -> dict[str, scoring.Reward]:
-  """Finds the rewards by the names that metrics have, the verifier first.
+def rewards_of(context: RunContext) -> dict[str, str]:
+  """Lists the rewards by the names that metrics have, the verifier first.
 
   Raises:
     ValueError: two have one name.
   """
   names = context.section.rewards
-  rewards = {name.rpartition(":")[2]: loading.load_function(name)
-             for name in names}
+  rewards = {name.rpartition(":")[2]: name for name in names}
   if len(rewards) < len(names):
     raise ValueError(
         f"{context.name}.rewards has two functions of one name: "
@@ -321,6 +336,7 @@ def check(context: RunContext) -> None:
   problems.check_budgets(
       context, [sampling.make_limits(context.section.rollout)])
   rewards_of(context)  # Two may have one name.
+  episodes.check(context)
   problems.check(context, rows, context.section.rewards, lambda row: [
       context.renderer.prompt_tokens(row)])
 
@@ -377,7 +393,7 @@ def show_and_save(
 
 
 STAGE = Stage(
-    schema=SCHEMA, run=functools.partial(loop.run, Learner), check=check,
+    schema=SCHEMA, run=run, check=check,
     programs=rl_programs.programs, memory=rl_programs.memory,
     work=rl_programs.work, padding={
         "prompts": rl_programs.padding,

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from posttrain import sharding, weights
 from posttrain.config import checks
+from posttrain.config.stages import sampling as schema
 from posttrain.model import lora
 from posttrain.model.config import ModelConfig
 from posttrain.model.transformer import Transformer
@@ -64,7 +65,8 @@ def make_preparation(
           completions=-(-section.num_groups // section.num_minibatches)
           * section.group_size,
           share_prompts=section.share_prompts),
-      max_tokens=section.rollout.max_tokens, chunk=loss_chunk,
+      max_tokens=max(section.rollout.max_tokens,
+                     section.rollout.max_episode_tokens), chunk=loss_chunk,
       temperature=section.rollout.temperature,
       several=num_updates(section) > 1,
       all_groups=bool(section.router_aux_coef))
@@ -237,8 +239,9 @@ def work(
   some = functools.partial(Pass, rows, section.sequence_length)
   return [
       Decoding(
-          completions, rollout.max_prompt_tokens + rollout.max_tokens,
-          rollout.max_tokens, cache_dtype=rollout.cache_dtype,
+          completions, schema.longest(rollout),
+          schema.longest(rollout) - rollout.max_prompt_tokens,
+          cache_dtype=rollout.cache_dtype,
           weights_dtype=rollout.weights_dtype),
       some(times=scored * count, backward=False),
       some(times=section.num_epochs * count, backward=True)]
@@ -304,7 +307,7 @@ CHARTS = (
         caption="Absolute difference of the logprobs of sampled tokens."),
     *LEARNING,
     Chart("Where the time goes", {
-        "time/rollout": "rollout", "time/reward": "reward",
+        "time/rollout": "rollout", "time/reward_wait": "waiting for rewards",
         "time/prepare": "packing and logprobs",
         "time/learn": "learn"}, unit="seconds", stacked=True,
         caption="Learning is of one update, the rest of a whole batch."),

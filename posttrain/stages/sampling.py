@@ -35,14 +35,20 @@ def make_sampler(
   ids = context.thinking_ids
   tables = make_tables(
       context.renderer.tokenizer, ids, rollout.get("suppress", ()))
-  return of_tables(ids, tables, rollout)
+  return of_tables(
+      ids, tables, rollout, symbols.SymbolTable.of(context.renderer.tokenizer)
+      if rollout.max_episode_tokens else None)
 
 
 def of_tables(
     ids: thinking.ThinkingIds, tables: budget_tables.BudgetTables,
-    rollout: config_dict.ConfigDict,
+    rollout: config_dict.ConfigDict, table: symbols.SymbolTable | None = None,
 ) -> sampler.Sampler:
-  """Makes the sampler of a section; only evaluation has top-k and the like."""
+  """Makes the sampler of a section; only evaluation has top-k and the like.
+
+  Args:
+    table: of the tokenizer, where turns may end at strings.
+  """
   truncations = {
       name: rollout[name] for name in ("top_k", "top_p", "min_p")
       if name in rollout}
@@ -52,6 +58,8 @@ def of_tables(
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,
       max_num_seqs=rollout.max_num_seqs,
+      max_episode_tokens=rollout.max_episode_tokens,
+      prefix_cache_tokens=rollout.prefix_cache_tokens, symbols=table,
       options=make_sampling_options(rollout, tables.vocab_size),
       before_chunk=preemption.leave_if_requested)
 

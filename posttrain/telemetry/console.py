@@ -29,6 +29,7 @@ STYLES = {
     "sampled": "",
     "forced": "bold magenta underline",
     "wait": "black on yellow",
+    "observation": "black on cyan",
     "context": "dim",
     "thinking": "dim",
     "in the loss": "green",
@@ -223,11 +224,11 @@ class Console:
     Args:
       title: names the prompt or problem.
       segments: (text, provenance) in order; provenance is "sampled",
-        "forced" or "wait".
+        "forced", "wait" or "observation".
       prompt: shown dimmed in front.
       facts: reward, finish reason and the like, below.
     """
-    legend = [name for name in ("forced", "wait")
+    legend = [name for name in ("forced", "wait", "observation")
               if any(provenance == name for _, provenance in segments)]
     if prompt:
       segments = [(prompt, "context"), *segments]

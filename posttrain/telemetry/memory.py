@@ -222,7 +222,7 @@ def estimate(
     context: int = 1, tensor: int = 1,
     rows: int = 0, sequence_length: int = 0, loss_chunk: int = 0,
     cache_rows: int = 0, cache_slots: int = 0, cache_dtype: str = "compute",
-    weights_dtype: str = "compute",
+    weights_dtype: str = "compute", prefix_cache_rows: int = 0,
     trained: int | None = None, optimizer_bytes: int | None = None,
     frozen_bytes: int = 0, reference_bytes: int = 0,
     offload: Collection[str] = (),
@@ -238,6 +238,7 @@ def estimate(
     cache_rows: rows decoded at once, over all devices; 0: no sampling.
     cache_slots: slots of the longest KV cache.
     cache_dtype, weights_dtype: in sampling: "compute" or "int8".
+    prefix_cache_rows: sequences that a prefix cache holds besides.
     trained: parameters that an update changes, over all devices; None: all.
     optimizer_bytes: the optimizer's state, over all devices; None: AdamW's
       moments in float32.
@@ -283,6 +284,10 @@ def estimate(
             * config.matrix_parameters(config.num_experts // expert) / tensor),
         "logits": 2 * FLOAT32 * local_rows * config.padded_vocab_size,
     }
+  if prefix_cache_rows:
+    sampling["prefix cache"] = cache_bytes(
+        config, rows=prefix_cache_rows, slots=cache_slots,
+        parts=batch * context, tensor=tensor, dtype=cache_dtype)
   if "reference" in waiting:
     scoring = {name: waiting.get(name, training.get(name, 0)) for name in (
         "reference", "logits", "gathered weights")}

@@ -23,7 +23,7 @@ from posttrain.objectives.advantages import group_advantages
 from posttrain.stages import rl
 from posttrain.tasks import loading, signs
 from posttrain.telemetry import metrics
-from tests import meshes
+from tests import meshes, pipeline_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs/changing.md").read_text()
@@ -135,7 +135,7 @@ def first_rollouts(workdir):
   with jax.set_mesh(sharding.make_mesh()):
     again = pipeline.set_up(workdir.config(), str(workdir.path))
     context = again.context("reason")
-    worker = rl.make_rollout_worker(context)
+    worker = rl.make_rollout_worker(context, pipeline_run.calls())
     indices, _ = ProblemCursor(
         len(worker.problems), context.config.seed, context.name).take(
             context.section.num_groups)

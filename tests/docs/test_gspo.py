@@ -52,7 +52,8 @@ def make_rollouts() -> Rollouts:
       lengths=lengths, finish_reason=zeros, think_end=zeros,
       think_lengths=zeros, think_steps=zeros, answer_lengths=lengths,
       wait_count=zeros, prompt_id=np.repeat(np.arange(3, dtype=np.int32), 2),
-      sample_id=zeros, in_thinking=zeros, raw=np.zeros((rows, 0)))
+      sample_id=zeros, in_thinking=zeros, raw=np.zeros((rows, 0)),
+      num_turns=zeros + 1, stop_reason=zeros)
 
 
 ROLLOUTS = make_rollouts()

@@ -63,6 +63,17 @@ def test_what_process_0_finds_out_is_told_to_all():
                  "0 goes on"]
 
 
+def test_process_0_may_tell_and_go_on():
+  """In order, of any size; what all have read leaves the store."""
+  result = launch("--processes=2", "--module=tests.launch.broadcasts")
+  assert result.returncode == 0, result.stderr
+  for number, text in ((0, result.stdout), (1, result.stderr)):
+    said = [line.partition(f"process {number}: ")[2]
+            for line in text.splitlines() if "process " in line]
+    assert said == [f"True, at once {number == 0}", "True, few keys True",
+                    "no more", "0 keys are left"]
+
+
 def test_dry_run_prints_runnable_commands(monkeypatch):
   monkeypatch.setenv(
       "XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")

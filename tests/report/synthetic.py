@@ -69,7 +69,7 @@ def metrics(seed: int):
         "grad_norm": 0.3 if step != 7 else None, "learning_rate": 1e-4,
         "time/learn": 1.5 + noise(0.1), "time/step": 4.0}
     if step % 2:
-      row |= {"time/rollout": 2.4 + noise(0.2), "time/reward": 0.05,
+      row |= {"time/rollout": 2.4 + noise(0.2), "time/reward_wait": 0.05,
               "perf/tokens_per_sec": 2300 + noise(80),
               "sampling/logp_difference/mean": 1e-6,
               "sampling/logp_difference/max": 2e-5}

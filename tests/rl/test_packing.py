@@ -33,7 +33,7 @@ def make_rollouts(rng) -> Rollouts:
   lengths = np.array([5, 12, 3, 1, 9, 7, 12, 2, 6], np.int32)
   shape = rows, width = len(lengths), lengths.max()
   inside = np.arange(width) < lengths[:, None]
-  provenance = np.where(inside, rng.choice([1, 1, 2], shape), 0)
+  provenance = np.where(inside, rng.choice([1, 1, 2, 3], shape), 0)
   provenance[7] *= 0
   provenance[7, :2] = 2  # All forced: no token of it is in the loss.
   zeros = np.zeros(rows, np.int32)
@@ -49,7 +49,8 @@ def make_rollouts(rng) -> Rollouts:
       finish_reason=zeros, think_end=zeros, think_lengths=zeros,
       think_steps=zeros,
       answer_lengths=zeros, wait_count=zeros, prompt_id=zeros,
-      sample_id=zeros, in_thinking=zeros, raw=np.zeros((rows, 0)))
+      sample_id=zeros, in_thinking=zeros, raw=np.zeros((rows, 0)),
+      num_turns=zeros + 1, stop_reason=zeros)
 
 
 RNG = np.random.default_rng(3)

@@ -20,7 +20,8 @@ def drawn(tmp_path_factory):
   """The worker, its model and a batch of step 3."""
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path_factory.mktemp("drawn"))
-    worker = rl.make_rollout_worker(run.context("reason"))
+    worker = rl.make_rollout_worker(
+        run.context("reason"), pipeline_run.calls())
     model = pipeline_run.start(run)
     return worker, model, worker.collect(model, ASKED, step=3)
 
@@ -41,7 +42,7 @@ def test_its_draws_are_those_of_the_sample_ids_alone(drawn):
   worker, model, batch = drawn
   prompt = batch.rollouts.prompts[0]
   with jax.set_mesh(meshes.one()):
-    other = worker.sampler.generate(
+    other = worker.sampler.sampler.generate(
         model, [prompt] * 4, worker.limits, prompt_id=[2] * 4, group_size=4,
         seed=0, stage="reason", step=3, first_sample=np.array([8, 12, 4, 0]))
   for ask, place in ((0, 3), (2, 2), (3, 0)):
@@ -100,7 +101,8 @@ def test_entropy_and_confidence_go_to_metrics_records_and_checkpoints(
     run = pipeline_run.make_pipeline(tmp_path, [
         "reason.rollout.confidence_window=4",
         "reason.rollout.confidence_top_k=3"])
-    worker = rl.make_rollout_worker(run.context("reason"))
+    worker = rl.make_rollout_worker(
+        run.context("reason"), pipeline_run.calls())
     model = pipeline_run.start(run)
     batch = worker.collect(model, ASKED, step=3)
     buffer = make_buffer(worker)
@@ -121,7 +123,7 @@ def test_entropy_and_confidence_go_to_metrics_records_and_checkpoints(
   assert found["sampling/confidence"] == pytest.approx(
       np.concatenate(per_row).mean())
   assert 0 < found["sampling/entropy"] < np.log(
-      worker.sampler.tables.vocab_size)
+      worker.sampler.sampler.tables.vocab_size)
   for record, values in zip(records, per_row, strict=True):
     assert record["mean_confidence"] == pytest.approx(values.mean())
     assert record["tail_confidence"] == pytest.approx(values[-4:].mean())

@@ -89,7 +89,8 @@ def test_names_and_masks():
       finish_reason=np.array([budget_state.BUDGET]), think_end=zeros,
       think_lengths=zeros, think_steps=zeros, answer_lengths=zeros,
       wait_count=zeros, prompt_id=zeros, sample_id=zeros,
-      in_thinking=zeros, raw=np.array([[5, -1]]))
+      in_thinking=zeros, raw=np.array([[5, -1]]),
+      num_turns=zeros + 1, stop_reason=zeros)
   assert record.completion(0) == [5, 6]
   assert record.finish_name(0) == "budget"
   np.testing.assert_array_equal(record.loss_mask, [[True, False, False]])

@@ -52,6 +52,14 @@ def test_runs_are_named_and_add_up_to_the_text(text, codes, names):
       WORDS.encode(text, special=True))
 
 
+def test_an_observation_is_a_run_of_its_own():
+  tokens = WORDS.encode("a b wait hm c", special=True)
+  found = transcript.segments(
+      WORDS, tokens, [SAMPLED, 3, 3, 3, SAMPLED], IDS)
+  assert [(text.strip(), name) for text, name in found] == [
+      ("a", "sampled"), ("b wait hm", "observation"), ("c", "sampled")]
+
+
 def test_the_text_keeps_delimiters_and_loses_the_stop():
   eos = WORDS.eos_id
   tokens = WORDS.encode("a </think> b", special=True)
@@ -81,6 +89,7 @@ def rollouts_of(rows, prompts, ids):
       think_steps=numbers("steps"), answer_lengths=numbers("answer"),
       wait_count=numbers("waits"), prompt_id=np.arange(len(rows)),
       sample_id=np.zeros(len(rows)), raw=np.zeros((len(rows), 0)),
+      num_turns=np.ones(len(rows)), stop_reason=np.zeros(len(rows)),
       in_thinking=np.array([thinking.opens(p, ids) for p in prompts]))
 
 
@@ -137,7 +146,8 @@ def test_a_record_holds_the_rollouts_facts():
       answer_lengths=np.array([0, 1]),
       wait_count=np.array([0, 1]), prompt_id=np.array([1, 40]),
       sample_id=np.array([0, 2]), in_thinking=np.array([False, True]),
-      raw=np.zeros((2, 0)), experts=None,
+      raw=np.zeros((2, 0)), num_turns=np.ones(2), stop_reason=np.zeros(2),
+      experts=None,
       entropy=np.array([[0.0] * 6, [1, 9, 9, 2, 3, 2]]),
       confidence=np.array([[0.0] * 6, [8, 0, 0, 2, 4, 6]]))
   assert set(one) == {field.name for field in dataclasses.fields(Rollouts)}
@@ -154,6 +164,9 @@ def test_a_record_holds_the_rollouts_facts():
       length=6, wait_count=1)
   assert [name for _, name in record["segments"]] == [
       "sampled", "wait", "sampled"]
+  assert transcript.record(
+      WORDS, Rollouts(**one), 1, IDS, answer="c") == record | dict(
+          answer_text="c")
   # Of the four sampled tokens; the settings say that it was recorded.
   more = transcript.record(
       WORDS, Rollouts(**one), 1, IDS, Confidence(window=2))

@@ -45,6 +45,7 @@ KEYS = Section(
         "test", count=Key(
             int, 0, "Problems that are asked, the first of the split. 0: all.",
             "[0, inf)")),
+    **sampling.EPISODE,
     reward=Key(str, REQUIRED, "Reward function that scores a completion. 1 is "
                "correct.", function=True),
     extract=Key(str, "", "Function that turns a completion into its canonical "
@@ -148,5 +149,6 @@ def check_instructions(config, name: str, stage: Mapping) -> Iterator[str]:
 SCHEMA = StageSchema(
     keys=KEYS, checks=(
         check_checkpoints, check_cells, check_twice, check_samples,
-        check_instructions, sampling.check_weights_dtype),
+        check_instructions, sampling.check_episode,
+        sampling.check_weights_dtype),
     samples=True)

@@ -107,6 +107,7 @@ KEYS = Section(
         bool, False, "In the trainer's rows the completions of a group share "
         "one copy of their prompt. Not with compute.attention='splash'."),
     problems=sampling.problems("train"),
+    **sampling.EPISODE,
     rewards=Key(tuple[str, ...], REQUIRED, "Reward functions that score a "
                 "completion. Their scores are added up.", function=True),
     reward_weights=Key(tuple[float, ...], (), "Weight of each reward. Unset: "
@@ -151,10 +152,12 @@ def check_groups(config, name: str, stage: Mapping) -> Iterator[str]:
            f"{updates} updates (num_minibatches x num_epochs) that a batch of "
            "rollouts gives.")
   rollout = stage["rollout"]
-  longest = rollout["max_prompt_tokens"] + rollout["max_tokens"]
+  longest = sampling.longest(rollout)
   if stage["sequence_length"] < longest:
+    key = ("max_episode_tokens" if rollout["max_episode_tokens"]
+           else "max_tokens")
     yield (f"sequence_length: {stage['sequence_length']} does not hold "
-           f"rollout.max_prompt_tokens + rollout.max_tokens = {longest}.")
+           f"rollout.max_prompt_tokens + rollout.{key} = {longest}.")
 
 
 def check_kl(config, name: str, stage: Mapping) -> Iterator[str]:
@@ -252,6 +255,6 @@ SCHEMA = StageSchema(
     keys=KEYS, checks=(
         *training.CHECKS, check_groups, check_kl, check_importance_sampling,
         check_staleness, check_rewards, check_reference, check_shared_prompts,
-        check_budget, sampling.check_weights_dtype),
+        check_budget, sampling.check_episode, sampling.check_weights_dtype),
     trains=True, samples=True, formerly=("grpo",),
     holds_reference=may_have_reference)

@@ -21,12 +21,33 @@ def problems(split: str, **extra: Key) -> Section:
       **extra)
 
 
+SINGLE_TURN = "posttrain.episodes.single_turn:single_turn"
+# Keys of a stage that samples episodes.
+EPISODE: dict[str, Any] = dict(
+    episode=Key(
+        str, SINGLE_TURN, "Episode: a generator function, function(task, "
+        "**episode_args), that asks for tokens and for host work, and ends "
+        "with what is scored; see docs/episodes.md. The default is one "
+        "completion of the problem's prompt.", function=True),
+    episode_args=Key(dict, {}, "Its keyword arguments.",
+                     needs=Needs("episode", "!=", SINGLE_TURN)))
+
 # Keys of the section `rollout`.
 ROLLOUT: dict[str, Any] = dict(
     max_prompt_tokens=Key(int, REQUIRED, "Longest prompt, in tokens. A longer "
                           "one is an error.", "[1, inf)"),
     max_tokens=Key(int, REQUIRED, "Longest completion, in tokens, thinking "
                    "included (TRL: max_completion_length).", "[1, inf)"),
+    max_episode_tokens=Key(
+        int, 0, "Most tokens of an episode behind its prompt, in turns of up "
+        "to max_tokens and the observations between them. Turns may then go on "
+        "from others, which are kept in a prefix cache, and end at strings. "
+        "0: they may not, and a turn is a completion.", "[0, inf)",
+        needs=Needs("episode", "!=", SINGLE_TURN)),
+    prefix_cache_tokens=Key(
+        int, 0, "Size of that prefix cache, in tokens. What it cannot hold is "
+        "computed again. 0: as large as the KV cache.", "[0, inf)",
+        needs=Needs("rollout.max_episode_tokens", ">", 0)),
     truncate=Key(bool, False, "A completion that reaches its maximum of "
                  "thinking tokens or steps stops there. Otherwise budget "
                  "forcing closes its thinking, and it answers."),
@@ -116,6 +137,20 @@ LOGITS: dict[str, Any] = dict(
         "completion.", needs=Needs("rollout.logits_processor", "!=", "")),
     hook=Renamed("rollout.logits_processor"),
     hook_args=Renamed("rollout.logits_processor_args"))
+
+
+def longest(rollout: Mapping) -> int:
+  """Returns the most tokens of a prompt and all that is behind it."""
+  return rollout["max_prompt_tokens"] + max(
+      rollout["max_tokens"], rollout["max_episode_tokens"])
+
+
+def check_episode(config, name: str, stage: Mapping) -> Iterator[str]:
+  rollout = stage["rollout"]
+  if 0 < rollout["max_episode_tokens"] < rollout["max_tokens"]:
+    yield (f"rollout.max_episode_tokens: {rollout['max_episode_tokens']} is "
+           f"less than rollout.max_tokens={rollout['max_tokens']}, which no "
+           "turn could then have. Raise the one or lower the other.")
 
 
 def check_weights_dtype(config, name: str, stage: Mapping) -> Iterator[str]:

@@ -1,0 +1,172 @@
+"""Running episode: its generator, and what it has asked for and been sent."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+from posttrain.episodes.protocol import (
+  Call,
+  Episode,
+  Generate,
+  Outcome,
+  Result,
+  Task,
+  Turn,
+)
+from posttrain.episodes.trajectory import Trajectory
+from posttrain.sampler import token_sampling
+
+
+class Running:
+  """Running episode.
+
+  Attributes:
+    index: its place among the tasks.
+    task: what it was given.
+    turns, calls: what it has asked for; None where that is not there yet.
+    outcome: how it ended; None while it goes on.
+    missing: number of results that it waits for.
+    error: why a turn that it has asked for cannot be; "" if all can.
+    scores: after its end, results by name.
+  """
+
+  def __init__(self, index: int, task: Task, make: Callable[[], Episode]):
+    self.index, self.task = index, task
+    self.turns: list[Turn | None] = []
+    self.calls: list[Result | None] = []
+    self.outcome: Outcome | None = None
+    self.missing = 0
+    self.error = ""
+    self.scores: dict[str, Result | None] = {}
+    self._make = make
+    self._episode: Episode | None = None
+    # What it has yielded last: requests, and the places of their results.
+    self._asked: list[tuple[Generate | Call, range]] = []
+    self._many = True
+    self._fresh = 0  # `Generate`s without a parent so far.
+    self._branches: dict[int, int] = {}  # Requests behind each turn so far.
+
+  def advance(self) -> list[Generate | Call]:
+    """Runs the generator to its next yield, and returns what it asks for.
+
+    If the generator returns or raises, `outcome` is set.
+    """
+    try:
+      if self._episode is None:
+        self._episode = _begun(self._make())
+        asked: Any = next(self._episode)
+      else:
+        asked = self._episode.send(self._answer())
+      self._many = not isinstance(asked, Generate | Call)
+      return _checked(asked if self._many else [asked])
+    except StopIteration as stop:
+      if isinstance(stop.value, Outcome):
+        self.outcome = stop.value
+      else:
+        self.fail(TypeError(
+            f"The episode returned a {type(stop.value).__name__}, and must "
+            "return an Outcome."))
+    # An episode is a user's code, also where it leaves by `sys.exit`.
+    except (Exception, SystemExit) as error:
+      self.fail(error)
+    return []
+
+  def end(self, reason: str, text: str) -> None:
+    """Ends the episode from outside, with one of `STOP_REASONS`."""
+    self.outcome = Outcome(reason=reason, reason_text=text)
+    # A `finally` in it may raise; it has ended all the same.
+    with contextlib.suppress(Exception, SystemExit):
+      if self._episode is not None:
+        self._episode.close()
+
+  def fail(self, error: BaseException) -> None:
+    """Ends the episode for an exception in it."""
+    self.end("error", f"{type(error).__name__}: {error}")
+
+  def expect(self, asked: Sequence[Generate | Call]) -> None:
+    """Makes places for the results of what it asks for."""
+    self._asked = []
+    for each in asked:
+      count = each.n if isinstance(each, Generate) else 1
+      places: list[Any] = (
+          self.turns if isinstance(each, Generate) else self.calls)
+      self._asked.append((each, range(len(places), len(places) + count)))
+      places += [None] * count
+      self.missing += count
+
+  @property
+  def places(self) -> Iterable[tuple[Generate | Call, range]]:
+    """What it has asked for last, and the places of the results."""
+    return self._asked
+
+  def ids(self, generate: Generate) -> list[tuple[int, int]]:
+    """Returns sample id and first draw of each sample of a request.
+
+    The first is the episode's own row of draws, and a turn that goes on from
+    another goes on with its row. All others are forks, see `fork_id`: sample j
+    of the k-th request without a parent, by -1 - k and j; and the branches of a
+    turn, by its draws and the branch. No two requests draw the same noise.
+    """
+    parent = generate.parent
+    if parent is None:
+      own, code, first_draw = self.task.sample_id, -1 - self._fresh, 0
+      alone, start = not self._fresh, 0
+      self._fresh += 1
+    else:
+      own = parent.completion.request.sample_id
+      code = first_draw = parent.completion.draws
+      start = self._branches.get(parent.number, 0)
+      alone = not start and generate.n == 1
+      self._branches[parent.number] = start + generate.n
+    return [
+        (own if alone and not j else token_sampling.fork_id(
+            own, code, start + j), first_draw) for j in range(generate.n)]
+
+  def trajectory(self) -> Trajectory:
+    """Makes the record of the episode, which has ended."""
+    assert self.outcome is not None and not self.missing
+    return Trajectory(
+        row=self.task.row, prompt=self.task.prompt,
+        prompt_id=self.task.prompt_id,
+        sample_id=self.task.sample_id, outcome=self.outcome,
+        turns=[turn for turn in self.turns if turn is not None],
+        calls=[result for result in self.calls if result is not None],
+        scores={name: result for name, result in self.scores.items()
+                if result is not None})
+
+  def _answer(self) -> Any:
+    """Returns what the generator is sent for its last yield."""
+    answers: list[Any] = []
+    for each, places in self._asked:
+      if isinstance(each, Generate):
+        turns = self.turns[places.start:places.stop]
+        answers.append(turns if each.n > 1 else turns[0])
+      else:
+        answers.append(self.calls[places.start])
+    return answers if self._many else answers[0]
+
+
+def _begun(episode: Any) -> Episode:
+  """Raises TypeError for what is no generator."""
+  if not isinstance(episode, Generator):
+    raise TypeError(
+        f"The episode is a {type(episode).__name__}, and must be a generator: "
+        "a function that yields.")
+  return episode
+
+
+def _checked(asked: Any) -> list[Generate | Call]:
+  """Raises TypeError or ValueError for what an episode may not yield."""
+  needed = "and must yield a Generate, a Call, or a sequence of them"
+  if not isinstance(asked, list | tuple):
+    raise TypeError(
+        f"The episode yielded a {type(asked).__name__}, {needed}.")
+  for each in asked:
+    if not isinstance(each, Generate | Call):
+      raise TypeError(
+          f"The episode yielded a sequence with a {type(each).__name__}, "
+          f"{needed}.")
+    if isinstance(each, Generate) and (
+        not isinstance(each.n, int) or each.n < 1):
+      raise ValueError(f"n is {each.n!r}, and must be 1 or more samples.")
+  return list(asked)
