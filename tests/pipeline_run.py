@@ -30,6 +30,7 @@ from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
 from posttrain.stages import loop, rl
 from posttrain.stages.run_context import RunContext
+from posttrain.train import preemption
 
 TOY = "tests.stages.toy"
 # One shape of prompts and completions, so that sampling compiles once.
@@ -145,6 +146,29 @@ def before_chunks(do: Callable[[int], None]) -> None:
     return original(*args, **kwargs)
 
   decode.decode = decode_after
+
+
+def count_chunks(monkeypatch, leave_before: int = 0) -> list[int]:
+  """Counts the chunks that are decoded from here on, in the list.
+
+  Args:
+    leave_before: as if SIGTERM came before that chunk, counted from 1; 0:
+      never. The engine also looks for it while nothing decodes, and is not
+      counted then.
+  """
+  chunks, original = [], decode.decode
+
+  def decode_one(*args, **kwargs):
+    chunks.append(1)
+    return original(*args, **kwargs)
+
+  def look():
+    if len(chunks) == leave_before - 1:
+      raise preemption.Preempted("in a rollout")
+
+  monkeypatch.setattr(decode, "decode", decode_one)
+  monkeypatch.setattr(preemption, "leave_if_requested", look)
+  return chunks
 
 
 def misbehave() -> None:

@@ -17,19 +17,24 @@ import numpy as np
 from ml_collections import config_dict
 
 from posttrain import config as config_lib
-from posttrain import distributed, sharding
+from posttrain import sharding
 from posttrain import workdir as workdir_lib
 from posttrain.config.stages.evaluate import SCHEMA
+from posttrain.episodes import records as episode_records
+from posttrain.episodes import rollouts as episode_rollouts
+from posttrain.episodes import score_calls
+from posttrain.episodes.call import Call, Result
+from posttrain.episodes.calls import Calls
+from posttrain.episodes.trajectory import Trajectory
 from posttrain.evaluation import scaling_plot, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import transcript
-from posttrain.sampler.rollouts import Rollouts
+from posttrain.stages import episodes, training
 from posttrain.stages import evaluation_cells as cells_lib
 from posttrain.stages import problems as problems_lib
-from posttrain.stages import sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.stages.stage import Stage, stage_of
-from posttrain.tasks import loading, scoring
+from posttrain.tasks import scoring
 from posttrain.telemetry import metrics as metrics_lib
 from posttrain.text import instructions
 from posttrain.text import tokenizer as tokenizer_lib
@@ -44,15 +49,16 @@ def run(
     ValueError: the problems, the verifier or the budgets do not fit.
     Preempted: SIGTERM came; cells that are finished are kept.
   """
-  evaluation = Evaluation(context)
   results = {}
-  try:
-    for name in checkpoints_of(context):
-      results[name] = _result(evaluation, context, name)
-  except preemption.Preempted:
-    context.leave(
-        "the cells that are finished are kept, and the one under way is "
-        "dropped")
+  with episodes.open_calls(context) as calls:
+    evaluation = Evaluation(context, calls)
+    try:
+      for name in checkpoints_of(context):
+        results[name] = _result(evaluation, context, name)
+    except preemption.Preempted:
+      context.leave(
+          "the cells that are finished are kept, and the one under way is "
+          "dropped")
   log(context, results)
   if context.workdir.is_writer:
     context.workdir.write_text(
@@ -116,21 +122,19 @@ def label(checkpoint: str) -> str:
 class Evaluation:
   """The problems and how they are asked; the model is what varies."""
 
-  def __init__(self, context: RunContext):
+  def __init__(self, context: RunContext, calls: Calls):
     section = context.section
     self.context, self.section = context, section
     self.problems = problems_lib.load_on_all_hosts(
         context, section.problems.count)
-    self.reward = loading.load_function(section.reward)
-    self.extract = (
-        loading.load_function(section.extract) if section.extract else None)
+    self.rows = {row["id"]: row for row in self.problems}
     self.cluster = clusters(self.problems)
     if self.cluster is not None:
       remark = statistics.caution(len(np.unique(self.cluster)))
       if remark:
         context.console.warning(f"{context.name}: {remark}")
     self.cells = cells_lib.cells_of(section)
-    self.sampler = sampling.make_sampler(context, section.rollout)
+    self.sampler = episodes.make_sampler(context, calls)
     self.kept = cells_lib.KeptCells(context)
 
   def evaluate(
@@ -160,7 +164,7 @@ class Evaluation:
         more = [row for row in rows if row["sample_id"] >= samples]
       scored[cell] = drawn = _first(drawn, samples)
       figures.append(summary.cell_figures(
-          cell, drawn, self.section.pass_at, votes=self.extract is not None,
+          cell, drawn, self.section.pass_at, votes=bool(self.section.extract),
           cluster=self.cluster))
       records += [row for row in rows if row["sample_id"] < samples]
       self.context.console.line(_line(name, figures[-1]))
@@ -205,49 +209,64 @@ class Evaluation:
       The scored completions in order of problem, then sample.
     """
     samples = cells_lib.samples_of(self.section, cell)
-    rollouts = self.sampler.generate(
-        model, [prompt_of(self.context, row, cell) for row in self.problems],
-        cells_lib.limits_of(self.section, cell),
-        prompt_id=[row["id"] for row in self.problems],
-        group_size=samples, seed=self.context.config.seed,
-        stage=self.context.name)
-    repeated = [row for row in self.problems for _ in range(samples)]
-    scores, answers = distributed.on_first_host(
-        lambda: self._judge(rollouts, repeated))
+    found, _ = self.sampler.run(
+        model, [asked_row(self.context, row, cell) for row in self.problems],
+        cells_lib.limits_of(self.section, cell), group_size=samples,
+        score=functools.partial(self._calls, samples))
+    problems = [self.rows[each.prompt_id] for each in found]
+    scores = self._scores(found)
     if scores.reasons:
       unscored = scoring.describe_unscored(
-          scores, repeated, [self.section.reward])
+          scores, problems, [self.section.reward])
       self.context.console.warning(
           f"{self.context.name}, {cell.name}: {unscored}. They count as wrong.")
-    records = []
-    for row, (problem, value, code, answer) in enumerate(zip(
-        repeated, scores.values[:, 0], scores.statuses[:, 0], answers,
+    rollouts = episode_rollouts.of_trajectories(found, branched=True)
+    reasons = {row: reason for row, _, reason in scores.reasons}
+    inner, records = self.sampler.sampler, []
+    for row, (each, problem, value, code) in enumerate(zip(
+        found, problems, scores.values[:, 0], scores.statuses[:, 0],
         strict=True)):
       record = transcript.record(
-          self.context.renderer.tokenizer, rollouts, row,
-          self.context.thinking_ids, self.sampler.options.confidence)
+          self.context.renderer.tokenizer, rollouts, row, inner.ids,
+          inner.options.confidence, each.answer)
+      record |= episode_records.details(each)
       record |= {"id": record["prompt_id"], "cell": cell.name,
                  "reward": None if np.isnan(value) else float(value),
                  "status": scoring.STATUSES[code],
                  "correct": bool(value == 1),
-                 "answer": answer}
+                 "answer": self._extracted(each)}
+      if row in reasons:
+        record["reason"] = reasons[row]
       if self.cluster is not None:
         record["cluster"] = problem["cluster"]
       records.append(record)
     return records
 
-  def _judge(
-      self, rollouts: Rollouts, problems: Sequence[Mapping[str, Any]],
-  ) -> tuple[scoring.Scores, list[str | None]]:
-    """Runs the task's code, on one host."""
-    texts = transcript.completions(
-        self.context.renderer.tokenizer, self.context.thinking_ids, rollouts,
-        len(problems))
-    scores = scoring.score(
-        {self.section.reward: self.reward}, problems, texts)
-    return scores, [
-        scoring.extract(self.section.extract, text.answer)[0]
-        for text in texts] if self.extract else [None] * len(texts)
+  def _calls(
+      self, samples: int, trajectory: Trajectory) -> list[tuple[str, Call]]:
+    """Makes the calls that judge an episode that has ended."""
+    completion = episode_records.completion_of(
+        self.context.renderer.tokenizer, trajectory)
+    section, number = self.section, trajectory.prompt_id
+    [reward] = score_calls.calls(
+        [section.reward], self.rows[number], completion,
+        group=(number, samples))
+    return [("reward", reward)] + ([(
+        "extract", score_calls.extract_call(
+            section.extract, completion.answer))] if section.extract else [])
+
+  def _scores(self, found: Sequence[Trajectory]) -> scoring.Scores:
+    """Collects scores [B, 1]; an episode that has failed has none."""
+    return score_calls.of_results([[
+        Result("error", reason=each.outcome.reason_text)
+        if each.outcome.reason == "error" else each.scores["reward"]]
+                                   for each in found])
+
+  def _extracted(self, trajectory: Trajectory) -> str | None:
+    """Returns the answer of an episode for votes; None without one."""
+    if not self.section.extract:
+      return None
+    return score_calls.extracted(trajectory.scores["extract"]).answer
 
 
 def check(context: RunContext) -> None:
@@ -260,6 +279,7 @@ def check(context: RunContext) -> None:
   section = context.section
   rows = problems_lib.load(context, section.problems.count)
   clusters(rows)
+  episodes.check(context)
   cells = cells_lib.cells_of(section)
   for cell in cells:
     if cell.asked:
@@ -272,19 +292,19 @@ def check(context: RunContext) -> None:
   kinds = [summary.Cell(), *(cell for cell in cells if cell.asked)]
   problems_lib.check(
       context, rows, [section.reward],
-      lambda row: [prompt_of(context, row, cell) for cell in kinds],
+      lambda row: [context.renderer.prompt_tokens(
+          asked_row(context, row, cell)) for cell in kinds],
       extract=section.extract)
   problems_lib.constant_baseline(section, len(rows), None)
 
 
-def prompt_of(
+def asked_row(
     context: RunContext, row: Mapping[str, Any], cell: summary.Cell,
-) -> list[int]:
-  """Renders the prompt of a problem in a cell."""
-  if cell.asked:
-    row = instructions.ask(
-        row, instruction(context.section, cell), context.config.thinking.start)
-  return context.renderer.prompt_tokens(row)
+) -> Mapping[str, Any]:
+  """Returns a problem as a cell asks it."""
+  return instructions.ask(
+      row, instruction(context.section, cell),
+      context.config.thinking.start) if cell.asked else row
 
 
 def instruction(section: config_dict.ConfigDict, cell: summary.Cell) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from posttrain.evaluation import summary
-from posttrain.sampler import decode
 from posttrain.stages import evaluate
 from posttrain.telemetry import metrics
 from posttrain.train import preemption
@@ -286,7 +285,8 @@ def test_fewer_sequences_at_a_time_ask_the_same(result, tmp_path):
     run = pipeline_run.make_pipeline(tmp_path, [
         "stages=measure", "measure.rollout.max_num_seqs=4",
         "measure.num_waits=", "measure.max_thinking_tokens=2"])
-    evaluation = evaluate.Evaluation(run.context("measure"))
+    evaluation = evaluate.Evaluation(
+        run.context("measure"), pipeline_run.calls())
     again = evaluation.evaluate("init", lambda: pipeline_run.start(run))
   # As JSON has them: a tuple comes back as a list.
   records = json.loads(json.dumps(again["records"]))
@@ -297,28 +297,13 @@ def test_fewer_sequences_at_a_time_ask_the_same(result, tmp_path):
   assert np.mean(same) > 0.95
 
 
-def leave_before_chunk(monkeypatch, number):
-  """As if SIGTERM came before that chunk, counted from 1; one a cell here."""
-  count = itertools.count(1)
-  monkeypatch.setattr(
-      preemption, "requested", lambda: next(count) == number)
-
-
-def counted(monkeypatch):
-  """The chunks that are decoded from here on."""
-  chunks, original = [], decode.decode
-  monkeypatch.setattr(decode, "decode", lambda *args, **kwargs: (
-      chunks.append(1), original(*args, **kwargs))[1])
-  return chunks
-
-
 def chunks_of_cells(path, monkeypatch):
   """Counts the chunks of each cell of one checkpoint."""
   found, original = [], evaluate.Evaluation._answer
 
   def answer(self, model, cell):
     with monkeypatch.context() as patched:
-      chunks = counted(patched)
+      chunks = pipeline_run.count_chunks(patched)
       records = original(self, model, cell)
     found.append(len(chunks))
     return records
@@ -326,7 +311,8 @@ def chunks_of_cells(path, monkeypatch):
   with jax.set_mesh(meshes.one()), monkeypatch.context() as patched:
     patched.setattr(evaluate.Evaluation, "_answer", answer)
     run = pipeline_run.make_pipeline(path, MEASURE)
-    evaluate.Evaluation(run.context("measure")).evaluate(
+    evaluate.Evaluation(
+        run.context("measure"), pipeline_run.calls()).evaluate(
         "init", lambda: pipeline_run.start(run))
   return found
 
@@ -347,9 +333,11 @@ def test_left_at_sigterm_finished_cells_are_kept(
     return pipeline_run.start(run)
   with jax.set_mesh(meshes.one()):
     # A part of the cell is drawn.
-    leave_before_chunk(monkeypatch, sum(of_cells) + sum(of_cells[:2]) + 2)
     run = pipeline_run.make_pipeline(tmp_path, both)
-    with pytest.raises(preemption.Preempted, match="finished are kept"):
+    with monkeypatch.context() as patched, pytest.raises(
+        preemption.Preempted, match="finished are kept"):
+      pipeline_run.count_chunks(
+          patched, leave_before=sum(of_cells) + sum(of_cells[:2]) + 2)
       evaluate.run(dataclasses.replace(
           run.context("measure"), weights_of=weights_of), None)
     first = tmp_path / "measure/eval/init.json"
@@ -359,8 +347,7 @@ def test_left_at_sigterm_finished_cells_are_kept(
     assert [f.name for f in sorted(kept.iterdir())] == [
         "free.json", "max_0.json"]
     assert not (tmp_path / "measure/done.json").exists()
-    leave_before_chunk(monkeypatch, 0)
-    chunks = counted(monkeypatch)
+    chunks = pipeline_run.count_chunks(monkeypatch)
     run = pipeline_run.make_pipeline(tmp_path, both)
     evaluate.run(dataclasses.replace(
           run.context("measure"), weights_of=weights_of), None)
@@ -392,13 +379,14 @@ def test_a_kept_cell_of_other_settings_is_evaluated_again(
     result, tmp_path, monkeypatch, capsys, spoil, again, said):
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, MEASURE)
-    evaluation = evaluate.Evaluation(run.context("measure"))
+    evaluation = evaluate.Evaluation(
+        run.context("measure"), pipeline_run.calls())
     weights = lambda: pipeline_run.start(run)
     free = summary.Cell()
     wanted = evaluation._records("init", free, weights)
     file = tmp_path / "measure/eval/cells/init/free.json"
     file.write_text(spoil(file.read_text()))
-    decoded = counted(monkeypatch)
+    decoded = pipeline_run.count_chunks(monkeypatch)
     found = evaluation._records("init", free, weights)
   assert bool(decoded) == again
   assert said in capsys.readouterr().out
@@ -470,7 +458,8 @@ def test_few_clusters_are_warned_about_at_the_start(
   with jax.set_mesh(meshes.one()):
     run = pipeline_run.make_pipeline(tmp_path, [
         *MEASURE, f"measure.problems.task=tests.stages.toy:{task}"])
-    evaluate.Evaluation(run.context("measure"))
+    evaluate.Evaluation(
+        run.context("measure"), pipeline_run.calls())
   out = capsys.readouterr().out
   assert said in out and ("clusters" in out) == bool(said)
 

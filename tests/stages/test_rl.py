@@ -721,17 +721,6 @@ def leave_at(monkeypatch, *calls):
   monkeypatch.setattr(preemption, "leave_if_requested", lambda: None)
 
 
-def leave_in_chunk(monkeypatch, number):
-  """As if SIGTERM came before that chunk, counted from 1; returns the count."""
-  chunks = []
-  def look():
-    chunks.append(1)
-    if len(chunks) == number:
-      raise preemption.Preempted("in a rollout")
-  monkeypatch.setattr(preemption, "leave_if_requested", look)
-  return chunks
-
-
 def test_what_a_rollout_held_is_free_before_the_optimizer_is_back(
     tmp_path, monkeypatch):
   """They do not fit together: that is why the optimizer was moved away."""
@@ -777,19 +766,22 @@ def test_left_within_a_rollout_and_resumed_is_bitwise_the_whole_run(
   changes = [*ALL, "reason.rollout.chunk=3", "reason.checkpoint.every=0",
              "reason.rollout.max_num_seqs=6", "compute.offload=optimizer"]
   with jax.set_mesh(meshes.one()):
-    chunks = leave_in_chunk(monkeypatch, 0)
-    pipeline_run.train(whole, changes)
+    with monkeypatch.context() as patched:
+      chunks = pipeline_run.count_chunks(patched)
+      pipeline_run.train(whole, changes)
     count = len(chunks)
     assert count > 4
-    leave_in_chunk(monkeypatch, 2)
-    with pytest.raises(preemption.Preempted, match="nothing to save yet"):
+    with monkeypatch.context() as patched, pytest.raises(
+        preemption.Preempted, match="nothing to save yet"):
+      pipeline_run.count_chunks(patched, leave_before=2)
       pipeline_run.train(left, changes)
     assert not rollouts_of(left)
-    leave_in_chunk(monkeypatch, count)
-    with pytest.raises(preemption.Preempted, match="saved at step 4; "):
+    with monkeypatch.context() as patched, pytest.raises(
+        preemption.Preempted, match="saved at step 4; "):
+      pipeline_run.count_chunks(patched, leave_before=count)
       pipeline_run.train(left, changes)
     assert list(rollouts_of(left)) == ["step_000000.jsonl"]
-    again = leave_in_chunk(monkeypatch, 0)
+    again = pipeline_run.count_chunks(monkeypatch)
     pipeline_run.train(left, changes)
   assert len(again) < count
   assert "resumed from step 4" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from posttrain import sharding
 from posttrain.rl import rollout_worker
 from posttrain.train import preemption
 from tests import pipeline_run
-from tests.stages.test_rl import leave_in_chunk, repeatable, rollouts_of
+from tests.stages.test_rl import repeatable, rollouts_of
 
 SPLIT = ["mesh.roles=split", "mesh.sampling.devices=4"]
 LEARNS = ["reason.num_steps=8", "reason.num_minibatches=2",
@@ -132,18 +132,18 @@ def test_left_while_drawing_ahead_it_goes_back_to_the_last_checkpoint(
              "reason.checkpoint.every=4"]
   whole, left = tmp_path / "whole", tmp_path / "left"
   with monkeypatch.context() as patch:
-    chunks = leave_in_chunk(patch, 0)
+    chunks = pipeline_run.count_chunks(patch)
     pipeline_run.train(whole, changes)
     count = len(chunks)
-    leave_in_chunk(patch, 2)
+    pipeline_run.count_chunks(patch, 2)
     with pytest.raises(preemption.Preempted, match="nothing to save yet"):
       pipeline_run.train(left, changes)
     # The last draw is of batch 3, beside the updates of batch 3 - staleness.
     kept = {1: "saved at step 4;", 3: "nothing to save yet"}[staleness]
-    leave_in_chunk(patch, count)
+    pipeline_run.count_chunks(patch, count)
     with pytest.raises(preemption.Preempted, match=kept):
       pipeline_run.train(left, changes)
-    leave_in_chunk(patch, 0)
+    pipeline_run.count_chunks(patch)
     pipeline_run.train(left, changes)
   assert repeatable(left) == repeatable(whole)
   assert rollouts_of(left) == rollouts_of(whole)
