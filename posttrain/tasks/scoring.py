@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from posttrain.tasks import exits, loading
+from posttrain.tasks import loading
 from posttrain.tasks.grading import Grade
 
 T = TypeVar("T")
@@ -243,35 +243,6 @@ def extract(name: str, completion: str) -> list[Any]:
       raise Refused(f"found {shown(found)}, and a text or None is needed")
     return found, "ok", ""
   return list(_guarded(cut))
-
-
-def score(
-    rewards: Mapping[str, Reward], problems: Sequence[Mapping[str, Any]],
-    completions: Sequence[Completion],
-) -> Scores:
-  """Calls every reward on every completion, in this process.
-
-  Args:
-    rewards: K reward functions, by name.
-    problems: [B], the problem of each completion.
-    completions: [B].
-  """
-  shape = len(completions), len(rewards)
-  values = np.full(shape, np.nan, np.float32)
-  statuses = np.zeros(shape, np.int8)
-  reasons = []
-  for b, (problem, completion) in enumerate(
-      zip(problems, completions, strict=True)):
-    for k, reward in enumerate(rewards.values()):
-      with exits.raised():
-        found = _guarded(lambda: _score_of(
-            reward(**arguments(reward, problem, completion))))
-      statuses[b, k] = STATUSES.index(found.status)
-      if found.value is not None:
-        values[b, k] = found.value
-      if statuses[b, k] in UNSCORED:
-        reasons.append((b, k, found.reason))
-  return Scores(values, statuses, reasons)
 
 
 class Refused(ValueError):

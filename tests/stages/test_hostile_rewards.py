@@ -16,7 +16,7 @@ from tests.stages import hostile_rewards
 HOSTILE = "tests.stages.hostile_rewards"
 STATUSES = hostile_rewards.STATUSES
 KINDS = list(STATUSES)
-SECONDS = 1.0
+SECONDS = 2.0
 CHANGES = [
     f"tokenizer.train={HOSTILE}:corpus",
     "reason.num_steps=1", f"reason.num_groups={len(KINDS)}",
@@ -36,7 +36,7 @@ CHANGES = [
 def alive(folder):
   """Ids of processes of the rewards that still run."""
   pids = [int(path.name) for path in folder.iterdir()]
-  assert len(pids) > 2 * len(KINDS)
+  assert len(pids) > 10  # Those that are killed at once leave no id.
   return [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
 
 
@@ -44,7 +44,8 @@ def descriptors():
   return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("stage", ["reason", "measure"])
+@pytest.mark.parametrize("stage", [
+    pytest.param("reason", marks=pytest.mark.slow), "measure"])
 def test_each_has_its_status_and_nothing_is_left(tmp_path, monkeypatch, stage):
   folder = tmp_path / "pids"
   folder.mkdir()
