@@ -16,13 +16,12 @@ MADE_ANEW = (
     r"|tensorboard/{stage}/events\.out\.tfevents\.[^/]+"
     r"|tokenizer(\.partial)?/(tokenizer\.(json|model)|chat_template\.jinja"
     r"|(tokenizer|generation)_config\.json|SHA256SUMS)"
-    r"|{stage}/(data_report\.json|goodput\.json|rollouts/step_\d+\.jsonl"
-    r"|journal/(step_\d+|[^/]+/[^/]+))")
+    r"|{stage}/(data_report\.json|goodput\.json|rollouts/step_\d+\.jsonl)")
 # Files that stay: the next start adds to them, or people may want them.
 STAYS = (
     r"(config|environment)\.json|report\.html"
     r"|(environment\.json|metrics\.jsonl|{stage}/goodput\.json)\.damaged"
-    r"|{stage}/bad_batch_step_\d+\.npz")
+    r"|{stage}/(bad_batch_step_\d+\.npz|journal/(step_\d+|[^/]+/[^/]+))")
 # Folders that are not listed: all their files are a run's, and may be many.
 OWN_FOLDERS = r"{stage}/(checkpoints|damaged|profile)|frozen"
 PARTIAL = re.compile(

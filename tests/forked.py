@@ -18,15 +18,20 @@ _context.set_forkserver_preload([
     "tests.pipeline_run"])
 
 
-def start(argv, log, compiled, devices=1):
-  """`posttrain ARGV`; its output goes to the file `log`."""
+def start(argv, log, compiled, devices=1, **environment):
+  """`posttrain ARGV`; its output goes to the file `log`.
+
+  It misbehaves as the environment says, see `pipeline_run`.
+  """
   process = _context.Process(
-      target=_main, args=(list(argv), str(log), str(compiled), devices))
+      target=_main,
+      args=(list(argv), str(log), str(compiled), devices, environment))
   process.start()
   return process
 
 
-def _main(argv, log, compiled, devices):
+def _main(argv, log, compiled, devices, environment):
+  os.environ |= environment
   file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
   os.dup2(file, 1)
   os.dup2(file, 2)
@@ -39,6 +44,8 @@ def _main(argv, log, compiled, devices):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   from posttrain import __main__
+  from tests import pipeline_run
+  pipeline_run.misbehave()
   __main__.run(argv)
 
 

@@ -4,8 +4,11 @@
 
 is `posttrain train`, but with KILL_IN_CHUNK=n in the environment it kills
 itself before the nth chunk that it decodes: within a rollout, where no file
-tells a watcher. With SLOW_CHUNKS=n:seconds a chunk takes so long from the nth
-on.
+tells a watcher. With KILL_IN_WRITE=n it does so in the middle of writing its
+nth line of a journal, and with KILL_IN_CALL=n:FILE the toy's calls do it. With
+SLOW_CHUNKS=n:seconds a chunk takes so long from the nth on. PATIENT waits after
+each chunk for all calls, so that a second turn begins at the same chunk however
+long a call takes.
 """
 
 import atexit
@@ -25,7 +28,7 @@ import numpy as np
 from posttrain import __main__, pipeline, sharding
 from posttrain import config as config_lib
 from posttrain.episodes import calls as calls_lib
-from posttrain.episodes import workers
+from posttrain.episodes import journal, workers
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import decode
 from posttrain.stages import loop, rl
@@ -177,9 +180,40 @@ def misbehave() -> None:
     number = int(os.environ["KILL_IN_CHUNK"])
     before_chunks(lambda chunk: chunk == number and os.kill(
         os.getpid(), signal.SIGKILL))
+  os.environ["RUN_PID"] = str(os.getpid())  # For the workers.
+  if "KILL_IN_WRITE" in os.environ:
+    kill_in_write(int(os.environ["KILL_IN_WRITE"]))
+  if "PATIENT" in os.environ:
+    wait_for_calls()
   if "SLOW_CHUNKS" in os.environ:
     first, seconds = map(float, os.environ["SLOW_CHUNKS"].split(":"))
     before_chunks(lambda chunk: time.sleep(seconds * (chunk >= first)))
+
+
+def kill_in_write(number: int) -> None:
+  """Leaves a half of the nth line behind; the header is one of them."""
+  lines, original = itertools.count(1), journal._write
+
+  def write(file, content):
+    if next(lines) == number:
+      original(file, content[:len(content) // 2])
+      os.kill(os.getpid(), signal.SIGKILL)
+    original(file, content)
+
+  journal._write = write
+
+
+def wait_for_calls() -> None:
+  """Takes the results of all calls at once, and in the order of the calls."""
+  ended = calls_lib.Calls._ended
+
+  def all_ended(self, seconds):
+    found = []
+    while self._numbers:
+      found += ended(self, 0.1)
+    return sorted(found)
+
+  calls_lib.Calls._ended = all_ended
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ With a journal process 0 writes down what has ended before it tells it. A batch
 that is begun again is told it again, and those calls are not made.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from posttrain import distributed
@@ -41,11 +42,10 @@ def on_first_host(find: Callable[[], list[Event]]) -> list[Event]:
 
 
 class Calls:
-  """Calls of a batch of episodes, and what has become of them."""
+  """Calls of all episodes of a stage, and what has become of them."""
 
   def __init__(
       self, pool: Pool | None, *, seconds: float = 10.0,
-      journal: Journal | None = None,
       share: Share = on_first_host,
   ):
     """Takes the workers.
@@ -53,11 +53,10 @@ class Calls:
     Args:
       pool: on process 0. Without one each call ends as an error.
       seconds: deadline of a call that has none.
-      journal: on process 0, of the batch; the caller closes it.
       share: calls a function on process 0, and gives its result to all hosts.
     """
     self._pool, self._seconds, self._share = pool, seconds, share
-    self._journal = journal
+    self._journal: Journal | None = None
     self._next = 0
     # What is with the workers, by the number of its first call.
     self._sent: dict[int, list[Member]] = {}
@@ -68,6 +67,25 @@ class Calls:
     # moment: while it is replayed nothing else is told.
     self._known: dict[int, Call] = {}
     self._early: list[Event] = []
+
+  @contextlib.contextmanager
+  def recorded(self, journal: Journal | None) -> Iterator[None]:
+    """Writes down what ends, and tells what is written already.
+
+    Every host enters it for the same batch, before the batch's first call.
+
+    Args:
+      journal: of the batch, on process 0; it is closed. None elsewhere.
+    """
+    assert not self.pending
+    # The numbers are those in the journal, whichever batch is the first here.
+    self._next, self._journal = 0, journal
+    try:
+      yield
+    finally:
+      self._journal = None
+      if journal:
+        journal.close()
 
   def submit(self, call: Call) -> int:
     """Queues a call and returns its number, the same on every host.

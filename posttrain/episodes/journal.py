@@ -20,7 +20,6 @@ made with. A line that a kill has cut off is the last, and is dropped.
 import hashlib
 import io
 import json
-import os
 import pathlib
 import re
 import zlib
@@ -135,6 +134,11 @@ class Journal:
       self._file.close()
     self._file = None
 
+  def remove(self) -> None:
+    """Closes and removes the file: what was made of it is in another one."""
+    self.close()
+    self.path.unlink(missing_ok=True)
+
   def _differs(self, number: int, how: str) -> None:
     """Drops what has not been replayed, in the file too."""
     self._say(
@@ -189,13 +193,6 @@ def digest_of(call: Call) -> str:
       (call.function, call.args, dict(call.kwargs))))
   return hashlib.blake2b(
       text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
-
-
-def remove(path: pathlib.Path) -> None:
-  """Removes a journal, if there is one, and its folder if it is empty."""
-  path.unlink(missing_ok=True)
-  if path.parent.exists() and not any(path.parent.iterdir()):
-    os.rmdir(path.parent)
 
 
 def _write(file: io.FileIO, content: bytes) -> None:

@@ -21,6 +21,7 @@ from posttrain.episodes import rollouts as episode_rollouts
 from posttrain.episodes import score_calls
 from posttrain.episodes.call import Call, Result
 from posttrain.episodes.episode_sampler import EpisodeSampler
+from posttrain.episodes.journal import Journal
 from posttrain.episodes.protocol import STOP_REASONS
 from posttrain.episodes.trajectory import Trajectory
 from posttrain.model.transformer import Transformer
@@ -84,6 +85,8 @@ class RolloutWorker:
       first; `weights`: one each.
     group_size: episodes of each problem.
     warn: takes a line for a person.
+    journal_of: opens the journal of the batch before which a number of updates
+      was made; None on all hosts but the first.
   """
 
   sampler: EpisodeSampler
@@ -93,6 +96,7 @@ class RolloutWorker:
   weights: Sequence[float]
   group_size: int
   warn: Callable[[str], None] = lambda text: None
+  journal_of: Callable[[int], Journal | None] = lambda step: None
 
   def collect(self, model: Transformer, indices: np.ndarray, *,
       step: int) -> ScoredRollouts:
@@ -103,10 +107,11 @@ class RolloutWorker:
       step: updates made so far.
     """
     asked = [self.problems[i] for i in indices]
-    found, seconds = self.sampler.run(
-        model, asked, self.limits, group_size=self.group_size, step=step,
-        first_sample=self.group_size * problem_cursor.earlier_asks(indices),
-        score=self._calls)
+    with self.sampler.calls.recorded(self.journal_of(step)):
+      found, seconds = self.sampler.run(
+          model, asked, self.limits, group_size=self.group_size, step=step,
+          first_sample=self.group_size * problem_cursor.earlier_asks(indices),
+          score=self._calls)
     trajectories, failures = _sequences(found)
     results = [[each.scores.get(name, NO_RESULT) for name in self.rewards]
                for each in trajectories]

@@ -29,7 +29,7 @@ from posttrain.episodes.trajectory import Trajectory
 from posttrain.evaluation import scaling_plot, statistics, summary
 from posttrain.model.transformer import Transformer
 from posttrain.sampler import transcript
-from posttrain.stages import episodes, training
+from posttrain.stages import episodes, journals, training
 from posttrain.stages import evaluation_cells as cells_lib
 from posttrain.stages import problems as problems_lib
 from posttrain.stages.run_context import RunContext
@@ -69,6 +69,7 @@ def run(
       name: {cell["name"]: cell["accuracy"] for cell in result["cells"]}
       for name, result in results.items()})
   evaluation.kept.clear()
+  evaluation.journals.clear()
   return start
 
 
@@ -136,6 +137,7 @@ class Evaluation:
     self.cells = cells_lib.cells_of(section)
     self.sampler = episodes.make_sampler(context, calls)
     self.kept = cells_lib.KeptCells(context)
+    self.journals = journals.Journals(context)
 
   def evaluate(
       self, name: str, weights: Callable[[], Transformer]) -> dict[str, Any]:
@@ -183,8 +185,12 @@ class Evaluation:
     """A cell's completions: kept ones, or drawn and then kept."""
     found = self.kept.read(name, cell)
     if found is None:
-      found = self._answer(weights(), cell)
+      model, journal = weights(), self.journals.of_cell(name, cell.name)
+      with self.sampler.calls.recorded(journal):
+        found = self._answer(model, cell)
       self.kept.write(name, cell, found)
+      if journal:
+        journal.remove()
     return found
 
   def _decoding(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from posttrain.rl import (
 )
 from posttrain.stages import (
   episodes,
+  journals,
   loop,
   problems,
   rl_programs,
@@ -265,7 +266,9 @@ class Learner(loop.Body):
 def run(context: RunContext, start: Transformer) -> Transformer:
   """Trains to the last step, see `loop.run`; with the stage's workers."""
   with episodes.open_calls(context) as calls:
-    return loop.run(functools.partial(Learner, calls), context, start)
+    trained = loop.run(functools.partial(Learner, calls), context, start)
+  journals.Journals(context).clear()
+  return trained
 
 
 def make_rollout_worker(
@@ -278,7 +281,8 @@ def make_rollout_worker(
       problems=problems.load_on_all_hosts(context),
       rewards=rewards, warn=context.console.warning,
       weights=section.reward_weights or (1.0,) * len(rewards),
-      group_size=section.group_size)
+      group_size=section.group_size,
+      journal_of=journals.Journals(context).of_batch)
 
 
 def make_rollout_buffer(

@@ -96,6 +96,30 @@ LONG = ["reason.num_steps=4", "reason.rollout.chunk=1",
         "reason.checkpoint.every=0"]  # Ten chunks a batch, one update each.
 
 
+def launch(path, changes, free_port, count, **env):
+  """One process, or several that are joined."""
+  if count > 1:
+    env |= dict(POSTTRAIN_NUM_PROCESSES=str(count),
+                POSTTRAIN_COORDINATOR=f"localhost:{free_port}")
+  return [start(path, changes, **env, **(
+      dict(POSTTRAIN_PROCESS_ID=str(index)) if count > 1 else {}))
+          for index in range(count)]
+
+
+def ended(processes, status):
+  for process in processes:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == status, err[-8000:]
+
+
+def assert_same(a, b, changes):
+  assert repeatable(a) == repeatable(b)
+  assert rollouts_of(a) == rollouts_of(b)
+  a, b = (pipeline_run.parameters(path, changes) for path in (a, b))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_sigterm_within_a_long_rollout_is_not_waited_out(
     tmp_path, free_port, count):
@@ -104,22 +128,8 @@ def test_sigterm_within_a_long_rollout_is_not_waited_out(
   From the second rollout on a chunk takes four seconds.
   """
   whole, left = tmp_path / "whole", tmp_path / "left"
-
-  def launch(path, **env):
-    if count > 1:
-      env |= dict(POSTTRAIN_NUM_PROCESSES=str(count),
-                  POSTTRAIN_COORDINATOR=f"localhost:{free_port}")
-    return [start(path, LONG, **env, **(
-        dict(POSTTRAIN_PROCESS_ID=str(index)) if count > 1 else {}))
-            for index in range(count)]
-
-  def ended(processes, status):
-    for process in processes:
-      _, err = process.communicate(timeout=600)
-      assert process.returncode == status, err[-8000:]
-
-  ended(launch(whole), 0)
-  processes = launch(left, SLOW_CHUNKS="11:4")
+  ended(launch(whole, LONG, free_port, count), 0)
+  processes = launch(left, LONG, free_port, count, SLOW_CHUNKS="11:4")
   wait_until(processes[0], lambda: last_step(left) >= 1)
   time.sleep(6)
   assert last_step(left) == 1
@@ -131,11 +141,32 @@ def test_sigterm_within_a_long_rollout_is_not_waited_out(
         "40 s")
   assert took < 20
   assert last_step(left) == 1
-  ended(launch(left), 0)
-  assert repeatable(left) == repeatable(whole)
+  ended(launch(left, LONG, free_port, count), 0)
   assert repeatable(whole)[1]["completions/max_length"] == 10
-  assert rollouts_of(left) == rollouts_of(whole)
+  assert_same(left, whole, LONG)
   assert len(rollouts_of(left)) == 4
-  a, b = (pipeline_run.parameters(path, LONG) for path in (whole, left))
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_while_a_reward_hangs(tmp_path, free_port, count):
+  """For ten minutes; the second process alone gets the signal."""
+  changes = ["reason.num_steps=3", "reason.rewards=tests.stages.toy:waits",
+             "reason.workers.seconds=600"]
+  whole, left, hang = (tmp_path / name for name in ("whole", "left", "hang"))
+  ended(launch(whole, changes, free_port, count), 0)
+  processes = launch(left, changes, free_port, count, HANG=str(hang))
+  wait_until(processes[0], lambda: last_step(left) >= 1)
+  hang.touch()
+  wait_until(processes[0], hang.with_suffix(".waits").exists)
+  time.sleep(1)
+  step = last_step(left)
+  sent = time.monotonic()
+  processes[-1].send_signal(signal.SIGTERM)
+  ended(processes, 75)
+  took = time.monotonic() - sent
+  print(f"{count} processes: left {took:.1f} s after SIGTERM, in a reward")
+  assert took < 10
+  assert last_step(left) == step < 3
+  hang.unlink()
+  ended(launch(left, changes, free_port, count), 0)
+  assert_same(left, whole, changes)

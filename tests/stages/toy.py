@@ -5,6 +5,10 @@ is what becomes of them.
 """
 
 import os
+import pathlib
+import random
+import signal
+import time
 
 from posttrain.tasks import scoring
 
@@ -114,6 +118,45 @@ def leaves(prompt, completion, *, gold, **columns):
   if completion != gold:
     os._exit(0)
   return 1.0
+
+
+def opinion(text):
+  """A word about a turn; it may be the call that ends the run."""
+  kill_run_in_call()
+  return WORDS[len(text) % len(WORDS)]
+
+
+def deadly(prompt, completion, *, gold, full_text, **columns):
+  """As `reward`; it may be the call that ends the run."""
+  if completion != gold:
+    kill_run_in_call()
+  return float("ping" in full_text.split())
+
+
+def kill_run_in_call():
+  """SIGKILL to the run in the nth call: KILL_IN_CALL=n:FILE, which counts."""
+  if "KILL_IN_CALL" in os.environ:
+    number, file = os.environ["KILL_IN_CALL"].split(":")
+    with open(file, "a") as counted:
+      counted.write("x")
+      counted.flush()
+      if counted.tell() == int(number):
+        os.kill(int(os.environ["RUN_PID"]), signal.SIGKILL)
+        time.sleep(60)  # As if it had more to say.
+
+
+def chance(prompt, completion, *, gold, **columns):
+  """Something else each time."""
+  return 1.0 if completion == gold else random.SystemRandom().random()
+
+
+def waits(prompt, completion, *, gold, full_text, **columns):
+  """As `reward`, once the file HANG is gone; says that it waits beside it."""
+  hang = pathlib.Path(os.environ.get("HANG", "/nowhere"))
+  while completion != gold and hang.exists():
+    hang.with_suffix(".waits").touch()
+    time.sleep(0.01)
+  return float("ping" in full_text.split())
 
 
 def needs_author(prompt, completion, *, author, **columns):
