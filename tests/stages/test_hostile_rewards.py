@@ -23,7 +23,7 @@ CHANGES = [
     "reason.group_size=2", "reason.health.max_unscored=1.0",
     f"reason.rewards={HOSTILE}:reward,{HOSTILE}:varied",
     f"measure.reward={HOSTILE}:reward",
-    "measure.extract=tests.stages.toy:whole",
+    f"measure.extract={HOSTILE}:extract",
     f"measure.problems.count={len(KINDS)}", "measure.samples_per_problem=1",
     "measure.pass_at=1", "measure.majority.max_samples=0",
     "measure.max_thinking_tokens=", "measure.num_waits=",
@@ -56,6 +56,9 @@ def test_each_has_its_status_and_nothing_is_left(tmp_path, monkeypatch, stage):
   found = collections.defaultdict(set)
   for row in records(tmp_path / "run", stage):
     kind = KINDS[row["prompt_id"]]
+    if stage == "measure":
+      assert row["answer"] is None
+      assert row["extract_reason"].startswith("LookupError: no answer in")
     found[kind].add(row["statuses"]["reward"] if stage == "reason"
                     else row["status"])
   assert found == {kind: {status} for kind, status in STATUSES.items()}
