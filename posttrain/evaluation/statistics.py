@@ -182,9 +182,10 @@ def maj_at_k(
 
   The most frequent answer wins; answers with equally many votes win equally
   often. A sample without an answer does not vote, even if it is right: its
-  extractor may have failed. If nobody votes the result is wrong. A grader may have found some
-  samples of one answer right and others wrong (two spellings, a time-out): then
-  any of the samples that voted for it speaks for it, equally often.
+  extractor may have failed. If nobody votes the result is wrong. A grader may
+  have found some samples of one answer right and others wrong (two spellings, a
+  time-out): then any of the samples that voted for it speaks for it, equally
+  often.
 
   Args:
     answers: [M], M up to 1,000.
