@@ -49,8 +49,6 @@ class Driver:
   """Driver of episodes.
 
   Attributes:
-    wait_seconds: time so far in which nothing decoded, and calls were waited
-      for.
     reward_wait: seconds of the last `run` behind its last decode chunk.
   """
 
@@ -63,7 +61,7 @@ class Driver:
       make_request: the stage's request for a task and a sample id.
       calls: on every host; process 0 has the workers.
     """
-    self.wait_seconds = self.reward_wait = self._decoded = 0.0
+    self.reward_wait = self._decoded = 0.0
     self._engine, self._make_request = engine, make_request
     self._calls = calls
     self._unfinished = 0
@@ -87,8 +85,8 @@ class Driver:
       Trajectories in the order of the tasks. An episode that raised is among
       them, with the reason "error".
     """
-    running = [Running(i, task, functools.partial(make_episode, task))
-               for i, task in enumerate(tasks)]
+    running = [Running(task, functools.partial(make_episode, task))
+               for task in tasks]
     self._score, self._unfinished = score, len(running)
     self._decoded = time.monotonic()
     try:
@@ -114,12 +112,9 @@ class Driver:
         self._receive_turn(done)
     alone = not self._engine.busy
     assert self._calls.pending or not alone or not self._unfinished
-    started = time.monotonic()
     for number, result in self._calls.events(
         WAIT_SECONDS if alone else 0.0, alone=alone):
       self._receive_result(number, result)
-    if alone:
-      self.wait_seconds += time.monotonic() - started
 
   def _go_on(self, running: Running) -> None:
     """Runs an episode as far as it gets without a result."""

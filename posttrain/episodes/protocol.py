@@ -12,10 +12,10 @@ state. Those belong in a `Call`, which process 0 alone makes. For randomness it
 has `task.generator`, whose seed is the episode's ids.
 
   def calculator(task):
-    turn = yield Generate(
-        task.prompt, changes={"stop_strings": ("=",)})
+    stop = {"stop_strings": ("=",), "include_stop": True}
+    turn = yield Generate(task.prompt, changes=stop)
     result = yield Call("my_tools.py:add", (turn.text,))
-    turn = yield Generate(task.encode(f" {result.value} ."), parent=turn)
+    yield Generate(task.encode(f" {result.value}", turn), parent=turn)
     return Outcome()
 """
 
@@ -133,9 +133,20 @@ class Task:
   generator: np.random.Generator
   max_tokens: int
 
-  def encode(self, text: str) -> tuple[int, ...]:
-    """Encodes text of an observation, without special tokens around it."""
-    return tuple(self.renderer.tokenizer.encode(text))
+  def encode(
+      self, text: str, after: Turn, *, special: bool = False,
+  ) -> tuple[int, ...]:
+    """Encodes the text of an observation, as it goes on behind a turn.
+
+    Args:
+      text: nothing is put around it.
+      after: the turn.
+      special: names of control tokens in the text are these tokens, and not
+        ordinary text.
+    """
+    kept = after.completion.kept or self.prompt
+    return tuple(self.renderer.tokenizer.encode(
+        text, special=special, after=kept[-1]))
 
 
 def make_tasks(

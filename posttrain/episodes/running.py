@@ -21,7 +21,6 @@ class Running:
   """Running episode.
 
   Attributes:
-    index: its place among the tasks.
     task: what it was given.
     turns, calls: what it has asked for; None where that is not there yet.
     outcome: how it ended; None while it goes on.
@@ -30,8 +29,8 @@ class Running:
     scores: after its end, results by name.
   """
 
-  def __init__(self, index: int, task: Task, make: Callable[[], Episode]):
-    self.index, self.task = index, task
+  def __init__(self, task: Task, make: Callable[[], Episode]):
+    self.task = task
     self.turns: list[Turn | None] = []
     self.calls: list[Result | None] = []
     self.outcome: Outcome | None = None
@@ -96,7 +95,7 @@ class Running:
 
   @property
   def places(self) -> Iterable[tuple[Generate | Call, range]]:
-    """What it has asked for last, and the places of the results."""
+    """Lists what it has asked for last, with the places of the results."""
     return self._asked
 
   def ids(self, generate: Generate) -> list[tuple[int, int]]:

@@ -28,12 +28,12 @@ class Pool:
   """Makes calls in this process, `delay(number)` polls after they were sent."""
 
   def __init__(self, delay=lambda number: 0):
-    self.made, self.waits = [], []
-    self._delay, self._numbers, self._sent = delay, itertools.count(), {}
+    self.made, self.waits, self.cancelled = [], [], False
+    self.delay, self._numbers, self._sent = delay, itertools.count(), {}
 
   def submit(self, call):
     number = next(self._numbers)
-    self._sent[number] = [self._delay(number), call]
+    self._sent[number] = [self.delay(number), call]
     self.made.append(call)
     return number
 
@@ -44,8 +44,12 @@ class Pool:
       each[0] -= 1
     return [(n, self._make(self._sent.pop(n)[1])) for n in ended]
 
+  def hurry(self, number):
+    """Ends a call with the next poll."""
+    self._sent[number][0] = 0
+
   def cancel(self):
-    self._sent = {}
+    self._sent, self.cancelled = {}, True
 
   def _make(self, call):
     try:
@@ -56,8 +60,10 @@ class Pool:
 
 
 def make_engine(**changes):
-  return engine_scene.make_engine(
-      STRINGS, **(dict(symbols=TABLE, prefill_rows=1) | changes))
+  # One ring and few sizes of prompts: less to compile.
+  return engine_scene.make_engine(STRINGS, **(dict(
+      symbols=TABLE, prefill_rows=1, min_seq_len=160, prefill_chunk=32)
+      | changes))
 
 
 def make_tasks(prompts, *, samples=1, max_tokens=100):
@@ -72,3 +78,8 @@ def make_driver(engine, pool=None, **changes):
   return Driver(
       engine, lambda task, sample_id: dataclasses.replace(REQUEST, **changes),
       Calls(pool or Pool()))
+
+
+def lengths(members):
+  """A function over several calls: the length of each one's argument."""
+  return [len(text) for [text] in members]

@@ -193,6 +193,40 @@ def test_what_is_kept_ends_before_the_stop_string():
   assert [done.tokens for done in found] == [done.tokens for done in wanted]
 
 
+def test_an_included_stop_string_stays_in_what_is_kept():
+  """The completion is the same; what goes on ends with its last token."""
+  busy = scene.make_engine(scene.UNUSED, symbols=TABLE, **BUDGET)
+  asked = [dataclasses.replace(
+      PLAIN, max_tokens=60, prompt_id=i, include_stop=include,
+      stop_strings=("bc", "cd", "hij", "f")) for i in range(8)
+           for include in (False, True)]
+  first = scene.take(busy, asked)
+  found = scene.take(busy, [continuation(done, (12, 13)) for done in first])
+  stopped = 0
+  for (out, done), (_, after) in zip(
+      zip(first[::2], first[1::2], strict=True),
+      zip(found[::2], found[1::2], strict=True), strict=True):
+    assert done.tokens == out.tokens and done.draws == out.draws
+    assert done.kept == sequence(done)
+    assert after.request.prompt == (*done.kept, 12, 13)
+    if done.finish_reason == "stop":
+      assert any(s in text(done.tokens) for s in done.request.stop_strings)
+      assert not any(
+          s in text(done.tokens[:-1]) for s in done.request.stop_strings)
+      assert out.kept is not None and out.kept != done.kept
+      stopped += 1
+  assert stopped > 4
+  for done, after in zip(first, found, strict=True):
+    assert after.request.prompt == (*done.kept, 12, 13)
+  wanted = scene.take(
+      whole_prompts(scene.UNUSED, symbols=TABLE), map(scene.alone, found))
+  assert [done.tokens for done in found] == [done.tokens for done in wanted]
+  # What goes on is known of a request that is not kept, too.
+  again = scene.take(whole_prompts(scene.UNUSED, symbols=TABLE), [
+      dataclasses.replace(request, keep=False) for request in asked])
+  assert [done.kept for done in again] == [done.kept for done in first]
+
+
 def test_a_continuation_without_tokens_stays_in_its_phase():
   """It thinks on if its parent thought; else it has to open a section anew."""
   busy = scene.make_engine(**BUDGET)
@@ -247,8 +281,26 @@ def test_the_phase_is_that_before_a_stop_string(prompt, choices, stop, thinks):
       PLAIN, prompt=prompt, script=np.array(choices), stop_strings=(stop,))])
   assert done.finish_reason == "stop" and done.tokens == list(choices)
   [after] = scene.take(busy, [continuation(done, stop_strings=())])
-  assert after.request.prompt == (*prompt, *choices[:-len(stop)])
-  assert after.request.in_thinking is thinks
+  assert after.request.prompt == (*prompt, *choices[:-len(stop)]) == done.kept
+  assert after.request.in_thinking is done.kept_in_thinking is thinks
+
+
+@pytest.mark.parametrize("prompt, choices, stop, thinks", [
+    ((12, 3), (13, 14, 4, 5), "ef", False),
+    ((12, 3), (13, 14, 4), "e", True),
+    ((12, 12), (13, 14, 3), "d", True),
+    ((12, 12), (13, 14), "o", False),
+])
+def test_the_phase_is_that_behind_an_included_stop_string(
+    prompt, choices, stop, thinks):
+  busy = scene.make_engine(symbols=SPELLING, **BUDGET)
+  [done] = scene.take(busy, [dataclasses.replace(
+      PLAIN, prompt=prompt, script=np.array(choices), stop_strings=(stop,),
+      include_stop=True)])
+  assert done.finish_reason == "stop" and done.tokens == list(choices)
+  [after] = scene.take(busy, [continuation(done, stop_strings=())])
+  assert after.request.prompt == (*prompt, *choices) == done.kept
+  assert after.request.in_thinking is done.kept_in_thinking is thinks
 
 
 def test_what_stands_before_a_stop_string_must_have_a_spelling():
@@ -261,7 +313,7 @@ def test_what_stands_before_a_stop_string_must_have_a_spelling():
   [done] = scene.take(busy, [dataclasses.replace(
       PLAIN, script=np.array([3, 0, 4]), stop_strings=("b",))])
   assert done.finish_reason == "stop" and done.tokens == [3, 0]
-  assert "cannot spell" in done.error
+  assert "cannot spell" in done.error and done.kept is None
   [after] = scene.take(busy, [continuation(done, [5])])
   assert "was not kept" in after.error
 
