@@ -7,6 +7,9 @@ in its prefix cache; no result depends on that.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from posttrain.episodes.protocol import Generate, Task
 from posttrain.episodes.running import Running
@@ -18,6 +21,7 @@ from posttrain.sampler.requests import Request, Settings
 MakeRequest = Callable[[Task, int], Request]
 
 # Fields that an episode does not choose: ids and draws are its own by rule.
+PLAIN = Request(prompt=(), max_tokens=1)
 FIXED = frozenset([
     "prompt", "parent", "first_draw", "keep", "seed", "stage", "step",
     "prompt_id", "sample_id"])
@@ -56,6 +60,8 @@ def make_requests(
     raise ValueError(
         f"changes has {', '.join(sorted(fixed))}, which an episode cannot "
         "choose.")
+  for name, value in generate.changes.items():
+    _check_change(name, value)
   prompt, in_thinking = _prompt(running, generate)
   used = len(prompt) - _beginning(running, generate, len(prompt))
   made = []
@@ -69,6 +75,20 @@ def make_requests(
     made.append(_fitted(
         request, running.task.max_tokens - used, settings, tables))
   return made
+
+
+def _check_change(name: str, value: Any) -> None:
+  """Raises TypeError for a field that a request has not, or of another type.
+  """
+  if name not in vars(PLAIN):
+    raise TypeError(
+        f"changes has {name}, and a Request has {', '.join(vars(PLAIN))}.")
+  plain = getattr(PLAIN, name)
+  whole = type(plain) is int and isinstance(value, np.integer)
+  if plain is not None and type(value) is not type(plain) and not whole:
+    raise TypeError(
+        f"changes has {name}={value!r:.80}, a {type(value).__name__}, and it "
+        f"must be a {type(plain).__name__}.")
 
 
 def _prompt(

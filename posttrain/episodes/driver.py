@@ -25,7 +25,7 @@ from posttrain.episodes.protocol import (
   Task,
   Turn,
 )
-from posttrain.episodes.running import Running
+from posttrain.episodes.running import Running, told
 from posttrain.episodes.trajectory import Trajectory
 from posttrain.sampler import rollouts, transcript
 from posttrain.sampler.engine import Engine
@@ -119,6 +119,9 @@ class Driver:
   def _go_on(self, running: Running) -> None:
     """Runs an episode as far as it gets without a result."""
     while running.outcome is None and not running.missing:
+      if running.error:
+        running.end("error", running.error)
+        break
       asked = running.advance()
       if running.outcome is None:
         self._submit(running, asked)
@@ -146,8 +149,13 @@ class Driver:
         self._call(running, each, places[0])
         continue
       for place, request in zip(places, made, strict=True):
-        number = self._engine.submit(request)
-        self._turns[number] = running, each, place
+        try:
+          number = self._engine.submit(request)
+        except Exception as error:  # Of a value that no one has thought of.
+          running.error = running.error or told(error)
+          running.missing -= 1
+        else:
+          self._turns[number] = running, each, place
 
   def _call(self, running: Running, call: Call, place: int | str) -> None:
     """Submits a call of an episode, or of one of its scores."""
@@ -174,9 +182,8 @@ class Driver:
         observation=tuple(asked.tokens), text=texts.full_text,
         thinking=texts.thinking, answer=texts.answer)
     running.missing -= 1
-    if done.error and not running.error:
-      running.error = done.error
-    self._resume(running)
+    running.error = running.error or done.error
+    self._go_on(running)
 
   def _receive_result(self, number: int, result: Result) -> None:
     """Gives the result of a call to the episode that asked for it."""
@@ -187,12 +194,4 @@ class Driver:
       self._unfinished -= not running.missing
       return
     running.calls[place] = result
-    self._resume(running)
-
-  def _resume(self, running: Running) -> None:
-    """Goes on with an episode if it has all that it asked for."""
-    if running.missing:
-      return
-    if running.error:
-      running.end("error", running.error)
     self._go_on(running)

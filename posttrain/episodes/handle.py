@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from posttrain.episodes import frames, processes, worker
 
 IMPORT_SECONDS = 120.0
-QUICK_SECONDS = 0.005  # To a worker whose last call took less, more are sent.
 END_SECONDS = 0.5  # From a connection's end to that of the worker.
 RUNNING = struct.Struct("<Q")  # One a worker: the job that it runs, or 0.
 
@@ -26,6 +25,7 @@ class Job:
   """Call that waits or runs; its frame goes to a worker as it came."""
 
   number: int
+  name: bytes
   seconds: float
   data: bytes
 
@@ -44,7 +44,6 @@ class Handle:
     names: of the functions that it is importing.
     output: the beginning of what the job that runs has printed.
     num_done: jobs that it has finished.
-    quick: its last job took less than `QUICK_SECONDS`.
     ready: it has started.
     lost: its connection has ended.
     doomed: it was killed and only has to be reaped.
@@ -61,10 +60,13 @@ class Handle:
   names: list[str] = dataclasses.field(default_factory=list)
   output: bytearray = dataclasses.field(default_factory=bytearray)
   num_done: int = 0
-  quick: bool = False
   ready: bool = False
   lost: bool = False
   doomed: bool = False
+
+  @property
+  def is_usable(self) -> bool:
+    return not (self.lost or self.doomed)
 
   def start_clock(self) -> int:
     """Starts the clock of the first job; returns its number, or 0."""

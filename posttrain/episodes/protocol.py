@@ -20,6 +20,7 @@ has `task.generator`, whose seed is the episode's ids.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,15 @@ class Outcome:
       raise ValueError(
           f"reason is {self.reason!r}, and must be one of "
           f"{', '.join(STOP_REASONS)}.")
+    if not isinstance(self.answer, str | None):
+      raise TypeError(
+          f"answer is a {type(self.answer).__name__}, and must be a text or "
+          "None.")
+    for number, reward in self.rewards.items():
+      if not isinstance(number, int) or not math.isfinite(reward):
+        raise ValueError(
+            f"rewards has {number!r}: {reward!r}, and must have finite numbers "
+            "by the numbers of turns.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Running episode: its generator, and what it has asked for and been sent."""
 
-import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from posttrain.episodes.protocol import (
   Call,
   Episode,
+  Gather,
   Generate,
   Outcome,
   Result,
@@ -65,8 +66,10 @@ class Running:
         self.fail(TypeError(
             f"The episode returned a {type(stop.value).__name__}, and must "
             "return an Outcome."))
+    except KeyboardInterrupt:
+      raise
     # An episode is a user's code, also where it leaves by `sys.exit`.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
       self.fail(error)
     return []
 
@@ -74,13 +77,17 @@ class Running:
     """Ends the episode from outside, with one of `STOP_REASONS`."""
     self.outcome = Outcome(reason=reason, reason_text=text)
     # A `finally` in it may raise; it has ended all the same.
-    with contextlib.suppress(Exception, SystemExit):
+    try:
       if self._episode is not None:
         self._episode.close()
+    except KeyboardInterrupt:
+      raise
+    except BaseException:
+      pass
 
   def fail(self, error: BaseException) -> None:
     """Ends the episode for an exception in it."""
-    self.end("error", f"{type(error).__name__}: {error}")
+    self.end("error", told(error))
 
   def expect(self, asked: Sequence[Generate | Call]) -> None:
     """Makes places for the results of what it asks for."""
@@ -145,6 +152,15 @@ class Running:
     return answers if self._many else answers[0]
 
 
+def told(error: BaseException) -> str:
+  """Describes an exception of a user's code, in 500 characters at most."""
+  try:
+    text = str(error)
+  except Exception:  # It is the user's too.
+    text = "it cannot be described"
+  return f"{type(error).__name__}: {text}"[:500]
+
+
 def _begun(episode: Any) -> Episode:
   """Raises TypeError for what is no generator."""
   if not isinstance(episode, Generator):
@@ -165,7 +181,23 @@ def _checked(asked: Any) -> list[Generate | Call]:
       raise TypeError(
           f"The episode yielded a sequence with a {type(each).__name__}, "
           f"{needed}.")
-    if isinstance(each, Generate) and (
-        not isinstance(each.n, int) or each.n < 1):
+    if isinstance(each, Call):
+      _check_call(each)
+    elif not isinstance(each.n, int) or each.n < 1:
       raise ValueError(f"n is {each.n!r}, and must be 1 or more samples.")
   return list(asked)
+
+
+def _check_call(call: Call) -> None:
+  """Raises TypeError or ValueError for a call that cannot be made."""
+  for name, kind in (("function", str), ("args", tuple), ("kwargs", Mapping),
+                     ("seconds", int | float | None),
+                     ("gather", Gather | None)):
+    value = getattr(call, name)
+    if not isinstance(value, kind):
+      raise TypeError(
+          f"A Call's {name} is a {type(value).__name__}, and must be a "
+          f"{getattr(kind, '__name__', kind)}.")
+  if call.seconds is not None and not 0 < call.seconds < math.inf:
+    raise ValueError(
+        f"A Call's seconds are {call.seconds}, and must be above 0.")

@@ -7,9 +7,9 @@ what is its child and no worker was left by one that is gone. When the pool
 closes its socket, or is gone, it kills all that descends from it and exits.
 """
 
-import collections
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import mmap
@@ -18,15 +18,13 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import Iterable
 from typing import NoReturn
 
-from posttrain.episodes import frames, handle, processes
+from posttrain.episodes import frames, handle, job_queue, processes
 from posttrain.episodes.handle import Handle, Job
+from posttrain.episodes.job_queue import JobQueue
 from posttrain.tasks import loading, scoring  # noqa: F401  For the workers.
 
-AHEAD = 4  # Jobs that are at a worker at a time, if it is quick.
-SLOW_SECONDS = 0.05  # A job behind one that takes longer may go elsewhere.
 MAX_FAILED_STARTS = 5
 
 
@@ -54,9 +52,8 @@ class Supervisor:
     self.pool = frames.Channel(sock, 2 * frames.MAX_JOB)
     self.running = running
     self.settings = settings
-    self.jobs: dict[int, Job] = {}  # Those without a result.
-    self.waiting: collections.deque[Job] = collections.deque()
     self.workers: dict[int, Handle] = {}
+    self.jobs = JobQueue(self.workers)
     self.preload: dict[str, None] = {}
     self.failed_starts = 0
     self.parent = os.getppid()
@@ -88,7 +85,8 @@ class Supervisor:
           self._drain(found, most=1)  # A second part may be the next job's.
       self._expire()
       self._reap()
-      self._dispatch()
+      for found, job in self.jobs.deal():
+        self._send(found, job)
 
   def close(self) -> None:
     """Kills all descendants, and waits until they are gone."""
@@ -111,9 +109,8 @@ class Supervisor:
     if events & selectors.EVENT_READ:
       for frame in self.pool.receive():
         if frame.kind == frames.JOB:
-          job = Job(frame.number, frame.seconds, frames.encode(frame))
-          self.jobs[job.number] = job
-          self.waiting.append(job)
+          self.jobs.put(Job(
+              frame.number, frame.head, frame.seconds, frames.encode(frame)))
         elif frame.kind == frames.CANCEL:
           self._cancel()
         else:
@@ -156,7 +153,6 @@ class Supervisor:
       if frame.kind == frames.LAST:  # It has not waited, and nothing follows.
         self._drain(found)
       found.num_done += 1
-      found.quick = frame.seconds < handle.QUICK_SECONDS
       self._finish(job, frame.body, frame.seconds, found.output)
       found.queue.popleft()
       self._start(found)
@@ -169,38 +165,6 @@ class Supervisor:
         self.selector.unregister(found.pipe)
 
   # Jobs.
-
-  def _dispatch(self) -> None:
-    """Gives jobs to workers: one to each idle one, then ahead."""
-    for depth in range(AHEAD):
-      for found in self.workers.values():
-        if len(found.queue) == depth and not (found.doomed or found.lost) and (
-            depth == 0 or found.quick):
-          job = self._take(idle=depth == 0)
-          if job is not None:
-            self._send(found, job)
-
-  def _take(self, idle: bool) -> Job | None:
-    """Takes a job that waits; else, if idle, one stuck behind a slow one."""
-    while self.waiting:
-      job = self.waiting.popleft()
-      if job.number in self.jobs:
-        return job
-    if idle:
-      late = time.monotonic() - SLOW_SECONDS
-      for found in self.workers.values():
-        if found.started < late:
-          for job in list(found.queue)[1:]:
-            if self._num_queued(job) == 1:
-              return job
-    return None
-
-  def _num_queued(self, job: Job) -> int:
-    """Counts the workers that have a job; 9 if its result is there."""
-    if job.number not in self.jobs:
-      return 9
-    return sum(job in found.queue for found in self.workers.values()
-               if not found.doomed)
 
   def _send(self, found: Handle, job: Job) -> None:
     found.queue.append(job)
@@ -221,7 +185,7 @@ class Supervisor:
   def _finish(
       self, job: Job, body: bytes, seconds: float, output: bytearray) -> None:
     """Sends a result; the first one of a job counts."""
-    if self.jobs.pop(job.number, None):
+    if self.jobs.finish(job, seconds):
       self.pool.send(frames.encode(frames.Frame(
           frames.DONE, job.number, seconds, bytes(output), body)))
 
@@ -250,7 +214,6 @@ class Supervisor:
 
   def _cancel(self) -> None:
     self.jobs.clear()
-    self.waiting.clear()
     for found in list(self.workers.values()):
       if found.queue and not found.doomed:
         found.queue.clear()
@@ -283,18 +246,12 @@ class Supervisor:
     """Kills a worker; what was sent to it ahead waits again."""
     found.doomed = True
     self._note(found, 0)
-    self._return(found.queue)
+    self.jobs.put_back(found.queue)
     found.queue.clear()
     found.deafen(self.selector)
     processes.kill(found.pid)
     if not found.ready:
       self._count_failed_start(found)
-
-  def _return(self, jobs: Iterable[Job]) -> None:
-    """Lets jobs wait again, in front, unless another worker has them."""
-    for job in reversed(list(jobs)):
-      if self._num_queued(job) == 0:
-        self.waiting.appendleft(job)
 
   def _reap(self) -> None:
     """Replaces workers that have ended, and kills the orphans they left."""
@@ -326,7 +283,7 @@ class Supervisor:
         self._count_failed_start(found)
       elif found.queue:
         first = self._blame(found, found.queue.popleft(), status)
-      self._return(found.queue)
+      self.jobs.put_back(found.queue)
     del self.workers[found.pid]
     found.deafen(self.selector)
     found.close()
@@ -338,7 +295,7 @@ class Supervisor:
     An earlier job may have caused the end. So a job is blamed only if it was
     the first of its worker; another one is made the first of the next.
     """
-    if found.num_done and job.number in self.jobs:
+    if found.num_done and self.jobs.is_open(job):
       return job
     self._fail(
         found, job, "error", f"The worker {found.describe_end(status)}.")
@@ -367,14 +324,14 @@ class Supervisor:
       if not found.doomed:
         waits.append(found.deadline - time.monotonic())
       if len(found.queue) > 1:
-        waits.append(SLOW_SECONDS)
+        waits.append(job_queue.SLOW_SECONDS)
     return max(0.0, min(waits))
 
   def _watch_writes(self) -> None:
     """Asks for sockets that can be written to, where something is unsent."""
     for channel in (self.pool, *(
         found.channel for found in self.workers.values()
-        if not (found.doomed or found.lost))):
+        if found.is_usable)):
       wanted = selectors.EVENT_READ | (
           selectors.EVENT_WRITE if channel.unsent else 0)
       if self.selector.get_key(channel.socket).events != wanted:
@@ -394,6 +351,7 @@ def main(descriptor: int, table: int, settings: str) -> NoReturn:
   os.close(table)
   supervisor = Supervisor(
       socket.socket(fileno=descriptor), running, found)
+  gc.freeze()  # A collection in a worker would copy every page.
   try:
     supervisor.run()
   finally:

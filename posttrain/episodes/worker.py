@@ -30,6 +30,7 @@ from posttrain.tasks import loading
 CONNECTION_LOST = 71  # Exit status: the call closed the socket.
 _HIGH = 600  # Descriptors from here on are seldom closed by mistake.
 _FLUSH_SECONDS = 2
+_LINUX = sys.platform == "linux"
 _PAGE = resource.getpagesize()
 _QUIET = (signal.SIGTERM, signal.SIGINT)
 
@@ -70,7 +71,8 @@ class _Worker:
     self.pid = os.getpid()
     _redirect(output)
     self.output = _moved(output)
-    self.statm = _moved(os.open("/proc/self/statm", os.O_RDONLY))
+    self.statm = _moved(os.open(
+        "/proc/self/statm" if _LINUX else os.devnull, os.O_RDONLY))
     self.socket = socket.socket(fileno=_moved(sock.detach()))
     _limit_memory(memory_bytes)
     self.memory_bytes = memory_bytes
@@ -179,7 +181,9 @@ class _Worker:
   # What a call has left.
 
   def _memory(self) -> int:
-    """Measures the address space, in bytes."""
+    """Measures the address space, in bytes; 0 where this is not known."""
+    if not _LINUX:
+      return 0
     return int(os.pread(self.statm, 32, 0).split()[0]) * _PAGE
 
   def _flush(self, wait: bool) -> bool:
@@ -228,8 +232,9 @@ def _limit_memory(num_bytes: int) -> None:
   hard = resource.getrlimit(resource.RLIMIT_AS)[1]
   if hard != resource.RLIM_INFINITY:
     num_bytes = min(num_bytes, hard)
-  resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  if _LINUX:  # Others refuse, or map more than they use.
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
   with contextlib.suppress(OSError), open(
       "/proc/self/oom_score_adj", "w") as file:
     file.write("1000")  # Without memory, a worker goes before the run.
@@ -263,8 +268,8 @@ def _identities() -> list[tuple[int, int]]:
 
 
 def _threads() -> int:
-  """Counts the threads, plus two."""
-  return os.stat("/proc/self/task").st_nlink
+  """Counts the threads, plus two; 0 where this is not known."""
+  return os.stat("/proc/self/task").st_nlink if _LINUX else 0
 
 
 def _encoded(status: str, value: Any, reason: str) -> bytes:

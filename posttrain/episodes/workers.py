@@ -87,7 +87,7 @@ class WorkerPool:
     self._settings = settings
     self._log = log
     self._number = 0
-    # Calls without a result: who asked, and the frame.
+    # Calls without a result: the function's name, and the frame.
     self._jobs: dict[int, tuple[str, bytes]] = {}
     self._unsent: collections.deque[int] = collections.deque()
     self._alone: set[int] = set()  # Calls that may have ended a supervisor.
@@ -106,14 +106,11 @@ class WorkerPool:
     """Number of calls whose result `poll` has not returned."""
     return len(self._jobs) + len(self._results)
 
-  def submit(self, call: Call, blame: str = "") -> int:
+  def submit(self, call: Call) -> int:
     """Submits a call; returns the number under which its result comes.
 
-    Arguments that cannot be pickled give the call the status "error".
-
-    Args:
-      call: its `gather` is not looked at.
-      blame: names who asked, for the log.
+    Its `gather` is not looked at. Arguments that cannot be pickled give the
+    call the status "error".
     """
     self._number += 1
     number = self._number
@@ -127,7 +124,7 @@ class WorkerPool:
           "error", reason=f"The arguments of {call.function} cannot be sent to "
           f"a worker: {type(error).__name__}: {error}"[:500])))
       return number
-    self._jobs[number] = blame or call.function, frames.encode(frames.Frame(
+    self._jobs[number] = call.function, frames.encode(frames.Frame(
         frames.JOB, number, seconds, call.function.encode(), body))
     self._unsent.append(number)
     self._send()
@@ -190,8 +187,8 @@ class WorkerPool:
         memory_bytes=self._settings.memory_bytes,
         output_bytes=self._settings.output_bytes))
     return [sys.executable, "-c", _START, str(theirs.fileno()),
-            str(table.fileno()), settings, *(path or os.getcwd()
-                                             for path in sys.path)]
+            str(table.fileno()), settings,
+            *(os.fspath(path) or os.getcwd() for path in sys.path)]
 
   def _stop(self) -> None:
     """Ends the supervisor; kills what it leaves."""

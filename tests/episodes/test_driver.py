@@ -288,6 +288,45 @@ def needs_more(task, samples):
   yield Generate(task.prompt, n=samples)
 
 
+def is_interrupted(task):
+  yield Generate(task.prompt)
+  raise GeneratorExit("by itself")
+
+
+class Untellable(Exception):
+  def __str__(self):
+    raise ValueError
+
+
+def cannot_be_told(task):
+  yield Generate(task.prompt)
+  raise Untellable
+
+
+def answers_a_number(task):
+  yield Generate(task.prompt)
+  return Outcome(answer=7)
+
+
+def rewards_infinity(task):
+  yield Generate(task.prompt)
+  return Outcome(rewards={0: float("inf")})
+
+
+def changing(**changes):
+  def change(task):
+    # Beside others, which are answered.
+    yield [Generate(task.prompt), Call("builtins:len", ("so",)),
+           Generate(task.prompt, changes=changes), Generate(task.prompt)]
+  return change
+
+
+def calling(*args, **kwargs):
+  def call(task):
+    yield Call(*args, **kwargs)
+  return call
+
+
 @pytest.mark.parametrize("episode, reason", [
     (raises, "KeyError"), (leaves, "SystemExit"),
     (returns_nothing, "returned a NoneType"), (yields_text, "yielded a str"),
@@ -297,7 +336,25 @@ def needs_more(task, samples):
     (unknown_tokens, "token id lies outside"), (no_tokens, "invalid literal"),
     (another_parent, "no turn of this episode"), (odd_reason, "'tired'"),
     (never_ends, "yielded a int"), (is_no_generator, "must be a generator"),
-    (needs_more, "samples")])
+    (needs_more, "samples"), (is_interrupted, "GeneratorExit: by itself"),
+    (cannot_be_told, "Untellable: it cannot"),
+    (answers_a_number, "answer is a int"), (rewards_infinity, "0: inf"),
+    (changing(max_tokens="7"), "max_tokens='7', a str"),
+    (changing(max_tokens=7.5), "a float, and it must be a int"),
+    (changing(truncate=1), "a int, and it must be a bool"),
+    (changing(stop_strings="ab"), "a str, and it must be a tuple"),
+    (changing(stop_strings=(7,)), "TypeError"),
+    (changing(stop_strings=("",)), "stop string is empty"),
+    (changing(stop_ids=("a",)), "TypeError"),
+    (changing(banned_ids=(1, 2, 3, 4, 5)), "Raise its max_ids"),
+    (changing(script=np.zeros((2, 2), np.int32)), "script has shape"),
+    (changing(max_thinking_tokens=7), "max_thinking_tokens"),
+    (calling(7), "function is a int"), (calling("a:b", [7]), "args is a list"),
+    (calling("a:b", kwargs=None), "kwargs is a NoneType"),
+    (calling("a:b", seconds="7"), "seconds is a str"),
+    (calling("a:b", seconds=0), "seconds are 0"),
+    (calling("a:b", seconds=float("nan")), "seconds are nan"),
+    (calling("a:b", gather=7), "gather is a int")])
 def test_an_error_ends_its_episode_alone(episode, reason):
   def some(task):
     return (episode if task.prompt_id == 1 else single_turn)(task)

@@ -16,7 +16,7 @@ from tests.episodes import hostile
 
 HOSTILE = "tests.episodes.hostile:"
 MARK = "POSTTRAIN_TEST_OF_WORKERS"
-SETTINGS = Settings(num_workers=2, seconds=1.0)
+SETTINGS = Settings(num_workers=2)  # Ten seconds: machines may be busy.
 ADD = Call("operator:add", (1, 2))
 
 
@@ -70,12 +70,17 @@ def zombies():
   return count
 
 
-def test_results_come_back_with_what_was_printed():
-  with WorkerPool(SETTINGS) as pool:
-    found = make(
-        pool, ADD, Call("builtins:print", ("said",)),
-        Call("os:system", ("echo by a child; echo more >&2",)),
-        Call("builtins:dict", kwargs={"a": [1, None, "é"]}))
+@pytest.fixture(scope="module")
+def pool():
+  with WorkerPool(SETTINGS) as made:
+    yield made
+
+
+def test_results_come_back_with_what_was_printed(pool):
+  found = make(
+      pool, ADD, Call("builtins:print", ("said",)),
+      Call("os:system", ("echo by a child; echo more >&2",)),
+      Call("builtins:dict", kwargs={"a": [1, None, "é"]}))
   assert [result.status for result in found] == ["ok"] * 4
   assert [result.value for result in found] == [
       3, None, 0, {"a": [1, None, "é"]}]
@@ -86,8 +91,9 @@ def test_results_come_back_with_what_was_printed():
 def test_seventeen_hostile_calls_harm_no_other(monkeypatch):
   mine = of_pool(monkeypatch)
   with WorkerPool(SETTINGS) as pool:
-    calls = [Call(HOSTILE + function.__name__)
-             for function in hostile.SEVENTEEN]
+    calls = [Call(HOSTILE + function.__name__,
+                  seconds=0.7 if status == "timeout" else None)
+             for function, status in hostile.SEVENTEEN.items()]
     found = make(pool, *[call for each in calls for call in (each, ADD)])
     # A supervisor and two workers: orphans are killed, children are reaped.
     assert eventually(lambda: len(mine()) == 3), mine()
@@ -107,12 +113,11 @@ def test_seventeen_hostile_calls_harm_no_other(monkeypatch):
   assert not mine()
 
 
-def test_reasons_say_what_happened():
-  with WorkerPool(SETTINGS) as pool:
-    raises, leaves, at_once, crashes, closes, hangs = make(pool, *(
-        Call(HOSTILE + name, seconds=0.5) for name in (
-            "raises", "leaves", "leaves_at_once", "crashes",
-            "closes_descriptors", "hangs")))
+def test_reasons_say_what_happened(pool):
+  raises, leaves, at_once, crashes, closes, hangs = make(pool, *(
+      Call(HOSTILE + name, seconds=0.5 if name == "hangs" else None)
+      for name in ("raises", "leaves", "leaves_at_once", "crashes",
+                   "closes_descriptors", "hangs")))
   assert raises.reason == "KeyError: 'no such key'"
   assert 'raise KeyError("no such key")' in raises.output  # The traceback.
   assert leaves.reason == "SystemExit: 0"
@@ -120,7 +125,7 @@ def test_reasons_say_what_happened():
   assert crashes.reason == "The worker was killed by SIGSEGV."
   assert "lost its connection" in closes.reason
   assert hangs.reason == "more than 0.5 s"
-  assert 0.5 <= hangs.seconds < 1.0
+  assert 0.5 <= hangs.seconds < 2.0
 
 
 def test_nothing_is_left_after_200_calls(monkeypatch):
@@ -144,20 +149,19 @@ def test_nothing_is_left_after_200_calls(monkeypatch):
 
 def test_a_deadline_counts_from_the_start_of_its_call():
   """Five calls of 0.2 s on one worker: the last one starts after 0.8 s."""
-  with WorkerPool(Settings(num_workers=1, seconds=0.7)) as pool:
+  with WorkerPool(Settings(num_workers=1, seconds=0.8)) as pool:
     found = make(pool, *[Call("time:sleep", (0.2,))] * 5,
-                 Call("time:sleep", (0.5,), seconds=0.2))
+                 Call("time:sleep", (5.0,), seconds=0.2))
   assert [result.status for result in found] == ["ok"] * 5 + ["timeout"]
 
 
-def test_a_deadline_is_kept_while_nobody_polls(monkeypatch):
-  mine = of_pool(monkeypatch)
+def test_a_deadline_is_kept_while_nobody_polls(monkeypatch, tmp_path):
+  mine, begun = of_pool(monkeypatch), tmp_path / "begun"
   with WorkerPool(SETTINGS) as pool:
     make(pool, ADD)
-    pool.submit(Call("os:system", ("sleep 600 & sleep 600",), seconds=0.2))
-    assert eventually(lambda: len(mine()) > 4)
-    assert eventually(lambda: len(mine()) == 3)
-    time.sleep(0.1)
+    pool.submit(Call("os:system", (
+        f"touch {begun}; sleep 600 & setsid sleep 600",), seconds=0.4))
+    assert eventually(lambda: begun.exists() and len(mine()) == 3)
     [(_, result)] = pool.poll()
   assert result.status == "timeout"
 
@@ -166,12 +170,12 @@ def test_imports_have_a_deadline_of_their_own(tmp_path):
   module = tmp_path / "slow_to_import.py"
   module.write_text(
       "import time\n"
-      "time.sleep(0.2)\n"
+      "time.sleep(0.3)\n"
       "def judge():\n"
       "  return prepared\n"
       "def prepare():\n"
       "  global prepared\n"
-      "  time.sleep(0.2)\n"
+      "  time.sleep(0.3)\n"
       "  prepared = True\n"
       "judge.prepare = prepare\n"
       "def dispatch(name):\n"
@@ -179,29 +183,28 @@ def test_imports_have_a_deadline_of_their_own(tmp_path):
       "  return loading.load_function(name)()\n"
       "dispatch.imports = lambda name: [name]\n")
   other = tmp_path / "quick.py"
-  other.write_text(module.read_text().replace("\ntime.sleep(0.2)", ""))
-  with WorkerPool(Settings(num_workers=1, seconds=0.3)) as pool:
+  other.write_text(module.read_text().replace("\ntime.sleep(0.3)", ""))
+  with WorkerPool(Settings(num_workers=1, seconds=0.5)) as pool:
     found = make(
         pool, Call(f"{module}:judge"),
         Call(f"{other}:dispatch", (f"{other}:judge",)))
     # A new worker imports them before it is given a call.
     make(pool, Call("os:_exit", (0,)))
-    found += make(pool, Call(f"{module}:judge", seconds=0.2))
+    found += make(pool, Call(f"{module}:judge", seconds=0.4))
   assert [result.value for result in found] == [True] * 3, found
-  assert max(result.seconds for result in found) < 0.3
+  assert max(result.seconds for result in found) < 0.5
 
 
-def test_what_cannot_be_sent_is_an_error_of_that_call():
+def test_what_cannot_be_sent_is_an_error_of_that_call(pool):
   deep = []
   for _ in range(10**4):
     deep = [deep]
-  with WorkerPool(SETTINGS) as pool:
-    found = make(
-        pool, Call("builtins:repr", (lambda: 0,)), Call("builtins:set"),
-        Call("operator:mul", ("x", frames.MAX_RESULT)),
-        Call("no_module:f"), Call("operator:no_function"), Call("no name"),
-        Call("builtins:len", (deep,)), Call("operator:mul", ("x", 10**6)),
-        Call("builtins:len", (bytes(2**23),)))
+  found = make(
+      pool, Call("builtins:repr", (lambda: 0,)), Call("builtins:set"),
+      Call("operator:mul", ("x", frames.MAX_RESULT)),
+      Call("no_module:f"), Call("operator:no_function"), Call("no name"),
+      Call("builtins:len", (deep,)), Call("operator:mul", ("x", 10**6)),
+      Call("builtins:len", (bytes(2**23),)))
   assert [result.status for result in found] == ["error"] * 7 + ["ok"] * 2
   assert [result.value for result in found[-2:]] == ["x" * 10**6, 2**23]
   for result, words in zip(found, (
@@ -212,13 +215,14 @@ def test_what_cannot_be_sent_is_an_error_of_that_call():
 
 
 def test_memory_is_limited():
-  half = Settings(num_workers=1, memory_bytes=2**29, seconds=5.0)
+  half = Settings(num_workers=1, memory_bytes=2**29)
   with WorkerPool(half) as pool:
     taken, added = make(pool, Call("builtins:bytearray", (2**30,)), ADD)
   assert (taken.status, taken.reason) == ("error", "MemoryError")
   assert added.value == 3
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_start_end_the_run(monkeypatch, capfd):
   monkeypatch.setattr(workers, "_START", workers._START.replace(
       "import supervisor",
@@ -229,25 +233,23 @@ def test_workers_that_do_not_start_end_the_run(monkeypatch, capfd):
   assert "5 worker processes in a row did not start" in capfd.readouterr().err
 
 
-def test_output_belongs_to_the_call_that_printed_it():
+def test_output_belongs_to_the_call_that_printed_it(pool):
   """Also where calls are sent ahead, and where workers are replaced."""
   says = [Call("builtins:print", (number,)) for number in range(300)]
   for at in range(20, 300, 40):
     says[at] = Call("os:system", (f"echo {at}; sleep 600 &",))
-  with WorkerPool(SETTINGS) as pool:
-    found = make(pool, *says)
+  found = make(pool, *says)
   assert [result.output for result in found] == [
       f"{number}\n" for number in range(300)]
 
 
-def test_a_call_is_not_kept_waiting_behind_a_slow_one():
-  with WorkerPool(SETTINGS) as pool:
-    make(pool, *[ADD] * 50)  # The workers are quick: calls are sent ahead.
-    slow = pool.submit(Call("time:sleep", (0.5,)))
-    others = {pool.submit(ADD) for _ in range(20)}
-    ended = []
-    while pool.pending:
-      ended += pool.poll(1.0)
+def test_a_call_is_not_kept_waiting_behind_a_slow_one(pool):
+  make(pool, *[ADD] * 50)  # The workers are quick: calls are sent ahead.
+  slow = pool.submit(Call("time:sleep", (0.5,)))
+  others = {pool.submit(ADD) for _ in range(20)}
+  ended = []
+  while pool.pending:
+    ended += pool.poll(1.0)
   assert ended[-1][0] == slow
   assert {number for number, _ in ended[:-1]} == others
 
@@ -301,6 +303,7 @@ def test_a_call_that_kills_the_supervisor_is_found(monkeypatch):
   assert not mine()
 
 
+@pytest.mark.slow
 def test_a_call_that_stops_the_supervisor_is_found(monkeypatch):
   monkeypatch.setattr(workers, "ASK_SECONDS", 0.2)
   monkeypatch.setattr(workers, "SILENT_SECONDS", 0.5)
@@ -316,17 +319,17 @@ def test_a_supervisor_that_does_not_start_ends_the_run(monkeypatch):
     make(pool, ADD)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_changes_no_result(number, monkeypatch):
-  """As a launcher or a scheduler sends it when a run is to end."""
+def test_signals_to_all_change_no_result(monkeypatch):
+  """As a launcher or a scheduler sends them when a run is to end."""
   mine = of_pool(monkeypatch)
   with WorkerPool(SETTINGS) as pool:
     make(pool, ADD)
     asked = {pool.submit(Call("time:sleep", (0.3,))) for _ in range(2)}
     time.sleep(0.1)
     before = sorted(mine())
-    for pid in before:
-      os.kill(pid, number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      for pid in before:
+        os.kill(pid, number)
     ended = []
     while pool.pending:
       ended += pool.poll(1.0)
