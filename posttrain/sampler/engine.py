@@ -140,6 +140,9 @@ class Engine:
   def submit(self, request: Request) -> int:
     """Queues a request and returns its number.
 
+    One that goes on from another stands before all that do not: what it goes
+    on from is in the prefix cache now, and would be evicted for theirs.
+
     A request that cannot run is not raised: it comes out of `results` with
     the finish reason "error" and says why, and the others go on.
     """
@@ -154,7 +157,11 @@ class Engine:
       if request.in_thinking is None:
         request = dataclasses.replace(request, in_thinking=thinking.opens(
             request.prompt, self.tables.ids))
-      self._pending.append((number, request))
+      ahead = len(self._pending)
+      if request.first_draw:
+        ahead = sum(1 for _ in itertools.takewhile(
+            lambda waits: waits[1].first_draw, self._pending))
+      self._pending.insert(ahead, (number, request))
       self.stats.prompt_tokens += len(request.prompt)
     return number
 

@@ -77,7 +77,7 @@ class Sampler:
     max_episode_tokens: tokens of an episode of several turns, behind its first
       prompt; 0: each request stands alone.
     prefix_cache_tokens: slots that the turns of episodes are kept in; 0: as
-      many as the sequences that decode together have.
+      many as the sequences that decode together may need.
     symbols: of the tokenizer, to find stop strings of turns.
     options: logits processor, budget schedule and the like, of all calls.
     before_chunk: is called before each chunk, on every host alike. If it
@@ -193,7 +193,8 @@ class Sampler:
         settings, max_ids=MAX_IDS,
         recorded=dataclasses.replace(settings.recorded, counts=True),
         prefix_cache_tokens=self.prefix_cache_tokens
-        or settings.max_num_seqs * settings.max_seq_len)
+        or settings.max_num_seqs * settings.prefill_sizes(
+            settings.max_seq_len)[-1])
 
   def make_requests(
       self, prompts: Sequence[Sequence[int]], limits: Limits, *,
