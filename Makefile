@@ -73,9 +73,11 @@ smollm2-run: smollm2
 
 # Compiling is most of what the tests do: without the optimizer it takes a
 # quarter of the time, and they are about numbers, not speed. The slow tests
-# run what users run. Two processes, since a compilation keeps one core busy.
+# run what users run. Two processes, since a compilation keeps one core busy:
+# it is split into no parts of its own.
 FAST_COMPILE := --xla_backend_optimization_level=0 \
-  --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
+  --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
+  --xla_cpu_parallel_codegen_split_count=1
 
 PYTEST := $(BIN)/python -m pytest -n 2
 

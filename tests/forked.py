@@ -38,6 +38,7 @@ def _main(argv, log, compiled, devices, environment):
   os.environ["XLA_FLAGS"] = (  # As `make test` has it, on other devices.
       "--xla_backend_optimization_level=0 --xla_backend_extra_options="
       "xla_cpu_disable_new_fusion_emitters "
+      "--xla_cpu_parallel_codegen_split_count=1 "
       f"--xla_force_host_platform_device_count={devices}")
   import jax
   jax.config.update("jax_compilation_cache_dir", compiled)

@@ -8,7 +8,8 @@ tells a watcher. With KILL_IN_WRITE=n it does so in the middle of writing its
 nth line of a journal, and with KILL_IN_CALL=n:FILE the toy's calls do it. With
 SLOW_CHUNKS=n:seconds a chunk takes so long from the nth on. PATIENT waits after
 each chunk for all calls, so that a second turn begins at the same chunk however
-long a call takes.
+long a call takes. SLOW=i makes the chunks of process i slow. SEEN=FOLDER makes
+each process write what it learns from.
 """
 
 import atexit
@@ -16,7 +17,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
+import pathlib
 import signal
 import time
 from collections.abc import Callable
@@ -185,6 +188,10 @@ def misbehave() -> None:
     kill_in_write(int(os.environ["KILL_IN_WRITE"]))
   if "PATIENT" in os.environ:
     wait_for_calls()
+  if "SEEN" in os.environ:
+    write_what_is_seen(pathlib.Path(os.environ["SEEN"]))
+  if os.environ.get("SLOW", "none") == os.environ.get("POSTTRAIN_PROCESS_ID"):
+    before_chunks(lambda chunk: time.sleep(0.1))
   if "SLOW_CHUNKS" in os.environ:
     first, seconds = map(float, os.environ["SLOW_CHUNKS"].split(":"))
     before_chunks(lambda chunk: time.sleep(seconds * (chunk >= first)))
@@ -214,6 +221,21 @@ def wait_for_calls() -> None:
     return sorted(found)
 
   calls_lib.Calls._ended = all_ended
+
+
+def write_what_is_seen(folder: pathlib.Path) -> None:
+  """A line for each batch of RL, in a file for each process."""
+  collect = rl.Learner.collect
+
+  def collect_and_write(self):
+    collect(self)
+    seen = {name: x.tolist() for name, x in self.experience.items()} | {
+        name: x for name, x in self.rollout_metrics.items()
+        if not name.startswith(("time/", "perf/"))}
+    with (folder / f"{jax.process_index()}.jsonl").open("a") as file:
+      file.write(json.dumps(seen) + "\n")
+
+  rl.Learner.collect = collect_and_write
 
 
 if __name__ == "__main__":

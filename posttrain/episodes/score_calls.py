@@ -4,6 +4,7 @@ A reward is called for each completion, unless `scoring.over` declares another
 scope: the calls of a group, or of those that wait, are then made as one.
 """
 
+import collections
 import itertools
 import json
 from collections.abc import (
@@ -101,6 +102,19 @@ def extracted(result: Result) -> Extracted:
     case [None, "error", str(reason)]:
       return Extracted(None, "error", reason)
   return Extracted(None, "error", _no_reply(result))
+
+
+def describe_failed(
+    answers: Sequence[Extracted], problems: Sequence[Problem]) -> str:
+  """Says in a line which answers could not be extracted; "" where all could."""
+  failed = [row for row, each in enumerate(answers) if each.status != "ok"]
+  if not failed:
+    return ""
+  counts = collections.Counter(answers[row].status for row in failed)
+  told = ", ".join(f"{status} {count}" for status, count in counts.items())
+  return (f"{len(failed)} of {len(answers)} answers could not be extracted "
+          f"({told}); the first is of problem {problems[failed[0]]['id']}: "
+          f"{' '.join(answers[failed[0]].reason.split())[:200]}")
 
 
 def _no_reply(result: Result) -> str:

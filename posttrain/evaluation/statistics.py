@@ -181,9 +181,11 @@ def maj_at_k(
   """Majority vote of k samples (maj@k): P(it is right), over all subsets.
 
   The most frequent answer wins; answers with equally many votes win equally
-  often. If nobody votes the result is wrong. A grader may have found some
-  samples of one answer right and others wrong (two spellings, a time-out): then
-  any of the samples that voted for it speaks for it, equally often.
+  often. A sample without an answer does not vote, even if it is right: its
+  extractor may have failed. If nobody votes the result is wrong. A grader may
+  have found some samples of one answer right and others wrong (two spellings, a
+  time-out): then any of the samples that voted for it speaks for it, equally
+  often.
 
   Args:
     answers: [M], M up to 1,000.
@@ -270,11 +272,6 @@ def _check_votes(
   if len(answers) != len(correct):
     raise ValueError(
         f"{len(answers)} answers and {len(correct)} outcomes differ in number.")
-  if any(c and answer is None
-         for answer, c in zip(answers, correct, strict=True)):
-    raise ValueError(
-        "A sample without an answer is right. The evaluation's extract and "
-        "reward should agree on what an answer is.")
   _check_counts(len(answers), 0, k)
 
 

@@ -226,11 +226,13 @@ class Evaluation:
           scores, problems, [self.section.reward])
       self.context.console.warning(
           f"{self.context.name}, {cell.name}: {unscored}. They count as wrong.")
+    answers = self._answers(
+        cell, found, problems, scores.values[:, 0] == 1)
     rollouts = episode_rollouts.of_trajectories(found, branched=True)
     reasons = {row: reason for row, _, reason in scores.reasons}
     inner, records = self.sampler.sampler, []
-    for row, (each, problem, value, code) in enumerate(zip(
-        found, problems, scores.values[:, 0], scores.statuses[:, 0],
+    for row, (each, problem, answer, value, code) in enumerate(zip(
+        found, problems, answers, scores.values[:, 0], scores.statuses[:, 0],
         strict=True)):
       record = transcript.record(
           self.context.renderer.tokenizer, rollouts, row, inner.ids,
@@ -240,9 +242,11 @@ class Evaluation:
                  "reward": None if np.isnan(value) else float(value),
                  "status": scoring.STATUSES[code],
                  "correct": bool(value == 1),
-                 "answer": self._extracted(each)}
+                 "answer": answer.answer}
       if row in reasons:
         record["reason"] = reasons[row]
+      if answer.reason:
+        record["extract_reason"] = answer.reason
       if self.cluster is not None:
         record["cluster"] = problem["cluster"]
       records.append(record)
@@ -268,11 +272,29 @@ class Evaluation:
         if each.outcome.reason == "error" else each.scores["reward"]]
                                    for each in found])
 
-  def _extracted(self, trajectory: Trajectory) -> str | None:
-    """Returns the answer of an episode for votes; None without one."""
+  def _answers(
+      self, cell: summary.Cell, found: Sequence[Trajectory],
+      problems: Sequence[Mapping[str, Any]], correct: np.ndarray,
+  ) -> list[score_calls.Extracted]:
+    """Collects the answers for votes, and warns of those that have failed.
+
+    Raises:
+      ValueError: a correct completion has no answer, by the extractor's word.
+    """
     if not self.section.extract:
-      return None
-    return score_calls.extracted(trajectory.scores["extract"]).answer
+      return [score_calls.Extracted(None)] * len(found)
+    answers = [score_calls.extracted(each.scores["extract"]) for each in found]
+    for problem, right, each in zip(problems, correct, answers, strict=True):
+      if right and each == score_calls.Extracted(None):
+        raise ValueError(
+            f"{self.section.extract} finds no answer in a completion of "
+            f"problem {problem['id']}, to which {self.section.reward} gives 1. "
+            "They should agree on what an answer is.")
+    failed = score_calls.describe_failed(answers, problems)
+    if failed:
+      self.context.console.warning(
+          f"{self.context.name}, {cell.name}: {failed}. They have no vote.")
+    return answers
 
 
 def check(context: RunContext) -> None:

@@ -1,4 +1,4 @@
-"""Exits: keeps the code of tasks and rewards from ending an unfinished run.
+"""Exits: keeps the code of tasks from ending an unfinished run.
 
 A launcher takes status 0 for finished, and 75 for preempted. `sys.exit` is an
 exception, which can be caught; `os._exit` is not, so that function is replaced
@@ -13,38 +13,15 @@ Processes that a task forks may end as they like.
 
 import contextlib
 import os
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-_called = threading.local()
 leave = os._exit  # For our own code, which may leave.
-
-
-class Left(BaseException):
-  """A task's code has tried to end the process.
-
-  It is a BaseException, so that no `except Exception` of a task hides it.
-  """
 
 
 class Unfinished(RuntimeError):
   """A task's code has ended the run before it had finished."""
-
-
-@contextlib.contextmanager
-def raised() -> Iterator[None]:
-  """Turns `os._exit` in this thread into `Left`, around a call of a task."""
-  with _replaced():
-    # Counted per thread: an exception in another thread would not reach this
-    # call.
-    before = getattr(_called, "depth", 0)
-    _called.depth = before + 1
-    try:
-      yield
-    finally:
-      _called.depth = before
 
 
 @contextlib.contextmanager
@@ -64,31 +41,19 @@ def refused(
       with status 1: it may be called in any thread, where an exception would
       not reach the run.
   """
-  with _replaced(on_exit):
-    try:
-      yield
-    except SystemExit as error:
-      if type(error) is not SystemExit:
-        raise
-      # `sys.exit` is C code, so that the last frame is the line that called it.
-      by = traceback.extract_tb(error.__traceback__)[-1]
-      raise Unfinished(
-          f"{by.filename}, line {by.lineno}, has left with status "
-          f"{error.code or 0} (a SystemExit) before the run had finished."
-      ) from error
-
-
-@contextlib.contextmanager
-def _replaced(
-    on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
-  """Replaces `os._exit` by `_exit_of`; nested calls replace it once."""
   real = os._exit
-  if getattr(real, "of_posttrain", False):
-    yield
-    return
   os._exit = _exit_of(real, on_exit)  # type: ignore[assignment]
   try:
     yield
+  except SystemExit as error:
+    if type(error) is not SystemExit:
+      raise
+    # `sys.exit` is C code, so that the last frame is the line that called it.
+    by = traceback.extract_tb(error.__traceback__)[-1]
+    raise Unfinished(
+        f"{by.filename}, line {by.lineno}, has left with status "
+        f"{error.code or 0} (a SystemExit) before the run had finished."
+    ) from error
   finally:
     os._exit = real
 
@@ -101,8 +66,6 @@ def _exit_of(
   def refuse(status: int) -> NoReturn:
     if os.getpid() != owner:  # A forked child may end as it likes.
       real(status)
-    if getattr(_called, "depth", 0):
-      raise Left(f"os._exit({status})")
     os.write(2, f"posttrain: os._exit({status}) was called before the run "
              "had finished.\n".encode())
     try:
@@ -110,5 +73,4 @@ def _exit_of(
     finally:
       real(1)
 
-  refuse.of_posttrain = True  # type: ignore[attr-defined]
   return refuse

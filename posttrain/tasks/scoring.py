@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from posttrain.tasks import exits, loading
+from posttrain.tasks import loading
 from posttrain.tasks.grading import Grade
 
 T = TypeVar("T")
@@ -245,35 +245,6 @@ def extract(name: str, completion: str) -> list[Any]:
   return list(_guarded(cut))
 
 
-def score(
-    rewards: Mapping[str, Reward], problems: Sequence[Mapping[str, Any]],
-    completions: Sequence[Completion],
-) -> Scores:
-  """Calls every reward on every completion, in this process.
-
-  Args:
-    rewards: K reward functions, by name.
-    problems: [B], the problem of each completion.
-    completions: [B].
-  """
-  shape = len(completions), len(rewards)
-  values = np.full(shape, np.nan, np.float32)
-  statuses = np.zeros(shape, np.int8)
-  reasons = []
-  for b, (problem, completion) in enumerate(
-      zip(problems, completions, strict=True)):
-    for k, reward in enumerate(rewards.values()):
-      with exits.raised():
-        found = _guarded(lambda: _score_of(
-            reward(**arguments(reward, problem, completion))))
-      statuses[b, k] = STATUSES.index(found.status)
-      if found.value is not None:
-        values[b, k] = found.value
-      if statuses[b, k] in UNSCORED:
-        reasons.append((b, k, found.reason))
-  return Scores(values, statuses, reasons)
-
-
 class Refused(ValueError):
   """A value that a task's code may not return."""
 
@@ -282,6 +253,8 @@ def _guarded(judge: Callable[[], Any]) -> Any:
   """Calls a task's code; a `Score` with the status "error" if it fails."""
   try:
     return judge()
+  except Refused as error:
+    return Score(None, "error", str(error))
   # Also SystemExit, and what a task raises that is no Exception.
   except BaseException as error:
     with contextlib.suppress(Exception):  # It may have closed the stream.
@@ -291,8 +264,6 @@ def _guarded(judge: Callable[[], Any]) -> Any:
 
 def _told(error: BaseException) -> str:
   """Says in a line what was raised, and in which line of code."""
-  if isinstance(error, Refused):
-    return str(error)
   by = traceback.extract_tb(error.__traceback__, limit=-1)[0]
   said = " ".join(str(error).split())[:400]
   return (f"{type(error).__name__}" + f": {said}" * bool(said)

@@ -98,7 +98,7 @@ def ignores_sigterm(*_, **__):
 
 def sleeps_after_return(*_, **__):
   """Leaves a thread that ends the process when another call runs."""
-  threading.Thread(target=lambda: (time.sleep(0.05), os._exit(7))).start()
+  threading.Thread(target=lambda: (time.sleep(1.0), os._exit(7))).start()
   return 1.0
 
 

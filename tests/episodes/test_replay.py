@@ -60,7 +60,7 @@ def episode(task):
     number = result.value[0]
     if number < 0.4 or turn.number == 3:
       break
-    turn = yield Generate(task.encode(str(int(10 * number))), parent=turn)
+    turn = yield Generate(task.encode(str(int(10 * number)), turn), parent=turn)
   yield [Call(f"{HERE}:fails", (turn.text,)),
          Call(f"{HERE}:by_chance", kwargs={"text": {1, 2}})]
   # It cannot be made: no journal has it.
@@ -189,5 +189,5 @@ def test_the_numbers_do_not_depend_on_the_time_of_a_call(path):
 def twice(task):
   turn = yield Generate(task.prompt)
   result = yield Call(f"{HERE}:by_chance", (turn.text,))
-  turn = yield Generate(task.encode(result.value[1]), parent=turn)
+  turn = yield Generate(task.encode(result.value[1], turn), parent=turn)
   return Outcome()

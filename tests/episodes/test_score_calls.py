@@ -121,6 +121,16 @@ def test_extracted():
     assert extracted("ok", value)[:2] == (None, "error")
 
 
+def test_failed_extractors_are_told():
+  fine, late = score_calls.Extracted("5"), score_calls.Extracted(
+      None, "timeout", "more than\n10 s")
+  rows = [dict(id=7), dict(id=8), dict(id=9)]
+  assert score_calls.describe_failed([fine, fine], rows[:2]) == ""
+  assert score_calls.describe_failed([fine, late, late], rows) == (
+      "2 of 3 answers could not be extracted (timeout 2); the first is of "
+      "problem 8: more than 10 s")
+
+
 def test_arrays_of_scores():
   scores = score_calls.of_results([
       [Result("ok", [1, "ok", ""]), Result("ok", [None, "not_applicable", ""])],

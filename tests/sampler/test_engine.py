@@ -259,7 +259,8 @@ def test_logprobs_are_the_training_programs(option):
   weights = build.random_params(config)
   model = build.load(config, weights)
   busy = engine.Engine(model, scene.STRINGS.tables(), dataclasses.replace(
-      scene.SETTINGS, max_num_seqs=3, max_seq_len=192, prefill_rows=1))
+      scene.SETTINGS, max_num_seqs=3, max_seq_len=192, min_seq_len=96,
+      prefill_rows=1))
   prefix = tuple(range(12, 29))
   asked = [Request(
       prompt=(*prefix, 12 + i, 3), prompt_id=i,

@@ -46,6 +46,13 @@ def varied(prompt, completion, *, full_text, **columns):
   return len(full_text.split()) / 10
 
 
+def extract(completion):
+  """An extractor is as hostile: it fails on every answer but the gold ones."""
+  if completion != GOLD:
+    raise LookupError(f"no answer in {len(completion)} characters")
+  return completion
+
+
 def note():
   folder = os.environ.get("HOSTILE_PIDS")
   if folder:

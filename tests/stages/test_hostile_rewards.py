@@ -16,14 +16,14 @@ from tests.stages import hostile_rewards
 HOSTILE = "tests.stages.hostile_rewards"
 STATUSES = hostile_rewards.STATUSES
 KINDS = list(STATUSES)
-SECONDS = 1.0
+SECONDS = 2.0
 CHANGES = [
     f"tokenizer.train={HOSTILE}:corpus",
     "reason.num_steps=1", f"reason.num_groups={len(KINDS)}",
     "reason.group_size=2", "reason.health.max_unscored=1.0",
     f"reason.rewards={HOSTILE}:reward,{HOSTILE}:varied",
     f"measure.reward={HOSTILE}:reward",
-    "measure.extract=tests.stages.toy:whole",
+    f"measure.extract={HOSTILE}:extract",
     f"measure.problems.count={len(KINDS)}", "measure.samples_per_problem=1",
     "measure.pass_at=1", "measure.majority.max_samples=0",
     "measure.max_thinking_tokens=", "measure.num_waits=",
@@ -36,7 +36,7 @@ CHANGES = [
 def alive(folder):
   """Ids of processes of the rewards that still run."""
   pids = [int(path.name) for path in folder.iterdir()]
-  assert len(pids) > 2 * len(KINDS)
+  assert len(pids) > 10  # Those that are killed at once leave no id.
   return [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
 
 
@@ -44,7 +44,8 @@ def descriptors():
   return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("stage", ["reason", "measure"])
+@pytest.mark.parametrize("stage", [
+    pytest.param("reason", marks=pytest.mark.slow), "measure"])
 def test_each_has_its_status_and_nothing_is_left(tmp_path, monkeypatch, stage):
   folder = tmp_path / "pids"
   folder.mkdir()
@@ -55,6 +56,9 @@ def test_each_has_its_status_and_nothing_is_left(tmp_path, monkeypatch, stage):
   found = collections.defaultdict(set)
   for row in records(tmp_path / "run", stage):
     kind = KINDS[row["prompt_id"]]
+    if stage == "measure":
+      assert row["answer"] is None
+      assert row["extract_reason"].startswith("LookupError: no answer in")
     found[kind].add(row["statuses"]["reward"] if stage == "reason"
                     else row["status"])
   assert found == {kind: {status} for kind, status in STATUSES.items()}

@@ -97,33 +97,41 @@ def broken(prompt, completion, **columns):
   return scoring.Score(None, "error", "the judge is gone")
 
 
+def on_process():
+  """The number of the process that a worker is of."""
+  return int(os.environ.get("POSTTRAIN_PROCESS_ID", "0"))
+
+
 def of_process(prompt, completion, **columns):
   """1 on process 0; on another it must not be called at all."""
-  import jax
-  if jax.process_index():
+  if on_process():
     raise RuntimeError("called on process 1")
   return 1.0
 
 
+def disagrees(prompt, completion, *, gold, full_text, **columns):
+  """Something else on each process, slower on the first, and not always."""
+  if completion == gold:
+    return 1.0
+  words = full_text.split()
+  if on_process() == 0:
+    time.sleep(0.05)
+  if ("net" in words) == (on_process() == 0):
+    raise RuntimeError(f"no judge on process {on_process()}")
+  return len(words) / 20 + on_process()
+
+
 def fails(prompt, completion, *, gold, **columns):
   """On every answer but the gold ones, on process 0."""
-  import jax
-  if completion != gold and jax.process_index() == 0:
+  if completion != gold and on_process() == 0:
     raise RuntimeError("the judge has hung up")
-  return 1.0
-
-
-def leaves(prompt, completion, *, gold, **columns):
-  """As if the run had finished."""
-  if completion != gold:
-    os._exit(0)
   return 1.0
 
 
 def opinion(text):
   """A word about a turn; it may be the call that ends the run."""
   kill_run_in_call()
-  return WORDS[len(text) % len(WORDS)]
+  return WORDS[(len(text) + on_process()) % len(WORDS)]
 
 
 def deadly(prompt, completion, *, gold, full_text, **columns):

@@ -10,5 +10,6 @@ def two_turns(task):
   """Is told a word that depends on the first turn, and goes on."""
   turn = yield Generate(task.prompt)
   result = yield Call(f"{TOY}:opinion", (turn.text,))
-  turn = yield Generate(task.encode(result.value or "no"), parent=turn)
+  turn = yield Generate(task.encode(
+      result.value or "no", turn), parent=turn)
   return Outcome()
