@@ -211,14 +211,15 @@ class Supervisor:
                   else f"more than {found.queue[0].seconds:g} s")
         self._fail(found, found.queue.popleft(), "timeout", reason)
       self._retire(found)
+      if not found.ready:
+        self._count_failed_start(found)
 
   def _cancel(self) -> None:
     self.jobs.clear()
     for found in list(self.workers.values()):
       if found.queue and not found.doomed:
         found.queue.clear()
-        if found.ready:
-          self._retire(found)
+        self._retire(found)
 
   # Workers.
 
@@ -250,8 +251,6 @@ class Supervisor:
     found.queue.clear()
     found.deafen(self.selector)
     processes.kill(found.pid)
-    if not found.ready:
-      self._count_failed_start(found)
 
   def _reap(self) -> None:
     """Replaces workers that have ended, and kills the orphans they left."""

@@ -282,6 +282,15 @@ def test_cancel_forgets_calls_and_ends_workers(monkeypatch):
     assert (pool.pending, pool.poll(1.0)) == (0, [])
     assert make(pool, ADD)[0].value == 3
     assert eventually(lambda: len(mine()) == 3)
+    for number in range(20):  # Also workers that are about to start.
+      for _ in range(3):
+        pool.submit(Call("os:getpid"))
+      pool.submit(Call("time:sleep", (600,)))
+      time.sleep(0.002 * number)
+      pool.cancel()
+      time.sleep(0.001 * number)
+      if number % 3 == 0:
+        assert make(pool, ADD)[0].value == 3
     pool.submit(Call(HOSTILE + "hangs"))
   assert not mine()
 
