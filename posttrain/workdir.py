@@ -12,6 +12,7 @@
   frozen/<hash>/         weights that a stage does not train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
   <stage>/rollouts/      <stage>/goodput.json       <stage>/profile/
+  <stage>/journal/       results of calls in batches that no checkpoint holds
   <stage>/damaged/       checkpoints that could not be read and were passed over
   <stage>/done.json      once the stage has finished
   .lease                 who writes here now, see `posttrain.lease`
