@@ -12,6 +12,7 @@
   frozen/<hash>/         weights that a stage does not train
   <stage>/checkpoints/   <stage>/data_report.json   <stage>/eval/
   <stage>/rollouts/      <stage>/goodput.json       <stage>/profile/
+  <stage>/journal/       results of calls in batches that no checkpoint holds
   <stage>/damaged/       checkpoints that could not be read and were passed over
   <stage>/done.json      once the stage has finished
   .lease                 who writes here now, see `posttrain.lease`
@@ -38,9 +39,9 @@ from posttrain import leftovers, provenance
 OLDEST = "0.3.0"  # The first version whose runs this one resumes.
 
 # Keys that may change between two starts of a run: numbers depend on them by
-# rounding at most.
+# rounding at most, or as they do on the machine (a call that is late there).
 MAY_CHANGE = re.compile(r"mesh\.\w+: |\w+\.checkpoint\.on_damaged: "
-                        r"|compute\.on_too_large: ")
+                        r"|compute\.on_too_large: |\w+\.workers\.\w+: ")
 
 
 class WorkdirError(ValueError):

@@ -195,8 +195,8 @@ MakeEpisode = Callable[..., Episode]
 def multi_turn(episode: MakeEpisode) -> MakeEpisode:
   """Marks an episode whose turns go on from each other.
 
-  A stage gives it an engine with a prefix cache, so that no token is computed
-  twice. Without the mark it has the same tokens, and computes them again.
+  A stage gives it an engine with room for them, and with a prefix cache, so
+  that no token is computed twice.
   """
   episode.multi_turn = True  # type: ignore[attr-defined]
   return episode

@@ -48,8 +48,12 @@ def of_trajectories(
   found = rollouts.of_completions([
       joined(each.path() if branched else each.chain()) if each.turns
       else _nothing(each) for each in trajectories])
+  ids = lambda name: np.array(
+      [getattr(each, name) for each in trajectories], np.int32)
   return dataclasses.replace(
       found,
+      # Those of the episode: a branch has a sample id of its own.
+      prompt_id=ids("prompt_id"), sample_id=ids("sample_id"),
       num_turns=np.array([len(each.turns) for each in trajectories], np.int32),
       stop_reason=np.array(
           [STOP_REASONS.index(each.outcome.reason) for each in trajectories],

@@ -5,6 +5,7 @@ scope: the calls of a group, or of those that wait, are then made as one.
 """
 
 import collections
+import functools
 import itertools
 import json
 from collections.abc import (
@@ -50,13 +51,19 @@ def _call(
     name: str, problem: Problem, completion: scoring.Completion,
     group: tuple[Hashable, int],
 ) -> Call:
-  scope = scoring.scope_of(loading.load_function(name))
+  scope = _scope_of(name)
   args = (name, dict(problem), completion)
   if scope == "sample":
     return Call(f"{MODULE}:call", args)
   key, size = group if scope == "group" else (None, 0)
   return Call(
       f"{MODULE}:call_joined", args, gather=Gather((name, key), size))
+
+
+@functools.cache
+def _scope_of(name: str) -> str:
+  """Finds the scope once: to look a file up takes as long as a quick call."""
+  return scoring.scope_of(loading.load_function(name))
 
 
 def extract_call(name: str, answer: str) -> Call:

@@ -57,8 +57,8 @@ def run(
         results[name] = _result(evaluation, context, name)
     except preemption.Preempted:
       context.leave(
-          "the cells that are finished are kept, and the one under way is "
-          "dropped")
+          "the cells that are finished are kept, and so is what the calls of "
+          "the one under way gave")
   log(context, results)
   if context.workdir.is_writer:
     context.workdir.write_text(

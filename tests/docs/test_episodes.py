@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs/episodes.md").read_text()
 [(NAME, SOURCE)] = re.findall(
     r"`(my_\w+\.py)`[^`]*?```python\n(.*?)```", PAGE, re.S)
-TRAIN, EVALUATE = (shlex.split(text.replace("\\\n", ""))
+TRAIN, VOTE = (shlex.split(text.replace("\\\n", ""))
                    for text in re.findall(r"```sh\n(.*?)```", PAGE, re.S))
 
 
@@ -77,3 +77,14 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     assert row["rewards"]["reward"] == signs.reward(
         "", row["answer_text"], **columns)
     assert row["length"] == first["length"] + second["length"]
+  assert main.main(VOTE[1:]) == 0
+  result = json.loads(
+      (tmp_path / "runs/votes/measure/eval/init.json").read_text())
+  assert len(result["records"]) == 8 * len(result["cells"]) > 8
+  for row in result["records"]:
+    assert row["num_turns"] == len(row["calls"]) == 8
+    assert row["sample_id"] == 0
+    votes = [value for value, _, _ in (
+        call["value"] for call in row["calls"]) if value is not None]
+    # A vote by hand: the first of the most frequent answers.
+    assert row["answer"] == (max(votes, key=votes.count) if votes else None)

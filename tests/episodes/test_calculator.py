@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from posttrain.episodes import rollouts
 from posttrain.episodes.calculator import calculator
 from posttrain.episodes.calls import Calls
 from posttrain.episodes.driver import Driver
@@ -118,6 +119,11 @@ def test_a_calculator_is_its_conversation():
     done = each.turns[-1].completion
     assert (*done.request.prompt, *done.tokens) == (*prompt, *tokens)
     assert all((turn.completion.provenance == 1).all() for turn in each.turns)
+  # As rows for training: sampled tokens alone are in a loss.
+  rows = rollouts.of_trajectories(found)
+  assert [(rows.completion(i), rows.loss_mask[i, :rows.lengths[i]].tolist())
+          for i in range(len(found))] == [*map(rendered, WHOLE)]
+  assert (rows.logprobs[~rows.loss_mask] == 0).all()
   assert found[5].outcome.reason_text == "it may have numbers, + - * / and " + (
       "parentheses")
   # Each token is computed once: but the last of a sequence, which is never fed,

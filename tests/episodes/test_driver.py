@@ -84,6 +84,7 @@ def test_draws_of_a_tree_are_the_documented_ones():
   found = run(tree, engine=kept, samples=2)
   plain = run(tree, samples=2)
   assert kept.stats.reused_tokens > 0
+  assert not kept._kept._sequences  # Turns are asked for by their tokens.
   for each, again in zip(found, plain, strict=True):
     assert each.outcome.reason == "completed", each.outcome
     turns = each.turns
@@ -120,6 +121,36 @@ def test_draws_of_a_tree_are_the_documented_ones():
       for turn, done in zip(
           (turn for each in found for turn in each.turns), wanted,
           strict=True)) <= 1
+
+
+def test_thinking_goes_on_behind_a_turn_or_does_not():
+  """In the engine's scene token 3 opens a section, and 4 and 5 end it."""
+  engine = engine_scene.make_engine(symbols=scene.TABLE, min_seq_len=128)
+  scripts = iter([[13, 14], [15, 4, 5, 17], [16], [16, 4, 5, 18]])
+
+  def think(task):
+    one = yield Generate((12, 3), changes={"max_tokens": 2})
+    yield Generate((), parent=one)
+    yield Generate((12,), parent=one)
+    yield Generate((12,), parent=one, changes={
+        "in_thinking": one.completion.kept_in_thinking})
+    return Outcome()
+
+  driver = scene.make_driver(engine)
+  driver._make_request = lambda task, sample_id: dataclasses.replace(
+      scene.REQUEST, max_tokens=4, script=np.array(next(scripts)))
+  [found] = driver.run(scene.make_tasks(["so"]), think)
+  one, two, three, four = (turn.completion for turn in found.turns)
+  assert one.kept == (12, 3, 13, 14) and one.kept_in_thinking
+  assert [done.request.in_thinking for done in (two, three, four)] == [
+      True, False, True]
+  assert two.tokens == [15, 4, 5, 17] and two.think_length == 1
+  assert not three.think_length and four.think_length == 1
+  decode = scene.TOKENIZER.decode
+  assert [(turn.thinking.strip(), turn.answer.strip())
+          for turn in (found.turns[0], found.turns[1], found.turns[3])] == [
+              (decode([13, 14]), ""), (decode([15]), decode([17])),
+              (decode([16]), decode([18]))]
 
 
 def test_an_episodes_own_randomness_is_seeded_by_its_ids():

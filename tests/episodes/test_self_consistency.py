@@ -6,6 +6,7 @@ import functools
 import jax
 import pytest
 
+from posttrain.episodes import rollouts
 from posttrain.episodes.calls import Calls
 from posttrain.episodes.driver import Driver
 from posttrain.episodes.protocol import is_multi_turn
@@ -68,3 +69,8 @@ def test_samples_are_drawn_each_with_its_own_noise(engine):
       scene.make_tasks(["so is"]), functools.partial(
           self_consistency, samples=8, extract=EXTRACT))
   assert len({turn.text for turn in found.turns}) == 8
+  # The last sample has an id of its own; the row has the episode's.
+  row = rollouts.of_trajectories([found], branched=True)
+  assert row.completion(0) == found.turns[7].completion.tokens
+  assert row.sample_id.tolist() == [0] != [
+      found.turns[7].completion.request.sample_id]

@@ -41,6 +41,12 @@ def reward(prompt, completion, *, kind, **columns):
   return globals().get(kind, lambda: 1.0)()
 
 
+def never(prompt, completion, **columns):
+  """Judges nothing, the gold answers neither."""
+  note()
+  hangs()
+
+
 def varied(prompt, completion, *, full_text, **columns):
   """Differs within a group, so that there is something to learn."""
   return len(full_text.split()) / 10

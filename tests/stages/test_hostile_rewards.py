@@ -4,6 +4,9 @@ import collections
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -33,11 +36,15 @@ CHANGES = [
             f"workers.seconds={SECONDS}"))]
 
 
-def alive(folder):
-  """Ids of processes of the rewards that still run."""
-  pids = [int(path.name) for path in folder.iterdir()]
-  assert len(pids) > 10  # Those that are killed at once leave no id.
-  return [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
+def assert_all_ended(folder, least):
+  """Some processes of rewards have left their ids, and none still runs."""
+  pids = [path.name for path in folder.iterdir()]
+  assert len(pids) >= least
+  alive = lambda: [pid for pid in pids if pathlib.Path("/proc", pid).exists()]
+  deadline = time.monotonic() + 5
+  while alive() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not alive()
 
 
 def descriptors():
@@ -74,11 +81,33 @@ def test_each_has_its_status_and_nothing_is_left(tmp_path, monkeypatch, stage):
     assert row["eval/init/free/unscored"] == count["error"] + count["timeout"]
     assert row["eval/init/free/accuracy"] == pytest.approx(
         count["ok"] / len(KINDS))
-  deadline = time.monotonic() + 5
-  while alive(folder) and time.monotonic() < deadline:
-    time.sleep(0.05)
-  assert not alive(folder)
+  assert_all_ended(folder, 10)  # A child that is killed at once leaves no id.
   assert descriptors() <= before + 5  # JAX and the workdir's own.
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_check_of_gold_answers_hangs(tmp_path):
+  folder = tmp_path / "pids"
+  folder.mkdir()
+  process = subprocess.Popen(
+      [sys.executable, "-m", "posttrain", "train",
+       "--config=tests/pipeline_run.py", f"--workdir={tmp_path / 'run'}",
+       "--config.reason.workers.seconds=1000",
+       f"--config.reason.rewards={HOSTILE}:never"],
+      env=os.environ | {"HOSTILE_PIDS": str(folder)},
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+  try:
+    deadline = time.monotonic() + 120
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+      time.sleep(0.05)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, process.stderr.read()
+    assert time.monotonic() - started < 10
+  finally:
+    process.kill()
+    process.stderr.close()
+  assert_all_ended(folder, 2)
 
 
 def records(path, stage):

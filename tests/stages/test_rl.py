@@ -503,11 +503,12 @@ def test_sharing_prompts_changes_no_update(tmp_path, attention):
 
 
 def test_rewards_that_differ_in_scope_and_weight(tmp_path, kept):
-  """One does not apply to every problem; both are logged by their names."""
+  """One does not apply to every problem; all are logged by their names."""
+  names = ("reward", "brevity", "shortest", "loud")
   with jax.set_mesh(meshes.one()):
     learner = pipeline_run.make_learner(tmp_path, [
-        "reason.rewards=tests.stages.toy:reward,tests.stages.toy:brevity",
-        "reason.reward_weights=1,0.5", "reason.num_groups=8"])
+        "reason.rewards=" + ",".join(f"tests.stages.toy:{n}" for n in names),
+        "reason.reward_weights=1,0.5,0.25,0.125", "reason.num_groups=8"])
     learner.collect()
   [batch] = kept
   applies = np.array([row["word"] != "ball" for row in batch.problems])
@@ -515,8 +516,13 @@ def test_rewards_that_differ_in_scope_and_weight(tmp_path, kept):
   words = [len(learner.context.renderer.tokenizer.decode(
       batch.rollouts.completion(row), skip_special=True).split())
       for row in range(len(applies))]
+  lengths = batch.rollouts.lengths[:len(applies)].reshape(8, -1)
+  shortest = (lengths == lengths.min(axis=1, keepdims=True)).reshape(-1)
+  assert 0 < shortest.sum() < len(shortest)
+  np.testing.assert_array_equal(batch.scores[:, 2], shortest)
   np.testing.assert_allclose(batch.rewards, batch.scores[:, 0] + np.where(
-      applies, 0.5 / (1 + np.array(words)), 0), rtol=1e-6)
+      applies, 0.5 / (1 + np.array(words)), 0) + 0.25 * shortest
+                             + 0.125 * np.array(words) / 100, rtol=1e-6)
   assert learner.rollout_metrics["rewards/brevity/mean"] == pytest.approx(
       batch.scores[applies, 1].mean())
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import pathlib
 import resource
 import shutil
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from posttrain import config as config_lib
 from posttrain import pipeline, workdir
 from posttrain.cli import main
 from posttrain.train import checkpoints
@@ -175,3 +177,16 @@ def test_what_a_run_may_go_on_with_changed(tmp_path, change, allowed):
   else:
     with pytest.raises(workdir.WorkdirError, match="run of another config"):
       sft_run.make_context(tmp_path, [change])
+
+
+def test_a_run_may_go_on_with_more_time_for_rewards():
+  """More time-outs than health.max_unscored have stopped it."""
+  changes = lambda *path: config_lib.diff(*(
+      functools.reduce(lambda inner, key: {key: inner}, reversed(path), value)
+      for value in (10.0, 60.0)))
+  [line] = changes("reason", "workers", "seconds")
+  assert workdir.MAY_CHANGE.match(line)
+  for path in (("reason", "seconds"), ("workers", "seconds"),
+               ("reason", "loss", "workers", "seconds")):
+    [line] = changes(*path)
+    assert not workdir.MAY_CHANGE.match(line)

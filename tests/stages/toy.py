@@ -73,6 +73,21 @@ def brevity(prompt, completion, *, word, full_text, **columns):
   return None if word == "ball" else 1 / (1 + len(full_text.split()))
 
 
+@scoring.over("group")
+def shortest(prompts, completions, *, word, num_tokens, **columns):
+  """1 for the shortest of a group, which all have the same word."""
+  del prompts, completions, columns
+  assert len(set(word)) == 1
+  return [float(n == min(num_tokens)) for n in num_tokens]
+
+
+@scoring.over("batch")
+def loud(prompts, completions, *, full_text, **columns):
+  """Words, a hundredth each, for whichever completions wait."""
+  del prompts, completions, columns
+  return [len(text.split()) / 100 for text in full_text]
+
+
 def constant(prompt, completion, **columns):
   """Teaches nothing."""
   del prompt, completion, columns

@@ -102,7 +102,8 @@ BUDGET: dict[str, Key] = dict(
 
 WORKERS = Section(
     "Worker processes for rewards, extractors and calls of episodes. They run "
-    "on process 0 while completions are sampled.",
+    "on process 0 while completions are sampled. A run may be resumed with "
+    "other values.",
     num_workers=Key(int, 2, "Worker processes, each with one call at a time.",
                     "[1, 1024]"),
     seconds=Key(float, 10.0, "Deadline of a call. One that takes longer is "
