@@ -32,8 +32,8 @@ from posttrain.sampler.sampler import Limits, Sampler
 NOTE = ("calls of programs of continuous batching are modelled: prompts of the "
         "most tokens that share none, and completions that all run to their "
         "maximum; one with 0 calls runs for other lengths only")
-TURNS = ("; of an episode the first turn alone, so that one with 0 calls may be "
-         "of later turns")
+TURNS = ("; of an episode the first turn alone, so that one with 0 calls may "
+         "be of later turns")
 
 
 def of_rollout(
