@@ -5,6 +5,7 @@ arithmetic; the trainer's logprobs of the packed rows; a count by hand.
 """
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -26,7 +27,8 @@ TURNS = [
     "reason.episode_args.max_turns=3", "reason.episode_args.answered== {value}",
     "reason.episode_args.malformed== error",
     "reason.rollout.max_episode_tokens=22", "reason.group_size=8",
-    "reason.rollout.prefix_cache_tokens=10000", "reason.sequence_length=32",
+    "reason.rollout.prefix_cache_tokens=10000", "reason.sequence_length=48",
+    "reason.rollout.max_prompt_tokens=24",  # Few sizes of prompts.
     f"reason.rewards={HERE}:said", "reason.health.max_unscored=1.0"]
 
 
@@ -205,21 +207,20 @@ def test_trajectories_that_wait_are_kept_in_a_checkpoint(learned):
   assert json.loads(json.dumps(made)) == records
 
 
-def test_an_episode_that_fails_has_no_score_and_the_others_have(tmp_path):
+def test_an_episode_that_fails_has_no_score_and_the_others_have(learned):
+  learner, *_ = learned
+  worker = dataclasses.replace(learner.worker, sampler=dataclasses.replace(
+      learner.worker.sampler, episode=sometimes))
   with jax.set_mesh(meshes.one()):
-    learner = pipeline_run.make_learner(tmp_path, [
-        f"reason.episode={HERE}:sometimes", "reason.num_groups=2",
-        "reason.health.max_unscored=1.0"])
-    batch = learner.worker.collect(
-        learner.state.model, np.array([1, 5]), step=0)
+    batch = worker.collect(learner.state.model, np.arange(4), step=0)
   found = batch.rollouts
   names = np.array(["ok", "not_applicable", "timeout", "error"])
-  assert names[batch.statuses[:, 0]].tolist() == 2 * [
-      "error", "error", "ok", "ok"]
-  assert np.isnan(batch.rewards).tolist() == 2 * [True, True, False, False]
-  assert (found.lengths > 0).tolist() == 2 * [False, False, True, True]
-  assert "out of luck" in batch.details[0]["reasons"]["reward"]
-  assert "not one sequence" in batch.details[1]["reasons"]["reward"]
+  assert names[batch.statuses[:, 0]].tolist() == 4 * (
+      2 * ["error"] + 6 * ["ok"])
+  assert np.isnan(batch.rewards).tolist() == 4 * (2 * [True] + 6 * [False])
+  assert (found.lengths > 0).tolist() == 4 * (2 * [False] + 6 * [True])
+  assert "out of luck" in batch.details[0]["reasons"]["said"]
+  assert "not one sequence" in batch.details[1]["reasons"]["said"]
 
 
 def test_self_consistency_answers_with_the_majority(tmp_path):
