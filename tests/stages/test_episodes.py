@@ -54,6 +54,23 @@ def sometimes(task):
   return Outcome()
 
 
+def never(task):
+  raise RuntimeError("no luck at all")
+  yield
+
+
+def odd(task):
+  """Has a prompt of its own, and texts that cannot be encoded."""
+  yield Generate(task.prompt + task.prompt[-1:] * (task.sample_id % 3))
+  return Outcome(answer="\ud83d ping", reason_text="half an emoji: \ud83d")
+
+
+def judge(prompt, completion, *, id, full_text, **columns):
+  if completion != columns["gold"] and id % 2:
+    raise ValueError(f"{completion!s:.1} is no answer")
+  return 1 - len(full_text) / 100 * (completion != columns["gold"])
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
   """A learner after one update, its batch, its engine and the update's row."""
@@ -221,6 +238,47 @@ def test_an_episode_that_fails_has_no_score_and_the_others_have(learned):
   assert (found.lengths > 0).tolist() == 4 * (2 * [False] + 6 * [True])
   assert "out of luck" in batch.details[0]["reasons"]["said"]
   assert "not one sequence" in batch.details[1]["reasons"]["said"]
+
+
+def test_odd_batches_end_no_run(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        f"reason.episode={HERE}:never", f"reason.rewards={HERE}:judge",
+        "reason.health.max_unscored=1.0"])
+    learner.collect()
+    row = learner.update()
+    assert row["frac_unscored"] == row["skipped_updates"] == 1
+    assert row["num_turns/max"] == row["num_tokens"] == 0
+    sampler = dataclasses.replace(learner.worker.sampler, episode=odd)
+    learner.buffer.worker = learner.worker = dataclasses.replace(
+        learner.worker, sampler=sampler)
+    learner.collect()
+    row = learner.update()
+  assert 0 < row["frac_unscored"] < 1 and row["skipped_updates"] == 0
+  assert np.isfinite(row["loss"])
+  records = [json.loads(line) for line in (
+      tmp_path / "reason/rollouts/step_000001.jsonl").read_text().splitlines()]
+  assert {record["answer_text"] for record in records} == {"\ud83d ping"}
+  assert {record["stop_text"] for record in records} == {
+      "half an emoji: \ud83d"}
+  [reason] = {record["reasons"]["judge"] for record in records
+              if "reasons" in record}
+  assert "\ud83d is no answer" in reason
+
+
+def test_prompts_of_an_episodes_own_wait_in_a_checkpoint(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        f"reason.episode={HERE}:odd", "reason.num_groups=2"])
+    batch = learner.worker.collect(
+        learner.state.model, np.array([1, 5]), step=0)
+  learner.buffer._drawn = [batch]
+  arrays, state = learner.buffer.to_arrays(), learner.buffer.cursor.get_state()
+  learner.buffer.restore(state, arrays)
+  [again] = learner.buffer._drawn
+  prompts = batch.rollouts.prompts
+  assert len(set(map(tuple, prompts))) > 2  # Of two problems.
+  assert again.rollouts.prompts == prompts
 
 
 def test_self_consistency_answers_with_the_majority(tmp_path):
