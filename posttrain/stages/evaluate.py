@@ -20,6 +20,7 @@ from posttrain import config as config_lib
 from posttrain import sharding
 from posttrain import workdir as workdir_lib
 from posttrain.config.stages.evaluate import SCHEMA
+from posttrain.config.stages.sampling import SINGLE_TURN
 from posttrain.episodes import records as episode_records
 from posttrain.episodes import rollouts as episode_rollouts
 from posttrain.episodes import score_calls
@@ -199,6 +200,10 @@ class Evaluation:
     options = config_lib.jsonable(training.pick(
         rollout, "suppress logits_processor logits_processor_args "
         "budget_schedule wait_order"))
+    if self.section.episode != SINGLE_TURN:
+      options |= config_lib.jsonable(training.pick(
+          self.section, "episode episode_args"))
+      options["max_episode_tokens"] = rollout.max_episode_tokens
     return training.pick(
         rollout, "temperature top_k top_p min_p max_tokens truncate") | {
             name: value for name, value in options.items()

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from posttrain import config as config_lib
 from posttrain.episodes.protocol import STOP_REASONS, Generate, Outcome
 from posttrain.rl import rollout_worker
 from posttrain.sampler import budget_state
@@ -294,6 +295,7 @@ def test_self_consistency_answers_with_the_majority(tmp_path):
         run.context("measure"), pipeline_run.calls()).evaluate(
             "init", lambda: pipeline_run.start(run))
   assert len(found["records"]) == 2 * 6 * 2
+  assert found["decoding"]["episode_args"]["samples"] == 5
   split = 0
   for record in found["records"]:
     texts = [turn["text"] for turn in record["turns"]]
@@ -324,3 +326,18 @@ def test_an_episode_that_does_not_fit_is_refused(tmp_path, changes, message):
         "reason.sequence_length=30", *changes])
     with pytest.raises(ValueError, match=message):
       episodes.check(run.context("reason"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (["reason.rollout.max_episode_tokens=9", "reason.episode=my.py:own"],
+     "is less than rollout.max_tokens=10"),
+    (["reason.rollout.max_episode_tokens=20", "reason.episode=my.py:own"],
+     r"max_prompt_tokens \+ rollout.max_episode_tokens = 26"),
+    (["reason.rollout.max_episode_tokens=20"], r"no effect unless .*episode !="),
+    (["reason.episode_args.turns=2"], r"no effect unless .*episode !="),
+    (["measure.rollout.prefix_cache_tokens=64", "measure.episode=my.py:own"],
+     r"no effect unless .*max_episode_tokens > 0")])
+def test_keys_that_contradict_each_other_are_refused(changes, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.assign(
+        pipeline_run.CONFIG, [*pipeline_run.ALL, *changes], "test")
