@@ -84,6 +84,8 @@ class RolloutWorker:
     rewards: names of functions by the names that metrics have, the verifier
       first; `weights`: one each.
     group_size: episodes of each problem.
+    max_length: the most tokens of a sequence that the trainer has room for,
+      prompt included.
     warn: takes a line for a person.
     journal_of: opens the journal of the batch before which a number of updates
       was made; None on all hosts but the first.
@@ -95,6 +97,7 @@ class RolloutWorker:
   rewards: Mapping[str, str]
   weights: Sequence[float]
   group_size: int
+  max_length: int
   warn: Callable[[str], None] = lambda text: None
   journal_of: Callable[[int], Journal | None] = lambda step: None
 
@@ -112,7 +115,7 @@ class RolloutWorker:
           model, asked, self.limits, group_size=self.group_size, step=step,
           first_sample=self.group_size * problem_cursor.earlier_asks(indices),
           score=self._calls)
-    trajectories, failures = _sequences(found)
+    trajectories, failures = _sequences(found, self.max_length)
     results = [[each.scores.get(name, NO_RESULT) for name in self.rewards]
                for each in trajectories]
     scores = _without(score_calls.of_results(results), failures)
@@ -155,25 +158,38 @@ class RolloutWorker:
 
 
 def _sequences(
-    found: Sequence[Trajectory],
+    found: Sequence[Trajectory], max_length: int,
 ) -> tuple[list[Trajectory], dict[int, str]]:
   """Finds episodes that cannot be learned from, and says why.
 
   Returns:
-    The episodes, of which those that branched have no turns; and reasons, by
-    their place, why an episode has no score.
+    The episodes, of which those that are no sequence, or too long a one, have
+    no turns; and reasons, by their place, why an episode has no score.
   """
   rows, failures = list(found), dict[int, str]()
   for row, each in enumerate(found):
-    try:
-      each.chain()
-    except ValueError as error:
+    wrong = _no_row(each, max_length)
+    if wrong:
       rows[row] = dataclasses.replace(each, turns=(), outcome=(
-          dataclasses.replace(each.outcome, reason="error",
-                              reason_text=str(error))))
+          dataclasses.replace(
+              each.outcome, reason="error", reason_text=wrong)))
     if rows[row].outcome.reason == "error":
       failures[row] = rows[row].outcome.reason_text
   return rows, failures
+
+
+def _no_row(trajectory: Trajectory, max_length: int) -> str:
+  """Says why an episode cannot be a row of the trainer; "" if it can."""
+  try:
+    turns = trajectory.chain()
+  except ValueError as error:
+    return str(error)
+  # The last turn's prompt is all that was before it.
+  done = turns[-1].completion if turns else None
+  length = len(done.request.prompt) + len(done.tokens) if done else 0
+  # A prompt of the episode's own may be longer than the stage's.
+  return "" if length <= max_length else (
+      f"The episode has {length} tokens, and sequence_length is {max_length}.")
 
 
 def _without(

@@ -281,7 +281,7 @@ def make_rollout_worker(
       problems=problems.load_on_all_hosts(context),
       rewards=rewards, warn=context.console.warning,
       weights=section.reward_weights or (1.0,) * len(rewards),
-      group_size=section.group_size,
+      group_size=section.group_size, max_length=section.sequence_length,
       journal_of=journals.Journals(context).of_batch)
 
 

@@ -231,6 +231,8 @@ def test_an_episode_that_fails_has_no_score_and_the_others_have(learned):
       learner.worker.sampler, episode=sometimes))
   with jax.set_mesh(meshes.one()):
     batch = worker.collect(learner.state.model, np.arange(4), step=0)
+    short = dataclasses.replace(worker, max_length=6).collect(
+        learner.state.model, np.arange(4), step=0)
   found = batch.rollouts
   names = np.array(["ok", "not_applicable", "timeout", "error"])
   assert names[batch.statuses[:, 0]].tolist() == 4 * (
@@ -239,6 +241,12 @@ def test_an_episode_that_fails_has_no_score_and_the_others_have(learned):
   assert (found.lengths > 0).tolist() == 4 * (2 * [False] + 6 * [True])
   assert "out of luck" in batch.details[0]["reasons"]["said"]
   assert "not one sequence" in batch.details[1]["reasons"]["said"]
+  # As an episode that asks behind a longer prompt than the trainer has room
+  # for.
+  fits = np.array([len(p) for p in found.prompts]) + found.lengths <= 6
+  assert 0 < fits.sum() < 24
+  assert (names[short.statuses[:, 0]] == "ok").tolist() == (
+      fits & (found.lengths > 0)).tolist()
 
 
 def test_odd_batches_end_no_run(tmp_path):
@@ -333,7 +341,7 @@ def test_an_episode_that_does_not_fit_is_refused(tmp_path, changes, message):
      "is less than rollout.max_tokens=10"),
     (["reason.rollout.max_episode_tokens=20", "reason.episode=my.py:own"],
      r"max_prompt_tokens \+ rollout.max_episode_tokens = 26"),
-    (["reason.rollout.max_episode_tokens=20"], r"no effect unless .*episode !="),
+    (["reason.rollout.max_episode_tokens=20"], r"no effect unless .*episode !"),
     (["reason.episode_args.turns=2"], r"no effect unless .*episode !="),
     (["measure.rollout.prefix_cache_tokens=64", "measure.episode=my.py:own"],
      r"no effect unless .*max_episode_tokens > 0")])
