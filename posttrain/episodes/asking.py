@@ -85,6 +85,10 @@ def _check_change(name: str, value: Any) -> None:
         f"changes has {name}, and a Request has {', '.join(vars(PLAIN))}.")
   plain = getattr(PLAIN, name)
   whole = type(plain) is int and isinstance(value, np.integer)
+  if name == "in_thinking" and not isinstance(value, bool | None):
+    raise TypeError(
+        f"changes has in_thinking={value!r:.80}, and it must be a bool or "
+        "None.")
   if plain is not None and type(value) is not type(plain) and not whole:
     raise TypeError(
         f"changes has {name}={value!r:.80}, a {type(value).__name__}, and it "
@@ -96,7 +100,7 @@ def _prompt(
 ) -> tuple[tuple[int, ...], bool | None]:
   """Returns the whole prompt, and whether it continues a thinking section."""
   parent = generate.parent
-  tokens = tuple(int(token) for token in generate.tokens)
+  tokens = tuple(generate.tokens)
   if parent is None:
     return tokens, None
   if not any(parent is turn for turn in running.turns):

@@ -11,14 +11,16 @@ a worker wrote is unpickled: results are JSON.
 """
 
 import contextlib
+import json
 import socket
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 (JOB, CANCEL, PING, PONG, READY, IMPORT, START, DONE, LAST) = range(1, 10)
 HEADER = struct.Struct("<BQdII")
 MAX_RESULT = 2**20  # Bytes of JSON.
 MAX_JOB = 2**28  # Bytes of pickled arguments.
+MAX_DEPTH = 100  # Lists within lists; Python's own JSON fails far below 1000.
 _PART = 2**18
 
 
@@ -64,6 +66,29 @@ def take(buffer: bytearray, limit: int) -> Frame | None:
   body = bytes(buffer[HEADER.size + first:end])
   del buffer[:end]
   return Frame(kind, number, seconds, head, body)
+
+
+def decode_result(body: bytes) -> tuple[str, Any, str]:
+  """Decodes the status, value and reason of a result.
+
+  Raises:
+    ValueError, TypeError, RecursionError: this is no JSON, or has another form.
+  """
+  status, value, reason = json.loads(body, parse_constant=_refuse)
+  if status not in ("ok", "timeout", "error") or not isinstance(reason, str):
+    raise ValueError("it has no status or reason")
+  level = [value] if body.count(b"[") + body.count(b"{") > MAX_DEPTH else []
+  for _ in range(MAX_DEPTH):
+    level = [
+        inner for each in level if isinstance(each, list | dict)
+        for inner in (each.values() if isinstance(each, dict) else each)]
+  if level:
+    raise ValueError(f"it is nested more than {MAX_DEPTH} times")
+  return status, value, reason
+
+
+def _refuse(name: str) -> None:
+  raise ValueError(f"JSON has no {name}")
 
 
 class Channel:

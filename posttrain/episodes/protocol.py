@@ -114,8 +114,12 @@ class Outcome:
       raise TypeError(
           f"answer is a {type(self.answer).__name__}, and must be a text or "
           "None.")
+    if not isinstance(self.reason_text, str):
+      raise TypeError(
+          f"reason_text is a {type(self.reason_text).__name__}, and must be a "
+          "text.")
     for number, reward in self.rewards.items():
-      if not isinstance(number, int) or not math.isfinite(reward):
+      if type(number) is not int or not math.isfinite(reward):
         raise ValueError(
             f"rewards has {number!r}: {reward!r}, and must have finite numbers "
             "by the numbers of turns.")

@@ -1,6 +1,8 @@
 """Running episode: its generator, and what it has asked for and been sent."""
 
+import dataclasses
 import math
+import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,10 @@ from posttrain.episodes.protocol import (
 )
 from posttrain.episodes.trajectory import Trajectory
 from posttrain.sampler import token_sampling
+
+# Turns and calls of one episode, at most: one that never ends would keep the
+# whole batch waiting.
+MAX_REQUESTS = 10_000
 
 
 class Running:
@@ -45,6 +51,7 @@ class Running:
     self._many = True
     self._fresh = 0  # `Generate`s without a parent so far.
     self._branches: dict[int, int] = {}  # Requests behind each turn so far.
+    self._requests = 0  # So far; a yield of none counts as one.
 
   def advance(self) -> list[Generate | Call]:
     """Runs the generator to its next yield, and returns what it asks for.
@@ -58,20 +65,29 @@ class Running:
       else:
         asked = self._episode.send(self._answer())
       self._many = not isinstance(asked, Generate | Call)
-      return _checked(asked if self._many else [asked])
+      return self._counted(_checked(asked if self._many else [asked]))
     except StopIteration as stop:
-      if isinstance(stop.value, Outcome):
-        self.outcome = stop.value
-      else:
-        self.fail(TypeError(
-            f"The episode returned a {type(stop.value).__name__}, and must "
-            "return an Outcome."))
+      try:
+        self.outcome = _checked_end(stop.value, len(self.turns))
+      except (TypeError, ValueError) as error:
+        self.fail(error)
     except KeyboardInterrupt:
       raise
     # An episode is a user's code, also where it leaves by `sys.exit`.
     except BaseException as error:
       self.fail(error)
     return []
+
+  def _counted(
+      self, asked: list[Generate | Call]) -> list[Generate | Call]:
+    """Raises RuntimeError for an episode that asks without end."""
+    self._requests += max(1, sum(
+        each.n if isinstance(each, Generate) else 1 for each in asked))
+    if self._requests > MAX_REQUESTS:
+      raise RuntimeError(
+          f"The episode has asked for {self._requests} turns and calls, and at "
+          f"most {MAX_REQUESTS} are made. Does its loop end?")
+    return asked
 
   def end(self, reason: str, text: str) -> None:
     """Ends the episode from outside, with one of `STOP_REASONS`."""
@@ -170,8 +186,26 @@ def _begun(episode: Any) -> Episode:
   return episode
 
 
+def _checked_end(outcome: Any, num_turns: int) -> Outcome:
+  """Raises TypeError or ValueError for what an episode may not return."""
+  if not isinstance(outcome, Outcome):
+    raise TypeError(
+        f"The episode returned a {type(outcome).__name__}, and must return an "
+        "Outcome.")
+  for number in outcome.rewards:
+    if not 0 <= number < num_turns:
+      raise ValueError(
+          f"rewards has turn {number}, and the episode has {num_turns} turns, "
+          "which count from 0.")
+  return outcome
+
+
 def _checked(asked: Any) -> list[Generate | Call]:
-  """Raises TypeError or ValueError for what an episode may not yield."""
+  """Returns what an episode yielded, with the tokens as tuples.
+
+  Raises:
+    TypeError, ValueError: it may not yield that.
+  """
   needed = "and must yield a Generate, a Call, or a sequence of them"
   if not isinstance(asked, list | tuple):
     raise TypeError(
@@ -185,7 +219,9 @@ def _checked(asked: Any) -> list[Generate | Call]:
       _check_call(each)
     elif not isinstance(each.n, int) or each.n < 1:
       raise ValueError(f"n is {each.n!r}, and must be 1 or more samples.")
-  return list(asked)
+  return [dataclasses.replace(each, tokens=tuple(map(
+      operator.index, each.tokens))) if isinstance(each, Generate) else each
+          for each in asked]
 
 
 def _check_call(call: Call) -> None:
@@ -198,6 +234,11 @@ def _check_call(call: Call) -> None:
       raise TypeError(
           f"A Call's {name} is a {type(value).__name__}, and must be a "
           f"{getattr(kind, '__name__', kind)}.")
+  if call.gather and not (
+      type(call.gather.size) is int and call.gather.size >= 0):
+    raise ValueError(
+        f"A Gather's size is {call.gather.size!r}, and must be a number of "
+        "calls, or 0.")
   if call.seconds is not None and not 0 < call.seconds < math.inf:
     raise ValueError(
         f"A Call's seconds are {call.seconds}, and must be above 0.")

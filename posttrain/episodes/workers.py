@@ -269,7 +269,10 @@ class WorkerPool:
   def _wait(self, seconds: float) -> None:
     """Waits until there is something to receive; asks if it still lives."""
     sock = self._channel.socket
-    select.select([sock], [sock] if self._channel.unsent else [], [], seconds)
+    poll = select.poll()  # `select.select` takes no descriptor above 1023.
+    poll.register(sock, select.POLLIN | (
+        select.POLLOUT if self._channel.unsent else 0))
+    poll.poll(seconds * 1000)
     now = time.monotonic()
     # It never blocks, so that silence means that a call has stopped it.
     if self._asked > self._heard:
@@ -283,7 +286,7 @@ class WorkerPool:
 def _result(frame: frames.Frame) -> Result:
   output = frame.head.decode(errors="backslashreplace")
   try:
-    status, value, reason = json.loads(frame.body)
+    status, value, reason = frames.decode_result(frame.body)
     return Result(status, value, reason, output, frame.seconds)
   except (ValueError, TypeError, RecursionError) as error:
     return Result(

@@ -7,6 +7,10 @@ their maximum. Rows then end together, and the queue goes through in waves.
 
   P: prompts  G: samples of each  B: slots  S: slots of the cache of each
   R: prompts prefilled together  C: tokens of a chunk of a prompt
+
+Of episodes of several turns every program is planned, and the calls of first
+turns alone are modelled: how many turns there are, and how long their
+observations, is data.
 """
 
 import functools
@@ -28,6 +32,8 @@ from posttrain.sampler.sampler import Limits, Sampler
 NOTE = ("calls of programs of continuous batching are modelled: prompts of the "
         "most tokens that share none, and completions that all run to their "
         "maximum; one with 0 calls runs for other lengths only")
+TURNS = ("; of an episode the first turn alone, so that one with 0 calls may "
+         "be of later turns")
 
 
 def of_rollout(
@@ -52,8 +58,9 @@ def of_rollout(
     return Program(
         stage, kind, lower, arguments, SAMPLING, beside, float(calls * steps),
         most_trips, " ".join(filter(None, (detail, sizes))),
-        note=NOTE if steps else "")
+        note=note if steps else "")
 
+  note = NOTE + TURNS * (sampler.max_episode_tokens > 0)
   asked = sampler.make_requests(
       [[0]] * groups, limits, prompt_id=range(groups), group_size=group_size)
   settings = sampler.engine_settings(asked, group_size)
@@ -66,6 +73,7 @@ def of_rollout(
   yield from engine.slots()
   yield from engine.prefills()
   yield from engine.admission()
+  yield from engine.keeps()
   yield from engine.resizes()
   yield from engine.decodes()
 
@@ -93,7 +101,9 @@ def _calls(
     calls["empty", place.rows, source] += batches
     calls["prefill", place.rows, source] += batches * chunks
     for used in range(0, tokens, settings.chunk):
-      needed = min(length + used + settings.chunk, settings.max_seq_len)
+      needed = length + used + settings.chunk
+      if not settings.prefix_cache_tokens:  # No row that ended is kept whole.
+        needed = min(needed, settings.max_seq_len)
       for larger in requests.fitting(sizes, size, needed):
         calls["resize", size, larger] += 1
         size = larger
@@ -127,8 +137,11 @@ class _Engine:
       self.weights["tables at rest"] = at_rest
     self.prefill = prefill.Prefill(model.config, settings, _never)
     length = sampler.max_prompt_tokens
-    # S of the caches that prompts may be prefilled in.
-    self.sources = settings.prefill_sizes(length)
+    keeps = settings.prefix_cache_tokens > 0
+    # S of the caches that prompts may be prefilled in; those of later turns
+    # are whole sequences.
+    self.sources = settings.prefill_sizes(
+        settings.max_seq_len if keeps else length)
     self.calls = _calls(
         settings, self.prefill, groups, group_size, length, tokens)
     budgets, *_ = requests.columns([None] * settings.rows, tables, settings)
@@ -147,12 +160,16 @@ class _Engine:
     self.requests, _ = weights.on_mesh(device_batch.begin.eval_shape(
         self.state, self.tables, *self.admitted))
     # Prompts may share a prefix that saves a chunk.
-    self.can_share = length > self.prefill.chunk
+    self.can_share = keeps or length > self.prefill.chunk
     # A wave ends within a group, and a later one goes on with its prompt.
     splits = (groups * group_size > settings.max_num_seqs
               and settings.max_num_seqs % group_size > 0)
     self.held = self.weights | {"requests": self.requests}
-    if splits or self.can_share:  # What the next request goes on from.
+    if keeps:  # As many of the longest sequences as its budget has slots for.
+      self.held["prefix cache"] = self.rows(
+          -(-settings.prefix_cache_tokens // self.sources[-1]),
+          self.sources[-1])
+    elif splits or self.can_share:  # What the next request goes on from.
       self.held["prefix cache"] = self.rows(
           self.prefill.rows, self.sources[-1])
 
@@ -181,9 +198,14 @@ class _Engine:
 
   def place(
       self, kind: str, into: prefill.Rows, source: int, calls: int = 0,
+      count: int = 0,
   ) -> Program:
-    """Copies sequences of the prefix cache, whose rows have `source` slots."""
-    count, total = self.prefill.rows, into.hidden.shape[0]
+    """Copies sequences of some rows of `source` slots.
+
+    Args:
+      count: of these rows; 0: those of a batch of prompts.
+    """
+    count, total = count or self.prefill.rows, into.hidden.shape[0]
     columns = (np.zeros(total, np.int32),) * 3
     arrays = into, self.rows(count, source)
     return self.named(
@@ -242,6 +264,21 @@ class _Engine:
           self.processor_row, np.int32(0)), (self.processor_state,),
           self.beside(slots=(rows, self.state)),
           self.calls["logits_processor",])
+
+  def keeps(self) -> Iterator[Program]:
+    """Yields programs that keep rows that ended, and go on from kept ones."""
+    if not self.settings.prefix_cache_tokens:
+      return
+    parts, count, rows = (
+        self.prefill.parts, self.prefill.rows, self.settings.rows)
+    for slots in self.sources:
+      if parts != count:
+        yield self.empty(parts, slots, self.beside(), 0)
+      for size in self.settings.sizes:
+        yield self.place("keep", self.rows(parts, slots), size, count=rows)
+      for source in self.sources if parts != count else ():
+        yield self.place(
+            "prefix", self.rows(count, slots), source, count=parts)
 
   def resizes(self) -> Iterator[Program]:
     """Yields programs that resize the cache.

@@ -48,7 +48,8 @@ def build(
   """
   runs = read_runs(workdirs)
   path = pathlib.Path(output or runs[0].path / "report.html")
-  workdir_lib.replace_file(path, render(runs).encode())
+  workdir_lib.replace_file(path, render(runs).encode(
+      errors="backslashreplace"))
   return path
 
 

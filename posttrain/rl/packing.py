@@ -116,8 +116,9 @@ def per_token(
   prompts = np.array([len(prompt) for prompt in rollouts.prompts])
   at = experience["positions"] - prompts[ids]
   inside = (ids >= 0) & (at >= 0)
-  return np.where(
-      inside, values[ids, np.where(inside, at, 0)], 0).astype(np.float32)
+  found = np.zeros(ids.shape, np.float32)
+  found[inside] = values[ids[inside], at[inside]]
+  return found
 
 
 def denominator_shares(

@@ -122,19 +122,26 @@ class RolloutBuffer:
     worker = self.worker
     own = {name: arrays.pop(name) for name in OWN}
     details = json.loads(arrays.pop("details").tobytes())
+    ends = np.cumsum(arrays.pop("prompt_lengths"))
+    prompts = np.split(arrays.pop("prompt_tokens"), ends[:-1])
     problems = worker.per_completion(
         [worker.problems[i] for i in own["indices"]])
     fields: dict[str, Any] = arrays
     return rollout_worker.ScoredRollouts(
         rollouts=rollouts_lib.Rollouts(
-            prompts=list(map(worker.sampler.renderer.prompt_tokens, problems)),
-            **fields),
+            prompts=[prompt.tolist() for prompt in prompts], **fields),
         problems=problems, details=details, seconds={}, **own)
 
 
 def _to_arrays(drawn: rollout_worker.ScoredRollouts) -> Arrays:
-  """Converts a batch, but for problems and prompts: its indices name them."""
+  """Converts a batch, but for the problems: its indices name them.
+
+  An episode may have another prompt than its problem.
+  """
+  prompts = drawn.rollouts.prompts
   return {name: getattr(drawn, name) for name in OWN} | {
-      "details": np.frombuffer(json.dumps(drawn.details).encode(), np.uint8)
+      "details": np.frombuffer(json.dumps(drawn.details).encode(), np.uint8),
+      "prompt_tokens": np.concatenate(prompts).astype(np.int32),
+      "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32)
   } | {name: x for name, x in vars(drawn.rollouts).items()
       if isinstance(x, np.ndarray)}

@@ -35,7 +35,8 @@ STYLES = {
     "in the loss": "green",
 }
 RATE_WINDOW = 32  # Updates that the rate is averaged over.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Halves of surrogate pairs, which cannot be encoded, among them.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from tests.campaigns import soak
 
 def test_a_hundred_requests_are_what_they_are_alone():
   with jax.set_mesh(meshes.one()):
-    line = soak.soak(requests=120, seed=1, engines=soak.ENGINES[1:3])
+    line = soak.soak(requests=100, seed=1, engines=soak.ENGINES[2:3])
   print(line)
   for word in ("abort", "error", "stop", "eos", "length", "fork",
                "continuation", "released"):

@@ -344,6 +344,23 @@ def rewards_infinity(task):
   return Outcome(rewards={0: float("inf")})
 
 
+def ends(**fields):
+  def end(task):
+    yield Generate(task.prompt)
+    return Outcome(**fields)
+  return end
+
+
+def calls_for_ever(task):
+  while True:
+    yield Call("builtins:len", ("so",))
+
+
+def wants_nothing_for_ever(task):
+  while True:
+    yield []
+
+
 def changing(**changes):
   def change(task):
     # Beside others, which are answered.
@@ -364,12 +381,19 @@ def calling(*args, **kwargs):
     (yields_a_list_of_text, "a sequence with a str"),
     (no_samples, "n is 0"), (chooses_ids, "sample_id, which an episode cannot"),
     (changes_nothing_known, "temperatur"),
-    (unknown_tokens, "token id lies outside"), (no_tokens, "invalid literal"),
+    (unknown_tokens, "token id lies outside"), (no_tokens, "as an integer"),
     (another_parent, "no turn of this episode"), (odd_reason, "'tired'"),
     (never_ends, "yielded a int"), (is_no_generator, "must be a generator"),
     (needs_more, "samples"), (is_interrupted, "GeneratorExit: by itself"),
     (cannot_be_told, "Untellable: it cannot"),
     (answers_a_number, "answer is a int"), (rewards_infinity, "0: inf"),
+    (ends(rewards={1: 1.0}), "rewards has turn 1"),
+    (ends(rewards={True: 1.0}), "by the numbers of turns"),
+    (ends(reason_text=b"tired"), "reason_text is a bytes"),
+    (calls_for_ever, "asked for 10001 turns and calls"),
+    (wants_nothing_for_ever, "asked for 10001"),
+    (lambda task: (yield Generate(task.prompt, n=10**9)), "1000000000 turns"),
+    (changing(in_thinking="yes"), "in_thinking='yes'"),
     (changing(max_tokens="7"), "max_tokens='7', a str"),
     (changing(max_tokens=7.5), "a float, and it must be a int"),
     (changing(truncate=1), "a int, and it must be a bool"),
@@ -385,7 +409,8 @@ def calling(*args, **kwargs):
     (calling("a:b", seconds="7"), "seconds is a str"),
     (calling("a:b", seconds=0), "seconds are 0"),
     (calling("a:b", seconds=float("nan")), "seconds are nan"),
-    (calling("a:b", gather=7), "gather is a int")])
+    (calling("a:b", gather=7), "gather is a int"),
+    (calling("a:b", gather=Gather("k", "2")), "Gather's size is '2'")])
 def test_an_error_ends_its_episode_alone(episode, reason):
   def some(task):
     return (episode if task.prompt_id == 1 else single_turn)(task)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -204,14 +205,45 @@ def test_what_cannot_be_sent_is_an_error_of_that_call(pool):
       Call("operator:mul", ("x", frames.MAX_RESULT)),
       Call("no_module:f"), Call("operator:no_function"), Call("no name"),
       Call("builtins:len", (deep,)), Call("operator:mul", ("x", 10**6)),
-      Call("builtins:len", (bytes(2**23),)))
-  assert [result.status for result in found] == ["error"] * 7 + ["ok"] * 2
-  assert [result.value for result in found[-2:]] == ["x" * 10**6, 2**23]
+      Call("builtins:len", (bytes(2**23),)), Call("builtins:chr", (0xd800,)))
+  assert [result.status for result in found] == ["error"] * 7 + ["ok"] * 3
+  assert [result.value for result in found[-3:]] == [
+      "x" * 10**6, 2**23, "\ud800"]
   for result, words in zip(found, (
       "cannot be sent", "not JSON", "bytes as JSON", "no module 'no_module'",
       "no function 'no_function'", "names no function", "cannot be sent"),
       strict=False):
     assert words in result.reason
+
+
+@pytest.mark.parametrize("body, words", [
+    (b'["ok", NaN, ""]', "JSON has no NaN"),
+    (b'["ok", -Infinity, ""]', "JSON has no -Infinity"),
+    (b'["fine", 1, ""]', "no status"), (b'["ok", 1, 2]', "no status"),
+    (b'[["ok"], 1, ""]', "no status"), (b'["ok", 1]', "not enough"),
+    (b'["ok", ' + b"[" * 200 + b"]" * 200 + b', ""]', "nested more than 100"),
+    (b'["ok", ' + b"[" * 9999 + b"]" * 9999 + b', ""]', "recursion"),
+    (b"7", "int")])
+def test_what_cannot_be_recorded_is_no_result(body, words):
+  """Records are JSON, of which a journal and a report have a part."""
+  found = workers._result(frames.Frame(frames.DONE, 1, 0.5, b"said", body))
+  assert found.status == "error" and found.output == "said"
+  assert words in found.reason
+
+
+def test_many_open_files_do_not_matter():
+  """`select.select` fails from descriptor 1024 on."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+  files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+  try:
+    with WorkerPool(SETTINGS) as pool:
+      assert pool._channel.socket.fileno() > 1023
+      assert make(pool, ADD)[0].value == 3
+  finally:
+    for file in files:
+      os.close(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_memory_is_limited():

@@ -19,14 +19,17 @@ from posttrain.programs import program as program_lib
 from posttrain.sampler import device_batch, logits_processors
 from posttrain.sampler import sampler as sampler_lib
 from posttrain.stages import sampling
+from posttrain.text import symbols
 from tests import meshes
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_config.py"
 LIMITS = sampler_lib.Limits(max_tokens=20)
 
 
-def small_setup(**rollout):
+def small_setup(*, episode="", **rollout):
   config = config_lib.read_file(str(GOLDEN))
+  if episode:
+    config.reason.update(episode=episode, sequence_length=64)
   config.model_overrides.update(layers=2, embed=64, mlp=96, head_dim=16)
   config.mesh.update(fsdp=4, tensor=2)
   config.compute.update(dtype="float32", remat="none")
@@ -125,6 +128,41 @@ def test_no_program_runs_that_was_not_planned(monkeypatch):
   assert len(set(rollouts.lengths.tolist())) > 5
   assert any(name.startswith("reason/prefix") for name in calls)
   assert set(calls) <= set(expected)
+
+
+def test_programs_of_turns_are_planned(monkeypatch):
+  """Two turns of each row, of any length, the second behind an observation."""
+  meshes.eight()
+  monkeypatch.setattr(sampler_lib, "PREFILL_CHUNK", 8)
+  found = small_setup(
+      max_num_seqs=8, max_episode_tokens=40,
+      episode="posttrain.episodes.calculator:calculator")
+  rng = np.random.default_rng(0)
+  with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
+    expected = planned(found, 6, 2)
+    sampler = sampling.of_tables(
+        found.thinking_ids, found.tables, found.config.reason.rollout,
+        symbols.SymbolTable.of(found.tokenizer))
+    prompts = [rng.integers(9, 30, n).tolist() for n in (16, 5, 9, 13, 6, 7)]
+    asked = [dataclasses.replace(r, keep=True, max_tokens=int(n))
+             for r, n in zip(sampler.make_requests(
+                 prompts, LIMITS, prompt_id=range(6), group_size=2),
+                 rng.integers(2, 20, 12), strict=True)]
+    engine = sampler.make_engine(
+        transformer.Transformer(found.model, jax.random.key(0)), asked, 2)
+    for request in asked:
+      engine.submit(request)
+    for done in list(engine.results()):
+      engine.submit(dataclasses.replace(
+          done.request, prompt=(*done.kept, 9, 10), max_tokens=18,
+          first_draw=done.draws))
+    assert not any(done.error for done in engine.results())
+  calls, held = real
+  assert {"reason/keep", "reason/prefix"} <= {
+      name.partition("[")[0] for name in calls}
+  assert set(calls) <= set(expected)
+  for name, sizes in held.items():
+    assert sizes == {program_lib.shard_bytes(expected[name].arguments)}, name
 
 
 def test_a_hook_is_planned(monkeypatch):

@@ -501,7 +501,7 @@ def test_models_continue(option, mesh):
 
 @pytest.mark.parametrize("config,changes,most", [
     (dict(dtype="bfloat16"), {}, 0.15),
-    ({}, dict(cache_dtype="int8"), 0.15),
+    pytest.param({}, dict(cache_dtype="int8"), 0.15, marks=pytest.mark.slow),
     ({}, dict(cache_dtype="int8", weights_dtype="int8"), 0.15)],
     ids=["bfloat16", "int8 cache", "int8 both"])
 def test_rounded_caches_continue(config, changes, most):

@@ -9,10 +9,15 @@ from jax.experimental.compilation_cache import compilation_cache
 def compiled_once(tmp_path_factory):
   """In this process, and in children that get its environment."""
   directory = str(tmp_path_factory.mktemp("compiled"))
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", directory)
+  # Seconds. What compiles faster is hardly read faster.
+  settings = dict(jax_compilation_cache_dir=directory,
+                  jax_persistent_cache_min_compile_time_secs=0.05)
+  before = {name: getattr(jax.config, name) for name in settings}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+    for name, value in settings.items():
+      jax.config.update(name, value)
+      patch.setenv(name.upper(), str(value))
     yield
-  jax.config.update("jax_compilation_cache_dir", before)
+  for name, value in before.items():
+    jax.config.update(name, value)
   compilation_cache.reset_cache()

@@ -5,14 +5,16 @@ of the prompts open the thinking, and the others leave that to the model.
 """
 
 import itertools
+import json
+import os
 
 from tests.text import build
 
 LEFT = (".", " ", ">", "\n", "7")
 RIGHT = ("\n", "\n\n", " ", "1")
 THOUGHTS = ("so it is", "it is 18", "so, and so it is")
-# What rewards were given, for tests of this process.
-given: list[dict[str, str]] = []
+# Names, in the environment, a file of what rewards were given.
+GIVEN = "POSTTRAIN_TEST_MERGED_GIVEN"
 
 
 def _rows():
@@ -45,9 +47,9 @@ def problems(split, *, count=6):
                gold="It is 3") for i in range(count)]
 
 
-def reward(prompt, completion, *, full_text, thinking, **columns):
+def reward(completion, *, full_text, thinking, **columns):
   """More for an answer with more 1s in it, which is about half of them."""
   del columns
-  given.append(dict(prompt=prompt, completion=completion, full_text=full_text,
-                    thinking=thinking))
+  with open(os.environ[GIVEN], "a") as file:
+    print(json.dumps([completion, thinking, full_text]), file=file)
   return float("1" in completion or completion == "It is 3")

@@ -5,6 +5,7 @@ arithmetic; the trainer's logprobs of the packed rows; a count by hand.
 """
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -26,7 +27,8 @@ TURNS = [
     "reason.episode_args.max_turns=3", "reason.episode_args.answered== {value}",
     "reason.episode_args.malformed== error",
     "reason.rollout.max_episode_tokens=22", "reason.group_size=8",
-    "reason.rollout.prefix_cache_tokens=10000", "reason.sequence_length=32",
+    "reason.rollout.prefix_cache_tokens=10000", "reason.sequence_length=48",
+    "reason.rollout.max_prompt_tokens=24",  # Few sizes of prompts.
     f"reason.rewards={HERE}:said", "reason.health.max_unscored=1.0"]
 
 
@@ -50,6 +52,23 @@ def sometimes(task):
     raise RuntimeError("out of luck")
   yield Generate(task.prompt, n=1 + (task.sample_id == 1))
   return Outcome()
+
+
+def never(task):
+  raise RuntimeError("no luck at all")
+  yield
+
+
+def odd(task):
+  """Has a prompt of its own, and texts that cannot be encoded."""
+  yield Generate(task.prompt + task.prompt[-1:] * (task.sample_id % 3))
+  return Outcome(answer="\ud83d ping", reason_text="half an emoji: \ud83d")
+
+
+def judge(prompt, completion, *, id, full_text, **columns):
+  if completion != columns["gold"] and id % 2:
+    raise ValueError(f"{completion!s:.1} is no answer")
+  return 1 - len(full_text) / 100 * (completion != columns["gold"])
 
 
 @pytest.fixture(scope="module")
@@ -205,21 +224,61 @@ def test_trajectories_that_wait_are_kept_in_a_checkpoint(learned):
   assert json.loads(json.dumps(made)) == records
 
 
-def test_an_episode_that_fails_has_no_score_and_the_others_have(tmp_path):
+def test_an_episode_that_fails_has_no_score_and_the_others_have(learned):
+  learner, *_ = learned
+  worker = dataclasses.replace(learner.worker, sampler=dataclasses.replace(
+      learner.worker.sampler, episode=sometimes))
   with jax.set_mesh(meshes.one()):
-    learner = pipeline_run.make_learner(tmp_path, [
-        f"reason.episode={HERE}:sometimes", "reason.num_groups=2",
-        "reason.health.max_unscored=1.0"])
-    batch = learner.worker.collect(
-        learner.state.model, np.array([1, 5]), step=0)
+    batch = worker.collect(learner.state.model, np.arange(4), step=0)
   found = batch.rollouts
   names = np.array(["ok", "not_applicable", "timeout", "error"])
-  assert names[batch.statuses[:, 0]].tolist() == 2 * [
-      "error", "error", "ok", "ok"]
-  assert np.isnan(batch.rewards).tolist() == 2 * [True, True, False, False]
-  assert (found.lengths > 0).tolist() == 2 * [False, False, True, True]
-  assert "out of luck" in batch.details[0]["reasons"]["reward"]
-  assert "not one sequence" in batch.details[1]["reasons"]["reward"]
+  assert names[batch.statuses[:, 0]].tolist() == 4 * (
+      2 * ["error"] + 6 * ["ok"])
+  assert np.isnan(batch.rewards).tolist() == 4 * (2 * [True] + 6 * [False])
+  assert (found.lengths > 0).tolist() == 4 * (2 * [False] + 6 * [True])
+  assert "out of luck" in batch.details[0]["reasons"]["said"]
+  assert "not one sequence" in batch.details[1]["reasons"]["said"]
+
+
+def test_odd_batches_end_no_run(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        f"reason.episode={HERE}:never", f"reason.rewards={HERE}:judge",
+        "reason.health.max_unscored=1.0"])
+    learner.collect()
+    row = learner.update()
+    assert row["frac_unscored"] == row["skipped_updates"] == 1
+    assert row["num_turns/max"] == row["num_tokens"] == 0
+    sampler = dataclasses.replace(learner.worker.sampler, episode=odd)
+    learner.buffer.worker = learner.worker = dataclasses.replace(
+        learner.worker, sampler=sampler)
+    learner.collect()
+    row = learner.update()
+  assert 0 < row["frac_unscored"] < 1 and row["skipped_updates"] == 0
+  assert np.isfinite(row["loss"])
+  records = [json.loads(line) for line in (
+      tmp_path / "reason/rollouts/step_000001.jsonl").read_text().splitlines()]
+  assert {record["answer_text"] for record in records} == {"\ud83d ping"}
+  assert {record["stop_text"] for record in records} == {
+      "half an emoji: \ud83d"}
+  [reason] = {record["reasons"]["judge"] for record in records
+              if "reasons" in record}
+  assert "\ud83d is no answer" in reason
+
+
+def test_prompts_of_an_episodes_own_wait_in_a_checkpoint(tmp_path):
+  with jax.set_mesh(meshes.one()):
+    learner = pipeline_run.make_learner(tmp_path, [
+        f"reason.episode={HERE}:odd", "reason.num_groups=2"])
+    batch = learner.worker.collect(
+        learner.state.model, np.array([1, 5]), step=0)
+  learner.buffer._drawn = [batch]
+  arrays, state = learner.buffer.to_arrays(), learner.buffer.cursor.get_state()
+  learner.buffer.restore(state, arrays)
+  [again] = learner.buffer._drawn
+  prompts = batch.rollouts.prompts
+  assert len(set(map(tuple, prompts))) > 2  # Of two problems.
+  assert again.rollouts.prompts == prompts
 
 
 def test_self_consistency_answers_with_the_majority(tmp_path):

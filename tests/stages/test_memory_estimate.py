@@ -81,7 +81,8 @@ def test_no_more_rows_are_counted_than_an_evaluation_draws(changes, rows):
     (3, 128), (28, 128), (29, 160), (924, 1024)])
 def test_a_cache_holds_prompt_and_completion_in_whole_tiles(max_tokens, slots):
   rollout = config_dict.ConfigDict(dict(
-      max_prompt_tokens=100, chunk=8, max_tokens=max_tokens))
+      max_prompt_tokens=100, chunk=8, max_tokens=max_tokens,
+      max_episode_tokens=0))
   assert memory_estimate.cache_slots(rollout) == slots
   # As the engine of the stage has it.
   some = numpy_sampler.make_sampler(UNUSED, max_prompt_tokens=100, chunk=8)
@@ -89,6 +90,17 @@ def test_a_cache_holds_prompt_and_completion_in_whole_tiles(max_tokens, slots):
     found = some.engine_settings(some.make_requests(
         [[6]], sampler.Limits(max_tokens), prompt_id=[0]))
   assert found.sizes[-1] == slots
+
+
+@pytest.mark.parametrize("tokens, caches", [(0, 1), (96, 1 / 16), (97, 1 / 8)])
+def test_turns_that_are_kept_have_a_cache_of_their_own(tokens, caches):
+  """A prompt of 6 and 60 tokens behind it have 96 slots; 16 rows have those."""
+  config = config_lib.assign(pipeline_run.CONFIG, [
+      "reason.episode=posttrain.episodes.calculator:calculator",
+      "reason.sequence_length=66", "reason.rollout.max_episode_tokens=60",
+      f"reason.rollout.prefix_cache_tokens={tokens}"], "test")
+  found = estimate(config.reason, config.compute).sampling
+  assert found["prefix cache"] == caches * found["cache"]
 
 
 def test_devices_that_only_sample_have_a_line_of_their_own(tmp_path):

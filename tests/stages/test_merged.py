@@ -8,6 +8,7 @@ the training program's own logprobs.
 
 import dataclasses
 import itertools
+import json
 import re
 
 import jax
@@ -16,10 +17,12 @@ import pytest
 
 from posttrain import config as config_lib
 from posttrain import pipeline
+from posttrain.episodes import rollouts as episode_rollouts
+from posttrain.episodes.episode_sampler import EpisodeSampler
 from posttrain.model import token_logprobs
 from posttrain.rl import experience
 from posttrain.sampler import budget_state as budget
-from posttrain.sampler import sampler, transcript
+from posttrain.sampler import transcript
 from posttrain.stages import sft
 from posttrain.text import thinking
 from tests import meshes
@@ -32,10 +35,10 @@ MINIMUM = 3
 ROLLOUT = dict(max_prompt_tokens=16, max_tokens=48, chunk=16)
 CONFIG = dict(
     model_overrides=dict(
-        layers=2, embed=48, mlp=96, heads=4, kv_heads=2, head_dim=12),
+        layers=1, embed=48, mlp=96, heads=4, kv_heads=2, head_dim=12),
     chat_template="plain", thinking=dict(end=""), stages=("write",),
     write=dict(
-        kind="sft", num_steps=220, rows=8, sequence_length=96,
+        kind="sft", num_steps=110, rows=8, sequence_length=96,
         learning_rate=1e-2, log_every=20,
         data=dict(sources=(dict(task=f"{HERE}:demonstrations"),))))
 RL = dict(
@@ -75,12 +78,14 @@ class Seen:
 
 def spy(patch, seen):
   """Keeps what passes; the stages are as they are."""
-  generate, stack = sampler.Sampler.generate, sft.step.stack
+  run, stack = EpisodeSampler.run, sft.step.stack
   prepare, texts = experience.Preparation.__call__, transcript.completions
 
-  def generated(self, model, *args, **kwargs):
-    found = generate(self, model, *args, **kwargs)
-    seen.rollouts.append((jax.tree.map(np.asarray, model), found, args[1]))
+  def ran(self, model, problems, limits, **kwargs):
+    found = run(self, model, problems, limits, **kwargs)
+    seen.rollouts.append((jax.tree.map(np.asarray, model),
+                          episode_rollouts.of_trajectories(found.trajectories),
+                          limits))
     return found
 
   def stacked(batch, count):
@@ -97,7 +102,7 @@ def spy(patch, seen):
     seen.texts.append((rollouts, found))
     return found
 
-  patch.setattr(sampler.Sampler, "generate", generated)
+  patch.setattr(EpisodeSampler, "run", ran)
   patch.setattr(sft.step, "stack", stacked)
   patch.setattr(experience.Preparation, "__call__", prepared)
   patch.setattr(transcript, "completions", told)
@@ -115,8 +120,13 @@ def ids(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory, tokenizer):
-  root, seen = tmp_path_factory.mktemp("merged"), Seen()
+def root(tmp_path_factory):
+  return tmp_path_factory.mktemp("merged")
+
+
+@pytest.fixture(scope="module")
+def seen(root, tokenizer):
+  seen = Seen()
   tokenizer.save(root / "tokenizer")
   own = dict(tokenizer=dict(path=str(root / "tokenizer")))
   with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +135,7 @@ def seen(tmp_path_factory, tokenizer):
     pipeline.train(
         config_lib.assign(CONFIG | own, [], "test"), str(root / "a"))
     spy(patch, seen)
-    merged.given.clear()
+    patch.setenv(merged.GIVEN, str(root / "given.jsonl"))
     pipeline.train(config_lib.assign(THINKS | own | dict(init=dict(
         kind="workdir", path=str(root / "a"))), [], "test"), str(root / "b"))
   return seen
@@ -195,10 +205,11 @@ def test_the_model_writes_delimiters_that_no_ids_would_find(
   assert min(found.values()) > 5, found
 
 
-def test_thinking_and_answer_are_those_of_the_text(seen, tokenizer, ids):
+def test_thinking_and_answer_are_those_of_the_text(
+    root, seen, tokenizer, ids):
   """For the record, and for rewards; of every completion."""
-  given = {(g["completion"], g["thinking"], g["full_text"])
-           for g in merged.given}
+  given = {tuple(json.loads(line)) for line in (
+      root / "given.jsonl").read_text().splitlines()}
   checked = 0
   for rollouts, told in seen.texts:
     for row, completion in enumerate(told):
