@@ -183,6 +183,6 @@ def test_a_kill_in_a_call_of_two_processes(tmp_path, free_port):
   for process, status in zip(processes, (-signal.SIGKILL, 69), strict=True):
     ended([process], status)
   told = (killed / "reason/journal/step_000001").read_text()
-  assert 2 <= len(told.splitlines())  # With the header.
+  assert len(told.splitlines()) >= 2  # With the header.
   ended(launch(killed, changes, free_port, 2), 0)
   assert_same(killed, whole, changes)
