@@ -170,3 +170,19 @@ def test_sigterm_while_a_reward_hangs(tmp_path, free_port, count):
   hang.unlink()
   ended(launch(left, changes, free_port, count), 0)
   assert_same(left, whole, changes)
+
+
+def test_a_kill_in_a_call_of_two_processes(tmp_path, free_port):
+  """Process 0 dies where it makes calls; process 1 is told them again, too."""
+  changes = ["reason.num_steps=3", "reason.rollout.chunk=4",
+             "reason.rewards=tests.stages.toy:deadly"]
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  ended(launch(whole, changes, free_port, 2), 0)
+  processes = launch(killed, changes, free_port, 2,
+                     KILL_IN_CALL=f"29:{tmp_path / 'count'}")
+  for process, status in zip(processes, (-signal.SIGKILL, 69), strict=True):
+    ended([process], status)
+  told = (killed / "reason/journal/step_000001").read_text()
+  assert len(told.splitlines()) >= 2  # With the header.
+  ended(launch(killed, changes, free_port, 2), 0)
+  assert_same(killed, whole, changes)
