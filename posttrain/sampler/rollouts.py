@@ -96,7 +96,9 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
   codes = lambda names, field: np.array(
       [names.index(getattr(c, field)) for c in completions], np.int8)
   numbers = lambda values: np.array(list(values), np.int32)
-  experts = [c.experts for c in completions if c.experts is not None]
+  # One that never ran has none.
+  experts = [() if c.experts is None else c.experts for c in completions]
+  has_experts = any(c.experts is not None for c in completions)
 
   def optional(name: str) -> np.ndarray | None:
     found = [getattr(c, name) for c in completions]
@@ -122,7 +124,7 @@ def of_completions(completions: Sequence[Completion]) -> Rollouts:
       raw=_padded([c.raw for c in completions], np.int32, fill=-1),
       num_turns=np.ones(len(completions), np.int32),
       stop_reason=np.zeros(len(completions), np.int8),
-      experts=_padded(experts) if experts else None,
+      experts=_padded(experts) if has_experts else None,
       entropy=optional("entropy"), confidence=optional("confidence"))
 
 

@@ -104,6 +104,9 @@ def test_an_episode_without_a_turn_is_an_empty_row():
   assert made.num_turns.tolist() == [0, 1]
   assert made.finish_name(0) == "error"
   assert not made.loss_mask[0].any()
+  assert made.experts is not None and made.entropy is not None
+  assert made.experts[..., 0, 0].tolist() == [[0] * 3, [3] * 3]
+  assert made.entropy.tolist() == [[0] * 3, [1, 2, 3]]
 
 
 def test_a_turn_that_never_ran_ends_the_row():
