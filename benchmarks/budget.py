@@ -50,7 +50,7 @@ def cost(model, arguments: argparse.Namespace) -> dict:
 
   def side(ids: thinking.ThinkingIds, limits: sampler.Limits):
     draws = sampler.Sampler(
-        ids=ids, tables=sides.tables(config, ids),
+        tables=sides.tables(config, ids),
         params=token_sampling.SamplingParams(), max_prompt_tokens=64, chunk=new)
     return lambda: int(draws.generate(
         model, prompts, limits, prompt_id=range(len(prompts)), seed=0,

@@ -101,7 +101,7 @@ class Generator:
     tables = budget_tables.BudgetTables.of_ids(
         thinking.ThinkingIds(), (), np.zeros(config.vocab_size, bool))
     self._sampler = sampler.Sampler(
-        ids=thinking.ThinkingIds(), tables=tables,
+        tables=tables,
         params=token_sampling.SamplingParams(temperature=1.0),
         max_prompt_tokens=shape.prompt, chunk=shape.new)
     self._prompts = shapes.tokens(

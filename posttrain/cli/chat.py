@@ -90,7 +90,7 @@ def run(
     tables = sampling.make_tables(
         renderer.tokenizer, ids, options["suppress"])
     talk = Chat(renderer, model, sampler.Sampler(
-        ids=ids, tables=tables, params=params, max_prompt_tokens=0,
+        tables=tables, params=params, max_prompt_tokens=0,
         chunk=CHUNK, cache_dtype=cache_dtype, weights_dtype=weights_dtype,
         options=sampling.make_sampling_options(options, tables.vocab_size),
         before_chunk=preemption.leave_if_requested),
@@ -210,7 +210,7 @@ class Chat:
         how.tables.wait_texts)
     number = self._engine.submit(request)
     [done] = watched(self._engine, number, StreamPrinter(
-        tokenizer, how.ids, self._stream,
+        tokenizer, how.tables.ids, self._stream,
         in_thinking=thinking.opens(request.prompt, how.tables.ids)))
     if done.error:
       raise ValueError(done.error)
@@ -222,8 +222,8 @@ class Chat:
         f"{len(done.tokens)} tokens, {done.think_length} of them thinking, "
         f"{done.wait_count} waits, {done.finish_reason}", "dim")
     drawn = rollouts.of_completions([done])
-    answer = transcript.split(drawn, 0, how.ids).answer
-    text = transcript.span_text(tokenizer, done.tokens, how.ids, answer)
+    answer = transcript.split(drawn, 0, how.tables.ids).answer
+    text = transcript.span_text(tokenizer, done.tokens, how.tables.ids, answer)
     # White space between the thinking and the answer goes with the thinking. A
     # turn without any stays as it is, so that its tokens may be used again.
     return text.strip() if answer.touched.start else text

@@ -150,7 +150,7 @@ def run(
     dtypes: dict[str, Any] = dict(
         cache_dtype=cache_dtype, weights_dtype=weights_dtype)
     how = sampler.Sampler(
-        ids=ids, tables=tables, params=params, chunk=CHUNK,
+        tables=tables, params=params, chunk=CHUNK,
         max_prompt_tokens=0, max_num_seqs=BATCH_ROWS, **dtypes,
         options=sampling.make_sampling_options(options, tables.vocab_size),
         before_chunk=preemption.leave_if_requested)
@@ -326,7 +326,7 @@ def _record_of_completion(
   columns = {name: getattr(done, name) for name in (
       "logprobs", "provenance", "entropy", "confidence")}
   return transcript.record(
-      tokenizer, rollouts.of_completions([done]), 0, how.ids,
+      tokenizer, rollouts.of_completions([done]), 0, how.tables.ids,
       how.options.confidence) | {"tokens": done.tokens} | {
           name: values.tolist() for name, values in columns.items()
           if values is not None}

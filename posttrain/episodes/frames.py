@@ -78,7 +78,7 @@ def decode_result(body: bytes) -> tuple[str, Any, str]:
   if status not in ("ok", "timeout", "error") or not isinstance(reason, str):
     raise ValueError("it has no status or reason")
   level = [value] if body.count(b"[") + body.count(b"{") > MAX_DEPTH else []
-  for _ in range(MAX_DEPTH):
+  for _ in range(MAX_DEPTH if level else 0):
     level = [
         inner for each in level if isinstance(each, list | dict)
         for inner in (each.values() if isinstance(each, dict) else each)]

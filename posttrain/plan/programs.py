@@ -44,10 +44,10 @@ def set_up(config: config_dict.ConfigDict) -> Setup:
     tokenizer = weights.tokenizer(config, None)
   except (ValueError, OSError) as error:
     return _without_tokenizer(config, strings, error, notes)
-  ids = thinking.resolve(strings, tokenizer)
   return Setup(
-      config, weights.model_config(config, tokenizer.vocab_size), ids,
-      sampling.make_tables(tokenizer, ids), tokenizer, notes)
+      config, weights.model_config(config, tokenizer.vocab_size),
+      sampling.make_tables(tokenizer, thinking.resolve(strings, tokenizer)),
+      tokenizer, notes)
 
 
 def _without_tokenizer(
@@ -71,7 +71,7 @@ def _without_tokenizer(
       ids, (0,), np.zeros(size, bool), step=one(strings.step),
       delimiters=map(one, strings.delimiters))
   return Setup(
-      config, weights.model_config(config, size), ids, tables, None, (
+      config, weights.model_config(config, size), tables, None, (
           *notes, f"The tokenizer is not here ({error}): the vocabulary is the "
           f"model's {size}, and each thinking string counts as one token.",))
 

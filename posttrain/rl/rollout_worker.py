@@ -308,7 +308,8 @@ def records(
     rows.append({
         "step": step, **transcript.record(
             worker.sampler.renderer.tokenizer, collected.rollouts, row,
-            inner.ids, inner.options.confidence, details["answer_text"]),
+            inner.tables.ids, inner.options.confidence,
+            details["answer_text"]),
         **details, "rewards": scores, "statuses": {
             name: scoring.STATUSES[code] for name, code in zip(
                 names, collected.statuses[row], strict=True)},

@@ -29,7 +29,6 @@ from posttrain.sampler import (
   sampling_options,
   token_sampling,
 )
-from posttrain.text import thinking as thinking_lib
 from posttrain.text.symbols import SymbolTable
 
 # Tokens of a prompt in one forward pass at most (chunked prefill), and tokens
@@ -65,8 +64,7 @@ class Sampler:
   """Sampler with a tokenizer's strings, a distribution and shapes.
 
   Attributes:
-    ids: the thinking strings as token ids.
-    tables: the same, as budget forcing reads them.
+    tables: the tokenizer's thinking strings, as budget forcing reads them.
     params: temperature and truncation.
     max_prompt_tokens: cache slots for a prompt (T); a longer one is an error.
     chunk: decode steps before the host syncs.
@@ -84,7 +82,6 @@ class Sampler:
       raises, the call ends, and all that was drawn in it is dropped.
   """
 
-  ids: thinking_lib.ThinkingIds
   tables: budget.BudgetTables
   params: token_sampling.SamplingParams
   max_prompt_tokens: int

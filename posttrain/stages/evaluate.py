@@ -240,7 +240,7 @@ class Evaluation:
         found, problems, answers, scores.values[:, 0], scores.statuses[:, 0],
         strict=True)):
       record = transcript.record(
-          self.context.renderer.tokenizer, rollouts, row, inner.ids,
+          self.context.renderer.tokenizer, rollouts, row, inner.tables.ids,
           inner.options.confidence, each.answer)
       record |= episode_records.details(each)
       record |= {"id": record["prompt_id"], "cell": cell.name,

@@ -32,17 +32,16 @@ def make_sampler(
     context: RunContext, rollout: config_dict.ConfigDict,
 ) -> sampler.Sampler:
   """Makes the sampler of a stage."""
-  ids = context.thinking_ids
+  tokenizer = context.renderer.tokenizer
   tables = make_tables(
-      context.renderer.tokenizer, ids, rollout.get("suppress", ()))
-  return of_tables(
-      ids, tables, rollout, symbols.SymbolTable.of(context.renderer.tokenizer)
-      if rollout.max_episode_tokens else None)
+      tokenizer, context.thinking_ids, rollout.get("suppress", ()))
+  return of_tables(tables, rollout, symbols.SymbolTable.of(tokenizer)
+                   if rollout.max_episode_tokens else None)
 
 
 def of_tables(
-    ids: thinking.ThinkingIds, tables: budget_tables.BudgetTables,
-    rollout: config_dict.ConfigDict, table: symbols.SymbolTable | None = None,
+    tables: budget_tables.BudgetTables, rollout: config_dict.ConfigDict,
+    table: symbols.SymbolTable | None = None,
 ) -> sampler.Sampler:
   """Makes the sampler of a section; only evaluation has top-k and the like.
 
@@ -53,7 +52,7 @@ def of_tables(
       name: rollout[name] for name in ("top_k", "top_p", "min_p")
       if name in rollout}
   return sampler.Sampler(
-      ids=ids, tables=tables, params=token_sampling.SamplingParams(
+      tables=tables, params=token_sampling.SamplingParams(
           temperature=rollout.temperature, **truncations),
       max_prompt_tokens=rollout.max_prompt_tokens, chunk=rollout.chunk,
       cache_dtype=rollout.cache_dtype, weights_dtype=rollout.weights_dtype,

@@ -28,7 +28,7 @@ from posttrain.stages import sampling, training
 from posttrain.stages.run_context import RunContext
 from posttrain.tasks import loading
 from posttrain.telemetry.charts import Chart
-from posttrain.text import render, thinking
+from posttrain.text import render
 from posttrain.text import tokenizer as tokenizer_lib
 from posttrain.train import state as state_lib
 from posttrain.train import step, trainable
@@ -46,7 +46,6 @@ class Setup:
 
   config: config_dict.ConfigDict
   model: ModelConfig
-  thinking_ids: thinking.ThinkingIds
   tables: budget_tables.BudgetTables
   tokenizer: tokenizer_lib.Tokenizer | None
   notes: tuple[str, ...] = ()
@@ -55,11 +54,11 @@ class Setup:
     """The sampler of a section `rollout`."""
     tables, words = self.tables, rollout.get("suppress", ())
     if words and self.tokenizer:
-      tables = sampling.make_tables(self.tokenizer, self.thinking_ids, words)
+      tables = sampling.make_tables(self.tokenizer, tables.ids, words)
     elif words:  # Which tokens they are is data.
       tables = dataclasses.replace(
           tables, reflections=np.zeros(tables.vocab_size, bool))
-    return sampling.of_tables(self.thinking_ids, tables, rollout)
+    return sampling.of_tables(tables, rollout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,13 +24,13 @@ def campaign(*flags):
 
 
 def test_hundreds_of_mistakes_end_clearly():
-  said = campaign("--seed=11", "--mutations=400", "--starts=0")
+  said = campaign("--seed=11", "--mutations=200", "--starts=0")
   assert "seed 11: 0 faults" in said
   counts = {line.split()[2]: int(line.split()[3])
             for line in said.splitlines() if line.startswith("in process")}
-  assert sum(counts.values()) == 400
+  assert sum(counts.values()) == 200
   # Both ends are seen: what is right, and what is not.
-  assert counts["accepted"] > 40 and counts["refused"] > 150
+  assert counts["accepted"] > 20 and counts["refused"] > 75
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def tables(smollm2_tokenizer):
 
 def make_sampler(tables, temperature: float, chunk: int, max_num_seqs: int = 0):
   return sampler.Sampler(
-      ids=thinking.ThinkingIds(), tables=tables,
+      tables=tables,
       params=token_sampling.SamplingParams(temperature=temperature),
       max_prompt_tokens=64, chunk=chunk, max_num_seqs=max_num_seqs)
 

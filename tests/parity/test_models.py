@@ -147,7 +147,7 @@ def greedy(ours, vocab_size: int, prompts: np.ndarray) -> np.ndarray:
   tables = budget_tables.BudgetTables.of_ids(
       none, (), np.zeros(vocab_size, bool))
   drawn = sampler.Sampler(
-      ids=none, tables=tables,
+      tables=tables,
       params=token_sampling.SamplingParams(temperature=0.0),
       max_prompt_tokens=16, chunk=32).generate(
           ours, [row.tolist() for row in prompts],

@@ -91,7 +91,7 @@ def completions(ours, tokenizer, prompts) -> list[list[int]]:
   tables = budget_tables.BudgetTables.of_ids(
       none, tokenizer.stop_ids, tokenizer_lib.newline_ends(tokenizer))
   drawn = sampler.Sampler(
-      ids=none, tables=tables,
+      tables=tables,
       params=token_sampling.SamplingParams(temperature=0.0),
       max_prompt_tokens=96, chunk=NEW_TOKENS).generate(
           ours, prompts, sampler.Limits(max_tokens=NEW_TOKENS),

@@ -76,7 +76,7 @@ def watched(monkeypatch):
 
 def generate(found, prompts, group_size, script=None):
   sampler = sampling.of_tables(
-      found.thinking_ids, found.tables, found.config.reason.rollout)
+      found.tables, found.config.reason.rollout)
   model = transformer.Transformer(found.model, jax.random.key(0))
   return sampler.generate(
       model, prompts, LIMITS, prompt_id=range(len(prompts)),
@@ -141,7 +141,7 @@ def test_programs_of_turns_are_planned(monkeypatch):
   with jax.set_mesh(sharding.make_mesh(4, 2)), watched(monkeypatch) as real:
     expected = planned(found, 6, 2)
     sampler = sampling.of_tables(
-        found.thinking_ids, found.tables, found.config.reason.rollout,
+        found.tables, found.config.reason.rollout,
         symbols.SymbolTable.of(found.tokenizer))
     prompts = [rng.integers(9, 30, n).tolist() for n in (16, 5, 9, 13, 6, 7)]
     asked = [dataclasses.replace(r, keep=True, max_tokens=int(n))

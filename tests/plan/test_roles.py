@@ -142,6 +142,6 @@ def test_roles_that_overlap_take_as_long_as_the_slower():
     found = plan.Plan(
         topology.parse("v5e:2x2"),
         {program.TRAINING: {"fsdp": 2}, program.SAMPLING: {"fsdp": 2}},
-        stage.Setup(config, None, None, None, None), results, [], [])
+        stage.Setup(config, None, None, None), results, [], [])
     assert found.step_seconds("reason") == expected
     assert found.role_seconds("reason", program.SAMPLING) == 10.0

@@ -31,7 +31,7 @@ CLOSED = {budget_state.OPEN: "open", budget_state.NATURAL: "natural",
 def make_sampler(strings: forcing.Strings, *, max_prompt_tokens, chunk,
                  max_num_seqs=0, **params) -> Sampler:
   return Sampler(
-      strings, strings.tables(), token_sampling.SamplingParams(**params),
+      strings.tables(), token_sampling.SamplingParams(**params),
       max_prompt_tokens=max_prompt_tokens, chunk=chunk,
       max_num_seqs=max_num_seqs)
 

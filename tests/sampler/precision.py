@@ -99,7 +99,7 @@ def drawn(model: Transformer, prompts: np.ndarray, new: int) -> np.ndarray:
   tables = budget_tables.BudgetTables.of_ids(
       thinking.ThinkingIds(), (), np.zeros(vocab_size, bool))
   rollouts = sampler.Sampler(
-      ids=thinking.ThinkingIds(), tables=tables,
+      tables=tables,
       params=token_sampling.SamplingParams(temperature=1.0),
       max_prompt_tokens=prompts.shape[1], chunk=new).generate(
           model, prompts.tolist(), sampler.Limits(max_tokens=new),

@@ -165,7 +165,7 @@ def test_running_values_are_those_of_the_tokens_that_stay(window, most):
   kept = [[] for _ in range(rows)]
   since = np.zeros(rows, int)  # Sampled since the last token that stays.
   dropped_ever = 0
-  for _ in range(120):
+  for _ in range(60):
     values = rng.uniform(0.5, 20, (rows, 2)).astype(np.float32)
     sampled = rng.random(rows) < 0.8
     dropped = np.where(
@@ -189,7 +189,7 @@ def test_running_values_are_those_of_the_tokens_that_stay(window, most):
       for name, value in want.items():
         np.testing.assert_allclose(
             getattr(running, name)[row], value, rtol=2e-6, err_msg=name)
-  assert dropped_ever > 50 or most == 0
+  assert dropped_ever > 25 or most == 0
 
 
 def test_a_mean_over_many_tokens_loses_no_precision():
@@ -289,8 +289,8 @@ def test_the_state_has_the_values_of_the_completions():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(chunk=3), dict(chunk=32, max_num_seqs=12), dict(max_num_seqs=1)],
-    ids=str)
+    dict(chunk=3, max_num_seqs=1),
+    dict(chunk=32, max_num_seqs=12, min_seq_len=128)], ids=str)
 def test_no_schedule_changes_a_value(changes):
   """Also where a row is given to one request after the other."""
   for done, want in zip(completions(**changes), completions(), strict=True):
@@ -345,11 +345,13 @@ def test_a_replay_has_the_same_bits():
     np.testing.assert_array_equal(done.confidence, want.confidence)
 
 
-@pytest.mark.parametrize("mesh", [meshes.eight, meshes.with_context])
+@pytest.mark.parametrize("mesh", [
+    meshes.eight, pytest.param(meshes.with_context, marks=pytest.mark.slow)])
 def test_meshes_agree(mesh):
   with jax.set_mesh(mesh()):
     found = scene.take(scene.make_engine(
-        max_num_seqs=8, prefill_rows=8, confidence=SETTINGS), asked())
+        max_num_seqs=8, prefill_rows=8, min_seq_len=128, confidence=SETTINGS),
+                       asked())
   for done, want in zip(found, completions(), strict=True):
     if scene.flips(done, want):
       continue

@@ -134,7 +134,8 @@ def test_a_mesh_gives_the_same_tokens():
   asked = [dataclasses.replace(r, prompt=prefix + r.prompt) for r in asked]
   one = scene.take(scene.make_engine(), asked)
   with jax.set_mesh(meshes.eight()):
-    eight = scene.take(scene.make_engine(max_num_seqs=8), asked)
+    eight = scene.take(
+        scene.make_engine(max_num_seqs=8, min_seq_len=128), asked)
   assert sum(map(scene.flips, one, eight)) <= 1
 
 
@@ -189,11 +190,12 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
   asked = [Request(
       prompt=prompt, max_tokens=12, prompt_id=i, sample_id=sample)
            for i, prompt in enumerate(prompts) for sample in range(6)]
+  make = functools.partial(scene.make_engine, min_seq_len=160)  # One ring.
   # A chunk of 128 has room for each prompt: sharing would save no pass.
-  plain = scene.make_engine(prefill_chunk=128)
+  plain = make(prefill_chunk=128)
   # A budget of one slot keeps nothing.
-  shared = scene.make_engine(prefill_rows=1, prefix_cache_tokens=1)
-  pairs = scene.make_engine(max_num_seqs=18, prefix_cache_tokens=1)
+  shared = make(prefill_rows=1, prefix_cache_tokens=1)
+  pairs = make(max_num_seqs=18, prefix_cache_tokens=1)
   one, other, two = (
       scene.take(engine, asked) for engine in (plain, shared, pairs))
   assert plain.stats.prompt_tokens == 6 * sum(map(len, prompts))
@@ -203,7 +205,7 @@ def test_a_prompt_is_prefilled_once_for_its_group_and_a_prefix_for_all():
   assert pairs.stats.prefilled_tokens == 2 * 21 + 5 + 9 + 30
   # Without a budget a cache has no room beyond a prompt, and a part of a chunk
   # is computed again rather than have one.
-  least = scene.make_engine(prefill_rows=1)
+  least = make(prefill_rows=1)
   three = scene.take(least, asked)
   passes = lambda engine: engine._prefill.positions
   assert passes(least) == passes(shared) == 8 * (4 + 2 + 4)
