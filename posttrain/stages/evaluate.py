@@ -51,7 +51,7 @@ def run(
     Preempted: SIGTERM came; cells that are finished are kept.
   """
   results = {}
-  with episodes.open_calls(context) as calls:
+  with journals.kept(context), episodes.open_calls(context) as calls:
     evaluation = Evaluation(context, calls)
     try:
       for name in checkpoints_of(context):
@@ -70,7 +70,6 @@ def run(
       name: {cell["name"]: cell["accuracy"] for cell in result["cells"]}
       for name, result in results.items()})
   evaluation.kept.clear()
-  evaluation.journals.clear()
   return start
 
 

@@ -8,12 +8,15 @@ gave, see `episodes.journal`. A file is removed when a checkpoint, or the file
 of a cell, holds what was made of it.
 """
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from posttrain.episodes import journal
 from posttrain.stages import facts
 from posttrain.stages.run_context import RunContext
+from posttrain.train import health
 
 
 class Journals:
@@ -61,6 +64,22 @@ class Journals:
     """Removes all, once the stage's results are written."""
     if self._context.workdir.is_writer and self._folder.exists():
       shutil.rmtree(self._folder)
+
+
+@contextlib.contextmanager
+def kept(context: RunContext) -> Iterator[None]:
+  """Keeps the stage's journals where a run is killed, or told to go.
+
+  They are removed when the stage has finished, and also where a person is to
+  mend something: a health rule has stopped the run, or Ctrl-C. Errors of a
+  judge that was not there would otherwise be told again.
+  """
+  try:
+    yield
+  except (health.HealthError, KeyboardInterrupt):
+    Journals(context).clear()
+    raise
+  Journals(context).clear()
 
 
 def _newest_checkpoint(context: RunContext) -> int:

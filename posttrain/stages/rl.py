@@ -265,10 +265,8 @@ class Learner(loop.Body):
 
 def run(context: RunContext, start: Transformer) -> Transformer:
   """Trains to the last step, see `loop.run`; with the stage's workers."""
-  with episodes.open_calls(context) as calls:
-    trained = loop.run(functools.partial(Learner, calls), context, start)
-  journals.Journals(context).clear()
-  return trained
+  with journals.kept(context), episodes.open_calls(context) as calls:
+    return loop.run(functools.partial(Learner, calls), context, start)
 
 
 def make_rollout_worker(

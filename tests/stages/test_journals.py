@@ -1,12 +1,14 @@
 """Which journals of a stage are there, and for whom."""
 
+import contextlib
 import types
 
 import pytest
 
-from posttrain import leftovers, workdir
+from posttrain import lease, leftovers, workdir
 from posttrain.episodes.call import Call, Result
 from posttrain.stages import facts, journals
+from posttrain.train import health, preemption
 
 
 @pytest.fixture
@@ -63,6 +65,19 @@ def test_a_cell_has_its_own(context):
   assert names(context) == ["init/no_budget"]
   assert books.of_cell("init", "no_budget").replays
   assert not books.of_cell("reason", "no_budget").replays
+
+
+@pytest.mark.parametrize("error, stays", [
+    (health.HealthError("no judge"), False), (KeyboardInterrupt(), False),
+    (preemption.Preempted("SIGTERM"), True), (lease.LostError("taken"), True),
+    (None, False)])
+def test_they_stay_for_the_next_start_unless_a_person_is_to_mend(
+    context, error, stays):
+  with contextlib.suppress(BaseException), journals.kept(context):
+    write(journals.Journals(context).of_batch(4))
+    if error:
+      raise error
+  assert names(context) == ["step_000004"] * stays
 
 
 def test_other_hosts_have_none(context):

@@ -86,6 +86,8 @@ def test_a_judge_that_is_gone_ends_both(tmp_path):
   assert "health.max_unscored" in result.stderr
   assert "the judge has hung up" in result.stdout + result.stderr
   assert len(metrics.read(tmp_path / "metrics.jsonl")) == 2
+  # The next start asks the judge again, which may have been mended.
+  assert not (tmp_path / "reason/journal").exists()
 
 
 def test_a_gold_that_is_wrong_is_told_by_both(tmp_path):
