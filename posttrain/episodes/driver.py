@@ -174,13 +174,12 @@ class Driver:
     running, asked, place = self._turns.pop(done.id)
     self._engine.release(done.id)  # It is asked for again by its tokens.
     tokenizer, ids = running.task.renderer.tokenizer, self._engine.tables.ids
-    [texts] = transcript.completions(
-        tokenizer, ids, rollouts.of_completions([done]), 1)
+    texts = transcript.texts(
+        tokenizer, ids, rollouts.of_completions([done]), 0)
     running.turns[place] = Turn(
         number=place, completion=done,
         parent=None if asked.parent is None else asked.parent.number,
-        observation=tuple(asked.tokens), text=texts.full_text,
-        thinking=texts.thinking, answer=texts.answer)
+        observation=tuple(asked.tokens), **texts)
     running.missing -= 1
     running.error = running.error or done.error
     self._go_on(running)

@@ -61,9 +61,8 @@ def _without_tokenizer(
         f"{error} Set model_overrides.vocab_size for the plan.") from error
   numbers = iter(range(1, size))
   one = lambda text: (next(numbers),) if text else ()
-  end = one(strings.end)
-  ids = thinking.ThinkingIds() if not end else thinking.ThinkingIds(
-      start=one(strings.start), end=end,
+  ids = thinking.ThinkingIds(
+      start=one(strings.start), end=one(strings.end),
       newline=one(strings.newline), final_answer=one(strings.final_answer),
       wait=one(strings.wait_text),
       more_waits=tuple(map(one, strings.more_wait_texts)))

@@ -42,7 +42,6 @@ from posttrain.sampler.budget_state import (
   NONE,
   PRE,
   SAMPLED,
-  STOP,
   THINK,
   Budgets,
   BudgetState,
@@ -147,19 +146,6 @@ def advance(
       provenance=jnp.where(active & was_forced, FORCED, provenance),
       # The delimiter's last token was never recorded, so one less is dropped.
       dropped=jnp.maximum(retracted - 1, 0), refeed=refeed)
-
-
-def stop(
-    state: BudgetState, rows: jax.Array, reason: int = STOP,
-) -> BudgetState:
-  """Ends rows from outside, as where the host found a stop string.
-
-  Args:
-    state: the state between two steps.
-    rows: [B] bool; rows that are done already stay as they are.
-    reason: their `finish_reason`.
-  """
-  return end(state, rows & ~state.done, reason)
 
 
 def end(state: BudgetState, rows: jax.Array, reason: int) -> BudgetState:

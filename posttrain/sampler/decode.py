@@ -252,7 +252,10 @@ def _choose(
     The carry with the next budget state, whose last tokens are not fed yet;
     and the step's record, [B] each.
   """
-  logits = _logits(model, carry.hidden, tables)
+  # Each device has the whole vocabulary of its rows, as sorts and noise need
+  # it, but without the padding of the table: its ids are no tokens.
+  logits = shard(model.logits(carry.hidden), "rows", None)[
+      :, :tables.vocab_size]
   forced, banned = budget.plan(tables, rows.budgets, carry.state)
   was_forced = forced >= 0
   drawn, distribution = _draw(
@@ -354,17 +357,6 @@ def _measured(
   return dataclasses.replace(state, running=running), {
       "entropy": jnp.where(emit.keep, entropy, 0.0),
       "confidence": jnp.where(emit.keep, sureness, 0.0)}
-
-
-def _logits(
-    model: Transformer, hidden: jax.Array, tables: budget.BudgetTables,
-) -> jax.Array:
-  """Computes logits [B, V] float32 of hidden states [B, D].
-
-  Each device has the whole vocabulary of its rows, as sorts and noise need it.
-  """
-  # Without the padding of the table: its ids are no tokens.
-  return shard(model.logits(hidden), "rows", None)[:, :tables.vocab_size]
 
 
 def _feed(

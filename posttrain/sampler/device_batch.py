@@ -247,8 +247,8 @@ def done(tables, budgets, zeros, settings: confidence.Confidence | None):
 
 @jax.jit
 def _end(state, rows, reason):
-  """Ends rows [B] bool; see `budget.stop`."""
-  return budget.stop(state, _by_row(rows), reason)
+  """Ends those of rows [B] bool that are not done."""
+  return budget.end(state, _by_row(rows) & ~state.done, reason)
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -152,7 +152,9 @@ class PrefixCache:
         max(entry.used for entry in self._blocks[block]))):
       if held > self.budget and block not in kept:
         held -= block.slots
-        self.evicted += self._drop(block)
+        for entry in list(self._blocks[block]):
+          self.evicted += len(entry.tokens)
+          self._remove(entry)
 
   def clear(self) -> None:
     """Drops everything, as after a change of weights."""
@@ -212,13 +214,6 @@ class PrefixCache:
     self._blocks[entry.block].remove(entry)
     if not self._blocks[entry.block]:
       del self._blocks[entry.block]
-
-  def _drop(self, block: Block) -> int:
-    """Drops a block and its entries; returns how many tokens they had."""
-    entries = list(self._blocks[block])
-    for entry in entries:
-      self._remove(entry)
-    return sum(len(entry.tokens) for entry in entries)
 
   def _remove(self, entry: Entry) -> None:
     """Takes an entry from the tree, with the nodes that lead to no other."""

@@ -1,6 +1,5 @@
 """Transcripts of completions: texts, and which part was sampled or forced."""
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from posttrain.sampler import budget_state
 from posttrain.sampler import confidence as confidence_lib
 from posttrain.sampler.confidence import Confidence
 from posttrain.sampler.rollouts import THINK_ENDS, Rollouts
-from posttrain.tasks import scoring
 from posttrain.text import symbols, thinking
 from posttrain.text.thinking import ThinkingIds
 from posttrain.text.tokenizer import Tokenizer
@@ -168,20 +166,15 @@ def _measured(
       settings.window)
 
 
-def completions(
-    tokenizer: Tokenizer, ids: ThinkingIds, rollouts: Rollouts, rows: int,
-) -> list[scoring.Completion]:
-  """Texts for rewards of the first `rows` completions.
+def texts(
+    tokenizer: Tokenizer, ids: ThinkingIds, rollouts: Rollouts, row: int,
+) -> dict[str, str]:
+  """Decodes a completion: its "text", and "thinking" and "answer" in it.
 
   They are cut where the sampler's own record has the thinking end.
   """
-  found = []
-  for row in range(rows):
-    tokens = rollouts.completion(row)
-    text = functools.partial(span_text, tokenizer, tokens, ids)
-    parts = split(rollouts, row, ids)
-    found.append(scoring.Completion(
-        answer=text(parts.answer), thinking=text(parts.thinking),
-        full_text=completion_text(tokenizer, tokens), num_tokens=len(tokens),
-        finish_reason=rollouts.finish_name(row)))
-  return found
+  tokens = rollouts.completion(row)
+  parts = split(rollouts, row, ids)
+  return {"text": completion_text(tokenizer, tokens)} | {
+      name: span_text(tokenizer, tokens, ids, getattr(parts, name))
+      for name in ("thinking", "answer")}

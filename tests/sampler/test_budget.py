@@ -370,13 +370,13 @@ def test_unused_thinking_bans_and_forces_nothing():
   assert banned is None and forced[0] == -1
 
 
-def test_stop_from_outside():
+def test_rows_end_from_outside():
   tables = STRINGS[0].tables()
   budgets = budgets_of([Limits(), Limits()])
   zeros = sharding.put(np.zeros(2, np.int32), "batch")
   state = budget.init(tables, budgets, zeros == 0, zeros, zeros > 0)
   rows = sharding.put(np.array([False, True]), "batch")
-  state = sharding.fetch(budget.stop(state, rows))
+  state = sharding.fetch(budget.end(state, rows, budget_state.STOP))
   assert list(state.finish_reason) == [budget_state.RUNNING, budget_state.STOP]
   assert list(state.done) == [False, True]
 

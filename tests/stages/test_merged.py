@@ -79,7 +79,7 @@ class Seen:
 def spy(patch, seen):
   """Keeps what passes; the stages are as they are."""
   run, stack = EpisodeSampler.run, sft.step.stack
-  prepare, texts = experience.Preparation.__call__, transcript.completions
+  prepare, texts = experience.Preparation.__call__, transcript.texts
 
   def ran(self, model, problems, limits, **kwargs):
     found = run(self, model, problems, limits, **kwargs)
@@ -97,15 +97,15 @@ def spy(patch, seen):
     seen.prepared.append((rollouts, found))
     return found
 
-  def told(tokenizer, ids, rollouts, rows):
-    found = texts(tokenizer, ids, rollouts, rows)
-    seen.texts.append((rollouts, found))
+  def told(tokenizer, ids, rollouts, row):
+    found = texts(tokenizer, ids, rollouts, row)
+    seen.texts.append((rollouts, row, found))
     return found
 
   patch.setattr(EpisodeSampler, "run", ran)
   patch.setattr(sft.step, "stack", stacked)
   patch.setattr(experience.Preparation, "__call__", prepared)
-  patch.setattr(transcript, "completions", told)
+  patch.setattr(transcript, "texts", told)
 
 
 @pytest.fixture(scope="module")
@@ -211,34 +211,33 @@ def test_thinking_and_answer_are_those_of_the_text(
   given = {tuple(json.loads(line)) for line in (
       root / "given.jsonl").read_text().splitlines()}
   checked = 0
-  for rollouts, told in seen.texts:
-    for row, completion in enumerate(told):
-      size = rollouts.lengths[row]
-      tokens = rollouts.tokens[row, :size].tolist()
-      text = completion.full_text
-      body = tokens[:-1] if tokens[-1] in tokenizer.stop_ids else tokens
-      assert text == tokenizer.decode(body)
-      opened = tokenizer.decode(rollouts.prompts[row]).endswith(START)
-      thought, answer, ended = expected(text, opened)
-      record = transcript.record(tokenizer, rollouts, row, ids)
-      assert record["answer_text"] == completion.answer == answer
-      assert (completion.answer, completion.thinking, text) in given
-      newline = thought.removesuffix("\n")
-      if rollouts.think_end[row] != budget.CLOSED:
-        assert completion.thinking == thought
-        assert ended == (rollouts.think_end[row] == budget.NATURAL)
-      elif ended:  # A newline that was forced is no thinking.
-        assert completion.thinking in (thought, newline)
-      else:
-        assert rollouts.finish_name(row) == "length"
-        assert thought.startswith(completion.thinking)
-      begin = 0 if opened else text.find(START) + len(START)
-      edges = [len(tokenizer.decode(tokens[:i])) for i in range(size + 1)]
-      # A token counts if some of its text is thinking.
-      assert rollouts.think_lengths[row] == sum(
-          max(left, begin) < min(right, begin + len(completion.thinking))
-          for left, right in itertools.pairwise(edges))
-      checked += 1
+  for rollouts, row, told in seen.texts:
+    size = rollouts.lengths[row]
+    tokens = rollouts.tokens[row, :size].tolist()
+    text = told["text"]
+    body = tokens[:-1] if tokens[-1] in tokenizer.stop_ids else tokens
+    assert text == tokenizer.decode(body)
+    opened = tokenizer.decode(rollouts.prompts[row]).endswith(START)
+    thought, answer, ended = expected(text, opened)
+    record = transcript.record(tokenizer, rollouts, row, ids)
+    assert record["answer_text"] == told["answer"] == answer
+    assert (told["answer"], told["thinking"], text) in given
+    newline = thought.removesuffix("\n")
+    if rollouts.think_end[row] != budget.CLOSED:
+      assert told["thinking"] == thought
+      assert ended == (rollouts.think_end[row] == budget.NATURAL)
+    elif ended:  # A newline that was forced is no thinking.
+      assert told["thinking"] in (thought, newline)
+    else:
+      assert rollouts.finish_name(row) == "length"
+      assert thought.startswith(told["thinking"])
+    begin = 0 if opened else text.find(START) + len(START)
+    edges = [len(tokenizer.decode(tokens[:i])) for i in range(size + 1)]
+    # A token counts if some of its text is thinking.
+    assert rollouts.think_lengths[row] == sum(
+        max(left, begin) < min(right, begin + len(told["thinking"]))
+        for left, right in itertools.pairwise(edges))
+    checked += 1
   assert checked > 300
 
 
