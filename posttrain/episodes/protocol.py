@@ -85,7 +85,7 @@ class Turn:
 
   @property
   def finish_reason(self) -> str:
-    """Why the turn ended, of `FINISH_REASONS`."""
+    """Reason of its end, of `FINISH_REASONS`."""
     return self.completion.finish_reason
 
 
