@@ -96,7 +96,8 @@ class Outcome:
   Attributes:
     answer: text that rewards judge; None: the answer of the last turn.
     reason: of `STOP_REASONS`.
-    rewards: by the number of a turn, what the episode itself gave for it.
+    rewards: by the number of a turn, what the episode itself gave for it;
+      recorded, and in no loss.
     reason_text: more about the reason, for people.
   """
 
