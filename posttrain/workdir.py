@@ -123,16 +123,13 @@ class Workdir:
   def write_text(self, name: str | os.PathLike, text: str) -> None:
     """Writes a text file below the directory, whole or not at all.
 
-    Half a surrogate pair, as rewards and tools may return, is escaped as in
-    JSON.
-
     Raises:
       LostError: another run writes here now.
     """
     if self.is_writer:
       self.check_known_lease()
-      replace_file(
-          self.path / name, text.encode(errors="backslashreplace"))
+      # Half a surrogate pair becomes JSON's escape: tasks may return one.
+      replace_file(self.path / name, text.encode(errors="backslashreplace"))
 
   def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
     """Marks a stage as finished: a later start skips it."""

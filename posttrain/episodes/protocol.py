@@ -85,7 +85,7 @@ class Turn:
 
   @property
   def finish_reason(self) -> str:
-    """Why the turn ended, of `FINISH_REASONS`."""
+    """Reason of its end, of `FINISH_REASONS`."""
     return self.completion.finish_reason
 
 
@@ -96,7 +96,8 @@ class Outcome:
   Attributes:
     answer: text that rewards judge; None: the answer of the last turn.
     reason: of `STOP_REASONS`.
-    rewards: by the number of a turn, what the episode itself gave for it.
+    rewards: by the number of a turn, what the episode itself gave for it;
+      recorded, and in no loss.
     reason_text: more about the reason, for people.
   """
 
