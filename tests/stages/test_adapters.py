@@ -22,7 +22,8 @@ SFT = ["cold_start.lora.rank=4", "cold_start.learning_rate=0.02",
        "compute.frozen_dtype=nf4"]
 CHAIN = ["stages=cold_start,reason,measure", "compute.frozen_dtype=int8",
          "cold_start.lora.rank=4", "reason.lora.rank=4",
-         "reason.loss.kl_coef=0.05", "reason.checkpoint.every=3"]
+         "reason.loss.kl_coef=0.05", "reason.checkpoint.every=3",
+         "measure.max_thinking_tokens=2", "measure.num_waits=0"]
 
 
 def bases(path):
