@@ -84,8 +84,8 @@ def make_pipeline(path, assignments=()) -> pipeline.Pipeline:
 
 
 @functools.cache
-def pool() -> workers.WorkerPool:
-  """Workers for all tests of a process."""
+def pool(folder: str) -> workers.WorkerPool:
+  """Workers for all tests of a process whose working directory is `folder`."""
   found = workers.WorkerPool(workers.Settings())
   atexit.register(found.close)
   return found
@@ -93,7 +93,7 @@ def pool() -> workers.WorkerPool:
 
 def calls() -> calls_lib.Calls:
   """Calls that those workers make."""
-  return calls_lib.Calls(pool())
+  return calls_lib.Calls(pool(os.getcwd()))
 
 
 class Learner(rl.Learner):
