@@ -22,9 +22,12 @@ import io
 import json
 import pathlib
 import re
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from posttrain.episodes.call import Call, Result
 from posttrain.workdir import StorageError
@@ -188,9 +191,10 @@ class Journal:
 
 def digest_of(call: Call) -> str:
   """Computes a digest of what is called, and with which arguments."""
-  # An object's address differs from start to start.
-  text = re.sub(r" at 0x[0-9a-f]+", "", repr(
-      (call.function, call.args, dict(call.kwargs))))
+  # Arrays are shown whole; an object's address differs from start to start.
+  with np.printoptions(threshold=sys.maxsize, floatmode="unique"):
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(
+        (call.function, call.args, dict(call.kwargs))))
   return hashlib.blake2b(
       text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 

@@ -48,6 +48,11 @@ def _messages(
   return found
 
 
+def failure_of(trajectory: Trajectory) -> str:
+  """Says why an episode that has failed has no score, whatever its rewards."""
+  return f"the episode has failed: {trajectory.outcome.reason_text}"
+
+
 def details(trajectory: Trajectory) -> dict[str, Any]:
   """Makes the part of an episode's record that `Rollouts` does not have.
 

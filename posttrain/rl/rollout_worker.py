@@ -174,7 +174,7 @@ def _sequences(
           dataclasses.replace(
               each.outcome, reason="error", reason_text=wrong)))
     if rows[row].outcome.reason == "error":
-      failures[row] = rows[row].outcome.reason_text
+      failures[row] = episode_records.failure_of(rows[row])
   return rows, failures
 
 

@@ -272,7 +272,7 @@ class Evaluation:
   def _scores(self, found: Sequence[Trajectory]) -> scoring.Scores:
     """Collects scores [B, 1]; an episode that has failed has none."""
     return score_calls.of_results([[
-        Result("error", reason=each.outcome.reason_text)
+        Result("error", reason=episode_records.failure_of(each))
         if each.outcome.reason == "error" else each.scores["reward"]]
                                    for each in found])
 

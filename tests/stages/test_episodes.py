@@ -239,7 +239,8 @@ def test_an_episode_that_fails_has_no_score_and_the_others_have(learned):
       2 * ["error"] + 6 * ["ok"])
   assert np.isnan(batch.rewards).tolist() == 4 * (2 * [True] + 6 * [False])
   assert (found.lengths > 0).tolist() == 4 * (2 * [False] + 6 * [True])
-  assert "out of luck" in batch.details[0]["reasons"]["said"]
+  assert batch.details[0]["reasons"]["said"] == (
+      "the episode has failed: RuntimeError: out of luck")
   assert "not one sequence" in batch.details[1]["reasons"]["said"]
   # As an episode that asks behind a longer prompt than the trainer has room
   # for.
