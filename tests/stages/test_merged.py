@@ -28,6 +28,7 @@ from posttrain.text import thinking
 from tests import meshes
 from tests.stages import merged
 
+pytestmark = pytest.mark.slow
 HERE = "tests.stages.merged"
 START, END, WAIT, FINAL = "<think>", "</think>", " Wait", "\nThe answer"
 OTHER = "and"  # Ends the thinking too, in a token that begins with a space.
