@@ -20,8 +20,8 @@ from posttrain.sampler.requests import Request, Settings
 # Makes the stage's request of a task for a sample id.
 MakeRequest = Callable[[Task, int], Request]
 
+PLAIN = Request(prompt=(), max_tokens=1)  # Has the types of the fields.
 # Fields that an episode does not choose: ids and draws are its own by rule.
-PLAIN = Request(prompt=(), max_tokens=1)
 FIXED = frozenset([
     "prompt", "parent", "first_draw", "keep", "seed", "stage", "step",
     "prompt_id", "sample_id"])

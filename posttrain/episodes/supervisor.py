@@ -30,11 +30,19 @@ MAX_FAILED_STARTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Settings of the workers; see `workers.Settings`."""
+  """Settings of a pool.
 
-  num_workers: int
-  memory_bytes: int
-  output_bytes: int
+  Attributes:
+    num_workers: calls that run at a time.
+    seconds: deadline of a call that names none.
+    memory_bytes: address space of a worker.
+    output_bytes: of what a call prints, how much is kept.
+  """
+
+  num_workers: int = 2
+  seconds: float = 10.0
+  memory_bytes: int = 4 * 2**30
+  output_bytes: int = 4096
 
 
 class Supervisor:

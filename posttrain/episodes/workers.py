@@ -41,6 +41,7 @@ from typing import IO
 from posttrain.episodes import frames, processes
 from posttrain.episodes.call import Call, Result
 from posttrain.episodes.handle import RUNNING
+from posttrain.episodes.supervisor import Settings
 
 MARK = "POSTTRAIN_WORKERS"  # Environment variable of all that a pool starts.
 ONE_THREAD = {f"{name}_NUM_THREADS": "1"
@@ -54,23 +55,6 @@ sys.path[:] = sys.argv[4:]
 from posttrain.episodes import supervisor
 supervisor.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """Settings of a pool.
-
-  Attributes:
-    num_workers: calls that run at a time.
-    seconds: deadline of a call that names none.
-    memory_bytes: address space of a worker.
-    output_bytes: of what a call prints, how much is kept.
-  """
-
-  num_workers: int = 2
-  seconds: float = 10.0
-  memory_bytes: int = 4 * 2**30
-  output_bytes: int = 4096
 
 
 class WorkerPool:
@@ -182,10 +166,7 @@ class WorkerPool:
     self._heard = self._asked = time.monotonic()
 
   def _command(self, theirs: socket.socket, table: IO[bytes]) -> list[str]:
-    settings = json.dumps(dict(
-        num_workers=self._settings.num_workers,
-        memory_bytes=self._settings.memory_bytes,
-        output_bytes=self._settings.output_bytes))
+    settings = json.dumps(dataclasses.asdict(self._settings))
     return [sys.executable, "-c", _START, str(theirs.fileno()),
             str(table.fileno()), settings,
             *(os.fspath(path) or os.getcwd() for path in sys.path)]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ from posttrain.episodes.driver import Driver
 from posttrain.episodes.protocol import is_multi_turn, make_tasks
 from posttrain.episodes.workers import Settings, WorkerPool
 from posttrain.text import render, symbols
-from tests import meshes
 from tests.episodes import scene
 from tests.model import build as models
 from tests.sampler import engine_scene
@@ -22,6 +20,7 @@ from tests.sampler.forcing import Strings
 from tests.text import build
 
 # What the model is made to write in each turn, by the number of its problem.
+pytestmark = pytest.mark.usefixtures("one_device")
 WRITES = [
     ["so <calc> 2 * 3 </calc>", "so 6 </s>"],
     ["<calc> ( 1 + 3 ) / 2 </calc>", "is <calc> 2 + 2 </calc>",
@@ -43,12 +42,6 @@ REASONS = ["completed"] * 4 + ["max_turns", "parse_error"]
 ANSWERS = ["so 6", "then 4", "well", "no", "<calc> 4 </calc>",
            "<calc> so </calc>"]
 PROMPT = "go and"
-
-
-@pytest.fixture(autouse=True)
-def one_device():
-  with jax.set_mesh(meshes.one()):
-    yield
 
 
 def script_of(tokenizer, text):

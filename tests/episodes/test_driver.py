@@ -5,7 +5,6 @@ import struct
 import sys
 import zlib
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,18 +13,12 @@ from posttrain.episodes.call import Call, Gather
 from posttrain.episodes.calls import Calls
 from posttrain.episodes.protocol import Generate, Outcome
 from posttrain.episodes.single_turn import single_turn
-from tests import meshes
 from tests.episodes import scene
 from tests.sampler import engine_scene
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CACHE = dict(prefix_cache_tokens=4000)
 PROMPTS = ["so is", "yes go", "1 + 2 ="]
-
-
-@pytest.fixture(autouse=True)
-def one_device():
-  with jax.set_mesh(meshes.one()):
-    yield
 
 
 def run(episode, *, pool=None, engine=None, prompts=PROMPTS, samples=1,

@@ -9,13 +9,8 @@ from posttrain.episodes.protocol import Generate, Outcome
 from tests import meshes
 from tests.episodes import scene
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SETTINGS = dict(max_seq_len=60, prefix_cache_tokens=4000)
-
-
-@pytest.fixture(autouse=True)
-def one_device():
-  with jax.set_mesh(meshes.one()):
-    yield
 
 
 @pytest.fixture(scope="module")

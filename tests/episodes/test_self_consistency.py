@@ -15,11 +15,7 @@ from tests import meshes
 from tests.episodes import scene
 from tests.episodes.test_calculator import script_of
 
-
-@pytest.fixture(autouse=True)
-def one_device():
-  with jax.set_mesh(meshes.one()):
-    yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
